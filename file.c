@@ -1,0 +1,386 @@
+/* file.c - the .qemb file: map it, prove it, bind it.
+ *
+ * The layout stands in qemb.h. There is one canonical layout for a given config and given table
+ * sizes, so proving a file is computing that layout again and asking for equality: nothing in the
+ * directory is ever followed before it has been compared with what it has to be. The weights
+ * themselves are not read; `qemb info --verify` checks them against the recorded SHA-256.
+ */
+#include "qemb.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum {
+    HEADER_BYTES = 4096,
+    ENTRY_BYTES = 96,
+    NAME_BYTES = 48,
+    ALIGNMENT = 256,
+    N_CONFIG = 9, /* u32 fields of the config */
+    BLOBS = 4,    /* merges, added_tokens, prompts, provenance */
+    LAYER_TENSORS = 8,
+    MAX_LAYERS = 1024,
+    MAX_PROMPTS = 64,
+    CHECKSUM_AT = 24,
+};
+
+static const uint8_t MAGIC[8] = {'q', 'e', 'm', 'b', '\r', '\n', 0x1a, '\n'};
+
+int qemb_fail(qemb_err *err, const char *code, const char *fmt, ...) {
+    if (err) {
+        va_list ap;
+        va_start(ap, fmt);
+        vsnprintf(err->msg, sizeof err->msg, fmt, ap);
+        va_end(ap);
+        err->code = code;
+    }
+    return -1;
+}
+
+/* Every message about a file names the file first. */
+#define REFUSE(...) refuse(path, err, __VA_ARGS__)
+__attribute__((format(printf, 3, 4))) static int refuse(const char *path, qemb_err *err,
+                                                        const char *fmt, ...) {
+    char what[256];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(what, sizeof what, fmt, ap);
+    va_end(ap);
+    return qemb_fail(err, "model_file", "%.128s: %s", path, what);
+}
+
+/* ---- little-endian fields; the file may be on a big-endian machine, the map then is refused --- */
+
+static uint32_t get_u32(const uint8_t *p) {
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
+static uint64_t get_u64(const uint8_t *p) { return get_u32(p) | (uint64_t)get_u32(p + 4) << 32; }
+
+static float get_f32(const uint8_t *p) {
+    uint32_t bits = get_u32(p);
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+static uint64_t fnv1a(uint64_t h, const uint8_t *p, size_t n) {
+    for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 0x100000001b3u;
+    return h;
+}
+
+/* FNV-1a of header and directory, the checksum's own field taken as zero. */
+static uint64_t header_checksum(const uint8_t *map, uint32_t n_sections) {
+    static const uint8_t zero[8];
+    uint64_t h = fnv1a(0xcbf29ce484222325u, map, CHECKSUM_AT);
+    h = fnv1a(h, zero, sizeof zero);
+    h = fnv1a(h, map + CHECKSUM_AT + 8, HEADER_BYTES - CHECKSUM_AT - 8);
+    return fnv1a(h, map + HEADER_BYTES, (size_t)n_sections * ENTRY_BYTES);
+}
+
+/* ---- the config ------------------------------------------------------------------------------ */
+
+/* Bounds far above any model and low enough that no product below can overflow 64 bits. */
+static int read_config(qemb_config *c, const uint8_t *map, const char *path, qemb_err *err) {
+    struct {
+        const char *name;
+        int32_t *value;
+        uint32_t min, max;
+    } fields[N_CONFIG] = {
+        {"n_layers", &c->n_layers, 1, MAX_LAYERS}, {"hidden", &c->hidden, 1, 1 << 16},
+        {"n_heads", &c->n_heads, 1, 1 << 10},      {"n_kv_heads", &c->n_kv_heads, 1, 1 << 10},
+        {"head_dim", &c->head_dim, 2, 1 << 10},    {"ffn", &c->ffn, 1, 1 << 20},
+        {"vocab", &c->vocab, 256, 1 << 24},        {"max_positions", &c->max_positions, 1, 1 << 22},
+        {"eos_id", &c->eos_id, 0, (1 << 24) - 1},
+    };
+    for (int i = 0; i < N_CONFIG; i++) {
+        uint32_t v = get_u32(map + 72 + 4 * i);
+        if (v < fields[i].min || v > fields[i].max)
+            return REFUSE("%s: out of range (got %" PRIu32 ", want %" PRIu32 "..%" PRIu32 ")",
+                          fields[i].name, v, fields[i].min, fields[i].max);
+        *fields[i].value = (int32_t)v;
+    }
+    c->rope_theta = get_f32(map + 108);
+    c->rms_eps = get_f32(map + 112);
+    if (c->n_heads % c->n_kv_heads)
+        return REFUSE("n_heads: not a multiple of n_kv_heads (got %d, want a multiple of %d)",
+                      c->n_heads, c->n_kv_heads);
+    if (c->head_dim % 2) return REFUSE("head_dim: odd (got %d, want even)", c->head_dim);
+    if (c->eos_id >= c->vocab)
+        return REFUSE("eos_id: outside the vocabulary (got %d, want 0..%d)", c->eos_id,
+                      c->vocab - 1);
+    if (!(c->rope_theta >= 1 && c->rope_theta <= 1e12f))
+        return REFUSE("rope_theta: out of range (got %g, want 1..1e12)", (double)c->rope_theta);
+    if (!(c->rms_eps > 0 && c->rms_eps < 1))
+        return REFUSE("rms_eps: out of range (got %g, want 0..1)", (double)c->rms_eps);
+    return 0;
+}
+
+/* ---- the layout that a config implies -------------------------------------------------------- */
+
+typedef struct {
+    char name[NAME_BYTES];
+    qemb_dtype dtype;
+    uint64_t rows, cols;
+} section;
+
+static uint64_t dtype_bytes(qemb_dtype d) { return d == QEMB_U8 ? 1 : d == QEMB_F16 ? 2 : 4; }
+
+__attribute__((format(printf, 5, 6))) static section *
+put(section *s, qemb_dtype dtype, uint64_t rows, uint64_t cols, const char *fmt, ...) {
+    memset(s, 0, sizeof *s);
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(s->name, sizeof s->name, fmt, ap);
+    va_end(ap);
+    s->dtype = dtype, s->rows = rows, s->cols = cols;
+    return s + 1;
+}
+
+/* The sections of a file with this config, in order. The sizes of the four tables are the file's
+ * own business: their entries say 0 rows (merges) or 0 cols (blobs) here. */
+static void expected_sections(section *s, const qemb_config *c) {
+    const uint64_t D = c->hidden, F = c->ffn, hd = c->head_dim;
+    const uint64_t Q = c->n_heads * hd, KV = c->n_kv_heads * hd;
+    s = put(s, QEMB_U32, 0, 2, "merges");
+    s = put(s, QEMB_U8, 1, 0, "added_tokens");
+    s = put(s, QEMB_U8, 1, 0, "prompts");
+    s = put(s, QEMB_U8, 1, 0, "provenance");
+    s = put(s, QEMB_F16, c->vocab, D, "tok_emb");
+    for (int l = 0; l < c->n_layers; l++) {
+        s = put(s, QEMB_F32, 1, D, "layers.%d.attn_norm", l);
+        s = put(s, QEMB_F16, Q + 2 * KV, D, "layers.%d.wqkv", l);
+        s = put(s, QEMB_F32, 1, hd, "layers.%d.q_norm", l);
+        s = put(s, QEMB_F32, 1, hd, "layers.%d.k_norm", l);
+        s = put(s, QEMB_F16, D, Q, "layers.%d.wo", l);
+        s = put(s, QEMB_F32, 1, D, "layers.%d.mlp_norm", l);
+        s = put(s, QEMB_F16, 2 * F, D, "layers.%d.wgu", l);
+        s = put(s, QEMB_F16, D, F, "layers.%d.wdown", l);
+    }
+    put(s, QEMB_F32, 1, D, "final_norm");
+}
+
+/* Compares the directory with the layout; on success offset[i] is where section i lies. want's
+ * table sizes are filled in from the file. */
+static int check_directory(const qemb_file *f, section *want, uint64_t *offset, uint32_t n,
+                           const char *path, qemb_err *err) {
+    uint64_t end = HEADER_BYTES + (uint64_t)n * ENTRY_BYTES;
+    for (uint32_t i = 0; i < n; i++) {
+        const uint8_t *e = f->map + HEADER_BYTES + (size_t)i * ENTRY_BYTES;
+        section *w = &want[i];
+        if (memcmp(e, w->name, NAME_BYTES)) {
+            char got[NAME_BYTES + 1] = {0};
+            for (int k = 0; k < NAME_BYTES && e[k]; k++)
+                got[k] = e[k] < 32 || e[k] > 126 ? '?' : e[k];
+            return REFUSE("section %" PRIu32 ": name (got \"%s\", want \"%s\")", i, got, w->name);
+        }
+        uint32_t dtype = get_u32(e + 48);
+        uint64_t rows = get_u64(e + 56), cols = get_u64(e + 64);
+        uint64_t at = get_u64(e + 72), bytes = get_u64(e + 80);
+        if (dtype != w->dtype)
+            return REFUSE("%s: dtype (got %" PRIu32 ", want %d)", w->name, dtype, w->dtype);
+        if (get_u32(e + 52) || get_u64(e + 88))
+            return REFUSE("%s: reserved fields (got a number, want 0)", w->name);
+        if (i < BLOBS) { /* sizes of its own, within the file */
+            if (rows > f->map_bytes || cols > f->map_bytes)
+                return REFUSE("%s: larger than the file (got %" PRIu64 " x %" PRIu64 ")", w->name,
+                              rows, cols);
+            if (w->rows == 0) w->rows = rows;
+            if (w->cols == 0) w->cols = cols;
+        }
+        if (rows != w->rows || cols != w->cols)
+            return REFUSE("%s: shape (got %" PRIu64 " x %" PRIu64 ", want %" PRIu64 " x %" PRIu64
+                          ")",
+                          w->name, rows, cols, w->rows, w->cols);
+        uint64_t want_bytes = rows * cols * dtype_bytes(w->dtype);
+        if (bytes != want_bytes)
+            return REFUSE("%s: bytes (got %" PRIu64 ", want %" PRIu64 ")", w->name, bytes,
+                          want_bytes);
+        uint64_t want_at = (end + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+        if (at != want_at)
+            return REFUSE("%s: offset (got %" PRIu64 ", want %" PRIu64 ")", w->name, at, want_at);
+        end = at + bytes;
+        if (end > f->map_bytes)
+            return REFUSE("%s: ends after the file (got byte %" PRIu64 ", want at most %zu)",
+                          w->name, end, f->map_bytes);
+        offset[i] = at;
+    }
+    if (end != f->map_bytes)
+        return REFUSE("size: bytes after the last section (got %zu, want %" PRIu64 ")",
+                      f->map_bytes, end);
+    return 0;
+}
+
+/* ---- binding --------------------------------------------------------------------------------- */
+
+/* Walks the proven sections in order. */
+typedef struct {
+    const uint8_t *map;
+    const section *s;
+    const uint64_t *offset;
+} cursor;
+
+static const void *next(cursor *c) {
+    c->s++;
+    return c->map + *c->offset++;
+}
+
+static qemb_mat next_matrix(cursor *c) {
+    const section *s = c->s;
+    return (qemb_mat){next(c), (int32_t)s->rows, (int32_t)s->cols, s->dtype, 1};
+}
+
+static void bind_weights(qemb_weights *w, int n_layers, cursor c) {
+    w->tok_emb = next_matrix(&c);
+    for (int l = 0; l < n_layers; l++) {
+        qemb_layer *y = &w->layers[l];
+        y->attn_norm = next(&c);
+        y->wqkv = next_matrix(&c);
+        y->q_norm = next(&c);
+        y->k_norm = next(&c);
+        y->wo = next_matrix(&c);
+        y->mlp_norm = next(&c);
+        y->wgu = next_matrix(&c);
+        y->wdown = next_matrix(&c);
+    }
+    w->final_norm = next(&c);
+}
+
+static int bind_prompts(qemb_file *f, const char *p, size_t n, const char *path, qemb_err *err) {
+    size_t ends = 0;
+    for (size_t i = 0; i < n; i++) ends += p[i] == 0;
+    if ((n && p[n - 1]) || ends % 2 || ends / 2 > MAX_PROMPTS)
+        return REFUSE("prompts: malformed (got %zu strings in %zu bytes, want up to %d pairs)",
+                      ends, n, MAX_PROMPTS);
+    qemb_prompt *prompts = calloc(MAX_PROMPTS, sizeof *prompts);
+    if (!prompts) return qemb_fail(err, "out_of_memory", "prompts: out of memory");
+    for (const char *end = p + n; p < end; f->n_prompts++) {
+        qemb_prompt *q = &prompts[f->n_prompts];
+        q->name = p, p += strlen(p) + 1;
+        q->text = p, p += strlen(p) + 1;
+    }
+    f->prompts = prompts;
+    return 0;
+}
+
+static int bind(qemb_file *f, const section *s, const uint64_t *offset, const char *path,
+                qemb_err *err) {
+    f->weights.layers = calloc((size_t)f->config.n_layers, sizeof *f->weights.layers);
+    if (!f->weights.layers) return qemb_fail(err, "out_of_memory", "layers: out of memory");
+    if (s[0].rows + 256 > (uint64_t)f->config.vocab)
+        return REFUSE("merges: more tokens than rows of tok_emb (got %" PRIu64 ", want at most %d)",
+                      s[0].rows + 256, f->config.vocab);
+    f->merges = (const uint32_t *)(const void *)(f->map + offset[0]);
+    f->n_merges = (uint32_t)s[0].rows;
+    f->added = f->map + offset[1];
+    f->added_bytes = s[1].cols;
+    f->provenance = (const char *)(f->map + offset[3]);
+    f->provenance_bytes = s[3].cols;
+    bind_weights(&f->weights, f->config.n_layers, (cursor){f->map, s + BLOBS, offset + BLOBS});
+    return bind_prompts(f, (const char *)(f->map + offset[2]), s[2].cols, path, err);
+}
+
+const char *qemb_file_prompt(const qemb_file *f, const char *name) {
+    for (int i = 0; i < f->n_prompts; i++)
+        if (!strcmp(f->prompts[i].name, name)) return f->prompts[i].text;
+    return NULL;
+}
+
+/* ---- opening --------------------------------------------------------------------------------- */
+
+static int map_file(qemb_file *f, const char *path, qemb_err *err) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO must not hang the open */
+    if (fd < 0) return REFUSE("%s", strerror(errno));
+    struct stat st;
+    int bad = fstat(fd, &st) ? REFUSE("%s", strerror(errno)) : 0;
+    if (!bad && !S_ISREG(st.st_mode)) bad = REFUSE("not a regular file");
+    if (!bad && st.st_size < HEADER_BYTES)
+        bad = REFUSE("size: too short for a model (got %lld bytes, want at least %d)",
+                     (long long)st.st_size, HEADER_BYTES);
+    if (!bad) {
+        void *map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
+        if (map == MAP_FAILED)
+            bad = REFUSE("cannot be mapped: %s", strerror(errno));
+        else
+            f->map = map, f->map_bytes = (size_t)st.st_size;
+    }
+    close(fd);
+    return bad;
+}
+
+/* The header's own claims, before anything is read through them. */
+static int check_header(const qemb_file *f, uint32_t *n_sections, const char *path, qemb_err *err) {
+    const uint8_t *h = f->map;
+    if (memcmp(h, MAGIC, sizeof MAGIC)) return REFUSE("magic: not a .qemb file");
+    if (get_u32(h + 8) != 1)
+        return REFUSE("version: not known (got %" PRIu32 ", want 1)", get_u32(h + 8));
+    uint32_t order;
+    memcpy(&order, h + 12, sizeof order);
+    if (order != 0x01020304)
+        return REFUSE("byte order: not this machine's (got %08" PRIx32 ", want 01020304)", order);
+    if (get_u64(h + 16) != f->map_bytes)
+        return REFUSE("size: not what the header says, truncated? (got %zu bytes, want %" PRIu64
+                      ")",
+                      f->map_bytes, get_u64(h + 16));
+    uint32_t n = *n_sections = get_u32(h + 32);
+    if (n > BLOBS + 2 + LAYER_TENSORS * MAX_LAYERS ||
+        HEADER_BYTES + (uint64_t)n * ENTRY_BYTES > f->map_bytes)
+        return REFUSE("directory: does not fit the file (got %" PRIu32 " sections)", n);
+    if (get_u64(h + CHECKSUM_AT) != header_checksum(h, n))
+        return REFUSE("header checksum: damaged (got %016" PRIx64 ", want %016" PRIx64 ")",
+                      header_checksum(h, n), get_u64(h + CHECKSUM_AT));
+    int used = get_u32(h + 36) != 0;
+    for (int i = 116; i < HEADER_BYTES; i++) used |= h[i] != 0;
+    if (used) return REFUSE("header: reserved fields (got a number, want 0)");
+    return 0;
+}
+
+static int prove_and_bind(qemb_file *f, const char *path, qemb_err *err) {
+    uint32_t n = 0;
+    if (map_file(f, path, err) || check_header(f, &n, path, err) ||
+        read_config(&f->config, f->map, path, err))
+        return -1;
+    uint32_t want_n = BLOBS + 2 + LAYER_TENSORS * (uint32_t)f->config.n_layers;
+    if (n != want_n)
+        return REFUSE("directory: sections (got %" PRIu32 ", want %" PRIu32 ")", n, want_n);
+    memcpy(f->sha256, f->map + 40, sizeof f->sha256);
+    section *want = calloc(n, sizeof *want);
+    uint64_t *offset = calloc(n, sizeof *offset);
+    int bad = -1;
+    if (!want || !offset)
+        qemb_fail(err, "out_of_memory", "directory: out of memory");
+    else {
+        expected_sections(want, &f->config);
+        bad = check_directory(f, want, offset, n, path, err) || bind(f, want, offset, path, err);
+    }
+    free(want);
+    free(offset);
+    return bad ? -1 : 0;
+}
+
+int qemb_file_open(qemb_file **out, const char *path, qemb_err *err) {
+    qemb_file *f = calloc(1, sizeof *f);
+    if (!f) return qemb_fail(err, "out_of_memory", "%.128s: out of memory", path);
+    if (prove_and_bind(f, path, err)) {
+        qemb_file_close(f);
+        return -1;
+    }
+    *out = f;
+    return 0;
+}
+
+void qemb_file_close(qemb_file *f) {
+    if (!f) return;
+    if (f->map) munmap((void *)(uintptr_t)f->map, f->map_bytes);
+    free(f->weights.layers);
+    free((void *)(uintptr_t)f->prompts);
+    free(f);
+}

@@ -1,0 +1,703 @@
+/* qemb.c - the model: Qwen3-Embedding from token ids to vectors, in plain C.
+ *
+ * Top to bottom: the ops in the order in which a token meets them (embed, rmsnorm, matmul,
+ * qknorm_rope, attention, swiglu, pool), the table of them, the memory they work in, the forward
+ * that calls them, and the packer that lays many texts end to end so that nothing is padded.
+ *
+ * Every op computes a row from that row's inputs alone, always by the same instructions in the
+ * same order, whatever T is and however the rows are shared among threads. That is why a text's
+ * vector has the same bits alone, in any batch and on any number of threads.
+ */
+#include "cpu.h"
+
+#include <assert.h>
+#include <float.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum {
+    MR = 6,    /* rows of x and ... */
+    NR = 16,   /* ... rows of W that one register tile multiplies: 6 x 16 sums stay in registers */
+    KC = 256,  /* columns of a packed panel: KC x NR floats, half of a 32 KiB L1 cache */
+    KEYS = 64, /* keys per attention tile, aligned to absolute positions */
+    QUERIES = 32, /* tokens per attention block */
+};
+
+static int min_int(int a, int b) { return a < b ? a : b; }
+static int max_int(int a, int b) { return a > b ? a : b; }
+
+static float *f32(qemb_act *a) { return (float *)a; }
+static const float *cf32(const qemb_act *a) { return (const float *)a; }
+
+/* ---- embed: rows of a table ------------------------------------------------------------------ */
+
+/* IEEE half to float. Shifting exponent and mantissa into place leaves the value 2^112 too small,
+ * subnormal halves included; one exact multiplication mends both. Inf and NaN get their exponent. */
+INLINE float half_to_float(uint16_t h) {
+    union {
+        uint32_t u;
+        float f;
+    } v = {(uint32_t)(h & 0x7fff) << 13};
+    v.f *= 0x1p112f;
+    v.u |= (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
+    v.u |= (uint32_t)(h & 0x8000) << 16;
+    return v.f;
+}
+
+/* x (T, D) = rows of tok_emb (V, D) */
+static void cpu_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_layout *b) {
+    const int D = be->c->hidden;
+    for (int t = 0; t < b->T; t++) {
+        assert(b->tokens[t] >= 0 && b->tokens[t] < tok_emb->rows);
+        const uint16_t *row = (const uint16_t *)tok_emb->data + (size_t)b->tokens[t] * D;
+        for (int i = 0; i < D; i++) x[(size_t)t * D + i] = half_to_float(row[i]);
+    }
+}
+
+/* ---- rmsnorm: y = x / sqrt(mean(x^2) + eps) * w  (Zhang and Sennrich 2019) ------------------- */
+
+/* One row of n numbers; y may be x. The sum runs in double: no order of summation to argue over. */
+static void rmsnorm_row(float *y, const float *x, const float *w, int n, float eps) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += (double)x[i] * x[i];
+    const float scale = (float)(1 / sqrt(sum / n + eps));
+    for (int i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
+}
+
+static void cpu_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T) {
+    const int D = be->c->hidden;
+#pragma omp parallel for num_threads(be->threads) if (T > 8)
+    for (int t = 0; t < T; t++)
+        rmsnorm_row(f32(y) + (size_t)t * D, x + (size_t)t * D, w, D, be->c->rms_eps);
+}
+
+/* ---- matmul: y = x W^T ------------------------------------------------------------------------
+ * All but a few per cent of the model's time. NR rows of W are converted to float and packed so
+ * that the k-th numbers of all NR rows lie together; then MR rows of x sweep over the panel, and
+ * each of the MR x NR sums has a register. Sums run over KC columns, and those sums are added up:
+ * the error grows with KC + K/KC terms instead of K. */
+
+/* acc (MR, NR) += x (MR, n) w (n, NR): row i of x starts at x[i], row k of w at w + k*ldw. */
+INLINE void tile(float acc[MR][NR], const float *const x[MR], const float *w, size_t ldw, int n) {
+    for (int k = 0; k < n; k++)
+        for (int i = 0; i < MR; i++)
+            for (int j = 0; j < NR; j++) acc[i][j] += x[i][k] * w[(size_t)k * ldw + j];
+}
+
+/* Points at rows t .. t+MR-1 of x (T, ld). Rows past the end repeat the last: a tile is always
+ * whole, so each row meets the same instructions wherever it stands. */
+INLINE void tile_rows(const float *rows[MR], const float *x, size_t ld, int t, int T) {
+    for (int i = 0; i < MR; i++) rows[i] = x + (size_t)min_int(t + i, T - 1) * ld;
+}
+
+/* Columns n0 .. n0+NR-1 of y (T, N) = (add ? y : 0) + alpha * x (T, K) W^T,  W (N, K) */
+static void matmul_panel(float *y, const float *x, const qemb_mat *w, int T, int n0, int add) {
+    const int N = w->rows, K = w->cols, cols = min_int(NR, N - n0);
+    float panel[KC * NR] __attribute__((aligned(64)));
+    for (int k0 = 0; k0 < K; k0 += KC) {
+        const int n = min_int(KC, K - k0);
+        for (int j = 0; j < NR; j++) {
+            const uint16_t *row =
+                (const uint16_t *)w->data + (size_t)min_int(n0 + j, N - 1) * K + k0;
+            for (int k = 0; k < n; k++) panel[k * NR + j] = half_to_float(row[k]);
+        }
+        for (int t = 0; t < T; t += MR) {
+            float acc[MR][NR] = {{0}};
+            const float *rows[MR];
+            tile_rows(rows, x + k0, (size_t)K, t, T);
+            tile(acc, rows, panel, NR, n);
+            for (int i = 0; i < min_int(MR, T - t); i++) {
+                float *yi = y + (size_t)(t + i) * N + n0;
+                for (int j = 0; j < cols; j++)
+                    yi[j] = (add || k0 ? yi[j] : 0) + w->alpha * acc[i][j];
+            }
+        }
+    }
+}
+
+static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_mat *w, int T,
+                       int add) {
+    assert(w->dtype == QEMB_F16 && be->threads > 0);
+#pragma omp parallel for num_threads(be->threads) schedule(dynamic, 4)
+    for (int n0 = 0; n0 < w->rows; n0 += NR) matmul_panel(y, x, w, T, n0, add);
+}
+
+/* y (T, out) = alpha x W^T */
+static void cpu_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w, int T) {
+    matmul_all(be, f32(y), cf32(x), w, T, 0);
+}
+
+/* x (T, out) += alpha a W^T: the projection and its residual connection in one */
+static void cpu_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w,
+                           int T) {
+    matmul_all(be, x, cf32(a), w, T, 1);
+}
+
+/* ---- qknorm_rope: normalise every query and key head, then rotate it by its position ---------- */
+
+/* Fills the table up to position n-1. Angles as transformers has them: the frequency
+ * theta^(-2i/hd) and its product with the position are rounded to float (Su et al. 2021). */
+static void rope_extend(qemb_backend *be, int n) {
+    const int half = be->c->head_dim / 2;
+    for (; be->rope_rows < n; be->rope_rows++) {
+        float *cosines = be->rope + (size_t)be->rope_rows * 2 * half, *sines = cosines + half;
+        for (int i = 0; i < half; i++) {
+            const float freq = (float)(1 / pow(be->c->rope_theta, (double)i / half));
+            const float angle = (float)be->rope_rows * freq;
+            cosines[i] = (float)cos(angle);
+            sines[i] = (float)sin(angle);
+        }
+    }
+}
+
+/* (a, b) -> (a cos - b sin, b cos + a sin) for a in the head's first half and b in its second */
+static void rotate(float *head, const float *cosines, const float *sines, int half) {
+    for (int i = 0; i < half; i++) {
+        const float a = head[i], b = head[i + half];
+        head[i] = a * cosines[i] - b * sines[i];
+        head[i + half] = b * cosines[i] + a * sines[i];
+    }
+}
+
+static void cpu_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm,
+                            const float *k_norm, const qemb_layout *b) {
+    const qemb_config *c = be->c;
+    const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim;
+#pragma omp parallel for num_threads(be->threads) if (b->T > 8)
+    for (int t = 0; t < b->T; t++) {
+        const float *cosines = be->rope + (size_t)b->pos[t] * hd, *sines = cosines + hd / 2;
+        float *head = f32(qkv) + (size_t)t * (H + 2 * K) * hd;
+        for (int h = 0; h < H + K; h++, head += hd) { /* the K value heads that follow stay */
+            rmsnorm_row(head, head, h < H ? q_norm : k_norm, hd, c->rms_eps);
+            rotate(head, cosines, sines, hd / 2);
+        }
+    }
+}
+
+/* ---- attention: causal, grouped queries, softmax computed online ------------------------------
+ * Each of the K key/value heads serves G = H/K query heads. A block is QUERIES tokens x G heads of
+ * one kv head: its rows walk over the keys in tiles of KEYS and keep a running maximum m, sum l
+ * and weighted values (Milakov and Gimelshein 2018; Dao et al. 2022), so that memory does not grow
+ * with the text. Tiles begin at multiples of KEYS in absolute position, whether a key lies in the
+ * shared prefix or in the text's own rows: that the prefix is shared changes no bit. */
+
+typedef struct {      /* the keys and values that a block may see, and the room it works in */
+    const float *qkv; /* (T, ld) */
+    size_t ld;
+    int prefix, own; /* position p is row p of qkv if p < prefix, else row own + p - prefix */
+    int q_col, k_col, v_col; /* where the heads begin in a row */
+    int G, hd, hdp;          /* hdp: hd rounded up to NR */
+    float *kt;               /* (hd, KEYS)        a tile's keys, transposed */
+    float *v;                /* (KEYS, hdp)       its values */
+    float *q;                /* (QUERIES*G, hd)   the block's queries, scaled */
+    float *s;                /* (QUERIES*G, KEYS) scores, then weights */
+    float *acc;              /* (QUERIES*G, hdp)  weighted values so far */
+    float *m, *l;            /* (QUERIES*G)       maximum and sum so far */
+} attention_work;
+
+static int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+static size_t attention_scratch_floats(const qemb_config *c) {
+    const size_t R = (size_t)QUERIES * (size_t)(c->n_heads / c->n_kv_heads);
+    const size_t hd = (size_t)c->head_dim, hdp = (size_t)round_up(c->head_dim, NR);
+    return KEYS * (hd + hdp) + R * (hd + KEYS + hdp + 2);
+}
+
+static const float *attention_row(const attention_work *w, int p) {
+    return w->qkv + (size_t)(p < w->prefix ? p : w->own + p - w->prefix) * w->ld;
+}
+
+/* Pass 1: the tile's keys and values, positions k0 .. k0+n-1; missing keys are zeros. */
+INLINE void attention_load(const attention_work *w, int k0, int n) {
+    for (int j = 0; j < KEYS; j++) {
+        const float *row = attention_row(w, k0 + min_int(j, n - 1));
+        for (int d = 0; d < w->hd; d++) w->kt[d * KEYS + j] = j < n ? row[w->k_col + d] : 0;
+        for (int d = 0; d < w->hdp; d++)
+            w->v[j * w->hdp + d] = j < n && d < w->hd ? row[w->v_col + d] : 0;
+    }
+}
+
+/* Pass 2: s (R, KEYS) = q k^T */
+INLINE void attention_scores(const attention_work *w, int R) {
+    for (int r = 0; r < R; r += MR) {
+        const float *rows[MR];
+        tile_rows(rows, w->q, (size_t)w->hd, r, R);
+        for (int j = 0; j < KEYS; j += NR) {
+            float acc[MR][NR] = {{0}};
+            tile(acc, rows, w->kt + j, KEYS, w->hd);
+            for (int i = 0; i < min_int(MR, R - r); i++)
+                memcpy(w->s + (size_t)(r + i) * KEYS + j, acc[i], sizeof acc[i]);
+        }
+    }
+}
+
+/* Pass 3: scores become weights exp(s - m); what was summed under an older maximum is scaled. A
+ * row sees `visible` keys of the tile: those up to its own position. */
+INLINE void attention_softmax(const attention_work *w, int R, int q0, int k0) {
+    for (int r = 0; r < R; r++) {
+        float *s = w->s + (size_t)r * KEYS, *acc = w->acc + (size_t)r * w->hdp;
+        const int visible = max_int(0, min_int(KEYS, q0 + r / w->G - k0 + 1));
+        float m = w->m[r], sum = 0;
+        for (int j = 0; j < visible; j++) m = s[j] > m ? s[j] : m;
+        for (int j = 0; j < visible; j++) sum += s[j] = expf(s[j] - m);
+        for (int j = visible; j < KEYS; j++) s[j] = 0;
+        const float older = expf(w->m[r] - m);
+        for (int d = 0; d < w->hdp; d++) acc[d] *= older;
+        w->l[r] = w->l[r] * older + sum;
+        w->m[r] = m;
+    }
+}
+
+/* Pass 4: acc (R, hdp) += s v */
+INLINE void attention_values(const attention_work *w, int R) {
+    for (int r = 0; r < R; r += MR) {
+        const float *rows[MR];
+        tile_rows(rows, w->s, KEYS, r, R);
+        for (int d = 0; d < w->hdp; d += NR) {
+            float acc[MR][NR];
+            for (int i = 0; i < MR; i++)
+                memcpy(acc[i], w->acc + (size_t)min_int(r + i, R - 1) * w->hdp + d, sizeof acc[i]);
+            tile(acc, rows, w->v + d, (size_t)w->hdp, KEYS);
+            for (int i = 0; i < min_int(MR, R - r); i++)
+                memcpy(w->acc + (size_t)(r + i) * w->hdp + d, acc[i], sizeof acc[i]);
+        }
+    }
+}
+
+/* Tokens at positions q0 .. q0+n-1 (n <= QUERIES); token i's output goes to att + i*ld_att, G heads
+ * of hd numbers. */
+static void attention_block(const attention_work *w, float *att, size_t ld_att, int q0, int n) {
+    const int G = w->G, hd = w->hd, R = n * G;
+    const float scale = (float)(1 / sqrt(hd));
+    for (int r = 0; r < R; r++) {
+        const float *q = attention_row(w, q0 + r / G) + w->q_col + r % G * hd;
+        for (int d = 0; d < hd; d++) w->q[r * hd + d] = q[d] * scale;
+        w->m[r] = -INFINITY;
+        w->l[r] = 0;
+    }
+    memset(w->acc, 0, (size_t)R * w->hdp * sizeof(float));
+    for (int k0 = 0; k0 < q0 + n; k0 += KEYS) {
+        attention_load(w, k0, min_int(KEYS, q0 + n - k0));
+        attention_scores(w, R);
+        attention_softmax(w, R, q0, k0);
+        attention_values(w, R);
+    }
+    for (int r = 0; r < R; r++)
+        for (int d = 0; d < hd; d++) /* + 0: a sum that underflowed to -0 is 0 */
+            att[r / G * ld_att + r % G * hd + d] = w->acc[r * w->hdp + d] / w->l[r] + 0.0f;
+}
+
+static attention_work attention_setup(const qemb_backend *be, const float *qkv, int kv_head) {
+    const qemb_config *c = be->c;
+    const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, G = H / K, R = QUERIES * G;
+    attention_work w = {.qkv = qkv, .ld = (size_t)(H + 2 * K) * hd, .G = G, .hd = hd};
+    w.hdp = round_up(hd, NR);
+    w.q_col = kv_head * G * hd;
+    w.k_col = (H + kv_head) * hd;
+    w.v_col = (H + K + kv_head) * hd;
+    w.kt = be->scratch + (size_t)omp_get_thread_num() * be->scratch_floats;
+    w.v = w.kt + hd * KEYS;
+    w.q = w.v + KEYS * w.hdp;
+    w.s = w.q + (size_t)R * hd;
+    w.acc = w.s + (size_t)R * KEYS;
+    w.m = w.acc + (size_t)R * w.hdp;
+    w.l = w.m + R;
+    return w;
+}
+
+static void cpu_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
+                          const qemb_layout *b, int last_only) {
+    const int K = be->c->n_kv_heads;
+    const size_t ld_att = (size_t)be->c->n_heads * be->c->head_dim;
+    /* Segment 0 is the shared prefix, which attends to itself; segment i is text i-1. */
+#pragma omp parallel for num_threads(be->threads) collapse(2) schedule(dynamic)
+    for (int i = 0; i <= b->B; i++) {
+        for (int kv_head = 0; kv_head < K; kv_head++) {
+            attention_work w = attention_setup(be, cf32(qkv), kv_head);
+            const int first = i ? b->cu[i - 1] : 0, end = b->cu[i];
+            w.prefix = i ? b->P : 0;
+            w.own = first;
+            float *out = f32(att) + w.q_col;
+            if (last_only) {
+                if (i)
+                    attention_block(&w, out + (i - 1) * ld_att, ld_att, w.prefix + end - 1 - first,
+                                    1);
+                continue;
+            }
+            for (int t = first; t < end; t += QUERIES)
+                attention_block(&w, out + t * ld_att, ld_att, w.prefix + t - first,
+                                min_int(QUERIES, end - t));
+        }
+    }
+}
+
+/* ---- swiglu: h = silu(gate) * up  (Shazeer 2020) ---------------------------------------------- */
+
+static void cpu_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T) {
+    const int F = be->c->ffn;
+#pragma omp parallel for num_threads(be->threads) if (T > 1)
+    for (int t = 0; t < T; t++) {
+        const float *gate = cf32(gu) + (size_t)t * 2 * F, *up = gate + F;
+        float *ht = f32(h) + (size_t)t * F;
+        for (int i = 0; i < F; i++) ht[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+    }
+}
+
+/* ---- pool: a text's vector is its last token's row -------------------------------------------- */
+
+void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_layout *b) {
+    const size_t D = (size_t)be->c->hidden;
+    for (int i = 0; i < b->B; i++) memcpy(y + i * D, x + (b->cu[i + 1] - 1) * D, D * sizeof *y);
+}
+
+static void cpu_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
+    cpu_rmsnorm(be, (qemb_act *)out, x, w, B);
+}
+
+int qemb_unit(float *dst, const float *src, int dim) {
+    double sum = 0;
+    for (int i = 0; i < dim; i++) sum += (double)src[i] * src[i];
+    if (!(sum > 0 && sum <= DBL_MAX)) return -1; /* NaN and Inf end here, and all zeros */
+    const double scale = 1 / sqrt(sum);
+    for (int i = 0; i < dim; i++) dst[i] = (float)(src[i] * scale);
+    return 0;
+}
+
+/* ---- the CPU backend: threads and memory ------------------------------------------------------ */
+
+/* Address space: pages become memory when they are first written. */
+static void *map_memory(qemb_backend *be, int slot, size_t bytes, qemb_err *err) {
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                   -1, 0);
+    if (p == MAP_FAILED) {
+        qemb_fail(err, "out_of_memory", "activations: cannot map %zu bytes", bytes);
+        return NULL;
+    }
+    be->maps[slot] = p;
+    be->map_bytes[slot] = bytes;
+    return p;
+}
+
+void *cpu_arena(qemb_backend *be, size_t bytes, qemb_err *err) {
+    return map_memory(be, 2, bytes, err);
+}
+
+void cpu_close(qemb_backend *be) {
+    if (!be) return;
+    for (int i = 0; i < 3; i++)
+        if (be->maps[i]) munmap(be->maps[i], be->map_bytes[i]);
+    free(be);
+}
+
+int cpu_open_scratch(qemb_backend **out, const qemb_config *c, const qemb_options *opt,
+                     size_t scratch_floats, qemb_err *err) {
+    qemb_backend *be = calloc(1, sizeof *be);
+    if (!be) return qemb_fail(err, "out_of_memory", "backend: out of memory");
+    be->c = c;
+    be->threads = opt->threads;
+    be->scratch_floats = (scratch_floats + 15) / 16 * 16;
+    be->rope = map_memory(be, 0, (size_t)opt->max_tokens * c->head_dim * sizeof(float), err);
+    be->scratch = map_memory(be, 1, be->threads * be->scratch_floats * sizeof(float), err);
+    if (!be->rope || !be->scratch) {
+        cpu_close(be);
+        return -1;
+    }
+    *out = be;
+    return 0;
+}
+
+static int cpu_open(qemb_backend **out, const qemb_config *c, const qemb_options *opt,
+                    qemb_err *err) {
+    return cpu_open_scratch(out, c, opt, attention_scratch_floats(c), err);
+}
+
+int cpu_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+    (void)be, (void)w, (void)err; /* the CPU reads the file's map */
+    return 0;
+}
+
+void cpu_begin(qemb_backend *be, const qemb_layout *b) {
+    int longest = b->P;
+    for (int i = 0; i < b->B; i++) longest = max_int(longest, b->P + b->cu[i + 1] - b->cu[i]);
+    rope_extend(be, longest);
+}
+
+const qemb_ops qemb_cpu_ops = {
+    .name = "plain",
+    .act_size = sizeof(float),
+    .open = cpu_open,
+    .close = cpu_close,
+    .place = cpu_place,
+    .arena = cpu_arena,
+    .begin = cpu_begin,
+    .embed = cpu_embed,
+    .rmsnorm = cpu_rmsnorm,
+    .matmul = cpu_matmul,
+    .matmul_add = cpu_matmul_add,
+    .qknorm_rope = cpu_qknorm_rope,
+    .attention = cpu_attention,
+    .swiglu = cpu_swiglu,
+    .gather_last = cpu_gather_last,
+    .pool = cpu_pool,
+};
+
+/* ---- the model --------------------------------------------------------------------------------- */
+
+typedef struct {   /* R rows at most, C of them at a time in the MLP */
+    float *x;      /* (R, D)          the residual stream */
+    float *x_last; /* (B, D)          its rows that go on after the last attention */
+    qemb_act *xn;  /* (R, D)          normed rows */
+    qemb_act *qkv; /* (R, (H+2K)*hd) */
+    qemb_act *att; /* (R, H*hd) */
+    qemb_act *gu;  /* (C, 2F) */
+    qemb_act *h;   /* (C, F) */
+} activations;
+
+struct qemb_model {
+    const qemb_file *file;
+    const qemb_ops *ops;
+    qemb_backend *be;
+    qemb_options opt;
+    qemb_weights w; /* as the backend placed them; w.layers is owned */
+    activations a;
+    int32_t *tokens, *pos, *cu; /* the layout of the batch that computes */
+};
+
+/* Lays the buffers for R rows and B texts end to end from base on; returns their bytes. */
+static size_t plan_activations(activations *a, const qemb_config *c, size_t act, int rows,
+                               int texts, char *base) {
+    const size_t R = (size_t)rows, C = (size_t)min_int(rows, QEMB_MLP_ROWS), D = (size_t)c->hidden;
+    const size_t Q = (size_t)c->n_heads * c->head_dim, KV = (size_t)c->n_kv_heads * c->head_dim;
+    const size_t F = (size_t)c->ffn;
+    const size_t bytes[7] = {R * D * sizeof(float),
+                             (size_t)texts * D * sizeof(float),
+                             R * D * act,
+                             R * (Q + 2 * KV) * act,
+                             R * Q * act,
+                             C * 2 * F * act,
+                             C * F * act};
+    size_t at[8] = {0};
+    for (int i = 0; i < 7; i++) at[i + 1] = at[i] + (bytes[i] + 255) / 256 * 256;
+    if (a)
+        *a = (activations){(float *)(base + at[0]),    (float *)(base + at[1]),
+                           (qemb_act *)(base + at[2]), (qemb_act *)(base + at[3]),
+                           (qemb_act *)(base + at[4]), (qemb_act *)(base + at[5]),
+                           (qemb_act *)(base + at[6])};
+    return at[7];
+}
+
+/* clang-format off */
+
+/* The model, written once for every backend. */
+static void qemb_forward(qemb_model *m, const qemb_layout *b, float *out) {
+    const qemb_config *c = &m->file->config;
+    const qemb_ops *op = m->ops;
+    qemb_backend *be = m->be;
+    const activations *a = &m->a;
+    float *x = a->x;
+
+    op->begin(be, b);
+    op->embed(be, x, &m->w.tok_emb, b);                                     /* x   (T, D)         */
+    for (int l = 0; l < c->n_layers; l++) {
+        const qemb_layer *w = &m->w.layers[l];
+        const int last = l == c->n_layers - 1;
+        const int rows = last ? b->B : b->T; /* after the last keys and values only last tokens count */
+
+        op->rmsnorm(be, a->xn, x, w->attn_norm, b->T);                      /* xn  (T, D)         */
+        op->matmul(be, a->qkv, a->xn, &w->wqkv, b->T);                      /* qkv (T, (H+2K)*hd) */
+        op->qknorm_rope(be, a->qkv, w->q_norm, w->k_norm, b);
+        op->attention(be, a->att, a->qkv, b, last);                         /* att (rows, H*hd)   */
+        if (last) op->gather_last(be, a->x_last, x, b), x = a->x_last;      /* x   (rows, D)      */
+        op->matmul_add(be, x, a->att, &w->wo, rows);                        /* x  += att Wo^T     */
+
+        for (int r = 0; r < rows; r += QEMB_MLP_ROWS) {
+            const int n = min_int(QEMB_MLP_ROWS, rows - r);
+            float *xr = x + (size_t)r * c->hidden;                          /* xr  (n, D)         */
+            op->rmsnorm(be, a->xn, xr, w->mlp_norm, n);                     /* xn  (n, D)         */
+            op->matmul(be, a->gu, a->xn, &w->wgu, n);                       /* gu  (n, 2F)        */
+            op->swiglu(be, a->h, a->gu, n);                                 /* h   (n, F)         */
+            op->matmul_add(be, xr, a->h, &w->wdown, n);                     /* xr += h Wdown^T    */
+        }
+    }
+    op->pool(be, out, x, m->w.final_norm, b->B);                            /* out (B, D)         */
+}
+
+/* clang-format on */
+
+/* ---- opening ----------------------------------------------------------------------------------- */
+
+static qemb_options fill_options(const qemb_config *c, const qemb_options *opt) {
+    qemb_options o = opt ? *opt : (qemb_options){0};
+    if (o.batch_tokens <= 0) o.batch_tokens = QEMB_BATCH_TOKENS;
+    if (o.max_tokens <= 0 || o.max_tokens > c->max_positions) o.max_tokens = c->max_positions;
+    if (o.threads <= 0) o.threads = omp_get_num_procs();
+    return o;
+}
+
+/* Rows that a batch may have: the budget, or one text that is longer. */
+static int max_rows(const qemb_options *o) { return max_int(o->batch_tokens, o->max_tokens); }
+
+void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt, qemb_memory *mem) {
+    const qemb_config *c = &f->config;
+    const qemb_options o = fill_options(c, opt);
+    const size_t D = (size_t)c->hidden, Q = (size_t)c->n_heads * c->head_dim;
+    const size_t KV = (size_t)c->n_kv_heads * c->head_dim, F = (size_t)c->ffn;
+    mem->arena_batch =
+        plan_activations(NULL, c, ops->act_size, o.batch_tokens, o.batch_tokens, NULL);
+    mem->arena_text = plan_activations(NULL, c, ops->act_size, o.max_tokens, 1, NULL);
+    mem->weights = c->n_layers * ((Q + 2 * KV) * D + D * Q + 3 * F * D) * 2; /* halves */
+    mem->table = (size_t)c->vocab * D * 2;
+}
+
+int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
+              qemb_err *err) {
+    const qemb_config *c = &f->config;
+    qemb_model *m = calloc(1, sizeof *m);
+    if (!m) return qemb_fail(err, "out_of_memory", "model: out of memory");
+    m->file = f, m->ops = ops, m->opt = fill_options(c, opt), m->w = f->weights;
+    const size_t rows = (size_t)max_rows(&m->opt), layers_bytes = c->n_layers * sizeof *m->w.layers;
+    m->w.layers = malloc(layers_bytes);
+    m->tokens = malloc(rows * sizeof *m->tokens);
+    m->pos = malloc(rows * sizeof *m->pos);
+    m->cu = malloc((rows + 1) * sizeof *m->cu);
+    int bad = !m->w.layers || !m->tokens || !m->pos || !m->cu;
+    if (bad)
+        qemb_fail(err, "out_of_memory", "model: out of memory");
+    else
+        memcpy(m->w.layers, f->weights.layers, layers_bytes);
+    bad = bad || ops->open(&m->be, c, &m->opt, err) || ops->place(m->be, &m->w, err);
+    if (!bad) {
+        size_t bytes =
+            plan_activations(NULL, c, ops->act_size, (int)rows, m->opt.batch_tokens, NULL);
+        char *base = ops->arena(m->be, bytes, err);
+        bad = !base;
+        if (base) plan_activations(&m->a, c, ops->act_size, (int)rows, m->opt.batch_tokens, base);
+    }
+    if (bad) {
+        qemb_close(m);
+        return -1;
+    }
+    *out = m;
+    return 0;
+}
+
+void qemb_close(qemb_model *m) {
+    if (!m) return;
+    m->ops->close(m->be);
+    free(m->w.layers);
+    free(m->tokens);
+    free(m->pos);
+    free(m->cu);
+    free(m);
+}
+
+const qemb_options *qemb_options_of(const qemb_model *m) { return &m->opt; }
+
+/* ---- the packer --------------------------------------------------------------------------------- */
+
+typedef struct {
+    const int32_t *ids; /* the caller's */
+    int n;
+    uint64_t hash;
+} packed_text;
+
+struct qemb_batch {
+    int max_texts, max_rows; /* a bulk batch holds at most max_rows rows, max_texts = max_rows */
+    int vocab, longest;      /* what may be added: ids below vocab, texts up to longest */
+    int B;                   /* distinct texts */
+    int prefix;              /* longest common prefix of them all, shorter than any of them */
+    size_t sum;              /* of their lengths */
+    packed_text *texts;      /* (max_texts) */
+    int32_t *slots;          /* (n_slots, a power of two) hash table of indices into texts, or -1 */
+    uint32_t n_slots;
+};
+
+qemb_batch *qemb_batch_new(const qemb_model *m) {
+    qemb_batch *b = calloc(1, sizeof *b);
+    if (!b) return NULL;
+    b->max_texts = b->max_rows = m->opt.batch_tokens;
+    b->vocab = m->file->config.vocab, b->longest = m->opt.max_tokens;
+    for (b->n_slots = 16; b->n_slots < 2 * (uint32_t)b->max_texts; b->n_slots *= 2) {}
+    b->texts = malloc((size_t)b->max_texts * sizeof *b->texts);
+    b->slots = malloc(b->n_slots * sizeof *b->slots);
+    if (!b->texts || !b->slots) {
+        qemb_batch_free(b);
+        return NULL;
+    }
+    memset(b->slots, -1, b->n_slots * sizeof *b->slots);
+    return b;
+}
+
+void qemb_batch_free(qemb_batch *b) {
+    if (!b) return;
+    free(b->texts);
+    free(b->slots);
+    free(b);
+}
+
+void qemb_batch_clear(qemb_batch *b) {
+    memset(b->slots, -1, b->n_slots * sizeof *b->slots);
+    b->B = b->prefix = 0;
+    b->sum = 0;
+}
+
+static uint64_t hash_ids(const int32_t *ids, int n) {
+    uint64_t h = (uint64_t)n;
+    for (int i = 0; i < n; i++) {
+        h = (h ^ (uint32_t)ids[i]) * 0x9e3779b97f4a7c15u;
+        h ^= h >> 29;
+    }
+    return h;
+}
+
+int qemb_pack_add(qemb_batch *b, const int32_t *ids, int n) {
+    assert(n >= 1 && n <= b->longest);
+    for (int i = 0; i < n; i++) assert(ids[i] >= 0 && ids[i] < b->vocab);
+
+    const uint64_t hash = hash_ids(ids, n);
+    uint32_t slot = (uint32_t)hash & (b->n_slots - 1);
+    for (; b->slots[slot] >= 0; slot = (slot + 1) & (b->n_slots - 1)) {
+        const packed_text *t = &b->texts[b->slots[slot]];
+        if (t->hash == hash && t->n == n && !memcmp(t->ids, ids, (size_t)n * sizeof *ids))
+            return b->slots[slot];
+    }
+
+    int prefix =
+        n - 1; /* the last token stays each text's own, and the first text shares all else */
+    if (b->B) {
+        const int limit = min_int(prefix, b->B == 1 ? b->texts[0].n - 1 : b->prefix);
+        for (prefix = 0; prefix < limit && ids[prefix] == b->texts[0].ids[prefix];) prefix++;
+        const size_t rows = b->sum + (size_t)n - (size_t)b->B * (size_t)prefix;
+        if (rows > (size_t)b->max_rows) return -1; /* rows >= texts: there is a place for each */
+    }
+    b->texts[b->B] = (packed_text){ids, n, hash};
+    b->slots[slot] = b->B;
+    b->sum += (size_t)n;
+    b->prefix = prefix;
+    return b->B++;
+}
+
+int qemb_batch_rows(const qemb_batch *b) { return b->B; }
+
+size_t qemb_batch_tokens_saved(const qemb_batch *b) {
+    return b->B > 1 ? (size_t)b->prefix * (size_t)(b->B - 1) : 0;
+}
+
+void qemb_embed(qemb_model *m, const qemb_batch *b, float *out) {
+    if (!b->B) return;
+    const int P = b->B > 1 ? b->prefix : 0; /* nothing to share with */
+    int t = 0;
+    for (; t < P; t++) m->tokens[t] = b->texts[0].ids[t], m->pos[t] = t;
+    for (int i = 0; i < b->B; i++) {
+        m->cu[i] = t;
+        for (int p = P; p < b->texts[i].n; p++, t++)
+            m->tokens[t] = b->texts[i].ids[p], m->pos[t] = p;
+    }
+    m->cu[b->B] = t;
+    const qemb_layout layout = {b->B, t, P, m->tokens, m->pos, m->cu};
+    qemb_forward(m, &layout, out);
+}

@@ -1,0 +1,296 @@
+/* qemb.h - what the rooms of qemb agree on.
+ *
+ *   main.c ──> file.c (map and validate a .qemb)  ──> qemb_file
+ *          ──> tokenizer.c (text to token ids)    ──> tokenizer
+ *          ──> qemb.c (pack, forward, vectors)    ──> qemb_model over a qemb_ops table
+ *
+ * Conventions. Sizes: B texts, T rows (tokens) of a batch, P rows of a shared prefix, D hidden size,
+ * H query heads, K key/value heads, hd head size, F feed-forward size, L layers, V vocabulary rows.
+ * A matrix is (out, in), row-major; shapes stand at every tensor. A function that can fail because
+ * of something outside the program returns 0, or -1 with a filled qemb_err and nothing half done.
+ * Whatever opens also closes: each *_open / *_new says who frees. Strings are pointer and length.
+ */
+#ifndef QEMB_H
+#define QEMB_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define QEMB_VERSION "0.1.0"
+
+/* ---- errors -------------------------------------------------------------------------------- */
+
+/* code: a short name that stays the same from version to version ("invalid_utf8", "model_file").
+ * msg: one line, "<object>: <what> (got X, want Y)", without the program's name. */
+typedef struct {
+    const char *code; /* static string */
+    char msg[400];
+} qemb_err;
+
+/* Fills *err (if not NULL) and returns -1, so that callers write `return qemb_fail(...)`. */
+int qemb_fail(qemb_err *err, const char *code, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* ---- the model, as the file describes it --------------------------------------------------- */
+
+typedef struct {
+    int32_t n_layers;      /* L */
+    int32_t hidden;        /* D */
+    int32_t n_heads;       /* H */
+    int32_t n_kv_heads;    /* K, divides H */
+    int32_t head_dim;      /* hd, even; H*hd need not equal D */
+    int32_t ffn;           /* F */
+    int32_t vocab;         /* V, rows of the embedding table */
+    int32_t max_positions; /* longest text, end-of-text included */
+    int32_t eos_id;        /* the token appended to every text; its row is the embedding */
+    float rope_theta;
+    float rms_eps;
+} qemb_config;
+
+typedef enum { QEMB_U8 = 0, QEMB_U32 = 1, QEMB_F32 = 2, QEMB_F16 = 3 } qemb_dtype;
+
+/* A weight matrix W (rows = out, cols = in). y = alpha * x W^T. A backend may set alpha where it
+ * hands W a scaled input (the CUDA table's SwiGLU guard); it is 1 in a file. */
+typedef struct {
+    const void *data; /* (rows, cols) of dtype */
+    int32_t rows, cols;
+    qemb_dtype dtype;
+    float alpha;
+} qemb_mat;
+
+typedef struct {
+    const float *attn_norm; /* (D)  */
+    qemb_mat wqkv;          /* ((H+2K)*hd, D): rows of q heads, then k heads, then v heads */
+    const float *q_norm;    /* (hd) */
+    const float *k_norm;    /* (hd) */
+    qemb_mat wo;            /* (D, H*hd) */
+    const float *mlp_norm;  /* (D)  */
+    qemb_mat wgu;           /* (2F, D): F rows of gate, then F rows of up */
+    qemb_mat wdown;         /* (D, F) */
+} qemb_layer;
+
+typedef struct {
+    qemb_mat tok_emb;        /* (V, D); stays in the file's map on every backend */
+    qemb_layer *layers;      /* (L) */
+    const float *final_norm; /* (D) */
+} qemb_weights;
+
+/* ---- the .qemb file ------------------------------------------------------------------------
+ *
+ * All little-endian. Version 1:
+ *   0     u8[8]  magic "qemb\r\n\x1a\n"
+ *   8     u32    version, 1
+ *   12    u32    0x01020304
+ *   16    u64    bytes of the whole file
+ *   24    u64    FNV-1a 64 of the header (this field as zero) followed by the directory
+ *   32    u32    number of sections
+ *   36    u32    0
+ *   40    u8[32] SHA-256 of everything from byte 4096 to the end of the file
+ *   72    u32[9] n_layers hidden n_heads n_kv_heads head_dim ffn vocab max_positions eos_id
+ *   108   f32[2] rope_theta rms_eps
+ *   116   zeros up to 4096
+ *   4096  the directory: per section, 96 bytes
+ *           0 u8[48] name, padded with zeros   48 u32 dtype   52 u32 0   56 u64 rows   64 u64 cols
+ *           72 u64 offset                      80 u64 bytes   88 u64 0
+ *   then the sections, each at the next multiple of 256; the file ends where the last one ends.
+ * Sections, in this order, all present:
+ *   merges         u32 (M, 2)    BPE merge i joins ids [0],[1] into id 256+i
+ *   added_tokens   u8  (1, n)    { u32 id, u32 length, bytes, zeros to a multiple of 4 } ...
+ *   prompts        u8  (1, n)    { name NUL text NUL } ...
+ *   provenance     u8  (1, n)    "key: value" lines, UTF-8
+ *   tok_emb        f16 (V, D)
+ *   layers.I.attn_norm f32 (1, D), .wqkv f16, .q_norm f32 (1, hd), .k_norm f32 (1, hd), .wo f16,
+ *   .mlp_norm f32 (1, D), .wgu f16, .wdown f16           for I = 0 .. L-1
+ *   final_norm     f32 (1, D)
+ * convert_weights.py writes it, file.c reads it.
+ */
+typedef struct {
+    const char *name; /* a prompt's name: "query", "document" */
+    const char *text; /* NUL-terminated */
+} qemb_prompt;
+
+typedef struct {
+    qemb_config config;
+    qemb_weights weights; /* pointers into the map; layers is owned by the file */
+    const uint32_t *merges;
+    uint32_t n_merges;
+    const uint8_t *added;
+    size_t added_bytes;
+    const qemb_prompt *prompts;
+    int n_prompts;
+    const char *provenance; /* not NUL-terminated */
+    size_t provenance_bytes;
+    uint8_t sha256[32]; /* as recorded, not verified */
+    const uint8_t *map; /* the whole file, read-only */
+    size_t map_bytes;
+} qemb_file;
+
+/* Maps and validates path. Nothing of the weights is read. The caller closes with qemb_file_close;
+ * pointers taken from *f end with it. error codes: "model_file" */
+int qemb_file_open(qemb_file **f, const char *path, qemb_err *err);
+void qemb_file_close(qemb_file *f);
+/* The text of the prompt `name`, or NULL. */
+const char *qemb_file_prompt(const qemb_file *f, const char *name);
+
+/* ---- tokenizer.c: byte-level BPE, exactly Hugging Face's ----------------------------------- */
+
+typedef struct tokenizer tokenizer;             /* immutable, shared by threads */
+typedef struct tokenizer_state tokenizer_state; /* scratch and pre-token cache of one thread */
+
+/* Builds the tables. merges (n_merges, 2) and added (the section of that name) must stay alive.
+ * Refuses, with code "model_file", a merge that names an id not yet made or repeats a pair, tokens
+ * over 1,024 bytes, and malformed added tokens (ids below 256 + n_merges too). The caller closes. */
+int tokenizer_open(tokenizer **t, const uint32_t *merges, uint32_t n_merges, const uint8_t *added,
+                   size_t added_bytes, qemb_err *err);
+void tokenizer_close(tokenizer *t);
+tokenizer_state *tokenizer_state_new(const tokenizer *t); /* NULL: out of memory */
+void tokenizer_state_free(tokenizer_state *s);
+/* One more than the largest id that can come out. */
+uint32_t tokenizer_n_ids(const tokenizer *t);
+
+typedef struct {
+    const int32_t *ids; /* (n), owned by the state, valid until its next call */
+    size_t n;
+    size_t bytes_left; /* bytes of text that no id covers, above 0 exactly when `limit` cut ids off;
+                          where NFC changes the text, counted in its NFC */
+} tokenizer_result;
+
+/* text, len bytes of UTF-8 (NUL is a character like any other) -> ids, without end-of-text.
+ * At most `limit` ids come out: always the first `limit` of the whole text's ids; work stops soon
+ * after they are found, and what lies behind is not validated. Time is linear in len.
+ * Codes: "invalid_utf8" (the message names the byte offset), "out_of_memory". */
+int tokenizer_encode(tokenizer_state *s, const char *text, size_t len, size_t limit,
+                     tokenizer_result *r, qemb_err *err);
+/* The bytes of token id (not an added token), appended to buf up to cap; returns its full length. */
+size_t tokenizer_token_bytes(const tokenizer *t, uint32_t id, uint8_t *buf, size_t cap);
+
+/* ---- a batch: texts laid end to end, nothing padded ---------------------------------------- */
+
+/* What the ops see. The longest common prefix of all texts' ids is laid down once, in rows 0..P-1,
+ * at positions 0..P-1; text b's other ids lie in rows cu[b]..cu[b+1]-1 at positions P, P+1, ...
+ * and attend to the prefix rows, then to their own. cu[0] = P, cu[B] = T. */
+typedef struct {
+    int B, T, P;
+    const int32_t *tokens; /* (T) */
+    const int32_t *pos;    /* (T) */
+    const int32_t *cu;     /* (B+1) */
+} qemb_layout;
+
+/* ---- backends ------------------------------------------------------------------------------ */
+
+typedef struct {
+    int batch_tokens; /* rows of a bulk batch; 0: QEMB_BATCH_TOKENS */
+    int max_tokens;   /* longest text, end-of-text included; 0: the model's max_positions */
+    int threads;      /* CPU threads; 0: all this process may use */
+    /* The CUDA backend's; the CPU's ignore them. */
+    int deterministic; /* a vector's bits do not depend on its batch (always so on a CPU) */
+    size_t vram;       /* bytes of GPU memory to use at most; 0: what is free */
+    const char
+        *cache_dir; /* directory for algorithm timings; NULL: no timing, the library chooses */
+} qemb_options;
+
+#define QEMB_BATCH_TOKENS 4096
+/* Rows that the MLP works on at a time: its buffers do not grow with the longest text. */
+#define QEMB_MLP_ROWS 1024
+
+typedef struct qemb_backend qemb_backend; /* a table's own state: device, stream, threads */
+typedef struct qemb_act qemb_act;         /* an activation: float on the CPU, half on CUDA */
+
+/* One table per backend. Ops return void, assert on misuse, and read and write only what their
+ * shapes say. The residual stream x is float everywhere. The forward calls them in order, from one
+ * thread; a row's result depends on that row's inputs alone, never on T or on other rows. */
+typedef struct qemb_ops {
+    const char *name;
+    size_t act_size; /* bytes of one qemb_act */
+
+    /* State for config c (which outlives it). Codes: "device", "out_of_memory". */
+    int (*open)(qemb_backend **be, const qemb_config *c, const qemb_options *opt, qemb_err *err);
+    void (*close)(qemb_backend *be);
+    /* Makes w usable by the ops: replaces layer pointers by the backend's copies where it needs
+     * them (the CPU reads the map). Called once. */
+    int (*place)(qemb_backend *be, qemb_weights *w, qemb_err *err);
+    /* Activation memory of that many bytes, aligned to 256, freed by close. Called once. */
+    void *(*arena)(qemb_backend *be, size_t bytes, qemb_err *err);
+    /* Announces the batch that the calls up to pool belong to; b is host memory. */
+    void (*begin)(qemb_backend *be, const qemb_layout *b);
+
+    /* x (T, D) = rows tokens[t] of tok_emb (V, D) */
+    void (*embed)(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_layout *b);
+    /* y (T, D) = x / sqrt(mean(x^2) + eps) * w,  x (T, D), w (D) */
+    void (*rmsnorm)(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T);
+    /* y (T, out) = alpha * x W^T,  x (T, in), W (out, in) */
+    void (*matmul)(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w, int T);
+    /* x (T, out) += alpha * a W^T,  a (T, in), W (out, in) */
+    void (*matmul_add)(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w, int T);
+    /* qkv (T, (H+2K)*hd) in place: every q and k head is RMS-normed with q_norm or k_norm (hd),
+     * then rotated by its position (RoPE, halves); v is left alone */
+    void (*qknorm_rope)(qemb_backend *be, qemb_act *qkv, const float *q_norm, const float *k_norm,
+                        const qemb_layout *b);
+    /* Causal grouped-query attention, scale 1/sqrt(hd). last_only = 0: att (T, H*hd) for every
+     * row; 1: att (B, H*hd) for each text's last row. qkv (T, (H+2K)*hd). */
+    void (*attention)(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const qemb_layout *b,
+                      int last_only);
+    /* h (T, F) = silu(gate) * up,  gu (T, 2F): gate, then up */
+    void (*swiglu)(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
+    /* y (B, D) = rows cu[b+1]-1 of x (T, D) */
+    void (*gather_last)(qemb_backend *be, float *y, const float *x, const qemb_layout *b);
+    /* out (B, D), host memory = rmsnorm of x (B, D) with w (D). Returns when out is written. */
+    void (*pool)(qemb_backend *be, float *out, const float *x, const float *w, int B);
+} qemb_ops;
+
+extern const qemb_ops qemb_cpu_ops; /* qemb.c: plain C, OpenMP; "plain" */
+/* cpu_simd.c: the tables that this machine's CPU can run, "plain" first, the fastest last; NULL
+ * past the end. By name; a name of NULL is the fastest. NULL: unknown here. */
+const qemb_ops *qemb_cpu_table(int i);
+const qemb_ops *qemb_cpu_choose(const char *name);
+
+/* ---- the engine ---------------------------------------------------------------------------- */
+
+typedef struct qemb_model qemb_model; /* one forward at a time */
+typedef struct qemb_batch qemb_batch; /* texts on their way into a forward */
+
+/* Memory a model takes beside the file's map, in bytes. */
+typedef struct {
+    size_t arena_batch; /* activations of a bulk batch of batch_tokens rows */
+    size_t arena_text;  /* activations when one text of max_tokens comes */
+    size_t weights;     /* bytes of the map that every batch reads (the layers) */
+    size_t table;       /* bytes of the embedding table, of which rows in use are read */
+} qemb_memory;
+
+/* What qemb_open would plan, without opening anything. */
+void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt, qemb_memory *mem);
+
+/* The model over f (which outlives it) and a backend. opt may be NULL. The caller closes. */
+int qemb_open(qemb_model **m, const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
+              qemb_err *err);
+void qemb_close(qemb_model *m);
+const qemb_options *qemb_options_of(const qemb_model *m); /* with the defaults filled in */
+
+/* An empty batch for m; any number may exist, so one can be filled while another computes. */
+qemb_batch *qemb_batch_new(const qemb_model *m); /* NULL: out of memory */
+void qemb_batch_free(qemb_batch *b);
+void qemb_batch_clear(qemb_batch *b);
+/* Adds a text: ids (n), 1 <= n <= max_tokens, every id in 0..V-1, end-of-text included; the
+ * memory stays the caller's and must live until qemb_embed returns. Returns the row of out that
+ * will hold its vector (equal texts share one), or -1 if it does not fit beside what is there.
+ * An empty batch takes every text. */
+int qemb_pack_add(qemb_batch *b, const int32_t *ids, int n);
+int qemb_batch_rows(const qemb_batch *b); /* vectors that come out: distinct texts */
+/* Tokens that are not computed because all texts share them: the prefix, but once. */
+size_t qemb_batch_tokens_saved(const qemb_batch *b);
+
+/* The model's one forward. out (qemb_batch_rows, D): final-normed last rows, before cut and L2. */
+void qemb_embed(qemb_model *m, const qemb_batch *b, float *out);
+
+/* dst (dim) = the first dim numbers of src, scaled to length 1. -1 if that has no finite, nonzero
+ * length; then dst is left alone. Sums in double, in order: the same bits on every backend. */
+int qemb_unit(float *dst, const float *src, int dim);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
