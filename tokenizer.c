@@ -1,0 +1,1033 @@
+/* tokenizer.c - text to token ids, exactly as Hugging Face `tokenizers` does for Qwen3-Embedding.
+ *
+ * The definition has five steps. The first four are here, in this order, each under its heading:
+ *   1. Added tokens ("<|im_start|>") are found in the raw text: leftmost, then longest. Each
+ *      piece between two of them goes through 2 to 4 on its own.
+ *   2. NFC, with the data of Unicode 9.0.
+ *   3. The text is split into pre-tokens (words with their leading space, runs of punctuation,
+ *      single digits, white space).
+ *   4. Byte-level BPE inside each pre-token: bytes become ids 0..255, then merge 0 is applied
+ *      wherever it fits, then merge 1, and so on; merge i makes id 256 + i.
+ *   5. End-of-text is appended; that is the caller's.
+ *
+ * How it is made fast without changing one id:
+ *   - Text goes through in chunks that stay in the first caches. A chunk ends where neither NFC
+ *     nor the split can see across, so chunks are independent (find_chunk).
+ *   - Validation and the NFC quick check are one pass; only text that needs it is normalized.
+ *   - A pre-token of up to 31 bytes is looked up in a cache of earlier results.
+ *   - Inside a pre-token, most characters outside ASCII start as one symbol instead of two or
+ *     three bytes, where the merges provably allow it (find_whole_chars).
+ *   - Short pre-tokens merge in a small array; long ones in one sweep over the ranks with a list
+ *     of places for each rank, so that a pre-token of any length takes linear time.
+ * Nothing depends on the locale; a tokenizer is immutable once open, all scratch is in the state.
+ */
+#include "qemb.h"
+#include "unicode.h"
+
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "tokenizer.c reads words of text as little-endian numbers"
+#endif
+
+enum {
+    TOKEN_MAX = 1024,       /* longest token in bytes; real vocabularies stay under 256 */
+    MERGES_MAX = 1 << 20,   /* so that two ids and a rank fit one 64-bit slot */
+    ID_BITS = 21,           /* of an id or rank in a slot of the pair table */
+    PROBE_MAX = 128,        /* longest search in the pair table; the real merges take 12 */
+    CHUNK = 1 << 14,        /* bytes of text in work at a time, when it has a place to cut */
+    PAD = 32,               /* zero bytes after s->text, so that words may be read past its end */
+    SHORT_SYMBOLS = 64,     /* up to here merging scans an array */
+    AHEAD = 32,             /* pre-tokens found before the first of them is looked up */
+    KEEP_BYTES = 4 << 20,   /* of each array in a state, from one text to the next */
+    SHORT_CACHED = 15,      /* bytes of a pre-token for the first cache, with up to 4 ids */
+    SHORT_CACHE_BITS = 16,  /* entries of 32 bytes: 2 MiB */
+    LONG_CACHED = 31,       /* for the second cache, with up to 8 ids */
+    LONG_CACHE_BITS = 14,   /* entries of 64 bytes: 1 MiB */
+    CACHE_COUNT_SHIFT = 24, /* a cache entry's first id carries the number of ids up there */
+};
+
+#define NO_RANK   UINT32_MAX
+#define NO_SLOT   UINT64_MAX
+#define RANK_MASK (((uint64_t)1 << ID_BITS) - 1)
+#define HIGH_BITS UINT64_C(0x8080808080808080)
+#define GOLDEN    UINT64_C(0x9E3779B97F4A7C15) /* 2^64 / golden ratio: spreads a multiplied key */
+
+typedef struct {
+    uint32_t head, tail; /* up to four bytes at its ends: the first is lowest, the last highest */
+    uint16_t len;
+} token_info;
+
+typedef struct {
+    const uint8_t *bytes;
+    uint32_t len, id;
+} added_token;
+
+struct tokenizer {
+    const uint32_t *merges; /* (n_merges, 2), the caller's */
+    uint32_t n_merges;
+    uint32_t n_ids;
+    token_info *token;    /* (256 + n_merges) */
+    uint8_t byte_of[256]; /* id -> byte, for ids 0..255 */
+    uint32_t id_of[256];  /* byte -> id */
+    uint64_t *pair;       /* hash table: left << 42 | right << 21 | rank, or NO_SLOT */
+    unsigned pair_shift;  /* 64 - log2(slots) */
+    uint64_t *filter;     /* two bits a slot: whether a pair with such a hash exists */
+    uint32_t *char_token; /* (65536) code point -> its one token where usable, or 0 */
+    uint64_t seam[1024];  /* bit seam_hash(...): see find_whole_chars */
+    added_token *added;   /* (n_added), ascending by bytes */
+    size_t n_added;
+    size_t added_from[257];    /* first index in added of each first byte */
+    uint64_t added_pair[1024]; /* bit (a, b): an added token may begin with bytes a, b */
+    int added_byte;            /* the first byte of all added tokens, or -1 if they differ */
+};
+
+typedef struct {
+    uint32_t symbol;     /* at a symbol's first and last byte: its id */
+    uint32_t rank;       /* at its first byte: of the merge with its right neighbour, or NO_RANK */
+    uint32_t prev, next; /* in the list of places with that rank, or NO_RANK */
+} merge_node;
+
+typedef struct {
+    uint32_t first, last; /* places, or NO_RANK */
+} merge_list;
+
+/* 3 MiB of caches, and arrays that grow with the longest chunk: 16 KiB of ordinary text takes half
+ * a MiB. A single pre-token of n bytes takes about 30 n while it is in work. */
+struct tokenizer_state {
+    const tokenizer *t;
+    uint32_t *ids; /* what came out so far */
+    size_t ids_cap;
+    uint8_t *text; /* the piece in work, in NFC, then PAD zeros */
+    size_t text_cap;
+    uint32_t *cps; /* a stretch that NFC changes: combining class << 24 | code point */
+    size_t cps_cap;
+    merge_node *node; /* one for each byte of a long pre-token */
+    size_t node_cap;
+    merge_list *list;          /* (n_merges), empty between calls */
+    uint64_t *ranks, *ranks64; /* bit r: list[r] is not empty; bit w: ranks[w] is not zero */
+    uint64_t *short_cache, *long_cache;
+};
+
+/* ---- small helpers -------------------------------------------------------------------------- */
+
+static inline uint64_t load64(const void *p) {
+    uint64_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline uint32_t load32(const void *p) {
+    uint32_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void set_bit(uint64_t *bits, size_t i) { bits[i >> 6] |= UINT64_C(1) << (i & 63); }
+static inline int get_bit(const uint64_t *bits, size_t i) { return bits[i >> 6] >> (i & 63) & 1; }
+static inline size_t two_bytes(uint8_t a, uint8_t b) { return (size_t)a << 8 | b; }
+
+static int out_of_memory(qemb_err *err, const char *what) {
+    return qemb_fail(err, "out_of_memory", "tokenizer: no memory for %s", what);
+}
+
+/* Makes *array hold need elements of size bytes, keeping what is there. -1: out of memory. */
+static int reserve(void *array, size_t *cap, size_t need, size_t size) {
+    void *grown;
+    if (need <= *cap) return 0;
+    if (need > SIZE_MAX / 2 / size) return -1;
+    need += need / 2;
+    memcpy(&grown, array, sizeof grown); /* array points to a pointer of any type */
+    grown = realloc(grown, need * size);
+    if (!grown) return -1;
+    memcpy(array, &grown, sizeof grown);
+    *cap = need;
+    return 0;
+}
+
+/* Gives back an array that a giant of a text has left behind. */
+static void trim(void *array, size_t *cap, size_t size) {
+    void *old, *none = NULL;
+    if (*cap <= KEEP_BYTES / size) return;
+    memcpy(&old, array, sizeof old);
+    free(old);
+    memcpy(array, &none, sizeof none);
+    *cap = 0;
+}
+
+/* ---- chunks --------------------------------------------------------------------------------- */
+
+typedef struct {
+    size_t end;
+    int is_nfc;
+} chunk;
+
+/* Validates text from pos until a place at or after pos + want where it can be cut: behind a
+ * letter or number, before something that cannot continue a run of letters, both left alone by
+ * NFC. There step 3 always ends a pre-token, and no pre-token before it looks any further (only
+ * white space does). Where such a place does not come, the chunk goes on. */
+static int find_chunk(const uint8_t *text, size_t pos, size_t len, size_t want, chunk *c,
+                      qemb_err *err) {
+    size_t goal = len - pos > want ? pos + want : len, i = pos;
+    unsigned before = 0; /* property word of the character before i, if it matters */
+    nfc_check q = {0, 0};
+    c->is_nfc = 1;
+    while (i < len) {
+        unsigned word, n;
+        if (goal >= 8 && i <= goal - 8 && !(load64(text + i) & HIGH_BITS)) {
+            q = (nfc_check){0, 1};
+            before = 0;
+            i += 8;
+            continue;
+        }
+        n = utf8_valid(text + i, len - i);
+        if (!n)
+            return qemb_fail(err, "invalid_utf8",
+                             "text: invalid UTF-8 at byte %zu (got 0x%02X, want a character)", i,
+                             text[i]);
+        word = word_at(text + i, &n);
+        if (i >= goal && is_stable(before) && is_stable(word) &&
+            UNICODE_CLASS(word) != CLASS_LETTER &&
+            (UNICODE_CLASS(before) == CLASS_LETTER || UNICODE_CLASS(before) == CLASS_NUMBER))
+            break;
+        if (nfc_breaks(&q, word)) c->is_nfc = 0;
+        before = word;
+        i += n;
+    }
+    c->end = i;
+    return 0;
+}
+
+/* ---- step 1: added tokens ------------------------------------------------------------------- */
+
+/* The first of added[lo..hi), which are all longer than n and begin alike, whose byte n is at least
+ * b; or hi. */
+static size_t added_bound(const tokenizer *t, size_t lo, size_t hi, size_t n, unsigned b) {
+    while (lo < hi) {
+        size_t mid = lo + (hi - lo) / 2;
+        if (t->added[mid].bytes[n] < b)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    return lo;
+}
+
+/* The longest added token at text[pos], or NULL. */
+static const added_token *added_at(const tokenizer *t, const uint8_t *text, size_t pos,
+                                   size_t len) {
+    const added_token *found = NULL;
+    size_t lo = t->added_from[text[pos]], hi = t->added_from[text[pos] + 1];
+    for (size_t n = 1; lo < hi; n++) { /* added[lo..hi) begin with the n bytes at pos */
+        if (t->added[lo].len == n) found = &t->added[lo++];
+        if (pos + n == len) break;
+        lo = added_bound(t, lo, hi, n, text[pos + n]);
+        hi = added_bound(t, lo, hi, n, text[pos + n] + 1u);
+    }
+    return found;
+}
+
+/* Where the first added token that begins in text[pos, end) begins, and which; or end and NULL. */
+static size_t added_find(const tokenizer *t, const uint8_t *text, size_t pos, size_t end,
+                         size_t len, const added_token **found) {
+    *found = NULL;
+    if (!t->n_added) return end;
+    for (; pos < end; pos++) {
+        if (t->added_byte >= 0) {
+            const uint8_t *p = memchr(text + pos, t->added_byte, end - pos);
+            if (!p) return end;
+            pos = (size_t)(p - text);
+        }
+        if (!get_bit(t->added_pair, two_bytes(text[pos], pos + 1 < len ? text[pos + 1] : 0)))
+            continue;
+        *found = added_at(t, text, pos, len);
+        if (*found) return pos;
+    }
+    return end;
+}
+
+/* ---- step 2: NFC ---------------------------------------------------------------------------- */
+
+/* NFC of src (n), a stretch with nothing before or after it that could join in. Writes at most 3n
+ * bytes to out and returns how many; SIZE_MAX: out of memory. */
+static size_t nfc_stretch(tokenizer_state *s, const uint8_t *src, size_t n, uint8_t *out) {
+    size_t n_cps = 0, n_out = 0;
+    unsigned len;
+    /* A character of k bytes has at most 2k code points in its decomposition; twice for sorting. */
+    if (n > SIZE_MAX / 8 || reserve(&s->cps, &s->cps_cap, 4 * n, sizeof *s->cps)) return SIZE_MAX;
+    for (size_t i = 0; i < n; i += len) {
+        size_t k = decompose(utf8_decode(src + i, &len), s->cps + n_cps);
+        for (; k; k--, n_cps++) s->cps[n_cps] |= UNICODE_CCC(word_of(s->cps[n_cps])) << 24;
+    }
+    order_marks(s->cps, n_cps, s->cps + 2 * n);
+    n_cps = compose_all(s->cps, n_cps);
+    for (size_t i = 0; i < n_cps; i++) n_out += utf8_encode(out + n_out, s->cps[i] & 0xFFFFFF);
+    return n_out;
+}
+
+/* NFC of src (n) into s->text, which holds 3n bytes. Copies what is NFC already; from the last
+ * stable character before a place that may not be, up to the next stable one, does it in full.
+ * Returns the bytes written; SIZE_MAX: out of memory. */
+static size_t nfc_copy(tokenizer_state *s, const uint8_t *src, size_t n) {
+    size_t copied = 0, safe = 0, out = 0, i = 0, k;
+    nfc_check q = {0, 0};
+    unsigned len;
+    while (i < n) {
+        unsigned word = word_at(src + i, &len);
+        if (!nfc_breaks(&q, word)) {
+            if (is_stable(word)) safe = i;
+            i += len;
+            continue;
+        }
+        for (i += len; i < n && !is_stable(word_at(src + i, &len));) i += len;
+        memcpy(s->text + out, src + copied, safe - copied);
+        out += safe - copied;
+        k = nfc_stretch(s, src + safe, i - safe, s->text + out);
+        if (k == SIZE_MAX) return k;
+        out += k;
+        copied = safe = i;
+    }
+    memcpy(s->text + out, src + copied, n - copied);
+    return out + (n - copied);
+}
+
+/* ---- step 3: pre-tokens --------------------------------------------------------------------- */
+
+/* The functions below get s, a text of n bytes followed by PAD zeros, and a place i in it. The
+ * zeros are NUL characters, neither letter nor number nor space, so a search for the end of one of
+ * those needs no look at n. */
+
+static inline unsigned class_at(const uint8_t *s, unsigned *len) {
+    return UNICODE_CLASS(word_at(s, len));
+}
+
+/* High bit of each byte of w that is not an ASCII letter. No carry crosses a byte. */
+static inline uint64_t not_ascii_letters(uint64_t w) {
+    const uint64_t each = UINT64_C(0x0101010101010101);
+    uint64_t low = (w | 0x20 * each) & ~HIGH_BITS;
+    uint64_t from_a = low + (0x80 - 'a') * each, past_z = low + (0x7F - 'z') * each;
+    return (~from_a | past_z | w) & HIGH_BITS;
+}
+
+/* The end of the run of letters (maybe empty) at i. */
+static inline size_t letters_end(const uint8_t *s, size_t i) {
+    unsigned len;
+    for (;;) {
+        uint64_t stop = not_ascii_letters(load64(s + i));
+        if (!stop) {
+            i += 8;
+            continue;
+        }
+        i += (size_t)__builtin_ctzll(stop) >> 3;
+        if (s[i] < 0x80) return i;
+        do {
+            if (class_at(s + i, &len) != CLASS_LETTER) return i;
+            i += len;
+        } while (s[i] >= 0x80);
+    }
+}
+
+/* The end of the run of characters that are no space, letter or number, then of CR and LF. */
+static inline size_t others_end(const uint8_t *s, size_t i, size_t n) {
+    unsigned len;
+    while (i < n && class_at(s + i, &len) == CLASS_OTHER) i += len;
+    while (s[i] == '\r' || s[i] == '\n') i++;
+    return i;
+}
+
+/* White space at i: through its last CR or LF; else less its last character if more text follows
+ * and something is left; else all of it. */
+static inline size_t spaces_end(const uint8_t *s, size_t i, size_t n) {
+    size_t from = i, last = i, line = 0;
+    unsigned len;
+    while (i < n && class_at(s + i, &len) == CLASS_SPACE) {
+        last = i;
+        if (s[i] == '\r' || s[i] == '\n') line = i + 1;
+        i += len;
+    }
+    if (line) return line;
+    return i < n && last > from ? last : i;
+}
+
+/* Bytes of 's 't m d re ve ll in any case at s, where an apostrophe stands; 0 if none. The long s
+ * (U+017F) is an s in lower case. */
+static inline size_t contraction(const uint8_t *s) {
+    uint8_t a = s[1] | 0x20, b = s[2] | 0x20;
+    if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
+    if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return 3;
+    return s[1] == 0xC5 && s[2] == 0xBF ? 3 : 0;
+}
+
+/* The end of the pre-token that begins at i < n: the first of these that matches.
+ *   a contraction | one character that is not CR, LF, letter or number, or none, then letters
+ *   | one number | a U+0020 or none, then others, then CRs and LFs | white space */
+static inline size_t pretoken_end(const uint8_t *s, size_t i, size_t n) {
+    unsigned len, next_len, kind = class_at(s + i, &len), next;
+    size_t after = i + len;
+    if (kind == CLASS_LETTER) return letters_end(s, after);
+    if (kind == CLASS_NUMBER) return after;
+    if (s[i] == '\'' && contraction(s + i)) return i + contraction(s + i);
+    next = after < n ? class_at(s + after, &next_len) : CLASS_SPACE;
+    if (next == CLASS_LETTER && s[i] != '\r' && s[i] != '\n')
+        return letters_end(s, after + next_len);
+    if (kind == CLASS_OTHER || (s[i] == ' ' && next == CLASS_OTHER)) return others_end(s, after, n);
+    return spaces_end(s, i, n);
+}
+
+/* ---- step 4: BPE ---------------------------------------------------------------------------- */
+
+/* The rank of the merge that joins l and r, or NO_RANK. Most pairs have none, and most of those
+ * end at the filter, an eighth of the table's size. */
+static inline uint32_t pair_rank(const tokenizer *t, uint32_t l, uint32_t r) {
+    uint64_t key = (uint64_t)l << ID_BITS | r, hash = key * GOLDEN;
+    const uint64_t *slot = t->pair + (hash >> t->pair_shift);
+    if (!get_bit(t->filter, hash >> (t->pair_shift - 1))) return NO_RANK;
+    while (*slot >> ID_BITS != key) /* PROBE_MAX empty slots stand behind the table */
+        if (*slot++ == NO_SLOT) return NO_RANK;
+    return (uint32_t)(*slot & RANK_MASK);
+}
+
+/* Where t->seam says whether character c meets byte b at an unsafe boundary. kind 0: c ends and b
+ * begins there; 1: b ends and c begins; 2: byte c ends and b begins. */
+static inline size_t seam_hash(unsigned kind, uint32_t c, uint8_t b) {
+    return (((uint64_t)c << 8 | b) << 2 | kind) * GOLDEN >> 48;
+}
+
+/* Whether a merge may join part of a character across the boundary at p, between l and r. */
+static inline int unsafe_seam(const tokenizer *t, const uint8_t *p, uint32_t l, uint32_t r) {
+    return get_bit(t->seam, seam_hash(0, l, p[0])) | get_bit(t->seam, seam_hash(1, r, p[-1])) |
+           get_bit(t->seam, seam_hash(2, p[-1], p[0]));
+}
+
+/* The symbols that merging may start from: bytes, or whole characters where that is the same (see
+ * find_whole_chars). Writes at most n ids to out and returns how many. */
+static inline size_t first_symbols(const tokenizer *t, const uint8_t *p, size_t n, uint32_t *out) {
+    size_t i = 0, k = 0;
+    int unsafe = 0; /* the boundary at i */
+    while (i < n) {
+        unsigned len, next_len;
+        uint32_t c, id;
+        int unsafe_next = 0;
+        if (p[i] < 0x80 && (i + 1 == n || p[i + 1] < 0x80)) {
+            out[k++] = t->id_of[p[i++]];
+            unsafe = 0;
+            continue;
+        }
+        c = utf8_decode(p + i, &len);
+        if (i + len < n)
+            unsafe_next = unsafe_seam(t, p + i + len, c, utf8_decode(p + i + len, &next_len));
+        id = c < 0x10000 && !unsafe && !unsafe_next ? t->char_token[c] : 0;
+        if (id) {
+            out[k++] = id;
+            i += len;
+        } else {
+            for (; len; len--) out[k++] = t->id_of[p[i++]];
+        }
+        unsafe = unsafe_next;
+    }
+    return k;
+}
+
+/* Merges ids (0 < n <= SHORT_SYMBOLS) in place: the lowest rank, leftmost, until none is left. */
+static size_t merge_short(const tokenizer *t, uint32_t *ids, size_t n) {
+    /* Rank of the merge with the right neighbour, then id. Equal ranks have equal ids, so that the
+     * first of the smallest words is the lowest rank, leftmost. */
+    uint64_t v[SHORT_SYMBOLS];
+    for (size_t i = 0; i + 1 < n; i++)
+        v[i] = (uint64_t)pair_rank(t, ids[i], ids[i + 1]) << 32 | ids[i];
+    v[n - 1] = (uint64_t)NO_RANK << 32 | ids[n - 1];
+    for (;;) {
+        uint64_t best = v[0], made;
+        size_t at = 0;
+        for (size_t i = 1; i < n; i++) {
+            at = v[i] < best ? i : at;
+            best = v[i] < best ? v[i] : best;
+        }
+        if (best >> 32 == NO_RANK) break;
+        made = 256 + (best >> 32);
+        n--;
+        for (size_t i = at + 1; i < n; i++) v[i] = v[i + 1];
+        v[at] = (uint64_t)NO_RANK << 32 | made;
+        if (at + 1 < n)
+            v[at] = (uint64_t)pair_rank(t, (uint32_t)made, (uint32_t)v[at + 1]) << 32 | made;
+        if (at) {
+            uint32_t left = (uint32_t)v[at - 1];
+            v[at - 1] = (uint64_t)pair_rank(t, left, (uint32_t)made) << 32 | left;
+        }
+    }
+    for (size_t i = 0; i < n; i++) ids[i] = (uint32_t)v[i];
+    return n;
+}
+
+/* Puts the pair of the symbols at place p and q (the next symbol's) at the end of its list. */
+static void list_add(tokenizer_state *s, uint32_t p, uint32_t q) {
+    merge_node *v = &s->node[p];
+    merge_list *list;
+    v->rank = pair_rank(s->t, v->symbol, s->node[q].symbol);
+    if (v->rank == NO_RANK) return;
+    list = &s->list[v->rank];
+    v->prev = list->last;
+    v->next = NO_RANK;
+    if (list->last != NO_RANK)
+        s->node[list->last].next = p;
+    else
+        list->first = p;
+    list->last = p;
+    set_bit(s->ranks, v->rank);
+    set_bit(s->ranks64, v->rank >> 6);
+}
+
+/* Takes place p's pair, if it has one that merges, out of its list. */
+static void list_drop(tokenizer_state *s, uint32_t p) {
+    const merge_node *v = &s->node[p];
+    if (v->rank == NO_RANK) return;
+    if (v->prev != NO_RANK)
+        s->node[v->prev].next = v->next;
+    else
+        s->list[v->rank].first = v->next;
+    if (v->next != NO_RANK)
+        s->node[v->next].prev = v->prev;
+    else
+        s->list[v->rank].last = v->prev;
+}
+
+/* Applies merge `rank` to all its places in a pre-token of n bytes, left to right. */
+static void merge_all(tokenizer_state *s, uint32_t rank, size_t n) {
+    const token_info *token = s->t->token;
+    const uint32_t *pair = s->t->merges + 2 * (size_t)rank;
+    uint32_t p;
+    while ((p = s->list[rank].first) != NO_RANK) {
+        uint32_t q = p + token[pair[0]].len, end = q + token[pair[1]].len;
+        uint32_t left = p ? p - token[s->node[p - 1].symbol].len : p;
+        list_drop(s, p);
+        list_drop(s, q);
+        s->node[p].symbol = s->node[end - 1].symbol = 256 + rank;
+        s->node[p].rank = NO_RANK;
+        if (p) {
+            list_drop(s, left);
+            list_add(s, left, p);
+        }
+        if (end < n) list_add(s, p, end);
+    }
+}
+
+/* The ids of p (n), a pre-token, into out: one sweep over the ranks. A merge makes an id above both
+ * it joins, so what it makes possible has a higher rank and the sweep never turns back; and, as it
+ * starts from bytes, all places of a pair come to be during one rank, left to right, so that every
+ * list is in order. Steps: n, plus the ranks' summary (n_merges / 4096). */
+static size_t merge_long(tokenizer_state *s, const uint8_t *p, size_t n, uint32_t *out) {
+    size_t words64 = ((s->t->n_merges + 63) / 64 + 63) / 64, k = 0;
+    for (size_t i = 0; i < n; i++) s->node[i].symbol = s->t->id_of[p[i]];
+    for (size_t i = 0; i + 1 < n; i++) list_add(s, (uint32_t)i, (uint32_t)i + 1);
+    s->node[n - 1].rank = NO_RANK;
+    for (size_t i = 0; i < words64; i++) {
+        for (; s->ranks64[i]; s->ranks64[i] &= s->ranks64[i] - 1) {
+            size_t w = i * 64 + (size_t)__builtin_ctzll(s->ranks64[i]);
+            while (s->ranks[w]) {
+                uint32_t bit = (uint32_t)__builtin_ctzll(s->ranks[w]);
+                merge_all(s, (uint32_t)w * 64 + bit, n);
+                s->ranks[w] &= ~(UINT64_C(1) << bit);
+            }
+        }
+    }
+    for (size_t i = 0; i < n; i += s->t->token[s->node[i].symbol].len) out[k++] = s->node[i].symbol;
+    return k;
+}
+
+/* Memory for merge_long on a pre-token of n bytes. */
+static int reserve_long(tokenizer_state *s, size_t n, qemb_err *err) {
+    size_t n_merges = s->t->n_merges, words = (n_merges + 63) / 64;
+    if (n >= NO_RANK || reserve(&s->node, &s->node_cap, n, sizeof *s->node))
+        return out_of_memory(err, "a long word");
+    if (s->list) return 0;
+    s->list = malloc((n_merges + 1) * sizeof *s->list);
+    s->ranks = calloc(words + words / 64 + 2, sizeof *s->ranks);
+    if (!s->list || !s->ranks) {
+        free(s->list);
+        free(s->ranks);
+        s->list = NULL;
+        s->ranks = NULL;
+        return out_of_memory(err, "a long word");
+    }
+    s->ranks64 = s->ranks + words;
+    memset(s->list, 0xFF, (n_merges + 1) * sizeof *s->list); /* all places NO_RANK */
+    return 0;
+}
+
+/* The ids of a pre-token p (n > 0) into out, which has room for n. Returns how many; 0: failed. */
+static size_t bpe(tokenizer_state *s, const uint8_t *p, size_t n, uint32_t *out, qemb_err *err) {
+    size_t k = first_symbols(s->t, p, n, out);
+    if (k <= SHORT_SYMBOLS) return merge_short(s->t, out, k);
+    if (reserve_long(s, n, err)) return 0;
+    return merge_long(s, p, n, out);
+}
+
+/* A pre-token on its way through a cache. */
+typedef struct {
+    const uint8_t *p;
+    size_t n;
+    uint64_t *bucket;
+    uint64_t key[4];
+} word;
+
+/* The caches. An entry is W words of key, the pre-token's bytes and in the last byte its length,
+ * then 2 W ids, of which the first carries their number. An empty entry's length is 0. Two entries
+ * make a bucket; a new one goes to the front and pushes the other back. */
+
+/* Finds w's key and bucket, and asks memory for the bucket. */
+static inline void find_bucket(word *w, uint64_t *cache, const unsigned W, const unsigned bits) {
+    /* 32 bytes of ones, then 32 of zeros: at 32 - n begin n ones */
+    static const uint64_t ones[8] = {~UINT64_C(0), ~UINT64_C(0), ~UINT64_C(0), ~UINT64_C(0)};
+    const uint8_t *mask = (const uint8_t *)ones + 32 - w->n;
+    uint64_t hash = 0;
+    for (unsigned i = 0; i < W; i++) {
+        w->key[i] = load64(w->p + 8 * i) & load64(mask + 8 * i);
+        if (i == W - 1) w->key[i] |= (uint64_t)w->n << 56;
+        hash = (hash ^ w->key[i]) * GOLDEN;
+        hash ^= hash >> 32;
+    }
+    w->bucket = cache + (size_t)(hash * GOLDEN >> (65 - bits)) * 4 * W;
+    __builtin_prefetch(w->bucket);
+    if (W == 4) __builtin_prefetch(w->bucket + 2 * W);
+}
+
+/* The ids of w into out, which has room for max(n, 2 W); from the bucket, or put there. Returns
+ * how many; 0: failed. */
+static inline size_t bpe_cached(tokenizer_state *s, const word *w, const unsigned W, uint32_t *out,
+                                qemb_err *err) {
+    uint64_t *bucket = w->bucket;
+    size_t k;
+    for (uint64_t *e = bucket; e <= bucket + 2 * W; e += 2 * W) {
+        uint64_t differs = 0;
+        for (unsigned i = 0; i < W; i++) differs |= e[i] ^ w->key[i];
+        if (differs) continue;
+        memcpy(out, e + W, 8 * W);
+        k = out[0] >> CACHE_COUNT_SHIFT;
+        out[0] &= ((uint32_t)1 << CACHE_COUNT_SHIFT) - 1;
+        return k;
+    }
+    k = bpe(s, w->p, w->n, out, err);
+    if (k && k <= 2 * W) {
+        uint32_t first = out[0] | (uint32_t)k << CACHE_COUNT_SHIFT;
+        memcpy(bucket + 2 * W, bucket, 16 * W);
+        memcpy(bucket, w->key, 8 * W);
+        memcpy(bucket + W, out, 8 * W);
+        memcpy(bucket + W, &first, sizeof first);
+    }
+    return k;
+}
+
+/* Steps 3 and 4 for s->text (n bytes); ids go to out, which has room for n + 8. Pre-tokens are
+ * found some way ahead of their ids, so that the caches answer without a wait. Returns the end of
+ * the ids, or NULL. */
+static uint32_t *encode_words(tokenizer_state *s, size_t n, uint32_t *out, qemb_err *err) {
+    const uint8_t *text = s->text;
+    word words[AHEAD];
+    for (size_t i = 0; i < n;) {
+        unsigned n_words = 0;
+        for (; n_words < AHEAD && i < n; n_words++) {
+            word *w = &words[n_words];
+            w->p = text + i;
+            i = pretoken_end(text, i, n);
+            w->n = (size_t)(text + i - w->p);
+            if (w->n == 1) continue;
+            if (w->n <= SHORT_CACHED)
+                find_bucket(w, s->short_cache, 2, SHORT_CACHE_BITS);
+            else if (w->n <= LONG_CACHED)
+                find_bucket(w, s->long_cache, 4, LONG_CACHE_BITS);
+        }
+        for (unsigned j = 0; j < n_words; j++) {
+            const word *w = &words[j];
+            size_t k = 1;
+            if (w->n == 1)
+                *out = s->t->id_of[*w->p];
+            else if (w->n <= SHORT_CACHED)
+                k = bpe_cached(s, w, 2, out, err);
+            else if (w->n <= LONG_CACHED)
+                k = bpe_cached(s, w, 4, out, err);
+            else
+                k = bpe(s, w->p, w->n, out, err);
+            if (!k) return NULL;
+            out += k;
+        }
+    }
+    return out;
+}
+
+/* ---- one text ------------------------------------------------------------------------------- */
+
+/* Steps 2 to 4 for a valid piece of text. Appends to s->ids, of which *n_ids are there; *bytes is
+ * the piece's length in NFC. */
+static int encode_piece(tokenizer_state *s, const uint8_t *piece, size_t n, int is_nfc,
+                        size_t *n_ids, size_t *bytes, qemb_err *err) {
+    size_t grow = is_nfc ? 1 : 3;
+    uint32_t *out;
+    if (n > SIZE_MAX / 8 || reserve(&s->text, &s->text_cap, grow * n + PAD, 1))
+        return out_of_memory(err, "the text");
+    if (is_nfc)
+        memcpy(s->text, piece, n);
+    else
+        n = nfc_copy(s, piece, n);
+    if (n == SIZE_MAX) return out_of_memory(err, "the text");
+    memset(s->text + n, 0, PAD);
+    /* An id covers a byte or more; a cache hit writes up to 8. */
+    if (n > SIZE_MAX - *n_ids - 8 || reserve(&s->ids, &s->ids_cap, *n_ids + n + 8, sizeof *s->ids))
+        return out_of_memory(err, "the ids");
+
+    out = encode_words(s, n, s->ids + *n_ids, err);
+    if (!out) return -1;
+    *n_ids = (size_t)(out - s->ids);
+    *bytes = n;
+    return 0;
+}
+
+int tokenizer_encode(tokenizer_state *s, const char *text_, size_t len, size_t limit,
+                     tokenizer_result *r, qemb_err *err) {
+    const uint8_t *text = (const uint8_t *)text_;
+    size_t n = 0, pos = 0, cut = 0;
+    trim(&s->ids, &s->ids_cap, sizeof *s->ids);
+    trim(&s->text, &s->text_cap, 1);
+    trim(&s->cps, &s->cps_cap, sizeof *s->cps);
+    trim(&s->node, &s->node_cap, sizeof *s->node);
+    if (reserve(&s->ids, &s->ids_cap, 64, sizeof *s->ids)) return out_of_memory(err, "the ids");
+    while (pos < len && n < limit) {
+        /* Near the limit, chunks shrink: few tokens are shorter than two bytes on average. */
+        size_t want = limit - n < CHUNK / 8 ? (limit - n) * 8 + 64 : CHUNK;
+        chunk c = {pos, 1};
+        if (find_chunk(text, pos, len, want, &c, err)) return -1;
+        while (pos < c.end && n < limit) {
+            const added_token *added;
+            size_t end = added_find(s->t, text, pos, c.end, len, &added), from = n, bytes = 0;
+            if (end > pos) {
+                if (encode_piece(s, text + pos, end - pos, c.is_nfc, &n, &bytes, err)) return -1;
+                pos = end;
+                if (n > limit) {
+                    for (cut = bytes; from < limit; from++) cut -= s->t->token[s->ids[from]].len;
+                    n = limit;
+                }
+            }
+            if (added && n < limit) {
+                if (reserve(&s->ids, &s->ids_cap, n + 1, sizeof *s->ids))
+                    return out_of_memory(err, "the ids");
+                s->ids[n++] = added->id;
+                pos += added->len;
+            }
+        }
+    }
+    r->ids = (const int32_t *)s->ids;
+    r->n = n;
+    r->bytes_left = len - pos + cut;
+    return 0;
+}
+
+size_t tokenizer_token_bytes(const tokenizer *t, uint32_t id, uint8_t *buf, size_t cap) {
+    uint32_t todo[TOKEN_MAX]; /* each stands for a byte or more */
+    size_t n_todo = 0, n = 0;
+    if (id >= 256 + t->n_merges) return 0;
+    todo[n_todo++] = id;
+    while (n_todo) {
+        id = todo[--n_todo];
+        if (id >= 256) {
+            todo[n_todo++] = t->merges[2 * (size_t)(id - 256) + 1];
+            todo[n_todo++] = t->merges[2 * (size_t)(id - 256)];
+            continue;
+        }
+        if (n < cap) buf[n] = t->byte_of[id];
+        n++;
+    }
+    return n;
+}
+
+uint32_t tokenizer_n_ids(const tokenizer *t) { return t->n_ids; }
+
+tokenizer_state *tokenizer_state_new(const tokenizer *t) {
+    tokenizer_state *s = calloc(1, sizeof *s);
+    if (!s) return NULL;
+    s->t = t;
+    s->short_cache = calloc((size_t)1 << SHORT_CACHE_BITS, 4 * sizeof *s->short_cache);
+    s->long_cache = calloc((size_t)1 << LONG_CACHE_BITS, 8 * sizeof *s->long_cache);
+    if (!s->short_cache || !s->long_cache) {
+        tokenizer_state_free(s);
+        return NULL;
+    }
+    return s;
+}
+
+void tokenizer_state_free(tokenizer_state *s) {
+    if (!s) return;
+    free(s->ids);
+    free(s->text);
+    free(s->cps);
+    free(s->node);
+    free(s->list);
+    free(s->ranks);
+    free(s->short_cache);
+    free(s->long_cache);
+    free(s);
+}
+
+/* ---- opening -------------------------------------------------------------------------------- */
+
+/* The byte alphabet of GPT-2: the printable bytes of Latin-1 first, then the others. */
+static void number_bytes(tokenizer *t) {
+    uint32_t id = 0;
+    for (int printable = 1; printable >= 0; printable--) {
+        for (unsigned b = 0; b < 256; b++) {
+            int p = (b >= '!' && b <= '~') || (b >= 0xA1 && b <= 0xAC) || b >= 0xAE;
+            if (p != printable) continue;
+            t->byte_of[id] = (uint8_t)b;
+            t->id_of[b] = id++;
+        }
+    }
+}
+
+/* What two tokens side by side make. */
+static token_info join(token_info l, token_info r) {
+    token_info both = {l.head, r.tail, (uint16_t)(l.len + r.len)};
+    if (l.len < 4) both.head |= r.head << 8 * l.len;
+    if (r.len < 4) both.tail |= l.tail >> 8 * r.len;
+    return both;
+}
+
+/* Checks the merges one by one; fills token and the pair table. */
+static int read_merges(tokenizer *t, qemb_err *err) {
+    for (uint32_t id = 0; id < 256; id++)
+        t->token[id] = (token_info){t->byte_of[id], (uint32_t)t->byte_of[id] << 24, 1};
+    for (uint32_t i = 0; i < t->n_merges; i++) {
+        uint32_t l = t->merges[2 * (size_t)i], r = t->merges[2 * (size_t)i + 1], len;
+        uint64_t key = (uint64_t)l << ID_BITS | r, *slot;
+        unsigned probes = 0;
+        if (l >= 256 + i || r >= 256 + i)
+            return qemb_fail(
+                err, "model_file",
+                "merges: merge %u names an id not made yet (got %u, want less than %u)", i,
+                l >= 256 + i ? l : r, 256 + i);
+        len = (uint32_t)t->token[l].len + t->token[r].len;
+        if (len > TOKEN_MAX)
+            return qemb_fail(err, "model_file",
+                             "merges: merge %u makes a token too long (got %u bytes, want at most "
+                             "%d)",
+                             i, len, TOKEN_MAX);
+        t->token[256 + i] = join(t->token[l], t->token[r]);
+        for (slot = t->pair + (key * GOLDEN >> t->pair_shift); *slot != NO_SLOT; slot++) {
+            if (*slot >> ID_BITS == key)
+                return qemb_fail(
+                    err, "model_file",
+                    "merges: merge %u repeats a pair (got %u %u again, want pairs that "
+                    "differ)",
+                    i, l, r);
+            if (++probes == PROBE_MAX)
+                return qemb_fail(err, "model_file",
+                                 "merges: the pairs are chosen to collide (got %d in one place, "
+                                 "want fewer)",
+                                 PROBE_MAX);
+        }
+        *slot = key << ID_BITS | i;
+        set_bit(t->filter, key * GOLDEN >> (t->pair_shift - 1));
+    }
+    return 0;
+}
+
+/* The one token that merging makes of a character's bytes alone, two or three, or NO_RANK. */
+static uint32_t merge_char(const tokenizer *t, token_info c) {
+    uint32_t x = t->id_of[c.head & 0xFF], y = t->id_of[c.head >> 8 & 0xFF], z, yz;
+    uint32_t xy = pair_rank(t, x, y), rank;
+    if (c.len == 2) return xy == NO_RANK ? NO_RANK : 256 + xy;
+    z = t->id_of[c.head >> 16 & 0xFF];
+    yz = pair_rank(t, y, z);
+    if (xy == NO_RANK && yz == NO_RANK) return NO_RANK;
+    rank = xy <= yz ? pair_rank(t, 256 + xy, z) : pair_rank(t, x, 256 + yz);
+    return rank == NO_RANK ? NO_RANK : 256 + rank;
+}
+
+/* What stands for a character of which a token has only a part, or that no text can contain. */
+enum { PART = 0x110000, NEVER };
+
+/* The character that token r begins with. */
+static uint32_t first_char(token_info r) {
+    uint8_t b[4];
+    unsigned len;
+    memcpy(b, &r.head, sizeof b);
+    if (is_continuation(b[0])) return NEVER; /* no character boundary on its left */
+    if (r.len < utf8_len(b[0])) return PART;
+    return utf8_valid(b, sizeof b) ? utf8_decode(b, &len) : (uint32_t)NEVER;
+}
+
+/* The character that token l ends with. */
+static uint32_t last_char(token_info l) {
+    uint8_t b[4];
+    unsigned len, n = l.len < 4 ? l.len : 4;
+    memcpy(b, &l.tail, sizeof b);
+    for (unsigned i = 1; i <= n; i++)
+        if (!is_continuation(b[4 - i]))
+            return utf8_valid(b + 4 - i, i) == i ? utf8_decode(b + 4 - i, &len) : (uint32_t)NEVER;
+    return n < 4 ? PART : NEVER;
+}
+
+/* Finds the characters that merging may start from as one symbol. Merging is the same as applying
+ * merge 0 everywhere, then merge 1, and so on. If a character's bytes alone end up as one token,
+ * and no merge joins a proper part of the character with a neighbour, then its own merges happen
+ * whatever stands around it, and happen before any merge that uses the whole, which has a higher
+ * rank. So the whole may as well be there from the start.
+ *   Few merges join a part: their left token begins inside its last character, or their right token
+ * ends inside its first one. Each is remembered by what it needs to see at the boundary: the whole
+ * character on one side, where the token has it, and the nearest byte on the other. Characters
+ * beside a boundary where some merge could see what it needs start as bytes. */
+static void find_whole_chars(tokenizer *t) {
+    for (uint32_t i = 0; i < t->n_merges; i++) {
+        token_info l = t->token[t->merges[2 * (size_t)i]];
+        token_info r = t->token[t->merges[2 * (size_t)i + 1]], whole = t->token[256 + i];
+        uint32_t x = last_char(l), y = first_char(r), c;
+        uint8_t last = (uint8_t)(l.tail >> 24), first = (uint8_t)r.head;
+        if (x != NEVER && y != NEVER) {
+            if (x == PART && y == PART)
+                set_bit(t->seam, seam_hash(2, last, first));
+            else if (x == PART)
+                set_bit(t->seam, seam_hash(1, y, last));
+            else if (y == PART)
+                set_bit(t->seam, seam_hash(0, x, first));
+        }
+        c = whole.len == 2 || whole.len == 3 ? first_char(whole) : (uint32_t)NEVER;
+        if (c < 0x10000 && c >= 0x80 && whole.len == utf8_len((uint8_t)whole.head) &&
+            merge_char(t, whole) == 256 + i)
+            t->char_token[c] = 256 + i;
+    }
+}
+
+static int by_bytes(const void *a_, const void *b_) {
+    const added_token *a = a_, *b = b_;
+    int order = memcmp(a->bytes, b->bytes, a->len < b->len ? a->len : b->len);
+    return order ? order : (a->len > b->len) - (a->len < b->len);
+}
+
+static int by_id(const void *a_, const void *b_) {
+    const added_token *a = a_, *b = b_;
+    return (a->id > b->id) - (a->id < b->id);
+}
+
+/* Reads one entry of the section at *at. */
+static int read_added_token(const tokenizer *t, const uint8_t *added, size_t bytes, size_t *at,
+                            added_token *a, qemb_err *err) {
+    const uint8_t *p = added + *at;
+    size_t left = bytes - *at, padded;
+    if (left < 8)
+        return qemb_fail(err, "model_file",
+                         "added_tokens: entry at byte %zu is cut off (got %zu bytes, want 8)", *at,
+                         left);
+    *a = (added_token){p + 8, load32(p + 4), load32(p)};
+    padded = 8 + ((size_t)a->len + 3) / 4 * 4;
+    if (!a->len || a->len > TOKEN_MAX || padded > left)
+        return qemb_fail(err, "model_file",
+                         "added_tokens: entry at byte %zu has a wrong length (got %u, want 1 to %d "
+                         "within %zu bytes)",
+                         *at, a->len, TOKEN_MAX, left - 8);
+    if (a->id < 256 + t->n_merges || a->id >= INT32_MAX)
+        return qemb_fail(err, "model_file",
+                         "added_tokens: entry at byte %zu has a wrong id (got %u, want %u or more)",
+                         *at, a->id, 256 + t->n_merges);
+    for (size_t i = 0, n; i < a->len; i += n) {
+        n = utf8_valid(a->bytes + i, a->len - i);
+        if (!n)
+            return qemb_fail(err, "model_file",
+                             "added_tokens: entry at byte %zu is not UTF-8 (got 0x%02X, want a "
+                             "character)",
+                             *at, a->bytes[i]);
+    }
+    for (size_t i = 8 + a->len; i < padded; i++)
+        if (p[i])
+            return qemb_fail(err, "model_file",
+                             "added_tokens: entry at byte %zu is padded wrongly (got 0x%02X, want "
+                             "0)",
+                             *at, p[i]);
+    *at += padded;
+    return 0;
+}
+
+/* Reads the section; sorts the tokens and indexes their first bytes. */
+static int read_added(tokenizer *t, const uint8_t *added, size_t bytes, qemb_err *err) {
+    size_t cap = bytes / 12, i = 0; /* the shortest entry has 12 bytes */
+    t->added = malloc((cap + 1) * sizeof *t->added);
+    if (!t->added) return out_of_memory(err, "the added tokens");
+    while (i < bytes) {
+        if (t->n_added == cap)
+            return qemb_fail(err, "model_file",
+                             "added_tokens: entry at byte %zu is cut off (got %zu bytes, want 12)",
+                             i, bytes - i);
+        if (read_added_token(t, added, bytes, &i, &t->added[t->n_added], err)) return -1;
+        t->n_added++;
+    }
+    qsort(t->added, t->n_added, sizeof *t->added, by_id);
+    for (i = 1; i < t->n_added; i++)
+        if (t->added[i].id == t->added[i - 1].id)
+            return qemb_fail(err, "model_file",
+                             "added_tokens: an id comes twice (got %u again, want ids that differ)",
+                             t->added[i].id);
+    t->n_ids = t->n_added ? t->added[t->n_added - 1].id + 1 : 256 + t->n_merges;
+    qsort(t->added, t->n_added, sizeof *t->added, by_bytes);
+    for (i = 0; i < t->n_added; i++) {
+        const added_token *a = &t->added[i];
+        if (i && !by_bytes(a - 1, a))
+            return qemb_fail(err, "model_file",
+                             "added_tokens: two have the same text (got ids %u and %u, want texts "
+                             "that differ)",
+                             (a - 1)->id, a->id);
+        t->added_from[a->bytes[0] + 1] = i + 1;
+        if (a->len > 1)
+            set_bit(t->added_pair, two_bytes(a->bytes[0], a->bytes[1]));
+        else
+            memset(&t->added_pair[a->bytes[0] * 4], 0xFF, 4 * sizeof *t->added_pair);
+    }
+    for (i = 1; i <= 256; i++)
+        if (t->added_from[i] < t->added_from[i - 1]) t->added_from[i] = t->added_from[i - 1];
+    t->added_byte = -1;
+    if (t->n_added && t->added[0].bytes[0] == t->added[t->n_added - 1].bytes[0])
+        t->added_byte = t->added[0].bytes[0];
+    return 0;
+}
+
+int tokenizer_open(tokenizer **t_, const uint32_t *merges, uint32_t n_merges, const uint8_t *added,
+                   size_t added_bytes, qemb_err *err) {
+    tokenizer *t;
+    unsigned bits = 8;
+    size_t slots;
+    *t_ = NULL;
+    if (n_merges > MERGES_MAX)
+        return qemb_fail(err, "model_file", "merges: too many (got %u, want at most %d)", n_merges,
+                         MERGES_MAX);
+    while ((size_t)1 << bits < 2 * (size_t)n_merges) bits++;
+    slots = ((size_t)1 << bits) + PROBE_MAX + 1;
+    t = calloc(1, sizeof *t);
+    if (!t) return out_of_memory(err, "the tokenizer");
+    t->merges = merges;
+    t->n_merges = n_merges;
+    t->pair_shift = 64 - bits;
+    t->token = malloc((256 + (size_t)n_merges) * sizeof *t->token);
+    t->pair = malloc(slots * sizeof *t->pair);
+    t->filter = calloc((size_t)2 << bits >> 6, sizeof *t->filter);
+    t->char_token = calloc(0x10000, sizeof *t->char_token);
+    if (!t->token || !t->pair || !t->filter || !t->char_token) {
+        tokenizer_close(t);
+        return out_of_memory(err, "the tokenizer");
+    }
+    memset(t->pair, 0xFF, slots * sizeof *t->pair); /* all NO_SLOT */
+    number_bytes(t);
+    if (read_merges(t, err) || read_added(t, added, added_bytes, err)) {
+        tokenizer_close(t);
+        return -1;
+    }
+    find_whole_chars(t);
+    *t_ = t;
+    return 0;
+}
+
+void tokenizer_close(tokenizer *t) {
+    if (!t) return;
+    free(t->token);
+    free(t->pair);
+    free(t->filter);
+    free(t->char_token);
+    free(t->added);
+    free(t);
+}
