@@ -1,0 +1,282 @@
+/* input.c - see input.h. */
+#include "input.h"
+
+#include <errno.h>
+#include <jansson.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* ---- records ------------------------------------------------------------------------------- */
+
+#define BUFFER_BYTES ((size_t)256 << 10)
+/* A buffer that a long record made larger than this is given back after it. */
+#define BUFFER_KEPT ((size_t)4 << 20)
+
+struct input {
+    int fd, wake_fd;
+    char separator;
+    int ended;    /* read() returned 0 */
+    int failed;   /* errno of a read that failed */
+    int skipping; /* inside a record that no memory was found for */
+    uint64_t line, bytes;
+    char *data;        /* (cap) */
+    size_t cap;        /* of data */
+    size_t begin, end; /* what is unread */
+    size_t scanned;    /* begin..scanned hold no separator */
+};
+
+input *input_new(int fd, int wake_fd, char separator) {
+    input *in = calloc(1, sizeof *in);
+    if (!in) return NULL;
+    in->fd = fd, in->wake_fd = wake_fd, in->separator = separator;
+    in->cap = BUFFER_BYTES;
+    in->data = malloc(in->cap);
+    if (in->data) return in;
+    free(in);
+    return NULL;
+}
+
+void input_free(input *in) {
+    if (!in) return;
+    free(in->data);
+    free(in);
+}
+
+uint64_t input_bytes(const input *in) { return in->bytes; }
+
+/* Makes data + end have room, and a buffer that is large for no reason small. When there is no
+ * memory for a longer record, what came of it is dropped and the rest will be skipped. */
+static void make_room(input *in) {
+    const size_t unread = in->end - in->begin;
+    if (in->begin) {
+        memmove(in->data, in->data + in->begin, unread);
+        in->scanned -= in->begin;
+        in->begin = 0, in->end = unread;
+    }
+    size_t want = in->cap;
+    if (unread == in->cap)
+        want = in->cap * 2;
+    else if (in->cap > BUFFER_KEPT && unread < BUFFER_BYTES / 2)
+        want = BUFFER_BYTES;
+    if (want == in->cap) return;
+    char *data = realloc(in->data, want);
+    if (data) {
+        in->data = data, in->cap = want;
+    } else if (want > in->cap) {
+        in->skipping = 1;
+        in->bytes += unread;
+        in->end = in->scanned = 0;
+    }
+}
+
+/* One read. INPUT_RECORD: something came, or the end did. */
+static input_status fill(input *in, int wait) {
+    struct pollfd fds[2] = {{.fd = in->fd, .events = POLLIN},
+                            {.fd = in->wake_fd, .events = POLLIN}};
+    for (;;) {
+        if (poll(fds, 2, wait ? -1 : 0) < 0) {
+            if (errno == EINTR) continue;
+            break;
+        }
+        if (fds[1].revents) return INPUT_STOPPED;
+        if (!fds[0].revents) return INPUT_WAIT;
+        make_room(in);
+        const ssize_t n = read(in->fd, in->data + in->end, in->cap - in->end);
+        if (n >= 0) {
+            in->ended = !n;
+            in->end += (size_t)n;
+            return INPUT_RECORD;
+        }
+        if (errno == EINTR || errno == EAGAIN) continue; /* EAGAIN: someone else read it */
+        break;
+    }
+    in->failed = errno;
+    return INPUT_FAILED;
+}
+
+/* The bytes begin .. stop as a record; the next one begins at `next`. */
+static input_status take(input *in, size_t stop, size_t next, input_record *r) {
+    size_t len = stop - in->begin;
+    const char *text = in->data + in->begin;
+    if (in->separator == '\n' && len && text[len - 1] == '\r') len--;
+    *r = (input_record){text, in->skipping ? 0 : len, ++in->line, in->skipping};
+    in->skipping = 0;
+    in->bytes += next - in->begin;
+    in->begin = in->scanned = next;
+    return INPUT_RECORD;
+}
+
+input_status input_next(input *in, int wait, input_record *r) {
+    for (;;) {
+        const char *from = in->data + in->scanned;
+        const char *found = memchr(from, in->separator, in->end - in->scanned);
+        if (found) {
+            const size_t stop = (size_t)(found - in->data);
+            return take(in, stop, stop + 1, r);
+        }
+        in->scanned = in->end;
+        if (in->skipping) { /* its bytes are of no use */
+            in->bytes += in->end - in->begin;
+            in->begin = in->end = in->scanned = 0;
+        }
+        if (in->failed) {
+            errno = in->failed;
+            return INPUT_FAILED;
+        }
+        if (in->ended) {
+            if (in->begin == in->end && !in->skipping) return INPUT_END;
+            return take(in, in->end, in->end, r);
+        }
+        const input_status s = fill(in, wait);
+        if (s != INPUT_RECORD) return s;
+    }
+}
+
+/* ---- the object in a JSON line ------------------------------------------------------------- */
+
+struct input_parser {
+    int vocab, hidden;
+    json_t *root;
+    char *id; /* json_dumps of "id" */
+    int32_t *ids;
+    size_t ids_cap;
+};
+
+input_parser *input_parser_new(int vocab, int hidden) {
+    input_parser *p = calloc(1, sizeof *p);
+    if (p) p->vocab = vocab, p->hidden = hidden;
+    return p;
+}
+
+static void forget(input_parser *p) {
+    json_decref(p->root);
+    free(p->id);
+    p->root = NULL, p->id = NULL;
+}
+
+void input_parser_free(input_parser *p) {
+    if (!p) return;
+    forget(p);
+    free(p->ids);
+    free(p);
+}
+
+static int syntax_error(const json_error_t *e, size_t len, qemb_err *err) {
+    switch (json_error_code(e)) {
+    case json_error_out_of_memory:
+        return qemb_fail(err, "out_of_memory", "record: out of memory");
+    case json_error_invalid_utf8:
+        return qemb_fail(err, "invalid_utf8", "record: invalid UTF-8 (byte %d of the line)",
+                         e->position);
+    case json_error_duplicate_key:
+        return qemb_fail(err, "bad_record", "record: %s (byte %d)", e->text, e->position);
+    default:
+        break;
+    }
+    if (!len) return qemb_fail(err, "invalid_json", "record: empty line (want a JSON object)");
+    return qemb_fail(err, "invalid_json", "record: %s (byte %d)", e->text, e->position);
+}
+
+static const char *type_name(const json_t *v) {
+    static const char *const names[] = {"an object", "a list", "a string", "an integer",
+                                        "a real",    "true",   "false",    "null"};
+    return names[json_typeof(v)];
+}
+
+static int want_string(const char *key, const json_t *v, const char **s, size_t *len,
+                       qemb_err *err) {
+    if (!json_is_string(v))
+        return qemb_fail(err, "bad_record", "\"%s\": wrong type (got %s, want a string)", key,
+                         type_name(v));
+    *s = json_string_value(v);
+    *len = json_string_length(v);
+    return 0;
+}
+
+static int want_ids(input_parser *p, const json_t *v, input_object *o, qemb_err *err) {
+    if (!json_is_array(v))
+        return qemb_fail(err, "bad_ids", "\"ids\": wrong type (got %s, want a list of integers)",
+                         type_name(v));
+    const size_t n = json_array_size(v);
+    if (n > p->ids_cap || !p->ids) {
+        int32_t *ids = realloc(p->ids, (n + 1) * sizeof *ids);
+        if (!ids) return qemb_fail(err, "out_of_memory", "\"ids\": out of memory");
+        p->ids = ids, p->ids_cap = n + 1;
+    }
+    for (size_t i = 0; i < n; i++) {
+        const json_t *id = json_array_get(v, i);
+        if (!json_is_integer(id))
+            return qemb_fail(err, "bad_ids", "\"ids\"[%zu]: wrong type (got %s, want an integer)",
+                             i, type_name(id));
+        const json_int_t x = json_integer_value(id);
+        if (x < 0 || x >= p->vocab)
+            return qemb_fail(err, "bad_ids", "\"ids\"[%zu]: no such token (got %lld, want 0..%d)",
+                             i, (long long)x, p->vocab - 1);
+        p->ids[i] = (int32_t)x;
+    }
+    o->ids = p->ids;
+    o->n_ids = n;
+    return 0;
+}
+
+static int want_dim(const input_parser *p, const json_t *v, input_object *o, qemb_err *err) {
+    if (!json_is_integer(v))
+        return qemb_fail(err, "bad_dim", "\"dim\": wrong type (got %s, want an integer)",
+                         type_name(v));
+    const json_int_t x = json_integer_value(v);
+    if (x < 1 || x > p->hidden)
+        return qemb_fail(err, "bad_dim", "\"dim\": out of range (got %lld, want 1..%d)",
+                         (long long)x, p->hidden);
+    o->dim = (int)x;
+    return 0;
+}
+
+static int field(input_parser *p, const char *key, const json_t *v, input_object *o,
+                 qemb_err *err) {
+    const int is_null = json_is_null(v);
+    if (!strcmp(key, "id")) return 0; /* taken already */
+    if (!strcmp(key, "text")) return is_null ? 0 : want_string(key, v, &o->text, &o->text_len, err);
+    if (!strcmp(key, "ids")) return is_null ? 0 : want_ids(p, v, o, err);
+    if (!strcmp(key, "dim")) return is_null ? 0 : want_dim(p, v, o, err);
+    if (!strcmp(key, "instruct")) {
+        o->instruct = "";
+        return is_null ? 0 : want_string(key, v, &o->instruct, &o->instruct_len, err);
+    }
+    return qemb_fail(err, "bad_record",
+                     "\"%.64s\": unknown key (want id, text, ids, instruct, dim)", key);
+}
+
+static int fields(input_parser *p, input_object *o, qemb_err *err) {
+    const char *key;
+    json_t *v;
+    json_object_foreach(p->root, key, v) if (field(p, key, v, o, err)) return -1;
+    if (!o->text && !o->ids)
+        return qemb_fail(err, "bad_record", "record: neither \"text\" nor \"ids\" (want one)");
+    if (o->text && o->ids)
+        return qemb_fail(err, "bad_record", "record: both \"text\" and \"ids\" (want one)");
+    if (o->ids && o->instruct_len)
+        return qemb_fail(err, "bad_record",
+                         "\"instruct\": a prompt for \"ids\", which are complete");
+    return 0;
+}
+
+int input_parse(input_parser *p, const char *line, size_t len, input_object *o, qemb_err *err) {
+    forget(p);
+    *o = (input_object){.id = "null", .id_len = 4};
+    json_error_t e;
+    p->root = json_loadb(line, len, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY | JSON_ALLOW_NUL, &e);
+    if (!p->root) return syntax_error(&e, len, err);
+    if (!json_is_object(p->root))
+        return qemb_fail(err, "bad_record", "record: wrong type (got %s, want an object)",
+                         type_name(p->root));
+    const json_t *id = json_object_get(p->root, "id");
+    *o = (input_object){0};
+    if (id) {
+        p->id = json_dumps(id, JSON_ENCODE_ANY | JSON_COMPACT);
+        if (!p->id) return qemb_fail(err, "out_of_memory", "\"id\": out of memory");
+        o->id = p->id, o->id_len = strlen(p->id);
+    }
+    return fields(p, o, err);
+}

@@ -1,0 +1,135 @@
+/* output.c - records -> standard output; see cli.h. */
+#include "cli.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define OUTPUT_BYTES ((size_t)256 << 10)
+
+/* An .npy file needs its number of rows in front: a file that can be written twice gets it at the
+ * end, anything else gets everything at the end, from an unlinked temporary file. */
+
+_Noreturn static void output_failed(const output *o) {
+    if (errno == EPIPE && !o->to_spool) leave(STATUS_OUTPUT); /* the reader has left: no news */
+    DIE(STATUS_OUTPUT, "%s: cannot write (%s)", o->to_spool ? "temporary file" : "standard output",
+        strerror(errno));
+}
+
+static void write_all(const output *o, const char *data, size_t len) {
+    while (len) {
+        const ssize_t n = write(o->fd, data, len);
+        if (n >= 0) {
+            data += n;
+            len -= (size_t)n;
+        } else if (errno == EAGAIN) {
+            struct pollfd p = {.fd = o->fd, .events = POLLOUT};
+            poll(&p, 1, -1);
+        } else if (errno != EINTR) {
+            output_failed(o);
+        }
+    }
+}
+
+void output_flush(output *o) {
+    write_all(o, o->data, o->len);
+    o->len = 0;
+}
+
+char *output_room(output *o, size_t n) {
+    if (o->len + n > o->cap || o->len >= OUTPUT_BYTES) {
+        output_flush(o);
+        if (o->cap > 16 * OUTPUT_BYTES || n > o->cap) { /* a rare long record: not kept */
+            free(o->data);
+            o->cap = n > OUTPUT_BYTES * 2 ? n : OUTPUT_BYTES * 2;
+            o->data = need(malloc(o->cap));
+        }
+    }
+    return o->data + o->len;
+}
+
+void output_wrote(output *o, const char *end) { o->len = (size_t)(end - o->data); }
+
+static int open_spool(void) {
+    static const char *const names[] = {"/var/tmp/qemb-XXXXXX", "/tmp/qemb-XXXXXX"};
+    for (int i = 0; i < LENGTH(names); i++) {
+        char name[32];
+        strcpy(name, names[i]);
+        const int fd = mkstemp(name);
+        if (fd < 0) continue;
+        unlink(name);
+        return fd;
+    }
+    DIE(STATUS_OUTPUT, "temporary file: cannot create it in /var/tmp or /tmp (%s)",
+        strerror(errno));
+}
+
+void output_open(output *o, format_kind kind, int dim) {
+    *o = (output){.fd = STDOUT_FILENO};
+    if (kind != FORMAT_NPY) return;
+    struct stat st;
+    o->header_at = lseek(STDOUT_FILENO, 0, SEEK_CUR);
+    if (o->header_at < 0 || fstat(STDOUT_FILENO, &st) || !S_ISREG(st.st_mode) ||
+        (fcntl(STDOUT_FILENO, F_GETFL) & O_APPEND)) {
+        o->to_spool = 1;
+        o->fd = open_spool();
+    } else {
+        output_wrote(o, format_npy_header(output_room(o, FORMAT_NPY_HEADER), 0, dim));
+    }
+}
+
+static void write_npy_header(output *o, uint64_t rows, int dim) {
+    char header[FORMAT_NPY_HEADER];
+    format_npy_header(header, rows, dim);
+    if (o->to_spool) {
+        const int spool = o->fd;
+        o->fd = STDOUT_FILENO, o->to_spool = 0;
+        write_all(o, header, sizeof header);
+        if (lseek(spool, 0, SEEK_SET) < 0) output_failed(o);
+        char *data = output_room(o, OUTPUT_BYTES);
+        for (ssize_t n; (n = read(spool, data, OUTPUT_BYTES));) {
+            if (n < 0) DIE(STATUS_OUTPUT, "temporary file: cannot read (%s)", strerror(errno));
+            write_all(o, data, (size_t)n);
+        }
+        close(spool);
+    } else if (pwrite(o->fd, header, sizeof header, o->header_at) != (ssize_t)sizeof header) {
+        output_failed(o);
+    }
+}
+
+void output_finish(output *o, format_kind kind, uint64_t rows, int dim) {
+    output_flush(o);
+    if (kind == FORMAT_NPY) write_npy_header(o, rows, dim);
+}
+
+void output_close(output *o) {
+    free(o->data);
+    if (close(STDOUT_FILENO) && errno != EINTR) output_failed(o);
+}
+
+static char *put(char *p, const char *s) {
+    const size_t n = strlen(s);
+    memcpy(p, s, n);
+    return p + n;
+}
+
+char *output_id(char *p, const char *id, size_t id_len, uint64_t line) {
+    p = put(p, "{\"id\":");
+    if (!id_len) return format_uint(p, line);
+    memcpy(p, id, id_len);
+    return p + id_len;
+}
+
+void output_error(output *o, const char *id, size_t id_len, uint64_t line, const char *code,
+                  const char *message, size_t message_len) {
+    char *p = output_room(o, id_len + 6 * message_len + 200);
+    p = put(output_id(p, id, id_len, line), ",\"line\":");
+    p = put(format_uint(p, line), ",\"error\":{\"code\":\"");
+    p = put(put(p, code), "\",\"message\":");
+    p = put(format_json_string(p, message, message_len), "}}\n");
+    output_wrote(o, p);
+}

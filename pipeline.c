@@ -1,0 +1,546 @@
+/* pipeline.c - the run: records in, vectors out, everything at the same time.
+ *
+ *   stdin ──> reader thread: input.c, encode.c, qemb_pack_add ──> a batch
+ *         ──> main thread: qemb_embed
+ *         ──> writer thread: qemb_unit, format.c ──> stdout, flushed after every batch
+ *
+ * N_JOBS batches go round between the three: that is the window, and reading stops while all are in
+ * use. A batch goes to the main thread when the next text does not fit in it, or when stdin has
+ * nothing more to read now and the main thread has nothing to do, or at the end of input. So a file
+ * runs in full batches, a program that writes one line and waits gets its answer at once, and what
+ * arrives during a computation shares the next one.
+ */
+#include "cli.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+/* ---- the window: batches on their way ------------------------------------------------------- */
+
+/* One fills, one computes, one is written. */
+#define N_JOBS 3
+/* A batch also ends before it has more records than this (or than its budget of tokens), ... */
+#define JOB_RECORDS 16384
+/* ... or more ids: repeated texts and a long shared prompt count nothing in the budget ... */
+#define JOB_IDS ((size_t)4 << 20)
+/* ... or more bytes of record ids and messages. */
+#define JOB_NOTES ((size_t)4 << 20)
+#define BLOCK_IDS ((size_t)64 << 10)
+
+typedef struct {
+    uint64_t line;
+    const char *code;      /* NULL: a vector; else why there is none */
+    size_t id, id_len;     /* offset in notes; id_len 0: none */
+    size_t note, note_len; /* the message */
+    size_t cut_bytes, cut_tokens;
+    int row, dim, tokens;
+} record;
+
+typedef struct block {
+    struct block *next;
+    size_t used, cap;
+    int32_t ids[]; /* (cap) */
+} block;
+
+typedef struct {
+    qemb_batch *batch;
+    record *records; /* (max_records), n in use */
+    int n, max_records;
+    block *ids; /* newest first: pointers into it stay valid while it grows */
+    size_t n_ids;
+    char *notes; /* (notes_cap), notes_len in use */
+    size_t notes_len, notes_cap;
+    float *out; /* (rows, hidden), out_cap floats */
+    size_t out_cap;
+    uint64_t bytes; /* of input, when the batch was closed */
+} job;
+
+static void job_open(job *j, const qemb_model *m) {
+    const int batch_tokens = qemb_options_of(m)->batch_tokens;
+    *j = (job){.batch = need(qemb_batch_new(m))};
+    j->max_records = batch_tokens > JOB_RECORDS ? batch_tokens : JOB_RECORDS;
+    j->records = need(malloc((size_t)j->max_records * sizeof *j->records));
+}
+
+static void job_clear(job *j) {
+    qemb_batch_clear(j->batch);
+    for (block *b = j->ids; b;) {
+        block *next = b->next;
+        if (next || b->cap > BLOCK_IDS) {
+            free(b);
+            b = next;
+        } else {
+            b->used = 0; /* one block of the usual size stays */
+            break;
+        }
+        j->ids = b;
+    }
+    if (j->notes_cap > 2 * JOB_NOTES) {
+        free(j->notes);
+        j->notes = NULL, j->notes_cap = 0;
+    }
+    j->n = 0;
+    j->n_ids = j->notes_len = 0;
+}
+
+static void job_free(job *j) {
+    job_clear(j);
+    free(j->ids);
+    free(j->notes);
+    free(j->records);
+    free(j->out);
+    qemb_batch_free(j->batch);
+}
+
+static int32_t *job_ids(job *j, size_t n) {
+    if (!j->ids || j->ids->cap - j->ids->used < n) {
+        const size_t cap = n > BLOCK_IDS ? n : BLOCK_IDS;
+        block *b = need(malloc(sizeof *b + cap * sizeof *b->ids));
+        *b = (block){.next = j->ids, .cap = cap};
+        j->ids = b;
+    }
+    return j->ids->ids + j->ids->used;
+}
+
+static size_t job_note(job *j, const char *s, size_t len) {
+    if (j->notes_len + len > j->notes_cap) {
+        j->notes_cap =
+            j->notes_len + len > 2 * j->notes_cap ? j->notes_len + len : 2 * j->notes_cap;
+        j->notes = need(realloc(j->notes, j->notes_cap));
+    }
+    if (len) memcpy(j->notes + j->notes_len, s, len);
+    j->notes_len += len;
+    return j->notes_len - len;
+}
+
+static int job_full(const job *j) {
+    return j->n == j->max_records || j->n_ids >= JOB_IDS || j->notes_len >= JOB_NOTES;
+}
+
+/* The row of the text's vector, or -1: it does not fit beside what is there. */
+static int job_add_text(job *j, const encoded *t, int eos) {
+    const size_t n = (size_t)t->n + 1;
+    int32_t *ids = job_ids(j, n);
+    if (t->n) memcpy(ids, t->ids, (size_t)t->n * sizeof *ids);
+    ids[t->n] = eos;
+    const int row = qemb_pack_add(j->batch, ids, (int)n);
+    if (row < 0) return -1;
+    j->ids->used += n;
+    j->n_ids += n;
+    return row;
+}
+
+typedef struct {
+    job *item[N_JOBS];
+    int n;
+} queue;
+
+static void push(queue *q, job *j) { q->item[q->n++] = j; }
+
+static job *pop(queue *q) {
+    job *j = q->item[0];
+    q->n--;
+    memmove(q->item, q->item + 1, (size_t)q->n * sizeof *q->item);
+    return j;
+}
+
+typedef struct {
+    pthread_mutex_t lock; /* of what follows up to the empty line */
+    pthread_cond_t changed;
+    queue free, ready, done;
+    job *offered; /* the batch that fills, while the reader waits for input: may be taken */
+    int reader_ended, compute_ended;
+
+    const options *opt;
+    qemb_model *model;
+    size_t hidden;
+    input *in;
+    encoder *encoder;
+    job jobs[N_JOBS];
+    int read_errno; /* of standard input; 0: all was read */
+} pipeline;
+
+static void pass(pipeline *p, queue *q, job *j) {
+    pthread_mutex_lock(&p->lock);
+    push(q, j);
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* ---- the reader ---------------------------------------------------------------------------- */
+
+static atomic_int stop_signal;
+static int wake_pipe[2];
+
+/* The first SIGINT or SIGTERM ends the input; the second, of either, the process. */
+static void on_signal(int sig) {
+    const int saved = errno;
+    if (atomic_exchange(&stop_signal, sig)) {
+        signal(sig, SIG_DFL);
+        raise(sig);
+    }
+    const ssize_t n = write(wake_pipe[1], "", 1);
+    (void)n; /* full: a wake is on its way already */
+    errno = saved;
+}
+
+static void catch_signals(void) {
+    static const int signals[] = {SIGINT, SIGTERM};
+    if (pipe2(wake_pipe, O_CLOEXEC | O_NONBLOCK))
+        DIE(STATUS_MODEL, "pipe: cannot create it (%s)", strerror(errno));
+    for (int i = 0; i < LENGTH(signals); i++) {
+        struct sigaction act = {.sa_handler = on_signal}, old;
+        sigaction(signals[i], NULL, &old);
+        if (old.sa_handler != SIG_IGN) sigaction(signals[i], &act, NULL);
+    }
+}
+
+static job *next_free(pipeline *p) {
+    pthread_mutex_lock(&p->lock);
+    while (!p->free.n) pthread_cond_wait(&p->changed, &p->lock);
+    job *j = pop(&p->free);
+    pthread_mutex_unlock(&p->lock);
+    return j;
+}
+
+static void offer(pipeline *p, job *j) {
+    j->bytes = input_bytes(p->in);
+    pthread_mutex_lock(&p->lock);
+    p->offered = j;
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* The batch to go on filling: the one offered, or another if it was taken. */
+static job *after_offer(pipeline *p) {
+    pthread_mutex_lock(&p->lock);
+    job *j = p->offered;
+    p->offered = NULL;
+    pthread_mutex_unlock(&p->lock);
+    return j ? j : next_free(p);
+}
+
+static job *close_batch(pipeline *p, job *j) {
+    j->bytes = input_bytes(p->in);
+    pass(p, &p->ready, j);
+    return next_free(p);
+}
+
+/* Puts a record into the batch j, or into the next one. Returns the batch that fills now. */
+static job *add_record(pipeline *p, job *j, const input_record *in) {
+    encoded t;
+    qemb_err err;
+    const int bad = encode_record(p->encoder, in, &t, &err);
+    record r = {.line = in->line, .dim = t.dim};
+    if (job_full(j)) j = close_batch(p, j);
+    if (bad) {
+        r.code = err.code;
+        r.note_len = strlen(err.msg);
+        r.note = job_note(j, err.msg, r.note_len);
+        r.dim = p->encoder->dim;
+    } else {
+        r.tokens = t.n + 1;
+        r.cut_bytes = t.cut_bytes, r.cut_tokens = t.cut_tokens;
+        r.row = job_add_text(j, &t, p->encoder->eos);
+        if (r.row < 0) {
+            j = close_batch(p, j);
+            r.row = job_add_text(j, &t, p->encoder->eos);
+            assert(r.row == 0);
+        }
+    }
+    r.id_len = t.id_len;
+    r.id = job_note(j, t.id, t.id_len);
+    j->records[j->n++] = r;
+    return j;
+}
+
+static void *reader_main(void *arg) {
+    pipeline *p = arg;
+    job *j = next_free(p);
+    input_status status = INPUT_STOPPED;
+    while (!atomic_load(&stop_signal)) {
+        input_record r;
+        status = input_next(p->in, 0, &r);
+        if (status == INPUT_WAIT) {
+            const int offered = j->n > 0; /* from then on j may be someone else's */
+            if (offered) offer(p, j);
+            status = input_next(p->in, 1, &r);
+            if (status == INPUT_FAILED) p->read_errno = errno;
+            if (offered) j = after_offer(p);
+        } else if (status == INPUT_FAILED) {
+            p->read_errno = errno;
+        }
+        if (status != INPUT_RECORD) break;
+        j = add_record(p, j, &r);
+    }
+    j->bytes = input_bytes(p->in);
+    pthread_mutex_lock(&p->lock);
+    if (j->n) push(&p->ready, j);
+    p->reader_ended = 1;
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->lock);
+    return NULL;
+}
+
+/* ---- the computation (main thread) ----------------------------------------------------------- */
+
+/* The next batch to compute, NULL at the end. */
+static job *next_ready(pipeline *p) {
+    job *j = NULL;
+    pthread_mutex_lock(&p->lock);
+    while (!p->ready.n && !p->offered && !p->reader_ended) pthread_cond_wait(&p->changed, &p->lock);
+    if (p->ready.n) {
+        j = pop(&p->ready);
+    } else if (p->offered) {
+        j = p->offered;
+        p->offered = NULL;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return j;
+}
+
+static void compute_all(pipeline *p) {
+    for (job *j; (j = next_ready(p));) {
+        const size_t floats = (size_t)qemb_batch_rows(j->batch) * p->hidden;
+        if (floats > j->out_cap) {
+            free(j->out);
+            j->out = need(malloc(floats * sizeof *j->out));
+            j->out_cap = floats;
+        }
+        if (floats) qemb_embed(p->model, j->batch, j->out);
+        pass(p, &p->done, j);
+    }
+    pthread_mutex_lock(&p->lock);
+    p->compute_ended = 1;
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* ---- the writer ---------------------------------------------------------------------------- */
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Errors that zero, skip and stop name on stderr before they are only counted. */
+#define ERRORS_SHOWN 10
+
+typedef struct {
+    pipeline *p;
+    output out;
+    float *unit; /* (hidden) */
+    uint64_t rows;
+    /* what --stats tells */
+    uint64_t texts, tokens, batches, distinct, saved, truncated, errors;
+    double start, last_progress;
+    int progress;
+    off_t input_start, input_size; /* size 0: unknown */
+} writer;
+
+static job *next_done(pipeline *p) {
+    pthread_mutex_lock(&p->lock);
+    while (!p->done.n && !p->compute_ended) pthread_cond_wait(&p->changed, &p->lock);
+    job *j = p->done.n ? pop(&p->done) : NULL;
+    pthread_mutex_unlock(&p->lock);
+    return j;
+}
+
+static double per_second(uint64_t n, double seconds) {
+    return seconds > 0 ? (double)n / seconds : 0;
+}
+
+/* Peak resident memory in MiB. getrusage's figure would include the process that started this one
+ * (its memory up to exec), so it serves only where there is no /proc. */
+static double peak_mib(void) {
+    char line[128];
+    long kib = -1;
+    FILE *f = fopen("/proc/self/status", "re");
+    while (f && kib < 0 && fgets(line, sizeof line, f)) sscanf(line, "VmHWM: %ld", &kib);
+    if (f) fclose(f);
+    if (kib < 0) {
+        struct rusage use;
+        getrusage(RUSAGE_SELF, &use);
+        kib = use.ru_maxrss;
+    }
+    return (double)kib / 1024;
+}
+
+static void print_summary(const writer *w) {
+    if (w->errors)
+        say("%" PRIu64 " of %" PRIu64 " records failed", w->errors, w->texts + w->errors);
+    if (!w->p->opt->stats) return;
+    const double seconds = now() - w->start;
+    say("%" PRIu64 " texts, %" PRIu64 " tokens in %.3f s (%.1f texts/s, %.1f tokens/s)", w->texts,
+        w->tokens, seconds, per_second(w->texts, seconds), per_second(w->tokens, seconds));
+    say("%" PRIu64 " batches, %" PRIu64 " distinct texts, %" PRIu64 " prefix tokens saved, %" PRIu64
+        " truncated, %" PRIu64 " errors, peak memory %.1f MiB",
+        w->batches, w->distinct, w->saved, w->truncated, w->errors, peak_mib());
+}
+
+static void print_progress(writer *w, uint64_t bytes) {
+    const double t = now(), seconds = t - w->start;
+    if (!w->progress || t - w->last_progress < 0.1) return;
+    w->last_progress = t;
+    char line[160];
+    const int n = snprintf(line, sizeof line, "%" PRIu64 " texts, %.0f tokens/s", w->texts,
+                           per_second(w->tokens, seconds));
+    const double all = (double)(w->input_size - w->input_start);
+    if (w->input_size && bytes && (double)bytes <= all) {
+        const long left = (long)(seconds * (all - (double)bytes) / (double)bytes + 0.5);
+        snprintf(line + n, sizeof line - (size_t)n, ", %.0f %%, ETA %ld:%02ld:%02ld",
+                 100 * (double)bytes / all, left / 3600, left / 60 % 60, left % 60);
+    }
+    say_progress(line);
+}
+
+/* --on-error stop: what came before is flushed and whole, nothing comes after. */
+static void stop_run(writer *w) {
+    output_finish(&w->out, w->p->opt->output, w->rows, w->p->encoder->dim);
+    print_summary(w);
+    leave(STATUS_RECORDS);
+}
+
+static char *put(char *p, const char *s) {
+    const size_t n = strlen(s);
+    memcpy(p, s, n);
+    return p + n;
+}
+
+/* A record without a vector. Returns 1 if a vector of zeros is to be written in its place. */
+static int handle_error(writer *w, const job *j, const record *r, const char *message, size_t len) {
+    const on_error policy = w->p->opt->on_error;
+    w->errors++;
+    if (policy == ON_ERROR_RECORD) {
+        output_error(&w->out, j->notes + r->id, r->id_len, r->line, r->code, message, len);
+        return 0;
+    }
+    if (w->errors <= ERRORS_SHOWN)
+        say("record %" PRIu64 ": %s: %.*s", r->line, r->code, (int)(len < 500 ? len : 500),
+            message);
+    if (policy == ON_ERROR_STOP) stop_run(w);
+    return policy == ON_ERROR_ZERO;
+}
+
+static void write_vector(writer *w, const job *j, const record *r) {
+    const format_kind kind = w->p->opt->output;
+    char *p = output_room(&w->out, format_vector_room(kind, r->dim) + r->id_len + 200);
+    if (kind == FORMAT_JSONL)
+        p = put(output_id(p, j->notes + r->id, r->id_len, r->line), ",\"embedding\":");
+    p = format_vector(p, kind, w->unit, r->dim);
+    if (kind == FORMAT_JSONL) {
+        p = format_uint(put(p, ",\"tokens\":"), (uint64_t)r->tokens);
+        if (r->cut_bytes) p = format_uint(put(p, ",\"truncated_bytes\":"), r->cut_bytes);
+        if (r->cut_tokens) p = format_uint(put(p, ",\"truncated_tokens\":"), r->cut_tokens);
+        *p++ = '}';
+    }
+    if (format_is_text(kind)) *p++ = '\n';
+    output_wrote(&w->out, p);
+    w->rows++;
+}
+
+static void write_record(writer *w, const job *j, record *r) {
+    static const char not_finite[] = "vector: no finite length other than zero";
+    const char *message = r->code ? j->notes + r->note : not_finite;
+    const size_t len = r->code ? r->note_len : sizeof not_finite - 1;
+    if (!r->code && qemb_unit(w->unit, j->out + (size_t)r->row * w->p->hidden, r->dim)) {
+        r->code = "non_finite";
+        r->tokens = 0;
+    }
+    if (r->code) {
+        if (!handle_error(w, j, r, message, len)) return;
+        memset(w->unit, 0, w->p->hidden * sizeof *w->unit);
+    } else {
+        w->texts++;
+        w->tokens += (uint64_t)r->tokens;
+        w->truncated += r->cut_bytes || r->cut_tokens;
+    }
+    write_vector(w, j, r);
+}
+
+static void *writer_main(void *arg) {
+    writer *w = arg;
+    for (job *j; (j = next_done(w->p));) {
+        const int rows = qemb_batch_rows(j->batch);
+        w->batches += rows > 0;
+        w->distinct += (uint64_t)rows;
+        w->saved += qemb_batch_tokens_saved(j->batch);
+        for (int i = 0; i < j->n; i++) write_record(w, j, &j->records[i]);
+        output_flush(&w->out);
+        print_progress(w, j->bytes);
+        job_clear(j);
+        pass(w->p, &w->p->free, j);
+    }
+    return NULL;
+}
+
+static void writer_open(writer *w, pipeline *p) {
+    struct stat st;
+    const options *o = p->opt;
+    *w = (writer){.p = p, .start = now()};
+    w->unit = need(malloc(p->hidden * sizeof *w->unit));
+    w->progress =
+        o->progress > 0 || (!o->progress && isatty(STDERR_FILENO) && !isatty(STDOUT_FILENO));
+    w->input_start = lseek(STDIN_FILENO, 0, SEEK_CUR);
+    if (w->input_start >= 0 && !fstat(STDIN_FILENO, &st) && S_ISREG(st.st_mode))
+        w->input_size = st.st_size;
+    output_open(&w->out, o->output, p->encoder->dim);
+}
+
+/* ---- all of it ------------------------------------------------------------------------------- */
+
+static void start_thread(pthread_t *t, void *(*main)(void *), void *arg) {
+    const int error = pthread_create(t, NULL, main, arg);
+    if (error) DIE(STATUS_MODEL, "thread: cannot start it (%s)", strerror(error));
+}
+
+int embed_stream(const options *o, qemb_model *m, int hidden, encoder *e) {
+    writer w;
+    pthread_t reader_thread, writer_thread;
+    pipeline p = {.lock = PTHREAD_MUTEX_INITIALIZER,
+                  .changed = PTHREAD_COND_INITIALIZER,
+                  .opt = o,
+                  .model = m,
+                  .hidden = (size_t)hidden,
+                  .encoder = e};
+    for (int i = 0; i < N_JOBS; i++) {
+        job_open(&p.jobs[i], m);
+        push(&p.free, &p.jobs[i]);
+    }
+    catch_signals();
+    p.in = need(input_new(STDIN_FILENO, wake_pipe[0], o->separator));
+    writer_open(&w, &p);
+    start_thread(&reader_thread, reader_main, &p);
+    start_thread(&writer_thread, writer_main, &w);
+    compute_all(&p);
+    pthread_join(reader_thread, NULL);
+    pthread_join(writer_thread, NULL);
+
+    output_finish(&w.out, o->output, w.rows, e->dim);
+    output_close(&w.out);
+    say_progress("");
+    print_summary(&w);
+    if (p.read_errno) say("standard input: cannot read (%s)", strerror(p.read_errno));
+    free(w.unit);
+    input_free(p.in);
+    for (int i = 0; i < N_JOBS; i++) job_free(&p.jobs[i]);
+    const int sig = atomic_load(&stop_signal);
+    if (sig) { /* the parent should see what ended us */
+        signal(sig, SIG_DFL);
+        raise(sig);
+    }
+    return p.read_errno ? STATUS_USAGE : w.errors ? STATUS_RECORDS : STATUS_GOOD;
+}
