@@ -1,0 +1,586 @@
+#!/usr/bin/env python3
+"""convert_weights.py - a Qwen3-Embedding checkpoint in, one .qemb file out.
+
+The source is a Hugging Face directory or a name on the hub. Whatever qemb would not compute exactly
+as the checkpoint's own program does is refused with one line: see read_config, read_tokenizer,
+read_modules and what follows, and check_tensors. The layout of a .qemb stands in qemb.h.
+
+Weights stream through in blocks of rows, so memory does not grow with the model. The file is
+written under a temporary name beside its place and renamed when all of it is on disk. It depends on
+nothing but the source and the options: the same checkpoint gives the same bytes.
+"""
+import argparse
+import hashlib
+import json
+import os
+import re
+import signal
+import struct
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+VERSION = "0.1.0"
+BLOCK = 1 << 22  # numbers converted at a time; a block takes about 24 bytes a number
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PROMPTS, POOLING = "config_sentence_transformers.json", "1_Pooling/config.json"
+BERT = "sentence_bert_config.json"  # of a model of any kind, in spite of its name
+JSON_FILES = ["config.json", "tokenizer.json", "modules.json", PROMPTS, POOLING, BERT]
+# The one pattern that tokenizer.c knows.
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+class Refused(Exception):
+    """What the user is told, in one line."""
+
+
+class Interrupted(BaseException):
+    """A signal, its number the argument."""
+
+
+def refuse(obj, what, got=None, want=None):
+    sides = ", ".join(f"{k} {v}" for k, v in (("got", got), ("want", want)) if v is not None)
+    raise Refused(f"{obj}: {what}" + (f" ({sides})" if sides else ""))
+
+
+def show(value):
+    """JSON on one line, cut to a readable length."""
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def expect(obj, what, got, *allowed):
+    if got not in allowed:
+        refuse(obj, what, show(got), " or ".join(map(show, allowed)))
+
+
+def parse(folder, name, read, *args):
+    """read(the JSON file's value, *args). Whatever read trips over, the file is refused."""
+    try:
+        return read(json.loads((folder / name).read_bytes()), *args)
+    except (FileNotFoundError, NotADirectoryError):
+        refuse(name, "no such file in the source")
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as e:
+        what = " ".join(str(e).split())[:120]
+        refuse(name, f"not JSON of the known form ({type(e).__name__}: {what})")
+
+
+# ---- config.json -------------------------------------------------------------------------------
+
+# The header's names and order, Hugging Face's names, and the ranges that file.c accepts.
+FIELDS = (
+    ("n_layers", "num_hidden_layers", 1, 1024),
+    ("hidden", "hidden_size", 1, 1 << 16),
+    ("n_heads", "num_attention_heads", 1, 1 << 10),
+    ("n_kv_heads", "num_key_value_heads", 1, 1 << 10),
+    ("head_dim", "head_dim", 2, 1 << 10),
+    ("ffn", "intermediate_size", 1, 1 << 20),
+    ("vocab", "vocab_size", 256, 1 << 24),
+    ("max_positions", "max_position_embeddings", 1, 1 << 22),
+    ("rope_theta", "rope_theta", 1.0, 1e12),
+    ("rms_eps", "rms_norm_eps", 1e-30, 0.5),
+)
+Config = namedtuple("Config", [field[0] for field in FIELDS])
+
+
+def read_config(j):
+    o = "config.json"
+    expect(o, "model_type", j.get("model_type"), "qwen3")
+    expect(o, "architectures", j.get("architectures"), ["Qwen3ForCausalLM"], ["Qwen3Model"])
+    expect(o, "hidden_act", j.get("hidden_act"), "silu")
+    expect(o, "is_causal", j.get("is_causal", True), True)
+    for key in ("attention_bias", "use_sliding_window", "quantization_config"):
+        expect(o, key, j.get(key), None, False)
+    for kind in j.get("layer_types") or []:
+        expect(o, "layer_types", kind, "full_attention")
+    # Older programs write rope_theta and rope_scaling, newer ones rope_parameters with both.
+    thetas = {j["rope_theta"]} if j.get("rope_theta") is not None else set()
+    for key in ("rope_scaling", "rope_parameters"):
+        for name, value in (j.get(key) or {}).items():
+            if name == "rope_theta":
+                thetas.add(value)
+            elif name not in ("rope_type", "type") or value != "default":
+                refuse(o, f"{key}.{name}", show(value), 'rope_type "default"')
+    if len(thetas) != 1:
+        refuse(o, "rope_theta", show(sorted(thetas)), "one value")
+    # 128 is Qwen3Config's own default; q_norm's shape proves it.
+    j = {"head_dim": 128, **j, "rope_theta": thetas.pop()}
+    for _, key, low, high in FIELDS:
+        kinds = (int,) if isinstance(low, int) else (int, float)
+        if type(j.get(key)) not in kinds or not low <= j[key] <= high:
+            name = "an integer" if len(kinds) == 1 else "a number"
+            refuse(o, key, show(j.get(key)), f"{name} from {low:g} to {high:g}")
+    c = Config(*(j[key] for _, key, _, _ in FIELDS))
+    if c.n_heads % c.n_kv_heads:
+        refuse(o, "num_attention_heads", c.n_heads, f"a multiple of {c.n_kv_heads} key/value heads")
+    if c.head_dim % 2:
+        refuse(o, "head_dim", c.head_dim, "an even number")
+    return c
+
+
+# ---- tokenizer.json ----------------------------------------------------------------------------
+
+
+def read_merges(model):
+    """(M, 2) u32. The vocabulary has to be the 256 bytes, then one id per merge, in order."""
+    o, vocab, merges = "tokenizer.json", model["vocab"], model["merges"]
+    # GPT-2's byte alphabet: printable bytes stand for themselves and come first, the others are
+    # U+0100 and up.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    for i, ch in enumerate(plain + list(range(256, 512 - len(plain)))):
+        expect(o, f"id of the byte character {show(chr(ch))}", vocab.get(chr(ch)), i)
+    ids = np.empty((len(merges), 2), "<u4")
+    for i, merge in enumerate(merges):
+        a, b = merge.split(" ") if isinstance(merge, str) else merge
+        for k, part in enumerate((a, b)):
+            if not vocab.get(part, 256 + i) < 256 + i:
+                refuse(o, f"merge {i}, {show(part)}", vocab.get(part, "no id"), f"below {256 + i}")
+            ids[i, k] = vocab[part]
+        expect(o, f"id of merge {i}, {show(a + b)}", vocab.get(a + b), 256 + i)
+    expect(o, "vocabulary size", len(vocab), 256 + len(merges))
+    return ids
+
+
+def read_added(tokens, first, vocab):
+    """The section added_tokens. Their ids are first .. vocab-1."""
+    o, out, seen = "tokenizer.json", b"", set()
+    for t in sorted(tokens, key=lambda t: t["id"]):
+        name, i, text = f"added token {show(t['content'])}", t["id"], t["content"].encode()
+        for flag in ("single_word", "lstrip", "rstrip", "normalized"):
+            expect(o, f"{name} {flag}", t[flag], False)
+        if type(i) is not int or not first <= i < vocab or i in seen:
+            refuse(o, f"{name} id", show(i), f"one of its own, from {first} to {vocab - 1}")
+        if not text or text in seen:
+            refuse(o, f"{name} text", "an empty or repeated one", "one of its own")
+        seen |= {i, text}
+        out += struct.pack("<II", i, len(text)) + text + bytes(-len(text) % 4)
+    return out
+
+
+def read_eos(post, added):
+    """The id that the post-processor appends, once, to a single text."""
+    o = "tokenizer.json"
+    steps = post["processors"] if post and post["type"] == "Sequence" else [post]
+    steps = [s for s in steps if s and s["type"] != "ByteLevel"]  # that one only moves offsets
+    expect(o, "post_processor", [s["type"] for s in steps], ["TemplateProcessing"])
+    single = steps[0]["single"]
+    expect(o, "post_processor, a single text", [list(piece)[0] for piece in single],
+           ["Sequence", "SpecialToken"])
+    name = single[1]["SpecialToken"]["id"]
+    ids = steps[0]["special_tokens"][name]["ids"]
+    known = [t["id"] for t in added if t["content"] == name]
+    if ids != known:
+        refuse(o, f"post_processor, ids of {show(name)}", show(ids), show(known))
+    return ids[0]
+
+
+def read_tokenizer(j, vocab):
+    """-> merges, the section added_tokens, eos_id. `truncation` and `padding` are left-overs of
+    training, which the model's own programs overwrite: they are not looked at."""
+    o, model, added = "tokenizer.json", j["model"], j["added_tokens"]
+    split, level = j["pre_tokenizer"].get("pretokenizers") or [j["pre_tokenizer"], {}]
+    for what, got, want in (
+        ("model type", model.get("type"), "BPE"),
+        ("normalizer", j["normalizer"], {"type": "NFC"}),
+        ("pre_tokenizer", [split["type"], level.get("type")], ["Split", "ByteLevel"]),
+        ("pre_tokenizer pattern", split.get("pattern"), {"Regex": SPLIT}),
+        ("pre_tokenizer behavior", split.get("behavior"), "Isolated"),
+        ("pre_tokenizer invert", split.get("invert"), False),
+        ("ByteLevel add_prefix_space", level.get("add_prefix_space"), False),
+        ("ByteLevel use_regex", level.get("use_regex"), False),
+    ):
+        expect(o, what, got, want)
+    for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
+                "byte_fallback", "ignore_merges"):
+        expect(o, f"model {key}", model.get(key), None, False, "")
+    merges = read_merges(model)
+    if 256 + len(merges) > vocab:
+        refuse(o, "tokens", 256 + len(merges), f"at most vocab_size, {vocab}")
+    return merges, read_added(added, 256 + len(merges), vocab), read_eos(j["post_processor"], added)
+
+
+# ---- what sentence-transformers adds -----------------------------------------------------------
+
+
+def read_modules(j):
+    o = "modules.json"
+    kinds = [m["type"].rsplit(".")[-1] for m in j]
+    expect(o, "modules", kinds, ["Transformer", "Pooling", "Normalize"])
+    expect(o, "path of Pooling", j[1]["path"], "1_Pooling")
+
+
+def read_lower(j):
+    expect(BERT, "do_lower_case", j.get("do_lower_case"), None, False)
+
+
+def read_pooling(j):
+    # One flag per kind or, in newer files, one name.
+    kinds = [k.removeprefix("pooling_mode_") for k, on in j.items()
+             if k.startswith("pooling_mode_") and on]
+    kinds += [j["pooling_mode"]] if "pooling_mode" in j else []
+    expect(POOLING, "pooling", sorted(set(kinds)), ["lasttoken"])
+
+
+def read_prompts(j):
+    """The section prompts, and their names."""
+    o, prompts = PROMPTS, dict(j.get("prompts") or {})
+    expect(o, "default_prompt_name", j.get("default_prompt_name"), None)
+    if len(prompts) > 64 or any(not k or "\0" in k + v for k, v in prompts.items()):
+        refuse(o, "prompts", show(prompts), "at most 64, with names, without NUL characters")
+    return "".join(f"{k}\0{v}\0" for k, v in prompts.items()).encode(), list(prompts)
+
+
+# ---- safetensors -------------------------------------------------------------------------------
+
+Tensor = namedtuple("Tensor", "name path dtype shape offset")  # offset in bytes, in the file
+SOURCE_DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
+
+
+def read_index(j):
+    """-> {tensor: shard}"""
+    index = dict(j["weight_map"].items())
+    for shard in index.values():
+        if not shard or os.path.basename(shard) != shard:
+            refuse(INDEX, "shard", show(shard), "the name of a file beside the index")
+    return index
+
+
+def open_tensors(folder):
+    """-> {name without 'model.': Tensor}, the shards' names. The package proves the headers."""
+    index = {}
+    if not (folder / SINGLE).exists():
+        if not (folder / INDEX).exists():
+            refuse(folder, "no weights", None, f"{SINGLE} or {INDEX}")
+        index = parse(folder, INDEX, read_index)
+    tensors, shards = {}, sorted(set(index.values())) or [SINGLE]
+    for shard in shards:
+        if not (folder / shard).is_file():
+            refuse(INDEX, f"shard {shard}: no such file in the source")
+        try:
+            with safe_open(folder / shard, "np"):
+                pass
+        except SafetensorError as e:
+            refuse(shard, f"damaged, or not safetensors: {e}")
+        with open(folder / shard, "rb") as f:
+            n = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(n))
+        header.pop("__metadata__", None)
+        for name, t in header.items():
+            key = name.removeprefix("model.")
+            if key in tensors:
+                refuse(name, "there twice", f"{tensors[key].path.name} and {shard}", "one")
+            if index and index.get(name) != shard:
+                refuse(name, "not where the index says", shard, index.get(name, "not listed"))
+            if t["dtype"] not in SOURCE_DTYPES:
+                refuse(name, "dtype", t["dtype"], ", ".join(SOURCE_DTYPES))
+            tensors[key] = Tensor(name, folder / shard, t["dtype"], tuple(t["shape"]),
+                                  8 + n + t["data_offsets"][0])
+    for name, shard in index.items():
+        if name.removeprefix("model.") not in tensors:
+            refuse(name, f"the index names it, {shard} lacks it")
+    return tensors, shards
+
+
+def read_rows(t, row, n, cols):
+    """Rows row..row+n-1 of tensor t, as (n, cols) float32."""
+    dtype = np.dtype(SOURCE_DTYPES[t.dtype])
+    with open(t.path, "rb", buffering=0) as f:
+        f.seek(t.offset + row * cols * dtype.itemsize)
+        w = np.fromfile(f, dtype, n * cols)
+    if w.size != n * cols:
+        refuse(t.path.name, "shrank while it was read", f"{w.size} numbers", n * cols)
+    if t.dtype == "BF16":  # the upper half of a float32
+        w = (w.astype("<u4") << 16).view("<f4")
+    return w.astype("<f4", copy=False).reshape(n, cols)
+
+
+# ---- dtypes of a .qemb -------------------------------------------------------------------------
+
+
+class Rounding:
+    """What it cost to write matrices in fewer bits."""
+
+    worst, where, tiny = 0.0, "", 0  # tiny: rounded numbers below FP16's normal range
+
+
+def check_range(w, limit, t, row):
+    """Refuses the first number of w (n, cols) that is not within +-limit, NaN included."""
+    if not np.abs(w).max() <= limit:
+        r, col = np.argwhere(~(np.abs(w) <= limit))[0]
+        at = f"{row + r}, {col}" if len(t.shape) == 2 else col
+        refuse(f"{t.name}[{at}]", "number", f"{w[r, col]:g}", f"a finite one up to {limit:g}")
+
+
+def encode_f32(w, t, row, rounding):
+    check_range(w, np.finfo("f4").max, t, row)
+    return w.tobytes()
+
+
+def encode_f16(w, t, row, rounding):
+    check_range(w, 65504, t, row)
+    h = w.astype("<f2")
+    error = np.abs(h.astype("<f4") - w)
+    r, col = divmod(int(error.argmax()), w.shape[1])
+    if error[r, col] > rounding.worst:
+        rounding.worst, rounding.where = float(error[r, col]), f" at {t.name}[{row + r}, {col}]"
+    rounding.tiny += int(np.count_nonzero(error[np.abs(w) < 2.0**-14]))
+    return h.tobytes()
+
+
+# code: in the file. row_bytes: of a row of that many numbers. encode: rows (n, cols) float32, from
+# row `row` of tensor t -> bytes
+Dtype = namedtuple("Dtype", "code row_bytes encode")
+U8, U32 = Dtype(0, lambda cols: cols, None), Dtype(1, lambda cols: 4 * cols, None)
+F32 = Dtype(2, lambda cols: 4 * cols, encode_f32)
+MATRIX_DTYPES = {"f16": Dtype(3, lambda cols: 2 * cols, encode_f16)}
+
+
+# ---- the .qemb file ----------------------------------------------------------------------------
+
+# data: bytes, or the source's tensors that follow each other, [(name, rows)]
+Section = namedtuple("Section", "name dtype rows cols data")
+
+
+def weight_sections(c, matrix):
+    """Every weight of a model with config c, in the file's order."""
+    D, F, hd, Q, KV = c.hidden, c.ffn, c.head_dim, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+
+    def mat(name, cols, *parts):
+        return Section(name, matrix, sum(rows for _, rows in parts), cols, parts)
+
+    def vec(name, n, source):
+        return Section(name, F32, 1, n, [(source, 1)])
+
+    yield mat("tok_emb", D, ("embed_tokens.weight", c.vocab))
+    for i in range(c.n_layers):
+        p, attn, mlp = f"layers.{i}.", f"layers.{i}.self_attn.", f"layers.{i}.mlp."
+        yield vec(p + "attn_norm", D, p + "input_layernorm.weight")
+        yield mat(p + "wqkv", D, (attn + "q_proj.weight", Q), (attn + "k_proj.weight", KV),
+                  (attn + "v_proj.weight", KV))
+        yield vec(p + "q_norm", hd, attn + "q_norm.weight")
+        yield vec(p + "k_norm", hd, attn + "k_norm.weight")
+        yield mat(p + "wo", Q, (attn + "o_proj.weight", D))
+        yield vec(p + "mlp_norm", D, p + "post_attention_layernorm.weight")
+        yield mat(p + "wgu", D, (mlp + "gate_proj.weight", F), (mlp + "up_proj.weight", F))
+        yield mat(p + "wdown", F, (mlp + "down_proj.weight", D))
+    yield vec("final_norm", D, "norm.weight")
+
+
+def check_tensors(tensors, weights):
+    """The source holds exactly these. -> notes"""
+    want = {name: (s.cols,) if s.dtype is F32 else (rows, s.cols)
+            for s in weights for name, rows in s.data}
+    missing, extra = [n for n in want if n not in tensors], [n for n in tensors if n not in want]
+    notes = []
+    if "lm_head.weight" in extra:  # an untied Qwen3ForCausalLM saves it
+        extra.remove("lm_head.weight")
+        notes.append("lm_head.weight left out: embeddings do not use it")
+    if missing:
+        refuse(missing[0], "missing tensor", f"{len(missing)} missing", "none")
+    if extra:
+        refuse(tensors[extra[0]].name, "no tensor of this model", f"{len(extra)} extra", "none")
+    for name, shape in want.items():
+        if tensors[name].shape != shape:
+            refuse(tensors[name].name, "shape", list(tensors[name].shape), list(shape))
+    return notes
+
+
+def layout(sections):
+    """-> the directory, the offset of each section, the size of the file."""
+    entries, offsets, end = b"", [], 4096 + 96 * len(sections)
+    for s in sections:
+        at, size = -(-end // 256) * 256, s.rows * s.dtype.row_bytes(s.cols)
+        entries += struct.pack("<48sIIQQQQQ", s.name.encode(), s.dtype.code, 0, s.rows, s.cols, at,
+                               size, 0)
+        offsets.append(at)
+        end = at + size
+    return entries, offsets, end
+
+
+def header(c, eos_id, n_sections, size, sha, directory):
+    h = b"qemb\r\n\x1a\n" + struct.pack("<IIQQII", 1, 0x01020304, size, 0, n_sections, 0) + sha
+    h = (h + struct.pack("<9I2f", *c[:8], eos_id, *c[8:])).ljust(4096, b"\0")
+    check = 0xCBF29CE484222325  # FNV-1a 64, its own field still zero
+    for byte in h + directory:
+        check = (check ^ byte) * 0x100000001B3 % 2**64
+    return h[:24] + struct.pack("<Q", check) + h[32:]
+
+
+def encoded(section, tensors, rounding):
+    """The section's bytes, a block at a time."""
+    if isinstance(section.data, bytes):
+        yield section.data
+        return
+    step = max(1, BLOCK // section.cols)
+    for t, rows in ((tensors[name], rows) for name, rows in section.data):
+        for row in range(0, rows, step):
+            w = read_rows(t, row, min(step, rows - row), section.cols)
+            yield section.dtype.encode(w, t, row, rounding)
+
+
+def write_sections(f, c, eos_id, sections, tensors, bar):
+    """-> sha256 (hex), Rounding"""
+    directory, offsets, size = layout(sections)
+    sha, rounding = hashlib.sha256(), Rounding()
+
+    def put(data):
+        f.write(data)
+        sha.update(data)
+        bar.update(len(data))
+
+    f.write(bytes(4096))
+    put(directory)
+    for section, offset in zip(sections, offsets):
+        put(bytes(offset - f.tell()))
+        for block in encoded(section, tensors, rounding):
+            put(block)
+    f.seek(0)
+    f.write(header(c, eos_id, len(sections), size, sha.digest(), directory))
+    return sha.hexdigest(), rounding
+
+
+def write_file(out, write):
+    """write(f) into a temporary file that becomes `out`, whole and on disk, or vanishes."""
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "xb") as f:
+            result = write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        handle_signals(signal.SIG_IGN)  # from here on it is too late to stop
+        os.replace(temporary, out)
+        folder = os.open(out.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
+        return result
+    except OSError as e:
+        refuse(e.filename or out, e.strerror)  # writing itself names no file
+    finally:
+        handle_signals(signal.SIG_IGN)
+        temporary.unlink(missing_ok=True)
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def handle_signals(handler):
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(s, handler)
+
+
+def interrupt(number, frame):
+    raise Interrupted(number)
+
+
+def find_source(name, quiet):
+    """-> directory, its name, commit (None if it is not from the hub)"""
+    path = Path(name)
+    if path.is_dir():
+        return path, path.resolve().name, None
+    if path.exists():
+        refuse(name, "source", "a file", "a directory or a name on the hub")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        refuse(name, "no such directory, and not a name on the hub", None, "owner/name")
+    import huggingface_hub.utils  # slow to load
+
+    if quiet:
+        huggingface_hub.utils.disable_progress_bars()
+    try:
+        files = JSON_FILES + ["model*.safetensors", INDEX]
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except Exception as e:  # network, access, spelling: in the hub's own words
+        refuse(name, f"no such directory, and not from the hub: {' '.join(str(e).split())[:300]}")
+    return folder, name, folder.name  # the hub's cache names a snapshot by its commit
+
+
+def provenance(args, folder, source, commit, shards, dtypes, notes):
+    lines = [f"source: {source}"] + ([f"revision: {commit}"] if commit else [])
+    for path in (folder / name for name in JSON_FILES if (folder / name).is_file()):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        lines.append(f"file: {path.relative_to(folder)} sha256 {digest}")
+    lines += [f"file: {s} {(folder / s).stat().st_size} bytes" for s in shards]
+    lines += [f"weights: {dtypes} to {args.dtype}",
+              "pooling: last token" + (", by --pooling" if args.pooling else ""),
+              f"converter: convert_weights.py {VERSION}", *(f"note: {n}" for n in notes)]
+    return "".join(" ".join(line.split()) + "\n" for line in lines).encode("utf-8", "replace")
+
+
+def convert(args):
+    started = time.monotonic()
+    folder, source, commit = find_source(args.source, args.quiet)
+    out = Path(args.out or source.split("/")[-1] + ".qemb")
+    if out.exists() and not out.is_file():
+        refuse(out, "output", "something else", "a file, or a free name")
+    c = parse(folder, "config.json", read_config)
+    merges, added, eos_id = parse(folder, "tokenizer.json", read_tokenizer, c.vocab)
+    if not args.pooling:
+        if (folder / "modules.json").exists():
+            parse(folder, "modules.json", read_modules)
+        if not (folder / POOLING).exists():
+            refuse(POOLING, "no such file in the source; if its last token is pooled, say so with "
+                   "--pooling last")
+        parse(folder, POOLING, read_pooling)
+    if (folder / BERT).exists():
+        parse(folder, BERT, read_lower)
+    prompts, names = b"", []
+    if (folder / PROMPTS).exists():
+        prompts, names = parse(folder, PROMPTS, read_prompts)
+    tensors, shards = open_tensors(folder)
+    weights = list(weight_sections(c, MATRIX_DTYPES[args.dtype]))
+    notes = check_tensors(tensors, weights) + args.note
+    dtypes = " ".join(sorted({t.dtype for t in tensors.values()}))
+    about = provenance(args, folder, source, commit, shards, dtypes, notes)
+    sections = [Section("merges", U32, len(merges), 2, merges.tobytes()),
+                *(Section(name, U8, 1, len(data), data) for name, data in
+                  (("added_tokens", added), ("prompts", prompts), ("provenance", about))), *weights]
+    size = layout(sections)[2]
+    with tqdm(total=size, unit="B", unit_scale=True, leave=False,
+              disable=args.quiet or None) as bar:  # None: only on a terminal
+        sha, rounding = write_file(
+            out, lambda f: write_sections(f, c, eos_id, sections, tensors, bar))
+    if not args.quiet:
+        parameters = sum(s.rows * s.cols for s in weights)
+        lines = [
+            f"{out}: {size:,} bytes in {time.monotonic() - started:.1f} s",
+            f"tensors    {sum(len(s.data) for s in weights)}, {parameters:,} parameters, {dtypes} "
+            f"to {args.dtype} matrices and f32 vectors",
+            f"rounding   at most {rounding.worst:.3g}{rounding.where}; {rounding.tiny:,} numbers "
+            "below 2^-14 were rounded",
+            f"tokenizer  {len(merges):,} merges, end-of-text {eos_id}",
+            f"prompts    {', '.join(names) or 'none'}",
+            f"sha256     {sha}",
+            *(f"note       {n}" for n in notes)]
+        print("\n  ".join(lines))
+
+
+def main():
+    p = argparse.ArgumentParser(description="Converts a Qwen3-Embedding model to one .qemb file.")
+    p.add_argument("source", help="a Hugging Face directory, or a name on the hub (owner/name)")
+    p.add_argument("--out", help="the file to write (default: the source's name with .qemb)")
+    p.add_argument("--dtype", choices=list(MATRIX_DTYPES), default="f16", help="of the matrices")
+    p.add_argument("--pooling", choices=["last"], default="",
+                   help="pool the last token, whatever the source says or does not say about it")
+    p.add_argument("--note", action="append", default=[], help="a line for the file's provenance")
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
+    args = p.parse_args()
+    handle_signals(interrupt)
+    try:
+        convert(args)
+    except Refused as e:
+        sys.exit(f"convert_weights.py: {' '.join(str(e).split())}")
+    except OSError as e:
+        sys.exit(f"convert_weights.py: {e.filename or args.source}: {e.strerror or e}")
+    except Interrupted as e:
+        name = signal.Signals(e.args[0]).name
+        print(f"convert_weights.py: stopped by {name}, nothing written", file=sys.stderr)
+        sys.exit(128 + e.args[0])
+
+
+if __name__ == "__main__":
+    main()
