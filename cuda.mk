@@ -1,0 +1,122 @@
+# cuda.mk - the CUDA room's targets; the Makefile includes it. They need the CUDA toolkit's headers
+# (test-emu, mutants) or nvcc (the rest) under CUDA; without them each says so and succeeds.
+
+CUDA ?= $(firstword $(wildcard /usr/local/cuda /opt/cuda) $(patsubst %/bin/nvcc,%,$(shell command -v nvcc 2>/dev/null)) none)
+NVCC := $(CUDA)/bin/nvcc
+CUDA_ARCHS := 80 89 90a 120
+CUDA_ROOM := qemb.cu qemb_cuda.h kernels.cuh attention.cuh gemm.cuh ptx.cuh qemb.h
+GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
+
+EMU_SOURCES := tests/emu/emu_fibers.cpp tests/emu/emu_runtime.cpp tests/emu/emu_race.cpp tests/emu/emu_cublaslt.cpp
+EMU_HEADERS := $(wildcard tests/emu/*.h) tests/cuda_test.h tests/oracle.h tests/support.h $(CUDA_ROOM)
+EMU_TESTS   := tests/cuda_main.cu tests/test_cuda_ops.cu tests/test_cuda_model.cu
+EMU_C       := qemb.c file.c tests/oracle.c tests/support.c
+EMU_WARN    := -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas
+EMU_CXX     := -std=c++20 -g $(EMU_WARN) -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/emu
+EMU_CC      := -std=c11 -D_GNU_SOURCE -g $(EMU_WARN)
+CXX         ?= g++
+comma       := ,
+
+# The program's other parts; the Makefile's lists where it includes this.
+FRONT  ?= main encode output pipeline format input
+ENGINE ?= qemb cpu_simd file tokenizer
+CUDA_MAIN := -include qemb_cuda.h "-DDEFAULT_OPS=&qemb_cuda_ops"
+CUDA_PROGRAM = $(filter-out main,$(FRONT)) $(ENGINE)
+
+.PHONY: test-emu emu-values emu-sanitizers emu-races emu-program emu-mutants cuda-archs mutants gpu-test gpu-check gpu-bench
+ifeq ($(wildcard $(CUDA)/include/cuda_fp16.h),)
+test-emu cuda-archs mutants gpu-test gpu-check gpu-bench qemb-cuda:
+	@echo "skipped: no CUDA toolkit (looked in /usr/local/cuda, /opt/cuda and PATH; set CUDA=)"
+else
+
+# $(eval $(call emu,NAME,FLAGS OF THE CODE UNDER TEST,FLAGS OF ALL)): build/NAME/test_cuda. The access
+# hooks of the race detector must not see the emulator itself, so that gets its own flags.
+define emu
+build/$(1)/%.cu.o: %.cu $$(EMU_HEADERS)
+	@mkdir -p $$(@D)
+	$$(CXX) $$(EMU_CXX) $(2) $(3) -x c++ -c $$< -o $$@
+build/$(1)/%.o: %.cpp $$(EMU_HEADERS)
+	@mkdir -p $$(@D)
+	$$(CXX) $$(EMU_CXX) -O3 -march=native $(3) -c $$< -o $$@
+build/$(1)/%.o: %.c qemb.h
+	@mkdir -p $$(@D)
+	$$(CC) $$(EMU_CC) -O3 -fopenmp $(3) -c $$< -o $$@
+build/$(1)/test_cuda: $$(patsubst %.cu,build/$(1)/%.cu.o,qemb.cu $$(EMU_TESTS)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES)) $$(patsubst %.c,build/$(1)/%.o,$$(EMU_C))
+	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -lcrypto -lm -o $$@
+build/$(1)/main.o: main.c qemb.h qemb_cuda.h
+	@mkdir -p $$(@D)
+	$$(CC) $$(EMU_CC) -O2 $$(CUDA_MAIN) $(3) -c $$< -o $$@
+build/$(1)/qemb-cuda: build/$(1)/main.o build/$(1)/qemb.cu.o $$(patsubst %,build/$(1)/%.o,$$(CUDA_PROGRAM)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
+	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -ljansson -lcrypto -lm -o $$@
+endef
+$(eval $(call emu,emu,-O2 -fopenmp,))
+$(eval $(call emu,emu-asan,-O1 -fopenmp,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all))
+$(eval $(call emu,emu-race,-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie,-DEMU_RACE))
+
+build/emu/qemb-cpu: $(patsubst %,build/emu/%.o,$(CUDA_PROGRAM)) main.c
+	$(CC) $(EMU_CC) -O2 -fopenmp $^ -ljansson -lcrypto -lm -o $@
+
+test-emu: emu-values emu-sanitizers emu-races emu-program emu-mutants ## CUDA kernels and the CUDA program on the CPU (make -j2): values, sanitizers, races, mutants
+emu-values: build/emu/test_cuda
+	build/emu/test_cuda --schedules 4
+emu-sanitizers: build/emu-asan/test_cuda
+	build/emu-asan/test_cuda ptx attention_ rmsnorm qknorm swiglu op_matmul op_attention op_embed_b golden_m refuse fails
+emu-races: build/emu-race/test_cuda
+	build/emu-race/test_cuda ptx attention_ rmsnorm qknorm swiglu op_matmul op_attention op_embed_b op_gather shapes
+emu-program: build/emu/qemb-cuda build/emu/qemb-cpu
+	tests/test_cuda_program.py build/emu/qemb-cuda build/emu/qemb-cpu
+emu-mutants: build/emu/test_cuda build/emu-race/test_cuda
+	tests/mutants.py --sample
+
+mutants: ## drop every barrier, wait and guard of the CUDA code in turn: the tests must notice each
+	tests/mutants.py
+
+ifneq ($(wildcard $(NVCC)),)
+# One object per architecture, so that a spill is reported with its place.
+build/cuda/qemb_%.o: qemb.cu $(CUDA_ROOM)
+	@mkdir -p $(@D)
+	$(NVCC) -std=c++20 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra,-fopenmp -Xptxas -v \
+	    -gencode arch=compute_$*,code=sm_$* -c $< -o $@ 2> $@.log || { cat $@.log; exit 1; }
+build/cuda/qemb_%.cubin: qemb.cu $(CUDA_ROOM)
+	@mkdir -p $(@D)
+	$(NVCC) -std=c++20 -O3 -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@
+build/cuda/tests_%.cubin: tests/test_cuda_ops.cu $(CUDA_ROOM) tests/cuda_test.h
+	@mkdir -p $(@D)
+	$(NVCC) -std=c++20 -O3 -Werror all-warnings -Xptxas -v -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@ 2> $@.log \
+	    || { cat $@.log; exit 1; }
+
+cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) ## build the CUDA code for sm_80, 89, 90a, 120 and check it: no spills, tensor-core instructions
+	tests/sass_gate.py $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o.log build/cuda/tests_$(a).cubin.log build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin)
+
+build/cuda/%.cu.o: %.cu $(CUDA_ROOM) tests/cuda_test.h
+	@mkdir -p $(@D)
+	$(NVCC) -std=c++20 -O3 -Xcompiler -fopenmp $(GENCODE) -c $< -o $@
+build/cuda/%.o: %.c qemb.h
+	@mkdir -p $(@D)
+	$(CC) $(EMU_CC) -O3 -fopenmp -c $< -o $@
+build/cuda/test_cuda: $(patsubst %.cu,build/cuda/%.cu.o,qemb.cu $(EMU_TESTS)) $(patsubst %.c,build/cuda/%.o,$(EMU_C))
+	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -lcrypto -lm -o $@
+
+build/cuda/main.o: main.c qemb.h qemb_cuda.h
+	@mkdir -p $(@D)
+	$(CC) $(EMU_CC) -O2 $(CUDA_MAIN) -c $< -o $@
+build/cuda/qemb-cuda: build/cuda/main.o build/cuda/qemb.cu.o $(patsubst %,build/cuda/%.o,$(CUDA_PROGRAM))
+	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -ljansson -lcrypto -lm -o $@
+qemb-cuda: build/cuda/qemb-cuda ## qemb for NVIDIA GPUs: same options, same protocol
+	cp build/cuda/qemb-cuda qemb-cuda
+build/cuda/bench_cuda: build/cuda/bench_cuda.cu.o build/cuda/qemb.cu.o $(patsubst %.c,build/cuda/%.o,$(EMU_C))
+	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -lcrypto -lm -o $@
+
+gpu-test: build/cuda/test_cuda ## the CUDA tests on this machine's GPU; a counted skip without one
+	build/cuda/test_cuda
+
+gpu-check: build/cuda/test_cuda qemb-cuda build/release/qemb ## on a GPU: all CUDA tests, compute-sanitizer, the program against the CPU's
+	tests/gpu_check.sh
+
+gpu-bench: qemb-cuda build/cuda/bench_cuda ## on a GPU: kernels, products, whole runs; a table and bench/results/*.json
+	./bench_gpu.py
+else
+cuda-archs gpu-test gpu-check gpu-bench qemb-cuda:
+	@echo "skipped: no nvcc in $(CUDA)/bin"
+endif
+endif

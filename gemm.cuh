@@ -1,0 +1,239 @@
+/* gemm.cuh - the four matrix products of a layer, by cuBLASLt.
+ *
+ * Row-major y (T, N) = x (T, K) W^T with W (N, K) is, in the library's column-major terms, the TN
+ * product y (N x T) = W (K x N, transposed) x (K x T). Inputs are FP16, sums FP32; the result is FP16,
+ * or FP32 added to what is there (the residual), in the product itself: no overflow, no add kernel.
+ *
+ * The library's choice of algorithm depends on T. It is asked once per shape and bucket of T (16, 32,
+ * 64 ...) and the answer serves every T in the bucket. In a deterministic run there is one bucket and no
+ * split of K, so a row's sums do not depend on T. Otherwise, given a directory, its first choices are
+ * timed once and the fastest kept in a file there, one per GPU and library version.
+ */
+#ifndef GEMM_CUH
+#define GEMM_CUH
+
+#include "qemb.h"
+#include <cinttypes>
+#include <cstdio>
+#include <cstring>
+#include <cublasLt.h>
+
+enum { GEMM_SHAPES = 8, GEMM_BUCKETS = 12, GEMM_ALIGN = 16, GEMM_CHOICES = 8, GEMM_RUNS = 5 };
+constexpr size_t GEMM_WORKSPACE = (size_t)32 << 20; /* what cuBLAS asks for on sm_90 */
+
+struct gemm_algo {
+    cublasLtMatmulAlgo_t algo;
+    bool ready;
+};
+struct gemm_shape {
+    int N, K;
+    bool add;                       /* FP32, added to D; else FP16 */
+    cublasLtMatrixLayout_t w, x, y; /* x and y get their T at every call */
+    gemm_algo buckets[GEMM_BUCKETS];
+};
+struct gemm_state {
+    cublasLtHandle_t lt;
+    cublasLtMatmulDesc_t product;
+    cublasLtMatmulPreference_t preference;
+    void *workspace; /* GEMM_WORKSPACE bytes of device memory, the caller's */
+    bool deterministic;
+    int n_shapes;
+    gemm_shape shapes[GEMM_SHAPES];
+};
+
+/* Bucket i holds T up to 16 << i; the last one all that is longer. */
+static int gemm_bucket(const gemm_state *g, int T) {
+    if (g->deterministic) return 0;
+    int i = 0;
+    while (i < GEMM_BUCKETS - 1 && T > 16 << i) i++;
+    return i;
+}
+/* The T for which a bucket's algorithm is chosen. */
+static int gemm_bucket_rows(const gemm_state *g, int i) { return g->deterministic ? 256 : 16 << i; }
+
+template <class V>
+static cublasStatus_t gemm_prefer(gemm_state *g, cublasLtMatmulPreferenceAttributes_t a, V v) {
+    return cublasLtMatmulPreferenceSetAttribute(g->preference, a, &v, sizeof v);
+}
+
+/* Opens the library. g is zeroed before; gemm_close frees what was opened, also after a failure. */
+static cublasStatus_t gemm_open(gemm_state *g, bool deterministic) {
+    const int32_t transposed = CUBLAS_OP_T;
+    g->deterministic = deterministic;
+    cublasStatus_t s = cublasLtCreate(&g->lt);
+    if (!s) s = cublasLtMatmulDescCreate(&g->product, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    if (!s)
+        s = cublasLtMatmulDescSetAttribute(g->product, CUBLASLT_MATMUL_DESC_TRANSA, &transposed,
+                                           sizeof transposed);
+    if (!s) s = cublasLtMatmulPreferenceCreate(&g->preference);
+    if (!s) s = gemm_prefer(g, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (uint64_t)GEMM_WORKSPACE);
+    for (cublasLtMatmulPreferenceAttributes_t a :
+         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+          CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+        if (!s) s = gemm_prefer(g, a, (uint32_t)GEMM_ALIGN);
+    if (!s && deterministic)
+        s = gemm_prefer(g, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                        (uint32_t)CUBLASLT_REDUCTION_SCHEME_NONE);
+    return s;
+}
+
+static void gemm_close(gemm_state *g) {
+    for (int i = 0; i < g->n_shapes; i++) {
+        cublasLtMatrixLayoutDestroy(g->shapes[i].w);
+        cublasLtMatrixLayoutDestroy(g->shapes[i].x);
+        cublasLtMatrixLayoutDestroy(g->shapes[i].y);
+    }
+    if (g->preference) cublasLtMatmulPreferenceDestroy(g->preference);
+    if (g->product) cublasLtMatmulDescDestroy(g->product);
+    if (g->lt) cublasLtDestroy(g->lt);
+}
+
+/* Makes a shape known before it is used; the same one twice is one. */
+static cublasStatus_t gemm_add_shape(gemm_state *g, int N, int K, bool add) {
+    for (int i = 0; i < g->n_shapes; i++)
+        if (g->shapes[i].N == N && g->shapes[i].K == K && g->shapes[i].add == add)
+            return CUBLAS_STATUS_SUCCESS;
+    if (g->n_shapes == GEMM_SHAPES) return CUBLAS_STATUS_ALLOC_FAILED;
+    gemm_shape *p = &g->shapes[g->n_shapes++];
+    *p = gemm_shape{};
+    p->N = N, p->K = K, p->add = add;
+    cublasStatus_t s = cublasLtMatrixLayoutCreate(&p->w, CUDA_R_16F, K, N, K);
+    if (!s) s = cublasLtMatrixLayoutCreate(&p->x, CUDA_R_16F, K, 1, K);
+    if (!s) s = cublasLtMatrixLayoutCreate(&p->y, add ? CUDA_R_32F : CUDA_R_16F, N, 1, N);
+    return s;
+}
+
+static cublasStatus_t gemm_set_rows(gemm_shape *p, int T) {
+    const uint64_t cols = (uint64_t)T;
+    cublasStatus_t s =
+        cublasLtMatrixLayoutSetAttribute(p->x, CUBLASLT_MATRIX_LAYOUT_COLS, &cols, 8);
+    if (!s) s = cublasLtMatrixLayoutSetAttribute(p->y, CUBLASLT_MATRIX_LAYOUT_COLS, &cols, 8);
+    return s;
+}
+
+/* The library's first choices for T rows, best first; at most want. */
+static cublasStatus_t gemm_ask(gemm_state *g, gemm_shape *p, int T,
+                               cublasLtMatmulHeuristicResult_t *found, int want, int *n) {
+    cublasStatus_t s = gemm_set_rows(p, T);
+    if (!s)
+        s = cublasLtMatmulAlgoGetHeuristic(g->lt, g->product, p->w, p->x, p->y, p->y, g->preference,
+                                           want, found, n);
+    return s ? s : *n ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+/* y (T, N) = alpha x W^T, or += ; W (N, K), x (T, K) as the shape says. */
+static cublasStatus_t gemm_launch(gemm_state *g, gemm_shape *p, const cublasLtMatmulAlgo_t *algo,
+                                  void *y, const void *x, const void *w, float alpha, int T,
+                                  cudaStream_t st) {
+    const float beta = p->add;
+    cublasStatus_t s = gemm_set_rows(p, T);
+    if (!s)
+        s = cublasLtMatmul(g->lt, g->product, &alpha, w, p->w, x, p->x, &beta, y, p->y, y, p->y,
+                           algo, g->workspace, GEMM_WORKSPACE, st);
+    return s;
+}
+
+static cublasStatus_t gemm_run(gemm_state *g, void *y, const void *x, const qemb_mat *w, bool add,
+                               int T, cudaStream_t st) {
+    gemm_shape *p = g->shapes, *end = p + g->n_shapes;
+    while (p < end && !(p->N == w->rows && p->K == w->cols && p->add == add)) p++;
+    if (p == end) return CUBLAS_STATUS_INVALID_VALUE;
+    const int i = gemm_bucket(g, T);
+    gemm_algo *a = &p->buckets[i];
+    cublasLtMatmulHeuristicResult_t found;
+    int n = 0;
+    if (!a->ready) {
+        cublasStatus_t s = gemm_ask(g, p, gemm_bucket_rows(g, i), &found, 1, &n);
+        if (s) return s;
+        a->algo = found.algo;
+        a->ready = true;
+    }
+    cublasStatus_t s = gemm_launch(g, p, &a->algo, y, x, w->data, w->alpha, T, st);
+    if (s != CUBLAS_STATUS_NOT_SUPPORTED || g->deterministic) return s;
+    /* The bucket's algorithm does not take this T: ask for one that does. */
+    s = gemm_ask(g, p, T, &found, 1, &n);
+    return s ? s : gemm_launch(g, p, &found.algo, y, x, w->data, w->alpha, T, st);
+}
+
+/* ---- timing ------------------------------------------------------------------------------------- */
+
+/* What timing works with: scratch of the size of the shape's largest product, and two events. */
+struct gemm_bench {
+    cudaStream_t st;
+    cudaEvent_t start, stop;
+    char *scratch;
+    size_t bytes;
+};
+
+static double gemm_time(gemm_state *g, gemm_shape *p, const gemm_bench *b,
+                        const cublasLtMatmulAlgo_t *algo, const void *w, int T) {
+    const size_t x = ((size_t)T * p->K * 2 + 255) / 256 * 256;
+    float ms = -1;
+    for (int i = 0; i <= GEMM_RUNS; i++) { /* the first one warms up */
+        if (i == 1) cudaEventRecord(b->start, b->st);
+        if (gemm_launch(g, p, algo, b->scratch + x, b->scratch, w, 1, T, b->st)) return -1;
+    }
+    cudaEventRecord(b->stop, b->st);
+    if (cudaEventSynchronize(b->stop) != cudaSuccess) return -1;
+    return cudaEventElapsedTime(&ms, b->start, b->stop) == cudaSuccess ? ms : -1;
+}
+
+/* Times the library's choices for the bucket and keeps the fastest. False: it has not been timed. */
+static bool gemm_tune(gemm_state *g, gemm_shape *p, int bucket, const gemm_bench *b,
+                      const void *w) {
+    const int T = gemm_bucket_rows(g, bucket);
+    const size_t need = (size_t)T * (p->K * 2 + p->N * (p->add ? 4 : 2)) + 512;
+    cublasLtMatmulHeuristicResult_t found[GEMM_CHOICES];
+    int n = 0;
+    double best = -1;
+    if (need > b->bytes || gemm_ask(g, p, T, found, GEMM_CHOICES, &n)) return false;
+    for (int i = 0; i < n; i++) {
+        const double ms = gemm_time(g, p, b, &found[i].algo, w, T);
+        if (ms < 0 || (best >= 0 && ms >= best)) continue;
+        best = ms;
+        p->buckets[bucket] = gemm_algo{found[i].algo, true};
+    }
+    return best >= 0;
+}
+
+/* The file has a line per shape and bucket: N K add rows, then the algorithm's eight words, which cuBLAS
+ * says may be stored for use with the same version. Lines that do not fit are skipped. */
+static void gemm_load(gemm_state *g, const char *path) {
+    FILE *in = fopen(path, "r");
+    char line[512];
+    while (in && fgets(line, sizeof line, in)) {
+        int N, K, add, rows, at = 0, n = 0;
+        cublasLtMatmulAlgo_t algo;
+        cublasLtMatmulHeuristicResult_t result;
+        if (sscanf(line, "%d %d %d %d%n", &N, &K, &add, &rows, &at) != 4) continue;
+        for (int words = 0; words < 8; words++, at += n)
+            if (sscanf(line + at, "%" SCNx64 "%n", &algo.data[words], &n) != 1) N = 0;
+        for (int s = 0; s < g->n_shapes; s++)
+            for (int i = 0; i < GEMM_BUCKETS; i++) {
+                gemm_shape *p = &g->shapes[s];
+                if (p->N != N || p->K != K || p->add != (add != 0) ||
+                    gemm_bucket_rows(g, i) != rows)
+                    continue;
+                if (gemm_set_rows(p, rows) || cublasLtMatmulAlgoCheck(g->lt, g->product, p->w, p->x,
+                                                                      p->y, p->y, &algo, &result))
+                    continue;
+                if (result.workspaceSize <= GEMM_WORKSPACE) p->buckets[i] = gemm_algo{algo, true};
+            }
+    }
+    if (in) fclose(in);
+}
+
+/* Adds a bucket's line. A file that cannot be written costs the next start its timing, no more. */
+static void gemm_save(const gemm_state *g, const gemm_shape *p, int bucket, const char *path) {
+    char line[512];
+    int n =
+        snprintf(line, sizeof line, "%d %d %d %d", p->N, p->K, p->add, gemm_bucket_rows(g, bucket));
+    for (uint64_t word : p->buckets[bucket].algo.data)
+        n += snprintf(line + n, sizeof line - n, " %" PRIx64, word);
+    FILE *out = fopen(path, "a");
+    if (!out) return;
+    fprintf(out, "%s\n", line); /* one write of under 4 KiB: two processes do not mix their lines */
+    fclose(out);
+}
+
+#endif

@@ -1,0 +1,32 @@
+/* qemb_cuda.h - the CUDA backend's table (qemb.cu), and what only this backend has to tell.
+ *
+ * Numerics: FP16 weights and activations, FP32 sums, FP32 residual stream. SwiGLU's output is kept
+ * times 2^-6 and clamped to the largest half; place() gives wdown the alpha that undoes it.
+ *
+ * Takes FP16 layer matrices; heads of 64 or 128; H/K a power of two up to 64; hidden and ffn multiples
+ * of 8, hidden up to 8192; a GPU of compute capability 8.0 or newer. open and place refuse the rest
+ * with code "device" and one line that says what to do.
+ *
+ * A device that fails in the middle of a batch cannot be reported by an op: pool then fills its vectors
+ * with NaN, like every numeric failure, and qemb_cuda_failure says what happened.
+ */
+#ifndef QEMB_CUDA_H
+#define QEMB_CUDA_H
+
+#include "qemb.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+extern const qemb_ops qemb_cuda_ops;
+
+/* The first failure of the device since open, one line owned by be, or NULL. */
+const char *qemb_cuda_failure(const qemb_backend *be);
+/* SwiGLU outputs clamped since open, up to the last pool. */
+unsigned long long qemb_cuda_clamped(const qemb_backend *be);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
