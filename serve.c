@@ -1,0 +1,361 @@
+/* serve.c - qemb-serve: options, start, signals, the clock's tick, the end; see serve.h. This is
+ * the only file that ends the process. */
+#include "serve.h"
+
+#include <errno.h>
+#include <getopt.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+/* The ops table that computes unless --cpu names another, as in main.c. */
+#ifndef DEFAULT_OPS
+#define DEFAULT_OPS qemb_cpu_choose(NULL)
+#endif
+
+/* Seconds between two looks at deadlines, departed clients and slow connections. */
+#define TICK 0.1
+/* After a drain that ran into its bound: for the last answers to be sent, for the last batch. */
+#define LAST_ANSWERS 2.0
+#define LAST_BATCH   1.0
+
+/* ---- messages --------------------------------------------------------------------------------- */
+
+/* Before there is a server to log: a line for whoever typed the command. */
+void say(const char *fmt, ...) {
+    char line[1024] = "qemb-serve: ";
+    const size_t start = strlen(line);
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(line + start, sizeof line - start - 1, fmt, ap);
+    va_end(ap);
+    const size_t len = strlen(line);
+    line[len] = '\n';
+    const ssize_t n = write(STDERR_FILENO, line, len + 1);
+    (void)n; /* nobody is left to tell */
+}
+
+void leave(int status) { _exit(status); }
+
+void *need(void *p) {
+    if (!p) DIE(STATUS_MODEL, "out of memory");
+    return p;
+}
+
+/* ---- options ---------------------------------------------------------------------------------- */
+
+enum {
+    OPT_HOST = 256,
+    OPT_PORT,
+    OPT_NAME,
+    OPT_API_KEY_FILE,
+    OPT_QUERY,
+    OPT_INSTRUCT,
+    OPT_TRUNCATE,
+    OPT_MAX_TOKENS,
+    OPT_BATCH_TOKENS,
+    OPT_THREADS,
+    OPT_CPU,
+    OPT_HTTP_THREADS,
+    OPT_MAX_CONNECTIONS,
+    OPT_MAX_BODY,
+    OPT_MAX_TEXTS,
+    OPT_MAX_QUEUE,
+    OPT_MAX_MEMORY,
+    OPT_DEADLINE,
+    OPT_RECEIVE_TIMEOUT,
+    OPT_DRAIN,
+    OPT_CACHE,
+    OPT_REDIS
+};
+
+static const struct option long_options[] = {
+    {"model", required_argument, NULL, 'm'},
+    {"host", required_argument, NULL, OPT_HOST},
+    {"port", required_argument, NULL, OPT_PORT},
+    {"name", required_argument, NULL, OPT_NAME},
+    {"api-key-file", required_argument, NULL, OPT_API_KEY_FILE},
+    {"query", no_argument, NULL, OPT_QUERY},
+    {"instruct", required_argument, NULL, OPT_INSTRUCT},
+    {"truncate", no_argument, NULL, OPT_TRUNCATE},
+    {"max-tokens", required_argument, NULL, OPT_MAX_TOKENS},
+    {"batch-tokens", required_argument, NULL, OPT_BATCH_TOKENS},
+    {"threads", required_argument, NULL, OPT_THREADS},
+    {"cpu", required_argument, NULL, OPT_CPU},
+    {"http-threads", required_argument, NULL, OPT_HTTP_THREADS},
+    {"max-connections", required_argument, NULL, OPT_MAX_CONNECTIONS},
+    {"max-body", required_argument, NULL, OPT_MAX_BODY},
+    {"max-texts", required_argument, NULL, OPT_MAX_TEXTS},
+    {"max-queue", required_argument, NULL, OPT_MAX_QUEUE},
+    {"max-memory", required_argument, NULL, OPT_MAX_MEMORY},
+    {"deadline", required_argument, NULL, OPT_DEADLINE},
+    {"receive-timeout", required_argument, NULL, OPT_RECEIVE_TIMEOUT},
+    {"drain", required_argument, NULL, OPT_DRAIN},
+    {"cache", required_argument, NULL, OPT_CACHE},
+    {"redis", required_argument, NULL, OPT_REDIS},
+    {"help", no_argument, NULL, 'h'},
+    {"version", no_argument, NULL, 'V'},
+    {NULL, 0, NULL, 0},
+};
+
+static const char help[] =
+    "qemb-serve " QEMB_VERSION ": Qwen3-Embedding vectors over HTTP, as OpenAI's API has them.\n"
+    "  qemb-serve -m MODEL.qemb [OPTION]...\n"
+    "  -m, --model FILE       the model (convert_weights.py makes it)\n"
+    "  --host ADDRESS         where to listen                          [127.0.0.1]\n"
+    "  --port N               0: any free one, which the log names     [8080]\n"
+    "  --name NAME            the model's name; repeat for more names  [the file's]\n"
+    "  --api-key-file FILE    a key per line: requests must bring one\n"
+    "  --query                texts are queries, unless the request says otherwise\n"
+    "  --instruct TASK        texts are queries for TASK, likewise\n"
+    "  --truncate             cut longer texts, likewise (else they are errors)\n"
+    "  --max-tokens N         longest text, end-of-text included       [the model's]\n"
+    "  --batch-tokens N       tokens that are computed together        [4096]\n"
+    "  --threads N            CPU threads of the model                 [all]\n"
+    "  --cpu NAME             plain or avx2: whose arithmetic          [the fastest]\n"
+    "  --http-threads N       threads that parse, tokenize and format  [2]\n"
+    "  --max-connections N    at a time                                [1024]\n"
+    "  --max-body KIB         of one request                           [4096]\n"
+    "  --max-texts N          in one request                           [2048]\n"
+    "  --max-queue TOKENS     that may wait, also in one request       [262144]\n"
+    "  --max-memory MIB       of bodies and answers at a time          [1024]\n"
+    "  --deadline SECONDS     most time for a request's vectors        [60]\n"
+    "  --receive-timeout SECONDS  for a client to send, read or idle   [30]\n"
+    "  --drain SECONDS        after SIGTERM, for what is on its way    [30]\n"
+    "  --cache MIB            of vectors kept in memory, 0: none       [64]\n"
+    "  --redis HOST:PORT      a Redis that keeps vectors, too\n"
+    "  -h, --help; -V, --version\n"
+    "Status: 0 good, 1 usage, 2 model.\n"
+    "All about requests, errors, metrics and the log: man qemb-serve\n";
+
+#define USAGE(...) (say(__VA_ARGS__), DIE(STATUS_USAGE, "hint: qemb-serve --help"))
+
+typedef struct {
+    lane_options lane;
+    http_options http;
+    int cache_mib;
+    const char *redis; /* NULL: none */
+    char name[256];    /* the model's, from the file's */
+} serve_options;
+
+static int parse_int(const char *name, const char *s, int min, int max) {
+    long long x = 0;
+    const char *p = s;
+    for (; *p >= '0' && *p <= '9' && x <= max; p++) x = x * 10 + (*p - '0');
+    if (p == s || *p || x < min || x > max)
+        USAGE("--%s: not a number in range (got %.40s, want %d..%d)", name, s, min, max);
+    return (int)x;
+}
+
+static const qemb_ops *parse_cpu(const char *s) {
+    const qemb_ops *found = qemb_cpu_choose(s);
+    if (!found) USAGE("--cpu: not on this machine (got %.40s)", s);
+    return found;
+}
+
+static void add_name(http_options *o, const char *name) {
+    if (!*name || strlen(name) > 255) USAGE("--name: bad length (want 1..255 bytes)");
+    if (o->n_names == MAX_NAMES) USAGE("--name: too many (want at most %d)", MAX_NAMES);
+    o->names[o->n_names++] = name;
+}
+
+static void set_option(serve_options *o, int opt, const char *name, const char *arg) {
+    options *cli = &o->lane.cli;
+    http_options *h = &o->http;
+    const int hours = 24 * 3600;
+    switch (opt) {
+    case 'm':
+        cli->model = arg;
+        break;
+    case OPT_HOST:
+        h->host = arg;
+        break;
+    case OPT_PORT:
+        h->port = parse_int(name, arg, 0, 65535);
+        break;
+    case OPT_NAME:
+        add_name(h, arg);
+        break;
+    case OPT_API_KEY_FILE:
+        h->key_file = arg;
+        break;
+    case OPT_QUERY:
+        cli->query = 1;
+        break;
+    case OPT_INSTRUCT:
+        cli->instruct = arg;
+        break;
+    case OPT_TRUNCATE:
+        cli->truncate = 1;
+        break;
+    case OPT_MAX_TOKENS:
+        cli->engine.max_tokens = parse_int(name, arg, 1, INT_MAX);
+        break;
+    case OPT_BATCH_TOKENS:
+        cli->engine.batch_tokens = parse_int(name, arg, 1, 1 << 24);
+        break;
+    case OPT_THREADS:
+        cli->engine.threads = parse_int(name, arg, 1, 4096);
+        break;
+    case OPT_CPU:
+        cli->ops = parse_cpu(arg);
+        break;
+    case OPT_HTTP_THREADS:
+        h->http_threads = parse_int(name, arg, 2, 256);
+        break;
+    case OPT_MAX_CONNECTIONS:
+        h->max_connections = parse_int(name, arg, 1, 1 << 20);
+        break;
+    case OPT_MAX_BODY:
+        h->max_body = (size_t)parse_int(name, arg, 1, 1 << 20) << 10;
+        break;
+    case OPT_MAX_TEXTS:
+        h->max_texts = parse_int(name, arg, 1, 1 << 20);
+        break;
+    case OPT_MAX_QUEUE:
+        o->lane.max_queue_tokens = parse_int(name, arg, 1, 1 << 28);
+        break;
+    case OPT_MAX_MEMORY:
+        h->max_memory = (size_t)parse_int(name, arg, 1, 1 << 24) << 20;
+        break;
+    case OPT_DEADLINE:
+        h->deadline = parse_int(name, arg, 1, hours);
+        break;
+    case OPT_RECEIVE_TIMEOUT:
+        h->receive_timeout = parse_int(name, arg, 1, hours);
+        break;
+    case OPT_CACHE:
+        o->cache_mib = parse_int(name, arg, 0, 1 << 24);
+        break;
+    case OPT_REDIS:
+        o->redis = arg;
+        break;
+    case OPT_DRAIN:
+        h->drain = parse_int(name, arg, 0, hours);
+        break;
+    }
+}
+
+static void print_and_leave(const char *text) {
+    fputs(text, stdout);
+    leave(fflush(stdout) ? STATUS_OUTPUT : STATUS_GOOD);
+}
+
+static const char *option_name(int opt) {
+    for (const struct option *l = long_options; l->name; l++)
+        if (l->val == opt) return l->name;
+    return "?";
+}
+
+/* The model's file without directory and ".qemb". */
+static void name_by_file(serve_options *o) {
+    const char *path = o->lane.cli.model, *slash = strrchr(path, '/');
+    snprintf(o->name, sizeof o->name, "%s", slash ? slash + 1 : path);
+    char *dot = strrchr(o->name, '.');
+    if (dot && dot > o->name && !strcmp(dot, ".qemb")) *dot = 0;
+    add_name(&o->http, o->name);
+}
+
+static void parse_options(serve_options *o, int argc, char **argv) {
+    int opt;
+    *o = (serve_options){.cache_mib = 64,
+                         .lane = {.cli.ops = DEFAULT_OPS, .max_queue_tokens = 262144},
+                         .http = {.host = "127.0.0.1",
+                                  .port = 8080,
+                                  .http_threads = 2,
+                                  .max_connections = 1024,
+                                  .max_texts = 2048,
+                                  .max_body = (size_t)4 << 20,
+                                  .max_memory = (size_t)1 << 30,
+                                  .deadline = 60,
+                                  .receive_timeout = 30,
+                                  .drain = 30}};
+    opterr = 0;
+    while ((opt = getopt_long(argc, argv, "-:m:hV", long_options, NULL)) != -1) {
+        if (opt == 'h') print_and_leave(help);
+        if (opt == 'V') print_and_leave("qemb-serve " QEMB_VERSION "\n");
+        if (opt == 1) USAGE("%.80s: an operand that means nothing", optarg);
+        if (opt == ':') USAGE("%.80s: needs a value", argv[optind - 1]);
+        if (opt == '?') USAGE("%.80s: unknown or ambiguous option", argv[optind - 1]);
+        set_option(o, opt, option_name(opt), optarg);
+    }
+    if (optind < argc) USAGE("%.80s: an operand that means nothing", argv[optind]);
+    const options *cli = &o->lane.cli;
+    if (!cli->model) USAGE("no model (want -m MODEL.qemb)");
+    if (cli->query && cli->instruct) USAGE("--query and --instruct: only one of them");
+    if (cli->instruct && !*cli->instruct)
+        USAGE("--instruct: an empty task (leave it out for documents)");
+    if (o->http.max_connections < o->http.http_threads)
+        USAGE("--max-connections: less than --http-threads (got %d, want %d at least)",
+              o->http.max_connections, o->http.http_threads);
+    if (!o->http.n_names) name_by_file(o);
+}
+
+/* ---- the run ---------------------------------------------------------------------------------- */
+
+/* Waits for one of the signals, a tick at most. Returns it, or 0. */
+static int wait_signal(const sigset_t *set) {
+    const struct timespec tick = {.tv_nsec = (long)(TICK * 1e9)};
+    const int sig = sigtimedwait(set, NULL, &tick);
+    return sig > 0 ? sig : 0;
+}
+
+static void tick(lane *l, http *h) {
+    const double now = seconds_now();
+    lane_tick(l, now);
+    http_tick(h, now);
+}
+
+/* What is on its way is answered, for o->drain seconds at most; then every wait ends, with 503. */
+static void drain(const http_options *o, const sigset_t *set, lane *l, http *h) {
+    const double start = seconds_now();
+    http_drain(h);
+    log_line("info", "draining", "\"seconds\":%g", o->drain); /* from here on it is true */
+    while (!http_idle(h, seconds_now()) && seconds_now() - start < o->drain) {
+        if (wait_signal(set)) break; /* a second signal: no more patience */
+        tick(l, h);
+    }
+    lane_stop(l);
+    const double stopped = seconds_now();
+    while (!http_idle(h, seconds_now()) && seconds_now() - stopped < LAST_ANSWERS) wait_signal(set);
+}
+
+static void open_caches(serve_options *o) {
+    if (o->cache_mib) o->lane.cache = need(cache_new((size_t)o->cache_mib << 20));
+    if (!o->redis) return;
+    o->lane.redis = redis_new(o->redis);
+    if (!o->lane.redis) USAGE("--redis: no address (got %.80s, want HOST:PORT)", o->redis);
+}
+
+int main(int argc, char **argv) {
+    serve_options o;
+    sigset_t set;
+    signal(SIGPIPE, SIG_IGN);
+    sigemptyset(&set);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGTERM);
+    pthread_sigmask(SIG_BLOCK, &set, NULL); /* in every thread: this one waits for them */
+    parse_options(&o, argc, argv);
+    open_caches(&o);
+    lane *l = lane_open(&o.lane);
+    http *h = http_start(&o.http, l);
+    log_line("info", "listening", "\"port\":%d,\"pid\":%ld", http_port(h), (long)getpid());
+    lane_start(l);
+    log_line("info", "loaded", "\"fingerprint\":\"%s\"", lane_fingerprint(l));
+    int sig;
+    while (!(sig = wait_signal(&set))) tick(l, h);
+    drain(&o.http, &set, l, h);
+    http_stop(h);
+    const int joined = lane_join(l, LAST_BATCH);
+    log_line("info", "stopped", "\"signal\":%d", sig);
+    if (!joined) leave(STATUS_GOOD); /* in the middle of a long batch that nobody waits for */
+    lane_free(l);
+    redis_free(o.lane.redis);
+    cache_free(o.lane.cache);
+    return STATUS_GOOD;
+}

@@ -1,0 +1,601 @@
+/* serve_http.c - libmicrohttpd: connections, routes, limits, answers; see serve.h.
+ *
+ * A request is looked at when its header is there (path, method, key, type, announced length) and
+ * what is wrong is answered after its body, which is read and thrown away: an answer in the middle
+ * of a body is lost when the client does not read before it has sent. A good one is parsed and
+ * tokenized when its body is there, its connection suspended until the queue is done with it, and
+ * its answer written by the connection's own thread again.
+ */
+#include "serve.h"
+
+#include <assert.h>
+#include <ctype.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <microhttpd.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+/* A body may be this many times the limit before it is no longer read to its end. */
+#define PATIENCE 4
+/* A draining server waits this long for more on open connections, seconds. */
+#define LINGER 0.25
+
+/* A connection, for as long as its socket is open. */
+typedef struct conn {
+    struct conn *prev, *next;
+    int fd, requests;
+    int timed; /* the client is to do something: since then */
+    double since;
+} conn;
+
+struct http {
+    http_options opt;
+    lane *lane;
+    struct MHD_Daemon *daemon;
+    int listen_fd, port;
+    keys *keys; /* NULL: everybody may ask */
+    uint32_t id_start;
+    atomic_uint id_next;
+    atomic_size_t held; /* bytes of bodies, and of answers to come */
+    atomic_int draining, active;
+    time_t created;
+    pthread_mutex_t lock; /* of what follows */
+    conn *conns;
+    int n_conns;
+    double last_change;
+};
+
+typedef struct {
+    ticket ticket; /* first: a ticket is its request */
+    http *h;
+    struct MHD_Connection *connection;
+    conn *conn;
+    route route;
+    enum { RECEIVING, WAITING, ANSWERED } phase;
+    char id[65];
+    double start;
+    api_error error; /* status not 0: what to answer */
+    char *body;
+    size_t len, cap, held, thrown;
+    api_request api;
+    int dim, base64, texts, shared, cached, status;
+    uint64_t tokens;
+} request;
+
+/* ---- memory ----------------------------------------------------------------------------------- */
+
+/* Counts n bytes more for r. Memory is bounded: what does not fit is refused, unless it is alone. */
+static int hold(request *r, size_t n) {
+    http *h = r->h;
+    const size_t before = atomic_fetch_add(&h->held, n);
+    if (before == r->held || before + n <= h->opt.max_memory) {
+        r->held += n;
+        return 0;
+    }
+    atomic_fetch_sub(&h->held, n);
+    api_fail(&r->error, 429, "server_overloaded", NULL,
+             "server: no memory left for this request now");
+    r->error.retry_after = queue_retry_after(lane_queue(h->lane));
+    return -1;
+}
+
+static void release(request *r, size_t n) {
+    atomic_fetch_sub(&r->h->held, n);
+    r->held -= n;
+}
+
+static void drop_body(request *r) {
+    free(r->body);
+    release(r, r->cap);
+    r->body = NULL;
+    r->len = r->cap = 0;
+}
+
+/* ---- answers ---------------------------------------------------------------------------------- */
+
+/* Queues the answer; body's memory is taken over. body->data NULL: out of memory, the connection
+ * is closed. */
+static enum MHD_Result answer(request *r, int status, api_text *body, const char *type) {
+    http *h = r->h;
+    r->phase = ANSWERED;
+    r->status = status;
+    if (!body->data) return MHD_NO;
+    struct MHD_Response *m =
+        MHD_create_response_from_buffer(body->len, body->data, MHD_RESPMEM_MUST_FREE);
+    if (!m) {
+        free(body->data);
+        return MHD_NO;
+    }
+    MHD_add_response_header(m, "Content-Type", type);
+    MHD_add_response_header(m, "x-request-id", r->id);
+    if (r->error.retry_after) {
+        char seconds[16];
+        snprintf(seconds, sizeof seconds, "%d", r->error.retry_after);
+        MHD_add_response_header(m, "Retry-After", seconds);
+    }
+    if (status == 401) MHD_add_response_header(m, "WWW-Authenticate", "Bearer");
+    if (status == 405)
+        MHD_add_response_header(m, "Allow", r->route <= ROUTE_TOKENIZE ? "POST" : "GET, HEAD");
+    if (atomic_load(&h->draining)) MHD_add_response_header(m, "Connection", "close");
+    pthread_mutex_lock(&h->lock); /* from now on it is the client's turn, to read */
+    r->conn->timed = 1;
+    r->conn->since = seconds_now();
+    pthread_mutex_unlock(&h->lock);
+    const enum MHD_Result result = MHD_queue_response(r->connection, (unsigned)status, m);
+    MHD_destroy_response(m);
+    return result;
+}
+
+#define JSON "application/json"
+
+static enum MHD_Result answer_error(request *r) {
+    api_text body = {0};
+    api_error_json(&body, &r->error);
+    return answer(r, r->error.status, &body, JSON);
+}
+
+/* ---- the header ------------------------------------------------------------------------------- */
+
+static const char *header(request *r, const char *name) {
+    return MHD_lookup_connection_value(r->connection, MHD_HEADER_KIND, name);
+}
+
+static route find_route(const char *url) {
+    for (int i = 0; i < ROUTE_OTHER; i++)
+        if (!strcmp(url, route_path((route)i))) return (route)i;
+    return ROUTE_OTHER;
+}
+
+/* The client's own id if it is one that can stand in a log, else one of ours. */
+static void make_id(request *r) {
+    const char *id = header(r, "x-request-id");
+    size_t n = 0;
+    while (id && n < sizeof r->id &&
+           (isalnum((unsigned char)id[n]) || (id[n] && strchr("._-", id[n]))))
+        n++;
+    if (n && n < sizeof r->id && !id[n])
+        memcpy(r->id, id, n + 1);
+    else
+        snprintf(r->id, sizeof r->id, "%08" PRIx32 "%08x", r->h->id_start,
+                 atomic_fetch_add(&r->h->id_next, 1));
+}
+
+static int check_key(request *r) {
+    const char *given = header(r, "Authorization");
+    if (!r->h->keys || r->route == ROUTE_HEALTH || r->route == ROUTE_METRICS) return 0;
+    if (given && !strncasecmp(given, "Bearer ", 7) && keys_match(r->h->keys, given + 7)) return 0;
+    return api_fail(&r->error, 401, "invalid_api_key", NULL,
+                    given ? "Authorization: not a key of this server"
+                          : "Authorization: missing (want Bearer and a key)");
+}
+
+static int check_method(request *r, const char *method) {
+    if (r->route == ROUTE_OTHER)
+        return api_fail(&r->error, 404, "unknown_url", NULL,
+                        "path: not here (want /v1/embeddings, /v1/models, /tokenize, /health or "
+                        "/metrics)");
+    const int post = r->route <= ROUTE_TOKENIZE;
+    if (post ? !strcmp(method, "POST") : !strcmp(method, "GET") || !strcmp(method, "HEAD"))
+        return 0;
+    return api_fail(&r->error, 405, "method_not_allowed", NULL, "method: not for %s (want %s)",
+                    route_path(r->route), post ? "POST" : "GET");
+}
+
+/* application/json, of UTF-8 if it says. */
+static int json_type(const char *type) {
+    if (strncasecmp(type, JSON, sizeof JSON - 1)) return 0;
+    type += sizeof JSON - 1;
+    while (*type == ' ') type++;
+    if (!*type) return 1;
+    if (*type++ != ';') return 0;
+    const char *charset = strcasestr(type, "charset=");
+    if (!charset) return 1;
+    charset += 8;
+    return !strncasecmp(charset + (*charset == '"'), "utf-8", 5);
+}
+
+static int check_body(request *r) {
+    const char *type = header(r, "Content-Type"), *encoding = header(r, "Content-Encoding");
+    const char *length = header(r, "Content-Length");
+    if (r->route > ROUTE_TOKENIZE) return 0;
+    if ((type && !json_type(type)) || (encoding && strcasecmp(encoding, "identity")))
+        return api_fail(&r->error, 415, "unsupported_media_type", NULL,
+                        "Content-Type: not one that is understood (want application/json in "
+                        "UTF-8, not encoded)");
+    if (length && strtoull(length, NULL, 10) > r->h->opt.max_body)
+        return api_fail(&r->error, 413, "body_too_large", NULL,
+                        "body: too large (got %.20s bytes, want at most %zu)", length,
+                        r->h->opt.max_body);
+    return 0;
+}
+
+static request *request_new(http *h, struct MHD_Connection *c, const char *url) {
+    request *r = calloc(1, sizeof *r);
+    if (!r) return NULL;
+    r->h = h;
+    r->connection = c;
+    r->route = find_route(url);
+    r->start = seconds_now();
+    const union MHD_ConnectionInfo *info =
+        MHD_get_connection_info(c, MHD_CONNECTION_INFO_SOCKET_CONTEXT);
+    r->conn = info->socket_context;
+    make_id(r);
+    atomic_fetch_add(&h->active, 1);
+    pthread_mutex_lock(&h->lock);
+    r->conn->requests++;
+    r->conn->timed = 1;
+    r->conn->since = r->start; /* the body has its own time */
+    pthread_mutex_unlock(&h->lock);
+    return r;
+}
+
+static enum MHD_Result on_header(request *r, const char *method) {
+    const int bad =
+        check_method(r, method) || check_key(r) || check_body(r); /* the first one fills error */
+    if (!bad) return MHD_YES;
+    const char *length = header(r, "Content-Length");
+    const int endless = length && strtoull(length, NULL, 10) / PATIENCE > r->h->opt.max_body;
+    return endless || header(r, "Expect") ? answer_error(r) : MHD_YES;
+}
+
+/* ---- the body --------------------------------------------------------------------------------- */
+
+static int grow_body(request *r, size_t n) {
+    if (r->len + n > r->h->opt.max_body)
+        return api_fail(&r->error, 413, "body_too_large", NULL,
+                        "body: too large (want at most %zu bytes)", r->h->opt.max_body);
+    if (r->len + n <= r->cap) return 0;
+    size_t cap = 2 * (r->len + n) > 4096 ? 2 * (r->len + n) : 4096;
+    if (cap > r->h->opt.max_body) cap = r->h->opt.max_body;
+    if (hold(r, cap - r->cap)) return -1;
+    char *body = realloc(r->body, cap);
+    if (!body) {
+        release(r, cap - r->cap);
+        return api_fail(&r->error, 503, "out_of_memory", NULL, "body: out of memory");
+    }
+    r->body = body;
+    r->cap = cap;
+    return 0;
+}
+
+static enum MHD_Result on_body(request *r, const char *data, size_t n) {
+    if (!r->error.status && r->route <= ROUTE_TOKENIZE && !grow_body(r, n)) {
+        memcpy(r->body + r->len, data, n);
+        r->len += n;
+        return MHD_YES;
+    }
+    drop_body(r);
+    r->thrown += n;
+    return r->thrown / PATIENCE > r->h->opt.max_body ? MHD_NO : MHD_YES;
+}
+
+/* ---- the work --------------------------------------------------------------------------------- */
+
+static void resume(ticket *t) { MHD_resume_connection(((request *)t)->connection); }
+
+/* A client that has closed its sending half counts as gone, as with other servers: nothing tells
+ * it from one that has closed everything. */
+static int departed(ticket *t) {
+    struct pollfd p = {.fd = ((request *)t)->conn->fd, .events = POLLRDHUP};
+    return poll(&p, 1, 0) == 1 && p.revents & (POLLRDHUP | POLLHUP | POLLERR);
+}
+
+static int check_model(request *r) {
+    const http_options *o = &r->h->opt;
+    if (!r->api.model) return 0;
+    for (int i = 0; i < o->n_names; i++)
+        if (!strcmp(r->api.model, o->names[i])) return 0;
+    return api_fail(&r->error, 404, "model_not_found", "model",
+                    "model: not served here (got %.80s, want %.80s)", r->api.model, o->names[0]);
+}
+
+static int check_dimensions(request *r) {
+    const int hidden = lane_hidden(r->h->lane);
+    r->dim = r->api.dimensions ? r->api.dimensions : hidden;
+    r->base64 = r->api.base64;
+    if (r->dim <= hidden) return 0;
+    return api_fail(&r->error, 400, "invalid_dimensions", "dimensions",
+                    "dimensions: out of range (got %d, want 1..%d)", r->dim, hidden);
+}
+
+static int check_loaded(request *r) {
+    if (lane_state_of(r->h->lane) != LANE_LOADING) return 0;
+    api_fail(&r->error, 503, "loading", NULL, "server: the model is being loaded");
+    r->error.retry_after = 1;
+    return -1;
+}
+
+/* From body to texts in the ticket. The body is not needed any more. */
+static int read_request(request *r) {
+    http *h = r->h;
+    const api_kind kind = r->route == ROUTE_EMBEDDINGS ? API_EMBEDDINGS : API_TOKENIZE;
+    int bad =
+        check_loaded(r) ||
+        api_parse(&r->api, kind, r->body ? r->body : "", r->len, h->opt.max_texts, &r->error) ||
+        check_model(r) || check_dimensions(r);
+    r->texts = r->api.n;
+    if (!bad && kind == API_EMBEDDINGS)
+        bad = hold(r, api_embeddings_room(r->texts, r->dim, r->base64, strlen(h->opt.names[0])));
+    bad = bad || lane_encode(h->lane, &r->api, &r->ticket, &r->tokens, &r->error);
+    api_request_free(&r->api);
+    drop_body(r);
+    return bad ? -1 : 0;
+}
+
+static enum MHD_Result finish_embeddings(request *r) {
+    api_text body = {0};
+    switch (r->ticket.state) {
+    case TICKET_DONE:
+        if (api_embeddings(&body, r->ticket.slots, r->texts, r->dim, r->base64, r->h->opt.names[0],
+                           r->tokens, &r->error))
+            break;
+        metrics_add(COUNT_TEXTS, (uint64_t)r->texts);
+        metrics_add(COUNT_TOKENS, r->tokens);
+        metrics_add(COUNT_DEDUP, (uint64_t)r->shared);
+        return answer(r, 200, &body, JSON);
+    case TICKET_GONE:
+        r->status = 499;
+        return MHD_NO;
+    case TICKET_EXPIRED:
+        api_fail(&r->error, 503, "deadline_exceeded", NULL,
+                 "server: no vectors after %g s, the most a request may take", r->h->opt.deadline);
+        r->error.retry_after = queue_retry_after(lane_queue(r->h->lane));
+        break;
+    case TICKET_STOPPED:
+        api_fail(&r->error, 503, "shutting_down", NULL, "server: it is being stopped");
+        r->error.retry_after = 1;
+        break;
+    case TICKET_NEW:
+    case TICKET_WAITING: /* refused: error says it */
+        break;
+    }
+    return answer_error(r);
+}
+
+static enum MHD_Result start_embeddings(request *r) {
+    if (read_request(r)) return answer_error(r);
+    r->cached = lane_lookup(r->h->lane, &r->ticket);
+    r->phase = WAITING;
+    if (r->cached == r->texts) {
+        r->ticket.state = TICKET_DONE;
+        return finish_embeddings(r);
+    }
+    r->ticket.deadline = r->start + r->h->opt.deadline;
+    r->ticket.done = resume;
+    r->ticket.departed = departed;
+    pthread_mutex_lock(&r->h->lock);
+    r->conn->timed = 0; /* it is the server's turn */
+    pthread_mutex_unlock(&r->h->lock);
+    /* Before the ticket is out of our hands: it may be done at once. */
+    MHD_suspend_connection(r->connection);
+    if (queue_submit(lane_queue(r->h->lane), &r->ticket, &r->shared)) {
+        api_fail(&r->error, 429, "queue_full", NULL, "server: too many tokens wait already");
+        r->error.retry_after = queue_retry_after(lane_queue(r->h->lane));
+        MHD_resume_connection(r->connection);
+    }
+    return MHD_YES;
+}
+
+static enum MHD_Result tokenize(request *r) {
+    api_text body = {0};
+    if (read_request(r) || api_tokens(&body, r->ticket.slots, r->texts, lane_max_tokens(r->h->lane),
+                                      r->h->opt.names[0], r->tokens, &r->error))
+        return answer_error(r);
+    return answer(r, 200, &body, JSON);
+}
+
+static const char *health_of(const http *h) {
+    if (atomic_load(&h->draining)) return "draining";
+    static const char *const names[] = {"loading", "ok", "failing"};
+    return names[lane_state_of(h->lane)];
+}
+
+static enum MHD_Result tell_health(request *r) {
+    api_text body = {0};
+    const char *health = health_of(r->h);
+    text_printf(&body, "{\"status\":\"%s\"}", health);
+    return answer(r, strcmp(health, "ok") ? 503 : 200, &body, JSON);
+}
+
+static enum MHD_Result tell_metrics(request *r) {
+    http *h = r->h;
+    api_text body = {0};
+    gauges g = {.healthy = !strcmp(health_of(h), "ok"),
+                .cache_bytes = lane_cache_bytes(h->lane),
+                .queue = queue_depth_of(lane_queue(h->lane)),
+                .model = h->opt.names[0],
+                .fingerprint = lane_fingerprint(h->lane)};
+    pthread_mutex_lock(&h->lock);
+    g.connections = h->n_conns;
+    pthread_mutex_unlock(&h->lock);
+    metrics_text(&body, &g);
+    return answer(r, 200, &body, "text/plain; version=0.0.4; charset=utf-8");
+}
+
+static enum MHD_Result on_complete(request *r) {
+    api_text body = {0};
+    if (r->error.status) return answer_error(r);
+    switch (r->route) {
+    case ROUTE_EMBEDDINGS:
+        return start_embeddings(r);
+    case ROUTE_TOKENIZE:
+        return tokenize(r);
+    case ROUTE_HEALTH:
+        return tell_health(r);
+    case ROUTE_METRICS:
+        return tell_metrics(r);
+    case ROUTE_MODELS:
+        api_models(&body, r->h->opt.names, r->h->opt.n_names, (long)r->h->created);
+        return answer(r, 200, &body, JSON);
+    case ROUTE_OTHER:
+    case N_ROUTES:
+        break;
+    }
+    return MHD_NO;
+}
+
+/* ---- libmicrohttpd's calls -------------------------------------------------------------------- */
+
+static enum MHD_Result on_request(void *cls, struct MHD_Connection *c, const char *url,
+                                  const char *method, const char *version, const char *data,
+                                  size_t *n, void **cookie) {
+    (void)version;
+    request *r = *cookie;
+    if (!r) {
+        r = *cookie = request_new(cls, c, url);
+        return r ? on_header(r, method) : MHD_NO;
+    }
+    if (*n) {
+        const size_t got = *n;
+        *n = 0;
+        return on_body(r, data, got);
+    }
+    if (r->phase == ANSWERED) return MHD_YES;
+    return r->phase == WAITING ? finish_embeddings(r) : on_complete(r);
+}
+
+/* Once per request: its answer is sent, or its connection is lost. */
+static void on_completed(void *cls, struct MHD_Connection *c, void **cookie,
+                         enum MHD_RequestTerminationCode how) {
+    (void)c;
+    http *h = cls;
+    request *r = *cookie;
+    if (!r) return;
+    *cookie = NULL;
+    const double seconds = seconds_now() - r->start;
+    const int sent = how == MHD_REQUEST_TERMINATED_COMPLETED_OK && r->phase == ANSWERED;
+    if (!sent && r->status != 499) r->status = 499;
+    metrics_request(r->route, r->status);
+    if (r->route == ROUTE_EMBEDDINGS) metrics_observe(HISTOGRAM_REQUEST_SECONDS, seconds);
+    log_line(r->status >= 500 ? "error" : "info", "request",
+             "\"request_id\":\"%s\",\"path\":\"%s\",\"status\":%d,\"code\":\"%s\",\"texts\":%d,"
+             "\"tokens\":%" PRIu64 ",\"shared\":%d,\"cached\":%d,\"ms\":%.3f",
+             r->id, route_path(r->route), r->status, r->error.status ? r->error.code : "", r->texts,
+             r->tokens, r->shared, r->cached, 1e3 * seconds);
+    ticket_clear(&r->ticket);
+    api_request_free(&r->api);
+    drop_body(r);
+    release(r, r->held);
+    pthread_mutex_lock(&h->lock);
+    r->conn->timed = 1;
+    r->conn->since = h->last_change = seconds_now();
+    pthread_mutex_unlock(&h->lock);
+    free(r);
+    atomic_fetch_sub(&h->active, 1);
+}
+
+static void on_connection(void *cls, struct MHD_Connection *c, void **context,
+                          enum MHD_ConnectionNotificationCode what) {
+    http *h = cls;
+    conn *k = *context;
+    if (what == MHD_CONNECTION_NOTIFY_STARTED) {
+        *context = k = need(calloc(1, sizeof *k));
+        k->fd = MHD_get_connection_info(c, MHD_CONNECTION_INFO_CONNECTION_FD)->connect_fd;
+        k->timed = 1;
+        pthread_mutex_lock(&h->lock);
+        k->since = h->last_change = seconds_now();
+        k->next = h->conns;
+        if (k->next) k->next->prev = k;
+        h->conns = k;
+        h->n_conns++;
+        pthread_mutex_unlock(&h->lock);
+    } else if (k) { /* its socket is still open: http_tick never meets another one's */
+        pthread_mutex_lock(&h->lock);
+        *(k->prev ? &k->prev->next : &h->conns) = k->next;
+        if (k->next) k->next->prev = k->prev;
+        h->n_conns--;
+        pthread_mutex_unlock(&h->lock);
+        free(k);
+        *context = NULL;
+    }
+}
+
+/* Only the message's pattern: what stands in its places may be a client's. */
+static void on_message(void *cls, const char *fmt, va_list ap) {
+    (void)cls;
+    (void)ap;
+    char quoted[6 * 128 + 3];
+    const size_t n = strlen(fmt);
+    *format_json_string(quoted, fmt, n < 128 ? n : 128) = 0;
+    log_line("warning", "http", "\"message\":%s", quoted);
+}
+
+/* ---- start, tick, end ------------------------------------------------------------------------- */
+
+http *http_start(const http_options *o, lane *l) {
+    http *h = need(calloc(1, sizeof *h));
+    h->opt = *o;
+    h->lane = l;
+    h->created = time(NULL);
+    pthread_mutex_init(&h->lock, NULL);
+    if (getrandom(&h->id_start, sizeof h->id_start, 0) != sizeof h->id_start)
+        h->id_start = (uint32_t)h->created;
+    if (o->key_file) h->keys = keys_read(o->key_file);
+    h->listen_fd = listen_open(o->host, o->port, &h->port);
+    h->opt.max_connections = listen_connections(o->max_connections);
+    h->daemon = MHD_start_daemon(
+        MHD_USE_EPOLL_INTERNAL_THREAD | MHD_USE_ITC | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ERROR_LOG,
+        0, NULL, NULL, on_request, h, MHD_OPTION_EXTERNAL_LOGGER, on_message, NULL,
+        MHD_OPTION_LISTEN_SOCKET, h->listen_fd, MHD_OPTION_THREAD_POOL_SIZE,
+        (unsigned)o->http_threads, MHD_OPTION_CONNECTION_LIMIT, (unsigned)h->opt.max_connections,
+        MHD_OPTION_NOTIFY_COMPLETED, on_completed, h, MHD_OPTION_NOTIFY_CONNECTION, on_connection,
+        h, MHD_OPTION_END);
+    if (!h->daemon) DIE(STATUS_MODEL, "libmicrohttpd: cannot start");
+    return h;
+}
+
+int http_port(const http *h) { return h->port; }
+
+void http_tick(http *h, double now) {
+    pthread_mutex_lock(&h->lock);
+    for (conn *k = h->conns; k; k = k->next) {
+        if (!k->timed || now - k->since < h->opt.receive_timeout) continue;
+        shutdown(k->fd, SHUT_RDWR); /* its thread sees the end and cleans up */
+        k->timed = 0;
+        metrics_add(COUNT_REAPED, 1);
+    }
+    pthread_mutex_unlock(&h->lock);
+}
+
+void http_drain(http *h) {
+    atomic_store(&h->draining, 1);
+    const int fd = MHD_quiesce_daemon(h->daemon);
+    if (fd == MHD_INVALID_SOCKET) return;
+    struct sockaddr_storage from;
+    socklen_t n = sizeof from;
+    for (int c; (c = accept4(fd, (struct sockaddr *)&from, &n, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0;
+         n = sizeof from)
+        MHD_add_connection(h->daemon, c, (struct sockaddr *)&from, n);
+    shutdown(fd, SHUT_RDWR); /* others are refused; closed by http_stop: its threads may still look */
+    pthread_mutex_lock(&h->lock);
+    h->last_change = seconds_now();
+    pthread_mutex_unlock(&h->lock);
+}
+
+int http_idle(http *h, double now) {
+    int idle = !atomic_load(&h->active);
+    pthread_mutex_lock(&h->lock);
+    if (now - h->last_change < LINGER) idle = 0;
+    for (conn *k = h->conns; k && idle; k = k->next) /* it came to ask something */
+        if (!k->requests && now - k->since < 4 * LINGER) idle = 0;
+    pthread_mutex_unlock(&h->lock);
+    return idle;
+}
+
+void http_stop(http *h) {
+    const int drained = atomic_load(&h->draining);
+    MHD_stop_daemon(h->daemon);
+    if (drained) close(h->listen_fd); /* else the daemon did */
+    assert(!h->conns);
+    pthread_mutex_destroy(&h->lock);
+    keys_free(h->keys);
+    free(h);
+}

@@ -1,0 +1,342 @@
+/* serve_lane.c - a model at work: texts -> token ids -> queue -> vectors; see serve.h. */
+#include "serve.h"
+
+#include <errno.h>
+#include <math.h>
+#include <openssl/evp.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+/* What a thread needs to encode; lanes keep those that nobody uses. */
+typedef struct worker {
+    struct worker *next;
+    encoder encoder;
+    EVP_MD_CTX *digest;
+} worker;
+
+struct lane {
+    lane_options opt;
+    source source;
+    qemb_model *model;
+    queue *queue;
+    pthread_t thread;
+    int started;
+    atomic_int state; /* lane_state */
+    pthread_mutex_t lock;
+    worker *workers; /* under lock */
+    EVP_MD *sha256;
+    uint8_t fingerprint[KEY_BYTES];
+    char fingerprint_hex[2 * KEY_BYTES + 1];
+    /* The probe: one end-of-text, computed to see whether the model works. */
+    ticket probe;
+    slot probe_slot;
+    atomic_int probing;
+};
+
+/* ---- opening ---------------------------------------------------------------------------------- */
+
+/* The header holds the shape and the SHA-256 of everything else. Backends round differently, so
+ * they do not share vectors. */
+#define HEADER_BYTES 4096
+
+static void make_fingerprint(lane *l) {
+    const char *backend = l->opt.cli.ops->name;
+    EVP_MD_CTX *c = need(EVP_MD_CTX_new());
+    const int good = EVP_DigestInit_ex(c, l->sha256, NULL) &&
+                     EVP_DigestUpdate(c, backend, strlen(backend) + 1) &&
+                     EVP_DigestUpdate(c, l->source.file->map, HEADER_BYTES) &&
+                     EVP_DigestFinal_ex(c, l->fingerprint, NULL);
+    EVP_MD_CTX_free(c);
+    if (!good) DIE(STATUS_MODEL, "SHA-256: not available");
+    for (int i = 0; i < KEY_BYTES; i++)
+        snprintf(l->fingerprint_hex + 2 * i, 3, "%02x", l->fingerprint[i]);
+}
+
+static worker *worker_new(lane *l) {
+    qemb_err err;
+    worker *w = need(calloc(1, sizeof *w));
+    if (encoder_open(&w->encoder, &l->source, &l->opt.cli, &err))
+        DIE(strcmp(err.code, "usage") ? STATUS_MODEL : STATUS_USAGE, "%s", err.msg);
+    w->digest = need(EVP_MD_CTX_new());
+    return w;
+}
+
+static worker *take_worker(lane *l) {
+    pthread_mutex_lock(&l->lock);
+    worker *w = l->workers;
+    if (w) l->workers = w->next;
+    pthread_mutex_unlock(&l->lock);
+    return w ? w : worker_new(l);
+}
+
+static void give_worker(lane *l, worker *w) {
+    pthread_mutex_lock(&l->lock);
+    w->next = l->workers;
+    l->workers = w;
+    pthread_mutex_unlock(&l->lock);
+}
+
+lane *lane_open(const lane_options *o) {
+    lane *l = need(calloc(1, sizeof *l));
+    qemb_err err;
+    l->opt = *o;
+    pthread_mutex_init(&l->lock, NULL);
+    const char *path = o->cli.model;
+    if (qemb_file_open(&l->source.file, path, &err)) DIE(STATUS_MODEL, "%s", err.msg);
+    const qemb_file *f = l->source.file;
+    if (tokenizer_open(&l->source.tokenizer, f->merges, f->n_merges, f->added, f->added_bytes,
+                       &err))
+        DIE(STATUS_MODEL, "%.128s: %s", path, err.msg);
+    if (tokenizer_n_ids(l->source.tokenizer) > (uint32_t)f->config.vocab)
+        DIE(STATUS_MODEL,
+            "%.128s: tokenizer: more ids than rows of the embedding table (got %u, want at most "
+            "%d)",
+            path, (unsigned)tokenizer_n_ids(l->source.tokenizer), f->config.vocab);
+    l->sha256 = EVP_MD_fetch(NULL, "SHA256", NULL);
+    if (!l->sha256) DIE(STATUS_MODEL, "SHA-256: not available");
+    make_fingerprint(l);
+    give_worker(l, take_worker(l)); /* so that wrong options are seen now */
+    const int batch = o->cli.engine.batch_tokens;
+    l->queue = need(queue_new(o->max_queue_tokens, batch ? batch : QEMB_BATCH_TOKENS));
+    return l;
+}
+
+/* ---- the model's thread ------------------------------------------------------------------------- */
+
+/* The rows' vectors; NULL where there is no finite length. Returns the number of those. */
+static int make_vectors(const float *out, float *unit, int D, vector **vectors, int n) {
+    int bad = 0;
+    for (int i = 0; i < n; i++) {
+        const float *row = out + (size_t)i * (size_t)D;
+        vectors[i] = qemb_unit(unit, row, D) ? NULL : vector_new(row, D);
+        bad += !vectors[i];
+    }
+    return bad;
+}
+
+static int count_tokens(text *const *taken, int n) {
+    int sum = 0;
+    for (int i = 0; i < n; i++) sum += taken[i]->n;
+    return sum;
+}
+
+static void remember(lane *l, const uint8_t *key, vector *v) {
+    if (!memcmp(key, l->fingerprint, KEY_BYTES)) return; /* the probe's */
+    if (l->opt.cache) cache_put(l->opt.cache, key, v);
+    if (l->opt.redis) redis_put(l->opt.redis, key, v);
+}
+
+static void *compute_main(void *arg) {
+    lane *l = arg;
+    const size_t D = (size_t)l->source.file->config.hidden;
+    const size_t most = (size_t)qemb_options_of(l->model)->batch_tokens;
+    qemb_batch *b = need(qemb_batch_new(l->model));
+    text **taken = need(malloc(most * sizeof(text *)));
+    vector **vectors = need(malloc(most * sizeof(vector *)));
+    float *unit = need(malloc(D * sizeof *unit)), *out = NULL;
+    size_t rows = 0; /* of out */
+    for (int n; (n = queue_take(l->queue, b, taken)); qemb_batch_clear(b)) {
+        if ((size_t)n > rows) {
+            free(out);
+            rows = (size_t)n;
+            out = need(malloc(rows * D * sizeof *out));
+        }
+        const int tokens = count_tokens(taken, n);
+        const double start = seconds_now();
+        qemb_embed(l->model, b, out);
+        metrics_observe(HISTOGRAM_BATCH_SECONDS, seconds_now() - start);
+        metrics_observe(HISTOGRAM_BATCH_TEXTS, n);
+        metrics_observe(HISTOGRAM_BATCH_TOKENS, tokens);
+        metrics_add(COUNT_COMPUTED_TEXTS, (uint64_t)n);
+        metrics_add(COUNT_COMPUTED_TOKENS, (uint64_t)tokens);
+        const int bad = make_vectors(out, unit, (int)D, vectors, n);
+        metrics_add(COUNT_NON_FINITE, (uint64_t)bad);
+        const int state = bad ? LANE_FAILING : LANE_READY;
+        if (atomic_exchange(&l->state, state) != state)
+            log_line(bad ? "error" : "info", bad ? "failing" : "ready",
+                     "\"texts\":%d,\"non_finite\":%d", n, bad);
+        for (int i = 0; i < n; i++) /* first: whoever misses them in flight finds them there */
+            if (vectors[i]) remember(l, taken[i]->key, vectors[i]);
+        queue_finish(l->queue, taken, vectors, n);
+        for (int i = 0; i < n; i++) vector_drop(vectors[i]);
+    }
+    free(out);
+    free(unit);
+    free(vectors);
+    free(taken);
+    qemb_batch_free(b);
+    return NULL;
+}
+
+void lane_start(lane *l) {
+    qemb_err err;
+    if (qemb_open(&l->model, l->source.file, l->opt.cli.ops, &l->opt.cli.engine, &err))
+        DIE(STATUS_MODEL, "%s", err.msg);
+    const int error = pthread_create(&l->thread, NULL, compute_main, l);
+    if (error) DIE(STATUS_MODEL, "thread: cannot start it (%s)", strerror(error));
+    l->started = 1;
+    lane_tick(l, seconds_now());
+}
+
+void lane_stop(lane *l) { queue_stop(l->queue); }
+
+int lane_join(lane *l, double seconds) {
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    const double until = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec + seconds;
+    t.tv_sec = (time_t)until;
+    t.tv_nsec = (long)((until - floor(until)) * 1e9);
+    return !l->started || !pthread_timedjoin_np(l->thread, NULL, &t);
+}
+
+void lane_free(lane *l) {
+    for (worker *w = l->workers, *next; w; w = next) {
+        next = w->next;
+        encoder_close(&w->encoder);
+        EVP_MD_CTX_free(w->digest);
+        free(w);
+    }
+    queue_free(l->queue);
+    qemb_close(l->model);
+    EVP_MD_free(l->sha256);
+    tokenizer_close(l->source.tokenizer);
+    qemb_file_close(l->source.file);
+    pthread_mutex_destroy(&l->lock);
+    free(l);
+}
+
+/* ---- health ----------------------------------------------------------------------------------- */
+
+lane_state lane_state_of(lane *l) { return (lane_state)atomic_load(&l->state); }
+
+static void probe_done(ticket *t) {
+    lane *l = (lane *)((char *)t - offsetof(lane, probe));
+    vector_drop(l->probe_slot.vector);
+    free(l->probe_slot.text);
+    l->probe_slot = (slot){0};
+    atomic_store(&l->probing, 0);
+}
+
+/* A lane that has not shown to be good computes something until it has: no client will ask a server
+ * that says it is ill, so its next good batch has to be its own. */
+static void probe(lane *l, double now) {
+    int shared;
+    if (atomic_exchange(&l->probing, 1)) return;
+    text *t = text_new(l->fingerprint, 1); /* no text's key: the probe shares nothing */
+    l->probe_slot = (slot){.text = t};
+    l->probe = (ticket){.slots = &l->probe_slot, .n = 1, .deadline = now + 1e6, .done = probe_done};
+    if (t) t->ids[0] = l->source.file->config.eos_id;
+    if (!t || queue_submit(l->queue, &l->probe, &shared)) probe_done(&l->probe);
+}
+
+void lane_tick(lane *l, double now) {
+    queue_tick(l->queue, now);
+    if (l->started && lane_state_of(l) != LANE_READY) probe(l, now);
+}
+
+int lane_hidden(const lane *l) { return l->source.file->config.hidden; }
+queue *lane_queue(lane *l) { return l->queue; }
+const char *lane_fingerprint(const lane *l) { return l->fingerprint_hex; }
+
+size_t lane_cache_bytes(const lane *l) { return l->opt.cache ? cache_bytes(l->opt.cache) : 0; }
+
+int lane_max_tokens(const lane *l) {
+    const int n = l->opt.cli.engine.max_tokens;
+    return n ? n : l->source.file->config.max_positions;
+}
+
+/* ---- encoding --------------------------------------------------------------------------------- */
+
+static int check_ids(const lane *l, const int32_t *ids, size_t n, int i, api_error *e) {
+    for (size_t k = 0; k < n; k++)
+        if (ids[k] >= l->source.file->config.vocab)
+            return api_fail(e, 400, "invalid_token", "input",
+                            "input[%d]: no such token (got %d, want 0..%d)", i, ids[k],
+                            l->source.file->config.vocab - 1);
+    return 0;
+}
+
+static int encode_failed(const qemb_err *err, int i, api_error *e) {
+    if (!strcmp(err->code, "too_long"))
+        return api_fail(e, 400, "context_length_exceeded", "input", "input[%d]: %s", i, err->msg);
+    if (!strcmp(err->code, "out_of_memory"))
+        return api_fail(e, 503, err->code, NULL, "input[%d]: %s", i, err->msg);
+    return api_fail(e, 400, err->code, "input", "input[%d]: %s", i, err->msg);
+}
+
+static int make_key(lane *l, worker *w, uint8_t *key, const encoded *t) {
+    return EVP_DigestInit_ex(w->digest, l->sha256, NULL) &&
+           EVP_DigestUpdate(w->digest, l->fingerprint, sizeof l->fingerprint) &&
+           EVP_DigestUpdate(w->digest, t->ids, (size_t)t->n * sizeof *t->ids) &&
+           EVP_DigestFinal_ex(w->digest, key, NULL);
+}
+
+static int encode_input(lane *l, worker *w, const api_request *r, int i, slot *s, api_error *e) {
+    const api_input *in = &r->inputs[i];
+    encoded t = {0};
+    qemb_err err;
+    uint8_t key[KEY_BYTES];
+    if (in->text) {
+        if (encode_text(&w->encoder, in->text, in->len, r->instruct, r->instruct_len, &t, &err))
+            return encode_failed(&err, i, e);
+    } else {
+        const int32_t *ids = r->ids + in->first_id;
+        if (check_ids(l, ids, in->len, i, e)) return -1;
+        if (encode_ids(&w->encoder, ids, in->len, &t, &err)) return encode_failed(&err, i, e);
+    }
+    if (!make_key(l, w, key, &t) || !(s->text = text_new(key, t.n + 1)))
+        return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
+    if (t.n) memcpy(s->text->ids, t.ids, (size_t)t.n * sizeof *t.ids);
+    s->text->ids[t.n] = w->encoder.eos;
+    return 0;
+}
+
+int lane_encode(lane *l, const api_request *r, ticket *t, uint64_t *tokens, api_error *e) {
+    t->slots = calloc((size_t)r->n, sizeof *t->slots);
+    if (!t->slots) return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
+    t->n = r->n;
+    *tokens = 0;
+    worker *w = take_worker(l);
+    w->encoder.truncate = r->truncate >= 0 ? r->truncate : l->opt.cli.truncate;
+    int bad = 0;
+    for (int i = 0; i < r->n && !bad; i++) {
+        bad = encode_input(l, w, r, i, &t->slots[i], e);
+        if (!bad) *tokens += (uint64_t)t->slots[i].text->n;
+        /* One request's texts must not be able to take all memory as ids. */
+        if (!bad && *tokens > (uint64_t)l->opt.max_queue_tokens)
+            bad = api_fail(e, 413, "too_many_tokens", "input",
+                           "input: too many tokens in one request (got more than %d)",
+                           l->opt.max_queue_tokens);
+    }
+    give_worker(l, w);
+    if (bad) ticket_clear(t);
+    return bad;
+}
+
+int lane_lookup(lane *l, ticket *t) {
+    int hits = 0, redis_hits = 0;
+    for (int i = 0; l->opt.cache && i < t->n; i++) {
+        slot *s = &t->slots[i];
+        s->vector = cache_get(l->opt.cache, s->text->key);
+        if (!s->vector) continue;
+        free(s->text);
+        s->text = NULL;
+        hits++;
+    }
+    if (l->opt.redis) redis_hits = redis_get(l->opt.redis, t, lane_hidden(l));
+    for (int i = 0; redis_hits && i < t->n; i++) {
+        slot *s = &t->slots[i];
+        if (!s->text || !s->vector) continue;
+        if (l->opt.cache) cache_put(l->opt.cache, s->text->key, s->vector);
+        free(s->text);
+        s->text = NULL;
+    }
+    metrics_add(COUNT_CACHE_HITS, (uint64_t)hits);
+    metrics_add(COUNT_REDIS_HITS, (uint64_t)redis_hits);
+    metrics_add(COUNT_CACHE_MISSES, (uint64_t)(t->n - hits - redis_hits));
+    return hits + redis_hits;
+}

@@ -1,0 +1,93 @@
+/* serve_listen.c - where the server listens and whom it listens to; see serve.h. */
+#include "serve.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netdb.h>
+#include <openssl/crypto.h>
+#include <openssl/evp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+
+/* ---- API keys --------------------------------------------------------------------------------- */
+
+#define MAX_KEYS 64
+
+struct keys {
+    uint8_t digest[MAX_KEYS][KEY_BYTES]; /* SHA-256 */
+    int n;
+};
+
+static int digest(uint8_t *out, const char *s, size_t n) {
+    return EVP_Digest(s, n, out, NULL, EVP_sha256(), NULL) ? 0 : -1;
+}
+
+keys *keys_read(const char *path) {
+    keys *k = need(calloc(1, sizeof *k));
+    char line[1024];
+    FILE *f = fopen(path, "re");
+    if (!f) DIE(STATUS_USAGE, "%.128s: cannot open (%s)", path, strerror(errno));
+    while (fgets(line, sizeof line, f)) {
+        size_t n = strcspn(line, "\r\n");
+        if (!line[n] && !feof(f)) DIE(STATUS_USAGE, "%.128s: a key too long", path);
+        while (n && (line[n - 1] == ' ' || line[n - 1] == '\t')) n--;
+        if (!n || *line == '#') continue;
+        if (k->n == MAX_KEYS)
+            DIE(STATUS_USAGE, "%.128s: too many keys (want at most %d)", path, MAX_KEYS);
+        if (digest(k->digest[k->n++], line, n)) DIE(STATUS_MODEL, "SHA-256: not available");
+    }
+    OPENSSL_cleanse(line, sizeof line);
+    const int failed = ferror(f);
+    fclose(f);
+    if (failed) DIE(STATUS_USAGE, "%.128s: cannot read", path);
+    if (!k->n) DIE(STATUS_USAGE, "%.128s: no key in it", path);
+    return k;
+}
+
+void keys_free(keys *k) { free(k); }
+
+/* Digests are compared, all of them and whole: the time tells nothing about the keys. */
+int keys_match(const keys *k, const char *given) {
+    uint8_t d[KEY_BYTES];
+    int good = 0;
+    if (digest(d, given, strlen(given))) return 0;
+    for (int i = 0; i < k->n; i++) good |= !CRYPTO_memcmp(d, k->digest[i], sizeof d);
+    return good;
+}
+
+/* ---- the socket ------------------------------------------------------------------------------- */
+
+int listen_open(const char *host, int port, int *bound_port) {
+    const struct addrinfo hints = {.ai_socktype = SOCK_STREAM,
+                                   .ai_flags = AI_PASSIVE | AI_NUMERICSERV};
+    struct addrinfo *a;
+    char service[16];
+    snprintf(service, sizeof service, "%d", port);
+    const int error = getaddrinfo(host, service, &hints, &a);
+    if (error) DIE(STATUS_USAGE, "--host: %.128s: %s", host, gai_strerror(error));
+    const int on = 1, fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) ||
+        bind(fd, a->ai_addr, a->ai_addrlen) || listen(fd, 1024))
+        DIE(STATUS_USAGE, "%.128s port %d: cannot listen (%s)", host, port, strerror(errno));
+    freeaddrinfo(a);
+    struct sockaddr_storage bound;
+    socklen_t n = sizeof bound;
+    if (getsockname(fd, (struct sockaddr *)&bound, &n))
+        DIE(STATUS_USAGE, "socket: %s", strerror(errno));
+    *bound_port = ntohs(bound.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&bound)->sin6_port
+                                                    : ((struct sockaddr_in *)&bound)->sin_port);
+    return fd;
+}
+
+int listen_connections(int wanted) {
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit)) return wanted;
+    limit.rlim_cur = limit.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &limit);
+    if (getrlimit(RLIMIT_NOFILE, &limit) || limit.rlim_cur == RLIM_INFINITY) return wanted;
+    const rlim_t most = limit.rlim_cur > 128 ? limit.rlim_cur - 64 : 64;
+    return (rlim_t)wanted > most ? (int)most : wanted;
+}

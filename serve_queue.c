@@ -1,0 +1,405 @@
+/* serve_queue.c - what waits to be computed, and the batches made of it; see serve.h.
+ *
+ * A ticket's texts are taken in order. Tickets with texts left stand in a ring, from whose head
+ * each batch takes:
+ *   1. if the batch before was made without a long text that waited: one long text, the first;
+ *   2. short texts: from each ticket in turn at most `share` tokens, round after round;
+ *   3. when no short text is left: long texts that fit beside them.
+ * A text is long if it has more than `share` tokens, an eighth of a batch. So a ticket of a
+ * thousand texts leaves room for the next one, a short text waits for one batch of a long one at
+ * most, and a long text for one batch of short ones.
+ */
+#include "serve.h"
+
+#include <assert.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INDEX_SLOTS 16384 /* a power of two */
+
+struct queue {
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    text *index[INDEX_SLOTS]; /* texts in flight by key */
+    ticket *ring;             /* the next to give texts; circular, n_ring of them */
+    int n_ring;
+    ticket *oldest, *newest; /* live tickets */
+    queue_depth depth;
+    int max_tokens, share;
+    int long_turn; /* the next batch begins with a long text */
+    int stopped;
+    int taken_tokens;
+    double taken_at, rate; /* rate: tokens per second, smoothed */
+};
+
+/* ---- vectors, texts, tickets ------------------------------------------------------------------ */
+
+vector *vector_new(const float *v, int n) {
+    vector *x = malloc(sizeof *x + (size_t)n * sizeof *x->v);
+    if (!x) return NULL;
+    atomic_init(&x->refs, 1);
+    x->n = n;
+    memcpy(x->v, v, (size_t)n * sizeof *x->v);
+    return x;
+}
+
+vector *vector_take(vector *v) {
+    atomic_fetch_add_explicit(&v->refs, 1, memory_order_relaxed);
+    return v;
+}
+
+void vector_drop(vector *v) {
+    if (v && atomic_fetch_sub_explicit(&v->refs, 1, memory_order_acq_rel) == 1) free(v);
+}
+
+text *text_new(const uint8_t key[KEY_BYTES], int n) {
+    text *t = malloc(sizeof *t + (size_t)n * sizeof *t->ids);
+    if (!t) return NULL;
+    memset(t, 0, sizeof *t);
+    memcpy(t->key, key, KEY_BYTES);
+    t->n = n;
+    return t;
+}
+
+void ticket_clear(ticket *t) {
+    assert(t->state != TICKET_WAITING);
+    for (int i = 0; i < t->n; i++) {
+        free(t->slots[i].text);
+        vector_drop(t->slots[i].vector);
+    }
+    free(t->slots);
+    t->slots = NULL;
+    t->n = 0;
+}
+
+/* ---- the index of texts in flight --------------------------------------------------------------- */
+
+static text **index_place(queue *q, const uint8_t *key) {
+    uint32_t h; /* the key is a digest: any bits of it will do */
+    memcpy(&h, key, sizeof h);
+    text **p = &q->index[h & (INDEX_SLOTS - 1)];
+    while (*p && memcmp((*p)->key, key, KEY_BYTES)) p = &(*p)->next;
+    return p;
+}
+
+static void index_remove(queue *q, text *t) {
+    text **p = index_place(q, t->key);
+    assert(*p == t);
+    *p = t->next;
+}
+
+/* ---- rings, lists, waiters ------------------------------------------------------------------------ */
+
+static void ring_add(queue *q, ticket *t) {
+    q->n_ring++;
+    if (!q->ring) {
+        q->ring = t->ring_next = t->ring_prev = t;
+    } else { /* before the head: the last in turn */
+        t->ring_next = q->ring;
+        t->ring_prev = q->ring->ring_prev;
+        t->ring_prev->ring_next = t->ring_next->ring_prev = t;
+    }
+}
+
+static void ring_remove(queue *q, ticket *t) {
+    if (!t->ring_next) return;
+    q->n_ring--;
+    t->ring_next->ring_prev = t->ring_prev;
+    t->ring_prev->ring_next = t->ring_next;
+    if (q->ring == t) q->ring = t->ring_next == t ? NULL : t->ring_next;
+    t->ring_prev = t->ring_next = NULL;
+}
+
+static void live_add(queue *q, ticket *t) {
+    t->live_prev = q->newest;
+    t->live_next = NULL;
+    *(q->newest ? &q->newest->live_next : &q->oldest) = t;
+    q->newest = t;
+    q->depth.tickets++;
+}
+
+static void live_remove(queue *q, ticket *t) {
+    *(t->live_prev ? &t->live_prev->live_next : &q->oldest) = t->live_next;
+    *(t->live_next ? &t->live_next->live_prev : &q->newest) = t->live_prev;
+    q->depth.tickets--;
+}
+
+static void wait_for(slot *s, text *t) {
+    s->text = t;
+    s->prev = NULL;
+    s->next = t->waiters;
+    if (s->next) s->next->prev = s;
+    t->waiters = s;
+}
+
+static void stop_waiting(queue *q, slot *s) {
+    text *t = s->text;
+    *(s->prev ? &s->prev->next : &t->waiters) = s->next;
+    if (s->next) s->next->prev = s->prev;
+    s->text = NULL;
+    if (t->waiters || t->computing) return;
+    index_remove(q, t); /* nobody wants it, nobody has it */
+    q->depth.texts--;
+    q->depth.tokens -= t->n;
+    free(t);
+}
+
+/* Takes t out of the queue in its final state and puts it on the list of those to be told. */
+static void end_ticket(queue *q, ticket *t, ticket_state state, ticket **ended) {
+    for (int i = 0; i < t->n; i++)
+        if (t->slots[i].text) stop_waiting(q, &t->slots[i]);
+    ring_remove(q, t);
+    live_remove(q, t);
+    t->state = state;
+    t->next_done = *ended;
+    *ended = t;
+}
+
+static void tell(ticket *ended) {
+    for (ticket *next; ended; ended = next) {
+        next = ended->next_done; /* done gives the ticket away */
+        ended->done(ended);
+    }
+}
+
+/* ---- in --------------------------------------------------------------------------------------- */
+
+queue *queue_new(int max_tokens, int batch_tokens) {
+    queue *q = calloc(1, sizeof *q);
+    if (!q) return NULL;
+    pthread_mutex_init(&q->lock, NULL);
+    pthread_cond_init(&q->changed, NULL);
+    q->max_tokens = max_tokens;
+    q->share = batch_tokens / 8 > 0 ? batch_tokens / 8 : 1;
+    return q;
+}
+
+void queue_free(queue *q) {
+    if (!q) return;
+    assert(!q->oldest);
+    pthread_mutex_destroy(&q->lock);
+    pthread_cond_destroy(&q->changed);
+    free(q);
+}
+
+/* Puts new texts into the index and lets slots whose text is there already wait for that one. */
+static int link_slots(queue *q, ticket *t) {
+    int shared = 0;
+    for (int i = 0; i < t->n; i++) {
+        slot *s = &t->slots[i];
+        if (!s->text) continue;
+        text **place = index_place(q, s->text->key), *own = s->text;
+        s->ticket = t;
+        t->pending++;
+        if (*place) {
+            free(own);
+            shared++;
+        } else {
+            *place = own;
+            own->next = NULL;
+            q->depth.texts++;
+            q->depth.tokens += own->n;
+        }
+        wait_for(s, *place);
+    }
+    return shared;
+}
+
+int queue_submit(queue *q, ticket *t, int *shared) {
+    ticket *ended = NULL;
+    long long tokens = 0; /* texts that occur twice in t count twice here: no harm */
+    pthread_mutex_lock(&q->lock);
+    for (int i = 0; i < t->n; i++)
+        if (t->slots[i].text && !*index_place(q, t->slots[i].text->key))
+            tokens += t->slots[i].text->n;
+    if (q->stopped || (q->depth.tokens && q->depth.tokens + tokens > q->max_tokens)) {
+        pthread_mutex_unlock(&q->lock);
+        return -1;
+    }
+    t->pending = t->cursor = 0;
+    t->state = TICKET_WAITING;
+    *shared = link_slots(q, t);
+    live_add(q, t);
+    if (t->pending)
+        ring_add(q, t);
+    else
+        end_ticket(q, t, TICKET_DONE, &ended);
+    pthread_cond_signal(&q->changed);
+    pthread_mutex_unlock(&q->lock);
+    tell(ended);
+    return 0;
+}
+
+/* ---- batches ---------------------------------------------------------------------------------- */
+
+typedef struct {
+    queue *q;
+    qemb_batch *batch;
+    text **taken;
+    int n, full, has_long;
+    ticket *ended;
+} builder;
+
+/* The next text of t that no batch has taken, or NULL: then t has left the ring. */
+static text *next_text(queue *q, ticket *t) {
+    for (; t->cursor < t->n; t->cursor++) {
+        text *x = t->slots[t->cursor].text;
+        if (x && !x->computing) return x;
+    }
+    ring_remove(q, t);
+    return NULL;
+}
+
+/* 1 if the text x, the next one of t, is in the batch now. */
+static int take(builder *b, ticket *t, text *x) {
+    const int row = qemb_pack_add(b->batch, x->ids, x->n);
+    if (row < 0) return 0;
+    assert(row == b->n);
+    b->taken[b->n++] = x;
+    x->computing = 1;
+    b->q->depth.texts--;
+    b->q->depth.tokens -= x->n;
+    b->q->taken_tokens += x->n;
+    b->has_long |= x->n > b->q->share;
+    t->cursor++;
+    return 1;
+}
+
+/* Long texts in the ring's order: the first one only, or all that fit. Returns 1 if one waits. */
+static int take_long(builder *b, int only_first) {
+    queue *q = b->q;
+    ticket *t = q->ring;
+    int left = 0;
+    for (int i = q->n_ring; i; i--) {
+        ticket *next = t->ring_next; /* t may leave the ring */
+        text *x = next_text(q, t);
+        if (x && x->n > q->share) {
+            if (take(b, t, x)) {
+                if (only_first) return 1;
+                next_text(q, t);
+            } else {
+                left = 1;
+            }
+        }
+        t = next;
+    }
+    return left;
+}
+
+/* Short texts of t, its share at most. Returns 1 if it gave some. */
+static int take_share(builder *b, ticket *t) {
+    int got = 0;
+    for (text *x; (x = next_text(b->q, t)) && got + x->n <= b->q->share; got += x->n) {
+        if (take(b, t, x)) continue;
+        b->full = 1; /* t stays at the head: it is first in the next batch */
+        return 1;
+    }
+    return got > 0;
+}
+
+/* Short texts, round after round, until none is left or the next does not fit. A whole round leaves
+ * the ring's head where it was. */
+static void take_short(builder *b) {
+    queue *q = b->q;
+    for (int some = 1; some && !b->full;) {
+        some = 0;
+        for (int i = q->n_ring; i && !b->full; i--) {
+            ticket *t = q->ring;
+            some |= take_share(b, t);
+            if (t->ring_next && !b->full) q->ring = t->ring_next;
+        }
+    }
+}
+
+static void drop_departed(queue *q, ticket **ended) {
+    for (ticket *t = q->oldest, *next; t; t = next) {
+        next = t->live_next;
+        if (!t->departed || !t->departed(t)) continue;
+        end_ticket(q, t, TICKET_GONE, ended);
+        metrics_add(COUNT_DEPARTED, 1);
+    }
+}
+
+int queue_take(queue *q, qemb_batch *batch, text **taken) {
+    builder b = {.q = q, .batch = batch, .taken = taken};
+    pthread_mutex_lock(&q->lock);
+    while (!b.n) {
+        while (!q->ring && !q->stopped) pthread_cond_wait(&q->changed, &q->lock);
+        if (q->stopped) break;
+        drop_departed(q, &b.ended);
+        q->taken_tokens = 0;
+        if (q->long_turn) take_long(&b, 1);
+        take_short(&b);
+        const int long_left = take_long(&b, 0);
+        q->long_turn = long_left && !b.has_long;
+        q->taken_at = seconds_now();
+    }
+    pthread_mutex_unlock(&q->lock);
+    tell(b.ended);
+    return b.n;
+}
+
+void queue_finish(queue *q, text **taken, vector **vectors, int n) {
+    ticket *ended = NULL;
+    pthread_mutex_lock(&q->lock);
+    const double seconds = seconds_now() - q->taken_at;
+    const double rate = q->taken_tokens / (seconds > 1e-6 ? seconds : 1e-6);
+    q->rate = q->rate > 0 ? 0.8 * q->rate + 0.2 * rate : rate;
+    for (int i = 0; i < n; i++) {
+        text *t = taken[i];
+        for (slot *s = t->waiters, *next; s; s = next) {
+            next = s->next;
+            s->text = NULL;
+            if (vectors[i])
+                s->vector = vector_take(vectors[i]);
+            else
+                s->failed = 1;
+            if (!--s->ticket->pending) end_ticket(q, s->ticket, TICKET_DONE, &ended);
+        }
+        index_remove(q, t);
+        free(t);
+    }
+    pthread_mutex_unlock(&q->lock);
+    tell(ended);
+}
+
+/* ---- time, the end ---------------------------------------------------------------------------- */
+
+void queue_tick(queue *q, double now) {
+    ticket *ended = NULL;
+    pthread_mutex_lock(&q->lock);
+    for (ticket *t = q->oldest, *next; t; t = next) {
+        next = t->live_next;
+        if (now < t->deadline) continue;
+        end_ticket(q, t, TICKET_EXPIRED, &ended);
+        metrics_add(COUNT_EXPIRED, 1);
+    }
+    drop_departed(q, &ended);
+    pthread_mutex_unlock(&q->lock);
+    tell(ended);
+}
+
+void queue_stop(queue *q) {
+    ticket *ended = NULL;
+    pthread_mutex_lock(&q->lock);
+    q->stopped = 1;
+    while (q->oldest) end_ticket(q, q->oldest, TICKET_STOPPED, &ended);
+    pthread_cond_broadcast(&q->changed);
+    pthread_mutex_unlock(&q->lock);
+    tell(ended);
+}
+
+queue_depth queue_depth_of(queue *q) {
+    pthread_mutex_lock(&q->lock);
+    const queue_depth d = q->depth;
+    pthread_mutex_unlock(&q->lock);
+    return d;
+}
+
+int queue_retry_after(queue *q) {
+    pthread_mutex_lock(&q->lock);
+    const double seconds = q->rate > 0 ? q->depth.tokens / q->rate : 1;
+    pthread_mutex_unlock(&q->lock);
+    return seconds < 1 ? 1 : seconds > 60 ? 60 : (int)(seconds + 0.999);
+}

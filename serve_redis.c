@@ -1,0 +1,239 @@
+/* serve_redis.c - vectors in a Redis that several servers share; see serve.h.
+ *
+ * A reader's thread asks for a request's texts in one MGET and waits TIMEOUT at most. What was
+ * computed is set by a thread of its own, from a bounded list; what finds no room there is not
+ * stored. After a failure nobody asks for PAUSE, so a Redis that is away or slow costs one timeout
+ * now and then, and its hits. Values are the little-endian floats of the whole vector.
+ */
+#include "serve.h"
+
+#include <hiredis/hiredis.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define TIMEOUT_US  50000
+#define PAUSE       1.0 /* seconds */
+#define MAX_IDLE    16
+#define MAX_PENDING 4096
+#define PIPELINE    128
+#define PREFIX      "qemb:1:" /* 1: what keys and values mean */
+#define NAME_BYTES  (sizeof PREFIX - 1 + KEY_BYTES)
+
+typedef struct {
+    uint8_t key[KEY_BYTES];
+    vector *vector;
+} pending;
+
+struct redis {
+    char host[256];
+    int port;
+    pthread_t thread;
+    pthread_mutex_t lock; /* of what follows */
+    pthread_cond_t changed;
+    redisContext *idle[MAX_IDLE];
+    int n_idle, stopped, was_down;
+    double not_before; /* a failure's pause ends */
+    pending ring[MAX_PENDING];
+    int first, n;
+};
+
+/* ---- connections ------------------------------------------------------------------------------ */
+
+static void failed(redis *r, redisContext *c) {
+    if (c) redisFree(c);
+    metrics_add(COUNT_REDIS_ERRORS, 1);
+    pthread_mutex_lock(&r->lock);
+    r->not_before = seconds_now() + PAUSE;
+    while (r->n_idle) redisFree(r->idle[--r->n_idle]); /* of the same server: broken too */
+    const int news = !r->was_down;
+    r->was_down = 1;
+    pthread_mutex_unlock(&r->lock);
+    if (news) log_line("warning", "redis_down", "\"port\":%d", r->port);
+}
+
+/* A connection, or NULL: it is in a pause, or cannot be reached. */
+static redisContext *take(redis *r) {
+    const struct timeval timeout = {.tv_usec = TIMEOUT_US};
+    pthread_mutex_lock(&r->lock);
+    const int paused = seconds_now() < r->not_before;
+    redisContext *c = !paused && r->n_idle ? r->idle[--r->n_idle] : NULL;
+    pthread_mutex_unlock(&r->lock);
+    if (paused || c) return c;
+    c = redisConnectWithTimeout(r->host, r->port, timeout);
+    if (c && !c->err && redisSetTimeout(c, timeout) == REDIS_OK) return c;
+    failed(r, c);
+    return NULL;
+}
+
+static void give(redis *r, redisContext *c) {
+    pthread_mutex_lock(&r->lock);
+    const int news = r->was_down, full = r->n_idle == MAX_IDLE;
+    r->was_down = 0;
+    if (!full) r->idle[r->n_idle++] = c;
+    pthread_mutex_unlock(&r->lock);
+    if (full) redisFree(c);
+    if (news) log_line("info", "redis_up", "\"port\":%d", r->port);
+}
+
+static void make_name(char name[NAME_BYTES], const uint8_t *key) {
+    memcpy(name, PREFIX, sizeof PREFIX - 1);
+    memcpy(name + sizeof PREFIX - 1, key, KEY_BYTES);
+}
+
+/* ---- asking ----------------------------------------------------------------------------------- */
+
+/* A value as a vector of n numbers; NULL unless it is one that qemb_unit takes. */
+static vector *read_value(const redisReply *v, int n) {
+    if (v->type != REDIS_REPLY_STRING || v->len != (size_t)n * sizeof(float)) return NULL;
+    vector *x = vector_new((const float *)(const void *)v->str, n);
+    float *unit = x ? malloc((size_t)n * sizeof *unit) : NULL;
+    if (x && (!unit || qemb_unit(unit, x->v, n))) {
+        vector_drop(x);
+        x = NULL;
+    }
+    free(unit);
+    return x;
+}
+
+/* MGET of the slots' texts (n of them have one). */
+static redisReply *ask(redisContext *c, const ticket *t, int n) {
+    const char **argv = malloc(((size_t)n + 1) * sizeof *argv);
+    size_t *lengths = malloc(((size_t)n + 1) * sizeof *lengths);
+    char(*names)[NAME_BYTES] = malloc((size_t)n * sizeof *names);
+    redisReply *reply = NULL;
+    if (argv && lengths && names) {
+        argv[0] = "MGET";
+        lengths[0] = 4;
+        for (int i = 0, k = 0; i < t->n; i++) {
+            if (!t->slots[i].text) continue;
+            make_name(names[k], t->slots[i].text->key);
+            argv[k + 1] = names[k];
+            lengths[++k] = NAME_BYTES;
+        }
+        reply = redisCommandArgv(c, n + 1, argv, lengths);
+    }
+    free(argv);
+    free(lengths);
+    free(names);
+    return reply;
+}
+
+int redis_get(redis *r, ticket *t, int dim) {
+    int n = 0, hits = 0;
+    for (int i = 0; i < t->n; i++) n += t->slots[i].text != NULL;
+    redisContext *c = n ? take(r) : NULL;
+    if (!c) return 0;
+    redisReply *reply = ask(c, t, n);
+    if (!reply || reply->type != REDIS_REPLY_ARRAY || reply->elements != (size_t)n) {
+        freeReplyObject(reply);
+        failed(r, c);
+        return 0;
+    }
+    for (int i = 0, k = 0; i < t->n; i++) {
+        slot *s = &t->slots[i];
+        if (!s->text) continue;
+        s->vector = read_value(reply->element[k++], dim);
+        hits += s->vector != NULL;
+    }
+    freeReplyObject(reply);
+    give(r, c);
+    return hits;
+}
+
+/* ---- setting ---------------------------------------------------------------------------------- */
+
+void redis_put(redis *r, const uint8_t key[KEY_BYTES], vector *v) {
+    pthread_mutex_lock(&r->lock);
+    const int room = r->n < MAX_PENDING && seconds_now() >= r->not_before;
+    if (room) {
+        pending *p = &r->ring[(r->first + r->n++) % MAX_PENDING];
+        memcpy(p->key, key, KEY_BYTES);
+        p->vector = vector_take(v);
+        pthread_cond_signal(&r->changed);
+    }
+    pthread_mutex_unlock(&r->lock);
+    if (!room) metrics_add(COUNT_REDIS_DROPPED, 1);
+}
+
+/* The next ones to set, PIPELINE at most; 0 at the end. */
+static int next_pending(redis *r, pending *p) {
+    int n = 0;
+    pthread_mutex_lock(&r->lock);
+    while (!r->n && !r->stopped) pthread_cond_wait(&r->changed, &r->lock);
+    for (; r->n && n < PIPELINE && !r->stopped; r->n--, n++) {
+        p[n] = r->ring[r->first];
+        r->first = (r->first + 1) % MAX_PENDING;
+    }
+    pthread_mutex_unlock(&r->lock);
+    return n;
+}
+
+/* All in one go, then all replies. 0, or -1. */
+static int set_all(redisContext *c, const pending *p, int n) {
+    for (int i = 0; i < n; i++) {
+        char name[NAME_BYTES];
+        make_name(name, p[i].key);
+        if (redisAppendCommand(c, "SET %b %b", name, sizeof name, p[i].vector->v,
+                               (size_t)p[i].vector->n * sizeof(float)) != REDIS_OK)
+            return -1;
+    }
+    for (int i = 0; i < n; i++) {
+        void *reply;
+        if (redisGetReply(c, &reply) != REDIS_OK) return -1;
+        freeReplyObject(reply); /* "out of memory", "read only": not stored, no more to it */
+    }
+    return 0;
+}
+
+static void *setter_main(void *arg) {
+    redis *r = arg;
+    pending p[PIPELINE];
+    for (int n; (n = next_pending(r, p));) {
+        redisContext *c = take(r);
+        if (c && set_all(c, p, n))
+            failed(r, c);
+        else if (c)
+            give(r, c);
+        for (int i = 0; i < n; i++) vector_drop(p[i].vector);
+        if (!c) metrics_add(COUNT_REDIS_DROPPED, (uint64_t)n);
+    }
+    return NULL;
+}
+
+/* ---- start, end ------------------------------------------------------------------------------- */
+
+redis *redis_new(const char *address) {
+    redis *r = need(calloc(1, sizeof *r));
+    const char *colon = strrchr(address, ':');
+    char *end = NULL;
+    const long port = colon ? strtol(colon + 1, &end, 10) : 0;
+    if (!colon || colon == address || (size_t)(colon - address) >= sizeof r->host || *end ||
+        end == colon + 1 || port < 1 || port > 65535) {
+        free(r);
+        return NULL;
+    }
+    memcpy(r->host, address, (size_t)(colon - address));
+    r->port = (int)port;
+    pthread_mutex_init(&r->lock, NULL);
+    pthread_cond_init(&r->changed, NULL);
+    const int error = pthread_create(&r->thread, NULL, setter_main, r);
+    if (error) DIE(STATUS_MODEL, "thread: cannot start it (%s)", strerror(error));
+    return r;
+}
+
+void redis_free(redis *r) {
+    if (!r) return;
+    pthread_mutex_lock(&r->lock);
+    r->stopped = 1;
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->lock);
+    pthread_join(r->thread, NULL);
+    for (; r->n; r->n--, r->first = (r->first + 1) % MAX_PENDING)
+        vector_drop(r->ring[r->first].vector);
+    while (r->n_idle) redisFree(r->idle[--r->n_idle]);
+    pthread_mutex_destroy(&r->lock);
+    pthread_cond_destroy(&r->changed);
+    free(r);
+}
