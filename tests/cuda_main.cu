@@ -1,0 +1,45 @@
+/* cuda_main.cu - main of the CUDA test programs, see cuda_test.h. */
+#include "cuda_test.h"
+
+int main(int argc, char **argv) {
+    int schedules = 1, ran = 0;
+    std::vector<std::string> only;
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--schedules") && i + 1 < argc)
+            schedules = atoi(argv[++i]);
+        else
+            only.push_back(argv[i]);
+    }
+#if !defined(QEMB_EMU)
+    int n = 0;
+    cudaError_t e = cudaGetDeviceCount(&n);
+    if (e != cudaSuccess || !n) {
+        printf("skipped %zu tests: no GPU (%s)\n", all_tests().size(), cudaGetErrorString(e));
+        return 0;
+    }
+    schedules = 1;
+#endif
+    setvbuf(stdout, nullptr, _IOLBF, 0);
+    for (const test_case &t : all_tests()) {
+        bool chosen = only.empty();
+        for (const std::string &s : only) chosen = chosen || strstr(t.name, s.c_str());
+        if (!chosen) continue;
+        ran++;
+        running = t.name;
+        n_shown = 0;
+        for (int s = 0; s < (t.schedules ? schedules : 1); s++) {
+#if defined(QEMB_EMU)
+            emu::set_schedule((emu::schedule)(s % emu::N_SCHEDULES), (uint64_t)s);
+#endif
+            t.run();
+        }
+    }
+    long races = 0;
+#if defined(QEMB_EMU)
+    races = emu::count.races;
+    printf("emulated: %ld launches, %ld collectives, %ld products, %ld races\n",
+           emu::count.launches, emu::count.collectives, emu::count.gemms, races);
+#endif
+    printf("%d tests, %ld checks, %ld failed\n", ran, n_checks, n_failed);
+    return n_failed || races || !ran;
+}

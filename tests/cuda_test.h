@@ -1,0 +1,136 @@
+/* cuda_test.h - what the CUDA tests share. They do not use Criterion: the same programs run under the
+ * emulation (whose fibers and access hooks do not suit its worker processes) and, built by nvcc, on
+ * machines with a GPU, where one process must pay for one CUDA context.
+ *
+ *   test_cuda [--schedules N] [NAME...]     tests whose name contains a NAME; all without
+ *
+ * N schedules of the emulator (in order, reverse, random, random priorities, random ...) for every test
+ * that asks for them; 1 without. Ends with one line of counts; exit status 1 if a check failed.
+ */
+#ifndef CUDA_TEST_H
+#define CUDA_TEST_H
+
+#include "../qemb_cuda.h"
+
+#include "../ptx.cuh"
+
+extern "C" {
+#include "oracle.h"
+#include "support.h"
+}
+
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+struct test_case {
+    const char *name;
+    void (*run)();
+    bool schedules; /* worth more than one */
+};
+inline std::vector<test_case> &all_tests() {
+    static std::vector<test_case> v;
+    return v;
+}
+struct add_test {
+    add_test(const char *name, void (*run)(), bool schedules) {
+        all_tests().push_back({name, run, schedules});
+    }
+};
+#define TEST_(name, schedules)                                                                     \
+    static void test_##name();                                                                     \
+    static add_test added_##name(#name, test_##name, schedules);                                   \
+    static void test_##name()
+#define TEST(name)           TEST_(name, false)
+#define TEST_SCHEDULES(name) TEST_(name, true)
+
+inline long n_checks, n_failed, n_shown;
+inline const char *running;
+
+__attribute__((format(printf, 2, 3))) inline bool check(bool ok, const char *fmt, ...) {
+    n_checks++;
+    if (ok) return true;
+    n_failed++;
+    if (n_shown++ < 5) {
+        va_list ap;
+        va_start(ap, fmt);
+        printf("FAIL %s: ", running);
+        vprintf(fmt, ap);
+        printf("\n");
+        va_end(ap);
+    }
+    return false;
+}
+/* NaN is never near. */
+inline bool check_near(double got, double want, double tol, const char *what, size_t i) {
+    return check(!far_off(got, want, tol), "%s[%zu] (got %.9g, want %.9g, within %.3g)", what, i,
+                 got, want, tol);
+}
+inline void cuda_ok(cudaError_t e, const char *what) {
+    if (e == cudaSuccess) return;
+    printf("FAIL %s: %s: %s\n", running, what, cudaGetErrorString(e));
+    exit(1);
+}
+
+/* n numbers of device memory, freed with the object. */
+template <class T> struct device_array {
+    T *p = nullptr;
+    size_t n;
+    explicit device_array(size_t n_) : n(n_) {
+        cuda_ok(cudaMalloc((void **)&p, n * sizeof(T)), "cudaMalloc");
+        cuda_ok(cudaMemset(p, 0xFF, n * sizeof(T)), "cudaMemset"); /* NaN */
+    }
+    explicit device_array(const std::vector<T> &v) : device_array(v.size()) {
+        cuda_ok(cudaMemcpy(p, v.data(), n * sizeof(T), cudaMemcpyHostToDevice), "upload");
+        cuda_ok(cudaDeviceSynchronize(),
+                "upload"); /* the backend's stream does not wait for this one */
+    }
+    device_array(const device_array &) = delete;
+    ~device_array() { cudaFree(p); }
+    std::vector<T> get() const {
+        std::vector<T> v(n);
+        cuda_ok(cudaDeviceSynchronize(), "kernel");
+        cuda_ok(cudaMemcpy(v.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost), "download");
+        return v;
+    }
+};
+
+/* ---- 16-bit numbers on the host ---- */
+
+inline double num(__half v) { return (double)__half2float(v); }
+inline double num(__nv_bfloat16 v) { return (double)__bfloat162float(v); }
+inline double num(float v) { return v; }
+template <class A> inline A make(double v);
+template <> inline __half make<__half>(double v) { return __float2half_rn((float)v); }
+template <> inline __nv_bfloat16 make<__nv_bfloat16>(double v) {
+    return __float2bfloat16_rn((float)v);
+}
+template <> inline float make<float>(double v) { return (float)v; }
+
+/* Largest relative error of rounding to A, and the absolute one below its normal range. */
+template <class A> inline double rounding() { return U; }
+template <> inline double rounding<__half>() { return 0x1p-11; }
+template <> inline double rounding<__nv_bfloat16>() { return 0x1p-8; }
+template <class A> inline double tiny() {
+    return 0x1p-126;
+} /* the GPU may flush subnormal floats */
+template <> inline double tiny<__half>() { return 0x1p-25; }
+
+template <class A>
+inline std::vector<A> random_numbers(rng *r, size_t n, double scale, double offset = 0) {
+    std::vector<A> v(n);
+    for (A &x : v) x = make<A>(offset + scale * rng_uniform(r));
+    return v;
+}
+template <class A> inline std::vector<double> doubles(const std::vector<A> &v) {
+    std::vector<double> d(v.size());
+    for (size_t i = 0; i < v.size(); i++) d[i] = num(v[i]);
+    return d;
+}
+
+#endif

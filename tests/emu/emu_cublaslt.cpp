@@ -1,0 +1,279 @@
+/* emu_cublaslt.cpp - the cuBLASLt calls that qemb makes, on the CPU, with the library's own types and
+ * with the argument checks that the library applies on sm_80 and later to FP16 TN products.
+ *
+ * Algorithms are numbered 0..7 (word 0 of the opaque algorithm, word 1 a seal). They give the same
+ * values up to rounding: 2, 3, 6 and 7 sum from the end of K to its beginning, and the odd ones split
+ * K in two, as split-K does, where M decides. Small products are offered them in another order. A program that asks for
+ * no split gets even ones only.
+ */
+#include "emu_internal.h"
+
+#include <cublasLt.h>
+#include <cstdlib>
+
+namespace emu {
+extern double clock_ms;
+
+struct lt_desc {
+    cublasComputeType_t compute;
+    cudaDataType scale;
+    int32_t ta = CUBLAS_OP_N, tb = CUBLAS_OP_N;
+};
+struct lt_layout {
+    cudaDataType type;
+    uint64_t rows, cols;
+    int64_t ld;
+};
+struct lt_pref {
+    uint64_t workspace = 0;
+    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_MASK;
+    uint32_t align[4] = {256, 256, 256, 256};
+};
+enum : uint64_t { SEAL = 0x71656d62616c676full };
+
+static size_t size_of(cudaDataType t) {
+    return t == CUDA_R_32F ? 4 : t == CUDA_R_16F || t == CUDA_R_16BF ? 2 : 0;
+}
+static float get(const void *p, cudaDataType t, size_t i) {
+    switch (t) {
+    case CUDA_R_16F:
+        return __half2float(((const __half *)p)[i]);
+    case CUDA_R_16BF:
+        return __bfloat162float(((const __nv_bfloat16 *)p)[i]);
+    default:
+        return ((const float *)p)[i];
+    }
+}
+static void put(void *p, cudaDataType t, size_t i, float v) {
+    switch (t) {
+    case CUDA_R_16F:
+        ((__half *)p)[i] = __float2half_rn(v);
+        break; /* overflows to infinity, as there */
+    case CUDA_R_16BF:
+        ((__nv_bfloat16 *)p)[i] = __float2bfloat16_rn(v);
+        break;
+    default:
+        ((float *)p)[i] = v;
+    }
+}
+
+/* D (N x M, column-major) = alpha A^T B + beta C, A (K x N), B (K x M). */
+struct product {
+    uint64_t N, M, K;
+    float alpha, beta;
+    const void *A, *B, *C;
+    void *D;
+    lt_layout a, b, c;
+    bool split, backwards;
+};
+static void multiply(const product &p) {
+    std::vector<float> x(p.N * p.K), y(p.K);
+    for (uint64_t i = 0; i < p.N; i++)
+        for (uint64_t k = 0; k < p.K; k++) x[i * p.K + k] = get(p.A, p.a.type, k + i * p.a.ld);
+    const uint64_t half = p.split ? p.K / (2 + p.M % 3) : p.K; /* which a library may choose by M */
+    for (uint64_t j = 0; j < p.M; j++) {
+        for (uint64_t k = 0; k < p.K; k++) y[k] = get(p.B, p.b.type, k + j * p.b.ld);
+        for (uint64_t i = 0; i < p.N; i++) {
+            const float *w = &x[i * p.K];
+            float part[8] = {}, tail = 0;
+            const uint64_t steps = half / 8;
+            for (uint64_t i8 = 0; i8 < steps; i8++) {
+                const uint64_t k = (p.backwards ? steps - 1 - i8 : i8) * 8;
+                for (int l = 0; l < 8; l++) part[l] += w[k + l] * y[k + l];
+            }
+            for (uint64_t k = steps * 8; k < p.K; k++) tail += w[k] * y[k];
+            float s = tail;
+            for (float v : part) s += v;
+            s *= p.alpha;
+            size_t at = i + j * p.c.ld;
+            if (p.beta != 0) s += p.beta * get(p.C, p.c.type, at);
+            put(p.D, p.c.type, at, s);
+        }
+    }
+    count.gemms++;
+}
+
+/* What the library refuses, for the one form of product that qemb uses. */
+static cublasStatus_t check(const lt_desc &d, const lt_layout &a, const lt_layout &b,
+                            const lt_layout &c) {
+    if (d.compute != CUBLAS_COMPUTE_32F || d.scale != CUDA_R_32F)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (d.ta != CUBLAS_OP_T || d.tb != CUBLAS_OP_N) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (a.rows != b.rows || c.rows != a.cols || c.cols != b.cols)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    if (!a.rows || !a.cols || !b.cols) return CUBLAS_STATUS_INVALID_VALUE;
+    if (a.ld < (int64_t)a.rows || b.ld < (int64_t)b.rows || c.ld < (int64_t)c.rows)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    if (a.type != b.type || size_of(a.type) != 2) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (a.ld * 2 % 16 || b.ld * 2 % 16 || c.ld * size_of(c.type) % 16)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    return CUBLAS_STATUS_SUCCESS;
+}
+static uint64_t algo_workspace(uint64_t id) { return id % 2 ? (uint64_t)1 << 20 : 0; }
+
+} // namespace emu
+
+using namespace emu;
+
+extern "C" {
+
+cublasStatus_t cublasLtCreate(cublasLtHandle_t *h) {
+    *h = (cublasLtHandle_t)&dev;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtDestroy(cublasLtHandle_t) { return CUBLAS_STATUS_SUCCESS; }
+size_t cublasLtGetVersion(void) { return CUBLAS_VERSION; }
+
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *d, cublasComputeType_t c,
+                                        cudaDataType_t s) {
+    *d = (cublasLtMatmulDesc_t) new lt_desc{c, s};
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) {
+    delete (lt_desc *)d;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d,
+                                              cublasLtMatmulDescAttributes_t a, const void *v,
+                                              size_t n) {
+    if (n != 4) return CUBLAS_STATUS_INVALID_VALUE;
+    switch (a) {
+    case CUBLASLT_MATMUL_DESC_TRANSA:
+        memcpy(&((lt_desc *)d)->ta, v, n);
+        break;
+    case CUBLASLT_MATMUL_DESC_TRANSB:
+        memcpy(&((lt_desc *)d)->tb, v, n);
+        break;
+    default:
+        return CUBLAS_STATUS_INVALID_VALUE;
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *l, cudaDataType t, uint64_t rows,
+                                          uint64_t cols, int64_t ld) {
+    if (!size_of(t)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    *l = (cublasLtMatrixLayout_t) new lt_layout{t, rows, cols, ld};
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) {
+    delete (lt_layout *)l;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l,
+                                                cublasLtMatrixLayoutAttribute_t a, const void *v,
+                                                size_t n) {
+    if (a != CUBLASLT_MATRIX_LAYOUT_COLS || n != 8) return CUBLAS_STATUS_INVALID_VALUE;
+    memcpy(&((lt_layout *)l)->cols, v, n);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *p) {
+    *p = (cublasLtMatmulPreference_t) new lt_pref;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) {
+    delete (lt_pref *)p;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t pref,
+                                                    cublasLtMatmulPreferenceAttributes_t a,
+                                                    const void *v, size_t n) {
+    lt_pref *p = (lt_pref *)pref;
+    void *to = nullptr;
+    size_t size = 4;
+    switch (a) {
+    case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
+        to = &p->workspace;
+        size = 8;
+        break;
+    case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK:
+        to = &p->reduction;
+        break;
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
+        to = &p->align[0];
+        break;
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
+        to = &p->align[1];
+        break;
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES:
+        to = &p->align[2];
+        break;
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES:
+        to = &p->align[3];
+        break;
+    default:
+        return CUBLAS_STATUS_INVALID_VALUE;
+    }
+    if (n != size) return CUBLAS_STATUS_INVALID_VALUE;
+    memcpy(to, v, n);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d,
+                                              cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                              cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t,
+                                              cublasLtMatmulPreference_t pref, int want,
+                                              cublasLtMatmulHeuristicResult_t *r, int *got) {
+    cublasStatus_t s = check(*(lt_desc *)d, *(lt_layout *)a, *(lt_layout *)b, *(lt_layout *)c);
+    *got = 0;
+    if (s) return s;
+    const lt_pref &p = *(lt_pref *)pref;
+    const uint64_t first = ((lt_layout *)b)->cols <= 256;
+    for (uint64_t k = 0; k < 8 && *got < want; k++) {
+        const uint64_t id = (k + first) % 8;
+        if (id % 2 && p.reduction == CUBLASLT_REDUCTION_SCHEME_NONE) continue;
+        if (algo_workspace(id) > p.workspace) continue;
+        cublasLtMatmulHeuristicResult_t &x = r[(*got)++];
+        memset(&x, 0, sizeof x);
+        x.algo.data[0] = id;
+        x.algo.data[1] = SEAL;
+        x.workspaceSize = algo_workspace(id);
+        x.state = CUBLAS_STATUS_SUCCESS;
+    }
+    return *got ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t d,
+                                       cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                       cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t,
+                                       const cublasLtMatmulAlgo_t *algo,
+                                       cublasLtMatmulHeuristicResult_t *r) {
+    cublasStatus_t s = check(*(lt_desc *)d, *(lt_layout *)a, *(lt_layout *)b, *(lt_layout *)c);
+    if (s) return s;
+    if (algo->data[1] != SEAL || algo->data[0] > 7) return CUBLAS_STATUS_INVALID_VALUE;
+    memset(r, 0, sizeof *r);
+    r->workspaceSize = algo_workspace(algo->data[0]);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void *alpha,
+                              const void *A, cublasLtMatrixLayout_t la, const void *B,
+                              cublasLtMatrixLayout_t lb, const void *beta, const void *C,
+                              cublasLtMatrixLayout_t lc, void *D, cublasLtMatrixLayout_t,
+                              const cublasLtMatmulAlgo_t *algo, void *ws, size_t ws_bytes,
+                              cudaStream_t st) {
+    lt_layout a = *(lt_layout *)la, b = *(lt_layout *)lb, c = *(lt_layout *)lc;
+    cublasStatus_t s = check(*(lt_desc *)desc, a, b, c);
+    if (s) return s;
+    if (dev.fault != cudaSuccess) return CUBLAS_STATUS_EXECUTION_FAILED;
+    if (!algo || algo->data[1] != SEAL || algo->data[0] > 7) return CUBLAS_STATUS_INVALID_VALUE;
+    if (((uintptr_t)A | (uintptr_t)B | (uintptr_t)C | (uintptr_t)D) % 16)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (algo_workspace(algo->data[0]) > ws_bytes || (ws_bytes && (uintptr_t)ws % 256))
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    for (const void *p : {A, B, C, (const void *)D})
+        if (!in_device_heap(p)) die("cublasLtMatmul: an operand is not device memory");
+    product p = {
+        c.rows, c.cols, a.rows, *(const float *)alpha,  *(const float *)beta,      A, B, C, D,
+        a,      b,      c,      algo->data[0] % 2 == 1, algo->data[0] / 2 % 2 == 1};
+    double cost =
+        (algo->data[0] ^ 2) * 0.01; /* algorithm 2 is the fastest: tuning has something to find */
+    submit(st, [p, cost] {
+        multiply(p);
+        clock_ms += cost;
+    });
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+} // extern "C"

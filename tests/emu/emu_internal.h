@@ -1,0 +1,79 @@
+/* emu_internal.h - what the emulator's files share. Compiled without -fsanitize=thread, so that the
+ * access hooks see the program under test only. */
+#ifndef EMU_INTERNAL_H
+#define EMU_INTERNAL_H
+
+#include "emu.h"
+#include <memory>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define EMU_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define EMU_ASAN 1
+#endif
+#endif
+
+namespace emu {
+
+enum { WARP = 32, MAX_THREADS = 1024, STACK_BYTES = 256 << 10 };
+
+struct pending_copy { /* a cp.async that has not landed */
+    char *dst;
+    const char *src;
+    bool ok;
+    int group;
+};
+
+struct fiber {
+    void *sp;
+    void *fake_stack; /* ASan's */
+    char *stack;
+    uint3 tid;
+    int linear, lane, warp;
+    int group; /* open cp.async group */
+    std::vector<pending_copy> copies;
+};
+
+struct warp {
+    uint32_t live, runnable, arrived, mask; /* bit per lane */
+    int op;                                 /* collective that `arrived` lanes wait in */
+    void *slot[WARP];
+    uint32_t epoch; /* __syncwarp count */
+    int priority;
+};
+
+/* The block that runs. One at a time. */
+struct block_state {
+    fiber *cur; /* null: host code runs */
+    fiber fibers[MAX_THREADS];
+    warp warps[MAX_THREADS / WARP];
+    uint32_t at_barrier[MAX_THREADS / WARP];
+    int n_threads, n_warps, live, arrived;
+    uint32_t epoch, serial; /* barriers passed in this block; blocks run so far */
+    uint32_t launch;        /* launches run so far */
+    uint3 bidx;
+    dim3 bdim, gdim;
+    char *shared;
+    size_t shared_bytes;
+    launch_info info;
+};
+extern block_state now;
+
+uint64_t random_bits();
+schedule current_schedule();
+void run_launch(const launch_info &info);
+char *fiber_stacks(); /* MAX_THREADS * STACK_BYTES, contiguous */
+
+/* ---- memory (emu_runtime.cpp) ---- */
+bool in_device_heap(const void *p);
+/* Stream work: runs at once or queues; device memory is accessible only while it runs. */
+cudaError_t submit(cudaStream_t st, std::function<void()> work);
+
+/* ---- race detector (emu_race.cpp); without EMU_RACE these do nothing ---- */
+void race_touch(const void *p, int bytes, bool write, void *pc, int thread = -1);
+void race_pending(const void *p, int bytes, int pending);
+
+} // namespace emu
+#endif

@@ -1,0 +1,206 @@
+#!/usr/bin/env python3
+"""Breaks one line of the CUDA code at a time; the emulated tests must notice every time.
+
+    mutants.py [--sample] [NAME...]
+
+A mutant replaces text that occurs exactly once in its file. It is built twice (plain, and with the race
+detector) and is caught if a build or a run of the tests named for it fails. --sample: a few that cover
+each kind of net. Exit 1 if one survives or no longer applies. CUDA and CXX as in cuda.mk.
+"""
+import concurrent.futures
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+A, K, Q, G = "attention.cuh", "kernels.cuh", "qemb.cu", "gemm.cuh"
+
+# name, file, text, replacement, tests that must notice; * in front: in the sample
+MUTANTS = [
+    # barriers
+    ("*norm_sum", K, "__syncthreads(); /* norm_sum", "/* norm_sum", "rmsnorm"),
+    ("norm_next", K, "__syncthreads(); /* norm_next", "/* norm_next", "rmsnorm"),
+    ("att_q", A, "__syncthreads();    /* att_q:", "/* att_q:", "attention_narrow"),
+    ("*att_kv", A, "__syncthreads();    /* att_kv:", "/* att_kv:", "attention_narrow attention_wide"),
+    ("att_end", A, "__syncthreads(); /* att_end", "/* att_end", "attention_narrow attention_wide"),
+    ("*att_out", A, "__syncwarp(); /* att_out", "/* att_out", "attention_narrow attention_wide"),
+    # cp.async
+    ("att_q_wait", A, "cp_async_wait<1>(); /* att_q_wait", "/* att_q_wait", "attention_narrow"),
+    ("att_q_wait_2", A, "cp_async_wait<1>(); /* att_q_wait", "cp_async_wait<2>(); /* att_q_wait", "attention_narrow"),
+    ("att_kv_wait", A, "cp_async_wait<0>(); /* att_kv_wait", "/* att_kv_wait", "attention_narrow attention_wide"),
+    ("att_kv_wait_1", A, "cp_async_wait<0>(); /* att_kv_wait", "cp_async_wait<1>(); /* att_kv_wait",
+     "attention_narrow attention_wide"),
+    ("att_load_late", A, "att_load_kv<A, HD>(s, base + ((n + 1) & 1) * STAGE, n + 1);",
+     "att_load_kv<A, HD>(s, base + (n & 1) * STAGE, n + 1);", "attention_narrow attention_wide"),
+    # divergence
+    ("lane_leaves", K, "sum = group_sum(sum, 32);", "if (threadIdx.x) sum = group_sum(sum, 32);", "rmsnorm"),
+    ("rope_leaves", K, "    if (!ok) return;\n    const float s", "    const float s", "qknorm_rope"),
+    ("barrier_in_branch", K, "__syncthreads(); /* norm_next", "if (threadIdx.x < 64) __syncthreads(); /* norm_next",
+     "rmsnorm"),
+    # guards of kernels
+    ("keys_end", A, "const bool ok = p < s.keys;", "const bool ok = true;", "attention_narrow attention_wide op_attention"),
+    ("keys_cut", A, "w.prefix + min(w.len, w.t0 + (64 * M >> lg))", "w.prefix + w.t0 + (64 * M >> lg)",
+     "attention_narrow attention_wide op_attention"),
+    ("query_end", A, "const bool ok = t < w.len;", "const bool ok = true;", "attention_narrow op_attention"),
+    ("*store_end", A, "        if (t < w.len)\n            *(uint4 *)(att", "        *(uint4 *)(att",
+     "attention_narrow attention_last"),
+    ("causal", A, "if (key + j * 8 + (e & 1) > row >> s.lg)", "if (key + j * 8 + (e & 1) >= row >> s.lg)",
+     "attention_narrow"),
+    ("causal_loose", A, "if (key + j * 8 + (e & 1) > row >> s.lg)", "if (key + j * 8 + (e & 1) > (row >> s.lg) + 1)",
+     "attention_narrow"),
+    ("mask_skipped", A, "if (n * ATT_KEYS + ATT_KEYS - 1 > s.first)", "if (n * ATT_KEYS > s.first)", "attention_narrow"),
+    ("prefix_rows", A, "(p < s.prefix ? p : s.own + p)", "(s.own + p)", "attention_narrow_128 attention_last"),
+    ("prefix_mask", A, "s.first = w.prefix + w.t0;", "s.first = w.t0;", "attention_narrow_128 attention_last"),
+    ("swizzle_v", A, "Vt + att_swizzle<HD>(k * 16 + lane % 16, j * 2 + lane / 16)",
+     "Vt + (k * 16 + lane % 16) * HD * 2 + (j * 2 + lane / 16) * 16", "attention_narrow"),
+    ("k_halves", A, "k * 2 + ((lane >> 3) & 1)", "k * 2 + (lane >> 4)", "attention_narrow"),
+    ("rescale", A, "o[u][j][2 * h] *= older, o[u][j][2 * h + 1] *= older;", "o[u][j][2 * h] *= older;",
+     "attention_sharp attention_narrow"),
+    ("sum_rescale", A, "l[u][h] = l[u][h] * older + sum;", "l[u][h] = l[u][h] + sum;", "attention_sharp"),
+    ("embed_rows", K, "if (t >= T) return;", "", "op_embed forward_shapes golden"),
+    ("norm_tail", K, "v[j] = i < D ? *(const float4 *)(row + i) : make_float4(0, 0, 0, 0);",
+     "v[j] = *(const float4 *)(row + i);", "rmsnorm"),
+    ("norm_store", K, "if (i >= D) continue;", "", "rmsnorm"),
+    ("*no_shift", K, "SWIGLU_SHIFT = 6", "SWIGLU_SHIFT = 0", "golden_massive"),
+    ("clamp", K, "return over ? (v > 0 ? limit : -limit) : v;", "return v;", "swiglu"),
+    ("clamp_hides_nan", K, "const bool over = v > limit || v < -limit;", "const bool over = !(fabsf(v) <= limit);", "swiglu"),
+    ("clamps_uncounted", K, "if (clamped) atomicAdd(", "if (0) atomicAdd(", "swiglu"),
+    # the host's side
+    ("*slot_embed", Q, 'good(be, cudaEventSynchronize(s->free), "embed"); /* slot_embed', "/* slot_embed", "op_embed"),
+    ("slot_upload", Q, 'ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_upload', "/* slot_upload", "forward_shapes"),
+    ("slot_pool", Q, 'good(be, cudaEventSynchronize(s->free), "pool"); /* slot_pool', "/* slot_pool", "op_gather"),
+    ("batch_free", Q, 'good(be, cudaEventSynchronize(be->batch_free), "begin"); /* batch_free', "/* batch_free", "op_embed_back"),
+    ("unique_stale", Q, "if (s >= be->n_unique || be->unique[s] != token) {", "if (s >= be->n_unique) {", "op_embed"),
+    ("last_row", Q, "host.last[i] = b->cu[i + 1] - 1;", "host.last[i] = b->cu[i];", "op_gather"),
+    ("last_tile", Q, "att_tile{len - 1, b->cu[i], len, b->P, i - (len - 1), {}}", "att_tile{len - 1, b->cu[i], len, b->P, i, {}}",
+     "op_attention"),
+    ("prefix_tiles", Q, "if (b->P) list_tiles(be, 0, b->P, 0);", "", "golden same_bits forward_shapes"),
+    ("wide_offset", Q, "*last = wide + be->n_wide;", "*last = wide;", "op_attention same_bits forward_mlp"),
+    ("alpha", Q, "w->layers[l].wdown.alpha *= 1 << SWIGLU_SHIFT;", ";", "forward_shapes golden"),
+    ("failure_hidden", Q, "if (be->failure[0]) std::fill(out, out + B * D, NAN);", "", "device_fails"),
+    ("rope_position", Q, "const float angle = (float)p * freq;", "const float angle = (float)(p + 1) * freq * (p > 0);", "op_attention"),
+    ("free_nothing", Q, "for (int i = 0; i < be->n_device; i++) cudaFree(be->device[i]);", "", "refuse_memory"),
+    ("deterministic", Q, "gemm_open(&be->gemm, opt->deterministic)", "gemm_open(&be->gemm, false)", "same_bits"),
+    ("budget", Q, "if (be->budget) left =", "if (0) left =", "refuse_memory"),
+    ("beta", G, "const float beta = p->add;", "const float beta = 0;", "op_matmul_add"),
+    ("gemm_rows", G, "    cublasStatus_t s = gemm_set_rows(p, T);\n    if (!s)\n        s = cublasLtMatmul(",
+     "    cublasStatus_t s = CUBLAS_STATUS_SUCCESS;\n    if (!s)\n        s = cublasLtMatmul(", "op_matmul"),
+    ("reduction", G, "if (!s && deterministic)", "if (0)", "same_bits"),
+    ("slowest", G, "ms < 0 || (best >= 0 && ms >= best)", "ms < 0 || (best >= 0 && ms <= best)", "timed_once"),
+    ("unchecked_cache", G, "if (gemm_set_rows(p, rows) || cublasLtMatmulAlgoCheck(", "if (gemm_set_rows(p, rows) || 0 && cublasLtMatmulAlgoCheck(",
+     "timed_once"),
+]
+
+SOURCES = ("qemb.cu", "tests/cuda_main.cu", "tests/test_cuda_ops.cu", "tests/test_cuda_model.cu")
+FLAGS = {  # per net: flags of the code under test; objects that the mutants share come from build/NET
+    "emu": ["-O1", "-fopenmp"],
+    "emu-race": "-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie -DEMU_RACE".split(),
+}
+SHARED = [f"tests/emu/emu_{x}.o" for x in ("fibers", "runtime", "race", "cublaslt")] + \
+         ["qemb.o", "file.o", "tests/oracle.o", "tests/support.o", "tests/cuda_main.cu.o"]
+
+
+def find_cuda():
+    for d in (os.environ.get("CUDA"), "/usr/local/cuda", "/opt/cuda"):
+        if d and pathlib.Path(d, "include/cuda_fp16.h").exists():
+            return d
+    return None
+
+
+KERNEL_TESTS = ("rmsnorm", "attention_", "qknorm_rope", "swiglu")  # launch kernels themselves
+MODEL_TESTS = ("golden", "forward", "same", "device", "refuse", "hot", "timed")
+
+
+def touched(file, tests):
+    """Which objects a change of this file alters for these tests; the others are taken from build/NET."""
+    if file not in (A, K):
+        return ["qemb.cu"]
+    if all(t.startswith(KERNEL_TESTS) for t in tests):
+        return ["tests/test_cuda_ops.cu"]
+    return ["qemb.cu", "tests/test_cuda_ops.cu"]
+
+
+def run_net(net, work, file, tests, cuda):
+    """None if the mutant survives in this net, else what caught it."""
+    # Mutated objects come first: kernels are templates, and of equal ones the linker takes the first.
+    objects, others = [], [str(ROOT / "build" / net / o) for o in SHARED]
+    only_model = all(t.startswith(MODEL_TESTS) for t in tests)
+    only_ops = not any(t.startswith(MODEL_TESTS) for t in tests)
+    for source in SOURCES[:1] + SOURCES[2:]:
+        ops = source.endswith("test_cuda_ops.cu")
+        if (ops and only_model) or (source.endswith("model.cu") and only_ops):
+            continue
+        if source not in touched(file, tests):
+            others.append(str(ROOT / "build" / net / (source + ".o")))
+            continue
+        out = work / net / (pathlib.Path(source).name + ".o")
+        out.parent.mkdir(exist_ok=True)
+        cmd = [os.environ.get("CXX", "g++"), "-std=c++20", "-g", "-w", "-DQEMB_EMU", "-isystem", cuda + "/include", f"-I{work}",
+               f"-I{work}/tests/emu", *FLAGS[net], "-x", "c++", "-c", str(work / source), "-o", str(out)]
+        if subprocess.run(cmd, capture_output=True, check=False).returncode:
+            return "does not build"
+        objects.append(str(out))
+    program = work / net / "t"
+    link = subprocess.run([os.environ.get("CXX", "g++"), "-fopenmp", "-no-pie", *objects, *others, "-lcrypto", "-lm", "-o", str(program)],
+                          capture_output=True, text=True, check=False)
+    if link.returncode:
+        raise RuntimeError(link.stderr)
+    schedules = ["--schedules", "5"] if net == "emu" else []
+    try:
+        r = subprocess.run([str(program), *schedules, *tests], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                           check=False)
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    if r.returncode == 0:
+        return None
+    lines = [x for x in (r.stdout + r.stderr).splitlines() if x.startswith(("FAIL", "emu: "))]
+    return f"{net}: {lines[0][:110] if lines else 'exit ' + str(r.returncode)}"
+
+
+def try_mutant(mutant, cuda):
+    name, file, text, replacement, tests = mutant
+    source = (ROOT / file).read_text()
+    # However it is laid out: white space counts for nothing.
+    pattern = re.compile(r"\s*".join(re.escape(c) for c in text if not c.isspace()))
+    found = pattern.findall(source)
+    if len(found) != 1:
+        return name, False, f"the text occurs {len(found)} times in {file}"
+    with tempfile.TemporaryDirectory() as tmp:
+        work = pathlib.Path(tmp)
+        shutil.copytree(ROOT / "tests/emu", work / "tests/emu")
+        for f in [*ROOT.glob("*.cuh"), ROOT / "qemb.cu", *ROOT.glob("*.h"), *ROOT.glob("tests/*.cu"), *ROOT.glob("tests/*.h")]:
+            shutil.copy(f, work / f.relative_to(ROOT))
+        (work / file).write_text(pattern.sub(lambda _: replacement, source))
+        for net in FLAGS:
+            caught = run_net(net, work, file, tests.split(), cuda)
+            if caught:
+                return name, True, caught
+    return name, False, "survives"
+
+
+def main(args):
+    cuda = find_cuda()
+    if not cuda:
+        print("skipped: no CUDA toolkit")
+        return 0
+    make = subprocess.run(["make", "-s", "-f", "cuda.mk", "build/emu/test_cuda", "build/emu-race/test_cuda"], cwd=ROOT, check=False)
+    if make.returncode:
+        return 1
+    names = [a for a in args if not a.startswith("-")]
+    chosen = [(m[0].lstrip("*"), *m[1:]) for m in MUTANTS
+              if (not names or m[0].lstrip("*") in names) and ("--sample" not in args or m[0].startswith("*"))]
+    survivors = 0
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, caught, why in pool.map(lambda m: try_mutant(m, cuda), chosen):
+            survivors += not caught
+            print(f"{'caught  ' if caught else 'SURVIVES'} {name:18} {why}", flush=True)
+    print(f"mutants: {len(chosen) - survivors} of {len(chosen)} caught")
+    return 1 if survivors or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

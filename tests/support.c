@@ -1,0 +1,162 @@
+/* support.c - see support.h. The .qemb writer follows the layout in qemb.h and nothing in file.c. */
+#include "support.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+const qemb_config small_configs[] = {
+    /* L  D   H  K  hd   F   V   max  eos  theta eps */
+    {2, 64, 4, 4, 16, 96, 300, 700, 299, 1e6f, 1e-6f},
+    {2, 48, 4, 2, 64, 80, 300, 300, 299, 1e6f, 1e-6f},
+    {1, 72, 8, 2, 128, 40, 300, 300, 299, 1e4f, 1e-5f},
+    {3, 33, 3, 1, 18, 51, 300, 300, 299, 1e6f, 1e-6f},
+};
+const int n_small_configs = sizeof small_configs / sizeof *small_configs;
+
+uint64_t rng_u64(rng *r) {
+    r->s ^= r->s >> 12, r->s ^= r->s << 25, r->s ^= r->s >> 27;
+    return r->s * 0x2545f4914f6cdd1du;
+}
+
+double rng_uniform(rng *r) { return (double)(rng_u64(r) >> 11) * 0x1p-52 - 1; }
+
+void rng_floats(rng *r, float *x, size_t n, double scale) {
+    for (size_t i = 0; i < n; i++) x[i] = (float)(scale * rng_uniform(r));
+}
+
+/* double to half, towards zero: the value does not matter, only that it is a half */
+static uint16_t half_of(double v) {
+    int e;
+    double m = frexp(fabs(v), &e); /* m in [.5, 1) */
+    uint16_t bits = e < -13 ? (uint16_t)(fabs(v) * 0x1p24)
+                            : (uint16_t)((e + 14) << 10 | ((int)(m * 2048) & 1023));
+    return (uint16_t)(bits | (v < 0) << 15);
+}
+
+void rng_halves(rng *r, uint16_t *x, size_t n, double scale) {
+    for (size_t i = 0; i < n; i++) x[i] = half_of(scale * rng_uniform(r));
+}
+
+/* ---- a model file ------------------------------------------------------------------------------ */
+
+typedef struct {
+    uint8_t *data;
+    size_t bytes, entry; /* so far; the next directory entry */
+    rng r;
+} writer;
+
+static void put_le(uint8_t *p, uint64_t v, int n) {
+    for (int i = 0; i < n; i++) p[i] = (uint8_t)(v >> 8 * i);
+}
+
+/* Appends a section and its directory entry; returns where its bytes go. */
+static void *section(writer *w, const char *name, int dtype, uint64_t rows, uint64_t cols) {
+    const int size[] = {1, 4, 4, 2};
+    uint64_t bytes = rows * cols * (uint64_t)size[dtype], at = (w->bytes + 255) & ~(uint64_t)255;
+    w->data = realloc(w->data, at + bytes);
+    memset(w->data + w->bytes, 0, at + bytes - w->bytes);
+    uint8_t *e = w->data + w->entry;
+    snprintf((char *)e, 48, "%s", name);
+    put_le(e + 48, (uint64_t)dtype, 4);
+    put_le(e + 56, rows, 8), put_le(e + 64, cols, 8), put_le(e + 72, at, 8),
+        put_le(e + 80, bytes, 8);
+    w->entry += 96;
+    w->bytes = at + bytes;
+    return w->data + at;
+}
+
+static void blob(writer *w, const char *name, const void *data, size_t n) {
+    void *p = section(w, name, QEMB_U8, 1, n);
+    if (n) memcpy(p, data, n);
+}
+
+static void vector(writer *w, const char *name, int n) {
+    float *p = section(w, name, QEMB_F32, 1, (uint64_t)n);
+    for (int i = 0; i < n; i++) p[i] = (float)(1 + 0.5 * rng_uniform(&w->r));
+}
+
+/* Uniform in +-scale*sqrt(3/cols): rows of x of size 1 give rows of y of size `scale`. */
+static void matrix(writer *w, const char *name, int rows, int cols, double scale) {
+    uint16_t *p = section(w, name, QEMB_F16, (uint64_t)rows, (uint64_t)cols);
+    rng_halves(&w->r, p, (size_t)rows * (size_t)cols, scale * sqrt(3.0 / cols));
+}
+
+void seal_model(uint8_t *m, size_t bytes) {
+    put_le(m + 16, bytes, 8);
+    uint32_t n =
+        (uint32_t)m[32] | (uint32_t)m[33] << 8 | (uint32_t)m[34] << 16 | (uint32_t)m[35] << 24;
+    uint64_t end = 4096 + (uint64_t)n * 96, h = 0xcbf29ce484222325u;
+    if (end > bytes) end = bytes;
+    for (uint64_t i = 0; i < end; i++) {
+        uint8_t byte = i >= 24 && i < 32 ? 0 : m[i];
+        h = (h ^ byte) * 0x100000001b3u;
+    }
+    put_le(m + 24, h, 8);
+}
+
+uint8_t *make_model(const qemb_config *c, uint64_t seed, double gate_scale, size_t *bytes) {
+    const int D = c->hidden, H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, F = c->ffn;
+    const uint32_t n = 6 + 8 * (uint32_t)c->n_layers;
+    writer w = {calloc(1, 4096 + n * 96), 4096 + n * 96, 4096, {seed * 0x9e3779b97f4a7c15u + 1}};
+    memcpy(w.data, "qemb\r\n\x1a\n", 8);
+    put_le(w.data + 8, 1, 4);
+    put_le(w.data + 12, 0x01020304, 4);
+    put_le(w.data + 32, n, 4);
+    const int32_t fields[] = {c->n_layers, D, H, K, hd, F, c->vocab, c->max_positions, c->eos_id};
+    for (int i = 0; i < 9; i++) put_le(w.data + 72 + 4 * i, (uint32_t)fields[i], 4);
+    memcpy(w.data + 108, &c->rope_theta, 4);
+    memcpy(w.data + 112, &c->rms_eps, 4);
+
+    put_le(section(&w, "merges", QEMB_U32, 1, 2), 64 | (uint64_t)65 << 32, 8); /* "a" "b" */
+    uint8_t added[16] = {0};
+    put_le(added, (uint64_t)c->eos_id | (uint64_t)5 << 32, 8);
+    memcpy(added + 8, "<eos>", 5);
+    blob(&w, "added_tokens", added, sizeof added);
+    blob(&w, "prompts", "query\0Instruct: find\nQuery:\0document\0", 38);
+    blob(&w, "provenance", "source: tests\n", 14);
+    matrix(&w, "tok_emb", c->vocab, D, sqrt(D));
+    for (int l = 0; l < c->n_layers; l++) {
+        char name[48];
+#define NAME(s) (snprintf(name, sizeof name, "layers.%d." s, l), name)
+        vector(&w, NAME("attn_norm"), D);
+        matrix(&w, NAME("wqkv"), (H + 2 * K) * hd, D, 1);
+        vector(&w, NAME("q_norm"), hd);
+        vector(&w, NAME("k_norm"), hd);
+        matrix(&w, NAME("wo"), D, H * hd, 1);
+        vector(&w, NAME("mlp_norm"), D);
+        matrix(&w, NAME("wgu"), 2 * F, D, gate_scale);
+        matrix(&w, NAME("wdown"), D, F, 1);
+#undef NAME
+    }
+    vector(&w, "final_norm", D);
+    seal_model(w.data, w.bytes);
+    *bytes = w.bytes;
+    return w.data;
+}
+
+void write_temporary(char *path, const void *data, size_t bytes) {
+    strcpy(path, "/tmp/qemb-test-XXXXXX");
+    int fd = mkstemp(path);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "wb");
+    if (!f || fwrite(data, 1, bytes, f) != bytes || fclose(f)) {
+        perror(path);
+        abort();
+    }
+}
+
+qemb_file *open_model(const qemb_config *c, uint64_t seed, double gate_scale) {
+    char path[64];
+    size_t bytes;
+    uint8_t *model = make_model(c, seed, gate_scale, &bytes);
+    write_temporary(path, model, bytes);
+    free(model);
+    qemb_file *f;
+    qemb_err err;
+    if (qemb_file_open(&f, path, &err)) {
+        fprintf(stderr, "%s\n", err.msg);
+        abort();
+    }
+    unlink(path);
+    return f;
+}

@@ -1,0 +1,42 @@
+/* support.h - what the tests share: random numbers, comparisons, and a .qemb writer of their own. */
+#ifndef SUPPORT_H
+#define SUPPORT_H
+
+#include "../qemb.h"
+
+#include <math.h>
+#include <stdio.h>
+
+/* Half an ulp of 1 in float: the relative error of one rounding. */
+#define U 0x1p-24
+
+/* 1 unless got is within tol of want; NaN anywhere is never within. */
+static inline int far_off(double got, double want, double tol) {
+    return !(fabs(got - want) <= tol);
+}
+
+/* xorshift64*; equal seeds give equal numbers everywhere */
+typedef struct {
+    uint64_t s;
+} rng;
+uint64_t rng_u64(rng *r);
+double rng_uniform(rng *r); /* -1 .. 1 */
+void rng_floats(rng *r, float *x, size_t n, double scale);
+void rng_halves(rng *r, uint16_t *x, size_t n, double scale); /* normal halves, scale <= 1 */
+
+/* The bytes of a valid .qemb of this config with random weights; malloc'ed, *bytes long. The
+ * tokenizer has the 256 bytes, one merge ("a" "b" -> 256) and one added token, "<eos>" = eos_id.
+ * gate_scale multiplies the gate and up matrices: massive activations. */
+uint8_t *make_model(const qemb_config *c, uint64_t seed, double gate_scale, size_t *bytes);
+/* Writes size field and checksum again after a change of header or directory. */
+void seal_model(uint8_t *model, size_t bytes);
+/* A temporary file with these bytes; path gets its name (>= 64 bytes). Remove it with unlink. */
+void write_temporary(char *path, const void *data, size_t bytes);
+/* make_model, written and opened; aborts on failure. */
+qemb_file *open_model(const qemb_config *c, uint64_t seed, double gate_scale);
+
+/* Small shapes: GQA groups 1, 2, 4; hidden unequal to heads x head_dim; odd sizes off every tile. */
+extern const qemb_config small_configs[];
+extern const int n_small_configs;
+
+#endif

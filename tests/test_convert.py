@@ -1,0 +1,1086 @@
+"""convert_weights.py: what it writes, read back by other code, and everything that it refuses."""
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_fixture as hf
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import convert_weights  # noqa: E402
+
+TINY = ROOT / "tests/golden/hf-tiny"
+SHAPE = dict(layers=2, hidden=24, heads=4, kv=2, hd=10, ffn=20, vocab=300, max=64)
+MERGES = [("a", "b"), ("ab", "c"), ("Ġ", "t"), ("Ġt", "h")]
+ADDED = (hf.EOS, "<think>", "é中")
+OTHER = "layers.0.mlp.up_proj.weight"
+
+
+# ---- a .qemb read by the book ------------------------------------------------------------------
+
+
+class Qemb:
+    """A .qemb as qemb.h describes it; every rule there is an assertion here."""
+
+    DTYPES = {0: "u1", 1: "<u4", 2: "<f4", 3: "<f2"}
+
+    def __init__(self, path):
+        b = Path(path).read_bytes()
+        assert b[:8] == b"qemb\r\n\x1a\n"
+        version, order, size, check, n, zero = struct.unpack_from("<IIQQII", b, 8)
+        assert (version, order, size, zero) == (1, 0x01020304, len(b), 0)
+        assert b[40:72] == hashlib.sha256(b[4096:]).digest()
+        self.sha256 = b[40:72].hex()
+        keys = "n_layers hidden n_heads n_kv_heads head_dim ffn vocab max_positions eos_id".split()
+        self.config = dict(zip(keys, struct.unpack_from("<9I", b, 72)))
+        self.rope_theta, self.rms_eps = struct.unpack_from("<2f", b, 108)
+        assert not any(b[116:4096])
+        h = 0xCBF29CE484222325
+        for byte in b[:24] + bytes(8) + b[32 : 4096 + 96 * n]:
+            h = ((h ^ byte) * 0x100000001B3) % (1 << 64)
+        assert h == check
+
+        self.sections, end = {}, 4096 + 96 * n
+        for i in range(n):
+            name, dtype, zero, rows, cols, at, size, zero8 = struct.unpack_from(
+                "<48sIIQQQQQ", b, 4096 + 96 * i)
+            assert zero == zero8 == 0
+            assert at % 256 == 0 and 0 <= at - end < 256 and not any(b[end:at])
+            data = np.frombuffer(b, self.DTYPES[dtype], rows * cols, at).reshape(rows, cols)
+            assert data.nbytes == size
+            self.sections[name.rstrip(b"\0").decode()] = data
+            end = at + size
+        assert end == len(b)
+        assert list(self.sections) == self.expected_names()
+        self.added = self.read_added(self.sections["added_tokens"].tobytes())
+        strings = self.sections["prompts"].tobytes().decode().split("\0")
+        assert strings.pop() == ""
+        self.prompts = dict(zip(strings[::2], strings[1::2], strict=True))
+        self.provenance = self.sections["provenance"].tobytes().decode()
+        assert all(re.match(r"[a-z]+: .", line) for line in self.provenance.splitlines())
+
+    def expected_names(self):
+        layer = "attn_norm wqkv q_norm k_norm wo mlp_norm wgu wdown".split()
+        layers = [f"layers.{i}.{t}" for i in range(self.config["n_layers"]) for t in layer]
+        return ["merges", "added_tokens", "prompts", "provenance", "tok_emb", *layers, "final_norm"]
+
+    @staticmethod
+    def read_added(b):
+        tokens, at = [], 0
+        while at < len(b):
+            i, n = struct.unpack_from("<II", b, at)
+            tokens.append((i, b[at + 8 : at + 8 + n].decode()))
+            end = at + 8 + n
+            at = -(-end // 4) * 4
+            assert not any(b[end:at])
+        assert at == len(b)
+        return tokens
+
+
+def read_source(folder):
+    """name without 'model.' -> float32 array, over all safetensors files; shares nothing with the
+    converter's reader."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        b = path.read_bytes()
+        n = struct.unpack_from("<Q", b)[0]
+        for name, t in json.loads(b[8 : 8 + n]).items():
+            if name == "__metadata__":
+                continue
+            low, high = (8 + n + x for x in t["data_offsets"])
+            raw = b[low:high]
+            if t["dtype"] == "BF16":
+                raw = b"".join(b"\0\0" + raw[i : i + 2] for i in range(0, len(raw), 2))
+            w = np.frombuffer(raw, "<f2" if t["dtype"] == "F16" else "<f4").astype("f4")
+            tensors[name.removeprefix("model.")] = w.reshape(t["shape"])
+    return tensors
+
+
+def expected_weights(t, layers):
+    """Section -> the source's numbers in it."""
+    want = {"tok_emb": t["embed_tokens.weight"], "final_norm": t["norm.weight"][None]}
+    for i in range(layers):
+        def get(*names):
+            return np.concatenate([t[f"layers.{i}.{n}.weight"] for n in names])
+
+        want |= {f"layers.{i}.{k}": v for k, v in {
+            "attn_norm": get("input_layernorm")[None], "q_norm": get("self_attn.q_norm")[None],
+            "k_norm": get("self_attn.k_norm")[None],
+            "wqkv": get("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "wo": get("self_attn.o_proj"), "mlp_norm": get("post_attention_layernorm")[None],
+            "wgu": get("mlp.gate_proj", "mlp.up_proj"), "wdown": get("mlp.down_proj")}.items()}
+    return want
+
+
+def assert_weights(q, folder):
+    want = expected_weights(read_source(folder), q.config["n_layers"])
+    for name, w in want.items():
+        got = q.sections[name]
+        vector = name.endswith("norm")
+        assert got.dtype == ("<f4" if vector else "<f2"), name
+        assert got.shape == w.shape, name
+        assert got.tobytes() == w.astype("<f4" if vector else "<f2").tobytes(), name
+    assert set(q.sections) - set(want) == {"merges", "added_tokens", "prompts", "provenance"}
+
+
+# ---- sources and runs --------------------------------------------------------------------------
+
+
+def weights(dtype="BF16", prefix="model.", **changes):
+    """name -> (dtype, shape, bytes) of a small random model."""
+    return {name: (d, shape, b"".join(blocks)) for name, (d, shape, blocks) in
+            hf.random_tensors(SHAPE | changes, 7, dtype, prefix=prefix).items()}
+
+
+def save(path, tensors):
+    hf.save_safetensors(path, {name: (d, s, [data]) for name, (d, s, data) in tensors.items()})
+
+
+def save_shards(folder, tensors, count=3):
+    """The tensors in `count` files with an index -> the index."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    names, where = list(tensors), {}
+    for i in range(count):
+        shard = f"model-{i + 1:05}-of-{count:05}.safetensors"
+        part = {n: tensors[n] for n in names[i::count]}
+        save(folder / shard, part)
+        where |= dict.fromkeys(part, shard)
+    index = {"metadata": {"total_size": 0}, "weight_map": where}
+    hf.save_json(folder / "model.safetensors.index.json", index)
+    return index
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A good source of one BF16 file; the test runs in an empty directory beside it."""
+    d = tmp_path / "source"
+    d.mkdir()
+    hf.save_json(d / "config.json", hf.config_json(SHAPE))
+    hf.save_json(d / "tokenizer.json", hf.tokenizer_json(MERGES, ADDED))
+    hf.save_sentence_transformers(d, SHAPE["hidden"])
+    save(d / "model.safetensors", weights())
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return d
+
+
+def run(*args):
+    """convert_weights.py in this process. SystemExit carries what goes to stderr."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(sys, "argv", ["convert_weights.py", *map(str, args)])
+            convert_weights.main()
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def convert(folder, *args):
+    run(folder, "--out", "out.qemb", *args)
+    assert os.listdir() == ["out.qemb"]
+    return Qemb("out.qemb")
+
+
+def refused(*args):
+    """The one line with which the run ends; nothing is left behind."""
+    before = sorted(os.listdir())
+    with pytest.raises(SystemExit) as e:
+        run(*args)
+    message = e.value.code
+    assert isinstance(message, str), "a string is what sys.exit prints before it exits 1"
+    assert message.startswith("convert_weights.py: ") and "\n" not in message
+    assert sorted(os.listdir()) == before
+    return message.removeprefix("convert_weights.py: ")
+
+
+def edit(path, change):
+    """change(the JSON value) in place; a value that it returns replaces the old one."""
+    j = json.loads(path.read_text(encoding="utf-8"))
+    replaced = change(j)
+    path.write_text(json.dumps(j if replaced is None else replaced), encoding="utf-8")
+
+
+# ---- what it writes ----------------------------------------------------------------------------
+
+
+def test_golden_is_reproduced(tmp_path, monkeypatch):
+    """A directory that transformers itself saved, BF16, two shards: the same bytes as committed."""
+    monkeypatch.chdir(tmp_path)
+    q = convert(TINY, "--note", "random weights", "-q")
+    assert_weights(q, TINY)
+    assert (tmp_path / "out.qemb").read_bytes() == (TINY.parent / "hf-tiny.qemb").read_bytes()
+    assert q.config == dict(n_layers=2, hidden=32, n_heads=2, n_kv_heads=1, head_dim=32, ffn=48,
+                            vocab=512, max_positions=200, eos_id=500)
+    assert q.rope_theta == np.float32(1e6) and q.rms_eps == np.float32(1e-6)
+    assert q.prompts == {"query": hf.QUERY, "document": ""}
+
+
+@pytest.mark.parametrize("name", ["hf-tiny", "gqa1", "gqa2", "gqa4", "square", "massive"])
+def test_committed_goldens_are_sound(name):
+    """NAME.qemb, and NAME.vec in the form that tests/make_golden.py documents."""
+    q = Qemb(ROOT / f"tests/golden/{name}.qemb")
+    assert "note: random weights\n" in q.provenance
+    lines = (ROOT / f"tests/golden/{name}.vec").read_text().splitlines()
+    head = dict(line.split(" ", 1) for line in lines[:7])
+    assert lines[0] == "golden 1" and head["model"] == name
+    assert int(head["dim"]) == q.config["hidden"]
+    assert (float.fromhex(head["max_swiglu"]) > 65504) == (name == "massive")
+    assert 0 < float.fromhex(head["f32_diff"]) < 1e-6  # float32 did no worse than a few roundings
+    cases = [lines[i : i + 5] for i in range(7, len(lines), 5)]
+    assert len(cases) == int(head["cases"])
+    lengths = set()
+    for label, text, ids, norm, vec in (map(str.split, case) for case in cases):
+        assert [line[0] for line in (label, text, ids, norm, vec)] == [
+            "case", "text", "ids", "norm", "vec"]
+        assert int(text[1]) == (len(bytes.fromhex("".join(text[2:]))) if "length" not in label[1]
+                                else -1)
+        assert int(ids[1]) == len(ids) - 2 <= q.config["max_positions"]
+        assert int(ids[-1]) == q.config["eos_id"] and max(map(int, ids[2:])) < q.config["vocab"]
+        lengths.add(int(ids[1]))
+        v = np.array([float.fromhex(x) for x in vec[2:]])
+        assert len(v) == int(vec[1]) == q.config["hidden"]
+        # Rounding to float32 changes a number by 2^-24 of it at most, its square by twice that.
+        assert abs(v @ v - 1) <= 2.0**-23 * (1 + 1e-6) and float.fromhex(norm[1]) > 0
+    assert lengths >= {1, 2, 3, 17, 63, 64, 65, 128, 129, 199, 200}
+
+
+def test_demo_model_says_that_it_is_random():
+    q = Qemb(ROOT / "models/demo.qemb")
+    assert "note: random weights, untrained" in q.provenance
+    assert q.prompts == {"query": hf.QUERY, "document": ""}
+
+
+def test_every_field(folder):
+    q = convert(folder)
+    assert_weights(q, folder)
+    assert q.config == dict(n_layers=2, hidden=24, n_heads=4, n_kv_heads=2, head_dim=10, ffn=20,
+                            vocab=300, max_positions=64, eos_id=260)
+    assert q.rope_theta == np.float32(1e6) and q.rms_eps == np.float32(1e-6)
+    # 'a' is byte 97, the 65th printable one after '!'; U+0120 stands for the space, byte 32
+    a, space = 97 - 33, 188 + 32
+    assert q.sections["merges"].tolist() == [[a, a + 1], [256, a + 2], [space, a + 19],
+                                             [258, a + 7]]
+    assert q.added == [(260, hf.EOS), (261, "<think>"), (262, "é中")]
+    assert q.prompts == {"query": hf.QUERY, "document": ""}
+    lines = q.provenance.splitlines()
+    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    size = (folder / "model.safetensors").stat().st_size
+    assert lines[0] == "source: source"
+    assert f"file: tokenizer.json sha256 {digest}" in lines
+    assert f"file: model.safetensors {size} bytes" in lines
+    assert "weights: BF16 to f16" in lines and "pooling: last token" in lines
+    assert lines[-1] == f"converter: convert_weights.py {convert_weights.VERSION}"
+
+
+def test_version_is_the_projects():
+    version = re.search(r'QEMB_VERSION "(.*)"', (ROOT / "qemb.h").read_text())[1]
+    assert convert_weights.VERSION == version
+
+
+def test_byte_alphabet_follows_its_definition():
+    """Bytes that print stand for themselves and come first, the others follow from U+0100 on."""
+    plain = [b for b in range(256) if chr(b).isprintable() and b not in (32, 173)]
+    alphabet = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+    vocab = {ch: i for i, ch in enumerate(alphabet)}
+    assert convert_weights.read_merges({"vocab": vocab, "merges": []}).shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("shards", [0, 3])
+def test_dtypes_prefixes_shards(folder, dtype, prefix, shards):
+    tensors = weights(dtype, prefix)
+    if shards:
+        save_shards(folder, tensors, shards)
+    else:
+        save(folder / "model.safetensors", tensors)
+    assert_weights(convert(folder), folder)
+
+
+def test_many_blocks(folder, monkeypatch):
+    """Blocks of a few rows, the last one short, give the same file as one block a tensor."""
+    whole = convert(folder).sha256
+    monkeypatch.setattr(convert_weights, "BLOCK", 7 * SHAPE["hidden"] + 1)
+    assert convert(folder).sha256 == whole
+    monkeypatch.setattr(convert_weights, "BLOCK", 1)
+    assert convert(folder).sha256 == whole
+
+
+def test_same_source_same_bytes(folder, tmp_path):
+    convert(folder)
+    first = Path("out.qemb").read_bytes()
+    other = tmp_path / "elsewhere" / "source"
+    shutil.copytree(folder, other)
+    convert(other)
+    assert Path("out.qemb").read_bytes() == first
+
+
+def test_default_name_and_quiet(folder, capfd):
+    run(folder, "-q")
+    assert os.listdir() == ["source.qemb"]
+    Qemb("source.qemb")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_dot_is_a_directory_with_a_name(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    run(".", "-q")
+    assert Path("source.qemb").is_file()
+
+
+def test_existing_output_is_replaced(folder):
+    Path("out.qemb").write_bytes(b"old")
+    convert(folder)
+
+
+def test_permissions_follow_the_umask(folder):
+    old = os.umask(0o027)
+    try:
+        convert(folder)
+    finally:
+        os.umask(old)
+    assert os.stat("out.qemb").st_mode & 0o777 == 0o640
+
+
+def test_summary(folder, capsys):
+    q = convert(folder, "--note", "two\nlines")
+    out, err = capsys.readouterr()
+    assert err == ""
+    sources = read_source(folder)
+    parameters = sum(w.size for w in sources.values())
+    assert out.startswith(f"out.qemb: {Path('out.qemb').stat().st_size:,} bytes in ")
+    assert f"{len(sources)}, {parameters:,} parameters, BF16 to f16" in out
+    assert "tokenizer  4 merges, end-of-text 260" in out and "prompts    query, document" in out
+    assert f"sha256     {q.sha256}" in out
+    assert q.provenance.endswith("note: two lines\n")
+
+
+def number(value, dtype):
+    return hf.to_bytes(np.array([value], "f4"), dtype)
+
+
+def put(tensors, name, at, value):
+    """Sets one number of a tensor."""
+    dtype, shape, data = tensors[name]
+    size = len(number(0, dtype))
+    data = data[: at * size] + number(value, dtype) + data[(at + 1) * size :]
+    tensors[name] = (dtype, shape, data)
+
+
+def test_edge_values_and_rounding(folder, capsys):
+    """BF16 -> FP16 by hand: exact from 2^-14 up, ties to even below; and what the summary says."""
+    dtype, shape, data = weights()["model." + OTHER]
+    cases = [
+        (0.0, 0.0), (-0.0, -0.0), (65280.0, 65280.0), (-65280.0, -65280.0),
+        (2.0**-14, 2.0**-14), (1.9921875 * 2.0**-14, 1.9921875 * 2.0**-14),
+        (2.0**-24, 2.0**-24), (255 * 2.0**-24, 255 * 2.0**-24),  # subnormal and exact
+        (2.0**-25, 0.0),  # tie, to even
+        (3 * 2.0**-25, 2.0**-23),  # tie, to even
+        (1.0078125 * 2.0**-25, 2.0**-24),  # above the tie
+        (-(255 * 2.0**-25), -(2.0**-17)),  # 127.5 steps: tie, to 128
+        (2.0**-40, 0.0), (-1e-38, -0.0), (2.0**-133, 0.0),  # BF16's own subnormals too
+    ]
+    values = np.zeros(shape[0] * shape[1], "f4")
+    values[: len(cases)] = [v for v, _ in cases]
+    tensors = {n: (d, s, bytes(len(b))) for n, (d, s, b) in weights().items()}
+    tensors["model." + OTHER] = (dtype, shape, hf.to_bytes(values, "BF16"))
+    save(folder / "model.safetensors", tensors)
+    got = convert(folder).sections["layers.0.wgu"][SHAPE["ffn"] :].ravel()
+    want = np.array([w for _, w in cases], "<f2")
+    assert got[: len(cases)].tobytes() == want.tobytes()  # bytes: -0.0 is not 0.0
+    out = capsys.readouterr().out
+    # The four ties and near-ties are off by 2^-25 or a little less, the last three by themselves.
+    assert f"at most {2.0**-25:.3g} at model.{OTHER}[0, 8]; 7 numbers below 2^-14" in out
+
+
+def test_f32_rounds_and_says_where(folder, capsys, monkeypatch):
+    monkeypatch.setattr(convert_weights, "BLOCK", 2 * SHAPE["hidden"])  # rows count over blocks
+    tensors = weights("F32", "")
+    tensors = {n: (d, s, bytes(len(b))) for n, (d, s, b) in tensors.items()}
+    put(tensors, OTHER, 5 * SHAPE["hidden"] + 3, 4097.0)  # FP16 has steps of 4 there
+    put(tensors, OTHER, 6 * SHAPE["hidden"], 65504.0)
+    put(tensors, OTHER, 0, 2.0**-14 - 2.0**-26)  # rounded, and tiny
+    put(tensors, OTHER, 1, 2.0**-14 + 2.0**-26)  # rounded, not tiny
+    put(tensors, "norm.weight", 2, 1e30)  # a vector stays FP32
+    save(folder / "model.safetensors", tensors)
+    q = convert(folder)
+    w = q.sections["layers.0.wgu"]
+    assert w[SHAPE["ffn"] + 5, 3] == 4096 and w[SHAPE["ffn"] + 6, 0] == 65504
+    assert q.sections["final_norm"][0, 2] == np.float32(1e30)
+    assert f"at most 1 at {OTHER}[5, 3]; 1 numbers below" in capsys.readouterr().out
+
+
+# ---- what it accepts ---------------------------------------------------------------------------
+
+
+def without(*path):
+    """Takes away what is at a path of keys."""
+    *path, last = path
+
+    def change(j):
+        for key in path:
+            j = j[key]
+        del j[last]
+    return change
+
+
+def setting(*path_and_value):
+    """Sets the value at a path of keys."""
+    *path, last, value = path_and_value
+
+    def change(j):
+        for key in path:
+            j = j[key]
+        j[last] = value
+    return change
+
+
+def newer_rope(j):
+    theta = j.pop("rope_theta")
+    j["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
+
+
+def string_merges(j):
+    j["model"]["merges"] = [" ".join(m) for m in j["model"]["merges"]]
+
+
+def bare_template(j):
+    j["post_processor"] = j["post_processor"]["processors"][1]
+
+
+ACCEPTED = {
+    "bare architecture": ("config.json", setting("architectures", ["Qwen3Model"])),
+    "newer rope": ("config.json", newer_rope),
+    "default scaling": ("config.json", setting("rope_scaling", {"type": "default"})),
+    "no optional fields": ("config.json", lambda j: {
+        k: v for k, v in j.items()
+        if k not in ("attention_bias", "use_sliding_window", "rope_scaling")}),
+    "full attention": ("config.json", setting("layer_types", ["full_attention"] * 2)),
+    "integer theta": ("config.json", setting("rope_theta", 1000000)),
+    "merges as strings": ("tokenizer.json", string_merges),
+    "template alone": ("tokenizer.json", bare_template),
+    "truncation left over": ("tokenizer.json", setting("truncation", {"max_length": 512})),
+    "padding left over": ("tokenizer.json", setting("padding", {"strategy": "BatchLongest"})),
+    "null suffix": ("tokenizer.json", setting("model", "end_of_word_suffix", None)),
+    "pooling by name": ("1_Pooling/config.json", lambda j: {"pooling_mode": "lasttoken"}),
+    "module types moved": ("modules.json", setting(1, "type", "st.sentence.pooling.Pooling")),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_accepts_other_spellings(folder, case):
+    before = convert(folder)
+    name, change = ACCEPTED[case]
+    edit(folder / name, change)
+    q = convert(folder)
+    assert (q.config, q.rope_theta, q.added) == (before.config, before.rope_theta, before.added)
+    for section, data in before.sections.items():
+        if section != "provenance":
+            assert q.sections[section].tobytes() == data.tobytes(), section
+
+
+def test_lm_head_is_left_out_and_said(folder, capsys):
+    plain = convert(folder)
+    tensors = weights()
+    save(folder / "model.safetensors",
+         tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+    q = convert(folder)
+    note = "lm_head.weight left out: embeddings do not use it"
+    assert f"note: {note}\n" in q.provenance and note in capsys.readouterr().out
+    for section in plain.sections:
+        if section != "provenance":
+            assert q.sections[section].tobytes() == plain.sections[section].tobytes()
+
+
+def test_no_prompts_file(folder, capsys):
+    (folder / "config_sentence_transformers.json").unlink()
+    assert convert(folder).prompts == {}
+    assert "prompts    none" in capsys.readouterr().out
+
+
+def test_no_modules_file(folder):
+    (folder / "modules.json").unlink()
+    convert(folder)
+
+
+def mean_pooling(j):
+    j.update(pooling_mode_lasttoken=False, pooling_mode_mean_tokens=True)
+
+
+@pytest.mark.parametrize("mode", ["absent", "mean"])
+def test_pooling_last_by_hand(folder, mode):
+    pooling = folder / "1_Pooling/config.json"
+    if mode == "absent":
+        pooling.unlink()
+        (folder / "modules.json").unlink()
+    else:
+        edit(pooling, mean_pooling)
+    hint = refused(folder, "--out", "out.qemb")
+    assert ("--pooling last" in hint) == (mode == "absent")
+    assert "pooling: last token, by --pooling\n" in convert(folder, "--pooling", "last").provenance
+
+
+def test_head_dim_defaults_to_128(folder):
+    """As in Qwen3Config. Here q_norm has 10 numbers, so it must not fit."""
+    edit(folder / "config.json", without("head_dim"))
+    assert "want [512, 24]" in refused(folder)
+
+
+# ---- what it refuses ---------------------------------------------------------------------------
+
+CONFIG_REFUSED = {
+    "model_type": (setting("model_type", "qwen2"), 'model_type (got "qwen2", want "qwen3")'),
+    "architecture": (setting("architectures", ["Qwen3ForSequenceClassification"]), "architectures"),
+    "no architecture": (without("architectures"), "architectures (got null"),
+    "activation": (setting("hidden_act", "gelu"), 'hidden_act (got "gelu", want "silu")'),
+    "bias": (setting("attention_bias", True), "attention_bias (got true"),
+    "sliding": (setting("use_sliding_window", True), "use_sliding_window (got true"),
+    "not causal": (setting("is_causal", False), "is_causal (got false, want true)"),
+    "quantized": (setting("quantization_config", {"bits": 4}), 'quantization_config (got {"bits"'),
+    "sliding layer": (setting("layer_types", ["full_attention", "sliding_attention"]),
+                      'layer_types (got "sliding_attention"'),
+    "yarn": (setting("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+             'rope_scaling.rope_type (got "yarn"'),
+    "old yarn": (setting("rope_scaling", {"type": "yarn"}), 'rope_scaling.type (got "yarn"'),
+    "new yarn": (setting("rope_parameters", {"rope_type": "yarn"}), "rope_parameters.rope_type"),
+    "partial rope": (setting("rope_parameters", {"partial_rotary_factor": 0.5}),
+                     "rope_parameters.partial_rotary_factor (got 0.5"),
+    "two thetas": (setting("rope_parameters", {"rope_theta": 10000.0}),
+                   "rope_theta (got [10000.0, 1000000.0], want one value)"),
+    "no theta": (without("rope_theta"), "rope_theta (got [], want one value)"),
+    "text theta": (setting("rope_theta", "1e6"), 'rope_theta (got "1e6", want a number'),
+    "small theta": (setting("rope_theta", 0.5), "rope_theta (got 0.5"),
+    "no eps": (without("rms_norm_eps"), "rms_norm_eps (got null"),
+    "zero eps": (setting("rms_norm_eps", 0), "rms_norm_eps (got 0"),
+    "no layers": (setting("num_hidden_layers", 0), "num_hidden_layers (got 0, want an integer"),
+    "float": (setting("hidden_size", 24.0), "hidden_size (got 24.0, want an integer"),
+    "bool": (setting("num_key_value_heads", True), "num_key_value_heads (got true"),
+    "text": (setting("vocab_size", "300"), "vocab_size (got"),
+    "missing": (without("intermediate_size"), "intermediate_size (got null"),
+    "huge": (setting("max_position_embeddings", 1 << 40), "embeddings (got 1099511627776, want"),
+    "heads": (setting("num_attention_heads", 3), "heads (got 3, want a multiple of 2 key/value"),
+    "odd head": (setting("head_dim", 11), "head_dim (got 11, want an even number)"),
+    "list": (lambda j: [1], "not JSON of the known form"),
+    "theta list": (setting("rope_theta", [1]), "not JSON of the known form"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_REFUSED)
+def test_refuses_config(folder, case):
+    change, words = CONFIG_REFUSED[case]
+    edit(folder / "config.json", change)
+    message = refused(folder)
+    assert message.startswith("config.json: ") and words in message
+
+
+PRE, SPLIT = "pre_tokenizer", ("pre_tokenizer", "pretokenizers", 0)
+LEVEL, TEMPLATE = ("pre_tokenizer", "pretokenizers", 1), ("post_processor", "processors", 1)
+FIRST = ("added_tokens", 0)
+
+
+def swap_bytes(j):
+    v = j["model"]["vocab"]
+    v["a"], v["b"] = v["b"], v["a"]
+
+
+def swap_merges(j):
+    v = j["model"]["vocab"]
+    v["ab"], v["abc"] = v["abc"], v["ab"]
+
+
+TOKENIZER_REFUSED = {
+    "type": (setting("model", "type", "Unigram"), 'model type (got "Unigram", want "BPE")'),
+    "dropout": (setting("model", "dropout", 0.1), "model dropout (got 0.1"),
+    "unk": (setting("model", "unk_token", "<unk>"), "model unk_token"),
+    "prefix": (setting("model", "continuing_subword_prefix", "##"), "continuing_subword_prefix"),
+    "suffix": (setting("model", "end_of_word_suffix", "</w>"), "end_of_word_suffix"),
+    "byte fallback": (setting("model", "byte_fallback", True), "byte_fallback (got true"),
+    "ignore merges": (setting("model", "ignore_merges", True), "ignore_merges (got true"),
+    "normalizer": (setting("normalizer", {"type": "NFKC"}), 'normalizer (got {"type": "NFKC"}'),
+    "no normalizer": (setting("normalizer", None), "normalizer (got null"),
+    "no pre-tokenizer": (setting(PRE, None), "not JSON of the known form"),
+    "byte level alone": (setting(PRE, {"type": "ByteLevel"}), '(got ["ByteLevel", null]'),
+    "pattern": (setting(*SPLIT, "pattern", "Regex", hf.SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")),
+                "pre_tokenizer pattern (got"),
+    "string pattern": (setting(*SPLIT, "pattern", {"String": hf.SPLIT}), "pre_tokenizer pattern"),
+    "behavior": (setting(*SPLIT, "behavior", "Removed"), 'behavior (got "Removed"'),
+    "invert": (setting(*SPLIT, "invert", True), "invert (got true"),
+    "prefix space": (setting(*LEVEL, "add_prefix_space", True), "add_prefix_space (got true"),
+    "use regex": (setting(*LEVEL, "use_regex", True), "use_regex (got true"),
+    "third step": (lambda j: j[PRE]["pretokenizers"].append({"type": "Digits"}),
+                   "not JSON of the known form"),
+    "byte ids": (swap_bytes, 'id of the byte character "a" (got 65, want 64)'),
+    "byte missing": (without("model", "vocab", "z"),
+                     'id of the byte character "z" (got null'),
+    "merge order": (swap_merges, 'id of merge 0, "ab" (got 257, want 256)'),
+    "merge of unknown": (setting("model", "merges", 1, ["ab", "ő"]),
+                         'merge 1, "\\u0151" (got no id, want below 257)'),
+    "merge of younger": (lambda j: j["model"]["merges"].reverse(), "merge 0, "),
+    "repeated merge": (setting("model", "merges", 1, ["a", "b"]), 'id of merge 1, "ab" (got 256'),
+    "merge of three": (setting("model", "merges", 1, ["a", "b", "c"]), "not JSON of the known"),
+    "extra vocabulary": (setting("model", "vocab", "qqq", 270), "size (got 261, want 260)"),
+    "no merges": (without("model", "merges"), "not JSON of the known form"),
+    "lstrip": (setting(*FIRST, "lstrip", True), '"<|endoftext|>" lstrip (got true, want false)'),
+    "rstrip": (setting(*FIRST, "rstrip", True), "rstrip (got true"),
+    "single word": (setting(*FIRST, "single_word", True), "single_word (got true"),
+    "normalized": (setting(*FIRST, "normalized", True), "normalized (got true"),
+    "id of a merge": (setting("added_tokens", 1, "id", 257), '"<think>" id (got 257'),
+    "id beyond the table": (setting("added_tokens", 2, "id", 300),
+                            "id (got 300, want one of its own, from 260 to 299)"),
+    "id no integer": (setting("added_tokens", 1, "id", 261.0), "id (got 261.0, want"),
+    "id twice": (setting("added_tokens", 1, "id", 260), "id (got 260"),
+    "text twice": (setting("added_tokens", 1, "content", hf.EOS), "text (got an empty or repeated"),
+    "empty text": (setting("added_tokens", 1, "content", ""), '"" text (got an empty'),
+    "lone surrogate": (setting("added_tokens", 1, "content", "\ud800"), "UnicodeEncodeError"),
+    "no post-processor": (setting("post_processor", None), "post_processor (got []"),
+    "byte level after": (setting("post_processor", {"type": "ByteLevel"}), "processor (got []"),
+    "other post-processor": (setting(*TEMPLATE, "type", "BertProcessing"), "post_processor"),
+    "no end-of-text": (without(*TEMPLATE, "single", -1),
+                       'a single text (got ["Sequence"], want ["Sequence", "SpecialToken"])'),
+    "end-of-text first": (lambda j: j["post_processor"]["processors"][1]["single"].reverse(),
+                          "a single text"),
+    "end-of-text twice": (lambda j: j["post_processor"]["processors"][1]["single"].append(
+        {"SpecialToken": {"id": hf.EOS, "type_id": 0}}), "a single text"),
+    "no added token": (setting(*TEMPLATE, "single", 1, "SpecialToken", "id", "<x>"), "KeyError"),
+    "two ids": (setting(*TEMPLATE, "special_tokens", hf.EOS, "ids", [260, 260]), "(got [260, 260]"),
+    "another id": (setting(*TEMPLATE, "special_tokens", hf.EOS, "ids", [261]),
+                   "(got [261], want [260])"),
+    "list": (lambda j: [], "not JSON of the known form"),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZER_REFUSED)
+def test_refuses_tokenizer(folder, case):
+    change, words = TOKENIZER_REFUSED[case]
+    edit(folder / "tokenizer.json", change)
+    message = refused(folder)
+    assert message.startswith("tokenizer.json: ") and words in message
+
+
+def test_refuses_more_tokens_than_rows(folder):
+    edit(folder / "config.json", setting("vocab_size", 259))
+    assert refused(folder) == "tokenizer.json: tokens (got 260, want at most vocab_size, 259)"
+
+
+ST_REFUSED = {
+    "mean pooling": ("1_Pooling/config.json", mean_pooling, 'pooling (got ["mean_tokens"]'),
+    "two poolings": ("1_Pooling/config.json", setting("pooling_mode_mean_tokens", True),
+                     'pooling (got ["lasttoken", "mean_tokens"], want ["lasttoken"])'),
+    "newer cls": ("1_Pooling/config.json", lambda j: {"pooling_mode": "cls"}, '(got ["cls"]'),
+    "no pooling": ("1_Pooling/config.json", lambda j: {}, "pooling (got []"),
+    "no normalize": ("modules.json", without(-1), 'modules (got ["Transformer", '
+                     '"Pooling"], want ["Transformer", "Pooling", "Normalize"])'),
+    "dense": ("modules.json", lambda j: j.insert(2, {"type": "x.Dense", "path": "2_Dense"}),
+              '"Pooling", "Dense", "Normalize"], want'),
+    "pooling elsewhere": ("modules.json", setting(1, "path", "2_Pooling"), 'Pooling (got "2_'),
+    "default prompt": ("config_sentence_transformers.json", setting("default_prompt_name", "query"),
+                       'default_prompt_name (got "query", want null)'),
+    "NUL": ("config_sentence_transformers.json", setting("prompts", "query", "a\0b"), "NUL char"),
+    "unnamed": ("config_sentence_transformers.json", setting("prompts", "", "x"), "prompts (got"),
+    "too many": ("config_sentence_transformers.json",
+                 setting("prompts", {str(i): "" for i in range(65)}), "at most 64"),
+    "number": ("config_sentence_transformers.json", setting("prompts", "query", 3), "known form"),
+}
+
+
+def test_refuses_lower_case(folder):
+    settings = folder / "sentence_bert_config.json"
+    hf.save_json(settings, {"max_seq_length": 512, "do_lower_case": False})
+    convert(folder)
+    edit(settings, setting("do_lower_case", True))
+    assert refused(folder) == (
+        "sentence_bert_config.json: do_lower_case (got true, want null or false)")
+
+
+@pytest.mark.parametrize("case", ST_REFUSED)
+def test_refuses_sentence_transformers(folder, case):
+    name, change, words = ST_REFUSED[case]
+    edit(folder / name, change)
+    message = refused(folder)
+    assert message.startswith(f"{name}: ") and words in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "1_Pooling/config.json"])
+def test_refuses_a_missing_file(folder, name):
+    (folder / name).unlink()
+    assert refused(folder).startswith(f"{name}: no such file in the source")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "modules.json",
+                                  "1_Pooling/config.json", "config_sentence_transformers.json"])
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[" * 100000])
+def test_refuses_what_is_not_json(folder, name, data):
+    (folder / name).write_bytes(data)
+    assert refused(folder).startswith(f"{name}: not JSON")
+
+
+# ---- tensors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_refuses_a_missing_tensor(folder, prefix):
+    tensors = weights(prefix=prefix)
+    del tensors[prefix + OTHER]
+    save(folder / "model.safetensors", tensors)
+    assert refused(folder) == f"{OTHER}: missing tensor (got 1 missing, want none)"
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "score.weight",
+                                  "model.layers.0.self_attn.q_proj.bias", "model.lm_head.bias"])
+def test_refuses_an_extra_tensor(folder, name):
+    save(folder / "model.safetensors", weights() | {name: ("F32", (1,), bytes(4))})
+    assert refused(folder) == f"{name}: no tensor of this model (got 1 extra, want none)"
+
+
+@pytest.mark.parametrize("shape", [(24, 20), (480,), (1, 20, 24), (10, 48)])
+def test_refuses_a_misshapen_tensor(folder, shape):
+    tensors = weights()
+    dtype, _, data = tensors["model." + OTHER]
+    save(folder / "model.safetensors", tensors | {"model." + OTHER: (dtype, shape, data)})
+    assert refused(folder) == f"model.{OTHER}: shape (got {list(shape)}, want [20, 24])"
+
+
+def test_refuses_a_vector_that_is_a_matrix(folder):
+    tensors = weights()
+    dtype, _, data = tensors["model.norm.weight"]
+    save(folder / "model.safetensors", tensors | {"model.norm.weight": (dtype, (1, 24), data)})
+    assert refused(folder) == "model.norm.weight: shape (got [1, 24], want [24])"
+
+
+def test_refuses_another_dtype(folder):
+    tensors = weights()
+    _, shape, data = tensors["model." + OTHER]
+    save(folder / "model.safetensors", tensors | {"model." + OTHER: ("I16", shape, data)})
+    assert refused(folder) == f"model.{OTHER}: dtype (got I16, want BF16, F16, F32)"
+
+
+def test_refuses_a_tensor_with_and_without_prefix(folder):
+    tensors = weights()
+    save(folder / "model.safetensors", tensors | {OTHER: tensors["model." + OTHER]})
+    assert "there twice" in refused(folder)
+
+
+@pytest.mark.parametrize("dtype,value,shown", [
+    ("BF16", 65536.0, "65536"), ("BF16", -70144.0, "-70144"), ("BF16", np.inf, "inf"),
+    ("BF16", np.nan, "nan"), ("F16", -np.inf, "-inf"), ("F16", np.nan, "nan"),
+    ("F32", 65505.0, "65505"), ("F32", 1e38, "1e+38"), ("F32", np.nan, "nan")])
+def test_refuses_what_fp16_cannot_hold(folder, monkeypatch, dtype, value, shown):
+    monkeypatch.setattr(convert_weights, "BLOCK", 4 * SHAPE["hidden"])  # rows count over blocks
+    tensors = weights(dtype)
+    put(tensors, "model." + OTHER, 13 * SHAPE["hidden"] + 5, value)
+    put(tensors, "model." + OTHER, 14 * SHAPE["hidden"], value)  # the first one is named
+    save(folder / "model.safetensors", tensors)
+    message = refused(folder)
+    assert message == f"model.{OTHER}[13, 5]: number (got {shown}, want a finite one up to 65504)"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_refuses_a_norm_that_is_not_finite(folder, value):
+    tensors = weights()
+    put(tensors, "model.layers.1.self_attn.k_norm.weight", 3, value)
+    save(folder / "model.safetensors", tensors)
+    assert refused(folder).startswith("model.layers.1.self_attn.k_norm.weight[3]: number (got ")
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
+def test_refuses_a_truncated_file(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert refused(folder).startswith("model.safetensors: damaged, or not safetensors: ")
+
+
+def test_refuses_a_file_that_shrinks(folder, monkeypatch):
+    """Between the check of the header and the reading of the weights."""
+    plain = convert_weights.check_tensors
+
+    def check_tensors(*args):
+        os.truncate(folder / "model.safetensors", 6000)
+        return plain(*args)
+
+    monkeypatch.setattr(convert_weights, "check_tensors", check_tensors)
+    message = refused(folder)
+    assert message.startswith("model.safetensors: shrank while it was read (got ")
+
+
+def test_refuses_what_is_not_safetensors(folder):
+    (folder / "model.safetensors").write_bytes(b"\x80\x02pickle" * 1000)
+    assert refused(folder).startswith("model.safetensors: damaged")
+
+
+def test_refuses_no_weights(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert refused(folder).endswith(
+        "no weights (want model.safetensors or model.safetensors.index.json)")
+
+
+SHARD = "model-00002-of-00003.safetensors"
+
+
+def test_refuses_a_missing_shard(folder):
+    save_shards(folder, weights())
+    (folder / SHARD).unlink()
+    assert refused(folder) == (f"model.safetensors.index.json: shard {SHARD}: no such file in the "
+                               "source")
+
+
+@pytest.mark.parametrize("shard", ["../source/" + SHARD, 3, "", None])
+def test_refuses_a_shard_that_is_no_name(folder, shard):
+    index = save_shards(folder, weights())
+    index["weight_map"]["model." + OTHER] = shard
+    hf.save_json(folder / "model.safetensors.index.json", index)
+    assert refused(folder).startswith("model.safetensors.index.json: ")
+
+
+def test_refuses_a_tensor_in_two_shards(folder):
+    tensors = weights()
+    index = save_shards(folder, tensors)
+    other = next(s for s in sorted(set(index["weight_map"].values()))
+                 if s != index["weight_map"]["model." + OTHER])
+    part = {n: tensors[n] for n, s in index["weight_map"].items() if s == other}
+    save(folder / other, part | {"model." + OTHER: tensors["model." + OTHER]})
+    message = refused(folder)
+    assert message.startswith(f"model.{OTHER}: ") and re.search("there twice|not where", message)
+
+
+def test_refuses_an_index_that_names_a_missing_tensor(folder):
+    index = save_shards(folder, weights())
+    index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = SHARD
+    hf.save_json(folder / "model.safetensors.index.json", index)
+    assert refused(folder) == (
+        f"model.layers.9.mlp.up_proj.weight: the index names it, {SHARD} lacks it")
+
+
+def test_refuses_an_index_that_points_to_another_shard(folder):
+    index = save_shards(folder, weights())
+    where = index["weight_map"]
+    real = where["model." + OTHER]
+    where["model." + OTHER] = next(s for s in sorted(where.values()) if s != real)
+    hf.save_json(folder / "model.safetensors.index.json", index)
+    assert refused(folder) == (f"model.{OTHER}: not where the index says (got {real}, want "
+                               f"{where['model.' + OTHER]})")
+
+
+def test_refuses_a_tensor_that_the_index_forgot(folder):
+    index = save_shards(folder, weights())
+    del index["weight_map"]["model." + OTHER]
+    hf.save_json(folder / "model.safetensors.index.json", index)
+    assert "want not listed" in refused(folder)
+
+
+@pytest.mark.parametrize("index", [[], {}, {"weight_map": []}, {"weight_map": {"a": {}}}])
+def test_refuses_a_malformed_index(folder, index):
+    save_shards(folder, weights())
+    hf.save_json(folder / "model.safetensors.index.json", index)
+    assert refused(folder).startswith("model.safetensors.index.json: ")
+
+
+def test_refuses_a_file_as_source(folder):
+    path = folder / "model.safetensors"
+    assert refused(path) == f"{path}: source (got a file, want a directory or a name on the hub)"
+
+
+@pytest.mark.parametrize("name", ["no-such-directory", "a/b/c", "/no/such", "", "a b/c"])
+def test_refuses_what_is_neither_directory_nor_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    if name == "":
+        monkeypatch.chdir("/")  # "" is "."
+        assert "config.json: no such file" in refused(name)
+    else:
+        assert "no such directory, and not a name on the hub (want owner/name)" in refused(name)
+
+
+def test_refuses_a_directory_as_output(folder):
+    os.mkdir("out.qemb")
+    assert refused(folder, "--out", "out.qemb") == (
+        "out.qemb: output (got something else, want a file, or a free name)")
+
+
+def test_refuses_an_output_nowhere(folder):
+    assert refused(folder, "--out", "no/out.qemb").endswith("No such file or directory")
+
+
+# ---- the hub -----------------------------------------------------------------------------------
+
+
+def test_hub_name(folder, monkeypatch):
+    """The download is asked for what is needed, and the commit is recorded. No network."""
+    import huggingface_hub
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot, asked = folder.parent / "snapshots" / commit, []
+    shutil.copytree(folder, snapshot)
+
+    def download(name, allow_patterns):
+        asked.append((name, set(allow_patterns)))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    run("Qwen/Qwen3-Embedding-0.6B")
+    name, patterns = asked.pop()
+    assert name == "Qwen/Qwen3-Embedding-0.6B" and not asked
+    assert patterns >= {"config.json", "tokenizer.json", "1_Pooling/config.json", "modules.json",
+                        "config_sentence_transformers.json", "model*.safetensors",
+                        "model.safetensors.index.json"}
+    assert os.listdir() == ["Qwen3-Embedding-0.6B.qemb"]
+    lines = Qemb("Qwen3-Embedding-0.6B.qemb").provenance.splitlines()
+    assert lines[:2] == ["source: Qwen/Qwen3-Embedding-0.6B", f"revision: {commit}"]
+
+
+def test_hub_refusal_is_one_line(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def download(name, allow_patterns):
+        raise OSError("404 Client Error.\n\nRepository Not Found\nfor url")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert refused("some/model") == (
+        "some/model: no such directory, and not from the hub: 404 Client Error. Repository Not "
+        "Found for url")
+
+
+def test_hub_without_network(tmp_path):
+    r = subprocess.run([sys.executable, ROOT / "convert_weights.py", "some/model", "-q"],
+                       capture_output=True, text=True, cwd=tmp_path,
+                       env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")})
+    assert (r.returncode, r.stdout, r.stderr.count("\n")) == (1, "", 1)
+    assert r.stderr.startswith("convert_weights.py: some/model: no such directory, and not from")
+
+
+# ---- as a program ------------------------------------------------------------------------------
+
+
+def test_exit_status_and_streams(folder):
+    r = subprocess.run([sys.executable, ROOT / "convert_weights.py", folder, "--out", "out.qemb"],
+                       capture_output=True, text=True)
+    assert (r.returncode, r.stderr) == (0, "") and r.stdout.count("\n") == 6
+    edit(folder / "config.json", setting("model_type", "llama"))
+    r = subprocess.run([sys.executable, ROOT / "convert_weights.py", folder, "--out", "no.qemb"],
+                       capture_output=True, text=True)
+    assert (r.returncode, r.stdout) == (1, "")
+    assert r.stderr == 'convert_weights.py: config.json: model_type (got "llama", want "qwen3")\n'
+    assert os.listdir() == ["out.qemb"]
+
+
+# Stops in the middle of the weights, says so, and waits to be killed.
+HALFWAY = """
+import sys, time
+sys.path.insert(0, {root!r})
+import convert_weights as c
+plain, calls = c.read_rows, []
+def read_rows(t, *args):
+    calls.append(t)
+    if len(calls) == 10:
+        print("halfway", flush=True)
+        time.sleep(600)
+    return plain(t, *args)
+c.read_rows = read_rows
+c.main()
+"""
+
+
+def stop_halfway(folder, signal_number):
+    script = HALFWAY.format(root=str(ROOT))
+    p = subprocess.Popen([sys.executable, "-c", script, folder, "--out", "out.qemb"],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert p.stdout.readline() == "halfway\n"
+    assert len(os.listdir()) == 2  # the old file and a temporary one beside it
+    p.send_signal(signal_number)
+    _, err = p.communicate()
+    return p.returncode, err
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_nothing(folder, name):
+    Path("out.qemb").write_bytes(b"old")
+    number = getattr(signal, name)
+    status, err = stop_halfway(folder, number)
+    assert status == 128 + number
+    assert err == f"convert_weights.py: stopped by {name}, nothing written\n"
+    assert os.listdir() == ["out.qemb"] and Path("out.qemb").read_bytes() == b"old"
+
+
+def test_a_kill_leaves_the_old_file(folder):
+    Path("out.qemb").write_bytes(b"old")
+    status, _ = stop_halfway(folder, signal.SIGKILL)
+    assert status == -signal.SIGKILL and Path("out.qemb").read_bytes() == b"old"
+    run(folder, "--out", "out.qemb")  # what it left behind is in nobody's way
+    Qemb("out.qemb")
+
+
+@pytest.mark.parametrize("part", [0.02, 0.5, 0.9999])
+def test_a_full_disk(folder, part):
+    """A file size limit stands in for the disk: in the header, the weights, the last flush."""
+    run(folder, "-q", "--out", "out.qemb")
+    limit = int(part * Path("out.qemb").stat().st_size)
+    Path("out.qemb").write_bytes(b"old")
+    r = subprocess.run(
+        [sys.executable, ROOT / "convert_weights.py", folder, "--out", "out.qemb"],
+        capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert (r.returncode, r.stdout) == (1, "")
+    assert r.stderr == "convert_weights.py: out.qemb: File too large\n"
+    assert os.listdir() == ["out.qemb"] and Path("out.qemb").read_bytes() == b"old"
+
+
+MEASURE = """
+import sys
+sys.path.insert(0, {root!r})
+import convert_weights as c
+c.main()
+print(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM")))
+"""
+
+
+def test_memory_does_not_grow_with_the_model(folder):
+    """A table of 320 MB, all zeros and sparse, and a tiny one. Between them lies at most what one
+    block of BLOCK numbers takes: FP32, its bits on the way from BF16, FP16, FP32 again, error and
+    magnitude, and the bytes written, 32 bytes a number at most."""
+    peaks = []
+    for hidden, vocab in ((64, 300), (64, 2_500_000)):
+        s = SHAPE | {"hidden": hidden, "vocab": vocab}
+        edit(folder / "config.json", lambda j: hf.config_json(s))
+        tensors = hf.tensor_shapes(s)
+        hf.save_safetensors(folder / "model.safetensors",
+                            {n: ("BF16", t, []) for n, t in tensors.items()})
+        numbers = sum(int(np.prod(t)) for t in tensors.values())
+        with open(folder / "model.safetensors", "r+b") as f:
+            f.truncate(f.seek(0, 2) + 2 * numbers)
+        r = subprocess.run([sys.executable, "-c", MEASURE.format(root=str(ROOT)), folder, "-q",
+                            "--out", "out.qemb"], capture_output=True, text=True, check=True)
+        peaks.append(int(r.stdout) * 1024)
+        size = Path("out.qemb").stat().st_size
+    assert size > 320e6
+    assert peaks[1] - peaks[0] <= 32 * convert_weights.BLOCK < size / 2
+
+
+def test_random_model_maker(tmp_path, monkeypatch):
+    """The maker of full-size checkpoints: one layer, cut small by a shape of its own, converts, and
+    depends on its seed alone."""
+    import make_random_model
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(hf.SHAPES, "0.6B", SHAPE)
+    tokenizer = tmp_path / "tokenizer.json"
+    hf.save_json(tokenizer, hf.tokenizer_json(MERGES, ADDED))
+    digests = []
+    for options in ([], [], ["--seed", "2"], ["--massive"]):
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(sys, "argv", ["make", "model", "--tokenizer", str(tokenizer), *options])
+            make_random_model.main()
+        run("model", "-q")
+        digests.append(Qemb("model.qemb").sha256)
+    assert digests[0] == digests[1] and len(set(digests)) == 3

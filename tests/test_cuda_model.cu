@@ -1,0 +1,395 @@
+/* test_cuda_model.cu - the whole forward on the CUDA table: against the CPU path, against what
+ * transformers computed (tests/golden), against itself in other batches; and what happens when the
+ * device is missing, too small, or fails.
+ *
+ * The bound on cosines. Every FP16 rounding is off by at most 2^-11, 2^-11 / sqrt(3) RMS, of its number.
+ * A layer rounds seven times on the way into the residual stream (two norms, qkv, rope, weights and
+ * output of attention; gate and up, h), so the vector's relative error is about sqrt(7 L) * 2^-11 /
+ * sqrt(3) = 1.5e-3 for L = 4, were each term as large as the stream, and four times that if norms and
+ * softmax amplify it: 6e-3. 1 - cosine is half its square, 1.8e-5. One wrong row, position or weight is
+ * far beyond that.
+ */
+#include "cuda_test.h"
+
+#include <cublasLt.h>
+#include <unistd.h>
+
+static const double MIN_COSINE = 0.99998;
+
+static double cosine(const float *a, const float *b, int n) {
+    double ab = 0, aa = 0, bb = 0;
+    for (int i = 0; i < n; i++)
+        ab += (double)a[i] * b[i], aa += (double)a[i] * a[i], bb += (double)b[i] * b[i];
+    return ab / sqrt(aa * bb);
+}
+
+/* A model over a file on some table, opened or reported. */
+struct model {
+    qemb_model *m = nullptr;
+    qemb_err err = {};
+    int D;
+    model(const qemb_file *f, const qemb_ops *ops, int batch_tokens, qemb_options opt = {})
+        : D(f->config.hidden) {
+        opt.batch_tokens = batch_tokens;
+        opt.threads = 2;
+        if (qemb_open(&m, f, ops, &opt, &err)) m = nullptr;
+    }
+    ~model() { qemb_close(m); }
+
+    /* Vectors of texts, in as few batches as they fit. */
+    std::vector<std::vector<float>> embed(const std::vector<std::vector<int32_t>> &texts) {
+        std::vector<std::vector<float>> out(texts.size());
+        std::vector<int> row(texts.size());
+        qemb_batch *b = qemb_batch_new(m);
+        for (size_t first = 0, i = 0; first < texts.size(); first = i) {
+            qemb_batch_clear(b);
+            for (; i < texts.size(); i++)
+                if ((row[i] = qemb_pack_add(b, texts[i].data(), (int)texts[i].size())) < 0) break;
+            std::vector<float> v((size_t)qemb_batch_rows(b) * D);
+            qemb_embed(m, b, v.data());
+            for (size_t k = first; k < i; k++)
+                out[k].assign(&v[(size_t)row[k] * D], &v[(size_t)row[k] * D] + D);
+        }
+        qemb_batch_free(b);
+        return out;
+    }
+};
+
+static qemb_config config(int L, int D, int H, int K, int hd, int F, int max) {
+    return qemb_config{L, D, H, K, hd, F, 300, max, 299, 1e6f, 1e-6f};
+}
+
+static std::vector<std::vector<int32_t>> random_texts(const std::vector<int> &lens, int prefix,
+                                                      uint64_t seed) {
+    rng r = {seed};
+    std::vector<int32_t> shared(prefix);
+    for (int32_t &id : shared) id = (int32_t)(rng_u64(&r) % 256);
+    std::vector<std::vector<int32_t>> texts;
+    for (int n : lens) {
+        std::vector<int32_t> t = shared;
+        for (int i = 0; i < n - 1; i++) t.push_back((int32_t)(rng_u64(&r) % 256));
+        t.push_back(299);
+        texts.push_back(t);
+    }
+    return texts;
+}
+
+static void compare(model &cuda, model &cpu, const std::vector<std::vector<int32_t>> &texts,
+                    double *worst) {
+    std::vector<std::vector<float>> got = cuda.embed(texts), want = cpu.embed(texts);
+    for (size_t i = 0; i < texts.size(); i++) {
+        const double c = cosine(got[i].data(), want[i].data(), cuda.D);
+        *worst = std::min(*worst, c);
+        check(c >= MIN_COSINE, "text %zu of %zu tokens: cosine %.7f (want %.5f)", i,
+              texts[i].size(), c, MIN_COSINE);
+    }
+}
+
+/* The CUDA table, which tells what it opened. */
+static qemb_backend *spied;
+static int spy_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
+                    qemb_err *err) {
+    const int r = qemb_cuda_ops.open(be, c, opt, err);
+    spied = r ? nullptr : *be;
+    return r;
+}
+static const qemb_ops *spy_ops() {
+    static qemb_ops table = qemb_cuda_ops;
+    table.open = spy_open;
+    return &table;
+}
+
+/* ---- against the CPU path ------------------------------------------------------------------------- */
+
+static void lengths_case(int prefix, int batch_tokens) {
+    const qemb_config c = config(2, 64, 2, 1, 64, 64, 512);
+    qemb_file *f = open_model(&c, 11, 1);
+    {
+        model cuda(f, &qemb_cuda_ops, batch_tokens), cpu(f, &qemb_cpu_ops, batch_tokens);
+        check(cuda.m && cpu.m, "open: %s%s", cuda.err.msg, cpu.err.msg);
+        std::vector<int> lens;
+        for (int n = 1; n <= 300; n++) lens.push_back(n * 7 % 301); /* 1..300, ragged */
+        double worst = 1;
+        compare(cuda, cpu, random_texts(lens, prefix, 3), &worst);
+        printf("lengths 1..300 behind %d shared tokens: least cosine %.7f\n", prefix, worst);
+    }
+    qemb_file_close(f);
+}
+TEST(forward_lengths) { lengths_case(0, 12000); }
+TEST(forward_lengths_prefix) { lengths_case(37, 12000); }
+
+TEST_SCHEDULES(forward_shapes) {
+    const qemb_config shapes[] = {
+        config(3, 96, 2, 2, 64, 128, 200), config(2, 64, 4, 1, 128, 96, 200),
+        config(1, 1032, 2, 1, 64, 40, 200), config(4, 64, 8, 1, 64, 8, 200)};
+    for (const qemb_config &c : shapes) {
+        qemb_file *f = open_model(&c, 21, 1);
+        model *cuda = new model(f, &qemb_cuda_ops, 256), *cpu = new model(f, &qemb_cpu_ops, 256);
+        double worst = 1;
+        if (check(cuda->m && cpu->m, "open: %s%s", cuda->err.msg, cpu->err.msg)) {
+            compare(*cuda, *cpu, random_texts({1, 2, 9, 64, 65, 100, 130}, 0, 5), &worst);
+            compare(*cuda, *cpu, random_texts({1, 2, 9, 64}, 20, 5), &worst);
+        }
+        delete cuda;
+        delete cpu;
+        qemb_file_close(f);
+    }
+}
+
+TEST(forward_mlp_chunks) { /* more rows than QEMB_MLP_ROWS, one text, 128-row tiles */
+    const qemb_config c = config(2, 64, 2, 1, 64, 64, 1200);
+    qemb_file *f = open_model(&c, 31, 1);
+    {
+        model cuda(f, &qemb_cuda_ops, 64), cpu(f, &qemb_cpu_ops, 64);
+        double worst = 1;
+        compare(cuda, cpu, random_texts({1200, 3, 1025}, 0, 7), &worst);
+    }
+    qemb_file_close(f);
+}
+
+/* ---- against transformers ------------------------------------------------------------------------- */
+
+/* Reads ids and vectors of a golden (tests/make_golden.py describes it). */
+static bool golden_case_compare(const char *name, double *max_swiglu) {
+    const std::string base = std::string("tests/golden/") + name;
+    qemb_file *f = nullptr;
+    qemb_err err = {};
+    FILE *in = fopen((base + ".vec").c_str(), "r");
+    if (!check(in && !qemb_file_open(&f, (base + ".qemb").c_str(), &err), "%s: cannot open (%s)",
+               name, err.msg)) {
+        if (in) fclose(in);
+        return false;
+    }
+    int cases = 0, dim = 0;
+    bool ok =
+        fscanf(in, "golden 1 model %*s dim %d f32_diff %*a f32_cosine %*a max_swiglu %la cases %d",
+               &dim, max_swiglu, &cases) == 3;
+    model *cuda = new model(f, spy_ops(), 512);
+    ok = check(ok && cuda->m && cases > 0, "%s: %s", name, cuda->m ? "malformed" : cuda->err.msg);
+    double worst = 1;
+    std::vector<std::vector<int32_t>> texts;
+    std::vector<std::vector<float>> want;
+    for (int i = 0; i < cases && ok; i++) {
+        int bytes = 0, n = 0;
+        ok = fscanf(in, " case %*s text %d", &bytes) == 1;
+        if (bytes > 0) ok = ok && fscanf(in, "%*s") == 0;
+        ok = ok && fscanf(in, " ids %d", &n) == 1;
+        std::vector<int32_t> ids(n);
+        for (int32_t &id : ids) ok = ok && fscanf(in, "%d", &id) == 1;
+        ok = ok && fscanf(in, " norm %*a vec %d", &n) == 1 && n == dim;
+        std::vector<float> v(dim);
+        for (float &x : v) ok = ok && fscanf(in, "%a", &x) == 1;
+        texts.push_back(ids);
+        want.push_back(v);
+        check(ok, "%s: malformed at case %d", name, i);
+    }
+    if (ok) {
+        std::vector<std::vector<float>> together = cuda->embed(texts);
+        for (size_t i = 0; i < texts.size(); i++) {
+            const double c = cosine(together[i].data(), want[i].data(), dim);
+            worst = std::min(worst, c);
+            check(c >= MIN_COSINE, "%s case %zu: cosine %.7f (want %.5f)", name, i, c, MIN_COSINE);
+        }
+        check(qemb_cuda_clamped(spied) == 0, "%s: %llu SwiGLU outputs clamped", name,
+              qemb_cuda_clamped(spied));
+        printf("golden %s: least cosine %.7f over %zu texts\n", name, worst, texts.size());
+    }
+    delete cuda;
+    qemb_file_close(f);
+    fclose(in);
+    return ok;
+}
+TEST(golden) {
+    double max_swiglu;
+    for (const char *name : {"gqa1", "gqa2", "gqa4", "square"})
+        golden_case_compare(name, &max_swiglu);
+}
+TEST(
+    golden_massive) { /* SwiGLU outputs far beyond the largest half: without the shift all is lost */
+    double max_swiglu = 0;
+    if (golden_case_compare("massive", &max_swiglu))
+        check(max_swiglu > 65504, "the golden has no massive activation (got %g)", max_swiglu);
+}
+
+/* ---- a text's vector is its own ------------------------------------------------------------------- */
+
+TEST_SCHEDULES(same_bits) { /* alone, packed, behind a shared prefix, and with either tile size */
+    const qemb_config c = config(2, 64, 4, 2, 64, 96, 700);
+    qemb_file *f = open_model(&c, 41, 1);
+    {
+        qemb_options opt = {};
+        opt.deterministic = 1;
+        model cuda(f, &qemb_cuda_ops, 2048, opt);
+        std::vector<std::vector<int32_t>> texts = random_texts({1, 40, 64, 90, 129}, 33, 9);
+        for (const std::vector<int32_t> &t : random_texts({5, 600}, 0, 10)) texts.push_back(t);
+        std::vector<std::vector<float>> packed = cuda.embed(texts);
+        texts.resize(5);
+        std::vector<std::vector<float>> shared = cuda.embed(texts);
+        for (size_t i = 0; i < texts.size(); i++) {
+            std::vector<float> alone = cuda.embed({texts[i]})[0];
+            check(alone == packed[i], "text %zu differs when packed", i);
+            check(alone == shared[i], "text %zu differs behind a shared prefix", i);
+        }
+    }
+    qemb_file_close(f);
+}
+
+/* ---- refusals --------------------------------------------------------------------------------------- */
+
+static void refused(const qemb_config &c, const char *want, int batch_tokens = 64) {
+    qemb_file *f = open_model(&c, 51, 1);
+    {
+        model cuda(f, &qemb_cuda_ops, batch_tokens);
+        check(!cuda.m && cuda.err.code && !strcmp(cuda.err.code, "device"),
+              "not refused (want \"%s\")", want);
+        check(strstr(cuda.err.msg, want), "message \"%s\" (want \"%s\")", cuda.err.msg, want);
+    }
+    qemb_file_close(f);
+}
+TEST(refuse_shapes) {
+    refused(config(1, 64, 2, 1, 32, 64, 64), "head size not supported (got 32, want 64 or 128)");
+    refused(config(1, 64, 3, 1, 64, 64, 64),
+            "query heads per key head not supported (got 3, want a power of two up to 64)");
+    refused(config(1, 60, 2, 1, 64, 64, 64), "sizes not supported (got hidden 60, ffn 64");
+    refused(config(1, 64, 2, 1, 64, 60, 64), "sizes not supported (got hidden 64, ffn 60");
+}
+
+#if defined(QEMB_EMU)
+static const qemb_config tiny_config = config(1, 64, 2, 1, 64, 64, 64);
+
+TEST(refuse_device) {
+    const emu::device standard = emu::dev;
+    emu::dev.driver = false;
+    refused(tiny_config, "NVIDIA driver: missing or too old (got one for CUDA 0.0, want ");
+    emu::dev = standard;
+    emu::dev.count = 0;
+    refused(tiny_config, "GPU: none found (no CUDA-capable device is detected)");
+    emu::dev = standard;
+    emu::dev.major = 7;
+    emu::dev.minor = 5;
+    refused(tiny_config, "GPU: too old (got compute capability 7.5, want 8.0 or newer)");
+    emu::dev = standard;
+    emu::dev.image = false;
+    refused(tiny_config, "GPU: this build has no code for compute capability 9.0");
+    emu::dev = standard;
+}
+TEST(refuse_memory) { /* too little for each thing in turn; what was taken is given back */
+    const emu::device standard = emu::dev;
+    qemb_file *f = open_model(&tiny_config, 51, 1);
+    qemb_memory plan;
+    qemb_options opt = {};
+    opt.batch_tokens = 64;
+    qemb_plan(f, &qemb_cuda_ops, &opt, &plan);
+    size_t left = 0, total = 0;
+    {
+        model cuda(f, &qemb_cuda_ops, 64);
+        cudaMemGetInfo(&left, &total);
+        check(cuda.m, "open: %s", cuda.err.msg);
+        opt.vram = (size_t)20 << 20; /* the user's cap, with memory left */
+        model capped(f, &qemb_cuda_ops, 64, opt);
+        check(!capped.m &&
+                  strstr(capped.err.msg, "for cuBLASLt's workspace (got 3 MiB left, want 32 MiB)"),
+              "vram: %s", capped.err.msg);
+    }
+    const size_t all = total - left, before_arena = all - plan.arena_batch / 4096 * 4096;
+    const struct {
+        size_t memory;
+        const char *what;
+    } cases[] = {{(size_t)1 << 20, "for transfers"},
+                 {(size_t)20 << 20, "for cuBLASLt's workspace"},
+                 {before_arena - 8192, "for the weights"},
+                 {all - 4096, "for the activations"}};
+    for (const auto &k : cases) {
+        emu::dev.memory = k.memory;
+        refused(tiny_config, k.what);
+        cudaMemGetInfo(&left, &total);
+        check(left == total, "%zu bytes are not freed", total - left);
+    }
+    emu::dev = standard;
+    qemb_file_close(f);
+}
+TEST(
+    device_fails) { /* in the middle of a run: NaN, which the engine above never returns, and a reason */
+    qemb_file *f = open_model(&tiny_config, 61, 1);
+    {
+        model cuda(f, spy_ops(), 64);
+        std::vector<std::vector<int32_t>> texts = random_texts({5, 9}, 0, 3);
+        check(!qemb_cuda_failure(spied), "%s", qemb_cuda_failure(spied));
+        check(!std::isnan(cuda.embed(texts)[1][3]), "fails before it should");
+        emu::dev.fault = cudaErrorIllegalAddress;
+        for (const std::vector<float> &v : cuda.embed(texts))
+            for (float x : v) check(std::isnan(x), "a number from a failed device: %g", (double)x);
+        const char *why = qemb_cuda_failure(spied);
+        check(why && strstr(why, "GPU: ") && strstr(why, " failed ("), "failure: %s",
+              why ? why : "none");
+        emu::dev.fault = cudaSuccess;
+        for (const std::vector<float> &v : cuda.embed(texts))
+            for (float x : v) check(std::isnan(x), "a failed device came back");
+    }
+    qemb_file_close(f);
+}
+static std::string read_all(const std::string &path) {
+    std::string s;
+    FILE *in = fopen(path.c_str(), "r");
+    for (int c; in && (c = fgetc(in)) != EOF;) s += (char)c;
+    if (in) fclose(in);
+    return s;
+}
+TEST_SCHEDULES(
+    timed_once) { /* the fastest algorithm is found, kept, read back; a damaged file is timed anew */
+    char dir[] = "/tmp/qemb-test-XXXXXX";
+    check(mkdtemp(dir), "mkdtemp");
+    const qemb_config c = config(2, 64, 2, 1, 64, 96, 64);
+    qemb_file *f = open_model(&c, 81, 1);
+    qemb_options opt = {};
+    opt.cache_dir = dir;
+    char name[64];
+    snprintf(name, sizeof name, "/cublaslt-%d-emulated-GPU-sm90-4", CUBLAS_VERSION);
+    const std::string path = std::string(dir) + name;
+    const std::vector<std::vector<int32_t>> texts = random_texts({3, 30, 64}, 0, 3);
+    std::string first;
+    for (int round = 0; round < 4; round++) {
+        const long before = emu::count.gemms;
+        model cuda(f, &qemb_cuda_ops, 64, opt), cpu(f, &qemb_cpu_ops, 64);
+        if (round == 2) cuda.embed(texts);
+        const long timed = emu::count.gemms - before;
+        const std::string kept = read_all(path);
+        if (round == 0) first = kept;
+        double worst = 1;
+        compare(cuda, cpu, texts, &worst);
+        if (round == 0 || round == 3) {
+            check(timed > 4 * 3 * 8, "%ld products timed", timed);
+            for (size_t at = 0, lines = 0; at < kept.size(); at = kept.find('\n', at) + 1, lines++)
+                if (lines >= (round ? 1u : 0u)) {
+                    int n, k, add, rows;
+                    unsigned id;
+                    check(sscanf(&kept[at], "%d %d %d %d %x", &n, &k, &add, &rows, &id) == 5 &&
+                              id == 2,
+                          "line: %.40s", &kept[at]);
+                }
+            const size_t want = 4 * 3 + (round ? 1 : 0);
+            check((size_t)std::count(kept.begin(), kept.end(), '\n') == want,
+                  "%zu bytes, want %zu lines", kept.size(), want);
+        }
+        if (round == 1) check(timed == 0 && kept == first, "%ld products timed again", timed);
+        if (round == 2) {
+            FILE *out = fopen(path.c_str(), "w"); /* a wrong seal, words missing, no numbers */
+            fprintf(out, "256 64 0 16 2 1 0 0 0 0 0 0\n");
+            fclose(out);
+        }
+    }
+    unlink(path.c_str());
+    rmdir(dir);
+    qemb_file_close(f);
+}
+TEST(hot_path_allocates_nothing) {
+    qemb_file *f = open_model(&tiny_config, 71, 1);
+    {
+        model cuda(f, &qemb_cuda_ops, 256);
+        const long before = emu::count.allocations;
+        cuda.embed(random_texts({1, 2, 3, 40, 64, 64}, 0, 3));
+        check(emu::count.allocations == before, "%ld allocations", emu::count.allocations - before);
+    }
+    qemb_file_close(f);
+}
+#endif

@@ -1,0 +1,268 @@
+/* test_file.c - the loader takes a true file and refuses every other with one line. */
+#include "support.h"
+
+#include <criterion/criterion.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static const qemb_config *const config = &small_configs[1];
+
+static uint8_t *model;
+static size_t model_bytes;
+
+static void setup(void) { model = make_model(config, 7, 1, &model_bytes); }
+static void teardown(void) { free(model); }
+
+TestSuite(file, .init = setup, .fini = teardown);
+
+/* Opens these bytes as a file. 0, or -1 with *err. */
+static int try_open(const uint8_t *data, size_t bytes, qemb_err *err) {
+    char path[64];
+    qemb_file *f = NULL;
+    write_temporary(path, data, bytes);
+    int bad = qemb_file_open(&f, path, err);
+    unlink(path);
+    if (!bad)
+        qemb_file_close(f);
+    else {
+        cr_assert_null(f);
+        cr_assert_str_eq(err->code, "model_file");
+        cr_assert(strncmp(err->msg, path, strlen(path)) == 0, "names the file: %s", err->msg);
+        cr_assert_null(strchr(err->msg, '\n'));
+    }
+    return bad;
+}
+
+/* Refuses the model as it stands, and the message holds `what`. */
+static void refuses(const char *what) {
+    qemb_err err;
+    seal_model(model, model_bytes);
+    cr_assert_eq(try_open(model, model_bytes, &err), -1, "opened in spite of: %s", what);
+    cr_assert(strstr(err.msg, what), "\"%s\" does not say \"%s\"", err.msg, what);
+}
+
+static void put(size_t at, uint64_t v, int n) {
+    for (int i = 0; i < n; i++) model[at + (size_t)i] = (uint8_t)(v >> 8 * i);
+}
+
+static uint64_t get(size_t at, int n) {
+    uint64_t v = 0;
+    for (int i = 0; i < n; i++) v |= (uint64_t)model[at + (size_t)i] << 8 * i;
+    return v;
+}
+
+static size_t entry(int i) { return 4096 + 96 * (size_t)i; }
+
+Test(file, opens_and_binds_a_true_file) {
+    char path[64];
+    qemb_file *f;
+    qemb_err err;
+    write_temporary(path, model, model_bytes);
+    cr_assert_eq(qemb_file_open(&f, path, &err), 0, "%s", err.msg);
+    unlink(path);
+    cr_assert_arr_eq(&f->config, config, sizeof *config);
+    cr_assert_eq(f->n_merges, 1);
+    cr_assert(f->merges[0] == 64 && f->merges[1] == 65);
+    cr_assert_eq(f->added_bytes, 16);
+    cr_assert_eq(f->n_prompts, 2);
+    cr_assert_str_eq(qemb_file_prompt(f, "query"), "Instruct: find\nQuery:");
+    cr_assert_str_eq(qemb_file_prompt(f, "document"), "");
+    cr_assert_null(qemb_file_prompt(f, "other"));
+    cr_assert_eq(f->provenance_bytes, 14);
+    cr_assert_arr_eq(f->provenance, "source: tests\n", 14);
+    /* every tensor is the section of its place in the directory */
+    const qemb_weights *w = &f->weights;
+    const qemb_layer *y = &w->layers[1];
+    const void *const found[] = {w->tok_emb.data, w->layers[0].attn_norm,
+                                 y->attn_norm,    y->wqkv.data,
+                                 y->q_norm,       y->k_norm,
+                                 y->wo.data,      y->mlp_norm,
+                                 y->wgu.data,     y->wdown.data,
+                                 w->final_norm};
+    const int place[] = {4, 5, 13, 14, 15, 16, 17, 18, 19, 20, 21};
+    for (int i = 0; i < 11; i++)
+        cr_assert_eq((const uint8_t *)found[i] - f->map, (ptrdiff_t)get(entry(place[i]) + 72, 8),
+                     "%d", i);
+    cr_assert(y->wqkv.rows == 8 * 64 && y->wqkv.cols == 48 && y->wqkv.alpha == 1);
+    cr_assert(y->wgu.rows == 160 && y->wdown.rows == 48 && y->wdown.cols == 80);
+    qemb_file_close(f);
+}
+
+/* Damage: any byte of header and directory. */
+Test(file, refuses_every_flipped_byte) {
+    qemb_err err;
+    const size_t end = entry((int)get(32, 4));
+    for (size_t i = 0; i < end; i++) {
+        if (i >= 40 && i < 72)
+            continue; /* the digest is covered by the checksum, tested once below */
+        if (i > 200 && i < 4096 && i % 97) continue;
+        model[i] ^= 0x41;
+        cr_assert_eq(try_open(model, model_bytes, &err), -1, "byte %zu", i);
+        model[i] ^= 0x41;
+    }
+    model[50] ^= 1;
+    cr_assert_eq(try_open(model, model_bytes, &err), -1);
+    cr_assert(strstr(err.msg, "checksum"));
+}
+
+/* Malice: the checksum is right, one field is not. Every byte of every directory field, and every
+ * config field that shapes a tensor, at small and at overflowing values. */
+Test(file, refuses_every_changed_field) {
+    static const struct {
+        int at, bytes;
+    } fields[] = {{0, 1},  {10, 1}, {47, 1}, {48, 4}, {52, 4},
+                  {56, 8}, {64, 8}, {72, 8}, {80, 8}, {88, 8}};
+    qemb_err err;
+    const int n = (int)get(32, 4);
+    for (int i = 0; i < n; i++)
+        for (int k = 0; k < 10; k++) {
+            const size_t at = entry(i) + (size_t)fields[k].at;
+            const uint64_t was = get(at, fields[k].bytes);
+            const uint64_t values[] = {was + 1,    was - 1,     was ^ 256,
+                                       was + 256,  UINT64_MAX,  1ull << 63,
+                                       1ull << 32, was * 2 + 1, was | 1ull << 40};
+            for (int v = 0; v < 9; v++) {
+                put(at, values[v], fields[k].bytes);
+                if (get(at, fields[k].bytes) == was) continue;
+                seal_model(model, model_bytes);
+                cr_assert_eq(try_open(model, model_bytes, &err), -1, "section %d, byte %d, %llx", i,
+                             fields[k].at, (unsigned long long)values[v]);
+            }
+            put(at, was, fields[k].bytes);
+        }
+    for (int k = 0; k < 7; k++) { /* n_layers .. vocab */
+        const size_t at = 72 + 4 * (size_t)k;
+        const uint64_t was = get(at, 4);
+        const uint64_t values[] = {0,       1,          was + 1,    was - 1,
+                                   was * 2, 0x7fffffff, 0x80000000, 0xffffffff};
+        for (int v = 0; v < 8; v++) {
+            if (values[v] == was) continue;
+            put(at, values[v], 4);
+            seal_model(model, model_bytes);
+            cr_assert_eq(try_open(model, model_bytes, &err), -1, "config %d = %llu", k,
+                         (unsigned long long)values[v]);
+        }
+        put(at, was, 4);
+    }
+    seal_model(model, model_bytes);
+    cr_assert_eq(try_open(model, model_bytes, &err), 0, "as it was: %s", err.msg);
+}
+
+Test(file, names_object_got_and_want) {
+    put(entry(6) + 56, 511, 8);
+    refuses("layers.0.wqkv: shape (got 511 x 48, want 512 x 48)");
+    put(entry(6) + 56, 512, 8);
+    put(entry(9) + 48, 2, 4);
+    refuses("layers.0.wo: dtype (got 2, want 3)");
+    put(entry(9) + 48, 3, 4);
+    put(8, 2, 4);
+    refuses("version: not known (got 2, want 1)");
+    put(8, 1, 4);
+    put(72 + 4 * 3, 3, 4);
+    refuses("n_heads: not a multiple of n_kv_heads (got 4, want a multiple of 3)");
+    put(72 + 4 * 3, 2, 4);
+    put(72 + 4 * 8, 300, 4);
+    refuses("eos_id: outside the vocabulary (got 300, want 0..299)");
+    put(72 + 4 * 8, 299, 4);
+    put(12, 0x04030201, 4);
+    refuses("byte order");
+    put(12, 0x01020304, 4);
+    put(36, 1, 4);
+    refuses("header: reserved");
+    put(36, 0, 4);
+    put(4095, 1, 1);
+    refuses("header: reserved");
+    put(4095, 0, 1);
+    put(32, 0xffffffff, 4);
+    refuses("directory");
+}
+
+Test(file, refuses_bad_numbers) {
+    const float thetas[] = {0, -1, NAN, INFINITY, 0.5f}, eps[] = {0, -1e-6f, NAN, INFINITY, 1};
+    for (int i = 0; i < 5; i++) {
+        memcpy(model + 108, &thetas[i], 4);
+        refuses("rope_theta");
+    }
+    memcpy(model + 108, &config->rope_theta, 4);
+    for (int i = 0; i < 5; i++) {
+        memcpy(model + 112, &eps[i], 4);
+        refuses("rms_eps");
+    }
+    memcpy(model + 112, &config->rms_eps, 4);
+    for (int i = 0; i < 9; i++) {
+        const uint64_t was = get(72 + 4 * (size_t)i, 4);
+        put(72 + 4 * (size_t)i, 0xffffffff, 4);
+        refuses("out of range (got 4294967295");
+        put(72 + 4 * (size_t)i, was, 4);
+    }
+}
+
+Test(file, refuses_bad_prompts) {
+    const size_t at = get(entry(2) + 72, 8), n = get(entry(2) + 80, 8);
+    model[at + n - 1] = 'x'; /* the last string has no end */
+    refuses("prompts: malformed");
+    model[at + n - 1] = 0;
+    model[at + 3] = 0; /* an odd number of strings */
+    refuses("prompts: malformed");
+    memset(model + at, 0, n); /* 19 pairs of empty strings: strange but sound */
+    qemb_err err;
+    seal_model(model, model_bytes);
+    cr_assert_eq(try_open(model, model_bytes, &err), 0, "%s", err.msg);
+}
+
+Test(file, refuses_more_merges_than_rows) {
+    qemb_config c = *config;
+    size_t bytes;
+    qemb_err err;
+    c.vocab = 256, c.eos_id = 255;
+    uint8_t *m = make_model(&c, 1, 1, &bytes);
+    cr_assert_eq(try_open(m, bytes, &err), -1);
+    cr_assert(strstr(err.msg, "merges: more tokens than rows"), "%s", err.msg);
+    free(m);
+}
+
+Test(file, refuses_other_sizes) {
+    qemb_err err;
+    const size_t cuts[] = {0, 1, 8, 4095, 4096, 4097, entry(3), entry(22), model_bytes - 1};
+    for (int i = 0; i < 9; i++) {
+        cr_assert_eq(try_open(model, cuts[i], &err), -1, "%zu bytes", cuts[i]);
+        if (cuts[i] <= 40) continue;
+        uint8_t *cut = malloc(cuts[i] + 8); /* a cut file that lies about its size */
+        memcpy(cut, model, cuts[i]);
+        if (cuts[i] >= 4096) seal_model(cut, cuts[i]);
+        cr_assert_eq(try_open(cut, cuts[i], &err), -1, "%zu bytes, sealed", cuts[i]);
+        free(cut);
+    }
+    uint8_t *more = calloc(1, model_bytes + 256);
+    memcpy(more, model, model_bytes);
+    cr_assert_eq(try_open(more, model_bytes + 256, &err), -1);
+    seal_model(more, model_bytes + 256);
+    cr_assert_eq(try_open(more, model_bytes + 256, &err), -1);
+    cr_assert(strstr(err.msg, "bytes after the last section"), "%s", err.msg);
+    free(more);
+}
+
+static void refuses_path(const char *path, const char *what) {
+    qemb_file *f = NULL;
+    qemb_err err;
+    cr_assert_eq(qemb_file_open(&f, path, &err), -1, "%s", path);
+    cr_assert(strstr(err.msg, what), "%s", err.msg);
+    cr_assert_null(f);
+}
+
+Test(file, refuses_what_is_no_file) {
+    char path[64];
+    write_temporary(path, "x", 1);
+    refuses_path(path, "too short");
+    unlink(path);
+    refuses_path(path, "No such file");
+    cr_assert_eq(mkfifo(path, 0600), 0);
+    refuses_path(path, "not a regular file"); /* at once: no writer is waited for */
+    unlink(path);
+    refuses_path("/", "not a regular file");
+    refuses_path("/dev/zero", "not a regular file");
+    refuses_path("", "No such file");
+}

@@ -1,0 +1,322 @@
+/* test_input.c - records off descriptors, however the bytes arrive; objects in JSON lines. */
+#include "../input.h"
+#include "support.h"
+
+#include <criterion/criterion.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+/* ---- records -------------------------------------------------------------------------------- */
+
+/* A pipe whose writing end `out` the test feeds. */
+typedef struct {
+    int in, out;
+    input *input;
+} fixture;
+
+static fixture open_input(char separator) {
+    int fd[2];
+    cr_assert(!pipe(fd));
+    return (fixture){fd[0], fd[1], input_new(fd[0], -1, separator)};
+}
+
+static void feed(fixture *f, const char *s, size_t n) {
+    cr_assert(write(f->out, s, n) == (ssize_t)n);
+}
+
+static void close_input(fixture *f) {
+    input_free(f->input);
+    close(f->in);
+    if (f->out >= 0) close(f->out);
+}
+
+static void end(fixture *f) {
+    close(f->out);
+    f->out = -1;
+}
+
+static void expect_record(fixture *f, const char *text, size_t len, uint64_t line) {
+    input_record r;
+    cr_assert(input_next(f->input, 1, &r) == INPUT_RECORD);
+    cr_assert(!r.too_large && r.line == line && r.len == len && !memcmp(r.text, text, len),
+              "line %d is %.*s", (int)r.line, (int)r.len, r.text);
+}
+
+static void expect_end(fixture *f) {
+    input_record r;
+    cr_assert(input_next(f->input, 1, &r) == INPUT_END);
+    cr_assert(input_next(f->input, 0, &r) == INPUT_END, "the end stays");
+}
+
+Test(records, lines) {
+    fixture f = open_input('\n');
+    const char text[] = "one\n\ntwo\r\n\r\nth\rree\r\r\nnul\0l\nlast";
+    feed(&f, text, sizeof text - 1);
+    end(&f);
+    expect_record(&f, "one", 3, 1);
+    expect_record(&f, "", 0, 2);
+    expect_record(&f, "two", 3, 3);
+    expect_record(&f, "", 0, 4);
+    expect_record(&f, "th\rree\r", 7, 5);
+    expect_record(&f, "nul\0l", 5, 6);
+    expect_record(&f, "last", 4, 7);
+    expect_end(&f);
+    cr_expect(input_bytes(f.input) == sizeof text - 1);
+    close_input(&f);
+}
+
+Test(records, nul_separated) {
+    fixture f = open_input('\0');
+    feed(&f, "a\nb\r\0\0c\r", 8);
+    end(&f);
+    expect_record(&f, "a\nb\r", 4, 1);
+    expect_record(&f, "", 0, 2);
+    expect_record(&f, "c\r", 2, 3);
+    expect_end(&f);
+    close_input(&f);
+}
+
+Test(records, nothing_and_one_newline) {
+    fixture f = open_input('\n');
+    end(&f);
+    expect_end(&f);
+    close_input(&f);
+    f = open_input('\n');
+    feed(&f, "\n", 1);
+    end(&f);
+    expect_record(&f, "", 0, 1);
+    expect_end(&f);
+    close_input(&f);
+}
+
+Test(records, wait_is_told_apart_from_the_end) {
+    fixture f = open_input('\n');
+    input_record r;
+    cr_assert(input_next(f.input, 0, &r) == INPUT_WAIT);
+    feed(&f, "half", 4);
+    cr_assert(input_next(f.input, 0, &r) == INPUT_WAIT);
+    feed(&f, " a line\nmore", 12);
+    cr_assert(input_next(f.input, 0, &r) == INPUT_RECORD);
+    cr_assert(r.len == 11 && !memcmp(r.text, "half a line", 11));
+    cr_assert(input_next(f.input, 0, &r) == INPUT_WAIT);
+    end(&f);
+    expect_record(&f, "more", 4, 2);
+    expect_end(&f);
+    close_input(&f);
+}
+
+/* The same records wherever the writes are cut. */
+Test(records, any_cut) {
+    const char text[] = "a\nbc\r\n\n\0d\ne";
+    const size_t n = sizeof text - 1;
+    for (unsigned cuts = 0; cuts < 1u << (n - 1); cuts++) {
+        fixture f = open_input('\n');
+        input_record r;
+        char got[64];
+        size_t len = 0;
+        for (size_t i = 0, start = 0; i < n; i++) {
+            if (i + 1 < n && !(cuts >> i & 1)) continue;
+            feed(&f, text + start, i + 1 - start);
+            start = i + 1;
+            if (i + 1 == n) end(&f);
+            input_status s;
+            while ((s = input_next(f.input, 0, &r)) == INPUT_RECORD) {
+                memcpy(got + len, r.text, r.len);
+                len += r.len;
+                got[len++] = '|';
+            }
+            cr_assert(s == (i + 1 == n ? INPUT_END : INPUT_WAIT));
+        }
+        cr_assert(len == 11 && !memcmp(got, "a|bc||\0d|e|", 11), "cuts %x: %.*s", cuts, (int)len,
+                  got);
+        close_input(&f);
+    }
+}
+
+/* A file of lines of every length around the buffer's, random bytes but the separator. */
+Test(records, long_lines) {
+    static const size_t lengths[] = {0,      1,      262142, 262143, 262144,  262145, 3,
+                                     524287, 524288, 524289, 5,      9000000, 0,      262144};
+    const int n = (int)(sizeof lengths / sizeof *lengths);
+    FILE *file = tmpfile();
+    for (int i = 0; i < n; i++) {
+        for (size_t k = 0; k < lengths[i]; k++)
+            putc("abcdefg"[(k * 7 + (size_t)i + k / 3) % 7], file);
+        putc('\n', file);
+    }
+    cr_assert(!fflush(file) && !fseek(file, 0, SEEK_SET));
+    input *in = input_new(fileno(file), -1, '\n');
+    input_record r;
+    for (int i = 0; i < n; i++) {
+        cr_assert(input_next(in, 1, &r) == INPUT_RECORD && r.len == lengths[i] && !r.too_large);
+        for (size_t k = 0; k < r.len; k++)
+            cr_assert(r.text[k] == "abcdefg"[(k * 7 + (size_t)i + k / 3) % 7]);
+    }
+    cr_assert(input_next(in, 1, &r) == INPUT_END);
+    input_free(in);
+    fclose(file);
+}
+
+Test(records, a_wake_ends_the_wait) {
+    int wake[2];
+    cr_assert(!pipe(wake));
+    fixture f = open_input('\n');
+    input_free(f.input);
+    f.input = input_new(f.in, wake[0], '\n');
+    feed(&f, "a\nb\nha", 6);
+    expect_record(&f, "a", 1, 1);
+    cr_assert(write(wake[1], "", 1) == 1);
+    expect_record(&f, "b", 1, 2); /* was read before */
+    input_record r;
+    cr_assert(input_next(f.input, 1, &r) == INPUT_STOPPED);
+    close_input(&f);
+}
+
+Test(records, errors_carry_errno) {
+    input_record r;
+    const int dir = open("/", O_RDONLY);
+    input *in = input_new(dir, -1, '\n');
+    cr_assert(input_next(in, 1, &r) == INPUT_FAILED && errno == EISDIR);
+    errno = 0;
+    cr_assert(input_next(in, 0, &r) == INPUT_FAILED && errno == EISDIR, "it stays");
+    input_free(in);
+    close(dir);
+}
+
+/* A descriptor that someone else made non-blocking is waited for all the same. */
+Test(records, non_blocking_descriptor) {
+    fixture f = open_input('\n');
+    cr_assert(!fcntl(f.in, F_SETFL, O_NONBLOCK));
+    input_record r;
+    cr_assert(input_next(f.input, 0, &r) == INPUT_WAIT);
+    feed(&f, "x\n", 2);
+    expect_record(&f, "x", 1, 1);
+    end(&f);
+    expect_end(&f);
+    close_input(&f);
+}
+
+/* No memory for a line: that record says so, and the next ones are there. The sanitizer keeps its
+ * own account of memory, under which this cannot be staged. */
+#if !defined(__SANITIZE_ADDRESS__)
+Test(records, a_line_without_memory_is_skipped) {
+    FILE *file = tmpfile();
+    char *chunk = malloc(1 << 20);
+    memset(chunk, 'x', 1 << 20);
+    fputs("first\n", file);
+    for (int i = 0; i < 300; i++) cr_assert(fwrite(chunk, 1, 1 << 20, file) == 1 << 20);
+    fputs("\nlast", file);
+    free(chunk);
+    cr_assert(!fflush(file) && !fseek(file, 0, SEEK_SET));
+    input *in = input_new(fileno(file), -1, '\n');
+    struct rlimit limit = {(rlim_t)200 << 20, RLIM_INFINITY};
+    cr_assert(!setrlimit(RLIMIT_AS, &limit));
+    input_record r;
+    cr_assert(input_next(in, 1, &r) == INPUT_RECORD && r.len == 5 && !r.too_large);
+    cr_assert(input_next(in, 1, &r) == INPUT_RECORD && r.too_large && r.len == 0 && r.line == 2);
+    cr_assert(input_next(in, 1, &r) == INPUT_RECORD && !r.too_large && r.len == 4 && r.line == 3);
+    cr_assert(!memcmp(r.text, "last", 4) && input_next(in, 1, &r) == INPUT_END);
+    cr_assert(input_bytes(in) == 6 + (300u << 20) + 5);
+    input_free(in);
+    fclose(file);
+}
+#endif
+
+/* ---- objects -------------------------------------------------------------------------------- */
+
+#define VOCAB  100
+#define HIDDEN 8
+
+static int parse(input_parser *p, const char *line, input_object *o, qemb_err *err) {
+    return input_parse(p, line, strlen(line), o, err);
+}
+
+Test(objects, everything) {
+    input_parser *p = input_parser_new(VOCAB, HIDDEN);
+    input_object o;
+    qemb_err e;
+    cr_assert(!parse(p,
+                     " {\"id\": {\"a\": [1, \"\\n\"]}, \"text\":\"h\\u00e9\\u0000\", \"dim\":8,"
+                     " \"instruct\":\"find\"}\r",
+                     &o, &e),
+              "%s", e.msg);
+    const char id[] = "{\"a\":[1,\"\\n\"]}";
+    cr_expect(o.id_len == strlen(id) && !memcmp(o.id, id, o.id_len));
+    cr_expect(o.text_len == 4 && !memcmp(o.text, "h\xc3\xa9\0", 4) && !o.ids);
+    cr_expect(o.dim == 8 && o.instruct_len == 4 && !memcmp(o.instruct, "find", 4));
+    cr_assert(!parse(p, "{\"text\":\"\"}", &o, &e));
+    cr_expect(!o.id && !o.id_len && o.text && !o.text_len && !o.dim && !o.instruct);
+    cr_assert(!parse(p, "{\"ids\":[0,99,5],\"id\":null,\"instruct\":null,\"text\":null}", &o, &e));
+    cr_expect(o.n_ids == 3 && o.ids[0] == 0 && o.ids[1] == 99 && o.ids[2] == 5 && !o.text);
+    cr_expect(o.id_len == 4 && !memcmp(o.id, "null", 4) && o.instruct && !o.instruct_len);
+    cr_assert(!parse(p, "{\"ids\":[]}", &o, &e));
+    cr_expect(o.ids && !o.n_ids);
+    input_parser_free(p);
+}
+
+Test(objects, refusals) {
+    static const struct {
+        const char *line, *code, *id, *says;
+    } cases[] = {
+        {"", "invalid_json", "null", "empty line"},
+        {"  ", "invalid_json", "null", ""},
+        {"{", "invalid_json", "null", ""},
+        {"{\"id\":1,\"text\":\"a\"} x", "invalid_json", "null", ""},
+        {"{\"text\":\"\\ud800\"}", "invalid_json", "null", ""},
+        {"{\"id\":1,\"text\":\"a\xff\"}", "invalid_utf8", "null", "byte"},
+        {"{\"id\":1,\"id\":2,\"text\":\"a\"}", "bad_record", "null", "duplicate"},
+        {"[1]", "bad_record", "null", "got a list, want an object"},
+        {"\"text\"", "bad_record", "null", "got a string"},
+        {"7", "bad_record", "null", "got an integer"},
+        {"{}", "bad_record", NULL, "neither"},
+        {"{\"id\":7}", "bad_record", "7", "neither"},
+        {"{\"id\":\"x\",\"text\":null,\"ids\":null}", "bad_record", "\"x\"", "neither"},
+        {"{\"id\":7,\"text\":\"a\",\"ids\":[1]}", "bad_record", "7", "both"},
+        {"{\"id\":7,\"text\":1}", "bad_record", "7", "\"text\": wrong type (got an integer"},
+        {"{\"id\":7,\"text\":\"a\",\"instruction\":\"x\"}", "bad_record", "7", "unknown key"},
+        {"{\"id\":7,\"text\":\"a\",\"instruct\":[]}", "bad_record", "7", "\"instruct\""},
+        {"{\"id\":7,\"ids\":[1],\"instruct\":\"x\"}", "bad_record", "7", "\"instruct\""},
+        {"{\"id\":7,\"ids\":{}}", "bad_ids", "7", "got an object"},
+        {"{\"id\":7,\"ids\":[1,\"a\"]}", "bad_ids", "7", "\"ids\"[1]"},
+        {"{\"id\":7,\"ids\":[1.0]}", "bad_ids", "7", "got a real"},
+        {"{\"id\":7,\"ids\":[-1]}", "bad_ids", "7", "got -1, want 0..99"},
+        {"{\"id\":7,\"ids\":[100]}", "bad_ids", "7", "got 100, want 0..99"},
+        {"{\"id\":7,\"ids\":[4294967296]}", "bad_ids", "7", "4294967296"},
+        {"{\"id\":7,\"text\":\"a\",\"dim\":0}", "bad_dim", "7", "got 0, want 1..8"},
+        {"{\"id\":7,\"text\":\"a\",\"dim\":9}", "bad_dim", "7", "got 9, want 1..8"},
+        {"{\"id\":7,\"text\":\"a\",\"dim\":4.0}", "bad_dim", "7", "got a real"},
+        {"{\"id\":7,\"text\":\"a\",\"dim\":true}", "bad_dim", "7", "got true"},
+    };
+    input_parser *p = input_parser_new(VOCAB, HIDDEN);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        input_object o;
+        qemb_err e = {0};
+        cr_assert(parse(p, cases[i].line, &o, &e) == -1, "%s", cases[i].line);
+        cr_expect_str_eq(e.code, cases[i].code, "%s: %s %s", cases[i].line, e.code, e.msg);
+        cr_expect(strstr(e.msg, cases[i].says), "%s: %s", cases[i].line, e.msg);
+        const char *id = cases[i].id ? cases[i].id : "";
+        cr_expect(o.id_len == strlen(id) && !memcmp(o.id ? o.id : "", id, o.id_len), "%s",
+                  cases[i].line);
+    }
+    input_parser_free(p);
+}
+
+/* Nesting without an end is refused before it can overflow the stack. */
+Test(objects, deep_nesting) {
+    const size_t n = 1000000;
+    char *s = malloc(n);
+    memset(s, '[', n);
+    input_parser *p = input_parser_new(VOCAB, HIDDEN);
+    input_object o;
+    qemb_err e;
+    cr_assert(input_parse(p, s, n, &o, &e) == -1);
+    cr_expect_str_eq(e.code, "invalid_json");
+    memcpy(s, "{\"id\":", 6);
+    cr_assert(input_parse(p, s, n, &o, &e) == -1);
+    input_parser_free(p);
+    free(s);
+}

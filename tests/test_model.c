@@ -1,0 +1,420 @@
+/* test_model.c - whole models: against what transformers computed (tests/golden), against the
+ * double-precision oracle, and against themselves: a text's vector has the same bits alone, in any
+ * batch, behind any shared prefix and on any number of threads. */
+#include "oracle.h"
+#include "support.h"
+
+#include <criterion/criterion.h>
+#include <dirent.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MAX_CASES 64
+#define MAX_IDS   4096
+
+typedef struct {
+    char label[64];
+    char *text; /* NULL: none */
+    int text_bytes, n, dim;
+    int32_t *ids;
+    float *vector;
+    double norm;
+} golden_case;
+
+typedef struct {
+    char model[64];
+    double f32_diff;
+    int n;
+    golden_case cases[MAX_CASES];
+} golden;
+
+#define SCAN(n, ...) cr_assert_eq(fscanf(in, __VA_ARGS__), n, "%s: malformed golden", path)
+
+static void read_case(golden_case *c, FILE *in, const char *path) {
+    SCAN(2, " case %63s text %d", c->label, &c->text_bytes);
+    if (c->text_bytes >= 0) c->text = malloc((size_t)c->text_bytes + 1);
+    if (c->text_bytes > 0) fgetc(in); /* the space before the hexadecimal digits */
+    for (int i = 0; i < c->text_bytes; i++) {
+        unsigned byte;
+        SCAN(1, "%2x", &byte);
+        c->text[i] = (char)byte;
+    }
+    SCAN(1, " ids %d", &c->n);
+    c->ids = malloc((size_t)c->n * sizeof *c->ids);
+    for (int i = 0; i < c->n; i++) SCAN(1, "%d", &c->ids[i]);
+    SCAN(2, " norm %la vec %d", &c->norm, &c->dim);
+    c->vector = malloc((size_t)c->dim * sizeof *c->vector);
+    for (int i = 0; i < c->dim; i++) SCAN(1, "%a", &c->vector[i]);
+}
+
+static golden *read_golden(const char *path) {
+    FILE *in = fopen(path, "r");
+    cr_assert(in, "%s", path);
+    golden *g = calloc(1, sizeof *g);
+    int version, dim;
+    SCAN(3, "golden %d model %63s dim %d", &version, g->model, &dim);
+    cr_assert_eq(version, 1);
+    SCAN(2, " f32_diff %la f32_cosine %*a max_swiglu %*a cases %d", &g->f32_diff, &g->n);
+    cr_assert(g->n > 0 && g->n <= MAX_CASES);
+    for (int i = 0; i < g->n; i++) read_case(&g->cases[i], in, path);
+    fclose(in);
+    return g;
+}
+
+static void free_golden(golden *g) {
+    for (int i = 0; i < g->n; i++)
+        free(g->cases[i].text), free(g->cases[i].ids), free(g->cases[i].vector);
+    free(g);
+}
+
+static qemb_file *open_file(const char *path) {
+    qemb_file *f;
+    qemb_err err;
+    cr_assert_eq(qemb_file_open(&f, path, &err), 0, "%s", err.msg);
+    return f;
+}
+
+/* The table under test, and a loop over all that this machine's CPU can run. */
+static const qemb_ops *ops = &qemb_cpu_ops;
+#define FOR_TABLES for (int o = 0; (ops = qemb_cpu_table(o)); o++)
+
+static qemb_model *open_engine(const qemb_file *f, int batch_tokens, int threads) {
+    const qemb_options opt = {.batch_tokens = batch_tokens, .threads = threads};
+    qemb_model *m;
+    qemb_err err;
+    cr_assert_eq(qemb_open(&m, f, ops, &opt, &err), 0, "%s", err.msg);
+    return m;
+}
+
+/* out (D) = the vector of one text, alone in its batch, before cut and L2 */
+static void embed_alone(qemb_model *m, const int32_t *ids, int n, float *out) {
+    qemb_batch *b = qemb_batch_new(m);
+    cr_assert_eq(qemb_pack_add(b, ids, n), 0);
+    qemb_embed(m, b, out);
+    qemb_batch_free(b);
+}
+
+/* Every golden of every model. The vectors are exact to float32's rounding; what float32 arithmetic
+ * costs is measured by transformers' own float32 run: f32_diff. Ours sums in other orders, so it
+ * may err otherwise, but not on another scale: 8 f32_diff. RoPE's angles are rounded to float in
+ * both float32 programs and not in the golden: pos * 2^-24 radians, n * 2^-24 / sqrt(D) or so of a
+ * unit vector's number. */
+static void check_goldens(const golden *g, const qemb_file *f) {
+    qemb_model *m = open_engine(f, 1024, 2);
+    const int D = f->config.hidden;
+    float out[4096];
+    tokenizer *t;
+    qemb_err err;
+    cr_assert_eq(tokenizer_open(&t, f->merges, f->n_merges, f->added, f->added_bytes, &err), 0,
+                 "%s", err.msg);
+    tokenizer_state *s = tokenizer_state_new(t);
+    for (int i = 0; i < g->n; i++) {
+        const golden_case *c = &g->cases[i];
+        cr_assert_eq(c->dim, D);
+        if (c->text) {
+            tokenizer_result r;
+            cr_assert_eq(tokenizer_encode(s, c->text, (size_t)c->text_bytes, SIZE_MAX, &r, &err),
+                         0);
+            cr_assert_eq((int)r.n + 1, c->n, "%s %s", g->model, c->label);
+            cr_assert_arr_eq(r.ids, c->ids, r.n * sizeof *c->ids, "%s %s", g->model, c->label);
+            cr_assert_eq(c->ids[r.n], f->config.eos_id);
+        }
+        embed_alone(m, c->ids, c->n, out);
+        cr_assert_eq(qemb_unit(out, out, D), 0);
+        double dot = 0, a = 0, b = 0, worst = 0;
+        const double tol = 8 * g->f32_diff + c->n * U / sqrt(D);
+        for (int d = 0; d < D; d++) {
+            cr_assert_not(far_off(out[d], c->vector[d], tol), "%s %s (%d): %g, want %g +- %g",
+                          g->model, c->label, d, (double)out[d], (double)c->vector[d], tol);
+            worst = fmax(worst, fabs((double)out[d] - c->vector[d]));
+            dot += (double)out[d] * c->vector[d];
+            a += (double)out[d] * out[d], b += (double)c->vector[d] * c->vector[d];
+        }
+        cr_assert(dot / sqrt(a * b) >= 0.999999, "%s %s", g->model, c->label);
+        cr_assert(worst <= 2e-5);
+    }
+    tokenizer_state_free(s);
+    tokenizer_close(t);
+    qemb_close(m);
+}
+
+/* All cases of a golden in one batch, in either order, on 1 and on 3 threads: the bits they have
+ * alone. */
+static void check_batches(const golden *g, const qemb_file *f) {
+    const int D = f->config.hidden;
+    float *alone = malloc((size_t)g->n * D * sizeof *alone),
+          *out = malloc((size_t)g->n * D * sizeof *out);
+    for (int threads = 1; threads <= 3; threads += 2) {
+        qemb_model *m = open_engine(f, 8192, threads);
+        qemb_batch *b = qemb_batch_new(m);
+        int row[MAX_CASES];
+        for (int i = 0; i < g->n; i++) {
+            const int k = threads == 1 ? i : g->n - 1 - i;
+            row[k] = qemb_pack_add(b, g->cases[k].ids, g->cases[k].n);
+            cr_assert_geq(row[k], 0);
+            if (threads == 1) embed_alone(m, g->cases[i].ids, g->cases[i].n, alone + (size_t)i * D);
+        }
+        qemb_embed(m, b, out);
+        for (int i = 0; i < g->n; i++)
+            cr_assert_arr_eq(out + (size_t)row[i] * D, alone + (size_t)i * D,
+                             (size_t)D * sizeof *out, "%s %s, %d threads", g->model,
+                             g->cases[i].label, threads);
+        qemb_batch_free(b);
+        qemb_close(m);
+    }
+    free(alone), free(out);
+}
+
+Test(model, goldens) {
+    int n = 0;
+    DIR *dir = opendir("tests/golden");
+    cr_assert(dir, "run from the project's root");
+    for (struct dirent *e; (e = readdir(dir));) {
+        char path[512];
+        const size_t len = strlen(e->d_name);
+        if (len < 5 || strcmp(e->d_name + len - 4, ".vec")) continue;
+        snprintf(path, sizeof path, "tests/golden/%s", e->d_name);
+        golden *g = read_golden(path);
+        snprintf(path, sizeof path, "tests/golden/%s.qemb", g->model);
+        qemb_file *f = open_file(path);
+        FOR_TABLES {
+            check_goldens(g, f);
+            check_batches(g, f);
+        }
+        qemb_file_close(f);
+        free_golden(g);
+        n++;
+    }
+    closedir(dir);
+    cr_assert_geq(n, 6, "all goldens are there");
+}
+
+static int32_t *random_ids(rng *r, const qemb_config *c, int n) {
+    int32_t *ids = malloc((size_t)n * sizeof *ids);
+    for (int i = 0; i < n; i++) ids[i] = (int32_t)(rng_u64(r) % (uint64_t)c->eos_id);
+    ids[n - 1] = c->eos_id;
+    return ids;
+}
+
+/* Shapes and lengths that no golden has: odd sizes; texts longer than the MLP's chunk of rows. On a
+ * wrong formula these differ in the first digit; the bound is the project's own promise. */
+static void check_oracle(const qemb_config *c, int n, double gate_scale) {
+    qemb_file *f = open_model(c, (uint64_t)n, gate_scale);
+    qemb_model *m = open_engine(f, 64, 2);
+    rng r = {(uint64_t)n + 3};
+    int32_t *ids = random_ids(&r, c, n);
+    float *out = malloc((size_t)c->hidden * sizeof *out);
+    double *want = malloc((size_t)c->hidden * sizeof *want), length = 0;
+    embed_alone(m, ids, n, out);
+    oracle_embed(want, NULL, c, &f->weights, ids, n);
+    cr_assert_eq(qemb_unit(out, out, c->hidden), 0);
+    for (int d = 0; d < c->hidden; d++) length += want[d] * want[d];
+    for (int d = 0; d < c->hidden; d++)
+        cr_assert_not(far_off(out[d], want[d] / sqrt(length), 2e-5), "n=%d (%d): %g, want %g", n, d,
+                      (double)out[d], want[d] / sqrt(length));
+    free(ids), free(out), free(want);
+    qemb_close(m);
+    qemb_file_close(f);
+}
+
+static void check_shapes(void) {
+    const int lengths[] = {1, 2, 5, 33, 64, 65, 200};
+    for (int s = 0; s < n_small_configs; s++)
+        for (int i = 0; i < 7; i++) check_oracle(&small_configs[s], lengths[i], 1);
+    check_oracle(&small_configs[3], 299, 30); /* SwiGLU outputs in the hundreds */
+    check_oracle(&small_configs[3], 300, 1);  /* max_positions */
+    qemb_config c = small_configs[3];
+    c.n_layers = 2, c.max_positions = 2 * QEMB_MLP_ROWS + 100;
+    c.ffn = 17; /* the last layer has one row; the first one's MLP runs in three chunks */
+    check_oracle(&c, c.max_positions, 1);
+}
+
+Test(model, oracle) { FOR_TABLES check_shapes(); }
+
+/* ---- the packer, watched through the layouts that it hands to the ops ---------------------------- */
+
+static qemb_layout seen;
+static size_t arena_asked;
+
+static void spy_begin(qemb_backend *be, const qemb_layout *b) {
+    seen = *b;
+    ops->begin(be, b);
+}
+
+static void *spy_arena(qemb_backend *be, size_t bytes, qemb_err *err) {
+    arena_asked = bytes;
+    return ops->arena(be, bytes, err);
+}
+
+static qemb_model *open_spied(const qemb_file *f, qemb_options opt) {
+    static qemb_ops spy;
+    spy = *ops;
+    spy.begin = spy_begin, spy.arena = spy_arena;
+    qemb_model *m;
+    qemb_err err;
+    cr_assert_eq(qemb_open(&m, f, &spy, &opt, &err), 0, "%s", err.msg);
+    return m;
+}
+
+/* Texts that share more and more or less and less, equal ones among them: bits as alone, and every
+ * shared row laid down once. */
+static void check_shared_prefixes(void) {
+    const qemb_config *c = &small_configs[1];
+    qemb_file *f = open_model(c, 4, 1);
+    qemb_model *m = open_spied(f, (qemb_options){.batch_tokens = 2000, .threads = 2});
+    rng r = {8};
+    for (int shared = 0; shared <= 130; shared += 13) {
+        enum { N = 9 };
+        int32_t *texts[N], *head = random_ids(&r, c, 200);
+        int n[N], row[N];
+        qemb_batch *b = qemb_batch_new(m);
+        for (int i = 0; i < N; i++) {
+            n[i] = shared + 1 + i * 7;
+            texts[i] = random_ids(&r, c, n[i]);
+            memcpy(texts[i], head, (size_t)shared * sizeof *head);
+            if (n[i] > shared + 1) texts[i][shared] = i; /* so that they part here */
+            row[i] = qemb_pack_add(b, texts[i], n[i]);
+            cr_assert_eq(row[i], i);
+            cr_assert_eq(qemb_pack_add(b, texts[i], n[i]), i, "an equal text shares its row");
+        }
+        cr_assert_eq(qemb_batch_rows(b), N);
+        cr_assert_eq(qemb_batch_tokens_saved(b), (size_t)shared * (N - 1));
+        float out[N * 48], alone[48];
+        qemb_embed(m, b, out);
+        cr_assert(seen.P == shared && seen.B == N);
+        cr_assert_eq(seen.T, shared + N + 7 * N * (N - 1) / 2);
+        for (int i = 0; i < N; i++) {
+            for (int t = seen.cu[i]; t < seen.cu[i + 1]; t++) {
+                cr_assert_eq(seen.pos[t], seen.P + t - seen.cu[i]);
+                cr_assert_eq(seen.tokens[t], texts[i][seen.pos[t]]);
+            }
+        }
+        for (int i = 0; i < N; i++) {
+            embed_alone(m, texts[i], n[i], alone);
+            cr_assert(seen.P == 0 && seen.T == n[i]);
+            cr_assert_arr_eq(out + i * 48, alone, sizeof alone, "shared %d text %d", shared, i);
+        }
+        for (int i = 0; i < N; i++) free(texts[i]);
+        free(head);
+        qemb_batch_free(b);
+    }
+    qemb_close(m);
+    qemb_file_close(f);
+}
+
+Test(model, shared_prefixes) { FOR_TABLES check_shared_prefixes(); }
+
+/* One text that is the beginning of another keeps a row of its own to be pooled. */
+Test(model, a_text_within_a_text) {
+    const qemb_config *c = &small_configs[0];
+    qemb_file *f = open_model(c, 4, 1);
+    qemb_model *m = open_spied(f, (qemb_options){.batch_tokens = 100});
+    const int32_t ids[] = {5, c->eos_id, 6, c->eos_id};
+    float out[3 * 64], alone[64];
+    qemb_batch *b = qemb_batch_new(m);
+    cr_assert_eq(qemb_pack_add(b, ids, 4), 0);
+    cr_assert_eq(qemb_pack_add(b, ids, 2), 1);
+    qemb_embed(m, b, out);
+    cr_assert(seen.P == 1 && seen.T == 1 + 3 + 1);
+    cr_assert_eq(qemb_pack_add(b, ids, 1), 2); /* shares nothing it could spare */
+    qemb_embed(m, b, out);
+    cr_assert(seen.P == 0 && seen.T == 4 + 2 + 1);
+    for (int i = 0; i < 3; i++) {
+        const int n[] = {4, 2, 1};
+        embed_alone(m, ids, n[i], alone);
+        cr_assert_arr_eq(out + i * 64, alone, sizeof alone);
+    }
+    qemb_batch_free(b);
+    qemb_close(m);
+    qemb_file_close(f);
+}
+
+/* The budget counts rows as they will be laid, so a lost prefix can close a batch. */
+Test(model, the_budget) {
+    const qemb_config *c = &small_configs[0];
+    qemb_file *f = open_model(c, 4, 1);
+    qemb_model *m = open_spied(f, (qemb_options){.batch_tokens = 20});
+    int32_t ids[20][12], other[] = {1, 2, 3}, longer[700];
+    float out[20 * 64];
+    for (int i = 0; i < 20; i++) {
+        for (int k = 0; k < 12; k++) ids[i][k] = k;
+        ids[i][11] = 100 + i;
+    }
+    qemb_batch *b = qemb_batch_new(m);
+    for (int i = 0; i < 9; i++) cr_assert_eq(qemb_pack_add(b, ids[i], 12), i); /* 11 + 9 rows */
+    cr_assert_eq(qemb_pack_add(b, ids[9], 12), -1);
+    cr_assert_eq(qemb_pack_add(b, ids[3], 12), 3, "a text that is there always fits");
+    cr_assert_eq(qemb_pack_add(b, other, 3), -1, "9 x 12 + 3 rows without a prefix");
+    qemb_embed(m, b, out);
+    cr_assert(seen.P == 11 && seen.T == 20 && seen.B == 9, "a refused text leaves no trace");
+    qemb_batch_clear(b);
+    cr_assert_eq(qemb_batch_rows(b), 0);
+    for (int i = 0; i < 700; i++) longer[i] = i % 250;
+    cr_assert_eq(qemb_pack_add(b, longer, 700), 0, "an empty batch takes every text");
+    cr_assert_eq(qemb_pack_add(b, other, 3), -1);
+    qemb_embed(m, b, out);
+    cr_assert_eq(seen.T, 700);
+    qemb_batch_clear(b);
+    for (int i = 0; i < 20; i++)
+        cr_assert_eq(qemb_pack_add(b, ids[i] + 11, 1), i); /* as many texts as rows */
+    cr_assert_eq(qemb_pack_add(b, other, 1), -1);
+    qemb_embed(m, b, out);
+    cr_assert(seen.B == 20 && seen.T == 20 && seen.P == 0);
+    qemb_batch_free(b);
+    qemb_close(m);
+    qemb_file_close(f);
+}
+
+Test(model, the_plan_is_what_is_asked_for) {
+    const qemb_config *c = &small_configs[0];
+    qemb_file *f = open_model(c, 4, 1);
+    qemb_memory plan;
+    const qemb_options bulk = {.batch_tokens = 5000, .max_tokens = 100, .threads = 1};
+    qemb_plan(f, &qemb_cpu_ops, &bulk, &plan);
+    qemb_model *m = open_spied(f, bulk);
+    cr_assert_eq(arena_asked, plan.arena_batch);
+    /* x, x_last, xn (5000, 64), qkv (5000, 192), att (5000, 64), gu (1024, 192), h (1024, 96) */
+    cr_assert_eq(plan.arena_batch, 4 * (5000 * (64 + 64 + 64 + 192 + 64) + 1024 * (192 + 96)));
+    cr_assert_eq(plan.table, 300 * 64 * 2);
+    cr_assert_eq(plan.weights, 2 * 2 * (192 * 64 + 64 * 64 + 3 * 96 * 64));
+    qemb_close(m);
+    qemb_plan(f, &qemb_cpu_ops, NULL, &plan);
+    cr_assert_eq(plan.arena_text, 4 * (700 * (64 + 64 + 192 + 64) + 64 + 700 * (192 + 96)));
+    m = open_spied(f, (qemb_options){0});
+    const qemb_options *o = qemb_options_of(m);
+    cr_assert(o->batch_tokens == QEMB_BATCH_TOKENS && o->max_tokens == 700 && o->threads >= 1);
+    qemb_close(m);
+    qemb_file_close(f);
+}
+
+/* Weights that are not finite end in a vector that qemb_unit refuses, and only there. */
+static void check_not_finite(void) {
+    const qemb_config *c = &small_configs[0];
+    size_t bytes;
+    char path[64];
+    uint8_t *data = make_model(c, 4, 1, &bytes);
+    const size_t table = (size_t)data[4096 + 4 * 96 + 72] | (size_t)data[4096 + 4 * 96 + 73] << 8;
+    const uint16_t inf = 0x7c00;
+    memcpy(data + table + 2 * (17 * 64 + 5), &inf, 2); /* token 17 */
+    seal_model(data, bytes);
+    write_temporary(path, data, bytes);
+    qemb_file *f = open_file(path);
+    qemb_model *m = open_engine(f, 100, 2);
+    const int32_t bad[] = {3, 17, 4, 299}, good[] = {3, 16, 4, 299};
+    float out[2 * 64], alone[64];
+    qemb_batch *b = qemb_batch_new(m);
+    qemb_pack_add(b, bad, 4);
+    qemb_pack_add(b, good, 4);
+    qemb_embed(m, b, out);
+    cr_assert_eq(qemb_unit(out, out, 64), -1);
+    embed_alone(m, good, 4, alone);
+    cr_assert_arr_eq(out + 64, alone, sizeof alone, "its neighbour is untouched");
+    cr_assert_eq(qemb_unit(out + 64, out + 64, 64), 0);
+    free(data);
+    qemb_batch_free(b);
+    qemb_close(m);
+    qemb_file_close(f);
+    remove(path);
+}
+
+Test(model, not_finite) { FOR_TABLES check_not_finite(); }

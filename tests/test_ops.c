@@ -1,0 +1,344 @@
+/* test_ops.c - every op of every ops table against the double-precision oracle.
+ *
+ * Bounds. U is one rounding's relative error. A sum of n products in float errs at most
+ * n U sum|terms| to first order (Higham, Accuracy and Stability, 3.1), with n the longest chain of
+ * additions; second-order terms are covered by the factor SLACK.
+ */
+#include "oracle.h"
+#include "support.h"
+
+#include <criterion/criterion.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define SLACK 1.01
+
+/* A backend for config c, with `rows` rows at most. */
+static qemb_backend *backend(const qemb_ops *op, const qemb_config *c, int rows, int threads) {
+    const qemb_options opt = {.batch_tokens = rows, .max_tokens = rows, .threads = threads};
+    qemb_backend *be;
+    qemb_err err;
+    cr_assert_eq(op->open(&be, c, &opt, &err), 0, "%s: %s", op->name, err.msg);
+    return be;
+}
+
+static void *numbers(rng *r, size_t n, double scale) {
+    float *p = malloc(n * sizeof *p);
+    rng_floats(r, p, n, scale);
+    return p;
+}
+
+static double *doubles(const float *x, size_t n) {
+    double *p = malloc(n * sizeof *p);
+    for (size_t i = 0; i < n; i++) p[i] = x[i];
+    return p;
+}
+
+Test(ops, comparators_reject_nan) {
+    cr_assert(far_off(NAN, 0, 1e30));
+    cr_assert(far_off(0, NAN, 1e30));
+    cr_assert(far_off(0, 0, NAN));
+    cr_assert(far_off(INFINITY, 1, 1e30));
+    cr_assert_not(far_off(1, 1, 0));
+}
+
+/* All 65,536 halves: exact, Inf, NaN and subnormals included. */
+Test(ops, embed_converts_every_half) {
+    enum { D = 256, V = 256 };
+    const qemb_config c = {.hidden = D, .vocab = V, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+    uint16_t table[V * D];
+    for (int i = 0; i < V * D; i++) table[i] = (uint16_t)i;
+    const qemb_mat m = {table, V, D, QEMB_F16, 1};
+    for (int o = 0; qemb_cpu_table(o); o++) {
+        qemb_backend *be = backend(qemb_cpu_table(o), &c, V, 1);
+        int32_t tokens[V], pos[V], cu[] = {0, V};
+        for (int t = 0; t < V; t++) tokens[t] = V - 1 - t, pos[t] = t;
+        const qemb_layout b = {1, V, 0, tokens, pos, cu};
+        float *x = malloc(V * D * sizeof *x);
+        qemb_cpu_table(o)->begin(be, &b);
+        qemb_cpu_table(o)->embed(be, x, &m, &b);
+        for (int t = 0; t < V; t++)
+            for (int i = 0; i < D; i++) {
+                double want = oracle_half(table[tokens[t] * D + i]);
+                float got = x[t * D + i];
+                if (isnan(want))
+                    cr_assert(isnan(got));
+                else
+                    cr_assert(got == want && !signbit(got) == !signbit(want), "%a, want %a", got,
+                              want);
+            }
+        free(x);
+        qemb_cpu_table(o)->close(be);
+    }
+}
+
+/* Three roundings: the scale (of a double), times x, times w. */
+Test(ops, rmsnorm) {
+    const int sizes[] = {1, 7, 16, 33, 1024, 2560};
+    for (int o = 0; qemb_cpu_table(o); o++)
+        for (int s = 0; s < 6; s++) {
+            const int D = sizes[s], T = 11;
+            const qemb_config c = {
+                .hidden = D, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .rms_eps = 1e-6f};
+            rng r = {(uint64_t)D};
+            qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
+            float *x = numbers(&r, (size_t)T * D, 3), *w = numbers(&r, (size_t)D, 2),
+                  *y = numbers(&r, (size_t)T * D, 1);
+            for (int i = 0; i < D; i++) x[i] *= 1e-3f; /* row 0: eps matters */
+            for (int i = 0; i < D; i++) x[D + i] = 0;  /* row 1: 0 / sqrt(eps) */
+            x[2 * D] = 1e9f;                           /* row 2: a massive activation */
+            qemb_cpu_table(o)->rmsnorm(be, (qemb_act *)y, x, w, T);
+            double *xd = doubles(x, (size_t)T * D), *want = malloc((size_t)D * sizeof *want);
+            for (int t = 0; t < T; t++) {
+                oracle_rmsnorm(want, xd + (size_t)t * D, w, D, c.rms_eps);
+                for (int i = 0; i < D; i++)
+                    cr_assert_not(far_off(y[t * D + i], want[i], 3 * SLACK * U * fabs(want[i])),
+                                  "%s D=%d (%d,%d): %g, want %g", qemb_cpu_table(o)->name, D, t, i,
+                                  (double)y[t * D + i], want[i]);
+            }
+            free(x), free(w), free(y), free(xd), free(want);
+            qemb_cpu_table(o)->close(be);
+        }
+}
+
+/* y = x W^T and y += alpha x W^T. The longest chain of additions: up to 256 columns in a register
+ * tile, one per block of 256, one for the add; plus the product and alpha: all of K + 3 covers any
+ * way of blocking. */
+static void check_matmul(const qemb_ops *op, int T, int N, int K, float alpha, int add) {
+    const qemb_config c = {.hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+    rng r = {(uint64_t)(T * 1000003 + N * 1009 + K)};
+    qemb_backend *be = backend(op, &c, T, 2);
+    uint16_t *W = malloc((size_t)N * K * sizeof *W);
+    rng_halves(&r, W, (size_t)N * K, 1);
+    float *x = numbers(&r, (size_t)T * K, 2), *y = numbers(&r, (size_t)T * N, 5);
+    double *before = doubles(y, (size_t)T * N), *xd = doubles(x, (size_t)T * K);
+    const qemb_mat m = {W, N, K, QEMB_F16, alpha};
+    if (add)
+        op->matmul_add(be, y, (qemb_act *)x, &m, T);
+    else
+        op->matmul(be, (qemb_act *)y, (qemb_act *)x, &m, T);
+    double *want = malloc((size_t)N * sizeof *want), *size = malloc((size_t)N * sizeof *size);
+    for (int t = 0; t < T; t++) {
+        oracle_matvec(want, size, xd + (size_t)t * K, W, N, K);
+        for (int n = 0; n < N; n++) {
+            double start = add ? before[t * N + n] : 0;
+            double tol = SLACK * (K + 3) * U * (fabs(alpha) * size[n] + fabs(start));
+            cr_assert_not(far_off(y[t * N + n], start + (double)alpha * want[n], tol),
+                          "%s T=%d N=%d K=%d (%d,%d): %g, want %g", op->name, T, N, K, t, n,
+                          (double)y[t * N + n], start + (double)alpha * want[n]);
+        }
+    }
+    free(W), free(x), free(y), free(before), free(xd), free(want), free(size);
+    op->close(be);
+}
+
+Test(ops, matmul) {
+    const int Ts[] = {1, 5, 6, 7, 13}, Ns[] = {1, 15, 16, 17, 50}, Ks[] = {1, 31, 256, 257, 600};
+    for (int o = 0; qemb_cpu_table(o); o++) {
+        for (int i = 0; i < 5 * 5 * 5; i++)
+            check_matmul(qemb_cpu_table(o), Ts[i % 5], Ns[i / 5 % 5], Ks[i / 25], 1, i & 1);
+        check_matmul(qemb_cpu_table(o), 7, 33, 40, 64, 1);
+        check_matmul(qemb_cpu_table(o), 7, 33, 40, 64, 0);
+    }
+}
+
+/* A head's norm errs 3U; a cos - b sin adds the table's U, the product's and the sum's. */
+Test(ops, qknorm_rope) {
+    for (int o = 0; qemb_cpu_table(o); o++)
+        for (int s = 0; s < n_small_configs; s++) {
+            const qemb_config *c = &small_configs[s];
+            const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, T = 40, P = 10;
+            const int ld = (H + 2 * K) * hd;
+            rng r = {(uint64_t)s + 1};
+            qemb_backend *be = backend(qemb_cpu_table(o), c, c->max_positions, 2);
+            float *qkv = numbers(&r, (size_t)T * ld, 2), *qn = numbers(&r, (size_t)hd, 2),
+                  *kn = numbers(&r, (size_t)hd, 2);
+            double *before = doubles(qkv, (size_t)T * ld);
+            /* a prefix of 10, a text of 10 more, one of 20, the last position of all in between */
+            int32_t pos[40], cu[] = {P, 20, T};
+            for (int t = 0; t < T; t++) pos[t] = t < 20 ? t : t - 10;
+            const qemb_layout b = {2, T, P, NULL, pos, cu};
+            qemb_cpu_table(o)->begin(be, &b);
+            qemb_cpu_table(o)->qknorm_rope(be, (qemb_act *)qkv, qn, kn, &b);
+            for (int t = 0; t < T; t++)
+                for (int h = 0; h < H + 2 * K; h++) {
+                    double *head = before + (size_t)t * ld + h * hd, normed[1024];
+                    const float *got = qkv + (size_t)t * ld + h * hd;
+                    if (h < H + K) {
+                        oracle_rmsnorm(head, head, h < H ? qn : kn, hd, c->rms_eps);
+                        memcpy(normed, head, (size_t)hd * sizeof *head);
+                        oracle_rope(head, hd, pos[t], c->rope_theta);
+                    }
+                    for (int i = 0; i < hd; i++) {
+                        double tol = h < H + K
+                                         ? 6 * SLACK * U *
+                                               (fabs(normed[i]) + fabs(normed[(i + hd / 2) % hd]))
+                                         : 0;
+                        cr_assert_not(far_off(got[i], head[i], tol),
+                                      "%s (%d, head %d, %d): %g, want %g", qemb_cpu_table(o)->name,
+                                      t, h, i, (double)got[i], head[i]);
+                    }
+                }
+            free(qkv), free(qn), free(kn), free(before);
+            qemb_cpu_table(o)->close(be);
+        }
+}
+
+/* The table's last row too: positions up to max_positions-1. */
+Test(ops, rope_reaches_the_last_position) {
+    qemb_config c = small_configs[0];
+    c.max_positions = 32768;
+    const int hd = c.head_dim, ld = 3 * c.n_heads * hd, n = c.max_positions;
+    for (int o = 0; qemb_cpu_table(o); o++) {
+        qemb_backend *be = backend(qemb_cpu_table(o), &c, n, 2);
+        float *qkv = calloc((size_t)n * ld, sizeof *qkv), ones[16];
+        int32_t *pos = malloc((size_t)n * sizeof *pos), cu[] = {0, n};
+        for (int i = 0; i < hd; i++) ones[i] = 1, qkv[(size_t)(n - 1) * ld + i] = (float)(i + 1);
+        for (int t = 0; t < n; t++) pos[t] = t;
+        double want[16], normed[16];
+        for (int i = 0; i < hd; i++) want[i] = i + 1;
+        oracle_rmsnorm(want, want, ones, hd, c.rms_eps);
+        memcpy(normed, want, sizeof want);
+        oracle_rope(want, hd, n - 1, c.rope_theta);
+        const qemb_layout b = {1, n, 0, NULL, pos, cu};
+        qemb_cpu_table(o)->begin(be, &b);
+        qemb_cpu_table(o)->qknorm_rope(be, (qemb_act *)qkv, ones, ones, &b);
+        for (int i = 0; i < hd; i++)
+            cr_assert_not(far_off(qkv[(size_t)(n - 1) * ld + i], want[i],
+                                  6 * SLACK * U * (normed[i] + normed[(i + hd / 2) % hd])));
+        free(qkv), free(pos);
+        qemb_cpu_table(o)->close(be);
+    }
+}
+
+/* Lengths around every tile edge, with a shared prefix of several lengths. Error of a weight: its
+ * score's, (hd + 2) U sum|q||k|/sqrt(hd) <= (hd + 2) U reach, twice (the maximum's too); expf 2U
+ * (glibc: < 1 ulp); one rescaling (expf and product, 4U) per tile of 64 keys; the sums (n U each,
+ * numerator and denominator); the division U. */
+static void check_attention(const qemb_ops *op, const qemb_config *c, const int *lengths, int B,
+                            int P, double scale, int last_only) {
+    const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, ld = (H + 2 * K) * hd,
+              Q = H * hd;
+    int32_t cu[16], *pos;
+    int T = P, longest = 0;
+    for (int i = 0; i < B; i++)
+        cu[i] = T, T += lengths[i], longest = lengths[i] > longest ? lengths[i] : longest;
+    cu[B] = T;
+    pos = malloc((size_t)T * sizeof *pos);
+    for (int t = 0; t < P; t++) pos[t] = t;
+    for (int i = 0; i < B; i++)
+        for (int t = 0; t < lengths[i]; t++) pos[cu[i] + t] = P + t;
+    rng r = {(uint64_t)(P + 17 * T + hd)};
+    qemb_backend *be = backend(op, c, T + P, 2);
+    float *qkv = numbers(&r, (size_t)T * ld, scale);
+    float *att = numbers(&r, (size_t)T * Q, 1);
+    const qemb_layout b = {B, T, P, NULL, pos, cu};
+    op->begin(be, &b);
+    op->attention(be, (qemb_act *)att, (qemb_act *)qkv, &b, last_only);
+    const size_t n_max = (size_t)(P + longest);
+    double *one = malloc(n_max * ld * sizeof *one), *want = malloc(n_max * Q * sizeof *want);
+    double *size = malloc(n_max * Q * sizeof *size), *reach = malloc(n_max * H * sizeof *reach);
+    for (int i = 0; i < B; i++) {
+        const int n = P + lengths[i];
+        for (int t = 0; t < n; t++)
+            for (int k = 0; k < ld; k++)
+                one[(size_t)t * ld + k] = qkv[(size_t)(t < P ? t : cu[i] + t - P) * ld + k];
+        oracle_attention(want, size, reach, one, n, H, K, hd);
+        for (int t = last_only ? n - 1 : 0; t < n; t++)
+            for (int k = 0; k < Q; k++) {
+                const size_t row = last_only ? (size_t)i : (size_t)(t < P ? t : cu[i] + t - P);
+                const double e = 2 * (hd + 2) * U * reach[(size_t)t * H + k / hd] +
+                                 (2 * (t + 1) + 4 * (t / 64 + 1) + 4) * U;
+                const double got = att[row * Q + k], w = want[(size_t)t * Q + k];
+                cr_assert_not(far_off(got, w, 2 * SLACK * e * size[(size_t)t * Q + k]),
+                              "%s B=%d P=%d text %d (%d,%d): %g, want %g", op->name, B, P, i, t, k,
+                              got, w);
+            }
+    }
+    free(pos), free(qkv), free(att), free(one), free(want), free(size), free(reach);
+    op->close(be);
+}
+
+Test(ops, attention) {
+    const int lengths[] = {1, 2, 31, 32, 33, 63, 64, 65, 130, 3}, prefixes[] = {0, 1, 20, 64, 100};
+    for (int o = 0; qemb_cpu_table(o); o++)
+        for (int s = 0; s < n_small_configs; s++)
+            for (int p = 0; p < 5; p++)
+                for (int last = 0; last < 2; last++)
+                    check_attention(qemb_cpu_table(o), &small_configs[s], lengths, 10, prefixes[p],
+                                    1, last);
+}
+
+/* Scores of +-100s: the running maximum has to hold exp in range. */
+Test(ops, attention_with_large_scores) {
+    const int lengths[] = {70, 200};
+    for (int o = 0; qemb_cpu_table(o); o++)
+        check_attention(qemb_cpu_table(o), &small_configs[1], lengths, 2, 5, 8, 0);
+}
+
+/* expf, 1 + e, the division, times up: 6U covers them; below FLT_MIN the result may underflow. */
+Test(ops, swiglu) {
+    enum { F = 1001, T = 3 };
+    const qemb_config c = {.ffn = F, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+    for (int o = 0; qemb_cpu_table(o); o++) {
+        rng r = {5};
+        qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
+        float *gu = numbers(&r, (size_t)T * 2 * F, 4), h[T * F];
+        for (int i = 0; i < F; i++) gu[i] = (float)(i - F / 2) * 0.25f; /* -125 .. 125 */
+        qemb_cpu_table(o)->swiglu(be, (qemb_act *)h, (qemb_act *)gu, T);
+        for (int t = 0; t < T; t++)
+            for (int i = 0; i < F; i++) {
+                const float gate = gu[t * 2 * F + i], up = gu[t * 2 * F + F + i];
+                const double want = oracle_swiglu(gate, up);
+                cr_assert_not(
+                    far_off(h[t * F + i], want, 6 * SLACK * U * fabs(want) + 1e-34 * fabs(up)),
+                    "%s gate %g up %g: %g, want %g", qemb_cpu_table(o)->name, (double)gate,
+                    (double)up, (double)h[t * F + i], want);
+            }
+        free(gu);
+        qemb_cpu_table(o)->close(be);
+    }
+}
+
+Test(ops, gather_last_and_pool) {
+    enum { D = 37, T = 9, B = 3 };
+    const qemb_config c = {
+        .hidden = D, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .rms_eps = 1e-6f};
+    const int32_t pos[T] = {0, 1, 2, 3, 2, 2, 3, 4, 5}, cu[] = {2, 4, 5, T};
+    const qemb_layout b = {B, T, 2, NULL, pos, cu};
+    for (int o = 0; qemb_cpu_table(o); o++) {
+        rng r = {6};
+        qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
+        float *x = numbers(&r, T * D, 3), *w = numbers(&r, D, 2), y[B * D], out[B * D];
+        qemb_cpu_table(o)->begin(be, &b);
+        qemb_cpu_table(o)->gather_last(be, y, x, &b);
+        for (int i = 0; i < B; i++)
+            cr_assert_arr_eq(y + i * D, x + (cu[i + 1] - 1) * D, D * sizeof *y);
+        qemb_cpu_table(o)->pool(be, out, y, w, B);
+        for (int i = 0; i < B; i++) {
+            double *row = doubles(y + i * D, D), want[D];
+            oracle_rmsnorm(want, row, w, D, c.rms_eps);
+            for (int k = 0; k < D; k++)
+                cr_assert_not(far_off(out[i * D + k], want[k], 3 * SLACK * U * fabs(want[k])));
+            free(row);
+        }
+        free(x), free(w);
+        qemb_cpu_table(o)->close(be);
+    }
+}
+
+Test(ops, unit_cuts_then_scales) {
+    const float v[] = {3, 4, 12, 84};
+    float out[4];
+    cr_assert_eq(qemb_unit(out, v, 2), 0);
+    cr_assert(out[0] == 0.6f && out[1] == 0.8f);
+    cr_assert_eq(qemb_unit(out, v, 4), 0);
+    cr_assert(out[3] == (float)(84 / 85.0));
+    const float huge[] = {3e38f, 3e38f}, bad[] = {1, NAN}, inf[] = {1, -INFINITY}, zero[] = {0, 0};
+    cr_assert_eq(qemb_unit(out, huge, 2), 0); /* its square is not a float */
+    cr_assert_not(far_off(out[1], sqrt(0.5), U));
+    cr_assert_eq(qemb_unit(out, bad, 2), -1);
+    cr_assert_eq(qemb_unit(out, inf, 2), -1);
+    cr_assert_eq(qemb_unit(out, zero, 2), -1);
+    cr_assert_eq(qemb_unit(out, bad, 1), 0);
+}

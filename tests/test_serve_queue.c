@@ -1,0 +1,345 @@
+/* test_serve_queue.c - the order of batches, sharing, limits and ends of serve_queue.c. */
+#include "../serve.h"
+#include "support.h"
+
+#include <criterion/criterion.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* What encode.c would want from a program. */
+void *need(void *p) {
+    if (!p) abort();
+    return p;
+}
+
+#define BATCH     64 /* tokens: short texts have up to 8 */
+#define MAX_TEXTS 16
+
+typedef struct {
+    ticket ticket; /* first */
+    int told, gone;
+} client;
+
+static qemb_file *file;
+static qemb_model *model;
+static qemb_batch *batch;
+static queue *q;
+static text *taken[BATCH];
+
+static void setup(void) {
+    qemb_err err;
+    const qemb_options opt = {.batch_tokens = BATCH, .max_tokens = 200, .threads = 1};
+    qemb_config c = small_configs[0];
+    c.max_positions = 200;
+    file = open_model(&c, 1, 1);
+    cr_assert(!qemb_open(&model, file, &qemb_cpu_ops, &opt, &err), "%s", err.msg);
+    batch = qemb_batch_new(model);
+    q = queue_new(1000, BATCH);
+}
+
+static void teardown(void) {
+    queue_free(q);
+    qemb_batch_free(batch);
+    qemb_close(model);
+    qemb_file_close(file);
+}
+
+TestSuite(serve_queue, .init = setup, .fini = teardown);
+
+static void told(ticket *t) { ((client *)t)->told++; }
+static int departed(ticket *t) { return ((client *)t)->gone; }
+
+/* A client that has texts of these lengths; name tells them from all others'. */
+static client *client_new(char name, const int *lengths, int n) {
+    client *c = calloc(1, sizeof *c);
+    c->ticket = (ticket){.slots = calloc((size_t)n, sizeof(slot)),
+                         .n = n,
+                         .deadline = 100,
+                         .done = told,
+                         .departed = departed};
+    for (int i = 0; i < n; i++) {
+        uint8_t key[KEY_BYTES] = {(uint8_t)name, (uint8_t)i};
+        text *t = c->ticket.slots[i].text = text_new(key, lengths[i]);
+        for (int k = 0; k < lengths[i]; k++) t->ids[k] = (name * 31 + i * 7 + k) % 200;
+    }
+    return c;
+}
+
+static void client_free(client *c) {
+    ticket_clear(&c->ticket);
+    free(c);
+}
+
+static int submit(client *c) {
+    int shared = 0;
+    return queue_submit(q, &c->ticket, &shared) ? -1 : shared;
+}
+
+/* Takes a batch and compares "a0 b1 ..." */
+static int take(const char *want) {
+    char got[BATCH * 4] = "";
+    qemb_batch_clear(batch);
+    const int n = queue_take(q, batch, taken);
+    for (int i = 0; i < n; i++)
+        sprintf(got + strlen(got), i ? " %c%d" : "%c%d", taken[i]->key[0], taken[i]->key[1]);
+    cr_expect_str_eq(got, want);
+    cr_expect_eq(qemb_batch_rows(batch), n);
+    return n;
+}
+
+/* Vectors whose only number is the row's. */
+static void finish(int n) {
+    vector *v[BATCH];
+    for (int i = 0; i < n; i++) v[i] = vector_new(&(float){(float)i}, 1);
+    queue_finish(q, taken, v, n);
+    for (int i = 0; i < n; i++) vector_drop(v[i]);
+}
+
+static client *ask(char name, int n, const int *lengths) {
+    client *c = client_new(name, lengths, n);
+    cr_assert_geq(submit(c), 0);
+    return c;
+}
+#define ASK(name, ...) ask(name, LENGTH(((const int[]){__VA_ARGS__})), (const int[]){__VA_ARGS__})
+
+Test(serve_queue, what_waits_goes_together) {
+    client *a = ASK('a', 4, 5), *b = ASK('b', 3);
+    const queue_depth d = queue_depth_of(q);
+    cr_expect(d.texts == 3 && d.tokens == 12 && d.tickets == 2);
+    finish(take("a0 b0 a1"));
+    cr_expect(a->told == 1 && b->told == 1);
+    cr_expect_eq(a->ticket.state, TICKET_DONE);
+    cr_expect_eq(a->ticket.slots[0].vector->v[0], 0);
+    cr_expect_eq(a->ticket.slots[1].vector->v[0], 2);
+    cr_expect_eq(b->ticket.slots[0].vector->v[0], 1);
+    cr_expect_eq(queue_depth_of(q).tokens, 0);
+    client_free(a);
+    client_free(b);
+}
+
+Test(serve_queue, tickets_take_turns) {
+    /* Each gives a share of eight tokens; the batch is full before a's last. */
+    client *a = ASK('a', 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4), *b = ASK('b', 8, 8), *c = ASK('c', 4);
+    int n = take("a0 a1 b0 c0 a2 a3 b1 a4 a5 a6 a7 a8 a9 a10");
+    cr_expect_gt(n, 0);
+    finish(n);
+    cr_expect(!a->told && b->told && c->told);
+    finish(take("a11"));
+    cr_expect(a->told);
+    client_free(a);
+    client_free(b);
+    client_free(c);
+}
+
+Test(serve_queue, long_and_short_texts_alternate) {
+    client *a = ASK('a', 150, 150, 150), *b = ASK('b', 5), *c;
+    finish(take("b0")); /* short ones first, the long one does not fit */
+    c = ASK('c', 5);
+    finish(take("a0")); /* now it is its turn */
+    finish(take("c0"));
+    client *d = ASK('d', 5);
+    finish(take("a1"));
+    finish(take("d0"));
+    finish(take("a2"));
+    cr_expect(a->told && b->told && c->told && d->told);
+    client_free(a);
+    client_free(b);
+    client_free(c);
+    client_free(d);
+}
+
+Test(serve_queue, long_texts_fill_what_is_left) {
+    client *a = ASK('a', 30), *b = ASK('b', 8, 8), *c = ASK('c', 40), *d = ASK('d', 15);
+    finish(take("b0 b1 a0 d0")); /* c does not fit, d does */
+    finish(take("c0"));
+    client_free(a);
+    client_free(b);
+    client_free(c);
+    client_free(d);
+}
+
+Test(serve_queue, equal_texts_are_computed_once) {
+    client *a = ASK('a', 4, 5), *b = client_new('a', (int[]){4, 5, 6}, 3);
+    cr_expect_eq(submit(b), 2);
+    cr_expect_eq(queue_depth_of(q).tokens, 15);
+    const int n = take("a0 a1 a2");
+    client *late = client_new('a', (int[]){4}, 1); /* it joins what is being computed */
+    cr_expect_eq(submit(late), 1);
+    cr_expect_eq(queue_depth_of(q).tokens, 0);
+    finish(n);
+    cr_expect(a->told == 1 && b->told == 1 && late->told == 1);
+    cr_expect_eq(a->ticket.slots[1].vector, b->ticket.slots[1].vector);
+    cr_expect_eq(a->ticket.slots[0].vector, late->ticket.slots[0].vector);
+    client_free(a);
+    client_free(b);
+    client_free(late);
+}
+
+Test(serve_queue, one_text_twice_in_a_ticket) {
+    client *a = client_new('a', (int[]){4, 4}, 2);
+    memset(a->ticket.slots[1].text->key, 0, KEY_BYTES);
+    memcpy(a->ticket.slots[1].text->key, a->ticket.slots[0].text->key, KEY_BYTES);
+    cr_expect_eq(submit(a), 1);
+    finish(take("a0"));
+    cr_expect_eq(a->told, 1);
+    cr_expect_eq(a->ticket.slots[0].vector, a->ticket.slots[1].vector);
+    client_free(a);
+}
+
+Test(serve_queue, slots_with_vectors_wait_for_nothing) {
+    client *a = client_new('a', (int[]){4, 5}, 2);
+    for (int i = 0; i < 2; i++) {
+        free(a->ticket.slots[i].text);
+        a->ticket.slots[i].text = NULL;
+        a->ticket.slots[i].vector = vector_new(&(float){7}, 1);
+    }
+    cr_expect_eq(submit(a), 0);
+    cr_expect(a->told == 1 && a->ticket.state == TICKET_DONE);
+    client_free(a);
+}
+
+Test(serve_queue, a_text_without_a_vector) {
+    client *a = ASK('a', 4, 5);
+    const int n = take("a0 a1");
+    vector *v[2] = {vector_new(&(float){1}, 1), NULL};
+    queue_finish(q, taken, v, n);
+    vector_drop(v[0]);
+    cr_expect(a->told && !a->ticket.slots[0].failed && a->ticket.slots[1].failed);
+    client_free(a);
+}
+
+Test(serve_queue, bounded_in_tokens) {
+    client *a = client_new('a', (int[]){200, 200, 200, 200, 190}, 5);
+    cr_expect_eq(submit(a), 0);
+    client *b = client_new('b', (int[]){11}, 1), *c = client_new('c', (int[]){10}, 1);
+    cr_expect_eq(submit(b), -1);
+    cr_expect_eq(b->ticket.state, TICKET_NEW);
+    cr_expect_eq(submit(c), 0);
+    cr_expect_geq(queue_retry_after(q), 1);
+    queue_stop(q);
+    client_free(a);
+    client_free(b);
+    client_free(c);
+}
+
+Test(serve_queue, an_empty_queue_takes_every_ticket) {
+    client *a = ASK('a', 200, 200, 200, 200, 200, 200);
+    queue_stop(q);
+    client_free(a);
+}
+
+Test(serve_queue, departed_clients_are_dropped) {
+    client *a = ASK('a', 4, 5), *b = client_new('a', (int[]){4}, 1), *c = ASK('c', 3);
+    submit(b);
+    a->gone = c->gone = 1;
+    finish(take("a0")); /* b still wants it */
+    cr_expect(a->told == 1 && a->ticket.state == TICKET_GONE);
+    cr_expect(c->told == 1 && c->ticket.state == TICKET_GONE);
+    cr_expect(b->told == 1 && b->ticket.state == TICKET_DONE);
+    cr_expect_eq(queue_depth_of(q).texts, 0);
+    client_free(a);
+    client_free(b);
+    client_free(c);
+}
+
+Test(serve_queue, leaving_while_it_is_computed) {
+    client *a = ASK('a', 4);
+    const int n = take("a0");
+    a->gone = 1;
+    queue_tick(q, 0);
+    cr_expect(a->told == 1 && a->ticket.state == TICKET_GONE);
+    client_free(a);
+    finish(n);
+    client *b = ASK('a', 4); /* it is not in flight any more */
+    finish(take("a0"));
+    client_free(b);
+}
+
+Test(serve_queue, deadlines) {
+    client *a = ASK('a', 4), *b = client_new('b', (int[]){5}, 1);
+    b->ticket.deadline = 50;
+    submit(b);
+    queue_tick(q, 49);
+    cr_expect(!a->told && !b->told);
+    queue_tick(q, 50);
+    cr_expect(!a->told && b->told == 1 && b->ticket.state == TICKET_EXPIRED);
+    const int n = take("a0");
+    queue_tick(q, 100); /* also in the middle of a batch */
+    cr_expect(a->told == 1 && a->ticket.state == TICKET_EXPIRED);
+    finish(n);
+    cr_expect_eq(a->told, 1);
+    client_free(a);
+    client_free(b);
+}
+
+Test(serve_queue, the_end) {
+    client *a = ASK('a', 4), *b = client_new('b', (int[]){5}, 1);
+    queue_stop(q);
+    cr_expect(a->told == 1 && a->ticket.state == TICKET_STOPPED);
+    cr_expect_eq(submit(b), -1);
+    cr_expect_eq(queue_take(q, batch, taken), 0);
+    client_free(a);
+    client_free(b);
+}
+
+/* Many clients, some impatient, against one thread that computes: every one is told once. */
+
+#define N_CLIENTS 400
+
+static void *computer(void *arg) {
+    (void)arg;
+    for (int n; (n = queue_take(q, batch, taken)); qemb_batch_clear(batch)) finish(n);
+    return NULL;
+}
+
+static atomic_int n_told;
+static void told_counting(ticket *t) {
+    ((client *)t)->told++;
+    atomic_fetch_add(&n_told, 1);
+}
+
+static void *asker(void *arg) {
+    rng r = {(uint64_t)(uintptr_t)arg + 1};
+    client *c[N_CLIENTS];
+    int in = 0;
+    for (int i = 0; i < N_CLIENTS; i++) {
+        int lengths[3];
+        for (int k = 0; k < 3; k++) lengths[k] = 1 + (int)(rng_u64(&r) % (k ? 8 : 100));
+        c[i] = client_new((char)(rng_u64(&r) % 20 + 'a'), lengths, 3);
+        /* a key stands for one text: give every length its own */
+        for (int k = 0; k < 3; k++) c[i]->ticket.slots[k].text->key[2] = (uint8_t)lengths[k];
+        c[i]->gone = !(rng_u64(&r) % 8);
+        c[i]->ticket.deadline = rng_u64(&r) % 8 ? 100 : 0;
+        c[i]->ticket.done = told_counting;
+        while (submit(c[i]) < 0) sched_yield();
+        in++;
+        if (!(i % 16)) queue_tick(q, 1);
+    }
+    queue_tick(q, 1);
+    while (queue_depth_of(q).tickets) sched_yield();
+    for (int i = 0; i < in; i++) {
+        const int finished = c[i]->ticket.state == TICKET_DONE;
+        for (int k = 0; k < 3; k++)
+            if (finished != (c[i]->ticket.slots[k].vector != NULL)) c[i]->told = -1;
+    }
+    return memcpy(malloc(sizeof c), c, sizeof c);
+}
+
+Test(serve_queue, every_ticket_ends_once) {
+    pthread_t compute, ask_thread[2];
+    pthread_create(&compute, NULL, computer, NULL);
+    for (uintptr_t i = 0; i < 2; i++) pthread_create(&ask_thread[i], NULL, asker, (void *)i);
+    client **c[2];
+    for (int i = 0; i < 2; i++) pthread_join(ask_thread[i], (void **)&c[i]);
+    queue_stop(q);
+    pthread_join(compute, NULL);
+    cr_expect_eq(atomic_load(&n_told), 2 * N_CLIENTS);
+    for (int i = 0; i < 2; i++) {
+        for (int k = 0; k < N_CLIENTS; k++) {
+            cr_expect_eq(c[i][k]->told, 1);
+            client_free(c[i][k]);
+        }
+        free(c[i]);
+    }
+}

@@ -1,0 +1,109 @@
+/* test_simd.c - what only the CPU tables with vector instructions have. Their ops are tested with
+ * all others, in test_ops.c and test_model.c. */
+#include "../cpu.h"
+#include "support.h"
+
+#include <criterion/criterion.h>
+#include <float.h>
+#include <stdlib.h>
+#include <string.h>
+
+Test(simd, the_choice) {
+    cr_assert_eq(qemb_cpu_table(0), &qemb_cpu_ops);
+    cr_assert_eq(qemb_cpu_choose("plain"), &qemb_cpu_ops);
+    cr_assert_null(qemb_cpu_choose("mmx"));
+    cr_assert_null(qemb_cpu_choose(""));
+    cr_assert_null(qemb_cpu_table(-1));
+    int n = 0;
+    for (; qemb_cpu_table(n); n++)
+        cr_assert_eq(qemb_cpu_choose(qemb_cpu_table(n)->name), qemb_cpu_table(n));
+    cr_assert_eq(qemb_cpu_choose(NULL), qemb_cpu_table(n - 1));
+    cr_assert_null(qemb_cpu_table(n + 1));
+}
+
+Test(simd, avx2_runs_here) {
+    if (!qemb_cpu_choose("avx2")) cr_skip_test("this CPU has no AVX2, FMA and F16C");
+}
+
+#if defined(__x86_64__)
+/* Every stride-th float, negative and positive: within an ulp of what double precision says (whose
+ * own error is 2^-28 of that), and the edges. */
+Test(simd, avx2_exp) {
+    enum { N = 4096 };
+    if (!qemb_cpu_choose("avx2")) cr_skip_test("this CPU has no AVX2, FMA and F16C");
+    static float x[N], y[N];
+    double worst = 0;
+    for (uint64_t bits = 0, stride = 257; bits < 0x100000000u;) {
+        for (int i = 0; i < N; i++, bits += stride) {
+            const uint32_t u = (uint32_t)bits;
+            memcpy(&x[i], &u, 4);
+        }
+        avx2_exp(y, x, N);
+        for (int i = 0; i < N; i++) {
+            const double want = exp((double)x[i]);
+            if (isnan(x[i]))
+                cr_assert(isnan(y[i]), "exp(%g): %g", (double)x[i], (double)y[i]);
+            else if (want > FLT_MAX)
+                cr_assert(isinf(y[i]) && y[i] > 0, "exp(%a): %g", (double)x[i], (double)y[i]);
+            else if (want < FLT_MIN)
+                cr_assert(y[i] == 0, "exp(%a): %g", (double)x[i], (double)y[i]);
+            else {
+                const double ulp = ldexp(1, ilogb(want) - 23), off = fabs(y[i] - want) / ulp;
+                cr_assert(off <= 1, "exp(%a): %a, want %a, %g ulp", (double)x[i], (double)y[i],
+                          want, off);
+                worst = fmax(worst, off);
+            }
+        }
+    }
+    cr_log_info("exp: at most %g ulp", worst);
+    const float edges[] = {-INFINITY, INFINITY, NAN, 0, -0.0f, 88.72283f, -87.33654f, 1e-30f};
+    float e[8];
+    avx2_exp(e, edges, 8);
+    cr_assert(e[0] == 0 && isinf(e[1]) && isnan(e[2]) && e[3] == 1 && e[4] == 1 && e[7] == 1);
+    cr_assert(e[5] > 3.4e38f && e[5] <= FLT_MAX && e[6] >= FLT_MIN);
+    for (int n = 1; n < 8; n++) { /* nothing beyond n is touched */
+        e[n] = 7;
+        avx2_exp(e, edges + 3, n);
+        cr_assert_eq(e[n], 7);
+    }
+}
+
+#endif
+
+/* Shapes that reach every path of a matmul: few rows, one block of rows, several, more than one work
+ * item; a row has the same bits in all of them, whatever the threads. */
+static void check_paths(const qemb_ops *op, int N, int K) {
+    enum { T = 1100 };
+    const int Ts[] = {1, 2, 3, 4, 5, 7, 16, 95, 97, 511, 513, T};
+    const qemb_config c = {.hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+    rng r = {(uint64_t)(N + K)};
+    uint16_t *W = malloc((size_t)N * K * sizeof *W);
+    float *x = malloc((size_t)T * K * sizeof *x), *y = malloc((size_t)T * N * sizeof *y);
+    float *want = malloc((size_t)T * N * sizeof *want);
+    rng_halves(&r, W, (size_t)N * K, 1);
+    rng_floats(&r, x, (size_t)T * K, 2);
+    const qemb_mat m = {W, N, K, QEMB_F16, 0.3f};
+    for (int threads = 1; threads <= 5; threads += 2) {
+        const qemb_options opt = {.batch_tokens = T, .max_tokens = T, .threads = threads};
+        qemb_backend *be;
+        cr_assert_eq(op->open(&be, &c, &opt, NULL), 0);
+        if (threads == 1)
+            for (int t = 0; t < T; t++)
+                op->matmul(be, (qemb_act *)(want + (size_t)t * N), (qemb_act *)(x + (size_t)t * K),
+                           &m, 1);
+        for (int i = 0; i < 12; i++) {
+            op->matmul(be, (qemb_act *)y, (qemb_act *)(x + (size_t)(T - Ts[i]) * K), &m, Ts[i]);
+            cr_assert_arr_eq(y, want + (size_t)(T - Ts[i]) * N, (size_t)Ts[i] * N * sizeof *y,
+                             "%s T=%d N=%d K=%d %d threads", op->name, Ts[i], N, K, threads);
+        }
+        op->close(be);
+    }
+    free(W), free(x), free(y), free(want);
+}
+
+Test(simd, a_row_has_the_same_bits_on_every_path) {
+    for (int o = 0; qemb_cpu_table(o); o++) {
+        check_paths(qemb_cpu_table(o), 77, 531);
+        check_paths(qemb_cpu_table(o), 128, 40);
+    }
+}
