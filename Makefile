@@ -1,0 +1,182 @@
+# qemb. `make help` lists the targets. One directory under build/ per variant; explicit rules.
+
+ifeq ($(origin CC),default)
+CC := gcc
+endif
+CLANG   ?= clang
+PREFIX  ?= /usr/local
+# Optional test data (tokenizer vectors, the real tokenizer.json); tests that want it skip without.
+export QEMB_SHARED ?= $(abspath ../shared)
+
+# Debian packages, each named here and nowhere else. Python ones: requirements.txt, tests/*.txt.
+DEBIAN_BUILD   := gcc libc6-dev libjansson-dev libssl-dev
+DEBIAN_SERVE   := libmicrohttpd-dev libhiredis-dev
+DEBIAN_PYTHON  := python3 python3-venv
+DEBIAN_TEST    := clang libclang-rt-dev libcriterion-dev xz-utils curl redis-server
+
+WARNINGS := -Wall -Wextra -Wpedantic -Werror
+# Products may be fused into sums (more exact, twice as fast); nothing else is relaxed.
+BASE     := -std=c11 -D_GNU_SOURCE $(WARNINGS) -ffp-contract=fast -pthread -MMD -MP
+SERVE_LIBS := -lmicrohttpd -lhiredis
+LIBS     := -ljansson -lcrypto -lm
+ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+
+ENGINE  := qemb cpu_simd file tokenizer
+FRONT   := main encode output pipeline format input
+SERVE   := serve serve_http serve_listen serve_api serve_lane serve_queue serve_cache serve_redis serve_metrics encode format input
+TESTS   := file format input model ops serve_cache serve_queue simd tokenizer
+FUZZERS := file jsonl request tokenizer
+TESTED  := format input serve_queue serve_cache serve_metrics # what the unit tests link beside the engine
+FUZZ_RUNS ?= 20000
+
+VENV      := .venv
+VENV_TEST := $(VENV)/.test
+GOLDEN    := .venv-golden
+
+.PHONY: all help demo test test-c test-python test-fuzz bench fuzz golden convert install clean
+all: qemb
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---- what is missing gets installed ---------------------------------------------------------------
+
+# $(call need,PACKAGES): installs those that dpkg does not know; says so where there is no dpkg.
+define need
+	@if ! command -v dpkg-query >/dev/null; then echo "not Debian: make sure of $(1)"; else \
+	missing=; for p in $(1); do dpkg-query -W -f='$${db:Status-Status}' $$p 2>/dev/null | grep -q '^installed' || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then echo "installing$$missing"; sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
+	$$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi; fi
+endef
+
+.PHONY: need-build need-serve need-python need-test
+need-build:
+	$(call need,$(DEBIAN_BUILD))
+need-serve: need-build
+	$(call need,$(DEBIAN_SERVE))
+need-python:
+	$(call need,$(DEBIAN_PYTHON))
+need-test: need-build need-serve need-python
+	$(call need,$(DEBIAN_TEST))
+
+$(VENV)/.convert: requirements.txt | need-python
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV_TEST): tests/requirements.txt tests/requirements-serve.txt $(VENV)/.convert
+	$(VENV)/bin/pip install -q --disable-pip-version-check -r tests/requirements-serve.txt
+	touch $@
+
+# ---- builds ---------------------------------------------------------------------------------------
+
+# $(eval $(call variant,NAME,COMPILER,FLAGS)): objects and the program under build/NAME
+define variant
+build/$(1)/%.o: %.c | need-build
+	@mkdir -p $$(@D)
+	$(2) $(BASE) $(3) -c $$< -o $$@
+build/$(1)/tests/%.o: tests/%.c | need-build
+	@mkdir -p $$(@D)
+	$(2) $(BASE) $(3) -c $$< -o $$@
+build/$(1)/qemb: $$(patsubst %,build/$(1)/%.o,$(FRONT) $(ENGINE))
+	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
+build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$(SERVE) $(ENGINE))
+	$(2) $(3) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
+build/$(1)/test_%: build/$(1)/tests/test_%.o $$(patsubst %,build/$(1)/%.o,tests/oracle tests/support $(TESTED) $(ENGINE))
+	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
+build/$(1)/bench: build/$(1)/bench.o $$(patsubst %,build/$(1)/%.o,format $(ENGINE))
+	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
+build/$(1)/fuzz_%: build/$(1)/tests/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/support serve_api serve_metrics format input qemb cpu_simd file tokenizer)
+	$(2) $(3) $$^ $(LIBS) -o $$@
+-include $$(wildcard build/$(1)/*.d build/$(1)/tests/*.d)
+endef
+.SECONDARY:
+
+$(eval $(call variant,release,$(CC),-O3 -g -fopenmp))
+$(eval $(call variant,asan,$(CC),-O2 -g -fopenmp $(ASAN)))
+# Without OpenMP, whose barriers the thread sanitizer cannot see.
+$(eval $(call variant,tsan,$(CC),-O1 -g -fsanitize=thread -Wno-unknown-pragmas))
+$(eval $(call variant,fuzz,$(CLANG),-O1 -g -Wno-unknown-pragmas $(ASAN) -fsanitize=fuzzer))
+# The other compiler's warnings.
+$(eval $(call variant,clang,$(CLANG),-O1 -Wno-unknown-pragmas))
+
+qemb: build/release/qemb
+	cp build/release/qemb qemb
+
+qemb-serve: need-serve build/release/qemb-serve ## the OpenAI-compatible server over the same engine
+	cp build/release/qemb-serve qemb-serve
+
+-include cuda.mk
+
+# ---- for users ------------------------------------------------------------------------------------
+
+define DEMO_TEXT
+What is the capital of China?
+The capital of China is Beijing.
+Gravity is a force that attracts two bodies towards each other.
+endef
+export DEMO_TEXT
+
+demo: qemb ## install what is missing, build, embed three texts with the small model in models/
+	@echo '$$ ./qemb -m models/demo.qemb --dim 6 < texts     # a text per line in, a vector per line out'
+	@echo "$$DEMO_TEXT" | ./qemb -m models/demo.qemb --dim 6
+	@echo '$$ ./qemb -m models/demo.qemb --dim 4 --output jsonl --query --stats < texts'
+	@echo "$$DEMO_TEXT" | ./qemb -m models/demo.qemb --dim 4 --output jsonl --query --stats
+	@echo 'The demo model has random weights: the form is true, the numbers mean nothing.'
+
+convert: $(VENV)/.convert ## MODEL=directory-or-hub-name [OUT=file.qemb]: make a .qemb from a Hugging Face model
+	@test -n "$(MODEL)" || { echo "usage: make convert MODEL=directory-or-hub-name [OUT=file.qemb]"; exit 1; }
+	$(VENV)/bin/python convert_weights.py "$(MODEL)" $(if $(OUT),--out "$(OUT)")
+
+install: qemb qemb-serve ## programs and man pages under PREFIX (/usr/local)
+	install -D -m 755 qemb $(DESTDIR)$(PREFIX)/bin/qemb
+	install -D -m 755 qemb-serve $(DESTDIR)$(PREFIX)/bin/qemb-serve
+	install -D -m 644 qemb.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb.1
+	install -D -m 644 qemb-serve.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb-serve.1
+
+bench: qemb build/release/bench ## speed of tokenizer, printing and whole runs (see bench.sh)
+	./bench.sh
+
+# ---- tests ----------------------------------------------------------------------------------------
+
+# What the server's threads meet in; the rest of its tests ask one thing at a time.
+RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat
+JOBS     := $(shell nproc)
+SUBMAKE   = $(MAKE) -s -j$(JOBS)
+C_TESTS   = $(TESTS:%=build/release/test_%) $(TESTS:%=build/asan/test_%)
+FUZZ_BINS = $(FUZZERS:%=build/fuzz/fuzz_%)
+CLANG_OBJ = $(patsubst %,build/clang/%.o,$(sort $(FRONT) $(SERVE) $(ENGINE)))
+
+test: need-test $(VENV_TEST) ## install what is missing, run all but test-serve (C, sanitizers, fuzzers, Python, emulated CUDA)
+	@echo "building"; $(SUBMAKE) test-programs
+	@tests/run.sh \
+	  $(patsubst %,"% --tap",$(C_TESTS)) \
+	  $(patsubst %,"% -runs=$(FUZZ_RUNS) -seed=1 -max_len=4096 -verbosity=0",$(FUZZ_BINS)) \
+	  "$(VENV)/bin/pytest -q -rs tests --ignore=tests/test_serve.py" \
+	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/test_protocol.py" \
+	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/test_protocol.py" \
+	  "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) gpu-test"
+
+.PHONY: test-programs test-serve
+test-programs: qemb qemb-serve $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
+  $(foreach v,asan tsan,build/$(v)/qemb)
+
+test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/tsan/qemb-serve ## the server's tests: real clients, attacks, sanitizers
+	@tests/run.sh "$(VENV)/bin/pytest -q -rs tests/test_serve.py" \
+	  "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py" \
+	  "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py -k '$(RACY)'"
+
+test-c: need-test $(C_TESTS) ## the C tests alone
+	@tests/run.sh $(patsubst %,"% --tap",$(C_TESTS))
+
+fuzz: need-test $(FUZZ_BINS) ## fuzz for FUZZ_SECONDS (600) each, keeping the corpus under build/corpus
+	for f in $(FUZZERS); do mkdir -p build/corpus/$$f && \
+	  build/fuzz/fuzz_$$f -max_total_time=$(or $(FUZZ_SECONDS),600) build/corpus/$$f || exit 1; done
+
+golden: $(VENV)/.convert ## make tests/golden again with transformers (downloads torch, several GB)
+	python3 -m venv $(GOLDEN)
+	$(GOLDEN)/bin/pip install -q --disable-pip-version-check -r requirements.txt -r tests/requirements-golden.txt
+	$(GOLDEN)/bin/python tests/make_golden.py
+
+clean: ## remove what make made, but for the Python environments
+	rm -rf build qemb qemb-serve qemb-cuda
