@@ -134,7 +134,7 @@ static void product(bench *s, const char *name, int N, int K, bool add, int T) {
     snprintf(sizes, sizeof sizes, "%s T %d N %d K %d", name, T, N, K);
     __half *w = random_device<__half>((size_t)N * K), *x = random_device<__half>((size_t)T * K);
     float *y = random_device<float>((size_t)T * N);
-    const qemb_mat m = {w, N, K, QEMB_F16, 1};
+    const qemb_mat m = {w, N, K, QEMB_F16, 1, nullptr};
     const double us = microseconds([&] {
         if (add)
             qemb_cuda_ops.matmul_add(s->be, y, (qemb_act *)x, &m, T);
