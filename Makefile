@@ -21,7 +21,7 @@ SERVE_LIBS := -lmicrohttpd -lhiredis
 LIBS     := -ljansson -lcrypto -lm
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-ENGINE  := qemb cpu_simd file tokenizer
+ENGINE  := qemb cpu_share cpu_simd cpu_avx512 file tokenizer
 FRONT   := main encode output pipeline format input
 SERVE   := serve serve_http serve_listen serve_api serve_lane serve_queue serve_cache serve_redis serve_metrics encode format input
 TESTS   := file format input model ops serve_cache serve_queue simd tokenizer
@@ -86,7 +86,7 @@ build/$(1)/test_%: build/$(1)/tests/test_%.o $$(patsubst %,build/$(1)/%.o,tests/
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
 build/$(1)/bench: build/$(1)/bench.o $$(patsubst %,build/$(1)/%.o,format $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
-build/$(1)/fuzz_%: build/$(1)/tests/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/support serve_api serve_metrics format input qemb cpu_simd file tokenizer)
+build/$(1)/fuzz_%: build/$(1)/tests/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/support serve_api serve_metrics format input $$(ENGINE))
 	$(2) $(3) $$^ $(LIBS) -o $$@
 -include $$(wildcard build/$(1)/*.d build/$(1)/tests/*.d)
 endef

@@ -19,7 +19,7 @@ comma       := ,
 
 # The program's other parts; the Makefile's lists where it includes this.
 FRONT  ?= main encode output pipeline format input
-ENGINE ?= qemb cpu_simd file tokenizer
+ENGINE ?= qemb cpu_share cpu_simd cpu_avx512 file tokenizer
 CUDA_MAIN := -include qemb_cuda.h "-DDEFAULT_OPS=&qemb_cuda_ops"
 CUDA_PROGRAM = $(filter-out main,$(FRONT)) $(ENGINE)
 
