@@ -309,7 +309,8 @@ typedef struct { /* an arithmetic: how numbers become dwords, and what multiplie
     int columns;              /* in a block: the sums of so many are added up in registers */
     int x_floats, w_floats;   /* that a tile of x and a panel of W take in a block */
     void (*pack_x)(const matmul_job *j, int tile, float *to);
-    void (*pack_w[2])(float *panel, const qemb_mat *w, int n0, int k0, int k1); /* of F16, I8 */
+    /* of F16, I8; `ahead`: how many numbers on those lie that will be packed next */
+    void (*pack_w[2])(float *panel, const qemb_mat *w, int n0, int k0, int k1, size_t ahead);
     void (*multiply)(const tile_out *o, int rows, const float *x, const float *panel, int n);
 } arithmetic;
 
@@ -379,7 +380,7 @@ TEMPLATE void pack_x(qemb_math math, const matmul_job *j, int tile, float *to) {
 
 /* panel (dwords, NR) = columns k0 .. k1-1 of W's rows n0 .. n0+NR-1 */
 TEMPLATE void pack_w(qemb_math math, qemb_dtype dtype, float *panel, const qemb_mat *w, int n0,
-                     int k0, int k1) {
+                     int k0, int k1, size_t ahead) {
     const int step = math == QEMB_MATH_F32 ? 16 : 32, bytes = dtype == QEMB_I8 ? 1 : 2;
     for (int h = 0; h < NR; h += 16) {
         w_rows row;
@@ -388,7 +389,7 @@ TEMPLATE void pack_w(qemb_math math, qemb_dtype dtype, float *panel, const qemb_
         for (int k = k0; k < k1; k += step, to += 16 * NR) {
             __m512 r[16];
             if (k * bytes % 64 == 0)
-                prefetch_rows(row, (size_t)k * bytes, (size_t)step * (KC / 16) * bytes);
+                prefetch_rows(row, (size_t)k * bytes, ahead * bytes);
             UNROLL for (int i = 0; i < 16; i++)
                 r[i] = weight_dwords(math, dtype, row[i], k, w->cols - k);
             transpose(r);
@@ -401,11 +402,13 @@ TEMPLATE void pack_w(qemb_math math, qemb_dtype dtype, float *panel, const qemb_
     AVX512 static void name##_x(const matmul_job *j, int tile, float *to) {                        \
         pack_x(math, j, tile, to);                                                                 \
     }                                                                                              \
-    AVX512 static void name##_f16(float *panel, const qemb_mat *w, int n0, int k0, int k1) {       \
-        pack_w(math, QEMB_F16, panel, w, n0, k0, k1);                                              \
+    AVX512 static void name##_f16(float *panel, const qemb_mat *w, int n0, int k0, int k1,         \
+                                 size_t ahead) {                                                   \
+        pack_w(math, QEMB_F16, panel, w, n0, k0, k1, ahead);                                       \
     }                                                                                              \
-    AVX512 static void name##_i8(float *panel, const qemb_mat *w, int n0, int k0, int k1) {        \
-        pack_w(math, QEMB_I8, panel, w, n0, k0, k1);                                               \
+    AVX512 static void name##_i8(float *panel, const qemb_mat *w, int n0, int k0, int k1,          \
+                                size_t ahead) {                                                    \
+        pack_w(math, QEMB_I8, panel, w, n0, k0, k1, ahead);                                        \
     }
 PACK(pack_f32, QEMB_MATH_F32)
 PACK(pack_bf16, QEMB_MATH_BF16)
@@ -490,7 +493,8 @@ TEMPLATE void store_w(float *to, __m512 r[16], __m512 scale) {
     _mm512_store_si512(to + NR, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_castps_si512(sum)));
 }
 
-AVX512 static void pack_int8_f16(float *panel, const qemb_mat *w, int n0, int k0, int k1) {
+AVX512 static void pack_int8_f16(float *panel, const qemb_mat *w, int n0, int k0, int k1,
+                                 size_t ahead) {
     for (int h = 0; h < NR; h += 16) {
         w_rows row;
         find_rows(row, w, n0 + h, 2);
@@ -498,8 +502,8 @@ AVX512 static void pack_int8_f16(float *panel, const qemb_mat *w, int n0, int k0
         for (int k = k0; k < k1; k += 64, to += W_GROUP) {
             float inverse[16];
             __m512 r[16], v[4];
-            prefetch_rows(row, (size_t)k * 2, 1024);
-            prefetch_rows(row, (size_t)k * 2 + 64, 1024);
+            prefetch_rows(row, (size_t)k * 2, ahead * 2);
+            prefetch_rows(row, (size_t)k * 2 + 64, ahead * 2);
             for (int i = 0; i < 16; i++) load_w64(v, row[i], k, w->cols - k), r[i] = largest64(v);
             const __m512 scale = group_scales(inverse, r);
             for (int i = 0; i < 16; i++)
@@ -509,7 +513,8 @@ AVX512 static void pack_int8_f16(float *panel, const qemb_mat *w, int n0, int k0
     }
 }
 
-AVX512 static void pack_int8_i8(float *panel, const qemb_mat *w, int n0, int k0, int k1) {
+AVX512 static void pack_int8_i8(float *panel, const qemb_mat *w, int n0, int k0, int k1,
+                                size_t ahead) {
     for (int h = 0; h < NR; h += 16) {
         w_rows row;
         float *to = panel + h, scale[16];
@@ -518,7 +523,7 @@ AVX512 static void pack_int8_i8(float *panel, const qemb_mat *w, int n0, int k0,
         for (int k = k0; k < k1; k += 64, to += W_GROUP) {
             __m512 r[16];
             const __mmask64 some = w->cols - k >= 64 ? ~0ull : (1ull << (w->cols - k)) - 1;
-            prefetch_rows(row, (size_t)k, 512);
+            prefetch_rows(row, (size_t)k, ahead);
             UNROLL for (int i = 0; i < 16; i++)
                 r[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(some, row[i] + k));
             store_w(to, r, _mm512_loadu_ps(scale));
@@ -532,7 +537,7 @@ static const arithmetic arithmetics[] = {
     [QEMB_MATH_F32] = {1, KC, KC * MR, KC * NR, pack_f32_x, {pack_f32_f16, pack_f32_i8}, tile_f32},
     [QEMB_MATH_BF16] = {2, 2 * KC, KC * MR, KC * NR, pack_bf16_x, {pack_bf16_f16, pack_bf16_i8},
                         tile_bf16},
-    [QEMB_MATH_INT8] = {4, 512, 8 * X_GROUP, 8 * W_GROUP, pack_int8_x,
+    [QEMB_MATH_INT8] = {4, 4 * KC, KC / 16 * X_GROUP, KC / 16 * W_GROUP, pack_int8_x,
                         {pack_int8_f16, pack_int8_i8}, tile_int8},
 };
 
@@ -561,8 +566,11 @@ static void multiply_panels(const void *job, int item, int thread) {
             panel_factors(factor[g], j->w, (p + g) * NR, is_i8 && a->per_dword < 4);
         for (int b = 0, k = 0; k < K; b++, k += a->columns) {
             const int end = min_int(K, k + a->columns);
+            /* next the following columns; after the last, the following rows */
+            const size_t ahead = end < K ? (size_t)a->columns : (size_t)n * NR * K - k;
             for (int g = 0; g < n; g++)
-                a->pack_w[is_i8](panels + g * a->w_floats, j->w, (p + g) * NR, k, end);
+                a->pack_w[is_i8](panels + g * a->w_floats, j->w, (p + g) * NR, k, end,
+                                ahead);
             for (int i = 0; i < j->tiles; i++) {
                 const int t = tile_start(j, i), rows = tile_start(j, i + 1) - t;
                 const float *x = j->packed + ((size_t)i * j->blocks + b) * a->x_floats;
@@ -749,8 +757,8 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config 
                       const qemb_options *opt, qemb_err *err) {
     static const cpu_kernels kernels = {half_row, rmsnorm_row, rotate, swiglu_row, attention_block};
     const int widest = max_int(max_int(c->hidden, c->n_heads * c->head_dim), c->ffn);
-    if (simd_open(be, c, opt, &kernels, GROUP * KC * NR,
-                  (size_t)X_ROWS * (size_t)round_up(widest, 512), err))
+    if (simd_open(be, c, opt, &kernels, GROUP * (KC / 16) * W_GROUP,
+                  (size_t)X_ROWS * (size_t)round_up(widest, 4 * KC), err))
         return -1;
     (*be)->ops = ops;
     return 0;

@@ -383,6 +383,7 @@ static void *map_memory(qemb_backend *be, int slot, size_t bytes, qemb_err *err)
         qemb_fail(err, "out_of_memory", "activations: cannot map %zu bytes", bytes);
         return NULL;
     }
+    madvise(p, bytes, MADV_HUGEPAGE); /* where it may: a matmul's rows lie many small pages apart */
     be->maps[slot] = p;
     be->map_bytes[slot] = bytes;
     return p;
