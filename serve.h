@@ -45,7 +45,8 @@ void vector_drop(vector *v);               /* one less; v may be NULL */
 typedef struct slot slot;
 typedef struct ticket ticket;
 
-/* A distinct text in flight. Its key stands for model and ids: equal keys, equal texts. */
+/* A distinct text in flight. Its key stands for model and ids: two texts of a queue have equal keys
+ * if and only if they have equal ids, or else the batch would give both the same row. */
 typedef struct text {
     uint8_t key[KEY_BYTES];
     struct text *next; /* in the queue's index */

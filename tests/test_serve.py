@@ -582,6 +582,17 @@ def test_a_model_that_computes_nothing(tmp_path):
         assert s.metric("qemb_healthy") == 0
 
 
+def test_a_client_may_send_what_the_probe_sends(tmp_path):
+    """The empty text and a probe that wait for the same batch are one text, not two in one row."""
+    with server(*BUSY, "--name", "demo", model=broken_model(tmp_path, EOS), wait="failing") as s:
+        slow = Slow(s)
+        s.wait_metric("qemb_queue_tokens", lambda x: x > 0)
+        for _ in range(3):
+            a = s.post({"model": "demo", "input": ["", "other"]})
+            assert a.status == 422 and a.error["message"].startswith("input[0]:")
+        assert slow.wait().status == 422
+
+
 # ---- the queue ------------------------------------------------------------------------------------
 
 
@@ -908,8 +919,8 @@ def test_cache_serves_every_dimension():
             want = qemb("--output", "base64", "--dim", str(dim), records=[{"text": t} for t in texts])
             assert s.embed(texts, dimensions=dim) == want
         assert s.metric("qemb_computed_texts_total") == computed
-        assert s.metric("qemb_cache_hits_total") == 3 * len(texts)
-        assert s.metric("qemb_cache_misses_total") == len(texts)
+        assert s.metric("qemb_cache_hits_total") == 3 * len(texts) + 1
+        assert s.metric("qemb_cache_misses_total") == len(texts) - 1  # the probe was the empty one
         assert s.metric("qemb_cache_bytes") > 4 * HIDDEN * len(texts)
         assert s.embed([texts[0], "new"])[0] == s.embed(texts)[0]  # a known one beside a new one
         assert s.embed([texts[0]], instruct="T") != s.embed([texts[0]])
@@ -953,15 +964,16 @@ class Redis:
             assert time.monotonic() < until and self.process.poll() is None
             time.sleep(0.02)
 
-    def command(self, *words):
-        """The first line of the reply."""
+    def command(self, *words, lines=0):
+        """The first line of the reply; or a list of so many."""
         with socket.create_connection(("127.0.0.1", self.port), GUARD) as k:
             f = k.makefile("rwb")
             f.write(b"*%d\r\n" % len(words))
             for w in words:
                 f.write(b"$%d\r\n%s\r\n" % (len(w), w))
             f.flush()
-            return f.readline().strip()
+            got = [f.readline().removesuffix(b"\r\n") for _ in range(lines or 1)]
+            return got if lines else got[0]
 
     def kill(self):
         self.process.kill()
@@ -989,7 +1001,7 @@ def test_redis_is_shared(redis):
     texts = [f"shared {i}" for i in range(40)]
     with server("--cache", 0, "--redis", address) as a:
         want = a.embed(texts)
-        wait_stored(redis, 40)
+        wait_stored(redis, 41)  # the probe's, too
     with server("--cache", 0, "--redis", address) as b:
         assert b.embed(texts) == want
         assert b.embed([*texts[:3], "unknown"], dimensions=5)[:3] == [
@@ -1004,7 +1016,7 @@ def test_models_do_not_share_keys(redis, tmp_path):
     address = f"127.0.0.1:{redis.port}"
     with server("--redis", address) as a:
         one = a.embed([[1, 2]])
-        wait_stored(redis, 1)
+        wait_stored(redis, 2)
     other = tmp_path / "other.qemb"  # one weight differs, and with it the recorded digest
     data = bytearray(Path(MODEL).read_bytes())
     data[40] ^= 1
@@ -1021,17 +1033,18 @@ def test_models_do_not_share_keys(redis, tmp_path):
 def test_wrong_values_in_redis_are_misses(redis):
     address = f"127.0.0.1:{redis.port}"
     with server("--cache", 0, "--redis", address) as s:
-        want = s.embed(["x"])
+        wait_stored(redis, 1)  # the probe's text, the empty one: there is one key
+        want = s.embed([""])
+        key = redis.command(b"KEYS", b"*", lines=3)[2]
+        good = redis.command(b"GET", key, lines=2)
         for value in (b"", b"short", b"\0" * 4 * HIDDEN, b"\xff" * 4 * HIDDEN):
-            wait_stored(redis, 1)
-            with socket.create_connection(("127.0.0.1", redis.port)) as k:
-                k.sendall(b"KEYS *\r\n")
-                got = k.recv(4096)
-            assert got.startswith(b"*1\r\n")
-            key = got.split(b"\r\n", 2)[2][:-2]
             assert redis.command(b"SET", key, value) == b"+OK"
-            assert s.embed(["x"]) == want
-        assert s.metric("qemb_redis_hits_total") == 0
+            assert s.embed([""]) == want
+            until = time.monotonic() + GUARD  # what was computed is stored when there is time
+            while redis.command(b"GET", key, lines=2) != good:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+        assert s.metric("qemb_redis_hits_total") == 1  # the first
         assert s.metric("qemb_redis_errors_total") == 0
 
 
