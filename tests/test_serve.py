@@ -861,6 +861,17 @@ def test_term_under_load():
     assert not bad and len(good) >= 100
 
 
+def test_drain_answers_connections_that_nobody_has_accepted_yet():
+    s = Server(*BUSY, "--max-connections", 2)
+    slow = [Slow(s, 10, 10 * i) for i in range(2)]
+    body = json.dumps(OK).encode()
+    many = [raw(s, head(len(body)) + body) for _ in range(30)]
+    s.process.send_signal(signal.SIGTERM)
+    assert [x.wait().status for x in slow] == [200, 200]
+    assert all(drained(k).startswith(b"HTTP/1.1 200") for k in many)
+    s.stop()
+
+
 def test_drain_answers_and_says_so():
     s = Server(*BUSY)
     kept = s.connect()
@@ -947,6 +958,11 @@ def free_port():
         return k.getsockname()[1]
 
 
+def with_redis(port):
+    """Options of a server that waits for that Redis, on a busy machine too."""
+    return ("--redis", f"127.0.0.1:{port}", "--redis-timeout", 60000)
+
+
 class Redis:
     def __init__(self, port=None):
         self.port = port or free_port()
@@ -997,12 +1013,11 @@ def wait_stored(r, n):
 
 
 def test_redis_is_shared(redis):
-    address = f"127.0.0.1:{redis.port}"
     texts = [f"shared {i}" for i in range(40)]
-    with server("--cache", 0, "--redis", address) as a:
+    with server("--cache", 0, *with_redis(redis.port)) as a:
         want = a.embed(texts)
         wait_stored(redis, 41)  # the probe's, too
-    with server("--cache", 0, "--redis", address) as b:
+    with server("--cache", 0, *with_redis(redis.port)) as b:
         assert b.embed(texts) == want
         assert b.embed([*texts[:3], "unknown"], dimensions=5)[:3] == [
             base64.b64encode(v).decode() for v in
@@ -1013,8 +1028,7 @@ def test_redis_is_shared(redis):
 
 
 def test_models_do_not_share_keys(redis, tmp_path):
-    address = f"127.0.0.1:{redis.port}"
-    with server("--redis", address) as a:
+    with server(*with_redis(redis.port)) as a:
         one = a.embed([[1, 2]])
         wait_stored(redis, 2)
     other = tmp_path / "other.qemb"  # one weight differs, and with it the recorded digest
@@ -1026,13 +1040,12 @@ def test_models_do_not_share_keys(redis, tmp_path):
         checksum = (checksum ^ b) * 0x100000001B3 % 2**64
     struct.pack_into("<Q", data, 24, checksum)
     other.write_bytes(data)
-    with server("--redis", address, "--name", "demo", model=str(other)) as b:
+    with server(*with_redis(redis.port), "--name", "demo", model=str(other)) as b:
         assert b.embed([[1, 2]]) == one and b.metric("qemb_redis_hits_total") == 0
 
 
 def test_wrong_values_in_redis_are_misses(redis):
-    address = f"127.0.0.1:{redis.port}"
-    with server("--cache", 0, "--redis", address) as s:
+    with server("--cache", 0, *with_redis(redis.port)) as s:
         wait_stored(redis, 1)  # the probe's text, the empty one: there is one key
         want = s.embed([""])
         key = redis.command(b"KEYS", b"*", lines=3)[2]
