@@ -141,30 +141,32 @@ bench: qemb build/release/bench ## speed of tokenizer, printing and whole runs (
 
 # What the server's threads meet in; the rest of its tests ask one thing at a time.
 RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat
+SERVE_TESTS = "$(VENV)/bin/pytest -q -rs tests/test_serve.py" \
+  "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py" \
+  "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py -k '$(RACY)'"
 JOBS     := $(shell nproc)
 SUBMAKE   = $(MAKE) -s -j$(JOBS)
 C_TESTS   = $(TESTS:%=build/release/test_%) $(TESTS:%=build/asan/test_%)
 FUZZ_BINS = $(FUZZERS:%=build/fuzz/fuzz_%)
 CLANG_OBJ = $(patsubst %,build/clang/%.o,$(sort $(FRONT) $(SERVE) $(ENGINE)))
 
-test: need-test $(VENV_TEST) ## install what is missing, run all but test-serve (C, sanitizers, fuzzers, Python, emulated CUDA)
+test: need-test $(VENV_TEST) ## install what is missing, run everything (C, sanitizers, fuzzers, Python, the server, emulated CUDA)
 	@echo "building"; $(SUBMAKE) test-programs
 	@tests/run.sh \
 	  $(patsubst %,"% --tap",$(C_TESTS)) \
 	  $(patsubst %,"% -runs=$(FUZZ_RUNS) -seed=1 -max_len=4096 -verbosity=0",$(FUZZ_BINS)) \
 	  "$(VENV)/bin/pytest -q -rs tests --ignore=tests/test_serve.py" \
+	  $(SERVE_TESTS) \
 	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/test_protocol.py" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/test_protocol.py" \
 	  "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) gpu-test"
 
 .PHONY: test-programs test-serve
 test-programs: qemb qemb-serve $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
-  $(foreach v,asan tsan,build/$(v)/qemb)
+  $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
 
-test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/tsan/qemb-serve ## the server's tests: real clients, attacks, sanitizers
-	@tests/run.sh "$(VENV)/bin/pytest -q -rs tests/test_serve.py" \
-	  "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py" \
-	  "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py -k '$(RACY)'"
+test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/tsan/qemb-serve ## the server's tests alone: real clients, attacks, sanitizers
+	@tests/run.sh $(SERVE_TESTS)
 
 test-c: need-test $(C_TESTS) ## the C tests alone
 	@tests/run.sh $(patsubst %,"% --tap",$(C_TESTS))
