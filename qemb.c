@@ -1,7 +1,7 @@
 /* qemb.c - the model: Qwen3-Embedding from token ids to vectors, in plain C.
  *
  * Top to bottom: the ops in the order in which a token meets them (embed, rmsnorm, matmul,
- * qknorm_rope, attention, swiglu, pool), the table of them, the memory they work in, the forward
+ * qknorm_rope, attention, gate_up, pool), the table of them, the memory they work in, the forward
  * that calls them, and the packer that lays many texts end to end so that nothing is padded.
  *
  * Every op computes a row from that row's inputs alone, always by the same instructions in the
@@ -341,10 +341,12 @@ static void cpu_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
     }
 }
 
-/* ---- swiglu: h = silu(gate) * up  (Shazeer 2020) ---------------------------------------------- */
+/* ---- gate_up: h = silu(gate) * up  (Shazeer 2020) --------------------------------------------- */
 
-static void cpu_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T) {
+static void cpu_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
+                        const qemb_mat *w, int T) {
     const int F = be->c->ffn;
+    cpu_matmul(be, gu, x, w, T);
 #pragma omp parallel for num_threads(be->threads) if (T > 1)
     for (int t = 0; t < T; t++) {
         const float *gate = cf32(gu) + (size_t)t * 2 * F, *up = gate + F;
@@ -446,7 +448,7 @@ const qemb_ops qemb_cpu_ops = {
     .matmul_add = cpu_matmul_add,
     .qknorm_rope = cpu_qknorm_rope,
     .attention = cpu_attention,
-    .swiglu = cpu_swiglu,
+    .gate_up = cpu_gate_up,
     .gather_last = cpu_gather_last,
     .pool = cpu_pool,
 };
@@ -524,8 +526,7 @@ static void qemb_forward(qemb_model *m, const qemb_layout *b, float *out) {
             const int n = min_int(QEMB_MLP_ROWS, rows - r);
             float *xr = x + (size_t)r * c->hidden;                          /* xr  (n, D)         */
             op->rmsnorm(be, a->xn, xr, w->mlp_norm, n);                     /* xn  (n, D)         */
-            op->matmul(be, a->gu, a->xn, &w->wgu, n);                       /* gu  (n, 2F)        */
-            op->swiglu(be, a->h, a->gu, n);                                 /* h   (n, F)         */
+            op->gate_up(be, a->h, a->gu, a->xn, &w->wgu, n);                /* h   (n, F)         */
             op->matmul_add(be, xr, a->h, &w->wdown, n);                     /* xr += h Wdown^T    */
         }
     }

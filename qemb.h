@@ -246,8 +246,10 @@ typedef struct qemb_ops {
      * row; 1: att (B, H*hd) for each text's last row. qkv (T, (H+2K)*hd). */
     void (*attention)(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const qemb_layout *b,
                       int last_only);
-    /* h (T, F) = silu(gate) * up,  gu (T, 2F): gate, then up */
-    void (*swiglu)(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
+    /* h (T, F) = silu(gate) * up,  gate and up (T, F) the two halves of x W^T,  x (T, in),
+     * W (2F, in): gate's rows, then up's. gu (T, 2F) is scratch, for tables that want both first. */
+    void (*gate_up)(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
+                    const qemb_mat *w, int T);
     /* y (B, D) = rows cu[b+1]-1 of x (T, D) */
     void (*gather_last)(qemb_backend *be, float *y, const float *x, const qemb_layout *b);
     /* out (B, D), host memory = rmsnorm of x (B, D) with w (D). Returns when out is written. */
