@@ -307,7 +307,7 @@ Test(ops, gate_up) {
     const qemb_config c = {.hidden = 2 * F, .ffn = F, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
     uint16_t *W = calloc((size_t)4 * F * F, sizeof *W);
     float *scratch = malloc((size_t)T * 2 * F * sizeof *scratch);
-    const qemb_mat m = {W, 2 * F, 2 * F, QEMB_F16, 1};
+    const qemb_mat m = {W, 2 * F, 2 * F, QEMB_F16, 1, NULL};
     for (int i = 0; i < 2 * F; i++) W[(size_t)i * 2 * F + i] = 0x3c00; /* 1 */
     for (int o = 0; qemb_cpu_table(o); o++) {
         rng r = {5};
