@@ -147,18 +147,18 @@ static void measure_limits(void) {
 
 /* ---- ops -------------------------------------------------------------------------------------- */
 
-enum { QKV, WO, GATE_UP, DOWN, EMBED, RMSNORM, QKNORM_ROPE, SWIGLU, ATTENTION, N_OPS };
-static const char *const op_names[N_OPS] = {"matmul qkv",      "matmul_add wo", "matmul gate_up",
+enum { QKV, WO, GATE_UP, DOWN, EMBED, RMSNORM, QKNORM_ROPE, ATTENTION, N_OPS };
+static const char *const op_names[N_OPS] = {"matmul qkv",      "matmul_add wo", "gate_up",
                                             "matmul_add down", "embed",         "rmsnorm",
-                                            "qknorm_rope",     "swiglu",        "attention"};
+                                            "qknorm_rope",     "attention"};
 
 typedef struct { /* a table, the op that runs next, its batch and buffers */
     const qemb_ops *op;
     qemb_backend *be;
     qemb_layout b;
     int32_t tokens[MAX_ROWS], pos[MAX_ROWS], cu[MAX_ROWS + 1];
-    float *in, *out; /* (MAX_ROWS, widest row) */
-    int which, cold; /* cold: every call takes the next layer's weights */
+    float *in, *out, *gu; /* (MAX_ROWS, widest row) */
+    int which, cold;      /* cold: every call takes the next layer's weights */
 } setup;
 
 static size_t widest(void) {
@@ -176,12 +176,13 @@ static void setup_open(setup *s, const qemb_ops *op) {
     s->op = op;
     if (op->open(&s->be, &file->config, &opt, &err)) die(err.msg);
     s->in = need(sizeof(float) * n), s->out = need(sizeof(float) * n);
+    s->gu = need(sizeof(float) * n);
     for (size_t i = 0; i < n; i++) s->in[i] = (float)(i * 2654435761u % 2001) / 1000 - 1;
 }
 
 static void setup_close(setup *s) {
     s->op->close(s->be);
-    free(s->in), free(s->out);
+    free(s->in), free(s->out), free(s->gu);
 }
 
 /* B texts of n tokens, B n rows */
@@ -215,8 +216,8 @@ static void run_op(void *arg, int i) {
     case QKNORM_ROPE:
         s->op->qknorm_rope(s->be, out, l->q_norm, l->k_norm, &s->b);
         break;
-    case SWIGLU:
-        s->op->swiglu(s->be, out, in, s->b.T);
+    case GATE_UP:
+        s->op->gate_up(s->be, out, (qemb_act *)s->gu, in, matrix(s, i), s->b.T);
         break;
     case ATTENTION:
         s->op->attention(s->be, out, in, &s->b, 0);
@@ -316,10 +317,8 @@ static void bench_ops(void) {
     static const int rows[] = {1, 4, 16, 64, 512, 1024, 4096};
     const qemb_config *c = &file->config;
     const double Q = (double)c->n_heads * c->head_dim, KV = (double)c->n_kv_heads * c->head_dim;
-    const double bytes[N_OPS] = {[EMBED] = 6.0 * c->hidden,
-                                 [RMSNORM] = 8.0 * c->hidden,
-                                 [QKNORM_ROPE] = 8 * (Q + KV),
-                                 [SWIGLU] = 12.0 * c->ffn};
+    const double bytes[N_OPS] = {
+        [EMBED] = 6.0 * c->hidden, [RMSNORM] = 8.0 * c->hidden, [QKNORM_ROPE] = 8 * (Q + KV)};
     setup_open(&s, table);
     setup_open(&plain, &qemb_cpu_ops);
     for (int op = 0; op < N_OPS; op++) {
@@ -360,7 +359,7 @@ static void bench_ops(void) {
 
 static double spent[7];
 static const char *const spent_names[7] = {"embed",       "rmsnorm",   "matmul", "matmul_add",
-                                           "qknorm_rope", "attention", "swiglu"};
+                                           "qknorm_rope", "attention", "gate_up"};
 
 #define TIMED(i, op, params, args)                                                                 \
     static void timed_##op params {                                                                \
@@ -382,7 +381,9 @@ TIMED(4, qknorm_rope,
 TIMED(5, attention,
       (qemb_backend * be, qemb_act *o, const qemb_act *v, const qemb_layout *b, int last),
       (be, o, v, b, last))
-TIMED(6, swiglu, (qemb_backend * be, qemb_act *h, const qemb_act *gu, int T), (be, h, gu, T))
+TIMED(6, gate_up,
+      (qemb_backend * be, qemb_act *h, qemb_act *gu, const qemb_act *x, const qemb_mat *w, int T),
+      (be, h, gu, x, w, T))
 
 typedef struct {
     qemb_model *m;
@@ -413,7 +414,7 @@ static void bench_forward(int n) {
     qemb_ops timed = *table;
     timed.embed = timed_embed, timed.rmsnorm = timed_rmsnorm, timed.matmul = timed_matmul;
     timed.matmul_add = timed_matmul_add, timed.qknorm_rope = timed_qknorm_rope;
-    timed.attention = timed_attention, timed.swiglu = timed_swiglu;
+    timed.attention = timed_attention, timed.gate_up = timed_gate_up;
     forward f;
     qemb_err err;
     int32_t *ids = need(sizeof *ids * (size_t)B * (size_t)n);
@@ -534,7 +535,7 @@ int main(int argc, char **argv) {
         die("usage: bench limits|ops|forward|tokenizer|print MODEL [LENGTH...|TEXT...] [--threads "
             "N] [--cpu NAME] [--tokens N] [--cpu-time]");
     if (threads < 1) threads = omp_get_num_procs();
-    if (!(table = qemb_cpu_choose(cpu))) die("--cpu: no such table on this machine");
+    if (!(table = qemb_cpu_choose(cpu, QEMB_MATH_F32))) die("--cpu: no such table on this machine");
     if (qemb_file_open((qemb_file **)&file, argv[2], &err)) die(err.msg);
     const char *what = argv[1];
     if (strcmp(what, "tokenizer") && strcmp(what, "print")) measure_limits();

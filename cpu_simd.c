@@ -857,7 +857,7 @@ static void avx2_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
     parallel(be->pool, windows * be->c->n_kv_heads, attention_part, &j);
 }
 
-/* ---- swiglu ----------------------------------------------------------------------------------- */
+/* ---- gate_up ---------------------------------------------------------------------------------- */
 
 AVX2 static void swiglu_row(float *h, const float *gate, const float *up, int n) {
     const __m256 one = _mm256_set1_ps(1);
@@ -876,7 +876,9 @@ static void swiglu_rows(const void *job, int item, int thread) {
         swiglu_row(j->y + t * F, j->x + 2 * t * F, j->x + (2 * t + 1) * F, (int)F);
 }
 
-static void avx2_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T) {
+static void avx2_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
+                         const qemb_mat *w, int T) {
+    avx2_matmul(be, gu, x, w, T);
     for_rows(&(rows_job){.be = be, .y = f32(h), .x = cf32(gu), .T = T, .chunk = 4}, swiglu_rows);
 }
 
@@ -909,7 +911,7 @@ static const qemb_ops avx2_ops = {
     .matmul_add = avx2_matmul_add,
     .qknorm_rope = avx2_qknorm_rope,
     .attention = avx2_attention,
-    .swiglu = avx2_swiglu,
+    .gate_up = avx2_gate_up,
     .gather_last = cpu_gather_last,
     .pool = avx2_pool,
 };
@@ -934,9 +936,10 @@ const qemb_ops *qemb_cpu_table(int i) {
     return i >= 0 && i < 2 ? tables[i] : NULL;
 }
 
-const qemb_ops *qemb_cpu_choose(const char *name) {
+const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math) {
     const qemb_ops *found = NULL;
     for (int i = 0; qemb_cpu_table(i); i++)
-        if (!name || !strcmp(name, qemb_cpu_table(i)->name)) found = qemb_cpu_table(i);
+        if (qemb_cpu_table(i)->math == math && (!name || !strcmp(name, qemb_cpu_table(i)->name)))
+            found = qemb_cpu_table(i);
     return found;
 }

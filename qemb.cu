@@ -577,13 +577,15 @@ static void cuda_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
         any_attention<128>(be, (act *)att, (const act *)qkv, b->B, last_only);
 }
 
-static void cuda_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T) {
+static void cuda_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
+                         const qemb_mat *w, int T) {
     const int F = be->c->ffn;
+    cuda_matmul(be, gu, x, w, T);
     const size_t wanted = blocks((size_t)T * F / 8, SWIGLU_THREADS);
     good(be,
          launch(swiglu_kernel<act>, dim3(stride_blocks(be, wanted)), dim3(SWIGLU_THREADS), 0,
                 be->st, (act *)h, (const act *)gu, T, F, be->clamps),
-         "swiglu");
+         "gate_up");
 }
 
 static void cuda_gather_last(qemb_backend *be, float *y, const float *x, const qemb_layout *b) {
@@ -638,7 +640,7 @@ const qemb_ops qemb_cuda_ops = {
     .matmul_add = cuda_matmul_add,
     .qknorm_rope = cuda_qknorm_rope,
     .attention = cuda_attention,
-    .swiglu = cuda_swiglu,
+    .gate_up = cuda_gate_up,
     .gather_last = cuda_gather_last,
     .pool = cuda_pool,
 };
