@@ -20,7 +20,7 @@ comma       := ,
 # The program's other parts; the Makefile's lists where it includes this.
 FRONT  ?= main encode output pipeline format input
 ENGINE ?= qemb cpu_simd file tokenizer
-CUDA_MAIN := -include qemb_cuda.h "-DDEFAULT_OPS=&qemb_cuda_ops"
+CUDA_MAIN := -include qemb_cuda.h "-DDEFAULT_OPS=&qemb_cuda_ops" -DOPS_TABLE=qemb_cuda_table
 CUDA_PROGRAM = $(filter-out main,$(FRONT)) $(ENGINE)
 
 .PHONY: test-emu emu-values emu-sanitizers emu-races emu-program emu-mutants cuda-archs mutants gpu-test gpu-check gpu-bench

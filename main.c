@@ -18,7 +18,8 @@
 /* The ops table that computes unless --cpu names another. A program for another backend is this one
  * built with another name here. */
 #ifndef DEFAULT_OPS
-#define DEFAULT_OPS qemb_cpu_choose(NULL)
+#define DEFAULT_OPS qemb_cpu_choose(NULL, QEMB_MATH_F32)
+#define OPS_TABLE   qemb_cpu_table
 #endif
 
 /* ---- messages ------------------------------------------------------------------------------ */
@@ -170,7 +171,7 @@ static const char help[] =
     "  --batch-tokens N     tokens that are computed together [4096; on a GPU 8192]\n"
     "  --threads N          CPU threads                                     [all]\n"
     "  --cpu NAME           plain or avx2: whose arithmetic            [the fastest]\n"
-    "  --math fp16|fp8      on a GPU: what products are computed in         [fp16]\n"
+    "  --math NAME          f16 or fp8, on a GPU: what products are in       [f16]\n"
     "  --vram MIB           on a GPU: memory to use at most                 [free]\n"
     "  --deterministic      on a GPU: no bit depends on what else is computed\n"
     "  --no-graphs          on a GPU: no CUDA graphs for small batches\n"
@@ -213,7 +214,7 @@ static int parse_output(const char *s) {
 }
 
 static const qemb_ops *parse_cpu(const char *s) {
-    const qemb_ops *found = qemb_cpu_choose(s);
+    const qemb_ops *found = qemb_cpu_choose(s, QEMB_MATH_F32);
     char want[80] = "";
     for (int i = 0; qemb_cpu_table(i); i++) {
         const size_t n = strlen(want);
@@ -223,8 +224,19 @@ static const qemb_ops *parse_cpu(const char *s) {
     return found;
 }
 
+/* The last table with that arithmetic: the fastest. */
+static const qemb_ops *parse_math(const char *s) {
+    static const char *const names[] = {"f32", "bf16", "int8", "fp8", "f16"}; /* qemb_math */
+    const qemb_math math = (qemb_math)parse_name("math", s, names, LENGTH(names));
+    const qemb_ops *found = NULL;
+    for (int i = 0; OPS_TABLE(i); i++)
+        if (OPS_TABLE(i)->math == math) found = OPS_TABLE(i);
+    if (!found) USAGE("--math: %s: not with this program on this machine", s);
+    return found;
+}
+
 static void set_option(options *o, int opt, const char *arg) {
-    static const char *const inputs[] = {"text", "jsonl"}, *const maths[] = {"fp16", "fp8"};
+    static const char *const inputs[] = {"text", "jsonl"};
     switch (opt) {
     case 'm':
         o->model = arg;
@@ -263,7 +275,7 @@ static void set_option(options *o, int opt, const char *arg) {
         o->ops = parse_cpu(arg);
         break;
     case OPT_MATH:
-        o->engine.math = (qemb_math)parse_name("math", arg, maths, 2);
+        o->ops = parse_math(arg);
         break;
     case OPT_VRAM:
         o->engine.vram = (size_t)parse_int("vram", arg, 1 << 30) << 20;
@@ -354,7 +366,7 @@ static void parse_options(options *o, int argc, char **argv) {
             USAGE("--%s: means nothing to qemb %s", option_name(seen[i]),
                   command_names[o->command]);
     for (int i = 0; i < n_seen; i++)
-        if (seen[i] >= OPT_MATH && seen[i] <= OPT_CACHE && !o->ops->plan)
+        if (seen[i] >= OPT_VRAM && seen[i] <= OPT_CACHE && !o->ops->plan)
             USAGE("--%s: only with a GPU (qemb-cuda)", option_name(seen[i]));
     if (!o->model) USAGE("no model (want -m MODEL.qemb)");
     if (o->query && o->instruct) USAGE("--query and --instruct: only one of them");
@@ -471,7 +483,7 @@ static int tokenize(const options *o) {
 /* ---- info, plan ------------------------------------------------------------------------------ */
 
 static const char *dtype_name(qemb_dtype d) {
-    static const char *const names[] = {"u8", "u32", "f32", "f16"};
+    static const char *const names[] = {"u8", "u32", "f32", "f16", "int8, a scale per row"};
     return names[d];
 }
 

@@ -51,7 +51,7 @@ typedef struct {
     float rms_eps;
 } qemb_config;
 
-typedef enum { QEMB_U8 = 0, QEMB_U32 = 1, QEMB_F32 = 2, QEMB_F16 = 3 } qemb_dtype;
+typedef enum { QEMB_U8 = 0, QEMB_U32 = 1, QEMB_F32 = 2, QEMB_F16 = 3, QEMB_I8 = 4 } qemb_dtype;
 
 /* A weight matrix W (rows = out, cols = in). y = alpha * x W^T. A backend may set alpha where it
  * hands W a scaled input (the CUDA table's SwiGLU guard); it is 1 in a file. */
@@ -60,6 +60,7 @@ typedef struct {
     int32_t rows, cols;
     qemb_dtype dtype;
     float alpha;
+    const float *scale; /* (rows) of QEMB_I8: row r of W is scale[r] * data; else NULL */
 } qemb_mat;
 
 typedef struct {
@@ -106,6 +107,8 @@ typedef struct {
  *   layers.I.attn_norm f32 (1, D), .wqkv f16, .q_norm f32 (1, hd), .k_norm f32 (1, hd), .wo f16,
  *   .mlp_norm f32 (1, D), .wgu f16, .wdown f16           for I = 0 .. L-1
  *   final_norm     f32 (1, D)
+ * In an INT8 file the four matrices of every layer are i8, in -127 .. 127, and each is followed by
+ * a section of its name and ".scale", f32 (1, rows): W[r][c] = scale[r] * data[r][c].
  * convert_weights.py writes it, file.c reads it.
  */
 typedef struct {
@@ -182,17 +185,11 @@ typedef struct {
 
 /* ---- backends ------------------------------------------------------------------------------ */
 
-typedef enum {
-    QEMB_MATH_DEFAULT, /* the table's own: FP32 on a CPU, FP16 with FP32 sums on a GPU */
-    QEMB_MATH_FP8      /* e4m3, a scale per row of W and per token, FP32 sums: some GPUs */
-} qemb_math;
-
 typedef struct {
     int batch_tokens; /* rows of a bulk batch; 0: the table's */
     int max_tokens;   /* longest text, end-of-text included; 0: the model's max_positions */
     int threads;      /* CPU threads; 0: all this process may use */
     /* The CUDA backend's; the CPU's ignore them. */
-    qemb_math math;    /* what the layers' products are computed in */
     int deterministic; /* a vector's bits do not depend on its batch (always so on a CPU) */
     int no_graphs;     /* small batches are launched op by op, not replayed as CUDA graphs */
     size_t vram;       /* bytes of GPU memory to use at most; 0: what is free */
@@ -221,11 +218,21 @@ typedef struct {
     const char *failure; /* why the device stopped, one line of the backend's; NULL: it works */
 } qemb_health;
 
-/* One table per backend. Ops return void, assert on misuse, and read and write only what their
+/* What a table multiplies in. Sums, and all that is not a matrix product, are at least float. */
+typedef enum {
+    QEMB_MATH_F32,  /* weights as the file has them, activations in float */
+    QEMB_MATH_BF16, /* both rounded to bfloat16 */
+    QEMB_MATH_INT8, /* weights by row, activations by token, scaled to 8 bit integers */
+    QEMB_MATH_FP8,  /* weights by row, activations by token, scaled to e4m3 */
+    QEMB_MATH_F16   /* both in half */
+} qemb_math;
+
+/* One table per backend and arithmetic. Ops return void, assert on misuse, and read and write only what their
  * shapes say. The residual stream x is float everywhere. The forward calls them in order, from one
  * thread; a row's result depends on that row's inputs alone, never on T or on other rows. */
 typedef struct qemb_ops {
     const char *name;
+    qemb_math math;
     size_t act_size;  /* bytes of one qemb_act */
     int batch_tokens; /* rows of a bulk batch unless the options say; 0: QEMB_BATCH_TOKENS */
     int mlp_rows;     /* rows that the MLP works on at a time; 0: QEMB_MLP_ROWS */
@@ -280,10 +287,11 @@ typedef struct qemb_ops {
 } qemb_ops;
 
 extern const qemb_ops qemb_cpu_ops; /* qemb.c: plain C, OpenMP; "plain" */
-/* cpu_simd.c: the tables that this machine's CPU can run, "plain" first, the fastest last; NULL
- * past the end. By name; a name of NULL is the fastest. NULL: unknown here. */
+/* cpu_simd.c: the tables that this machine's CPU can run, "plain" first, the fastest of each
+ * arithmetic last; NULL past the end. By name and arithmetic; a name of NULL is the fastest. NULL:
+ * unknown here. */
 const qemb_ops *qemb_cpu_table(int i);
-const qemb_ops *qemb_cpu_choose(const char *name);
+const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math);
 
 /* ---- the engine ---------------------------------------------------------------------------- */
 
@@ -292,10 +300,10 @@ typedef struct qemb_batch qemb_batch; /* texts on their way into a forward */
 
 /* Memory a model takes beside the file's map, in bytes. */
 typedef struct {
-    size_t arena_batch; /* activations of a bulk batch of batch_tokens rows */
-    size_t arena_text;  /* activations when one text of max_tokens comes */
-    size_t weights;     /* bytes of the map that every batch reads (the layers) */
-    size_t table;       /* bytes of the embedding table, of which rows in use are read */
+    size_t arena_batch;          /* activations of a bulk batch of batch_tokens rows */
+    size_t arena_text;           /* activations when one text of max_tokens comes */
+    size_t weights;              /* bytes of the map that every batch reads (the layers) */
+    size_t table;                /* bytes of the embedding table, of which rows in use are read */
     qemb_part parts[QEMB_PARTS]; /* (n_parts) the backend's own memory, activations included */
     int n_parts;
 } qemb_memory;
