@@ -295,14 +295,8 @@ static int occurs(int op, int T) { return T <= QEMB_MLP_ROWS || (op != GATE_UP &
 static void bench_op(setup *s, int op) {
     const qemb_config *c = &file->config;
     const double Q = (double)c->n_heads * c->head_dim, KV = (double)c->n_kv_heads * c->head_dim;
-<<<<<<< HEAD
     const double bytes[N_OPS] = {
         [EMBED] = 6.0 * c->hidden, [RMSNORM] = 8.0 * c->hidden, [QKNORM_ROPE] = 8 * (Q + KV)};
-=======
-    const double bytes[N_OPS] = {[EMBED] = 6.0 * c->hidden,
-                                 [RMSNORM] = 8.0 * c->hidden,
-                                 [QKNORM_ROPE] = 8 * (Q + KV),
-                                 [SWIGLU] = 12.0 * c->ffn};
     for (int i = 0; i < (int)(sizeof row_counts / sizeof *row_counts); i++) {
         const int T = row_counts[i];
         if (!occurs(op, T)) continue;
@@ -327,7 +321,6 @@ static int asked_for(int op, char **names, int n) {
 
 static void bench_ops(char **names, int n, int others) {
     static setup s, plain;
->>>>>>> bench
     setup_open(&s, table);
     setup_open(&plain, &qemb_cpu_ops);
     for (int op = 0; op < N_OPS; op++) {
