@@ -140,7 +140,7 @@ bench: qemb build/release/bench ## speed of tokenizer, printing and whole runs (
 # ---- tests ----------------------------------------------------------------------------------------
 
 # What the server's threads meet in; the rest of its tests ask one thing at a time.
-RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat
+RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat or fallback
 SERVE_TESTS = "$(VENV)/bin/pytest -q -rs tests/test_serve.py" \
   "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py" \
   "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py -k '$(RACY)'"

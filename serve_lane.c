@@ -40,15 +40,17 @@ struct lane {
 
 /* ---- opening ---------------------------------------------------------------------------------- */
 
-/* The header holds the shape and the SHA-256 of everything else. Backends round differently, so
- * they do not share vectors. */
+/* The header holds the shape and the SHA-256 of everything else. Backends and arithmetics round
+ * differently, so they do not share vectors. */
 #define HEADER_BYTES 4096
 
 static void make_fingerprint(lane *l) {
     const char *backend = l->opt.cli.ops->name;
+    const uint8_t math = (uint8_t)l->opt.cli.ops->math;
     EVP_MD_CTX *c = need(EVP_MD_CTX_new());
     const int good = EVP_DigestInit_ex(c, l->sha256, NULL) &&
                      EVP_DigestUpdate(c, backend, strlen(backend) + 1) &&
+                     EVP_DigestUpdate(c, &math, sizeof math) &&
                      EVP_DigestUpdate(c, l->source.file->map, HEADER_BYTES) &&
                      EVP_DigestFinal_ex(c, l->fingerprint, NULL);
     EVP_MD_CTX_free(c);
@@ -139,8 +141,17 @@ static void remember(lane *l, const uint8_t *key, vector *v) {
     if (l->opt.redis) redis_put(l->opt.redis, key, v);
 }
 
+static void load(lane *l) {
+    qemb_err err;
+    if (qemb_open(&l->model, l->source.file, l->opt.cli.ops, &l->opt.cli.engine, &err))
+        DIE(STATUS_MODEL, "%s", err.msg);
+    log_line("info", "loaded", "\"fallback\":%s,\"fingerprint\":\"%s\"",
+             l->opt.is_fallback ? "true" : "false", l->fingerprint_hex);
+}
+
 static void *compute_main(void *arg) {
     lane *l = arg;
+    load(l);
     const size_t D = (size_t)l->source.file->config.hidden;
     const size_t most = (size_t)qemb_options_of(l->model)->batch_tokens;
     qemb_batch *b = need(qemb_batch_new(l->model));
@@ -182,13 +193,9 @@ static void *compute_main(void *arg) {
 }
 
 void lane_start(lane *l) {
-    qemb_err err;
-    if (qemb_open(&l->model, l->source.file, l->opt.cli.ops, &l->opt.cli.engine, &err))
-        DIE(STATUS_MODEL, "%s", err.msg);
     const int error = pthread_create(&l->thread, NULL, compute_main, l);
     if (error) DIE(STATUS_MODEL, "thread: cannot start it (%s)", strerror(error));
     l->started = 1;
-    lane_tick(l, seconds_now());
 }
 
 void lane_stop(lane *l) { queue_stop(l->queue); }
