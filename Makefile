@@ -12,6 +12,7 @@ export QEMB_SHARED ?= $(abspath ../shared)
 DEBIAN_BUILD   := gcc libc6-dev libjansson-dev libssl-dev
 DEBIAN_SERVE   := libmicrohttpd-dev libhiredis-dev
 DEBIAN_PYTHON  := python3 python3-venv
+DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread # a plot, and products to compare with
 DEBIAN_TEST    := clang libclang-rt-dev libcriterion-dev xz-utils curl redis-server
 
 WARNINGS := -Wall -Wextra -Wpedantic -Werror
@@ -19,6 +20,8 @@ WARNINGS := -Wall -Wextra -Wpedantic -Werror
 BASE     := -std=c11 -D_GNU_SOURCE $(WARNINGS) -ffp-contract=fast -pthread -MMD -MP
 SERVE_LIBS := -lmicrohttpd -lhiredis
 LIBS     := -ljansson -lcrypto -lm
+# bench has oneDNN beside the matmul if its headers are there when bench is built (bench_gemm.c).
+BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
 ENGINE  := qemb cpu_simd file tokenizer
@@ -84,8 +87,8 @@ build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$(SERVE) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
 build/$(1)/test_%: build/$(1)/tests/test_%.o $$(patsubst %,build/$(1)/%.o,tests/oracle tests/support $(TESTED) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
-build/$(1)/bench: build/$(1)/bench.o $$(patsubst %,build/$(1)/%.o,format $(ENGINE))
-	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
+build/$(1)/bench: $$(patsubst %,build/$(1)/%.o,bench bench_limits bench_gemm format $(ENGINE))
+	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/fuzz_%: build/$(1)/tests/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/support serve_api serve_metrics format input qemb cpu_simd file tokenizer)
 	$(2) $(3) $$^ $(LIBS) -o $$@
 -include $$(wildcard build/$(1)/*.d build/$(1)/tests/*.d)
