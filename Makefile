@@ -184,4 +184,4 @@ golden: $(VENV)/.convert ## make tests/golden again with transformers (downloads
 	$(GOLDEN)/bin/python tests/make_golden.py
 
 clean: ## remove what make made, but for the Python environments
-	rm -rf build qemb qemb-serve qemb-cuda
+	rm -rf build qemb qemb-serve qemb-cuda qemb-serve-cuda

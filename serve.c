@@ -395,16 +395,18 @@ int main(int argc, char **argv) {
     http *h = http_start(&o.http, l[0], l[1]);
     log_line("info", "listening", "\"port\":%d,\"pid\":%ld", http_port(h), (long)getpid());
     for (int i = 0; i < 2 && l[i]; i++) lane_start(l[i]);
-    int sig;
-    while (!(sig = wait_signal(&set))) tick(l, h);
+    int sig, dead = 0;
+    for (; !(sig = wait_signal(&set)) && !dead; tick(l, h))
+        for (int i = 0; i < 2 && l[i]; i++) dead |= lane_state_of(l[i]) == LANE_DEAD;
     drain(&o.http, &set, l, h);
     int joined = 1; /* first: then they resume no connection any more */
     for (int i = 0; i < 2 && l[i]; i++) joined &= lane_join(l[i], LAST_BATCH);
     http_stop(h);
     log_line("info", "stopped", "\"signal\":%d", sig);
-    if (!joined) leave(STATUS_GOOD); /* in the middle of a long batch that nobody waits for */
+    const int status = dead ? STATUS_MODEL : STATUS_GOOD;
+    if (!joined) leave(status); /* in the middle of a long batch that nobody waits for */
     for (int i = 0; i < 2 && l[i]; i++) lane_free(l[i]);
     redis_free(o.lane.redis);
     cache_free(o.lane.cache);
-    return STATUS_GOOD;
+    return status;
 }

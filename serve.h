@@ -210,7 +210,8 @@ void redis_put(redis *r, const uint8_t key[KEY_BYTES], vector *v); /* does not w
 
 /* ---- serve_lane.c ---------------------------------------------------------------------------- */
 
-typedef enum { LANE_LOADING, LANE_READY, LANE_FAILING } lane_state;
+/* LANE_DEAD: its device has failed and its queue has ended; the process is to end. */
+typedef enum { LANE_LOADING, LANE_READY, LANE_FAILING, LANE_DEAD } lane_state;
 
 typedef struct lane lane;
 
@@ -314,6 +315,8 @@ typedef enum {
     COUNT_COMPUTED_TOKENS,
     COUNT_DEDUP,
     COUNT_NON_FINITE,
+    COUNT_CLAMPED,
+    COUNT_RECOMPUTED,
     COUNT_FALLBACKS,
     COUNT_DEPARTED,
     COUNT_EXPIRED,

@@ -412,6 +412,8 @@ static int submit_or_fall_back(request *r) {
     case LANE_FAILING:
         fallen = fall_back(r);
         return fallen < 0 ? submit(r) : fallen;
+    case LANE_DEAD:
+        return api_fail(&r->error, 503, "shutting_down", NULL, "server: its device has failed");
     case LANE_LOADING:
         break;
     }
@@ -450,7 +452,7 @@ static enum MHD_Result tokenize(request *r) {
 }
 
 static const char *state_name(lane *l) {
-    static const char *const names[] = {"loading", "ok", "failing"};
+    static const char *const names[] = {"loading", "ok", "failing", "failing"};
     return names[lane_state_of(l)];
 }
 
