@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -921,6 +922,55 @@ def test_a_log_that_nobody_reads_costs_lines_only():
     log.close()
 
 
+# ---- load ------------------------------------------------------------------------------------------
+
+CHINESE = "今天天气很好，我们去公园散步吧。"
+
+
+def tool(name):
+    found = shutil.which(name) or shutil.which(name, path=os.path.dirname(sys.executable))
+    if not found:
+        pytest.skip(f"{name}: not installed")
+    return found
+
+
+def run_tool(*args, **kw):
+    done = subprocess.run(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=GUARD, **kw)
+    out = done.stdout.decode()
+    assert done.returncode == 0, out
+    return out
+
+
+def test_wrk(serve, tmp_path):
+    script = tmp_path / "ask.lua"
+    script.write_text(
+        f'''wrk.method, wrk.body = "POST", [[{json.dumps({**OK, "input": CHINESE})}]]
+        wrk.headers["Content-Type"] = "application/json"'''
+    )
+    url = f"http://127.0.0.1:{serve.port}/v1/embeddings"
+    out = run_tool(tool("wrk"), "-t", "2", "-c", "64", "-d", "1s", "--timeout", "60s", "-s", script, url)
+    assert int(re.search(r"(\d+) requests in", out)[1]) > 0
+    assert "Non-2xx" not in out and "Socket errors" not in out, out
+
+
+@pytest.mark.parametrize("keep", [["-k"], []])
+def test_ab(serve, tmp_path, keep):
+    body = tmp_path / "body"
+    body.write_text(json.dumps({**OK, "input": CHINESE}))
+    url = f"http://127.0.0.1:{serve.port}/v1/embeddings"
+    out = run_tool(
+        tool("ab"), "-q", *keep, "-n", "600", "-c", "30", "-p", body, "-T", "application/json", url
+    )
+    assert re.search(r"Complete requests: +600", out) and re.search(r"Failed requests: +0", out), out
+    assert "Non-2xx" not in out, out
+
+
+def test_locust(serve):
+    url = f"http://127.0.0.1:{serve.port}"
+    args = ["-f", str(ROOT / "tests" / "locustfile.py"), "--host", url, "--headless", "--only-summary"]
+    run_tool(tool("locust"), *args, "-u", "20", "-r", "20", "-t", "2s", "--exit-code-on-error", "1")
+
+
 # ---- the end --------------------------------------------------------------------------------------
 
 
@@ -1211,6 +1261,19 @@ def test_redis_killed_under_load(redis):
 
 
 # ---- usage ----------------------------------------------------------------------------------------
+
+
+def test_manual_and_deployment_name_what_there_is(serve):
+    text = subprocess.run([SERVE, "--help"], stdout=subprocess.PIPE, timeout=GUARD).stdout.decode()
+    options = set(re.findall(r"--[a-z][a-z-]+", text))
+    manual = re.sub(r"\\f.|\\(?=-)", "", (ROOT / "qemb-serve.1").read_text())
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", manual)) | {"--help", "--version"} == options
+    metrics = serve.request("GET", "/metrics").body.decode()
+    for path in (ROOT / "deploy").iterdir():
+        deploy = path.read_text()
+        own = re.sub(r"(apt-get|useradd|docker|make|--from).*|--no-install-recommends", "", deploy)
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", own)) <= options, path
+        assert all(f"\n{name} " in metrics for name in re.findall(r"\bqemb_\w+", deploy)), path
 
 
 @pytest.mark.parametrize(
