@@ -12,7 +12,7 @@ export QEMB_SHARED ?= $(abspath ../shared)
 DEBIAN_BUILD   := gcc libc6-dev libjansson-dev libssl-dev
 DEBIAN_SERVE   := libmicrohttpd-dev libhiredis-dev
 DEBIAN_PYTHON  := python3 python3-venv
-DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread # a plot, and products to compare with
+DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread wrk apache2-utils # a plot, products to compare with, load
 DEBIAN_TEST    := clang libclang-rt-dev libcriterion-dev xz-utils curl redis-server
 
 WARNINGS := -Wall -Wextra -Wpedantic -Werror
@@ -146,7 +146,7 @@ bench: need-bench qemb ## speed of every part and of whole runs, beside the mach
 # ---- tests ----------------------------------------------------------------------------------------
 
 # What the server's threads meet in; the rest of its tests ask one thing at a time.
-RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat
+RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat or fallback
 SERVE_TESTS = "$(VENV)/bin/pytest -q -rs tests/test_serve.py" \
   "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py" \
   "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py -k '$(RACY)'"
@@ -187,4 +187,4 @@ golden: $(VENV)/.convert ## make tests/golden again with transformers (downloads
 	$(GOLDEN)/bin/python tests/make_golden.py
 
 clean: ## remove what make made, but for the Python environments
-	rm -rf build qemb qemb-serve qemb-cuda
+	rm -rf build qemb qemb-serve qemb-cuda qemb-serve-cuda
