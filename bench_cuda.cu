@@ -97,21 +97,18 @@ static void layout(bench *s, int T, int n) {
 
 static void memory_bound(bench *s, int T) {
     const qemb_ops *op = &qemb_cuda_ops;
-    const double D = s->c.hidden, F = s->c.ffn, hd = s->c.head_dim, H = s->c.n_heads,
-                 K = s->c.n_kv_heads;
+    const double D = s->c.hidden, hd = s->c.head_dim, H = s->c.n_heads, K = s->c.n_kv_heads;
     char sizes[64];
     snprintf(sizes, sizeof sizes, "T %d", T);
     layout(s, T, std::min(T, 512));
     float *x = random_device<float>((size_t)(T * D)),
           *w = random_device<float>((size_t)std::max(D, hd));
-    __half *a = random_device<__half>((size_t)(T * std::max(2 * F, (H + 2 * K) * hd)));
-    __half *o = random_device<__half>((size_t)(T * std::max(F, D)));
+    __half *a = random_device<__half>((size_t)(T * (H + 2 * K) * hd));
+    __half *o = random_device<__half>((size_t)(T * D));
     double us = microseconds([&] { op->rmsnorm(s->be, (qemb_act *)o, x, w, T); });
     report(s, "rmsnorm", sizes, us, 6 * D * T, 0);
     us = microseconds([&] { op->qknorm_rope(s->be, (qemb_act *)a, w, w, &s->b); });
     report(s, "qknorm_rope", sizes, us, 4 * (H + K) * hd * T, 0);
-    us = microseconds([&] { op->swiglu(s->be, (qemb_act *)o, (qemb_act *)a, T); });
-    report(s, "swiglu", sizes, us, 6 * F * T, 0);
     for (void *p : {(void *)x, (void *)w, (void *)a, (void *)o}) cudaFree(p);
 }
 
@@ -143,6 +140,20 @@ static void product(bench *s, const char *name, int N, int K, bool add, int T) {
     });
     report(s, add ? "matmul_add" : "matmul", sizes, us, 2.0 * N * K, 2.0 * T * N * K);
     for (void *p : {(void *)w, (void *)x, (void *)y}) cudaFree(p);
+}
+
+static void gate_up(bench *s, int T) {
+    const int D = s->c.hidden, F = s->c.ffn;
+    char sizes[64];
+    snprintf(sizes, sizeof sizes, "T %d F %d D %d", T, F, D);
+    __half *w = random_device<__half>((size_t)2 * F * D), *x = random_device<__half>((size_t)T * D);
+    __half *gu = random_device<__half>((size_t)T * 2 * F),
+           *h = random_device<__half>((size_t)T * F);
+    const qemb_mat m = {w, 2 * F, D, QEMB_F16, 1, nullptr};
+    const double us = microseconds(
+        [&] { qemb_cuda_ops.gate_up(s->be, (qemb_act *)h, (qemb_act *)gu, (qemb_act *)x, &m, T); });
+    report(s, "gate_up", sizes, us, 4.0 * F * D, 4.0 * T * F * D);
+    for (void *p : {(void *)w, (void *)x, (void *)gu, (void *)h}) cudaFree(p);
 }
 
 static void copy_ceiling(bench *s) {
@@ -177,10 +188,12 @@ int main(int argc, char **argv) {
         product(&s, "qkv", Q + 2 * KV, D, false, T);
         product(&s, "o", D, Q, true, T);
         product(&s, "gate_up", 2 * F, D, false, T);
+        gate_up(&s, T);
         product(&s, "down", D, F, true, T);
     }
-    const char *why = qemb_cuda_failure(s.be);
-    if (why) die("device", why);
+    qemb_health health = {};
+    qemb_cuda_ops.health(s.be, &health);
+    if (health.failure) die("device", health.failure);
     qemb_cuda_ops.close(s.be);
     return 0;
 }

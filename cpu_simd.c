@@ -625,7 +625,7 @@ AVX2 static void attention_block(const attention_tile *w, float *att, size_t ld_
     }
 }
 
-/* ---- swiglu ----------------------------------------------------------------------------------- */
+/* ---- gate_up ---------------------------------------------------------------------------------- */
 
 AVX2 static void swiglu_row(float *h, const float *gate, const float *up, int n) {
     const __m256 one = _mm256_set1_ps(1);
@@ -634,6 +634,12 @@ AVX2 static void swiglu_row(float *h, const float *gate, const float *up, int n)
         const __m256 e = exp8(_mm256_sub_ps(_mm256_setzero_ps(), g));
         store_first(h + i, _mm256_mul_ps(_mm256_div_ps(g, _mm256_add_ps(one, e)), u), n - i);
     }
+}
+
+static void avx2_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
+                         const qemb_mat *w, int T) {
+    avx2_matmul(be, gu, x, w, T);
+    simd_swiglu(be, h, gu, T);
 }
 
 /* ---- the table -------------------------------------------------------------------------------- */
@@ -658,7 +664,7 @@ static const qemb_ops avx2_ops = {
     .matmul_add = avx2_matmul_add,
     .qknorm_rope = simd_qknorm_rope,
     .attention = simd_attention,
-    .swiglu = simd_swiglu,
+    .gate_up = avx2_gate_up,
     .gather_last = cpu_gather_last,
     .pool = simd_pool,
 };

@@ -10,7 +10,7 @@ GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 EMU_SOURCES := tests/emu/emu_fibers.cpp tests/emu/emu_runtime.cpp tests/emu/emu_race.cpp tests/emu/emu_cublaslt.cpp
 EMU_HEADERS := $(wildcard tests/emu/*.h) tests/cuda_test.h tests/oracle.h tests/support.h $(CUDA_ROOM)
 EMU_TESTS   := tests/cuda_main.cu tests/test_cuda_ops.cu tests/test_cuda_model.cu
-EMU_C       := qemb.c file.c tests/oracle.c tests/support.c
+EMU_C       := qemb.c cpu_simd.c file.c tests/oracle.c tests/support.c
 EMU_WARN    := -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas
 EMU_CXX     := -std=c++20 -g $(EMU_WARN) -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/emu
 EMU_CC      := -std=c11 -D_GNU_SOURCE -g $(EMU_WARN)
@@ -20,12 +20,12 @@ comma       := ,
 # The program's other parts; the Makefile's lists where it includes this.
 FRONT  ?= main encode output pipeline format input
 ENGINE ?= qemb cpu_share cpu_simd cpu_avx512 file tokenizer
-CUDA_MAIN := -include qemb_cuda.h "-DDEFAULT_OPS=&qemb_cuda_ops"
+CUDA_MAIN := -include qemb_cuda.h "-DDEFAULT_OPS=&qemb_cuda_ops" -DOPS_TABLE=qemb_cuda_table
 CUDA_PROGRAM = $(filter-out main,$(FRONT)) $(ENGINE)
 
 .PHONY: test-emu emu-values emu-sanitizers emu-races emu-program emu-mutants cuda-archs mutants gpu-test gpu-check gpu-bench
 ifeq ($(wildcard $(CUDA)/include/cuda_fp16.h),)
-test-emu cuda-archs mutants gpu-test gpu-check gpu-bench qemb-cuda:
+test-emu cuda-archs mutants gpu-test gpu-check gpu-bench qemb-cuda qemb-serve-cuda:
 	@echo "skipped: no CUDA toolkit (looked in /usr/local/cuda, /opt/cuda and PATH; set CUDA=)"
 else
 
@@ -48,6 +48,11 @@ build/$(1)/main.o: main.c qemb.h qemb_cuda.h
 	$$(CC) $$(EMU_CC) -O2 $$(CUDA_MAIN) $(3) -c $$< -o $$@
 build/$(1)/qemb-cuda: build/$(1)/main.o build/$(1)/qemb.cu.o $$(patsubst %,build/$(1)/%.o,$$(CUDA_PROGRAM)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -ljansson -lcrypto -lm -o $$@
+build/$(1)/serve.o: serve.c serve.h cli.h qemb.h qemb_cuda.h
+	@mkdir -p $$(@D)
+	$$(CC) $$(EMU_CC) -O2 $$(CUDA_MAIN) $(3) -c $$< -o $$@
+build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$$(SERVE) $$(ENGINE)) build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
+	$$(CXX) -g -fopenmp -no-pie $(3) $$^ $$(SERVE_LIBS) -ljansson -lcrypto -lm -o $$@
 endef
 $(eval $(call emu,emu,-O2 -fopenmp,))
 $(eval $(call emu,emu-asan,-O1 -fopenmp,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all))
@@ -63,8 +68,9 @@ emu-sanitizers: build/emu-asan/test_cuda
 	build/emu-asan/test_cuda ptx attention_ rmsnorm qknorm swiglu op_matmul op_attention op_embed_b golden_m refuse fails
 emu-races: build/emu-race/test_cuda
 	build/emu-race/test_cuda ptx attention_ rmsnorm qknorm swiglu op_matmul op_attention op_embed_b op_gather shapes
-emu-program: build/emu/qemb-cuda build/emu/qemb-cpu
+emu-program: build/emu/qemb-cuda build/emu/qemb-cpu build/emu/qemb-serve
 	tests/test_cuda_program.py build/emu/qemb-cuda build/emu/qemb-cpu
+	tests/test_cuda_serve.py build/emu/qemb-serve build/emu/qemb-cpu
 emu-mutants: build/emu/test_cuda build/emu-race/test_cuda
 	tests/mutants.py --sample
 
@@ -104,6 +110,13 @@ build/cuda/qemb-cuda: build/cuda/main.o build/cuda/qemb.cu.o $(patsubst %,build/
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -ljansson -lcrypto -lm -o $@
 qemb-cuda: build/cuda/qemb-cuda ## qemb for NVIDIA GPUs: same options, same protocol
 	cp build/cuda/qemb-cuda qemb-cuda
+build/cuda/serve.o: serve.c serve.h cli.h qemb.h qemb_cuda.h
+	@mkdir -p $(@D)
+	$(CC) $(EMU_CC) -O2 $(CUDA_MAIN) -c $< -o $@
+build/cuda/qemb-serve: $(patsubst %,build/cuda/%.o,$(SERVE)) build/cuda/qemb.cu.o $(patsubst %,build/cuda/%.o,$(ENGINE))
+	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(SERVE_LIBS) -ljansson -lcrypto -lm -o $@
+qemb-serve-cuda: need-serve build/cuda/qemb-serve ## qemb-serve for NVIDIA GPUs: same options and requests
+	cp build/cuda/qemb-serve qemb-serve-cuda
 build/cuda/bench_cuda: build/cuda/bench_cuda.cu.o build/cuda/qemb.cu.o $(patsubst %.c,build/cuda/%.o,$(EMU_C))
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -lcrypto -lm -o $@
 
@@ -116,7 +129,7 @@ gpu-check: build/cuda/test_cuda qemb-cuda build/release/qemb ## on a GPU: all CU
 gpu-bench: qemb-cuda build/cuda/bench_cuda ## on a GPU: kernels, products, whole runs; a table and bench/results/*.json
 	./bench_gpu.py
 else
-cuda-archs gpu-test gpu-check gpu-bench qemb-cuda:
+cuda-archs gpu-test gpu-check gpu-bench qemb-cuda qemb-serve-cuda:
 	@echo "skipped: no nvcc in $(CUDA)/bin"
 endif
 endif

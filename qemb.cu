@@ -20,6 +20,9 @@ typedef __half act; /* what a qemb_act is here */
 
 enum { SLOTS = 2 };
 constexpr size_t SLOT_BYTES = (size_t)8 << 20;
+/* Rows that the MLP works on at a time: enough to fill the GPU with tiles of the down projection (4B:
+ * 32 x 20 of 128 x 128), little enough beside the weights. */
+enum { MLP_ROWS = 4096 };
 enum { WIDE_FROM = 512 };   /* texts of that many tokens get 128-row attention tiles */
 enum { BLOCKS_PER_SM = 8 }; /* of grid-stride kernels */
 constexpr double MIB = 1 << 20;
@@ -71,10 +74,10 @@ static bool good(qemb_backend *be, cudaError_t e, const char *op) {
     if (e != cudaSuccess) note_failure(be, op, cudaGetErrorString(e));
     return e == cudaSuccess;
 }
-const char *qemb_cuda_failure(const qemb_backend *be) {
-    return be->failure[0] ? be->failure : nullptr;
+static void cuda_health(const qemb_backend *be, qemb_health *h) {
+    h->clamped += be->n_clamped;
+    h->failure = be->failure[0] ? be->failure : nullptr;
 }
-unsigned long long qemb_cuda_clamped(const qemb_backend *be) { return be->n_clamped; }
 
 /* ---- memory ----------------------------------------------------------------------------------- */
 
@@ -379,7 +382,7 @@ static void tune(qemb_backend *be, char *arena, size_t bytes) {
     for (int i = 0; ok && i < be->gemm.n_shapes; i++) {
         gemm_shape *p = &be->gemm.shapes[i];
         const bool mlp = p->N == 2 * be->c->ffn || p->K == be->c->ffn;
-        const int rows = mlp ? std::min(be->max_rows, QEMB_MLP_ROWS) : be->max_rows;
+        const int rows = mlp ? std::min(be->max_rows, (int)MLP_ROWS) : be->max_rows;
         const qemb_mat *w = be->timed;
         while (w->rows != p->N || w->cols != p->K) w++;
         for (int k = 0; k <= gemm_bucket(&be->gemm, rows); k++)
@@ -577,13 +580,15 @@ static void cuda_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
         any_attention<128>(be, (act *)att, (const act *)qkv, b->B, last_only);
 }
 
-static void cuda_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T) {
+static void cuda_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
+                         const qemb_mat *w, int T) {
     const int F = be->c->ffn;
+    cuda_matmul(be, gu, x, w, T);
     const size_t wanted = blocks((size_t)T * F / 8, SWIGLU_THREADS);
     good(be,
          launch(swiglu_kernel<act>, dim3(stride_blocks(be, wanted)), dim3(SWIGLU_THREADS), 0,
                 be->st, (act *)h, (const act *)gu, T, F, be->clamps),
-         "swiglu");
+         "gate_up");
 }
 
 static void cuda_gather_last(qemb_backend *be, float *y, const float *x, const qemb_layout *b) {
@@ -627,6 +632,12 @@ static void cuda_pool(qemb_backend *be, float *out, const float *x, const float 
 const qemb_ops qemb_cuda_ops = {
     .name = "cuda",
     .act_size = sizeof(act),
+    .batch_tokens = 8192,
+    .mlp_rows = MLP_ROWS,
+    .narrow = 1,
+    .fit = nullptr,
+    .plan = nullptr,
+    .health = cuda_health,
     .open = cuda_open,
     .close = cuda_close,
     .place = cuda_place,
@@ -638,7 +649,7 @@ const qemb_ops qemb_cuda_ops = {
     .matmul_add = cuda_matmul_add,
     .qknorm_rope = cuda_qknorm_rope,
     .attention = cuda_attention,
-    .swiglu = cuda_swiglu,
+    .gate_up = cuda_gate_up,
     .gather_last = cuda_gather_last,
     .pool = cuda_pool,
 };

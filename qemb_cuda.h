@@ -1,4 +1,4 @@
-/* qemb_cuda.h - the CUDA backend's table (qemb.cu), and what only this backend has to tell.
+/* qemb_cuda.h - the CUDA backend's table (qemb.cu), and what it can and cannot do.
  *
  * Numerics: FP16 weights and activations, FP32 sums, FP32 residual stream. SwiGLU's output is kept
  * times 2^-6 and clamped to the largest half; place() gives wdown the alpha that undoes it.
@@ -8,7 +8,7 @@
  * with code "device" and one line that says what to do.
  *
  * A device that fails in the middle of a batch cannot be reported by an op: pool then fills its vectors
- * with NaN, like every numeric failure, and qemb_cuda_failure says what happened.
+ * with NaN, and health says what happened, as it says how many SwiGLU outputs were clamped.
  */
 #ifndef QEMB_CUDA_H
 #define QEMB_CUDA_H
@@ -20,11 +20,6 @@ extern "C" {
 #endif
 
 extern const qemb_ops qemb_cuda_ops;
-
-/* The first failure of the device since open, one line owned by be, or NULL. */
-const char *qemb_cuda_failure(const qemb_backend *be);
-/* SwiGLU outputs clamped since open, up to the last pool. */
-unsigned long long qemb_cuda_clamped(const qemb_backend *be);
 
 #ifdef __cplusplus
 }

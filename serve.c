@@ -53,6 +53,8 @@ enum {
     OPT_HOST = 256,
     OPT_PORT,
     OPT_NAME,
+    OPT_FALLBACK,
+    OPT_FALLBACK_NAME,
     OPT_API_KEY_FILE,
     OPT_QUERY,
     OPT_INSTRUCT,
@@ -71,7 +73,8 @@ enum {
     OPT_RECEIVE_TIMEOUT,
     OPT_DRAIN,
     OPT_CACHE,
-    OPT_REDIS
+    OPT_REDIS,
+    OPT_REDIS_TIMEOUT
 };
 
 static const struct option long_options[] = {
@@ -79,6 +82,8 @@ static const struct option long_options[] = {
     {"host", required_argument, NULL, OPT_HOST},
     {"port", required_argument, NULL, OPT_PORT},
     {"name", required_argument, NULL, OPT_NAME},
+    {"fallback", required_argument, NULL, OPT_FALLBACK},
+    {"fallback-name", required_argument, NULL, OPT_FALLBACK_NAME},
     {"api-key-file", required_argument, NULL, OPT_API_KEY_FILE},
     {"query", no_argument, NULL, OPT_QUERY},
     {"instruct", required_argument, NULL, OPT_INSTRUCT},
@@ -98,6 +103,7 @@ static const struct option long_options[] = {
     {"drain", required_argument, NULL, OPT_DRAIN},
     {"cache", required_argument, NULL, OPT_CACHE},
     {"redis", required_argument, NULL, OPT_REDIS},
+    {"redis-timeout", required_argument, NULL, OPT_REDIS_TIMEOUT},
     {"help", no_argument, NULL, 'h'},
     {"version", no_argument, NULL, 'V'},
     {NULL, 0, NULL, 0},
@@ -110,6 +116,8 @@ static const char help[] =
     "  --host ADDRESS         where to listen                          [127.0.0.1]\n"
     "  --port N               0: any free one, which the log names     [8080]\n"
     "  --name NAME            the model's name; repeat for more names  [the file's]\n"
+    "  --fallback FILE        another model, for requests that allow it\n"
+    "  --fallback-name NAME   its name                                 [the file's]\n"
     "  --api-key-file FILE    a key per line: requests must bring one\n"
     "  --query                texts are queries, unless the request says otherwise\n"
     "  --instruct TASK        texts are queries for TASK, likewise\n"
@@ -129,6 +137,7 @@ static const char help[] =
     "  --drain SECONDS        after SIGTERM, for what is on its way    [30]\n"
     "  --cache MIB            of vectors kept in memory, 0: none       [64]\n"
     "  --redis HOST:PORT      a Redis that keeps vectors, too\n"
+    "  --redis-timeout MS     after which it is left alone for a second [50]\n"
     "  -h, --help; -V, --version\n"
     "Status: 0 good, 1 usage, 2 model.\n"
     "All about requests, errors, metrics and the log: man qemb-serve\n";
@@ -138,9 +147,10 @@ static const char help[] =
 typedef struct {
     lane_options lane;
     http_options http;
-    int cache_mib;
-    const char *redis; /* NULL: none */
-    char name[256];    /* the model's, from the file's */
+    int cache_mib, redis_timeout;
+    const char *redis;    /* NULL: none */
+    const char *fallback; /* NULL: none */
+    char name[2][256];    /* the model's and the fallback's, from the files' */
 } serve_options;
 
 static int parse_int(const char *name, const char *s, int min, int max) {
@@ -158,10 +168,14 @@ static const qemb_ops *parse_cpu(const char *s) {
     return found;
 }
 
+static const char *checked_name(const char *option, const char *name) {
+    if (!*name || strlen(name) > 255) USAGE("--%s: bad length (want 1..255 bytes)", option);
+    return name;
+}
+
 static void add_name(http_options *o, const char *name) {
-    if (!*name || strlen(name) > 255) USAGE("--name: bad length (want 1..255 bytes)");
     if (o->n_names == MAX_NAMES) USAGE("--name: too many (want at most %d)", MAX_NAMES);
-    o->names[o->n_names++] = name;
+    o->names[o->n_names++] = checked_name("name", name);
 }
 
 static void set_option(serve_options *o, int opt, const char *name, const char *arg) {
@@ -180,6 +194,12 @@ static void set_option(serve_options *o, int opt, const char *name, const char *
         break;
     case OPT_NAME:
         add_name(h, arg);
+        break;
+    case OPT_FALLBACK:
+        o->fallback = arg;
+        break;
+    case OPT_FALLBACK_NAME:
+        h->fallback_name = checked_name(name, arg);
         break;
     case OPT_API_KEY_FILE:
         h->key_file = arg;
@@ -235,6 +255,9 @@ static void set_option(serve_options *o, int opt, const char *name, const char *
     case OPT_REDIS:
         o->redis = arg;
         break;
+    case OPT_REDIS_TIMEOUT:
+        o->redis_timeout = parse_int(name, arg, 1, 60000);
+        break;
     case OPT_DRAIN:
         h->drain = parse_int(name, arg, 0, hours);
         break;
@@ -252,18 +275,31 @@ static const char *option_name(int opt) {
     return "?";
 }
 
-/* The model's file without directory and ".qemb". */
-static void name_by_file(serve_options *o) {
-    const char *path = o->lane.cli.model, *slash = strrchr(path, '/');
-    snprintf(o->name, sizeof o->name, "%s", slash ? slash + 1 : path);
-    char *dot = strrchr(o->name, '.');
-    if (dot && dot > o->name && !strcmp(dot, ".qemb")) *dot = 0;
-    add_name(&o->http, o->name);
+/* path without directory and ".qemb" */
+static const char *name_by_file(char name[256], const char *path) {
+    const char *slash = strrchr(path, '/');
+    snprintf(name, 256, "%s", slash ? slash + 1 : path);
+    char *dot = strrchr(name, '.');
+    if (dot && dot > name && !strcmp(dot, ".qemb")) *dot = 0;
+    return name;
+}
+
+static void check_names(serve_options *o) {
+    http_options *h = &o->http;
+    if (!h->n_names) add_name(h, name_by_file(o->name[0], o->lane.cli.model));
+    if (h->fallback_name && !o->fallback) USAGE("--fallback-name: of no model (want --fallback)");
+    if (o->fallback && !h->fallback_name)
+        h->fallback_name = checked_name("fallback-name", name_by_file(o->name[1], o->fallback));
+    for (int i = 0; i < h->n_names && o->fallback; i++)
+        if (!strcmp(h->names[i], h->fallback_name))
+            USAGE("--fallback-name: the model's own name (got %.80s): answers could not tell",
+                  h->fallback_name);
 }
 
 static void parse_options(serve_options *o, int argc, char **argv) {
     int opt;
     *o = (serve_options){.cache_mib = 64,
+                         .redis_timeout = 50,
                          .lane = {.cli.ops = DEFAULT_OPS, .max_queue_tokens = 262144},
                          .http = {.host = "127.0.0.1",
                                   .port = 8080,
@@ -290,10 +326,7 @@ static void parse_options(serve_options *o, int argc, char **argv) {
     if (cli->query && cli->instruct) USAGE("--query and --instruct: only one of them");
     if (cli->instruct && !*cli->instruct)
         USAGE("--instruct: an empty task (leave it out for documents)");
-    if (o->http.max_connections < o->http.http_threads)
-        USAGE("--max-connections: less than --http-threads (got %d, want %d at least)",
-              o->http.max_connections, o->http.http_threads);
-    if (!o->http.n_names) name_by_file(o);
+    check_names(o);
 }
 
 /* ---- the run ---------------------------------------------------------------------------------- */
@@ -305,14 +338,17 @@ static int wait_signal(const sigset_t *set) {
     return sig > 0 ? sig : 0;
 }
 
-static void tick(lane *l, http *h) {
+/* The model's, and the fallback's or NULL. */
+typedef lane *lanes[2];
+
+static void tick(lanes l, http *h) {
     const double now = seconds_now();
-    lane_tick(l, now);
+    for (int i = 0; i < 2 && l[i]; i++) lane_tick(l[i], now);
     http_tick(h, now);
 }
 
 /* What is on its way is answered, for o->drain seconds at most; then every wait ends, with 503. */
-static void drain(const http_options *o, const sigset_t *set, lane *l, http *h) {
+static void drain(const http_options *o, const sigset_t *set, lanes l, http *h) {
     const double start = seconds_now();
     http_drain(h);
     log_line("info", "draining", "\"seconds\":%g", o->drain); /* from here on it is true */
@@ -320,7 +356,7 @@ static void drain(const http_options *o, const sigset_t *set, lane *l, http *h) 
         if (wait_signal(set)) break; /* a second signal: no more patience */
         tick(l, h);
     }
-    lane_stop(l);
+    for (int i = 0; i < 2 && l[i]; i++) lane_stop(l[i]);
     const double stopped = seconds_now();
     while (!http_idle(h, seconds_now()) && seconds_now() - stopped < LAST_ANSWERS) wait_signal(set);
 }
@@ -328,13 +364,26 @@ static void drain(const http_options *o, const sigset_t *set, lane *l, http *h) 
 static void open_caches(serve_options *o) {
     if (o->cache_mib) o->lane.cache = need(cache_new((size_t)o->cache_mib << 20));
     if (!o->redis) return;
-    o->lane.redis = redis_new(o->redis);
+    o->lane.redis = redis_new(o->redis, o->redis_timeout);
     if (!o->lane.redis) USAGE("--redis: no address (got %.80s, want HOST:PORT)", o->redis);
+}
+
+static void open_lanes(const serve_options *o, lanes l) {
+    l[0] = lane_open(&o->lane);
+    l[1] = NULL;
+    if (!o->fallback) return;
+    lane_options other = o->lane;
+    other.cli.model = o->fallback;
+    other.is_fallback = 1;
+    other.cli.engine.max_tokens =
+        0; /* what the model itself can: the first one has been asked before */
+    l[1] = lane_open(&other);
 }
 
 int main(int argc, char **argv) {
     serve_options o;
     sigset_t set;
+    lanes l;
     signal(SIGPIPE, SIG_IGN);
     sigemptyset(&set);
     sigaddset(&set, SIGINT);
@@ -342,20 +391,22 @@ int main(int argc, char **argv) {
     pthread_sigmask(SIG_BLOCK, &set, NULL); /* in every thread: this one waits for them */
     parse_options(&o, argc, argv);
     open_caches(&o);
-    lane *l = lane_open(&o.lane);
-    http *h = http_start(&o.http, l);
+    open_lanes(&o, l);
+    http *h = http_start(&o.http, l[0], l[1]);
     log_line("info", "listening", "\"port\":%d,\"pid\":%ld", http_port(h), (long)getpid());
-    lane_start(l);
-    log_line("info", "loaded", "\"fingerprint\":\"%s\"", lane_fingerprint(l));
-    int sig;
-    while (!(sig = wait_signal(&set))) tick(l, h);
+    for (int i = 0; i < 2 && l[i]; i++) lane_start(l[i]);
+    int sig, dead = 0;
+    for (; !(sig = wait_signal(&set)) && !dead; tick(l, h))
+        for (int i = 0; i < 2 && l[i]; i++) dead |= lane_state_of(l[i]) == LANE_DEAD;
     drain(&o.http, &set, l, h);
+    int joined = 1; /* first: then they resume no connection any more */
+    for (int i = 0; i < 2 && l[i]; i++) joined &= lane_join(l[i], LAST_BATCH);
     http_stop(h);
-    const int joined = lane_join(l, LAST_BATCH);
     log_line("info", "stopped", "\"signal\":%d", sig);
-    if (!joined) leave(STATUS_GOOD); /* in the middle of a long batch that nobody waits for */
-    lane_free(l);
+    const int status = dead ? STATUS_MODEL : STATUS_GOOD;
+    if (!joined) leave(status); /* in the middle of a long batch that nobody waits for */
+    for (int i = 0; i < 2 && l[i]; i++) lane_free(l[i]);
     redis_free(o.lane.redis);
     cache_free(o.lane.cache);
-    return STATUS_GOOD;
+    return status;
 }
