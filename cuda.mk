@@ -10,7 +10,7 @@ GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 EMU_SOURCES := tests/emu/emu_fibers.cpp tests/emu/emu_runtime.cpp tests/emu/emu_race.cpp tests/emu/emu_cublaslt.cpp
 EMU_HEADERS := $(wildcard tests/emu/*.h) tests/cuda_test.h tests/oracle.h tests/support.h $(CUDA_ROOM)
 EMU_TESTS   := tests/cuda_main.cu tests/test_cuda_ops.cu tests/test_cuda_model.cu
-EMU_C       := qemb.c cpu_simd.c file.c tests/oracle.c tests/support.c
+EMU_C       := qemb.c cpu_share.c cpu_simd.c cpu_avx512.c file.c tests/oracle.c tests/support.c
 EMU_WARN    := -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas
 EMU_CXX     := -std=c++20 -g $(EMU_WARN) -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/emu
 EMU_CC      := -std=c11 -D_GNU_SOURCE -g $(EMU_WARN)
@@ -19,7 +19,7 @@ comma       := ,
 
 # The program's other parts; the Makefile's lists where it includes this.
 FRONT  ?= main encode output pipeline format input
-ENGINE ?= qemb cpu_simd file tokenizer
+ENGINE ?= qemb cpu_share cpu_simd cpu_avx512 file tokenizer
 CUDA_MAIN := -include qemb_cuda.h "-DDEFAULT_OPS=&qemb_cuda_ops" -DOPS_TABLE=qemb_cuda_table
 CUDA_PROGRAM = $(filter-out main,$(FRONT)) $(ENGINE)
 
