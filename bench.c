@@ -535,7 +535,7 @@ int main(int argc, char **argv) {
         die("usage: bench limits|ops|forward|tokenizer|print MODEL [LENGTH...|TEXT...] [--threads "
             "N] [--cpu NAME] [--tokens N] [--cpu-time]");
     if (threads < 1) threads = omp_get_num_procs();
-    if (!(table = qemb_cpu_choose(cpu))) die("--cpu: no such table on this machine");
+    if (!(table = qemb_cpu_choose(cpu, QEMB_MATH_F32))) die("--cpu: no such table on this machine");
     if (qemb_file_open((qemb_file **)&file, argv[2], &err)) die(err.msg);
     const char *what = argv[1];
     if (strcmp(what, "tokenizer") && strcmp(what, "print")) measure_limits();

@@ -131,7 +131,7 @@ static void product(bench *s, const char *name, int N, int K, bool add, int T) {
     snprintf(sizes, sizeof sizes, "%s T %d N %d K %d", name, T, N, K);
     __half *w = random_device<__half>((size_t)N * K), *x = random_device<__half>((size_t)T * K);
     float *y = random_device<float>((size_t)T * N);
-    const qemb_mat m = {w, N, K, QEMB_F16, 1};
+    const qemb_mat m = {w, N, K, QEMB_F16, 1, nullptr};
     const double us = microseconds([&] {
         if (add)
             qemb_cuda_ops.matmul_add(s->be, y, (qemb_act *)x, &m, T);
@@ -149,7 +149,7 @@ static void gate_up(bench *s, int T) {
     __half *w = random_device<__half>((size_t)2 * F * D), *x = random_device<__half>((size_t)T * D);
     __half *gu = random_device<__half>((size_t)T * 2 * F),
            *h = random_device<__half>((size_t)T * F);
-    const qemb_mat m = {w, 2 * F, D, QEMB_F16, 1};
+    const qemb_mat m = {w, 2 * F, D, QEMB_F16, 1, nullptr};
     const double us = microseconds(
         [&] { qemb_cuda_ops.gate_up(s->be, (qemb_act *)h, (qemb_act *)gu, (qemb_act *)x, &m, T); });
     report(s, "gate_up", sizes, us, 4.0 * F * D, 4.0 * T * F * D);

@@ -308,6 +308,14 @@ class Rounding:
 
     worst, where, tiny = 0.0, "", 0  # tiny: rounded numbers below FP16's normal range
 
+    def __init__(self):
+        self.scales = []  # of the INT8 matrix last written, until the section of its scales
+
+    def note(self, error, t, row):
+        r, col = divmod(int(error.argmax()), error.shape[1])
+        if error[r, col] > self.worst:
+            self.worst, self.where = float(error[r, col]), f" at {t.name}[{row + r}, {col}]"
+
 
 def check_range(w, limit, t, row):
     """Refuses the first number of w (n, cols) that is not within +-limit, NaN included."""
@@ -326,11 +334,19 @@ def encode_f16(w, t, row, rounding):
     check_range(w, 65504, t, row)
     h = w.astype("<f2")
     error = np.abs(h.astype("<f4") - w)
-    r, col = divmod(int(error.argmax()), w.shape[1])
-    if error[r, col] > rounding.worst:
-        rounding.worst, rounding.where = float(error[r, col]), f" at {t.name}[{row + r}, {col}]"
+    rounding.note(error, t, row)
     rounding.tiny += int(np.count_nonzero(error[np.abs(w) < 2.0**-14]))
     return h.tobytes()
+
+
+def encode_i8(w, t, row, rounding):
+    """A row's largest number becomes 127 or -127, so no number is off by more than half a step."""
+    check_range(w, 65504, t, row)
+    scale = np.abs(w).max(axis=1, keepdims=True) / np.float32(127)
+    q = np.rint(w / np.where(scale > 0, scale, 1)).clip(-127, 127).astype("i1")
+    rounding.note(np.abs(q * scale - w), t, row)
+    rounding.scales.append(scale.tobytes())
+    return q.tobytes()
 
 
 # code: in the file. row_bytes: of a row of that many numbers. encode: rows (n, cols) float32, from
@@ -338,37 +354,42 @@ def encode_f16(w, t, row, rounding):
 Dtype = namedtuple("Dtype", "code row_bytes encode")
 U8, U32 = Dtype(0, lambda cols: cols, None), Dtype(1, lambda cols: 4 * cols, None)
 F32 = Dtype(2, lambda cols: 4 * cols, encode_f32)
-MATRIX_DTYPES = {"f16": Dtype(3, lambda cols: 2 * cols, encode_f16)}
+F16 = Dtype(3, lambda cols: 2 * cols, encode_f16)
+MATRIX_DTYPES = {"f16": F16, "int8": Dtype(4, lambda cols: cols, encode_i8)}
 
 
 # ---- the .qemb file ----------------------------------------------------------------------------
 
-# data: bytes, or the source's tensors that follow each other, [(name, rows)]
+# data: bytes, or the source's tensors that follow each other, [(name, rows)]: none of them for the
+# scales of the matrix before
 Section = namedtuple("Section", "name dtype rows cols data")
 
 
 def weight_sections(c, matrix):
-    """Every weight of a model with config c, in the file's order."""
+    """Every weight of a model with config c, in the file's order; `matrix`: dtype of the layers'."""
     D, F, hd, Q, KV = c.hidden, c.ffn, c.head_dim, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
 
     def mat(name, cols, *parts):
-        return Section(name, matrix, sum(rows for _, rows in parts), cols, parts)
+        rows = sum(rows for _, rows in parts)
+        yield Section(name, matrix, rows, cols, parts)
+        if matrix is not F16:
+            yield Section(name + ".scale", F32, 1, rows, ())
 
     def vec(name, n, source):
         return Section(name, F32, 1, n, [(source, 1)])
 
-    yield mat("tok_emb", D, ("embed_tokens.weight", c.vocab))
+    yield Section("tok_emb", F16, c.vocab, D, [("embed_tokens.weight", c.vocab)])
     for i in range(c.n_layers):
         p, attn, mlp = f"layers.{i}.", f"layers.{i}.self_attn.", f"layers.{i}.mlp."
         yield vec(p + "attn_norm", D, p + "input_layernorm.weight")
-        yield mat(p + "wqkv", D, (attn + "q_proj.weight", Q), (attn + "k_proj.weight", KV),
-                  (attn + "v_proj.weight", KV))
+        yield from mat(p + "wqkv", D, (attn + "q_proj.weight", Q), (attn + "k_proj.weight", KV),
+                       (attn + "v_proj.weight", KV))
         yield vec(p + "q_norm", hd, attn + "q_norm.weight")
         yield vec(p + "k_norm", hd, attn + "k_norm.weight")
-        yield mat(p + "wo", Q, (attn + "o_proj.weight", D))
+        yield from mat(p + "wo", Q, (attn + "o_proj.weight", D))
         yield vec(p + "mlp_norm", D, p + "post_attention_layernorm.weight")
-        yield mat(p + "wgu", D, (mlp + "gate_proj.weight", F), (mlp + "up_proj.weight", F))
-        yield mat(p + "wdown", F, (mlp + "down_proj.weight", D))
+        yield from mat(p + "wgu", D, (mlp + "gate_proj.weight", F), (mlp + "up_proj.weight", F))
+        yield from mat(p + "wdown", F, (mlp + "down_proj.weight", D))
     yield vec("final_norm", D, "norm.weight")
 
 
@@ -416,6 +437,10 @@ def encoded(section, tensors, rounding):
     """The section's bytes, a block at a time."""
     if isinstance(section.data, bytes):
         yield section.data
+        return
+    if not section.data:
+        yield b"".join(rounding.scales)
+        rounding.scales.clear()
         return
     step = max(1, BLOCK // section.cols)
     for t, rows in ((tensors[name], rows) for name, rows in section.data):
@@ -545,7 +570,7 @@ def convert(args):
         sha, rounding = write_file(
             out, lambda f: write_sections(f, c, eos_id, sections, tensors, bar))
     if not args.quiet:
-        parameters = sum(s.rows * s.cols for s in weights)
+        parameters = sum(s.rows * s.cols for s in weights if s.data)
         lines = [
             f"{out}: {size:,} bytes in {time.monotonic() - started:.1f} s",
             f"tensors    {sum(len(s.data) for s in weights)}, {parameters:,} parameters, {dtypes} "

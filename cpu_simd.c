@@ -936,9 +936,10 @@ const qemb_ops *qemb_cpu_table(int i) {
     return i >= 0 && i < 2 ? tables[i] : NULL;
 }
 
-const qemb_ops *qemb_cpu_choose(const char *name) {
+const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math) {
     const qemb_ops *found = NULL;
     for (int i = 0; qemb_cpu_table(i); i++)
-        if (!name || !strcmp(name, qemb_cpu_table(i)->name)) found = qemb_cpu_table(i);
+        if (qemb_cpu_table(i)->math == math && (!name || !strcmp(name, qemb_cpu_table(i)->name)))
+            found = qemb_cpu_table(i);
     return found;
 }

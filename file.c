@@ -27,6 +27,8 @@ enum {
     N_CONFIG = 9, /* u32 fields of the config */
     BLOBS = 4,    /* merges, added_tokens, prompts, provenance */
     LAYER_TENSORS = 8,
+    LAYER_SCALES = 4,             /* more sections in a layer of an INT8 file */
+    FIRST_MATRIX = BLOBS + 1 + 1, /* layers.0.wqkv, whose dtype is that of all layers' matrices */
     MAX_LAYERS = 1024,
     MAX_PROMPTS = 64,
     CHECKSUM_AT = 24,
@@ -132,7 +134,9 @@ typedef struct {
     uint64_t rows, cols;
 } section;
 
-static uint64_t dtype_bytes(qemb_dtype d) { return d == QEMB_U8 ? 1 : d == QEMB_F16 ? 2 : 4; }
+static uint64_t dtype_bytes(qemb_dtype d) {
+    return d == QEMB_U8 || d == QEMB_I8 ? 1 : d == QEMB_F16 ? 2 : 4;
+}
 
 __attribute__((format(printf, 5, 6))) static section *
 put(section *s, qemb_dtype dtype, uint64_t rows, uint64_t cols, const char *fmt, ...) {
@@ -145,9 +149,17 @@ put(section *s, qemb_dtype dtype, uint64_t rows, uint64_t cols, const char *fmt,
     return s + 1;
 }
 
-/* The sections of a file with this config, in order. The sizes of the four tables are the file's
- * own business: their entries say 0 rows (merges) or 0 cols (blobs) here. */
-static void expected_sections(section *s, const qemb_config *c) {
+/* A layer's matrix, with its scales behind it if it is INT8. */
+static section *put_matrix(section *s, qemb_dtype dtype, uint64_t rows, uint64_t cols, int layer,
+                           const char *name) {
+    s = put(s, dtype, rows, cols, "layers.%d.%s", layer, name);
+    return dtype == QEMB_I8 ? put(s, QEMB_F32, 1, rows, "layers.%d.%s.scale", layer, name) : s;
+}
+
+/* The sections of a file with this config and layers' matrices of that dtype, in order. The sizes
+ * of the four tables are the file's own business: their entries say 0 rows (merges) or 0 cols
+ * (blobs) here. */
+static void expected_sections(section *s, const qemb_config *c, qemb_dtype matrix) {
     const uint64_t D = c->hidden, F = c->ffn, hd = c->head_dim;
     const uint64_t Q = c->n_heads * hd, KV = c->n_kv_heads * hd;
     s = put(s, QEMB_U32, 0, 2, "merges");
@@ -157,13 +169,13 @@ static void expected_sections(section *s, const qemb_config *c) {
     s = put(s, QEMB_F16, c->vocab, D, "tok_emb");
     for (int l = 0; l < c->n_layers; l++) {
         s = put(s, QEMB_F32, 1, D, "layers.%d.attn_norm", l);
-        s = put(s, QEMB_F16, Q + 2 * KV, D, "layers.%d.wqkv", l);
+        s = put_matrix(s, matrix, Q + 2 * KV, D, l, "wqkv");
         s = put(s, QEMB_F32, 1, hd, "layers.%d.q_norm", l);
         s = put(s, QEMB_F32, 1, hd, "layers.%d.k_norm", l);
-        s = put(s, QEMB_F16, D, Q, "layers.%d.wo", l);
+        s = put_matrix(s, matrix, D, Q, l, "wo");
         s = put(s, QEMB_F32, 1, D, "layers.%d.mlp_norm", l);
-        s = put(s, QEMB_F16, 2 * F, D, "layers.%d.wgu", l);
-        s = put(s, QEMB_F16, D, F, "layers.%d.wdown", l);
+        s = put_matrix(s, matrix, 2 * F, D, l, "wgu");
+        s = put_matrix(s, matrix, D, F, l, "wdown");
     }
     put(s, QEMB_F32, 1, D, "final_norm");
 }
@@ -235,7 +247,9 @@ static const void *next(cursor *c) {
 
 static qemb_mat next_matrix(cursor *c) {
     const section *s = c->s;
-    return (qemb_mat){next(c), (int32_t)s->rows, (int32_t)s->cols, s->dtype, 1};
+    qemb_mat m = {next(c), (int32_t)s->rows, (int32_t)s->cols, s->dtype, 1, NULL};
+    if (m.dtype == QEMB_I8) m.scale = next(c);
+    return m;
 }
 
 static void bind_weights(qemb_weights *w, int n_layers, cursor c) {
@@ -331,7 +345,7 @@ static int check_header(const qemb_file *f, uint32_t *n_sections, const char *pa
                       ")",
                       f->map_bytes, get_u64(h + 16));
     uint32_t n = *n_sections = get_u32(h + 32);
-    if (n > BLOBS + 2 + LAYER_TENSORS * MAX_LAYERS ||
+    if (n <= FIRST_MATRIX || n > BLOBS + 2 + (LAYER_TENSORS + LAYER_SCALES) * MAX_LAYERS ||
         HEADER_BYTES + (uint64_t)n * ENTRY_BYTES > f->map_bytes)
         return REFUSE("directory: does not fit the file (got %" PRIu32 " sections)", n);
     if (get_u64(h + CHECKSUM_AT) != header_checksum(h, n))
@@ -348,7 +362,10 @@ static int prove_and_bind(qemb_file *f, const char *path, qemb_err *err) {
     if (map_file(f, path, err) || check_header(f, &n, path, err) ||
         read_config(&f->config, f->map, path, err))
         return -1;
-    uint32_t want_n = BLOBS + 2 + LAYER_TENSORS * (uint32_t)f->config.n_layers;
+    const uint32_t dtype = get_u32(f->map + HEADER_BYTES + FIRST_MATRIX * ENTRY_BYTES + 48);
+    const qemb_dtype matrix = dtype == QEMB_I8 ? QEMB_I8 : QEMB_F16;
+    const uint32_t tensors = LAYER_TENSORS + (matrix == QEMB_I8 ? LAYER_SCALES : 0);
+    const uint32_t want_n = BLOBS + 2 + tensors * (uint32_t)f->config.n_layers;
     if (n != want_n)
         return REFUSE("directory: sections (got %" PRIu32 ", want %" PRIu32 ")", n, want_n);
     memcpy(f->sha256, f->map + 40, sizeof f->sha256);
@@ -358,7 +375,7 @@ static int prove_and_bind(qemb_file *f, const char *path, qemb_err *err) {
     if (!want || !offset)
         qemb_fail(err, "out_of_memory", "directory: out of memory");
     else {
-        expected_sections(want, &f->config);
+        expected_sections(want, &f->config, matrix);
         bad = check_directory(f, want, offset, n, path, err) || bind(f, want, offset, path, err);
     }
     free(want);

@@ -18,7 +18,7 @@
 /* The ops table that computes unless --cpu names another. A program for another backend is this one
  * built with another name here. */
 #ifndef DEFAULT_OPS
-#define DEFAULT_OPS qemb_cpu_choose(NULL)
+#define DEFAULT_OPS qemb_cpu_choose(NULL, QEMB_MATH_F32)
 #endif
 
 /* ---- messages ------------------------------------------------------------------------------ */
@@ -193,7 +193,7 @@ static int parse_output(const char *s) {
 }
 
 static const qemb_ops *parse_cpu(const char *s) {
-    const qemb_ops *found = qemb_cpu_choose(s);
+    const qemb_ops *found = qemb_cpu_choose(s, QEMB_MATH_F32);
     char want[80] = "";
     for (int i = 0; qemb_cpu_table(i); i++) {
         const size_t n = strlen(want);
@@ -433,7 +433,7 @@ static int tokenize(const options *o) {
 /* ---- info, plan ------------------------------------------------------------------------------ */
 
 static const char *dtype_name(qemb_dtype d) {
-    static const char *const names[] = {"u8", "u32", "f32", "f16"};
+    static const char *const names[] = {"u8", "u32", "f32", "f16", "int8, a scale per row"};
     return names[d];
 }
 

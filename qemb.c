@@ -94,16 +94,22 @@ INLINE void tile_rows(const float *rows[MR], const float *x, size_t ld, int t, i
     for (int i = 0; i < MR; i++) rows[i] = x + (size_t)min_int(t + i, T - 1) * ld;
 }
 
+/* Number i of W as it is stored: of INT8, without the row's scale. */
+INLINE float stored_weight(const qemb_mat *w, size_t i) {
+    return w->dtype == QEMB_I8 ? (float)((const int8_t *)w->data)[i]
+                               : half_to_float(((const uint16_t *)w->data)[i]);
+}
+
 /* Columns n0 .. n0+NR-1 of y (T, N) = (add ? y : 0) + alpha * x (T, K) W^T,  W (N, K) */
 static void matmul_panel(float *y, const float *x, const qemb_mat *w, int T, int n0, int add) {
     const int N = w->rows, K = w->cols, cols = min_int(NR, N - n0);
-    float panel[KC * NR] __attribute__((aligned(64)));
+    float panel[KC * NR] __attribute__((aligned(64))), factor[NR];
+    for (int j = 0; j < cols; j++) factor[j] = w->alpha * (w->scale ? w->scale[n0 + j] : 1);
     for (int k0 = 0; k0 < K; k0 += KC) {
         const int n = min_int(KC, K - k0);
         for (int j = 0; j < NR; j++) {
-            const uint16_t *row =
-                (const uint16_t *)w->data + (size_t)min_int(n0 + j, N - 1) * K + k0;
-            for (int k = 0; k < n; k++) panel[k * NR + j] = half_to_float(row[k]);
+            const size_t row = (size_t)min_int(n0 + j, N - 1) * K + k0;
+            for (int k = 0; k < n; k++) panel[k * NR + j] = stored_weight(w, row + k);
         }
         for (int t = 0; t < T; t += MR) {
             float acc[MR][NR] = {{0}};
@@ -113,7 +119,7 @@ static void matmul_panel(float *y, const float *x, const qemb_mat *w, int T, int
             for (int i = 0; i < min_int(MR, T - t); i++) {
                 float *yi = y + (size_t)(t + i) * N + n0;
                 for (int j = 0; j < cols; j++)
-                    yi[j] = (add || k0 ? yi[j] : 0) + w->alpha * acc[i][j];
+                    yi[j] = (add || k0 ? yi[j] : 0) + factor[j] * acc[i][j];
             }
         }
     }
@@ -121,7 +127,7 @@ static void matmul_panel(float *y, const float *x, const qemb_mat *w, int T, int
 
 static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_mat *w, int T,
                        int add) {
-    assert(w->dtype == QEMB_F16 && be->threads > 0);
+    assert((w->dtype == QEMB_F16 || w->dtype == QEMB_I8) && be->threads > 0);
 #pragma omp parallel for num_threads(be->threads) schedule(dynamic, 4)
     for (int n0 = 0; n0 < w->rows; n0 += NR) matmul_panel(y, x, w, T, n0, add);
 }
@@ -542,16 +548,21 @@ static qemb_options fill_options(const qemb_config *c, const qemb_options *opt) 
 /* Rows that a batch may have: the budget, or one text that is longer. */
 static int max_rows(const qemb_options *o) { return max_int(o->batch_tokens, o->max_tokens); }
 
+static size_t matrix_bytes(const qemb_mat *m) {
+    const size_t rows = (size_t)m->rows, n = rows * (size_t)m->cols;
+    return m->dtype == QEMB_I8 ? n + rows * sizeof *m->scale : n * sizeof(uint16_t);
+}
+
 void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt, qemb_memory *mem) {
     const qemb_config *c = &f->config;
     const qemb_options o = fill_options(c, opt);
-    const size_t D = (size_t)c->hidden, Q = (size_t)c->n_heads * c->head_dim;
-    const size_t KV = (size_t)c->n_kv_heads * c->head_dim, F = (size_t)c->ffn;
+    const qemb_layer *w = &f->weights.layers[0]; /* all layers are alike */
     mem->arena_batch =
         plan_activations(NULL, c, ops->act_size, o.batch_tokens, o.batch_tokens, NULL);
     mem->arena_text = plan_activations(NULL, c, ops->act_size, o.max_tokens, 1, NULL);
-    mem->weights = c->n_layers * ((Q + 2 * KV) * D + D * Q + 3 * F * D) * 2; /* halves */
-    mem->table = (size_t)c->vocab * D * 2;
+    mem->weights = (size_t)c->n_layers * (matrix_bytes(&w->wqkv) + matrix_bytes(&w->wo) +
+                                          matrix_bytes(&w->wgu) + matrix_bytes(&w->wdown));
+    mem->table = matrix_bytes(&f->weights.tok_emb);
 }
 
 int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,

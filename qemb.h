@@ -51,7 +51,7 @@ typedef struct {
     float rms_eps;
 } qemb_config;
 
-typedef enum { QEMB_U8 = 0, QEMB_U32 = 1, QEMB_F32 = 2, QEMB_F16 = 3 } qemb_dtype;
+typedef enum { QEMB_U8 = 0, QEMB_U32 = 1, QEMB_F32 = 2, QEMB_F16 = 3, QEMB_I8 = 4 } qemb_dtype;
 
 /* A weight matrix W (rows = out, cols = in). y = alpha * x W^T. A backend may set alpha where it
  * hands W a scaled input (the CUDA table's SwiGLU guard); it is 1 in a file. */
@@ -60,6 +60,7 @@ typedef struct {
     int32_t rows, cols;
     qemb_dtype dtype;
     float alpha;
+    const float *scale; /* (rows) of QEMB_I8: row r of W is scale[r] * data; else NULL */
 } qemb_mat;
 
 typedef struct {
@@ -106,6 +107,8 @@ typedef struct {
  *   layers.I.attn_norm f32 (1, D), .wqkv f16, .q_norm f32 (1, hd), .k_norm f32 (1, hd), .wo f16,
  *   .mlp_norm f32 (1, D), .wgu f16, .wdown f16           for I = 0 .. L-1
  *   final_norm     f32 (1, D)
+ * In an INT8 file the four matrices of every layer are i8, in -127 .. 127, and each is followed by
+ * a section of its name and ".scale", f32 (1, rows): W[r][c] = scale[r] * data[r][c].
  * convert_weights.py writes it, file.c reads it.
  */
 typedef struct {
@@ -200,11 +203,20 @@ typedef struct {
 typedef struct qemb_backend qemb_backend; /* a table's own state: device, stream, threads */
 typedef struct qemb_act qemb_act;         /* an activation: float on the CPU, half on CUDA */
 
-/* One table per backend. Ops return void, assert on misuse, and read and write only what their
+/* What a table multiplies in. Sums, and all that is not a matrix product, are at least float. */
+typedef enum {
+    QEMB_MATH_F32,  /* weights as the file has them, activations in float */
+    QEMB_MATH_BF16, /* both rounded to bfloat16 */
+    QEMB_MATH_INT8, /* weights by row, activations by token, scaled to 8 bit integers */
+    QEMB_MATH_FP8   /* weights by row, activations by token, scaled to e4m3 */
+} qemb_math;
+
+/* One table per backend and arithmetic. Ops return void, assert on misuse, and read and write only what their
  * shapes say. The residual stream x is float everywhere. The forward calls them in order, from one
  * thread; a row's result depends on that row's inputs alone, never on T or on other rows. */
 typedef struct qemb_ops {
     const char *name;
+    qemb_math math;
     size_t act_size; /* bytes of one qemb_act */
 
     /* State for config c (which outlives it). Codes: "device", "out_of_memory". */
@@ -245,10 +257,11 @@ typedef struct qemb_ops {
 } qemb_ops;
 
 extern const qemb_ops qemb_cpu_ops; /* qemb.c: plain C, OpenMP; "plain" */
-/* cpu_simd.c: the tables that this machine's CPU can run, "plain" first, the fastest last; NULL
- * past the end. By name; a name of NULL is the fastest. NULL: unknown here. */
+/* cpu_simd.c: the tables that this machine's CPU can run, "plain" first, the fastest of each
+ * arithmetic last; NULL past the end. By name and arithmetic; a name of NULL is the fastest. NULL:
+ * unknown here. */
 const qemb_ops *qemb_cpu_table(int i);
-const qemb_ops *qemb_cpu_choose(const char *name);
+const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math);
 
 /* ---- the engine ---------------------------------------------------------------------------- */
 

@@ -15,7 +15,7 @@
 
 /* The ops table that computes unless --cpu names another, as in main.c. */
 #ifndef DEFAULT_OPS
-#define DEFAULT_OPS qemb_cpu_choose(NULL)
+#define DEFAULT_OPS qemb_cpu_choose(NULL, QEMB_MATH_F32)
 #endif
 
 /* Seconds between two looks at deadlines, departed clients and slow connections. */
@@ -153,7 +153,7 @@ static int parse_int(const char *name, const char *s, int min, int max) {
 }
 
 static const qemb_ops *parse_cpu(const char *s) {
-    const qemb_ops *found = qemb_cpu_choose(s);
+    const qemb_ops *found = qemb_cpu_choose(s, QEMB_MATH_F32);
     if (!found) USAGE("--cpu: not on this machine (got %.40s)", s);
     return found;
 }

@@ -52,7 +52,7 @@ static void put_le(uint8_t *p, uint64_t v, int n) {
 
 /* Appends a section and its directory entry; returns where its bytes go. */
 static void *section(writer *w, const char *name, int dtype, uint64_t rows, uint64_t cols) {
-    const int size[] = {1, 4, 4, 2};
+    const int size[] = {1, 4, 4, 2, 1};
     uint64_t bytes = rows * cols * (uint64_t)size[dtype], at = (w->bytes + 255) & ~(uint64_t)255;
     w->data = realloc(w->data, at + bytes);
     memset(w->data + w->bytes, 0, at + bytes - w->bytes);
@@ -77,9 +77,20 @@ static void vector(writer *w, const char *name, int n) {
 }
 
 /* Uniform in +-scale*sqrt(3/cols): rows of x of size 1 give rows of y of size `scale`. */
-static void matrix(writer *w, const char *name, int rows, int cols, double scale) {
-    uint16_t *p = section(w, name, QEMB_F16, (uint64_t)rows, (uint64_t)cols);
-    rng_halves(&w->r, p, (size_t)rows * (size_t)cols, scale * sqrt(3.0 / cols));
+static void matrix(writer *w, qemb_dtype dtype, const char *name, int rows, int cols,
+                   double scale) {
+    const double most = scale * sqrt(3.0 / cols);
+    void *p = section(w, name, dtype, (uint64_t)rows, (uint64_t)cols);
+    if (dtype == QEMB_F16) {
+        rng_halves(&w->r, p, (size_t)rows * (size_t)cols, most);
+        return;
+    }
+    int8_t *q = p;
+    for (int i = 0; i < rows * cols; i++) q[i] = (int8_t)(127.99 * rng_uniform(&w->r));
+    char scales[48];
+    snprintf(scales, sizeof scales, "%.40s.scale", name);
+    float *s = section(w, scales, QEMB_F32, 1, (uint64_t)rows);
+    for (int i = 0; i < rows; i++) s[i] = (float)(most / 127 * (1 + 0.5 * rng_uniform(&w->r)));
 }
 
 void seal_model(uint8_t *m, size_t bytes) {
@@ -96,8 +107,13 @@ void seal_model(uint8_t *m, size_t bytes) {
 }
 
 uint8_t *make_model(const qemb_config *c, uint64_t seed, double gate_scale, size_t *bytes) {
+    return make_model_of(QEMB_F16, c, seed, gate_scale, bytes);
+}
+
+uint8_t *make_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, double gate_scale,
+                       size_t *bytes) {
     const int D = c->hidden, H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, F = c->ffn;
-    const uint32_t n = 6 + 8 * (uint32_t)c->n_layers;
+    const uint32_t n = 6 + (dtype == QEMB_I8 ? 12 : 8) * (uint32_t)c->n_layers;
     writer w = {calloc(1, 4096 + n * 96), 4096 + n * 96, 4096, {seed * 0x9e3779b97f4a7c15u + 1}};
     memcpy(w.data, "qemb\r\n\x1a\n", 8);
     put_le(w.data + 8, 1, 4);
@@ -115,18 +131,18 @@ uint8_t *make_model(const qemb_config *c, uint64_t seed, double gate_scale, size
     blob(&w, "added_tokens", added, sizeof added);
     blob(&w, "prompts", "query\0Instruct: find\nQuery:\0document\0", 38);
     blob(&w, "provenance", "source: tests\n", 14);
-    matrix(&w, "tok_emb", c->vocab, D, sqrt(D));
+    matrix(&w, QEMB_F16, "tok_emb", c->vocab, D, sqrt(D));
     for (int l = 0; l < c->n_layers; l++) {
         char name[48];
 #define NAME(s) (snprintf(name, sizeof name, "layers.%d." s, l), name)
         vector(&w, NAME("attn_norm"), D);
-        matrix(&w, NAME("wqkv"), (H + 2 * K) * hd, D, 1);
+        matrix(&w, dtype, NAME("wqkv"), (H + 2 * K) * hd, D, 1);
         vector(&w, NAME("q_norm"), hd);
         vector(&w, NAME("k_norm"), hd);
-        matrix(&w, NAME("wo"), D, H * hd, 1);
+        matrix(&w, dtype, NAME("wo"), D, H * hd, 1);
         vector(&w, NAME("mlp_norm"), D);
-        matrix(&w, NAME("wgu"), 2 * F, D, gate_scale);
-        matrix(&w, NAME("wdown"), D, F, 1);
+        matrix(&w, dtype, NAME("wgu"), 2 * F, D, gate_scale);
+        matrix(&w, dtype, NAME("wdown"), D, F, 1);
 #undef NAME
     }
     vector(&w, "final_norm", D);
@@ -146,9 +162,13 @@ void write_temporary(char *path, const void *data, size_t bytes) {
 }
 
 qemb_file *open_model(const qemb_config *c, uint64_t seed, double gate_scale) {
+    return open_model_of(QEMB_F16, c, seed, gate_scale);
+}
+
+qemb_file *open_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, double gate_scale) {
     char path[64];
     size_t bytes;
-    uint8_t *model = make_model(c, seed, gate_scale, &bytes);
+    uint8_t *model = make_model_of(dtype, c, seed, gate_scale, &bytes);
     write_temporary(path, model, bytes);
     free(model);
     qemb_file *f;

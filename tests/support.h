@@ -28,12 +28,16 @@ void rng_halves(rng *r, uint16_t *x, size_t n, double scale); /* normal halves, 
  * tokenizer has the 256 bytes, one merge ("a" "b" -> 256) and one added token, "<eos>" = eos_id.
  * gate_scale multiplies the gate and up matrices: massive activations. */
 uint8_t *make_model(const qemb_config *c, uint64_t seed, double gate_scale, size_t *bytes);
+/* The same with the layers' matrices of this dtype, QEMB_F16 or QEMB_I8. */
+uint8_t *make_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, double gate_scale,
+                       size_t *bytes);
 /* Writes size field and checksum again after a change of header or directory. */
 void seal_model(uint8_t *model, size_t bytes);
 /* A temporary file with these bytes; path gets its name (>= 64 bytes). Remove it with unlink. */
 void write_temporary(char *path, const void *data, size_t bytes);
 /* make_model, written and opened; aborts on failure. */
 qemb_file *open_model(const qemb_config *c, uint64_t seed, double gate_scale);
+qemb_file *open_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, double gate_scale);
 
 /* Small shapes: GQA groups 1, 2, 4; hidden unequal to heads x head_dim; odd sizes off every tile. */
 extern const qemb_config small_configs[];

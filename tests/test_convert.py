@@ -32,7 +32,7 @@ OTHER = "layers.0.mlp.up_proj.weight"
 class Qemb:
     """A .qemb as qemb.h describes it; every rule there is an assertion here."""
 
-    DTYPES = {0: "u1", 1: "<u4", 2: "<f4", 3: "<f2"}
+    DTYPES = {0: "u1", 1: "<u4", 2: "<f4", 3: "<f2", 4: "i1"}
 
     def __init__(self, path):
         b = Path(path).read_bytes()
@@ -71,6 +71,8 @@ class Qemb:
 
     def expected_names(self):
         layer = "attn_norm wqkv q_norm k_norm wo mlp_norm wgu wdown".split()
+        if self.sections["layers.0.wqkv"].dtype == "i1":
+            layer = [n for t in layer for n in ([t] if "norm" in t else [t, t + ".scale"])]
         layers = [f"layers.{i}.{t}" for i in range(self.config["n_layers"]) for t in layer]
         return ["merges", "added_tokens", "prompts", "provenance", "tok_emb", *layers, "final_norm"]
 
@@ -294,6 +296,38 @@ def test_byte_alphabet_follows_its_definition():
     alphabet = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
     vocab = {ch: i for i, ch in enumerate(alphabet)}
     assert convert_weights.read_merges({"vocab": vocab, "merges": []}).shape == (0, 2)
+
+
+def test_int8(folder, capsys, monkeypatch):
+    monkeypatch.setattr(convert_weights, "BLOCK", 300)  # a matrix in many pieces
+    tensors = weights("F32")
+    put(tensors, "model." + OTHER, 3, 7.0)
+    dtype, shape, data = tensors["model.layers.1.self_attn.v_proj.weight"]
+    zeros = bytes(4 * shape[1]) + data[4 * shape[1]:]  # its first row
+    tensors["model.layers.1.self_attn.v_proj.weight"] = dtype, shape, zeros
+    save(folder / "model.safetensors", tensors)
+    q = convert(folder, "--dtype", "int8")
+    worst = 0
+    for name, w in expected_weights(read_source(folder), q.config["n_layers"]).items():
+        got, scale = q.sections[name], q.sections.get(name + ".scale")
+        if scale is None:
+            assert name.endswith("norm") or name == "tok_emb"
+            assert got.tobytes() == w.astype(got.dtype).tobytes()
+            continue
+        assert got.dtype == "i1" and got.shape == w.shape and scale.shape == (1, len(w))
+        largest = np.abs(w.astype("f8")).max(axis=1)
+        # one rounding of the quotient
+        assert (np.abs(scale[0].astype("f8") * 127 - largest) <= 2.0**-24 * largest).all(), name
+        assert (np.abs(got).max(axis=1) == np.where(largest > 0, 127, 0)).all(), name
+        error = np.abs(got * scale[0, :, None].astype("f8") - w)
+        # half a step, and the roundings of w / scale, which is at most 127
+        assert (error <= scale[0, :, None] * (0.5 + 127 * 2.0**-23)).all(), name
+        worst = max(worst, error.max())
+    assert q.sections["layers.1.wqkv.scale"][0, -shape[0]] == 0
+    out = capsys.readouterr().out
+    shown = float(re.search(r"rounding   at most (\S+) at model." + OTHER, out)[1])
+    assert abs(shown - worst) <= 0.01 * worst
+    assert "F32 to int8 matrices" in out and "weights: F32 to int8\n" in q.provenance
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])

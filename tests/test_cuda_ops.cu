@@ -424,7 +424,7 @@ TEST_SCHEDULES(op_embed) {
     rng r = {5};
     bench_backend f(8192, 2, 1, 64, 64, 1300, 1200); /* a slot holds 512 rows: three chunks */
     std::vector<uint16_t> table = random_table(&r, (size_t)1300 * 8192);
-    qemb_mat m = {table.data(), 1300, 8192, QEMB_F16, 1};
+    qemb_mat m = {table.data(), 1300, 8192, QEMB_F16, 1, nullptr};
     for (int round = 0; round < 2; round++) {
         f.begin({700, 499 - 100 * round}, 0, &r); /* an odd number: the last block has idle warps */
         device_array<float> x((size_t)f.b.T * 8192);
@@ -444,7 +444,7 @@ TEST_SCHEDULES(
     rng r = {15};
     bench_backend f(64, 2, 1, 64, 64, 300, 200);
     std::vector<uint16_t> table = random_table(&r, (size_t)300 * 64);
-    qemb_mat m = {table.data(), 300, 64, QEMB_F16, 1};
+    qemb_mat m = {table.data(), 300, 64, QEMB_F16, 1, nullptr};
     device_array<float> a((size_t)100 * 64), b((size_t)100 * 64);
     f.begin({100}, 0, &r);
     const std::vector<int32_t> first = f.tokens;
@@ -493,7 +493,7 @@ static void matmul_case(bool add, int T, double alpha) {
     device_array<uint16_t> dw(w);
     device_array<__half> dx(x), dy((size_t)T * N);
     device_array<float> dr(before);
-    qemb_mat m = {dw.p, N, K, QEMB_F16, (float)alpha};
+    qemb_mat m = {dw.p, N, K, QEMB_F16, (float)alpha, nullptr};
     if (add) {
         qemb_cuda_ops.matmul_add(f.be, dr.p, (qemb_act *)dx.p, &m, T);
         after = dr.get();
@@ -525,7 +525,7 @@ TEST_SCHEDULES(op_matmul_add) {
 TEST(op_matmul_unknown_shape) { /* a shape that open did not announce: a failure, not a crash */
     bench_backend f(96, 2, 1, 64, 128, 16, 64);
     device_array<__half> w(80 * 96), x(96), y(80);
-    qemb_mat m = {w.p, 80, 96, QEMB_F16, 1};
+    qemb_mat m = {w.p, 80, 96, QEMB_F16, 1, nullptr};
     qemb_cuda_ops.matmul(f.be, (qemb_act *)y.p, (qemb_act *)x.p, &m, 1);
     const char *why = qemb_cuda_failure(f.be);
     check(why && strstr(why, "matmul") && strstr(why, "cuBLASLt status"), "failure (got %s)",

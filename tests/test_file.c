@@ -91,6 +91,36 @@ Test(file, opens_and_binds_a_true_file) {
     qemb_file_close(f);
 }
 
+/* An INT8 file: four more sections a layer, bound as their matrices' scales. */
+static void use_int8(void) {
+    free(model);
+    model = make_model_of(QEMB_I8, config, 7, 1, &model_bytes);
+}
+
+Test(file, opens_and_binds_an_int8_file) {
+    char path[64];
+    qemb_file *f;
+    qemb_err err;
+    use_int8();
+    write_temporary(path, model, model_bytes);
+    cr_assert_eq(qemb_file_open(&f, path, &err), 0, "%s", err.msg);
+    unlink(path);
+    const qemb_layer *y = &f->weights.layers[1];
+    const qemb_mat *const m[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
+    const int place[] = {18, 22, 25, 27};
+    for (int i = 0; i < 4; i++) {
+        cr_assert_eq(m[i]->dtype, QEMB_I8);
+        cr_assert_eq((const uint8_t *)m[i]->data - f->map, (ptrdiff_t)get(entry(place[i]) + 72, 8));
+        cr_assert_eq((const uint8_t *)m[i]->scale - f->map,
+                     (ptrdiff_t)get(entry(place[i] + 1) + 72, 8));
+    }
+    cr_assert_eq(f->weights.tok_emb.dtype, QEMB_F16);
+    cr_assert_null(f->weights.tok_emb.scale);
+    cr_assert_eq((const uint8_t *)f->weights.final_norm - f->map,
+                 (ptrdiff_t)get(entry(29) + 72, 8));
+    qemb_file_close(f);
+}
+
 /* Damage: any byte of header and directory. */
 Test(file, refuses_every_flipped_byte) {
     qemb_err err;
@@ -110,7 +140,7 @@ Test(file, refuses_every_flipped_byte) {
 
 /* Malice: the checksum is right, one field is not. Every byte of every directory field, and every
  * config field that shapes a tensor, at small and at overflowing values. */
-Test(file, refuses_every_changed_field) {
+static void try_every_changed_field(void) {
     static const struct {
         int at, bytes;
     } fields[] = {{0, 1},  {10, 1}, {47, 1}, {48, 4}, {52, 4},
@@ -149,6 +179,25 @@ Test(file, refuses_every_changed_field) {
     }
     seal_model(model, model_bytes);
     cr_assert_eq(try_open(model, model_bytes, &err), 0, "as it was: %s", err.msg);
+}
+
+Test(file, refuses_every_changed_field) { try_every_changed_field(); }
+
+Test(file, refuses_every_changed_field_of_an_int8_file) {
+    use_int8();
+    try_every_changed_field();
+}
+
+/* Sections of both kinds in one file, one way and the other. */
+Test(file, refuses_a_mixture_of_dtypes) {
+    put(entry(6) + 48, QEMB_I8, 4);
+    refuses("directory: sections (got 22, want 30)");
+    use_int8();
+    put(entry(6) + 48, QEMB_F16, 4);
+    refuses("directory: sections (got 30, want 22)");
+    put(entry(6) + 48, QEMB_I8, 4);
+    put(entry(10) + 48, QEMB_F16, 4);
+    refuses("layers.0.wo: dtype (got 3, want 4)");
 }
 
 Test(file, names_object_got_and_want) {

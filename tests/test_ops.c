@@ -48,7 +48,7 @@ Test(ops, embed_converts_every_half) {
     const qemb_config c = {.hidden = D, .vocab = V, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
     uint16_t table[V * D];
     for (int i = 0; i < V * D; i++) table[i] = (uint16_t)i;
-    const qemb_mat m = {table, V, D, QEMB_F16, 1};
+    const qemb_mat m = {table, V, D, QEMB_F16, 1, NULL};
     for (int o = 0; qemb_cpu_table(o); o++) {
         qemb_backend *be = backend(qemb_cpu_table(o), &c, V, 1);
         int32_t tokens[V], pos[V], cu[] = {0, V};
@@ -101,18 +101,35 @@ Test(ops, rmsnorm) {
         }
 }
 
+static uint16_t half_of_integer(int i) { /* |i| < 2048: exact */
+    int e, a = abs(i);
+    if (!a) return 0;
+    for (e = 0; a >> (e + 1); e++) {}
+    return (uint16_t)((i < 0) << 15 | (e + 15) << 10 | ((a << 10 >> e) & 1023));
+}
+
 /* y = x W^T and y += alpha x W^T. The longest chain of additions: up to 256 columns in a register
- * tile, one per block of 256, one for the add; plus the product and alpha: all of K + 3 covers any
- * way of blocking. */
-static void check_matmul(const qemb_ops *op, int T, int N, int K, float alpha, int add) {
+ * tile, one per block of 256, one for the add; plus the product, alpha and the row's scale: all of
+ * K + 4 covers any way of blocking. */
+static void check_matmul(const qemb_ops *op, qemb_dtype dtype, int T, int N, int K, float alpha,
+                         int add) {
     const qemb_config c = {.hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
     rng r = {(uint64_t)(T * 1000003 + N * 1009 + K)};
     qemb_backend *be = backend(op, &c, T, 2);
     uint16_t *W = malloc((size_t)N * K * sizeof *W);
+    int8_t *Q = malloc((size_t)N * K);
+    float *scale = malloc((size_t)N * sizeof *scale);
     rng_halves(&r, W, (size_t)N * K, 1);
+    for (int i = 0; i < N; i++) scale[i] = (float)(0.01 + 0.009 * rng_uniform(&r));
+    if (dtype == QEMB_I8) /* integers up to 127 are halves: one oracle for both */
+        for (int i = 0; i < N * K; i++) {
+            Q[i] = (int8_t)(127.99 * rng_uniform(&r));
+            W[i] = half_of_integer(Q[i]);
+        }
     float *x = numbers(&r, (size_t)T * K, 2), *y = numbers(&r, (size_t)T * N, 5);
     double *before = doubles(y, (size_t)T * N), *xd = doubles(x, (size_t)T * K);
-    const qemb_mat m = {W, N, K, QEMB_F16, alpha};
+    const qemb_mat m = {dtype == QEMB_I8 ? (void *)Q : W,        N, K, dtype, alpha,
+                        dtype == QEMB_I8 ? scale : (float *)NULL};
     if (add)
         op->matmul_add(be, y, (qemb_act *)x, &m, T);
     else
@@ -121,24 +138,31 @@ static void check_matmul(const qemb_ops *op, int T, int N, int K, float alpha, i
     for (int t = 0; t < T; t++) {
         oracle_matvec(want, size, xd + (size_t)t * K, W, N, K);
         for (int n = 0; n < N; n++) {
-            double start = add ? before[t * N + n] : 0;
-            double tol = SLACK * (K + 3) * U * (fabs(alpha) * size[n] + fabs(start));
-            cr_assert_not(far_off(y[t * N + n], start + (double)alpha * want[n], tol),
-                          "%s T=%d N=%d K=%d (%d,%d): %g, want %g", op->name, T, N, K, t, n,
-                          (double)y[t * N + n], start + (double)alpha * want[n]);
+            const double start = add ? before[t * N + n] : 0;
+            const double factor = alpha * (dtype == QEMB_I8 ? (double)scale[n] : 1);
+            const double expected = start + factor * want[n];
+            const double tol = SLACK * (K + 4) * U * (fabs(factor) * size[n] + fabs(start));
+            cr_assert_not(far_off(y[t * N + n], expected, tol),
+                          "%s dtype %d T=%d N=%d K=%d (%d,%d): %g, want %g", op->name, (int)dtype,
+                          T, N, K, t, n, (double)y[t * N + n], expected);
         }
     }
     free(W), free(x), free(y), free(before), free(xd), free(want), free(size);
+    free(Q), free(scale);
     op->close(be);
 }
 
 Test(ops, matmul) {
     const int Ts[] = {1, 5, 6, 7, 13}, Ns[] = {1, 15, 16, 17, 50}, Ks[] = {1, 31, 256, 257, 600};
     for (int o = 0; qemb_cpu_table(o); o++) {
-        for (int i = 0; i < 5 * 5 * 5; i++)
-            check_matmul(qemb_cpu_table(o), Ts[i % 5], Ns[i / 5 % 5], Ks[i / 25], 1, i & 1);
-        check_matmul(qemb_cpu_table(o), 7, 33, 40, 64, 1);
-        check_matmul(qemb_cpu_table(o), 7, 33, 40, 64, 0);
+        for (int d = 0; d < (qemb_cpu_table(o) == &qemb_cpu_ops ? 2 : 1); d++) {
+            const qemb_dtype dtype = d ? QEMB_I8 : QEMB_F16;
+            for (int i = 0; i < 5 * 5 * 5; i++)
+                check_matmul(qemb_cpu_table(o), dtype, Ts[i % 5], Ns[i / 5 % 5], Ks[i / 25], 1,
+                             i & 1);
+            check_matmul(qemb_cpu_table(o), dtype, 7, 33, 40, 64, 1);
+            check_matmul(qemb_cpu_table(o), dtype, 7, 33, 40, 64, 0);
+        }
     }
 }
 
@@ -283,7 +307,7 @@ Test(ops, gate_up) {
     const qemb_config c = {.hidden = 2 * F, .ffn = F, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
     uint16_t *W = calloc((size_t)4 * F * F, sizeof *W);
     float *scratch = malloc((size_t)T * 2 * F * sizeof *scratch);
-    const qemb_mat m = {W, 2 * F, 2 * F, QEMB_F16, 1};
+    const qemb_mat m = {W, 2 * F, 2 * F, QEMB_F16, 1, NULL};
     for (int i = 0; i < 2 * F; i++) W[(size_t)i * 2 * F + i] = 0x3c00; /* 1 */
     for (int o = 0; qemb_cpu_table(o); o++) {
         rng r = {5};

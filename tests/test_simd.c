@@ -10,19 +10,19 @@
 
 Test(simd, the_choice) {
     cr_assert_eq(qemb_cpu_table(0), &qemb_cpu_ops);
-    cr_assert_eq(qemb_cpu_choose("plain"), &qemb_cpu_ops);
-    cr_assert_null(qemb_cpu_choose("mmx"));
-    cr_assert_null(qemb_cpu_choose(""));
+    cr_assert_eq(qemb_cpu_choose("plain", QEMB_MATH_F32), &qemb_cpu_ops);
+    cr_assert_null(qemb_cpu_choose("mmx", QEMB_MATH_F32));
+    cr_assert_null(qemb_cpu_choose("", QEMB_MATH_F32));
     cr_assert_null(qemb_cpu_table(-1));
     int n = 0;
     for (; qemb_cpu_table(n); n++)
-        cr_assert_eq(qemb_cpu_choose(qemb_cpu_table(n)->name), qemb_cpu_table(n));
-    cr_assert_eq(qemb_cpu_choose(NULL), qemb_cpu_table(n - 1));
+        cr_assert_eq(qemb_cpu_choose(qemb_cpu_table(n)->name, QEMB_MATH_F32), qemb_cpu_table(n));
+    cr_assert_eq(qemb_cpu_choose(NULL, QEMB_MATH_F32), qemb_cpu_table(n - 1));
     cr_assert_null(qemb_cpu_table(n + 1));
 }
 
 Test(simd, avx2_runs_here) {
-    if (!qemb_cpu_choose("avx2")) cr_skip_test("this CPU has no AVX2, FMA and F16C");
+    if (!qemb_cpu_choose("avx2", QEMB_MATH_F32)) cr_skip_test("this CPU has no AVX2, FMA and F16C");
 }
 
 #if defined(__x86_64__)
@@ -30,7 +30,7 @@ Test(simd, avx2_runs_here) {
  * own error is 2^-28 of that), and the edges. */
 Test(simd, avx2_exp) {
     enum { N = 4096 };
-    if (!qemb_cpu_choose("avx2")) cr_skip_test("this CPU has no AVX2, FMA and F16C");
+    if (!qemb_cpu_choose("avx2", QEMB_MATH_F32)) cr_skip_test("this CPU has no AVX2, FMA and F16C");
     static float x[N], y[N];
     double worst = 0;
     for (uint64_t bits = 0, stride = 257; bits < 0x100000000u;) {
@@ -82,7 +82,7 @@ static void check_paths(const qemb_ops *op, int N, int K) {
     float *want = malloc((size_t)T * N * sizeof *want);
     rng_halves(&r, W, (size_t)N * K, 1);
     rng_floats(&r, x, (size_t)T * K, 2);
-    const qemb_mat m = {W, N, K, QEMB_F16, 0.3f};
+    const qemb_mat m = {W, N, K, QEMB_F16, 0.3f, NULL};
     for (int threads = 1; threads <= 5; threads += 2) {
         const qemb_options opt = {.batch_tokens = T, .max_tokens = T, .threads = threads};
         qemb_backend *be;
