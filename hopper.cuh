@@ -397,4 +397,67 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 #endif
 }
 
+/* ---- the host's side ------------------------------------------------------------------------- */
+
+struct hopper_state {
+    bool on;    /* asked for, and this is an sm_90 */
+    int blocks; /* multiprocessors */
+    decltype(&cuTensorMapEncodeTiled)
+        encode; /* the driver's; taken from it, libcuda is not linked */
+};
+
+template <class A, int HD> static cudaError_t hopper_allow_attention() {
+    return cudaFuncSetAttribute((const void *)attention_hopper_kernel<A, HD>,
+                                cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                attention_hopper_shared_bytes<HD>);
+}
+/* Prepares the kernels of activation type A. s->on stays as it was. */
+template <class A> static cudaError_t hopper_open(hopper_state *s, int multiprocessors) {
+    cudaDriverEntryPointQueryResult found;
+    void *f = nullptr;
+    s->blocks = multiprocessors;
+    cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000,
+                                                     cudaEnableDefault, &found);
+    if (e == cudaSuccess && !f) e = cudaErrorNotSupported;
+    s->encode = (decltype(s->encode))f;
+    if (e == cudaSuccess)
+        e = cudaFuncSetAttribute((const void *)gate_up_kernel<A>,
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, gate_up_shared_bytes);
+    if (e == cudaSuccess) e = hopper_allow_attention<A, 64>();
+    if (e == cudaSuccess) e = hopper_allow_attention<A, 128>();
+    return e;
+}
+
+/* The map of p (rows, columns) in boxes as gate_up_kernel takes them. */
+template <class A>
+static bool hopper_map(const hopper_state *s, CUtensorMap *map, const A *p, int rows, int columns) {
+    const cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)rows},
+                     pitch[1] = {(cuuint64_t)columns * sizeof(A)};
+    const cuuint32_t box[2] = {GU_DEPTH, HOPPER_ROWS}, step[2] = {1, 1};
+    const auto type = std::is_same<A, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    return s->encode(map, type, 2, (void *)p, size, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <class A>
+static cudaError_t gate_up_launch(const hopper_state *s, A *h, const A *x, const A *w, float alpha,
+                                  int T, int F, int D, unsigned long long *clamps,
+                                  cudaStream_t st) {
+    CUtensorMap x_map, w_map;
+    if (!hopper_map(s, &x_map, x, T, D) || !hopper_map(s, &w_map, w, 2 * F, D))
+        return cudaErrorInvalidValue;
+    return launch(gate_up_kernel<A>, dim3((unsigned)s->blocks), dim3(HOPPER_THREADS),
+                  gate_up_shared_bytes, st, h, x_map, w_map, alpha, T, F, D, clamps);
+}
+
+template <class A, int HD>
+static cudaError_t attention_hopper_launch(const hopper_state *s, A *att, const A *qkv,
+                                           const att_tile *tiles, int n, int H, int K, int lg,
+                                           float scale_log2e, cudaStream_t st) {
+    return launch(attention_hopper_kernel<A, HD>, dim3((unsigned)s->blocks), dim3(HOPPER_THREADS),
+                  attention_hopper_shared_bytes<HD>, st, att, qkv, tiles, n, H, K, lg, scale_log2e);
+}
+
 #endif

@@ -628,6 +628,7 @@ static void cuda_pool(qemb_backend *be, float *out, const float *x, const float 
 
 const qemb_ops qemb_cuda_ops = {
     .name = "cuda",
+    .math = QEMB_MATH_F32,
     .act_size = sizeof(act),
     .open = cuda_open,
     .close = cuda_close,

@@ -63,7 +63,7 @@ struct device {
 extern device dev;
 
 struct counters {
-    long launches, collectives, races, copies, gemms, graph_launches;
+    long launches, collectives, races, copies, gemms, graph_launches, wgmmas;
     long allocations; /* device and pinned; a test of "nothing is allocated in the hot path" */
 };
 extern counters count;

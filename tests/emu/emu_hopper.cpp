@@ -98,7 +98,7 @@ void tma_load(char *dst, const CUtensorMap *map, char *at, int x, int y) {
     if (dst < now.shared || dst + bytes > now.shared + now.shared_bytes)
         die("tma_load: writes outside of shared memory (offset %ld)", (long)(dst - now.shared));
     if ((dst - now.shared) % 1024) die("tma_load: destination not aligned to 1024 bytes");
-    race_touch(dst, bytes, true, __builtin_return_address(0));
+    race_async(dst, bytes, true, __builtin_return_address(0), l.thread);
     race_pending(dst, bytes, 1);
     l.tick = race_tick(l.thread);
     memset(dst, 0xFF, (size_t)bytes);
@@ -196,7 +196,7 @@ static void each_chunk(uint64_t tile, int first, int rows, bool across, uint16_t
 }
 
 static void touch(const product &p, int warp) {
-    auto read = [&](uint16_t *, const char *at) { race_async_read(at, 16, p.pc, warp * WARP); };
+    auto read = [&](uint16_t *, const char *at) { race_async(at, 16, false, p.pc, warp * WARP); };
     if (!p.c.r) each_chunk(p.c.a, warp % 4 * 16, 16, false, nullptr, read);
     each_chunk(p.c.b, 0, p.c.n, p.c.across, nullptr, read);
 }
@@ -206,9 +206,7 @@ static void multiply(const product &p, int warp) {
     static float A[16][16], B[16 * 256], D[16][256];
     auto load = [](uint16_t *to, const char *at) { memcpy(to, at, 16); };
     const int n = p.c.n;
-#if defined(EMU_RACE)
-    touch(p, warp);
-#endif
+    if (RACES) touch(p, warp);
     if (p.c.r) {
         for (int l = 0; l < WARP; l++)
             for (int k = 0; k < 4; k++)
@@ -263,10 +261,9 @@ void wgmma(const wgmma_call &c) {
             die("wgmma: warp %d issues another one than its warpgroup", w);
         if (p.issued == all.size()) all.push_back(q.c);
         p.issued++;
-#if defined(EMU_RACE)
-        touch(q, w);
-#endif
+        if (RACES) touch(q, w);
         p.pending.push_back(q);
+        count.wgmmas++;
     });
 }
 void wgmma_fence() {

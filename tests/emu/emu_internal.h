@@ -98,10 +98,16 @@ bool in_device_heap(const void *p);
 cudaError_t submit(cudaStream_t st, std::function<void()> work);
 
 /* ---- race detector (emu_race.cpp); without EMU_RACE these do nothing ---- */
+#if defined(EMU_RACE)
+constexpr bool RACES = true;
+#else
+constexpr bool RACES = false;
+#endif
 void race_touch(const void *p, int bytes, bool write, void *pc, int thread = -1);
 void race_pending(const void *p, int bytes, int pending);
-/* A wgmma's read: ordinary writes need the writer's fence_async as well. */
-void race_async_read(const void *p, int bytes, void *pc, int thread);
+/* The copy engine's write, or a wgmma's read, before which ordinary writes need their thread's
+ * fence_async as well. */
+void race_async(const void *p, int bytes, bool write, void *pc, int thread);
 /* Order by mbarriers, barrier i of the block; by vector clocks, on once a block has one. */
 void race_clocks(bool on);
 uint32_t race_tick(int thread);            /* its time; later accesses have a later one */

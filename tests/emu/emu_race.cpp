@@ -97,7 +97,7 @@ static void touch_shared(size_t offset, int bytes, bool write, void *pc, int t, 
             kind = write ? "write into a pending copy" : "read of a pending copy";
         } else if (p->pc && !ordered(*p, t, we)) {
             kind = write ? "write after write" : "read after write";
-        } else if (proxy == ASYNC && p->serial == now.serial &&
+        } else if (proxy == ASYNC && !write && p->serial == now.serial &&
                    p->fences == now.fibers[p->thread].fences + 1) {
             kind = "wgmma read without fence_async after the write";
         } else if (write) {
@@ -170,8 +170,8 @@ void race_pending(const void *at, int bytes, int pending) {
     for (size_t i = 0; i < bytes / GRANULE; i++) c[i].pending = pending;
 }
 
-void race_async_read(const void *at, int bytes, void *pc, int thread) {
-    touch_shared((size_t)((const char *)at - now.shared), bytes, false, pc, thread, ASYNC);
+void race_async(const void *at, int bytes, bool write, void *pc, int thread) {
+    touch_shared((size_t)((const char *)at - now.shared), bytes, write, pc, thread, ASYNC);
 }
 
 static void learn(uint32_t *to, const uint32_t *from) {
@@ -243,7 +243,7 @@ int __tsan_atomic32_fetch_add(volatile int *p, int v, int) {
 namespace emu {
 void race_touch(const void *, int, bool, void *, int) {}
 void race_pending(const void *, int, int) {}
-void race_async_read(const void *, int, void *, int) {}
+void race_async(const void *, int, bool, void *, int) {}
 void race_clocks(bool) {}
 uint32_t race_tick(int) { return 0; }
 void race_arrive(int, int) {}
