@@ -73,7 +73,8 @@ __device__ __forceinline__ void hopper_transpose(uint32_t (&w)[4], int lane) {
     }
 }
 
-/* d: blocks 0..15 gate, 16..31 up. r: the thread's first row, c: the tile's first column. */
+/* d: blocks 0..15 gate, 16..31 up. r: the thread's first row, c: the tile's first column. Beyond T and F
+ * x or up is zero, and so is h: no clamp is counted there. */
 template <class A>
 __device__ __forceinline__ void gate_up_store(A *h, const float (&d)[32][4], float alpha, int r,
                                               int c, int T, int F, int *clamped) {
@@ -87,11 +88,8 @@ __device__ __forceinline__ void gate_up_store(A *h, const float (&d)[32][4], flo
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float(&g)[4] = d[j + i], (&u)[4] = d[16 + j + i];
-                int over = 0;
-                const float a = swiglu_one(alpha * g[e], alpha * u[e], &over),
-                            b = swiglu_one(alpha * g[e + 1], alpha * u[e + 1], &over);
-                w[i] = to_bits<A>(a, b);
-                *clamped += r < T && c + (j + i) * 8 < F ? over : 0;
+                w[i] = to_bits<A>(swiglu_one(alpha * g[e], alpha * u[e], clamped),
+                                  swiglu_one(alpha * g[e + 1], alpha * u[e + 1], clamped));
             }
             hopper_transpose(w, lane);
             if (r < T && column < F)
@@ -255,6 +253,7 @@ __device__ __forceinline__ void ah_load(const ah_work<A, HD> &work, ah_ring<HD> 
     int turn = 0;
     for (int n = blockIdx.x; n < work.count(); n += gridDim.x, turn ^= 1) {
         const att_tile w = work.tile(n);
+        if (w.t0 >= w.len) break; /* no tile: a list filled up */
         const att_view<A> s = work.view(n, w);
         for (int t = -1; t < ah_key_tiles(s.keys); t++) { /* -1: q */
             shared_addr full;
@@ -317,7 +316,9 @@ __device__ __forceinline__ void ah_multiply(const ah_work<A, HD> &work, ah_ring<
                                             float scale_log2e) {
     int turn = 0;
     for (int n = blockIdx.x; n < work.count(); n += gridDim.x, turn ^= 1) {
-        const att_view<A> s = work.view(n, work.tile(n));
+        const att_tile w = work.tile(n);
+        if (w.t0 >= w.len) break;
+        const att_view<A> s = work.view(n, w);
         const int lane = s.lane, tiles = ah_key_tiles(s.keys);
         uint32_t q[HD / 16][4], a[4][4];
         float p[1][8][4], o[1][HD / 8][4], m[1][2] = {{-INFINITY, -INFINITY}}, l[1][2] = {},
