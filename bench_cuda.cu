@@ -191,8 +191,9 @@ int main(int argc, char **argv) {
         gate_up(&s, T);
         product(&s, "down", D, F, true, T);
     }
-    const char *why = qemb_cuda_failure(s.be);
-    if (why) die("device", why);
+    qemb_health health = {};
+    qemb_cuda_ops.health(s.be, &health);
+    if (health.failure) die("device", health.failure);
     qemb_cuda_ops.close(s.be);
     return 0;
 }

@@ -4,13 +4,13 @@
 CUDA ?= $(firstword $(wildcard /usr/local/cuda /opt/cuda) $(patsubst %/bin/nvcc,%,$(shell command -v nvcc 2>/dev/null)) none)
 NVCC := $(CUDA)/bin/nvcc
 CUDA_ARCHS := 80 89 90a 120
-CUDA_ROOM := qemb.cu qemb_cuda.h kernels.cuh attention.cuh hopper.cuh gemm.cuh ptx.cuh ptx_hopper.cuh qemb.h
+CUDA_ROOM := qemb.cu qemb_cuda.h kernels.cuh eight.cuh attention.cuh hopper.cuh gemm.cuh ptx.cuh ptx_hopper.cuh qemb.h
 GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 
 EMU_SOURCES := tests/emu/emu_fibers.cpp tests/emu/emu_runtime.cpp tests/emu/emu_race.cpp tests/emu/emu_hopper.cpp tests/emu/emu_cublaslt.cpp
-EMU_HEADERS := $(wildcard tests/emu/*.h) tests/cuda_test.h tests/cuda_attention.h tests/oracle.h tests/support.h $(CUDA_ROOM)
-EMU_TESTS   := tests/cuda_main.cu tests/test_cuda_ops.cu tests/test_cuda_hopper.cu tests/test_cuda_model.cu
-EMU_C       := qemb.c file.c tests/oracle.c tests/support.c
+EMU_HEADERS := $(wildcard tests/emu/*.h) tests/cuda_test.h tests/cuda_model.h tests/cuda_attention.h tests/oracle.h tests/support.h $(CUDA_ROOM)
+EMU_TESTS   := tests/cuda_main.cu tests/test_cuda_ops.cu tests/test_cuda_hopper.cu tests/test_cuda_model.cu tests/test_cuda_eight.cu
+EMU_C       := qemb.c cpu_simd.c file.c tests/oracle.c tests/support.c
 EMU_WARN    := -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas
 EMU_CXX     := -std=c++20 -g $(EMU_WARN) -Wno-psabi -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/emu
 EMU_CC      := -std=c11 -D_GNU_SOURCE -g $(EMU_WARN)
@@ -20,7 +20,7 @@ comma       := ,
 # The program's other parts; the Makefile's lists where it includes this.
 FRONT  ?= main encode output pipeline format input
 ENGINE ?= qemb cpu_simd file tokenizer
-CUDA_MAIN := -include qemb_cuda.h "-DDEFAULT_OPS=&qemb_cuda_ops"
+CUDA_MAIN := -include qemb_cuda.h "-DDEFAULT_OPS=&qemb_cuda_ops" -DOPS_TABLE=qemb_cuda_table
 CUDA_PROGRAM = $(filter-out main,$(FRONT)) $(ENGINE)
 
 .PHONY: test-emu emu-values emu-sanitizers emu-races emu-program emu-mutants cuda-archs mutants gpu-test gpu-check gpu-bench

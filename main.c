@@ -19,6 +19,7 @@
  * built with another name here. */
 #ifndef DEFAULT_OPS
 #define DEFAULT_OPS qemb_cpu_choose(NULL, QEMB_MATH_F32)
+#define OPS_TABLE   qemb_cpu_table
 #endif
 
 /* ---- messages ------------------------------------------------------------------------------ */
@@ -77,6 +78,11 @@ enum {
     OPT_BATCH_TOKENS,
     OPT_THREADS,
     OPT_CPU,
+    OPT_MATH,
+    OPT_VRAM,
+    OPT_DETERMINISTIC,
+    OPT_NO_GRAPHS,
+    OPT_CACHE,
     OPT_ON_ERROR,
     OPT_STATS,
     OPT_PROGRESS,
@@ -97,6 +103,11 @@ static const struct option long_options[] = {
     {"batch-tokens", required_argument, NULL, OPT_BATCH_TOKENS},
     {"threads", required_argument, NULL, OPT_THREADS},
     {"cpu", required_argument, NULL, OPT_CPU},
+    {"math", required_argument, NULL, OPT_MATH},
+    {"vram", required_argument, NULL, OPT_VRAM},
+    {"deterministic", no_argument, NULL, OPT_DETERMINISTIC},
+    {"no-graphs", no_argument, NULL, OPT_NO_GRAPHS},
+    {"cache", required_argument, NULL, OPT_CACHE},
     {"on-error", required_argument, NULL, OPT_ON_ERROR},
     {"stats", no_argument, NULL, OPT_STATS},
     {"progress", no_argument, NULL, OPT_PROGRESS},
@@ -124,6 +135,11 @@ static unsigned commands_of(int opt) {
         return FOR(EMBED) | FOR(PLAN);
     case OPT_THREADS:
     case OPT_CPU:
+    case OPT_MATH:
+    case OPT_VRAM:
+    case OPT_DETERMINISTIC:
+    case OPT_NO_GRAPHS:
+    case OPT_CACHE:
         return FOR(EMBED) | FOR(PLAN) | FOR(CHECK);
     case OPT_OUTPUT:
     case OPT_DIM:
@@ -152,9 +168,14 @@ static const char help[] =
     "  --dim N              numbers in a vector, at most the model's        [all]\n"
     "  --max-tokens N       longest text, end-of-text included      [the model's]\n"
     "  --truncate           cut longer texts; else they are errors\n"
-    "  --batch-tokens N     tokens that are computed together              [4096]\n"
+    "  --batch-tokens N     tokens that are computed together [4096; on a GPU 8192]\n"
     "  --threads N          CPU threads                                     [all]\n"
     "  --cpu NAME           plain or avx2: whose arithmetic            [the fastest]\n"
+    "  --math NAME          f16 or fp8, on a GPU: what products are in       [f16]\n"
+    "  --vram MIB           on a GPU: memory to use at most                 [free]\n"
+    "  --deterministic      on a GPU: no bit depends on what else is computed\n"
+    "  --no-graphs          on a GPU: no CUDA graphs for small batches\n"
+    "  --cache DIR          on a GPU: time algorithms once, keep the times there\n"
     "  --on-error WHAT      record, zero, skip, stop      [record; binary: stop]\n"
     "  --stats              a summary on stderr at the end\n"
     "  --progress, --quiet  a progress line on stderr: always, never\n"
@@ -203,6 +224,17 @@ static const qemb_ops *parse_cpu(const char *s) {
     return found;
 }
 
+/* The last table with that arithmetic: the fastest. */
+static const qemb_ops *parse_math(const char *s) {
+    static const char *const names[] = {"f32", "bf16", "int8", "fp8", "f16"}; /* qemb_math */
+    const qemb_math math = (qemb_math)parse_name("math", s, names, LENGTH(names));
+    const qemb_ops *found = NULL;
+    for (int i = 0; OPS_TABLE(i); i++)
+        if (OPS_TABLE(i)->math == math) found = OPS_TABLE(i);
+    if (!found) USAGE("--math: %s: not with this program on this machine", s);
+    return found;
+}
+
 static void set_option(options *o, int opt, const char *arg) {
     static const char *const inputs[] = {"text", "jsonl"};
     switch (opt) {
@@ -241,6 +273,21 @@ static void set_option(options *o, int opt, const char *arg) {
         break;
     case OPT_CPU:
         o->ops = parse_cpu(arg);
+        break;
+    case OPT_MATH:
+        o->ops = parse_math(arg);
+        break;
+    case OPT_VRAM:
+        o->engine.vram = (size_t)parse_int("vram", arg, 1 << 30) << 20;
+        break;
+    case OPT_DETERMINISTIC:
+        o->engine.deterministic = 1;
+        break;
+    case OPT_NO_GRAPHS:
+        o->engine.no_graphs = 1;
+        break;
+    case OPT_CACHE:
+        o->engine.cache_dir = arg;
         break;
     case OPT_ON_ERROR:
         o->on_error = (on_error)parse_name("on-error", arg, on_error_names, LENGTH(on_error_names));
@@ -318,6 +365,9 @@ static void parse_options(options *o, int argc, char **argv) {
         if (!(commands_of(seen[i]) & 1u << o->command))
             USAGE("--%s: means nothing to qemb %s", option_name(seen[i]),
                   command_names[o->command]);
+    for (int i = 0; i < n_seen; i++)
+        if (seen[i] >= OPT_VRAM && seen[i] <= OPT_CACHE && !o->ops->plan)
+            USAGE("--%s: only with a GPU (qemb-cuda)", option_name(seen[i]));
     if (!o->model) USAGE("no model (want -m MODEL.qemb)");
     if (o->query && o->instruct) USAGE("--query and --instruct: only one of them");
     if (o->instruct && !*o->instruct)
@@ -525,7 +575,7 @@ static int info(const options *o) {
 }
 
 static int plan(const options *o) {
-    static const int usual[] = {512, 1024, 2048, QEMB_BATCH_TOKENS, 8192, 16384, 32768};
+    static const int usual[] = {512, 1024, 2048, 4096, 8192, 16384, 32768};
     qemb_err err;
     qemb_file *f;
     qemb_memory mem;
@@ -544,9 +594,21 @@ static int plan(const options *o) {
         if (!o->engine.batch_tokens) opt.batch_tokens = usual[i];
         qemb_plan(f, o->ops, &opt, &mem);
         printf("%10.1f MiB  activations: a batch of --batch-tokens %d%s\n", mib(mem.arena_batch),
-               opt.batch_tokens, opt.batch_tokens == QEMB_BATCH_TOKENS ? " (default)" : "");
+               opt.batch_tokens, opt.batch_tokens == qemb_batch_tokens(o->ops) ? " (default)" : "");
     }
     printf("A run takes the map and the larger one of its two activations.\n");
+    opt.batch_tokens = o->engine.batch_tokens;
+    qemb_plan(f, o->ops, &opt, &mem);
+    size_t sum = 0;
+    for (int i = 0; i < mem.n_parts; i++) {
+        if (!i) printf("On the GPU:\n");
+        printf("%10.1f MiB  %s\n", mib(mem.parts[i].bytes), mem.parts[i].what);
+        sum += mem.parts[i].bytes;
+    }
+    if (mem.n_parts) printf("%10.1f MiB  in all, beside what the driver takes\n", mib(sum));
+    if (mem.n_parts && opt.vram && sum > opt.vram)
+        DIE(STATUS_MODEL, "GPU memory: more than --vram (got %.0f MiB, want at most %.0f MiB)",
+            mib(sum), mib(opt.vram));
     qemb_file_close(f);
     return STATUS_GOOD;
 }

@@ -311,6 +311,7 @@ static job *next_ready(pipeline *p) {
     return j;
 }
 
+/* Until the last batch, or until the device has failed: the batch that it failed in is dropped. */
 static void compute_all(pipeline *p) {
     for (job *j; (j = next_ready(p));) {
         const size_t floats = (size_t)qemb_batch_rows(j->batch) * p->hidden;
@@ -320,6 +321,7 @@ static void compute_all(pipeline *p) {
             j->out_cap = floats;
         }
         if (floats) qemb_embed(p->model, j->batch, j->out);
+        if (qemb_health_of(p->model).failure) break;
         pass(p, &p->done, j);
     }
     pthread_mutex_lock(&p->lock);
@@ -389,6 +391,10 @@ static void print_summary(const writer *w) {
     say("%" PRIu64 " batches, %" PRIu64 " distinct texts, %" PRIu64 " prefix tokens saved, %" PRIu64
         " truncated, %" PRIu64 " errors, peak memory %.1f MiB",
         w->batches, w->distinct, w->saved, w->truncated, w->errors, peak_mib());
+    const qemb_health h = qemb_health_of(w->p->model);
+    if (w->p->opt->ops->narrow)
+        say("%" PRIu64 " vectors recomputed on the CPU, %" PRIu64 " numbers clamped", h.recomputed,
+            h.clamped);
 }
 
 static void print_progress(writer *w, uint64_t bytes) {
@@ -526,8 +532,14 @@ int embed_stream(const options *o, qemb_model *m, int hidden, encoder *e) {
     start_thread(&reader_thread, reader_main, &p);
     start_thread(&writer_thread, writer_main, &w);
     compute_all(&p);
+    pthread_join(writer_thread, NULL); /* what was computed is out */
+    const char *failure = qemb_health_of(m).failure;
+    if (failure) { /* the reader may be waiting for input: leave it there */
+        output_finish(&w.out, o->output, w.rows, e->dim);
+        print_summary(&w);
+        DIE(STATUS_MODEL, "%s", failure);
+    }
     pthread_join(reader_thread, NULL);
-    pthread_join(writer_thread, NULL);
 
     output_finish(&w.out, o->output, w.rows, e->dim);
     output_close(&w.out);

@@ -473,21 +473,24 @@ struct qemb_model {
     qemb_weights w; /* as the backend placed them; w.layers is owned */
     activations a;
     int32_t *tokens, *pos, *cu; /* the layout of the batch that computes */
+    qemb_model *exact;          /* the same model on the CPU, if ops is narrow */
+    uint64_t recomputed;
 };
 
-/* Lays the buffers for R rows and B texts end to end from base on; returns their bytes. */
-static size_t plan_activations(activations *a, const qemb_config *c, size_t act, int rows,
+static int mlp_rows(const qemb_ops *ops) { return ops->mlp_rows ? ops->mlp_rows : QEMB_MLP_ROWS; }
+static int fit_rows(const qemb_ops *ops, int T) { return ops->fit ? ops->fit(T) : T; }
+
+/* Lays the buffers for that many rows and texts end to end from base on; returns their bytes. */
+static size_t plan_activations(activations *a, const qemb_config *c, const qemb_ops *ops, int rows,
                                int texts, char *base) {
-    const size_t R = (size_t)rows, C = (size_t)min_int(rows, QEMB_MLP_ROWS), D = (size_t)c->hidden;
+    const size_t R = (size_t)fit_rows(ops, rows), B = (size_t)fit_rows(ops, texts);
+    const size_t C = (size_t)min_int((int)R, mlp_rows(ops)), D = (size_t)c->hidden;
+    const size_t act = ops->act_size;
     const size_t Q = (size_t)c->n_heads * c->head_dim, KV = (size_t)c->n_kv_heads * c->head_dim;
     const size_t F = (size_t)c->ffn;
-    const size_t bytes[7] = {R * D * sizeof(float),
-                             (size_t)texts * D * sizeof(float),
-                             R * D * act,
-                             R * (Q + 2 * KV) * act,
-                             R * Q * act,
-                             C * 2 * F * act,
-                             C * F * act};
+    const size_t bytes[7] = {
+        R * D * sizeof(float), B * D * sizeof(float), R * D * act, R * (Q + 2 * KV) * act,
+        R * Q * act,           C * 2 * F * act,       C * F * act};
     size_t at[8] = {0};
     for (int i = 0; i < 7; i++) at[i + 1] = at[i] + (bytes[i] + 255) / 256 * 256;
     if (a)
@@ -500,8 +503,8 @@ static size_t plan_activations(activations *a, const qemb_config *c, size_t act,
 
 /* clang-format off */
 
-/* The model, written once for every backend. */
-static void qemb_forward(qemb_model *m, const qemb_layout *b, float *out) {
+/* The model, written once for every backend. Vectors come out of the first n texts. */
+static void qemb_forward(qemb_model *m, const qemb_layout *b, float *out, int n_out) {
     const qemb_config *c = &m->file->config;
     const qemb_ops *op = m->ops;
     qemb_backend *be = m->be;
@@ -522,24 +525,29 @@ static void qemb_forward(qemb_model *m, const qemb_layout *b, float *out) {
         if (last) op->gather_last(be, a->x_last, x, b), x = a->x_last;      /* x   (rows, D)      */
         op->matmul_add(be, x, a->att, &w->wo, rows);                        /* x  += att Wo^T     */
 
-        for (int r = 0; r < rows; r += QEMB_MLP_ROWS) {
-            const int n = min_int(QEMB_MLP_ROWS, rows - r);
+        for (int r = 0; r < rows; r += mlp_rows(op)) {
+            const int n = min_int(mlp_rows(op), rows - r);
             float *xr = x + (size_t)r * c->hidden;                          /* xr  (n, D)         */
             op->rmsnorm(be, a->xn, xr, w->mlp_norm, n);                     /* xn  (n, D)         */
             op->gate_up(be, a->h, a->gu, a->xn, &w->wgu, n);                /* h   (n, F)         */
             op->matmul_add(be, xr, a->h, &w->wdown, n);                     /* xr += h Wdown^T    */
         }
     }
-    op->pool(be, out, x, m->w.final_norm, b->B);                            /* out (B, D)         */
+    op->pool(be, out, x, m->w.final_norm, n_out);                           /* out (n_out, D)     */
 }
 
 /* clang-format on */
 
 /* ---- opening ----------------------------------------------------------------------------------- */
 
-static qemb_options fill_options(const qemb_config *c, const qemb_options *opt) {
+int qemb_batch_tokens(const qemb_ops *ops) {
+    return ops->batch_tokens ? ops->batch_tokens : QEMB_BATCH_TOKENS;
+}
+
+static qemb_options fill_options(const qemb_config *c, const qemb_ops *ops,
+                                 const qemb_options *opt) {
     qemb_options o = opt ? *opt : (qemb_options){0};
-    if (o.batch_tokens <= 0) o.batch_tokens = QEMB_BATCH_TOKENS;
+    if (o.batch_tokens <= 0) o.batch_tokens = qemb_batch_tokens(ops);
     if (o.max_tokens <= 0 || o.max_tokens > c->max_positions) o.max_tokens = c->max_positions;
     if (o.threads <= 0) o.threads = omp_get_num_procs();
     return o;
@@ -555,14 +563,23 @@ static size_t matrix_bytes(const qemb_mat *m) {
 
 void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt, qemb_memory *mem) {
     const qemb_config *c = &f->config;
-    const qemb_options o = fill_options(c, opt);
+    const qemb_options o = fill_options(c, ops, opt);
     const qemb_layer *w = &f->weights.layers[0]; /* all layers are alike */
-    mem->arena_batch =
-        plan_activations(NULL, c, ops->act_size, o.batch_tokens, o.batch_tokens, NULL);
-    mem->arena_text = plan_activations(NULL, c, ops->act_size, o.max_tokens, 1, NULL);
+    mem->arena_batch = plan_activations(NULL, c, ops, o.batch_tokens, o.batch_tokens, NULL);
+    mem->arena_text = plan_activations(NULL, c, ops, o.max_tokens, 1, NULL);
     mem->weights = (size_t)c->n_layers * (matrix_bytes(&w->wqkv) + matrix_bytes(&w->wo) +
                                           matrix_bytes(&w->wgu) + matrix_bytes(&w->wdown));
     mem->table = matrix_bytes(&f->weights.tok_emb);
+    const size_t arena = plan_activations(NULL, c, ops, max_rows(&o), o.batch_tokens, NULL);
+    mem->n_parts = ops->plan ? ops->plan(mem->parts, f, &o, arena) : 0;
+}
+
+/* A narrow table's stand-in: one text at a time, opened now so that nothing can be missing then. Its
+ * memory is address space until it is used. */
+static int open_exact(qemb_model *m, qemb_err *err) {
+    qemb_options o = m->opt;
+    o.batch_tokens = 1;
+    return qemb_open(&m->exact, m->file, qemb_cpu_choose(NULL, QEMB_MATH_F32), &o, err);
 }
 
 int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
@@ -570,12 +587,13 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
     const qemb_config *c = &f->config;
     qemb_model *m = calloc(1, sizeof *m);
     if (!m) return qemb_fail(err, "out_of_memory", "model: out of memory");
-    m->file = f, m->ops = ops, m->opt = fill_options(c, opt), m->w = f->weights;
-    const size_t rows = (size_t)max_rows(&m->opt), layers_bytes = c->n_layers * sizeof *m->w.layers;
+    m->file = f, m->ops = ops, m->opt = fill_options(c, ops, opt), m->w = f->weights;
+    const size_t rows = (size_t)fit_rows(ops, max_rows(&m->opt));
+    const size_t layers_bytes = c->n_layers * sizeof *m->w.layers;
     m->w.layers = malloc(layers_bytes);
     m->tokens = malloc(rows * sizeof *m->tokens);
     m->pos = malloc(rows * sizeof *m->pos);
-    m->cu = malloc((rows + 1) * sizeof *m->cu);
+    m->cu = malloc((rows + 1) * sizeof *m->cu); /* a text has a row */
     int bad = !m->w.layers || !m->tokens || !m->pos || !m->cu;
     if (bad)
         qemb_fail(err, "out_of_memory", "model: out of memory");
@@ -583,12 +601,12 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
         memcpy(m->w.layers, f->weights.layers, layers_bytes);
     bad = bad || ops->open(&m->be, c, &m->opt, err) || ops->place(m->be, &m->w, err);
     if (!bad) {
-        size_t bytes =
-            plan_activations(NULL, c, ops->act_size, (int)rows, m->opt.batch_tokens, NULL);
+        size_t bytes = plan_activations(NULL, c, ops, (int)rows, m->opt.batch_tokens, NULL);
         char *base = ops->arena(m->be, bytes, err);
         bad = !base;
-        if (base) plan_activations(&m->a, c, ops->act_size, (int)rows, m->opt.batch_tokens, base);
+        if (base) plan_activations(&m->a, c, ops, (int)rows, m->opt.batch_tokens, base);
     }
+    bad = bad || (ops->narrow && open_exact(m, err));
     if (bad) {
         qemb_close(m);
         return -1;
@@ -600,6 +618,7 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
 void qemb_close(qemb_model *m) {
     if (!m) return;
     m->ops->close(m->be);
+    qemb_close(m->exact);
     free(m->w.layers);
     free(m->tokens);
     free(m->pos);
@@ -608,6 +627,12 @@ void qemb_close(qemb_model *m) {
 }
 
 const qemb_options *qemb_options_of(const qemb_model *m) { return &m->opt; }
+
+qemb_health qemb_health_of(const qemb_model *m) {
+    qemb_health h = {.recomputed = m->recomputed};
+    if (m->ops->health) m->ops->health(m->be, &h);
+    return h;
+}
 
 /* ---- the packer --------------------------------------------------------------------------------- */
 
@@ -699,17 +724,44 @@ size_t qemb_batch_tokens_saved(const qemb_batch *b) {
     return b->B > 1 ? (size_t)b->prefix * (size_t)(b->B - 1) : 0;
 }
 
-void qemb_embed(qemb_model *m, const qemb_batch *b, float *out) {
-    if (!b->B) return;
+/* Lays b out in the model's arrays, filled up with rows of end-of-text to what the table likes. */
+static qemb_layout lay_out(qemb_model *m, const qemb_batch *b) {
     const int P = b->B > 1 ? b->prefix : 0; /* nothing to share with */
-    int t = 0;
+    int t = 0, B = b->B;
     for (; t < P; t++) m->tokens[t] = b->texts[0].ids[t], m->pos[t] = t;
-    for (int i = 0; i < b->B; i++) {
+    for (int i = 0; i < B; i++) {
         m->cu[i] = t;
         for (int p = P; p < b->texts[i].n; p++, t++)
             m->tokens[t] = b->texts[i].ids[p], m->pos[t] = p;
     }
-    m->cu[b->B] = t;
-    const qemb_layout layout = {b->B, t, P, m->tokens, m->pos, m->cu};
-    qemb_forward(m, &layout, out);
+    m->cu[B] = t;
+    const int T = fit_rows(m->ops, t);
+    if (T > t) m->cu[++B] = T;
+    for (; t < T; t++) m->tokens[t] = m->file->config.eos_id, m->pos[t] = 0;
+    return (qemb_layout){B, T, P, m->tokens, m->pos, m->cu};
+}
+
+static int all_finite(const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (!(fabsf(x[i]) <= FLT_MAX)) return 0;
+    return 1;
+}
+
+/* out (D) = the vector of one text, by the CPU's table */
+static void compute_again(qemb_model *m, const packed_text *text, float *out) {
+    packed_text texts[1] = {*text};
+    const qemb_batch alone = {.B = 1, .texts = texts};
+    qemb_embed(m->exact, &alone, out);
+    m->recomputed++;
+}
+
+void qemb_embed(qemb_model *m, const qemb_batch *b, float *out) {
+    if (!b->B) return;
+    const size_t D = (size_t)m->file->config.hidden;
+    const qemb_layout layout = lay_out(m, b);
+    qemb_forward(m, &layout, out, b->B);
+    if (!m->exact || qemb_health_of(m).failure) return; /* without its device a run has to end */
+    for (int i = 0; i < b->B; i++)
+        if (!all_finite(out + (size_t)i * D, D))
+            compute_again(m, &b->texts[i], out + (size_t)i * D);
 }

@@ -186,11 +186,12 @@ typedef struct {
 /* ---- backends ------------------------------------------------------------------------------ */
 
 typedef struct {
-    int batch_tokens; /* rows of a bulk batch; 0: QEMB_BATCH_TOKENS */
+    int batch_tokens; /* rows of a bulk batch; 0: the table's */
     int max_tokens;   /* longest text, end-of-text included; 0: the model's max_positions */
     int threads;      /* CPU threads; 0: all this process may use */
     /* The CUDA backend's; the CPU's ignore them. */
     int deterministic; /* a vector's bits do not depend on its batch (always so on a CPU) */
+    int no_graphs;     /* small batches are launched op by op, not replayed as CUDA graphs */
     size_t vram;       /* bytes of GPU memory to use at most; 0: what is free */
     const char
         *cache_dir; /* directory for algorithm timings; NULL: no timing, the library chooses */
@@ -203,12 +204,27 @@ typedef struct {
 typedef struct qemb_backend qemb_backend; /* a table's own state: device, stream, threads */
 typedef struct qemb_act qemb_act;         /* an activation: float on the CPU, half on CUDA */
 
+/* A part of a backend's own memory. */
+typedef struct {
+    const char *what; /* static string */
+    size_t bytes;
+} qemb_part;
+#define QEMB_PARTS 16
+
+/* What has gone wrong so far without ending the run. */
+typedef struct {
+    uint64_t recomputed; /* vectors that were not finite and were computed again on the CPU */
+    uint64_t clamped;    /* numbers cut to the largest that an activation can be */
+    const char *failure; /* why the device stopped, one line of the backend's; NULL: it works */
+} qemb_health;
+
 /* What a table multiplies in. Sums, and all that is not a matrix product, are at least float. */
 typedef enum {
     QEMB_MATH_F32,  /* weights as the file has them, activations in float */
     QEMB_MATH_BF16, /* both rounded to bfloat16 */
     QEMB_MATH_INT8, /* weights by row, activations by token, scaled to 8 bit integers */
-    QEMB_MATH_FP8   /* weights by row, activations by token, scaled to e4m3 */
+    QEMB_MATH_FP8,  /* weights by row, activations by token, scaled to e4m3 */
+    QEMB_MATH_F16   /* both in half */
 } qemb_math;
 
 /* One table per backend and arithmetic. Ops return void, assert on misuse, and read and write only what their
@@ -217,7 +233,21 @@ typedef enum {
 typedef struct qemb_ops {
     const char *name;
     qemb_math math;
-    size_t act_size; /* bytes of one qemb_act */
+    size_t act_size;  /* bytes of one qemb_act */
+    int batch_tokens; /* rows of a bulk batch unless the options say; 0: QEMB_BATCH_TOKENS */
+    int mlp_rows;     /* rows that the MLP works on at a time; 0: QEMB_MLP_ROWS */
+    int narrow;       /* activations overflow where floats do not: a vector that is not finite is
+                         computed again by the CPU's table */
+
+    /* Rows that a batch of T rows is filled up to, by one more text that is not pooled; at least T,
+     * never less for a larger T, fit(fit(T)) = fit(T). Buffers have room for that many. NULL: T. */
+    int (*fit)(int T);
+    /* The backend's own memory (a GPU's), part by part, as open, place and arena will take it for f
+     * with opt filled in and `arena` bytes of activations. Returns the number of parts, at most
+     * QEMB_PARTS. NULL: it has none, and the options of a GPU mean nothing to it. */
+    int (*plan)(qemb_part *parts, const qemb_file *f, const qemb_options *opt, size_t arena);
+    /* Adds what be knows to h. NULL: nothing goes wrong. */
+    void (*health)(const qemb_backend *be, qemb_health *h);
 
     /* State for config c (which outlives it). Codes: "device", "out_of_memory". */
     int (*open)(qemb_backend **be, const qemb_config *c, const qemb_options *opt, qemb_err *err);
@@ -270,10 +300,12 @@ typedef struct qemb_batch qemb_batch; /* texts on their way into a forward */
 
 /* Memory a model takes beside the file's map, in bytes. */
 typedef struct {
-    size_t arena_batch; /* activations of a bulk batch of batch_tokens rows */
-    size_t arena_text;  /* activations when one text of max_tokens comes */
-    size_t weights;     /* bytes of the map that every batch reads (the layers) */
-    size_t table;       /* bytes of the embedding table, of which rows in use are read */
+    size_t arena_batch;          /* activations of a bulk batch of batch_tokens rows */
+    size_t arena_text;           /* activations when one text of max_tokens comes */
+    size_t weights;              /* bytes of the map that every batch reads (the layers) */
+    size_t table;                /* bytes of the embedding table, of which rows in use are read */
+    qemb_part parts[QEMB_PARTS]; /* (n_parts) the backend's own memory, activations included */
+    int n_parts;
 } qemb_memory;
 
 /* What qemb_open would plan, without opening anything. */
@@ -284,6 +316,9 @@ int qemb_open(qemb_model **m, const qemb_file *f, const qemb_ops *ops, const qem
               qemb_err *err);
 void qemb_close(qemb_model *m);
 const qemb_options *qemb_options_of(const qemb_model *m); /* with the defaults filled in */
+int qemb_batch_tokens(const qemb_ops *ops); /* rows of a bulk batch where the options say 0 */
+/* For the thread that embeds, or after it. */
+qemb_health qemb_health_of(const qemb_model *m);
 
 /* An empty batch for m; any number may exist, so one can be filled while another computes. */
 qemb_batch *qemb_batch_new(const qemb_model *m); /* NULL: out of memory */
@@ -298,7 +333,8 @@ int qemb_batch_rows(const qemb_batch *b); /* vectors that come out: distinct tex
 /* Tokens that are not computed because all texts share them: the prefix, but once. */
 size_t qemb_batch_tokens_saved(const qemb_batch *b);
 
-/* The model's one forward. out (qemb_batch_rows, D): final-normed last rows, before cut and L2. */
+/* The model's one forward. out (qemb_batch_rows, D): final-normed last rows, before cut and L2. A
+ * device that fails leaves NaN here and its reason in qemb_health_of. */
 void qemb_embed(qemb_model *m, const qemb_batch *b, float *out);
 
 /* dst (dim) = the first dim numbers of src, scaled to length 1. -1 if that has no finite, nonzero

@@ -101,7 +101,7 @@ lane *lane_open(const lane_options *o) {
     make_fingerprint(l);
     give_worker(l, take_worker(l)); /* so that wrong options are seen now */
     const int batch = o->cli.engine.batch_tokens;
-    l->queue = need(queue_new(o->max_queue_tokens, batch ? batch : QEMB_BATCH_TOKENS));
+    l->queue = need(queue_new(o->max_queue_tokens, batch ? batch : qemb_batch_tokens(o->cli.ops)));
     return l;
 }
 
@@ -148,6 +148,8 @@ static void *compute_main(void *arg) {
         const int tokens = count_tokens(taken, n);
         const double start = seconds_now();
         qemb_embed(l->model, b, out);
+        const char *failure = qemb_health_of(l->model).failure;
+        if (failure) DIE(STATUS_MODEL, "%s", failure); /* only a new process gets it back */
         metrics_observe(HISTOGRAM_BATCH_SECONDS, seconds_now() - start);
         metrics_observe(HISTOGRAM_BATCH_TEXTS, n);
         metrics_observe(HISTOGRAM_BATCH_TOKENS, tokens);

@@ -77,6 +77,13 @@ inline void cuda_ok(cudaError_t e, const char *what) {
     exit(1);
 }
 
+inline qemb_health health_of(const qemb_backend *be) {
+    qemb_health h = {};
+    qemb_cuda_ops.health(be, &h);
+    return h;
+}
+inline const char *failure_of(const qemb_backend *be) { return health_of(be).failure; }
+
 /* n numbers of device memory, freed with the object. */
 template <class T> struct device_array {
     T *p = nullptr;

@@ -442,7 +442,7 @@ static void matmul_case(bool add, int T, double alpha) {
         std::vector<__half> h = dy.get();
         for (size_t i = 0; i < h.size(); i++) after[i] = (float)num(h[i]);
     }
-    check(!qemb_cuda_failure(f.be), "%s", qemb_cuda_failure(f.be));
+    check(!failure_of(f.be), "%s", failure_of(f.be));
     std::vector<double> xd = doubles(x), y(N), size(N);
     for (int t = 0; t < T; t++) {
         oracle_matvec(y.data(), size.data(), &xd[(size_t)t * K], w.data(), N, K);
@@ -467,7 +467,7 @@ TEST(op_matmul_unknown_shape) { /* a shape that open did not announce: a failure
     device_array<__half> w(80 * 96), x(96), y(80);
     qemb_mat m = {w.p, 80, 96, QEMB_F16, 1, nullptr};
     qemb_cuda_ops.matmul(f.be, (qemb_act *)y.p, (qemb_act *)x.p, &m, 1);
-    const char *why = qemb_cuda_failure(f.be);
+    const char *why = failure_of(f.be);
     check(why && strstr(why, "matmul") && strstr(why, "cuBLASLt status"), "failure (got %s)",
           why ? why : "none");
 }
@@ -487,7 +487,7 @@ static void attention_op_case(int hd, int H, int K, const std::vector<int> &lens
     qemb_cuda_ops.qknorm_rope(f.be, (qemb_act *)d.p, dq.p, dk.p, &f.b);
     qemb_cuda_ops.attention(f.be, (qemb_act *)att.p, (qemb_act *)d.p, &f.b, last);
     std::vector<__half> got = att.get(), rotated = d.get();
-    check(!qemb_cuda_failure(f.be), "%s", qemb_cuda_failure(f.be));
+    check(!failure_of(f.be), "%s", failure_of(f.be));
     for (int b = 0; b < f.b.B; b++) {
         const int n = P + lens[b];
         std::vector<double> q((size_t)n * ld), o((size_t)n * H * hd), weighted(o.size()),

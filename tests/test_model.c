@@ -418,3 +418,59 @@ static void check_not_finite(void) {
 }
 
 Test(model, not_finite) { FOR_TABLES check_not_finite(); }
+
+/* ---- a table whose activations overflow -------------------------------------------------------- */
+
+static int spoiled_row; /* of out: what an overflow leaves there */
+static const char *spy_failure;
+
+static void spoiling_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
+    const int D = small_configs[0].hidden;
+    ops->pool(be, out, x, w, B);
+    if (spoiled_row < B) out[spoiled_row * D + 9] = NAN;
+}
+static void spy_health(const qemb_backend *be, qemb_health *h) {
+    (void)be;
+    h->clamped += 3;
+    h->failure = spy_failure;
+}
+static int fit_to_16(int T) { return (T + 15) / 16 * 16; }
+
+static void check_narrow(void) {
+    const qemb_config *c = &small_configs[0];
+    qemb_file *f = open_model(c, 4, 1);
+    qemb_ops spy = *ops;
+    spy.begin = spy_begin, spy.pool = spoiling_pool, spy.health = spy_health, spy.narrow = 1;
+    spy.fit = fit_to_16;
+    qemb_model *m, *cpu;
+    qemb_err err;
+    const qemb_options opt = {.batch_tokens = 100, .threads = 2};
+    cr_assert_eq(qemb_open(&m, f, &spy, &opt, &err), 0, "%s", err.msg);
+    cr_assert_eq(qemb_open(&cpu, f, qemb_cpu_choose(NULL, QEMB_MATH_F32), &opt, &err), 0, "%s", err.msg);
+    const int32_t ids[3][4] = {{3, 17, 4, 299}, {3, 16, 4, 299}, {3, 17, 299, 299}};
+    float out[3 * 64], alone[64];
+    qemb_batch *b = qemb_batch_new(m);
+    for (int i = 0; i < 3; i++) qemb_pack_add(b, ids[i], 4);
+    for (spoiled_row = 0; spoiled_row < 3; spoiled_row++) {
+        qemb_embed(m, b, out);
+        /* filled up to 16 rows by a fourth text that shares the prefix and has no vector */
+        cr_assert(seen.P == 1 && seen.B == 4 && seen.T == 16 && seen.cu[4] == 16);
+        for (int t = seen.cu[3]; t < 16; t++)
+            cr_assert(seen.pos[t] == 0 && seen.tokens[t] == c->eos_id);
+        embed_alone(cpu, ids[spoiled_row], 4, alone);
+        cr_assert_arr_eq(out + spoiled_row * 64, alone, sizeof alone, "not the CPU's vector");
+        for (int i = 0; i < 3; i++) cr_assert_eq(qemb_unit(alone, out + i * 64, 64), 0);
+        const qemb_health h = qemb_health_of(m);
+        cr_assert(h.recomputed == (uint64_t)spoiled_row + 1 && h.clamped == 3 && !h.failure);
+    }
+    spy_failure = "the device is gone";
+    spoiled_row = 1;
+    qemb_embed(m, b, out); /* nothing is computed again behind a failed device's back */
+    cr_assert(isnan(out[64 + 9]) && qemb_health_of(m).recomputed == 3);
+    spy_failure = NULL;
+    qemb_batch_free(b);
+    qemb_close(m);
+    qemb_close(cpu);
+    qemb_file_close(f);
+}
+Test(model, overflow_is_computed_again) { FOR_TABLES check_narrow(); }

@@ -26,6 +26,7 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #undef __global__
@@ -49,7 +50,8 @@ enum schedule { IN_ORDER, REVERSE, RANDOM, PRIORITY, N_SCHEDULES };
  * leave it queued until something waits for it, as late as a device may. */
 void set_schedule(schedule s, uint64_t seed);
 
-/* The device that the program sees. */
+/* The device that the program sees. For whole programs the environment can say otherwise:
+ * QEMB_EMU="count=0 driver=0 image=0 major=7 minor=5 memory=MIB fault_after=N", any of them. */
 struct device {
     int count;           /* GPUs; 0: cudaErrorNoDevice */
     int major, minor;    /* compute capability */
@@ -59,6 +61,8 @@ struct device {
     bool driver;         /* false: cudaErrorInsufficientDriver */
     bool image;          /* false: no kernel image for this device */
     cudaError_t fault;   /* not cudaSuccess: the device has failed; launches and waits say so */
+    long fault_after;    /* launches until it does; 0: never */
+    bool no_fp8;         /* cuBLASLt has no product of e4m3 here */
 };
 extern device dev;
 

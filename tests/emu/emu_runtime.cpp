@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <deque>
 #include <map>
+#include <string>
 #include <sys/mman.h>
 #include <unistd.h>
 #if defined(EMU_ASAN)
@@ -21,8 +22,24 @@
 
 namespace emu {
 
-static const device standard = {1, 9, 0, 4, (size_t)8 << 30, 227 << 10, true, true, cudaSuccess};
-device dev = standard;
+static device from_environment() {
+    device d = {1, 9, 0, 4, (size_t)8 << 30, 227 << 10, true, true, cudaSuccess, 0, false};
+    const char *s = getenv("QEMB_EMU");
+    char name[32];
+    long value;
+    for (int n = 0; s && sscanf(s, " %31[a-z_]=%ld%n", name, &value, &n) == 2; s += n) {
+        const std::string key = name;
+        if (key == "count") d.count = (int)value;
+        if (key == "driver") d.driver = value != 0;
+        if (key == "image") d.image = value != 0;
+        if (key == "major") d.major = (int)value;
+        if (key == "minor") d.minor = (int)value;
+        if (key == "memory") d.memory = (size_t)value << 20;
+        if (key == "fault_after") d.fault_after = value;
+    }
+    return d;
+}
+device dev = from_environment();
 
 /* ---- the device heap -------------------------------------------------------------------------------- */
 
@@ -196,6 +213,7 @@ static cudaError_t last_error;
 static cudaError_t fail(cudaError_t e) { return last_error = e; }
 
 cudaError_t submit_launch(cudaStream_t st, const launch_info &info) {
+    if (dev.fault_after && !--dev.fault_after) dev.fault = cudaErrorIllegalAddress;
     if (dev.fault != cudaSuccess) return fail(dev.fault);
     dim3 g = info.grid, b = info.block;
     size_t limit = shared_limit.count(info.kernel) ? shared_limit[info.kernel] : 48 << 10;
