@@ -12,6 +12,7 @@ export QEMB_SHARED ?= $(abspath ../shared)
 DEBIAN_BUILD   := gcc libc6-dev libjansson-dev libssl-dev
 DEBIAN_SERVE   := libmicrohttpd-dev libhiredis-dev
 DEBIAN_PYTHON  := python3 python3-venv
+DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread # a plot, and products to compare with
 DEBIAN_TEST    := clang libclang-rt-dev libcriterion-dev xz-utils curl redis-server
 
 WARNINGS := -Wall -Wextra -Wpedantic -Werror
@@ -19,6 +20,8 @@ WARNINGS := -Wall -Wextra -Wpedantic -Werror
 BASE     := -std=c11 -D_GNU_SOURCE $(WARNINGS) -ffp-contract=fast -pthread -MMD -MP
 SERVE_LIBS := -lmicrohttpd -lhiredis
 LIBS     := -ljansson -lcrypto -lm
+# bench has oneDNN beside the matmul if its headers are there when bench is built (bench_gemm.c).
+BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
 ENGINE  := qemb cpu_simd file tokenizer
@@ -84,8 +87,8 @@ build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$(SERVE) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
 build/$(1)/test_%: build/$(1)/tests/test_%.o $$(patsubst %,build/$(1)/%.o,tests/oracle tests/support $(TESTED) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
-build/$(1)/bench: build/$(1)/bench.o $$(patsubst %,build/$(1)/%.o,format $(ENGINE))
-	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
+build/$(1)/bench: $$(patsubst %,build/$(1)/%.o,bench bench_limits bench_gemm format $(ENGINE))
+	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/fuzz_%: build/$(1)/tests/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/support serve_api serve_metrics format input qemb cpu_simd file tokenizer)
 	$(2) $(3) $$^ $(LIBS) -o $$@
 -include $$(wildcard build/$(1)/*.d build/$(1)/tests/*.d)
@@ -141,30 +144,32 @@ bench: qemb build/release/bench ## speed of tokenizer, printing and whole runs (
 
 # What the server's threads meet in; the rest of its tests ask one thing at a time.
 RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat
+SERVE_TESTS = "$(VENV)/bin/pytest -q -rs tests/test_serve.py" \
+  "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py" \
+  "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py -k '$(RACY)'"
 JOBS     := $(shell nproc)
 SUBMAKE   = $(MAKE) -s -j$(JOBS)
 C_TESTS   = $(TESTS:%=build/release/test_%) $(TESTS:%=build/asan/test_%)
 FUZZ_BINS = $(FUZZERS:%=build/fuzz/fuzz_%)
 CLANG_OBJ = $(patsubst %,build/clang/%.o,$(sort $(FRONT) $(SERVE) $(ENGINE)))
 
-test: need-test $(VENV_TEST) ## install what is missing, run all but test-serve (C, sanitizers, fuzzers, Python, emulated CUDA)
+test: need-test $(VENV_TEST) ## install what is missing, run everything (C, sanitizers, fuzzers, Python, the server, emulated CUDA)
 	@echo "building"; $(SUBMAKE) test-programs
 	@tests/run.sh \
 	  $(patsubst %,"% --tap",$(C_TESTS)) \
 	  $(patsubst %,"% -runs=$(FUZZ_RUNS) -seed=1 -max_len=4096 -verbosity=0",$(FUZZ_BINS)) \
 	  "$(VENV)/bin/pytest -q -rs tests --ignore=tests/test_serve.py" \
+	  $(SERVE_TESTS) \
 	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/test_protocol.py" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/test_protocol.py" \
 	  "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) gpu-test"
 
 .PHONY: test-programs test-serve
 test-programs: qemb qemb-serve $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
-  $(foreach v,asan tsan,build/$(v)/qemb)
+  $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
 
-test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/tsan/qemb-serve ## the server's tests: real clients, attacks, sanitizers
-	@tests/run.sh "$(VENV)/bin/pytest -q -rs tests/test_serve.py" \
-	  "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py" \
-	  "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py -k '$(RACY)'"
+test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/tsan/qemb-serve ## the server's tests alone: real clients, attacks, sanitizers
+	@tests/run.sh $(SERVE_TESTS)
 
 test-c: need-test $(C_TESTS) ## the C tests alone
 	@tests/run.sh $(patsubst %,"% --tap",$(C_TESTS))

@@ -1,23 +1,25 @@
 /* bench.c - how fast the product's own parts are, beside the limits of the machine.
  *
- *   bench limits   MODEL            what the CPU can do: multiply-adds, reading the weights
- *   bench ops      MODEL            every op of the table at the model's shapes
+ *   bench tables                    the ops tables of this machine, one `name math` a line
+ *   bench limits   MODEL            what the CPU can do: arithmetic of each kind, reading the weights
+ *   bench ops      MODEL [OP...]    every op of the table, or those so named, at the model's shapes
+ *   bench gemm     MODEL [OP...]    the matrix products in turns with other libraries', if installed
  *   bench forward  MODEL LENGTH...  the whole forward, texts of LENGTH tokens, and each op's share
  *   bench tokenizer MODEL TEXT...   MB of text per second
  *   bench print    MODEL            vectors per second, per output kind
- * with --threads N (all), --cpu NAME (the fastest table), --tokens N (a batch of forward; 4096) and,
- * where other programs keep the machine busy, --cpu-time: CPU time per thread instead of the clock's.
+ * with --threads N (all), --math f32|bf16|int8 (f32), --cpu NAME (the fastest table), --tokens N (a
+ * batch of forward; 4096) and, where other programs keep the machine busy, --cpu-time: CPU time per
+ * thread instead of the clock's.
  *
  * Each row of the CSV on stdout: group, name, n, median, p10, p90, unit, percent of limit, limit.
  * A measurement runs once to warm up and then for at least MIN_SECONDS and MIN_ROUNDS; what is
- * computed is compared with the plain op first. Limits are measured in the same run, by all
- * threads: `fma` is independent multiply-adds of the widest kind that the table uses, `read` the
- * weights of the layers, read from the file's map. Other programs on the machine show in p10..p90.
+ * computed is compared with the plain op first. Limits (bench_limits.c) are measured in the same
+ * run, by all threads. Other programs on the machine show in p10..p90.
  */
+#include "bench.h"
 #include "cpu.h"
 #include "format.h"
 
-#include <dlfcn.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,17 +29,19 @@
 #define MIN_SECONDS 0.3
 enum { MIN_ROUNDS = 7, MAX_ROUNDS = 500, MAX_ROWS = 4096, VERIFY_ROWS = 33, VECTORS = 256 };
 
+static const char *const math_names[] = {"f32", "bf16", "int8", "fp8"};
+
+int threads;
 static const qemb_file *file;
 static const qemb_ops *table;
-static int threads, batch_tokens = 4096, cpu_time;
-static double fma_limit, read_limit; /* FLOP/s, bytes/s */
+static int batch_tokens = 4096, cpu_time;
 
-static void die(const char *what) {
+void die(const char *what) {
     fprintf(stderr, "bench: %s\n", what);
     exit(1);
 }
 
-static void *need(size_t bytes) {
+void *need(size_t bytes) {
     void *p = aligned_alloc(256, (bytes + 255) / 256 * 256);
     if (!p) die("out of memory");
     return memset(p, 0, bytes); /* so that the pages are there */
@@ -52,36 +56,46 @@ static double now(void) {
 
 /* ---- measuring -------------------------------------------------------------------------------- */
 
-typedef struct {
-    double median, p10, p90;
-} seconds; /* of one call */
-
 static int by_value(const void *a, const void *b) {
     const double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
 }
 
-static seconds quantiles(double *t, int n) {
+static quantiles quantiles_of(double *t, int n) {
     qsort(t, (size_t)n, sizeof *t, by_value);
-    return (seconds){t[n / 2], t[n / 10], t[n - 1 - n / 10]};
+    return (quantiles){t[n / 2], t[n / 10], t[n - 1 - n / 10]};
 }
 
-/* run(arg, i) with i = 0 to warm up, then 1, 2, ... */
-static seconds measure(void (*run)(void *arg, int i), void *arg) {
-    double t[MAX_ROUNDS], begin = now();
+static double seconds_of(timed_call c, int i) {
+    const double start = now();
+    c.run(c.arg, i);
+    return now() - start;
+}
+
+quantiles measure(void (*run)(void *arg, int i), void *arg) {
+    const timed_call c = {run, arg};
+    double t[MAX_ROUNDS];
     int n = 0;
     run(arg, 0);
-    for (begin = now(); n < MAX_ROUNDS && (n < MIN_ROUNDS || now() - begin < MIN_SECONDS); n++) {
-        const double start = now();
-        run(arg, n + 1);
-        t[n] = now() - start;
-    }
-    return quantiles(t, n);
+    for (double begin = now(); n < MAX_ROUNDS && (n < MIN_ROUNDS || now() - begin < MIN_SECONDS);)
+        t[n] = seconds_of(c, n + 1), n++;
+    return quantiles_of(t, n);
 }
 
-/* A row: `work` per call as a rate in units of `unit_size`. */
-static void row(const char *group, const char *name, int n, seconds s, double work,
-                double unit_size, const char *unit, const char *limit, double limit_rate) {
+void measure_turns(timed_call a, timed_call b, quantiles *ta, quantiles *tb, quantiles *ratio) {
+    double t[3][MAX_ROUNDS];
+    int n = 0;
+    a.run(a.arg, 0), b.run(b.arg, 0);
+    for (double begin = now();
+         n < MAX_ROUNDS && (n < MIN_ROUNDS || now() - begin < 2 * MIN_SECONDS); n++) {
+        t[0][n] = seconds_of(a, n + 1), t[1][n] = seconds_of(b, n + 1);
+        t[2][n] = t[1][n] / t[0][n];
+    }
+    *ta = quantiles_of(t[0], n), *tb = quantiles_of(t[1], n), *ratio = quantiles_of(t[2], n);
+}
+
+void row(const char *group, const char *name, int n, quantiles s, double work, double unit_size,
+         const char *unit, const char *limit, double limit_rate) {
     printf("%s,%s,%d,%.4g,%.4g,%.4g,%s,", group, name, n, work / s.median / unit_size,
            work / s.p90 / unit_size, work / s.p10 / unit_size, unit);
     if (limit_rate > 0)
@@ -91,58 +105,15 @@ static void row(const char *group, const char *name, int n, seconds s, double wo
     fflush(stdout);
 }
 
-/* ---- limits ----------------------------------------------------------------------------------- */
-
-enum { FMA_LOOPS = 2000000 };
-
-#if defined(__x86_64__)
-/* 12 sums cover an FMA's latency of 4 or 5 cycles on both units. */
-__attribute__((target("avx2,fma"))) static void fma_avx2(void *arg, int round) {
-    (void)arg, (void)round;
-#pragma omp parallel num_threads(threads)
-    for (int i = 0; i < FMA_LOOPS; i++)
-        __asm__ volatile(
-            "vfmadd231ps %%ymm15,%%ymm15,%%ymm0\nvfmadd231ps %%ymm15,%%ymm15,%%ymm1\n"
-            "vfmadd231ps %%ymm15,%%ymm15,%%ymm2\nvfmadd231ps %%ymm15,%%ymm15,%%ymm3\n"
-            "vfmadd231ps %%ymm15,%%ymm15,%%ymm4\nvfmadd231ps %%ymm15,%%ymm15,%%ymm5\n"
-            "vfmadd231ps %%ymm15,%%ymm15,%%ymm6\nvfmadd231ps %%ymm15,%%ymm15,%%ymm7\n"
-            "vfmadd231ps %%ymm15,%%ymm15,%%ymm8\nvfmadd231ps %%ymm15,%%ymm15,%%ymm9\n"
-            "vfmadd231ps %%ymm15,%%ymm15,%%ymm10\nvfmadd231ps %%ymm15,%%ymm15,%%ymm11\n" ::
-                : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",
-                  "xmm10", "xmm11");
-}
-#endif
-
-/* The layers' weights, at most 1 GB of them, added up 8 bytes at a time. */
-static void read_weights(void *arg, int round) {
-    (void)round;
-    const uint64_t *p = file->weights.layers[0].wqkv.data;
-    const long n = (long)(*(size_t *)arg / 4096);
-    uint64_t sum = 0;
-#pragma omp parallel for num_threads(threads) reduction(+ : sum) schedule(static)
-    for (long i = 0; i < n; i++)
-        for (int k = 0; k < 512; k++) sum += p[i * 512 + k];
-    static volatile uint64_t sink;
-    sink = sum;
-    (void)sink;
+/* Bytes moved, or products and sums, beside the limit of the one or the other. */
+static void row_read(const char *name, int n, quantiles s, double bytes) {
+    row("ops", name, n, s, bytes, 1e9, "GB/s", limit_read()->name, limit_read()->rate);
 }
 
-static void measure_limits(void) {
-    const size_t begin = (size_t)((const uint8_t *)file->weights.layers[0].wqkv.data - file->map);
-    size_t bytes = file->map_bytes - begin;
-    if (bytes > 1000000000) bytes = 1000000000;
-    bytes = bytes / 4096 * 4096;
-    seconds s = measure(read_weights, &bytes);
-    read_limit = (double)bytes / s.median;
-    row("limits", "read", threads, s, (double)bytes, 1e9, "GB/s", "", 0);
-#if defined(__x86_64__)
-    if (!strcmp(table->name, "avx2")) {
-        const double flops = 12.0 * 16 * FMA_LOOPS * threads;
-        s = measure(fma_avx2, NULL);
-        fma_limit = flops / s.median;
-        row("limits", "fma", threads, s, flops, 1e9, "GFLOP/s", "", 0);
-    }
-#endif
+static void row_math(const char *group, const char *name, int n, quantiles s, double flops) {
+    const limit *l = limit_of(table->math);
+    row(group, name, n, s, flops, 1e9, table->math == QEMB_MATH_INT8 ? "GOP/s" : "GFLOP/s", l->name,
+        l->rate);
 }
 
 /* ---- ops -------------------------------------------------------------------------------------- */
@@ -155,6 +126,7 @@ static const char *const op_names[N_OPS] = {"matmul qkv",      "matmul_add wo", 
 typedef struct { /* a table, the op that runs next, its batch and buffers */
     const qemb_ops *op;
     qemb_backend *be;
+    qemb_weights w; /* as the table has placed them */
     qemb_layout b;
     int32_t tokens[MAX_ROWS], pos[MAX_ROWS], cu[MAX_ROWS + 1];
     float *in, *out, *gu; /* (MAX_ROWS, widest row) */
@@ -174,7 +146,10 @@ static void setup_open(setup *s, const qemb_ops *op) {
     qemb_err err;
     memset(s, 0, sizeof *s);
     s->op = op;
-    if (op->open(&s->be, &file->config, &opt, &err)) die(err.msg);
+    s->w = file->weights;
+    s->w.layers = need(sizeof *s->w.layers * (size_t)file->config.n_layers);
+    memcpy(s->w.layers, file->weights.layers, sizeof *s->w.layers * (size_t)file->config.n_layers);
+    if (op->open(&s->be, &file->config, &opt, &err) || op->place(s->be, &s->w, &err)) die(err.msg);
     s->in = need(sizeof(float) * n), s->out = need(sizeof(float) * n);
     s->gu = need(sizeof(float) * n);
     for (size_t i = 0; i < n; i++) s->in[i] = (float)(i * 2654435761u % 2001) / 1000 - 1;
@@ -182,7 +157,7 @@ static void setup_open(setup *s, const qemb_ops *op) {
 
 static void setup_close(setup *s) {
     s->op->close(s->be);
-    free(s->in), free(s->out), free(s->gu);
+    free(s->in), free(s->out), free(s->gu), free(s->w.layers);
 }
 
 /* B texts of n tokens, B n rows */
@@ -197,21 +172,21 @@ static void lay(setup *s, int B, int n) {
 }
 
 static const qemb_mat *matrix(const setup *s, int i) {
-    const qemb_layer *l = &file->weights.layers[s->cold ? i % file->config.n_layers : 0];
+    const qemb_layer *l = &s->w.layers[s->cold ? i % file->config.n_layers : 0];
     const qemb_mat *const m[] = {&l->wqkv, &l->wo, &l->wgu, &l->wdown};
     return m[s->which];
 }
 
 static void run_op(void *arg, int i) {
     setup *s = arg;
-    const qemb_layer *l = &file->weights.layers[0];
+    const qemb_layer *l = &s->w.layers[0];
     qemb_act *in = (qemb_act *)s->in, *out = (qemb_act *)s->out;
     switch (s->which) {
     case EMBED:
-        s->op->embed(s->be, s->out, &file->weights.tok_emb, &s->b);
+        s->op->embed(s->be, s->out, &s->w.tok_emb, &s->b);
         break;
     case RMSNORM:
-        s->op->rmsnorm(s->be, out, s->in, file->weights.final_norm, s->b.T);
+        s->op->rmsnorm(s->be, out, s->in, s->w.final_norm, s->b.T);
         break;
     case QKNORM_ROPE:
         s->op->qknorm_rope(s->be, out, l->q_norm, l->k_norm, &s->b);
@@ -232,13 +207,23 @@ static void run_op(void *arg, int i) {
     }
 }
 
-/* The relative L2 difference from the plain table's result. Each stays below 1e-5 of the truth. */
+/* How far an op may be from the plain one, relative and in L2. f32: each stays below 1e-5 of the
+ * truth. bf16: each of the two factors is off by at most 2^-9, and the errors of a sum's products
+ * are independent. int8: a factor is off by at most half a step, the greatest of its row by 127;
+ * the inputs here, even in -1 .. 1, and normal weights whose greatest lies at 4 deviations are off by
+ * 0.0023 / 0.58 and 0.0091 of their size: 0.010 together, and as much again for rows less even. */
+static double tolerance(int which) {
+    static const double of_math[] = {2e-5, 3e-3, 2e-2};
+    const int product = which <= DOWN || which == ATTENTION;
+    return of_math[product ? table->math : QEMB_MATH_F32];
+}
+
 static void verify(setup *s, setup *plain, int which) {
     const size_t n = MAX_ROWS * widest();
     double diff = 0, size = 0;
     setup *both[] = {s, plain};
     for (int i = 0; i < 2; i++) {
-        both[i]->which = which;
+        both[i]->which = which, both[i]->cold = 0;
         lay(both[i], 3, VERIFY_ROWS / 3);
         memcpy(both[i]->out, both[i]->in, n * sizeof(float));
         run_op(both[i], 0);
@@ -248,107 +233,105 @@ static void verify(setup *s, setup *plain, int which) {
         size +=
             plain->out[i] != plain->in[i] ? (double)plain->out[i] * plain->out[i] : 0; /* written */
     }
-    if (!(size > 0 && diff <= 4e-10 * size)) {
-        fprintf(stderr, "bench: %s: differs from the plain op by %g (want at most 2e-5)\n",
-                op_names[which], sqrt(diff / size));
+    if (!(size > 0 && sqrt(diff / size) <= tolerance(which))) {
+        fprintf(stderr, "bench: %s: differs from the plain op by %g (want at most %g)\n",
+                op_names[which], sqrt(diff / size), tolerance(which));
         exit(1);
     }
 }
 
-/* Somebody else's GEMM, if installed, with weights that are floats already: y (T, N) = x W^T */
-typedef void (*blas_fn)(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a,
-                        int lda, const float *b, int ldb, float beta, float *c, int ldc);
-typedef int (*dnnl_fn)(char ta, char tb, int64_t m, int64_t n, int64_t k, float alpha,
-                       const float *a, int64_t lda, const float *b, int64_t ldb, float beta,
-                       float *c, int64_t ldc);
-typedef struct {
-    blas_fn blas;
-    dnnl_fn dnnl;
-    int T, N, K;
-    float *x, *W, *y;
-} peer_gemm;
+static double weights_of(const setup *s) { return (double)matrix(s, 0)->rows * matrix(s, 0)->cols; }
 
-static void run_peer(void *arg, int i) {
-    const peer_gemm *p = arg;
-    (void)i;
-    if (p->blas)
-        p->blas(101, 111, 112, p->T, p->N, p->K, 1, p->x, p->K, p->W, p->K, 0, p->y, p->N);
-    else
-        p->dnnl('N', 'T', p->T, p->N, p->K, 1, p->x, p->K, p->W, p->K, 0, p->y, p->N);
+/* Cold, every call reads the next layer's weights from memory; warm, the same ones again. Up to 16
+ * rows reading them is the limit, above it arithmetic. */
+static void bench_product(setup *s) {
+    const double weight_bytes = matrix(s, 0)->dtype == QEMB_I8 ? 1 : 2;
+    for (s->cold = 1; s->cold >= 0; s->cold--) {
+        char name[40];
+        snprintf(name, sizeof name, "%s%s", op_names[s->which], s->cold ? "" : " warm");
+        const quantiles t = measure(run_op, s);
+        if (s->b.T <= 16)
+            row_read(name, s->b.T, t, weight_bytes * weights_of(s));
+        else
+            row_math("ops", name, s->b.T, t, 2 * s->b.T * weights_of(s));
+    }
 }
 
-/* *fn, a pointer to a function, from a library that may not be there */
-static int symbol(const char *library, const char *name, void *fn) {
-    void *l = dlopen(library, RTLD_NOW), *p = l ? dlsym(l, name) : NULL;
-    memcpy(fn, &p, sizeof p);
-    return p != NULL;
-}
-
-static void bench_peers(const setup *s) {
-    const qemb_mat *w = matrix(s, 0);
-    peer_gemm p = {NULL, NULL, s->b.T, w->rows, w->cols, s->in, NULL, s->out};
-    int32_t *ids = need(sizeof *ids * (size_t)p.N);
-    const qemb_layout all = {1, p.N, 0, ids, NULL, NULL};
-    const qemb_config c = {.hidden = p.K};
+/* The op on warm weights in turns with other libraries, whose weights are packed beforehand. */
+static void bench_others(setup *s, const setup *plain) {
+    const qemb_mat *w = matrix(plain, 0);
+    const double flops = 2 * s->b.T * weights_of(s);
+    const qemb_config c = {.hidden = w->cols};
     qemb_backend be = {.c = &c, .threads = 1};
-    char name[60];
-    void (*set_threads)(int);
-    p.W = need(sizeof(float) * (size_t)p.N * (size_t)p.K);
-    for (int i = 0; i < p.N; i++) ids[i] = i;
-    qemb_cpu_ops.embed(&be, p.W, w, &all);
-    if (symbol("libdnnl.so.3", "dnnl_sgemm", &p.dnnl) ||
-        symbol("libdnnl.so.2", "dnnl_sgemm", &p.dnnl)) {
-        snprintf(name, sizeof name, "%s (oneDNN)", op_names[s->which]);
-        row("ops", name, p.T, measure(run_peer, &p), 2.0 * p.T * p.N * p.K, 1e9, "GFLOP/s", "fma",
-            fma_limit);
+    int32_t *ids = need(sizeof *ids * (size_t)w->rows);
+    const qemb_layout all = {1, w->rows, 0, ids, NULL, NULL};
+    float *W = need(sizeof(float) * (size_t)w->rows * (size_t)w->cols);
+    for (int i = 0; i < w->rows; i++) ids[i] = i;
+    if (w->dtype == QEMB_F16) qemb_cpu_ops.embed(&be, W, w, &all); /* of INT8 any numbers do */
+    for (int which = 0; which < OTHER_GEMMS; which++) {
+        const char *library;
+        char name[60];
+        quantiles us, them, ratio;
+        other_gemm *g = other_gemm_open(which, table->math, s->b.T, w->rows, w->cols, W, &library);
+        if (!g) continue;
+        s->cold = 0;
+        measure_turns((timed_call){run_op, s}, (timed_call){other_gemm_run, g}, &us, &them, &ratio);
+        other_gemm_close(g);
+        snprintf(name, sizeof name, "%s beside %s", op_names[s->which], library);
+        row_math("gemm", name, s->b.T, us, flops);
+        snprintf(name, sizeof name, "%s: %s", op_names[s->which], library);
+        row_math("gemm", name, s->b.T, them, flops);
+        printf("gemm,%s of %s,%d,%.1f,%.1f,%.1f,%%,,\n", op_names[s->which], library, s->b.T,
+               100 * ratio.median, 100 * ratio.p10, 100 * ratio.p90);
     }
-    if (symbol("libopenblas.so.0", "cblas_sgemm", &p.blas)) {
-        if (symbol("libopenblas.so.0", "openblas_set_num_threads", &set_threads))
-            set_threads(threads);
-        snprintf(name, sizeof name, "%s (OpenBLAS)", op_names[s->which]);
-        row("ops", name, p.T, measure(run_peer, &p), 2.0 * p.T * p.N * p.K, 1e9, "GFLOP/s", "fma",
-            fma_limit);
-    }
-    free(p.W), free(ids);
+    free(W), free(ids);
 }
 
-static void bench_ops(void) {
-    static setup s, plain;
-    static const int rows[] = {1, 4, 16, 64, 512, 1024, 4096};
+static const int row_counts[] = {1, 4, 16, 64, 256, 512, 1024, 2048, 4096};
+
+/* Rows that the op meets: of the MLP's matrices never more than QEMB_MLP_ROWS at a time. */
+static int occurs(int op, int T) { return T <= QEMB_MLP_ROWS || (op != GATE_UP && op != DOWN); }
+
+static void bench_op(setup *s, int op) {
     const qemb_config *c = &file->config;
     const double Q = (double)c->n_heads * c->head_dim, KV = (double)c->n_kv_heads * c->head_dim;
     const double bytes[N_OPS] = {
         [EMBED] = 6.0 * c->hidden, [RMSNORM] = 8.0 * c->hidden, [QKNORM_ROPE] = 8 * (Q + KV)};
+    for (int i = 0; i < (int)(sizeof row_counts / sizeof *row_counts); i++) {
+        const int T = row_counts[i];
+        if (!occurs(op, T)) continue;
+        if (op == ATTENTION) {
+            lay(s, MAX_ROWS / T, T);
+            row_math("ops", op_names[op], T, measure(run_op, s), 2 * Q * (T + 1.0) * MAX_ROWS);
+            continue;
+        }
+        lay(s, 1, T);
+        if (op < EMBED)
+            bench_product(s);
+        else
+            row_read(op_names[op], T, measure(run_op, s), T * bytes[op]);
+    }
+}
+
+static int asked_for(int op, char **names, int n) {
+    for (int i = 0; i < n; i++)
+        if (strstr(op_names[op], names[i])) return 1;
+    return n == 0;
+}
+
+static void bench_ops(char **names, int n, int others) {
+    static setup s, plain;
     setup_open(&s, table);
     setup_open(&plain, &qemb_cpu_ops);
     for (int op = 0; op < N_OPS; op++) {
+        if (!asked_for(op, names, n) || (others && op >= EMBED)) continue;
         verify(&s, &plain, op);
-        for (int i = 0; i < 7; i++) {
-            const int T = rows[i];
-            if (T > QEMB_MLP_ROWS && (op == GATE_UP || op == DOWN))
-                continue; /* never more at a time */
-            if (op == ATTENTION) {
-                lay(&s, MAX_ROWS / T, T);
-                row("ops", op_names[op], T, measure(run_op, &s), 2 * Q * (T + 1.0) * MAX_ROWS, 1e9,
-                    "GFLOP/s", "fma", fma_limit);
-                continue;
-            }
+        plain.which = op;
+        if (!others) bench_op(&s, op);
+        for (int T = 64; others && T <= 2048; T *= 2) {
+            if (!occurs(op, T)) continue;
             lay(&s, 1, T);
-            s.cold = op < EMBED;
-            seconds t = measure(run_op, &s);
-            const double n = op < EMBED ? (double)matrix(&s, 0)->rows * matrix(&s, 0)->cols : 0;
-            if (op >= EMBED)
-                row("ops", op_names[op], T, t, T * bytes[op], 1e9, "GB/s", "read", read_limit);
-            else if (T > 16)
-                row("ops", op_names[op], T, t, 2 * T * n, 1e9, "GFLOP/s", "fma", fma_limit);
-            else { /* reading the weights is the limit; warm: from the caches, as far as they fit */
-                char name[40];
-                row("ops", op_names[op], T, t, 2 * n, 1e9, "GB/s", "read", read_limit);
-                s.cold = 0;
-                snprintf(name, sizeof name, "%s warm", op_names[op]);
-                row("ops", name, T, measure(run_op, &s), 2 * n, 1e9, "GB/s", "read", read_limit);
-            }
-            if (op < EMBED && T == 512) bench_peers(&s);
+            bench_others(&s, &plain);
         }
     }
     setup_close(&s);
@@ -398,14 +381,18 @@ static void run_forward(void *arg, int i) {
 }
 
 /* Multiplications and additions of a batch: all rows' linear layers but the last layer's, whose
- * last tokens alone go on after attention, and every pair of tokens in attention. */
-static double forward_flops(int B, int n) {
+ * last tokens alone go on after attention; and every pair of tokens in attention. */
+static double linear_flops(int B, int n) {
     const qemb_config *c = &file->config;
     const double D = c->hidden, Q = (double)c->n_heads * c->head_dim,
-                 KV = (double)c->n_kv_heads * c->head_dim;
-    const double qkv = D * (Q + 2 * KV), rest = Q * D + 3 * D * c->ffn, T = (double)B * n;
-    const double pairs = 2 * Q * (c->n_layers - 1) * T * (n + 1) / 2 + 2 * Q * T;
-    return 2 * (c->n_layers * T * qkv + (c->n_layers - 1) * T * rest + B * rest + pairs);
+                 KV = (double)c->n_kv_heads * c->head_dim, T = (double)B * n;
+    const double qkv = D * (Q + 2 * KV), rest = Q * D + 3 * D * c->ffn;
+    return 2 * (c->n_layers * T * qkv + (c->n_layers - 1) * T * rest + B * rest);
+}
+
+static double attention_flops(int B, int n) {
+    const double Q = (double)file->config.n_heads * file->config.head_dim, T = (double)B * n;
+    return 2 * (2 * Q * (file->config.n_layers - 1) * T * (n + 1) / 2 + 2 * Q * T);
 }
 
 static void bench_forward(int n) {
@@ -425,9 +412,13 @@ static void bench_forward(int n) {
         ids[i] = (int32_t)((unsigned)i * 7919u % (unsigned)file->config.eos_id);
     for (int i = 0; i < B; i++)
         if (qemb_pack_add(f.b, ids + (size_t)i * n, n) != i) die("a text did not fit");
-    const seconds t = measure(run_forward, &f);
-    row("forward", "tokens", n, t, B * n, 1, "tokens/s", "fma",
-        B * n * fma_limit / forward_flops(B, n));
+    const quantiles t = measure(run_forward, &f);
+    const limit *l = limit_of(table->math);
+    const double linear = linear_flops(B, n), all_flops = linear + attention_flops(B, n);
+    row("forward", "tokens", n, t, B * n, 1, "tokens/s", l->name, B * n * l->rate / all_flops);
+    row("forward", "texts", n, t, B, 1, "texts/s", l->name, B * l->rate / all_flops);
+    row_math("forward", "all products", n, t, all_flops);
+    row_math("forward", "linear layers alone", n, t, linear);
     double all = 0;
     for (int i = 0; i < 7; i++) all += spent[i];
     for (int i = 0; i < 7; i++)
@@ -475,7 +466,8 @@ static void bench_tokenizer(const char *path) {
     c.text = text;
     start = now();
     run_tokenizer(&c, 0);
-    seconds first = {now() - start, now() - start, now() - start};
+    const double took = now() - start;
+    const quantiles first = {took, took, took};
     row("tokenizer first", path, 1, first, (double)c.bytes, 1e6, "MB/s", "", 0);
     row("tokenizer again", path, 1, measure(run_tokenizer, &c), (double)c.bytes, 1e6, "MB/s", "",
         0);
@@ -515,9 +507,22 @@ static void bench_print(void) {
     free(v);
 }
 
+static int math_by_name(const char *s) {
+    for (int i = 0; i < (int)(sizeof math_names / sizeof *math_names); i++)
+        if (!strcmp(s, math_names[i])) return i;
+    die("--math: unknown (want f32, bf16 or int8)");
+    return -1;
+}
+
+static int tables(void) {
+    for (int i = 0; qemb_cpu_table(i); i++)
+        printf("%s %s\n", qemb_cpu_table(i)->name, math_names[qemb_cpu_table(i)->math]);
+    return 0;
+}
+
 int main(int argc, char **argv) {
     const char *cpu = NULL;
-    int n = 1;
+    int n = 1, math = QEMB_MATH_F32;
     qemb_err err;
     for (int i = 1; i < argc; i++) { /* options out of the way */
         if (i + 1 < argc && !strcmp(argv[i], "--threads"))
@@ -526,20 +531,26 @@ int main(int argc, char **argv) {
             batch_tokens = atoi(argv[++i]);
         else if (i + 1 < argc && !strcmp(argv[i], "--cpu"))
             cpu = argv[++i];
+        else if (i + 1 < argc && !strcmp(argv[i], "--math"))
+            math = math_by_name(argv[++i]);
         else if (!strcmp(argv[i], "--cpu-time"))
             cpu_time = 1;
         else
             argv[n++] = argv[i];
     }
+    if (n == 2 && !strcmp(argv[1], "tables")) return tables();
     if (n < 3)
-        die("usage: bench limits|ops|forward|tokenizer|print MODEL [LENGTH...|TEXT...] [--threads "
-            "N] [--cpu NAME] [--tokens N] [--cpu-time]");
+        die("usage: bench tables | limits|ops|gemm|forward|tokenizer|print MODEL "
+            "[OP...|LENGTH...|TEXT...] [--threads N] [--math f32|bf16|int8] [--cpu NAME] "
+            "[--tokens N] [--cpu-time]");
     if (threads < 1) threads = omp_get_num_procs();
-    if (!(table = qemb_cpu_choose(cpu, QEMB_MATH_F32))) die("--cpu: no such table on this machine");
+    if (!(table = qemb_cpu_choose(cpu, (qemb_math)math)))
+        die("--cpu, --math: no such table on this machine (bench tables lists them)");
     if (qemb_file_open((qemb_file **)&file, argv[2], &err)) die(err.msg);
     const char *what = argv[1];
-    if (strcmp(what, "tokenizer") && strcmp(what, "print")) measure_limits();
-    if (!strcmp(what, "ops")) bench_ops();
+    if (strcmp(what, "tokenizer") && strcmp(what, "print")) limits_measure(file);
+    if (!strcmp(what, "ops") || !strcmp(what, "gemm"))
+        bench_ops(argv + 3, n - 3, !strcmp(what, "gemm"));
     if (!strcmp(what, "print")) bench_print();
     for (int i = 3; i < n; i++) {
         if (!strcmp(what, "forward")) bench_forward(atoi(argv[i]));

@@ -1,26 +1,54 @@
 #!/bin/bash
 # bench.sh - the speed of everything, on one machine, in one run.
 #
-#   ./bench.sh [-m MODEL.qemb] [-o DIRECTORY] [--threads N] [--tokens N] [--cpu-time] [--only PARTS]
-#              [--peer 'COMMAND']... [--words N] [--rounds N]
+#   ./bench.sh [-m MODEL.qemb] [-o DIRECTORY] [--threads N] [--tokens N] [--math MATHS] [--only PARTS]
+#              [--lengths LENGTHS] [--peer 'COMMAND']... [--peer-model PATH]... [--rounds N] [--cpu-time]
+#              [--append]
 #
-# Parts: ops, forward, tokenizer, print (build/release/bench, see bench.c), run (the program itself,
-# lists of ids in, tokens per second out, at 16, 64, 512 and 4096 tokens a text), latency (one line
-# in, one vector out, the program already running), peer. --peer COMMAND is given the same lines of
-# text on standard input as qemb; both run whole, in turns, and the ratio of the median times is
-# printed (above 1: qemb is faster). Give it the same weights and the same number of threads.
-# Results: a table on stdout; DIRECTORY (bench/results) gets bench.csv, bench.json and, where
-# gnuplot is installed, bench.svg: throughput against the length of a text.
+# Parts: ops, gemm, forward, tokenizer, print (build/release/bench, see bench.c), run (the program
+# itself, lists of ids in, tokens per second out), latency (one line in, one vector out, the program
+# already running), peer. All but tokenizer and print once per arithmetic of MATHS ("f32 bf16 int8",
+# as far as this CPU has them); forward, run and peer once per length ("16 64 512 4096" tokens a text).
+#
+# --peer COMMAND is another program on the same texts: a text a line on its standard input, or in the
+# file that {file} in COMMAND stands for; {threads} and {length} are the threads and the tokens of a
+# text. It and qemb run in turns, ROUNDS (3) times each, once on all texts and once on the first
+# alone; the ratio of the medians is printed for the whole run, and for the rate without what
+# starting takes: the further texts in the further time. Above 1 qemb is faster. Give the peer
+# the same weights and threads. --peer-model PATH makes that command: of a directory a
+# sentence-transformers one (a Python that has it: PYTHON, or .venv-golden), of a file a
+# llama-embedding one (on PATH).
+#
+# Results: a table on stdout; DIRECTORY (bench/results) gets bench.csv, bench.json and, where gnuplot
+# is installed, bench.svg: throughput against the length of a text, a curve per arithmetic. --append
+# keeps the rows that are in bench.csv, so that a long measurement can be had in pieces.
 set -u
 cd "$(dirname "$0")" || exit 1
-model=models/demo.qemb out=bench/results threads=$(nproc) tokens=8192 cpu_time='' words=60 rounds=3
-parts='ops forward tokenizer print run latency peer' peers=()
+model=models/demo.qemb out=bench/results threads=$(nproc) tokens=8192 cpu_time='' rounds=3 append=''
+parts='ops gemm forward tokenizer print run latency peer' lengths='16 64 512 4096' maths='' peers=()
 
-usage() { sed -n '3,4s/^# *//p' "$0" >&2; exit 1; }
+fail() { echo "bench.sh: $*" >&2; exit 1; }
+usage() { sed -n '4,6s/^# *//p' "$0" >&2; exit 1; }
+
+# The command for a peer's model, see above.
+peer_of() {
+    local python=${PYTHON:-.venv-golden/bin/python}
+    if [ -d "$1" ]; then
+        "$python" -c 'import sentence_transformers' 2>/dev/null || fail "--peer-model $1: $python has no sentence-transformers (PYTHON names another)"
+        printf "%s -c 'import sys, torch; from sentence_transformers import SentenceTransformer; torch.set_num_threads(int(sys.argv[2])); SentenceTransformer(sys.argv[1], device=\"cpu\").encode(sys.stdin.read().splitlines(), batch_size=8)' '%s' {threads}" "$python" "$1"
+    elif [ -f "$1" ]; then
+        command -v llama-embedding >/dev/null || fail "--peer-model $1: no llama-embedding on PATH"
+        printf "b=\$(({length} > 512 ? {length} : 512)); llama-embedding -m '%s' -f {file} -t {threads} -c \$b -b \$b -ub \$b --embd-output-format array" "$1"
+    else
+        fail "--peer-model $1: is not there"
+    fi
+}
+
 while [ $# -gt 0 ]; do
     case $1 in
     --cpu-time) cpu_time=$1; shift; continue ;;
-    -m|-o|--threads|--tokens|--only|--peer|--words|--rounds) [ $# -gt 1 ] || usage ;;
+    --append) append=1; shift; continue ;;
+    -m|-o|--threads|--tokens|--only|--peer|--peer-model|--math|--lengths|--rounds) [ $# -gt 1 ] || usage ;;
     *) usage ;;
     esac
     case $1 in
@@ -30,102 +58,166 @@ while [ $# -gt 0 ]; do
     --tokens) tokens=$2 ;;
     --only) parts=$2 ;;
     --peer) peers+=("$2") ;;
-    --words) words=$2 ;;
+    --peer-model) peers+=("$(peer_of "$2")") || exit 1 ;;
+    --math) maths=$2 ;;
+    --lengths) lengths=$2 ;;
     --rounds) rounds=$2 ;;
     esac
     shift 2
 done
 bench=build/release/bench
 for f in "$model" "$bench" ./qemb; do
-    [ -e "$f" ] || { echo "bench.sh: $f: is not there (make bench builds the programs)" >&2; exit 1; }
+    [ -e "$f" ] || fail "$f: is not there (make bench builds the programs)"
 done
 mkdir -p "$out" || exit 1
 csv=$out/bench.csv
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
-printf 'group,name,n,median,p10,p90,unit,percent,limit\n' >"$csv"
+
+have=$("$bench" tables | awk '{ print $2 }' | sort -u)
+if [ -z "$maths" ]; then
+    for m in f32 bf16 int8; do grep -qx $m <<<"$have" && maths+="$m "; done
+fi
+for m in $maths; do grep -qx "$m" <<<"$have" || fail "--math: $m is not on this machine"; done
+most=$(./qemb info -m "$model" | awk '/^longest text/ { print $3 }')
+lengths=$(for n in $lengths; do [ "$n" -le "${most:-4096}" ] && echo "$n"; done)
+
+machine="$(lscpu 2>/dev/null | sed -n 's/^Model name: *//p' | head -n 1), family $(lscpu | sed -n 's/^CPU family: *//p') model $(lscpu | sed -n 's/^Model: *//p')"
+compiler=$(${CC:-gcc} --version | head -n 1)
+commit=$(git describe --always --dirty 2>/dev/null)
+if [ -z "$append" ] || [ ! -s "$csv" ]; then
+    printf '# %s, %s CPUs, %s threads; %s; commit %s; %s; clock: %s\ngroup,name,math,n,median,p10,p90,unit,percent,limit\n' \
+        "$machine" "$(nproc)" "$threads" "$compiler" "$commit" "$(basename "$model")" "${cpu_time:+cpu}${cpu_time:-wall}" >"$csv"
+fi
 
 want() { case " $parts " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
-# Rows on stdin go to the CSV and, as a table, to stdout.
+# Rows on stdin, without the column `math`, go to the CSV with $1 in it and, as a table, to stdout.
 record() {
-    tee -a "$csv" | awk -F, '{ printf "%-16s %-30s %5s %12s %-9s", $1, $2, $3, $4, $7
-        printf $5 == "" ? "\n" : " (%s .. %s)" ($8 == "" ? "\n" : "  %s %% of %s\n"), $5, $6, $8, $9 }'
+    awk -F, -v OFS=, -v math="$1" '{ $2 = $2 OFS math; print; fflush() }' | tee -a "$csv" | awk -F, '{
+        printf "%-10s %-34s %-5s %5s %12s %-9s", $1, $2, $3, $4, $5, $8
+        printf $6 == "" ? "\n" : " (%s .. %s)" ($9 == "" ? "\n" : "  %s %% of %s\n"), $6, $7, $9, $10; fflush() }'
 }
-fail() { echo "bench.sh: $*" >&2; exit 1; }
 # median, p10 and p90 of the numbers on stdin, with commas between
 quantiles() { sort -g | awk '{ v[NR] = $1 } END { printf "%s,%s,%s", v[int((NR + 1) / 2)], v[int(NR / 10) + 1], v[NR - int(NR / 10)] }'; }
 seconds_of() { local start=$EPOCHREALTIME; "$@" || return; awk -v a="$start" -v b="$EPOCHREALTIME" 'BEGIN { print b - a }'; }
+# qemb in arithmetic $1; f32 is what it does unasked
+engine() { local m=$1; shift; if [ "$m" = f32 ]; then ./qemb -m "$model" --threads "$threads" --quiet "$@"; else ./qemb -m "$model" --threads "$threads" --quiet --math "$m" "$@"; fi; }
 
 common=(--threads "$threads" $cpu_time)
-want ops && "$bench" ops "$model" "${common[@]}" | record
-most=$(./qemb info -m "$model" | awk '/^longest text/ { print $3 }')
-lengths=$(for n in 16 64 512 4096; do [ "$n" -le "${most:-4096}" ] && echo "$n"; done)
-want forward && "$bench" forward "$model" $lengths "${common[@]}" --tokens "$tokens" | record
-want tokenizer && "$bench" tokenizer "$model" models/demo.txt HACKING.md tokenizer.c "${common[@]}" --threads 1 | record
-want print && "$bench" print "$model" "${common[@]}" --threads 1 | record
+for m in $maths; do
+    want ops && "$bench" ops "$model" "${common[@]}" --math "$m" | record "$m"
+    want gemm && "$bench" gemm "$model" "${common[@]}" --math "$m" | record "$m"
+    # shellcheck disable=SC2086
+    want forward && "$bench" forward "$model" $lengths "${common[@]}" --math "$m" --tokens "$tokens" | record "$m"
+done
+want tokenizer && "$bench" tokenizer "$model" models/demo.txt HACKING.md tokenizer.c "${common[@]}" --threads 1 | record ''
+want print && "$bench" print "$model" "${common[@]}" --threads 1 | record ''
 
 # The program, ids in and floats out. Its --stats count from the first record on.
-run_ids() { ./qemb -m "$model" --input jsonl --output f32 --threads "$threads" --stats --quiet <"$tmp/ids" 2>"$tmp/stats" >/dev/null; }
+run_length() { # math, length
+    for ((r = 0; r < rounds; r++)); do
+        engine "$1" --input jsonl --output f32 --stats <"$tmp/ids" 2>"$tmp/stats" >/dev/null || fail "qemb failed: $(cat "$tmp/stats")"
+        sed -nE 's/.*\(([0-9.]+) texts\/s, ([0-9.]+) tokens\/s.*/\1 \2/p' "$tmp/stats"
+    done >"$tmp/rates"
+    echo "run,texts,$2,$(cut -d' ' -f1 "$tmp/rates" | quantiles),texts/s,,"
+    echo "run,tokens,$2,$(cut -d' ' -f2 "$tmp/rates" | quantiles),tokens/s,,"
+    echo "run,peak memory,$2,$(sed -nE 's/.*peak memory ([0-9.]+) MiB.*/\1/p' "$tmp/stats"),,,MiB,,"
+}
 if want run; then
     for n in $lengths; do
         awk -v n="$n" -v t="$tokens" 'BEGIN { srand(1); for (i = 0; i < t / n; i++) {
             printf "{\"ids\":["; for (k = 2; k < n; k++) printf "%d,", int(rand() * 250); print "1]}" } }' >"$tmp/ids"
-        for ((r = 0; r < rounds; r++)); do
-            run_ids || fail "qemb failed: $(cat "$tmp/stats")"
-            sed -nE 's/.*\(([0-9.]+) texts\/s, ([0-9.]+) tokens\/s.*/\1 \2/p' "$tmp/stats"
-        done >"$tmp/rates"
-        echo "run,texts,$n,$(cut -d' ' -f1 "$tmp/rates" | quantiles),texts/s,,"
-        echo "run,tokens,$n,$(cut -d' ' -f2 "$tmp/rates" | quantiles),tokens/s,,"
-        echo "run,peak memory,$n,$(sed -nE 's/.*peak memory ([0-9.]+) MiB.*/\1/p' "$tmp/stats"),,,MiB,,"
-    done | record
+        for m in $maths; do run_length "$m" "$n" | record "$m"; done
+    done
 fi
 
 if want latency; then
-    coproc engine { exec ./qemb -m "$model" --threads "$threads" --quiet; }
-    for ((r = -3; r < 20; r++)); do # three to warm up
-        start=$EPOCHREALTIME
-        echo "the quick brown fox jumps over the lazy dog $r" >&"${engine[1]}"
-        read -r vector <&"${engine[0]}" || fail "no vector came back"
-        [ "$r" -lt 0 ] || awk -v a="$start" -v b="$EPOCHREALTIME" 'BEGIN { print (b - a) * 1000 }'
-    done >"$tmp/latency"
-    eval "exec ${engine[1]}>&-"
-    echo "latency,one line,1,$(quantiles <"$tmp/latency"),ms,," | record
+    for m in $maths; do
+        coproc program { engine "$m"; }
+        for ((r = -3; r < 20; r++)); do # three to warm up
+            start=$EPOCHREALTIME
+            echo "the quick brown fox jumps over the lazy dog $r" >&"${program[1]}"
+            read -r vector <&"${program[0]}" || fail "no vector came back"
+            [ "$r" -lt 0 ] || awk -v a="$start" -v b="$EPOCHREALTIME" 'BEGIN { print (b - a) * 1000 }'
+        done >"$tmp/latency"
+        eval "exec ${program[1]}>&-"
+        wait "$program_PID"
+        echo "latency,one line,1,$(quantiles <"$tmp/latency"),ms,," | record "$m"
+    done
 fi
 
+# $tmp/all: texts of exactly $1 tokens, end-of-text included, in the words of the demo's text;
+# $tmp/one: the first of them. A word after a space is a pre-token: its tokens can be counted alone.
+make_texts() {
+    tr -cs 'A-Za-z' '\n' <models/demo.txt | awk 'NF && !seen[$0]++' >"$tmp/words"
+    sed 's/^/a /' "$tmp/words" | ./qemb tokenize -m "$model" | awk -F, '{ print NF - 2 }' |
+        paste -d ' ' - "$tmp/words" | awk -v length_="$1" -v t="$tokens" '{ cost[NR] = $1; word[NR] = $2 }
+            END { srand(2); for (i = 0; i < t / length_ || i < 2; i++) { printf "a"
+                for (left = length_ - 2; left > 0;) { w = int(rand() * NR) + 1
+                    if (cost[w] <= left) { printf " %s", word[w]; left -= cost[w] } } print "" } }' >"$tmp/all"
+    head -n 1 "$tmp/all" >"$tmp/one"
+    ./qemb tokenize -m "$model" <"$tmp/all" | awk -F, -v n="$1" 'NF != n { exit 1 }' || fail "the texts are not $1 tokens long"
+}
+# The peer $1 on file $2 of texts of $3 tokens
+them() {
+    local c=${1//\{file\}/$2}
+    c=${c//\{threads\}/$threads} c=${c//\{length\}/$3}
+    sh -c "$c" <"$2" >/dev/null 2>"$tmp/peer"
+}
+us() { engine "$1" <"$2" >/dev/null; }
+# Median seconds of $tmp/$1.all, and the rate of all texts but the first, tokens/s. $2: length
+whole() { sort -g "$tmp/$1.all" | awk '{ v[NR] = $1 } END { print v[int((NR + 1) / 2)] }'; }
+rate() { paste -d ' ' "$tmp/$1.all" "$tmp/$1.one" | awk -v n="$2" -v texts="$(wc -l <"$tmp/all")" '{ print (texts - 1) * n / ($1 - $2) }' | sort -g | awk '{ v[NR] = $1 } END { print v[int((NR + 1) / 2)] }'; }
+peer_rows() { # key, name, length
+    echo "peer,$2: whole run,$3,$(quantiles <"$tmp/$1.all"),s,,"
+    echo "peer,$2: rate,$3,$(rate "$1" "$3"),,,tokens/s,,"
+}
+peer_length() { # length
+    make_texts "$1"
+    rm -f "$tmp"/*.all "$tmp"/*.one
+    for ((r = 0; r < rounds; r++)); do
+        for m in $maths; do for part in all one; do
+            seconds_of us "$m" "$tmp/$part" >>"$tmp/us-$m.$part" || fail "qemb failed"
+        done; done
+        for p in "${!peers[@]}"; do for part in all one; do
+            seconds_of them "${peers[p]}" "$tmp/$part" "$1" >>"$tmp/them-$p.$part" || fail "peer failed: ${peers[p]}: $(tail -n 3 "$tmp/peer")"
+        done; done
+    done
+    for m in $maths; do peer_rows "us-$m" qemb "$1" | record "$m"; done
+    for p in "${!peers[@]}"; do
+        peer_rows "them-$p" "peer $((peers_before + p + 1))" "$1" | record ''
+        for m in $maths; do
+            i=$((peers_before + p + 1))
+            awk -v p=$i -v n="$1" -v a="$(whole "us-$m")" -v b="$(whole "them-$p")" 'BEGIN { printf "peer,qemb against peer %d: whole run,%d,%.3f,,,x,,\n", p, n, b / a }'
+            awk -v p=$i -v n="$1" -v a="$(rate "us-$m" "$1")" -v b="$(rate "them-$p" "$1")" 'BEGIN { printf "peer,qemb against peer %d: rate,%d,%.3f,,,x,,\n", p, n, a / b }'
+        done | record "$m"
+    done
+}
 if want peer && [ ${#peers[@]} -gt 0 ]; then
-    tr -cs 'A-Za-z' '\n' <models/demo.txt | awk -v words="$words" -v t="$tokens" 'NF { w[n++] = $1 } END {
-        srand(2); for (i = 0; i < t / words; i++) { for (k = 0; k < words; k++) printf "%s ", w[int(rand() * n)]; print "" } }' >"$tmp/texts"
-    us() { ./qemb -m "$model" --threads "$threads" --quiet <"$tmp/texts" >/dev/null; }
-    for p in "${peers[@]}"; do
-        them() { sh -c "$p" <"$tmp/texts" >/dev/null 2>"$tmp/peer"; }
-        : >"$tmp/us"; : >"$tmp/them"
-        for ((r = 0; r < rounds; r++)); do
-            seconds_of us >>"$tmp/us" || fail "qemb failed"
-            seconds_of them >>"$tmp/them" || fail "peer failed: $p: $(tail -n 3 "$tmp/peer")"
-        done
-        a=$(quantiles <"$tmp/us") b=$(quantiles <"$tmp/them")
-        echo "peer,qemb,$words,$a,s,,"
-        echo "peer,\"${p//[,\"]/ }\",$words,$b,s,,"
-        awk -v a="${a%%,*}" -v b="${b%%,*}" -v n="$words" 'BEGIN { printf "peer,ratio,%d,%.3f,,,times,,\n", n, b / a }'
-    done | record
+    peers_before=$(grep -c '^# peer ' "$csv") # numbered on where --append goes on
+    for p in "${!peers[@]}"; do echo "# peer $((peers_before + p + 1)): ${peers[p]//$'\n'/ }" | tee -a "$csv"; done
+    for n in $lengths; do peer_length "$n"; done
 fi
 
 # The same rows as JSON, with where they come from.
 {
-    machine=$(lscpu 2>/dev/null | sed -n 's/^Model name: *//p' | head -n 1)
-    printf '{"machine": "%s", "cpus": %s, "threads": %s, "compiler": "%s", "commit": "%s", "date": "%s", "model": "%s", "clock": "%s", "rows": [\n' \
-        "$machine" "$(nproc)" "$threads" "$(${CC:-gcc} --version | head -n 1)" "$(git describe --always --dirty 2>/dev/null)" \
-        "$(date -u +%FT%TZ)" "$(basename "$model")" "${cpu_time:+cpu}${cpu_time:-wall}"
-    awk -F, 'function num(x) { return x == "" ? "null" : x } NR > 1 { gsub(/"/, "", $2)
-        printf "%s{\"group\": \"%s\", \"name\": \"%s\", \"n\": %s, \"median\": %s, \"p10\": %s, \"p90\": %s, \"unit\": \"%s\", \"percent\": %s, \"limit\": \"%s\"}",
-        (NR > 2 ? ",\n" : ""), $1, $2, $3, num($4), num($5), num($6), $7, num($8), $9 } END { print "\n]}" }' "$csv"
+    printf '{"machine": "%s", "cpus": %s, "threads": %s, "compiler": "%s", "commit": "%s", "date": "%s", "model": "%s", "clock": "%s", ' \
+        "$machine" "$(nproc)" "$threads" "$compiler" "$commit" "$(date -u +%FT%TZ)" "$(basename "$model")" "${cpu_time:+cpu}${cpu_time:-wall}"
+    sed -n 's/^# peer [0-9]*: //p' "$csv" | awk 'BEGIN { printf "\"peers\": [" } { gsub(/\\/, "\\\\"); gsub(/"/, "\\\""); printf "%s\"%s\"", (NR > 1 ? ", " : ""), $0 } END { print "], \"rows\": [" }'
+    awk -F, 'function num(x) { return x == "" ? "null" : x } /^#/ || /^group,/ { next } {
+        printf "%s{\"group\": \"%s\", \"name\": \"%s\", \"math\": \"%s\", \"n\": %s, \"median\": %s, \"p10\": %s, \"p90\": %s, \"unit\": \"%s\", \"percent\": %s, \"limit\": \"%s\"}",
+        (rows++ ? ",\n" : ""), $1, $2, $3, $4, num($5), num($6), num($7), $8, num($9), $10 } END { print "\n]}" }' "$csv"
 } >"$out/bench.json"
-if command -v gnuplot >/dev/null && grep -q '^run,tokens' "$csv"; then
-    grep '^run,tokens' "$csv" >"$tmp/plot"
+if command -v gnuplot >/dev/null && grep -q '^forward,tokens' "$csv"; then
+    plots=''
+    for m in f32 bf16 int8; do
+        grep "^forward,tokens,$m," "$csv" >"$tmp/plot-$m" && plots+="${plots:+, }'$tmp/plot-$m' using 4:5:6:7 with yerrorlines title '$m' noenhanced"
+    done
     gnuplot <<PLOT
-set terminal svg size 640,400; set output "$out/bench.svg"; set datafile separator ","
-set logscale x 2; set yrange [0:*]; set grid; set xlabel "tokens a text"; set ylabel "tokens/s"
-plot "$tmp/plot" using 3:4:5:6 with yerrorlines title "qemb $(basename "$model"), $threads threads" noenhanced
+set terminal svg size 640,400 background rgb "white"; set output "$out/bench.svg"; set datafile separator ","
+set logscale x 2; set yrange [0:*]; set grid; set key top right; set xlabel "tokens a text"; set ylabel "tokens/s"
+set title "$(basename "$model"), $threads threads, $machine" noenhanced
+plot $plots
 PLOT
 fi
 echo "results: $out/bench.csv, bench.json$([ -e "$out/bench.svg" ] && echo ', bench.svg')"

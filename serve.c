@@ -71,7 +71,8 @@ enum {
     OPT_RECEIVE_TIMEOUT,
     OPT_DRAIN,
     OPT_CACHE,
-    OPT_REDIS
+    OPT_REDIS,
+    OPT_REDIS_TIMEOUT
 };
 
 static const struct option long_options[] = {
@@ -98,6 +99,7 @@ static const struct option long_options[] = {
     {"drain", required_argument, NULL, OPT_DRAIN},
     {"cache", required_argument, NULL, OPT_CACHE},
     {"redis", required_argument, NULL, OPT_REDIS},
+    {"redis-timeout", required_argument, NULL, OPT_REDIS_TIMEOUT},
     {"help", no_argument, NULL, 'h'},
     {"version", no_argument, NULL, 'V'},
     {NULL, 0, NULL, 0},
@@ -129,6 +131,7 @@ static const char help[] =
     "  --drain SECONDS        after SIGTERM, for what is on its way    [30]\n"
     "  --cache MIB            of vectors kept in memory, 0: none       [64]\n"
     "  --redis HOST:PORT      a Redis that keeps vectors, too\n"
+    "  --redis-timeout MS     after which it is left alone for a second [50]\n"
     "  -h, --help; -V, --version\n"
     "Status: 0 good, 1 usage, 2 model.\n"
     "All about requests, errors, metrics and the log: man qemb-serve\n";
@@ -138,7 +141,7 @@ static const char help[] =
 typedef struct {
     lane_options lane;
     http_options http;
-    int cache_mib;
+    int cache_mib, redis_timeout;
     const char *redis; /* NULL: none */
     char name[256];    /* the model's, from the file's */
 } serve_options;
@@ -235,6 +238,9 @@ static void set_option(serve_options *o, int opt, const char *name, const char *
     case OPT_REDIS:
         o->redis = arg;
         break;
+    case OPT_REDIS_TIMEOUT:
+        o->redis_timeout = parse_int(name, arg, 1, 60000);
+        break;
     case OPT_DRAIN:
         h->drain = parse_int(name, arg, 0, hours);
         break;
@@ -264,6 +270,7 @@ static void name_by_file(serve_options *o) {
 static void parse_options(serve_options *o, int argc, char **argv) {
     int opt;
     *o = (serve_options){.cache_mib = 64,
+                         .redis_timeout = 50,
                          .lane = {.cli.ops = DEFAULT_OPS, .max_queue_tokens = 262144},
                          .http = {.host = "127.0.0.1",
                                   .port = 8080,
@@ -290,9 +297,6 @@ static void parse_options(serve_options *o, int argc, char **argv) {
     if (cli->query && cli->instruct) USAGE("--query and --instruct: only one of them");
     if (cli->instruct && !*cli->instruct)
         USAGE("--instruct: an empty task (leave it out for documents)");
-    if (o->http.max_connections < o->http.http_threads)
-        USAGE("--max-connections: less than --http-threads (got %d, want %d at least)",
-              o->http.max_connections, o->http.http_threads);
     if (!o->http.n_names) name_by_file(o);
 }
 
@@ -328,7 +332,7 @@ static void drain(const http_options *o, const sigset_t *set, lane *l, http *h) 
 static void open_caches(serve_options *o) {
     if (o->cache_mib) o->lane.cache = need(cache_new((size_t)o->cache_mib << 20));
     if (!o->redis) return;
-    o->lane.redis = redis_new(o->redis);
+    o->lane.redis = redis_new(o->redis, o->redis_timeout);
     if (!o->lane.redis) USAGE("--redis: no address (got %.80s, want HOST:PORT)", o->redis);
 }
 
@@ -350,8 +354,8 @@ int main(int argc, char **argv) {
     int sig;
     while (!(sig = wait_signal(&set))) tick(l, h);
     drain(&o.http, &set, l, h);
+    const int joined = lane_join(l, LAST_BATCH); /* first: then it resumes no connection any more */
     http_stop(h);
-    const int joined = lane_join(l, LAST_BATCH);
     log_line("info", "stopped", "\"signal\":%d", sig);
     if (!joined) leave(STATUS_GOOD); /* in the middle of a long batch that nobody waits for */
     lane_free(l);

@@ -45,7 +45,8 @@ void vector_drop(vector *v);               /* one less; v may be NULL */
 typedef struct slot slot;
 typedef struct ticket ticket;
 
-/* A distinct text in flight. Its key stands for model and ids: equal keys, equal texts. */
+/* A distinct text in flight. Its key stands for model and ids: two texts of a queue have equal keys
+ * if and only if they have equal ids, or else the batch would give both the same row. */
 typedef struct text {
     uint8_t key[KEY_BYTES];
     struct text *next; /* in the queue's index */
@@ -197,11 +198,12 @@ size_t cache_bytes(cache *c);
 
 typedef struct redis redis; /* for all threads */
 
-/* address is HOST:PORT; NULL if it is not. Connects when it is asked, not before. */
-redis *redis_new(const char *address);
+/* address is HOST:PORT; NULL if it is not. Connects when it is asked, not before. timeout_ms: for a
+ * connection, and for an answer. */
+redis *redis_new(const char *address, int timeout_ms);
 void redis_free(redis *r); /* r may be NULL */
 /* Vectors of dim numbers into those slots of t that have a text and whose key is there. Returns how
- * many; takes a tenth of a second at most, nothing while a failure is fresh. */
+ * many; takes two timeouts at most, nothing while a failure is fresh. */
 int redis_get(redis *r, ticket *t, int dim);
 void redis_put(redis *r, const uint8_t key[KEY_BYTES], vector *v); /* does not wait */
 
@@ -269,7 +271,7 @@ void http_tick(http *h, double now);
 void http_drain(http *h);
 /* 1 when a draining server has nothing left to answer. */
 int http_idle(http *h, double now);
-void http_stop(http *h); /* no connection is suspended */
+void http_stop(http *h); /* after http_drain; no connection is suspended */
 
 /* ---- serve_listen.c -------------------------------------------------------------------------- */
 

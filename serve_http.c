@@ -25,8 +25,10 @@
 
 /* A body may be this many times the limit before it is no longer read to its end. */
 #define PATIENCE 4
-/* A draining server waits this long for more on open connections, seconds. */
-#define LINGER 0.25
+/* A draining server waits this long for more on open connections, and for the first request on new
+ * ones, seconds. */
+#define LINGER        0.25
+#define FIRST_REQUEST 5.0
 
 /* A connection, for as long as its socket is open. */
 typedef struct conn {
@@ -47,9 +49,10 @@ struct http {
     atomic_size_t held; /* bytes of bodies, and of answers to come */
     atomic_int draining, active;
     time_t created;
+    pthread_t acceptor;
     pthread_mutex_t lock; /* of what follows */
     conn *conns;
-    int n_conns;
+    int n_accepted, n_fresh; /* open sockets; those of them that no thread has put into conns yet */
     double last_change;
 };
 
@@ -414,7 +417,7 @@ static enum MHD_Result tell_metrics(request *r) {
                 .model = h->opt.names[0],
                 .fingerprint = lane_fingerprint(h->lane)};
     pthread_mutex_lock(&h->lock);
-    g.connections = h->n_conns;
+    g.connections = h->n_accepted;
     pthread_mutex_unlock(&h->lock);
     metrics_text(&body, &g);
     return answer(r, 200, &body, "text/plain; version=0.0.4; charset=utf-8");
@@ -505,13 +508,13 @@ static void on_connection(void *cls, struct MHD_Connection *c, void **context,
         k->next = h->conns;
         if (k->next) k->next->prev = k;
         h->conns = k;
-        h->n_conns++;
+        h->n_fresh--;
         pthread_mutex_unlock(&h->lock);
     } else if (k) { /* its socket is still open: http_tick never meets another one's */
         pthread_mutex_lock(&h->lock);
         *(k->prev ? &k->prev->next : &h->conns) = k->next;
         if (k->next) k->next->prev = k->prev;
-        h->n_conns--;
+        h->n_accepted--;
         pthread_mutex_unlock(&h->lock);
         free(k);
         *context = NULL;
@@ -528,6 +531,53 @@ static void on_message(void *cls, const char *fmt, va_list ap) {
     log_line("warning", "http", "\"message\":%s", quoted);
 }
 
+/* ---- accepting -------------------------------------------------------------------------------- */
+
+/* libmicrohttpd gets connections, not the socket that listens: when that is taken away from its
+ * threads (MHD_quiesce_daemon, 0.9.75) two of them may take it out of one epoll set, upon which it
+ * ends the process; and a connection beyond its limit leaves a mutex locked. So the limit is kept
+ * here, and libmicrohttpd's is never reached. */
+
+/* How many more come in a drain: those that the system has completed. */
+#define BACKLOG 1024
+#define POLL_MS 50
+
+static void count_connection(http *h, int n) {
+    pthread_mutex_lock(&h->lock);
+    h->n_accepted += n;
+    h->n_fresh += n;
+    h->last_change = seconds_now();
+    pthread_mutex_unlock(&h->lock);
+}
+
+/* 1: a connection more. 0: none there, or no descriptor left for it. */
+static int accept_one(http *h) {
+    struct sockaddr_storage from;
+    socklen_t n = sizeof from;
+    const int fd =
+        accept4(h->listen_fd, (struct sockaddr *)&from, &n, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (fd < 0) return errno == EINTR || errno == ECONNABORTED;
+    count_connection(h, 1);
+    if (MHD_add_connection(h->daemon, fd, (struct sockaddr *)&from, n) == MHD_NO)
+        count_connection(h, -1); /* it has closed fd */
+    return 1;
+}
+
+static void *accept_main(void *arg) {
+    http *h = arg;
+    struct pollfd p = {.fd = h->listen_fd, .events = POLLIN};
+    while (!atomic_load(&h->draining)) {
+        pthread_mutex_lock(&h->lock);
+        const int full = h->n_accepted >= h->opt.max_connections;
+        pthread_mutex_unlock(&h->lock);
+        const int wait = full || (poll(&p, 1, POLL_MS) == 1 && !accept_one(h));
+        if (wait) poll(NULL, 0, 1); /* until a connection ends */
+    }
+    for (int i = 0; i < BACKLOG && accept_one(h);) i++;
+    close(h->listen_fd); /* others are refused */
+    return NULL;
+}
+
 /* ---- start, tick, end ------------------------------------------------------------------------- */
 
 http *http_start(const http_options *o, lane *l) {
@@ -541,14 +591,18 @@ http *http_start(const http_options *o, lane *l) {
     if (o->key_file) h->keys = keys_read(o->key_file);
     h->listen_fd = listen_open(o->host, o->port, &h->port);
     h->opt.max_connections = listen_connections(o->max_connections);
-    h->daemon = MHD_start_daemon(
-        MHD_USE_EPOLL_INTERNAL_THREAD | MHD_USE_ITC | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ERROR_LOG,
-        0, NULL, NULL, on_request, h, MHD_OPTION_EXTERNAL_LOGGER, on_message, NULL,
-        MHD_OPTION_LISTEN_SOCKET, h->listen_fd, MHD_OPTION_THREAD_POOL_SIZE,
-        (unsigned)o->http_threads, MHD_OPTION_CONNECTION_LIMIT, (unsigned)h->opt.max_connections,
-        MHD_OPTION_NOTIFY_COMPLETED, on_completed, h, MHD_OPTION_NOTIFY_CONNECTION, on_connection,
-        h, MHD_OPTION_END);
+    const unsigned threads = (unsigned)o->http_threads; /* each has its part of the limit */
+    const unsigned most = threads * ((unsigned)h->opt.max_connections + BACKLOG + 1);
+    h->daemon =
+        MHD_start_daemon(MHD_USE_EPOLL_INTERNAL_THREAD | MHD_USE_NO_LISTEN_SOCKET | MHD_USE_ITC |
+                             MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ERROR_LOG,
+                         0, NULL, NULL, on_request, h, MHD_OPTION_EXTERNAL_LOGGER, on_message, NULL,
+                         MHD_OPTION_THREAD_POOL_SIZE, threads, MHD_OPTION_CONNECTION_LIMIT, most,
+                         MHD_OPTION_NOTIFY_COMPLETED, on_completed, h, MHD_OPTION_NOTIFY_CONNECTION,
+                         on_connection, h, MHD_OPTION_END);
     if (!h->daemon) DIE(STATUS_MODEL, "libmicrohttpd: cannot start");
+    const int error = pthread_create(&h->acceptor, NULL, accept_main, h);
+    if (error) DIE(STATUS_MODEL, "thread: cannot start it (%s)", strerror(error));
     return h;
 }
 
@@ -567,14 +621,7 @@ void http_tick(http *h, double now) {
 
 void http_drain(http *h) {
     atomic_store(&h->draining, 1);
-    const int fd = MHD_quiesce_daemon(h->daemon);
-    if (fd == MHD_INVALID_SOCKET) return;
-    struct sockaddr_storage from;
-    socklen_t n = sizeof from;
-    for (int c; (c = accept4(fd, (struct sockaddr *)&from, &n, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0;
-         n = sizeof from)
-        MHD_add_connection(h->daemon, c, (struct sockaddr *)&from, n);
-    shutdown(fd, SHUT_RDWR); /* others are refused; closed by http_stop: its threads may still look */
+    pthread_join(h->acceptor, NULL);
     pthread_mutex_lock(&h->lock);
     h->last_change = seconds_now();
     pthread_mutex_unlock(&h->lock);
@@ -583,17 +630,15 @@ void http_drain(http *h) {
 int http_idle(http *h, double now) {
     int idle = !atomic_load(&h->active);
     pthread_mutex_lock(&h->lock);
-    if (now - h->last_change < LINGER) idle = 0;
+    if (h->n_fresh || now - h->last_change < LINGER) idle = 0;
     for (conn *k = h->conns; k && idle; k = k->next) /* it came to ask something */
-        if (!k->requests && now - k->since < 4 * LINGER) idle = 0;
+        if (!k->requests && now - k->since < FIRST_REQUEST) idle = 0;
     pthread_mutex_unlock(&h->lock);
     return idle;
 }
 
 void http_stop(http *h) {
-    const int drained = atomic_load(&h->draining);
     MHD_stop_daemon(h->daemon);
-    if (drained) close(h->listen_fd); /* else the daemon did */
     assert(!h->conns);
     pthread_mutex_destroy(&h->lock);
     keys_free(h->keys);

@@ -31,9 +31,10 @@ struct lane {
     EVP_MD *sha256;
     uint8_t fingerprint[KEY_BYTES];
     char fingerprint_hex[2 * KEY_BYTES + 1];
-    /* The probe: one end-of-text, computed to see whether the model works. */
+    /* The probe: the empty text, computed to see whether the model works. A client's is the same. */
     ticket probe;
     slot probe_slot;
+    uint8_t probe_key[KEY_BYTES];
     atomic_int probing;
 };
 
@@ -80,6 +81,13 @@ static void give_worker(lane *l, worker *w) {
     pthread_mutex_unlock(&l->lock);
 }
 
+static int make_key(lane *l, worker *w, uint8_t *key, const encoded *t) {
+    return EVP_DigestInit_ex(w->digest, l->sha256, NULL) &&
+           EVP_DigestUpdate(w->digest, l->fingerprint, sizeof l->fingerprint) &&
+           EVP_DigestUpdate(w->digest, t->ids, (size_t)t->n * sizeof *t->ids) &&
+           EVP_DigestFinal_ex(w->digest, key, NULL);
+}
+
 lane *lane_open(const lane_options *o) {
     lane *l = need(calloc(1, sizeof *l));
     qemb_err err;
@@ -99,7 +107,9 @@ lane *lane_open(const lane_options *o) {
     l->sha256 = EVP_MD_fetch(NULL, "SHA256", NULL);
     if (!l->sha256) DIE(STATUS_MODEL, "SHA-256: not available");
     make_fingerprint(l);
-    give_worker(l, take_worker(l)); /* so that wrong options are seen now */
+    worker *w = take_worker(l); /* now, so that wrong options are seen */
+    if (!make_key(l, w, l->probe_key, &(encoded){0})) DIE(STATUS_MODEL, "SHA-256: not available");
+    give_worker(l, w);
     const int batch = o->cli.engine.batch_tokens;
     l->queue = need(queue_new(o->max_queue_tokens, batch ? batch : qemb_batch_tokens(o->cli.ops)));
     return l;
@@ -125,7 +135,6 @@ static int count_tokens(text *const *taken, int n) {
 }
 
 static void remember(lane *l, const uint8_t *key, vector *v) {
-    if (!memcmp(key, l->fingerprint, KEY_BYTES)) return; /* the probe's */
     if (l->opt.cache) cache_put(l->opt.cache, key, v);
     if (l->opt.redis) redis_put(l->opt.redis, key, v);
 }
@@ -157,12 +166,12 @@ static void *compute_main(void *arg) {
         metrics_add(COUNT_COMPUTED_TOKENS, (uint64_t)tokens);
         const int bad = make_vectors(out, unit, (int)D, vectors, n);
         metrics_add(COUNT_NON_FINITE, (uint64_t)bad);
+        for (int i = 0; i < n; i++) /* first: whoever misses them in flight finds them there */
+            if (vectors[i]) remember(l, taken[i]->key, vectors[i]);
         const int state = bad ? LANE_FAILING : LANE_READY;
         if (atomic_exchange(&l->state, state) != state)
             log_line(bad ? "error" : "info", bad ? "failing" : "ready",
                      "\"texts\":%d,\"non_finite\":%d", n, bad);
-        for (int i = 0; i < n; i++) /* first: whoever misses them in flight finds them there */
-            if (vectors[i]) remember(l, taken[i]->key, vectors[i]);
         queue_finish(l->queue, taken, vectors, n);
         for (int i = 0; i < n; i++) vector_drop(vectors[i]);
     }
@@ -228,7 +237,7 @@ static void probe_done(ticket *t) {
 static void probe(lane *l, double now) {
     int shared;
     if (atomic_exchange(&l->probing, 1)) return;
-    text *t = text_new(l->fingerprint, 1); /* no text's key: the probe shares nothing */
+    text *t = text_new(l->probe_key, 1);
     l->probe_slot = (slot){.text = t};
     l->probe = (ticket){.slots = &l->probe_slot, .n = 1, .deadline = now + 1e6, .done = probe_done};
     if (t) t->ids[0] = l->source.file->config.eos_id;
@@ -268,13 +277,6 @@ static int encode_failed(const qemb_err *err, int i, api_error *e) {
     if (!strcmp(err->code, "out_of_memory"))
         return api_fail(e, 503, err->code, NULL, "input[%d]: %s", i, err->msg);
     return api_fail(e, 400, err->code, "input", "input[%d]: %s", i, err->msg);
-}
-
-static int make_key(lane *l, worker *w, uint8_t *key, const encoded *t) {
-    return EVP_DigestInit_ex(w->digest, l->sha256, NULL) &&
-           EVP_DigestUpdate(w->digest, l->fingerprint, sizeof l->fingerprint) &&
-           EVP_DigestUpdate(w->digest, t->ids, (size_t)t->n * sizeof *t->ids) &&
-           EVP_DigestFinal_ex(w->digest, key, NULL);
 }
 
 static int encode_input(lane *l, worker *w, const api_request *r, int i, slot *s, api_error *e) {

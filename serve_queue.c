@@ -321,23 +321,29 @@ static void drop_departed(queue *q, ticket **ended) {
     }
 }
 
+/* A batch of what waits now: none if all clients have departed. */
+static void build(builder *b) {
+    queue *q = b->q;
+    drop_departed(q, &b->ended);
+    q->taken_tokens = 0;
+    if (q->long_turn) take_long(b, 1);
+    take_short(b);
+    const int long_left = take_long(b, 0);
+    q->long_turn = long_left && !b->has_long;
+    q->taken_at = seconds_now();
+}
+
 int queue_take(queue *q, qemb_batch *batch, text **taken) {
-    builder b = {.q = q, .batch = batch, .taken = taken};
-    pthread_mutex_lock(&q->lock);
-    while (!b.n) {
+    for (;;) {
+        builder b = {.q = q, .batch = batch, .taken = taken};
+        pthread_mutex_lock(&q->lock);
         while (!q->ring && !q->stopped) pthread_cond_wait(&q->changed, &q->lock);
-        if (q->stopped) break;
-        drop_departed(q, &b.ended);
-        q->taken_tokens = 0;
-        if (q->long_turn) take_long(&b, 1);
-        take_short(&b);
-        const int long_left = take_long(&b, 0);
-        q->long_turn = long_left && !b.has_long;
-        q->taken_at = seconds_now();
+        const int stopped = q->stopped;
+        if (!stopped) build(&b);
+        pthread_mutex_unlock(&q->lock);
+        tell(b.ended); /* now: the next wait may be long */
+        if (b.n || stopped) return b.n;
     }
-    pthread_mutex_unlock(&q->lock);
-    tell(b.ended);
-    return b.n;
 }
 
 void queue_finish(queue *q, text **taken, vector **vectors, int n) {

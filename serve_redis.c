@@ -1,6 +1,6 @@
 /* serve_redis.c - vectors in a Redis that several servers share; see serve.h.
  *
- * A reader's thread asks for a request's texts in one MGET and waits TIMEOUT at most. What was
+ * A reader's thread asks for a request's texts in one MGET and waits for a bounded time. What was
  * computed is set by a thread of its own, from a bounded list; what finds no room there is not
  * stored. After a failure nobody asks for PAUSE, so a Redis that is away or slow costs one timeout
  * now and then, and its hits. Values are the little-endian floats of the whole vector.
@@ -13,7 +13,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define TIMEOUT_US  50000
 #define PAUSE       1.0 /* seconds */
 #define MAX_IDLE    16
 #define MAX_PENDING 4096
@@ -29,6 +28,7 @@ typedef struct {
 struct redis {
     char host[256];
     int port;
+    struct timeval timeout;
     pthread_t thread;
     pthread_mutex_t lock; /* of what follows */
     pthread_cond_t changed;
@@ -55,14 +55,13 @@ static void failed(redis *r, redisContext *c) {
 
 /* A connection, or NULL: it is in a pause, or cannot be reached. */
 static redisContext *take(redis *r) {
-    const struct timeval timeout = {.tv_usec = TIMEOUT_US};
     pthread_mutex_lock(&r->lock);
     const int paused = seconds_now() < r->not_before;
     redisContext *c = !paused && r->n_idle ? r->idle[--r->n_idle] : NULL;
     pthread_mutex_unlock(&r->lock);
     if (paused || c) return c;
-    c = redisConnectWithTimeout(r->host, r->port, timeout);
-    if (c && !c->err && redisSetTimeout(c, timeout) == REDIS_OK) return c;
+    c = redisConnectWithTimeout(r->host, r->port, r->timeout);
+    if (c && !c->err && redisSetTimeout(c, r->timeout) == REDIS_OK) return c;
     failed(r, c);
     return NULL;
 }
@@ -204,7 +203,7 @@ static void *setter_main(void *arg) {
 
 /* ---- start, end ------------------------------------------------------------------------------- */
 
-redis *redis_new(const char *address) {
+redis *redis_new(const char *address, int timeout_ms) {
     redis *r = need(calloc(1, sizeof *r));
     const char *colon = strrchr(address, ':');
     char *end = NULL;
@@ -216,6 +215,7 @@ redis *redis_new(const char *address) {
     }
     memcpy(r->host, address, (size_t)(colon - address));
     r->port = (int)port;
+    r->timeout = (struct timeval){timeout_ms / 1000, timeout_ms % 1000 * 1000};
     pthread_mutex_init(&r->lock, NULL);
     pthread_cond_init(&r->changed, NULL);
     const int error = pthread_create(&r->thread, NULL, setter_main, r);

@@ -582,6 +582,17 @@ def test_a_model_that_computes_nothing(tmp_path):
         assert s.metric("qemb_healthy") == 0
 
 
+def test_a_client_may_send_what_the_probe_sends(tmp_path):
+    """The empty text and a probe that wait for the same batch are one text, not two in one row."""
+    with server(*BUSY, "--name", "demo", model=broken_model(tmp_path, EOS), wait="failing") as s:
+        slow = Slow(s)
+        s.wait_metric("qemb_queue_tokens", lambda x: x > 0)
+        for _ in range(3):
+            a = s.post({"model": "demo", "input": ["", "other"]})
+            assert a.status == 422 and a.error["message"].startswith("input[0]:")
+        assert slow.wait().status == 422
+
+
 # ---- the queue ------------------------------------------------------------------------------------
 
 
@@ -850,6 +861,17 @@ def test_term_under_load():
     assert not bad and len(good) >= 100
 
 
+def test_drain_answers_connections_that_nobody_has_accepted_yet():
+    s = Server(*BUSY, "--max-connections", 2)
+    slow = [Slow(s, 10, 10 * i) for i in range(2)]
+    body = json.dumps(OK).encode()
+    many = [raw(s, head(len(body)) + body) for _ in range(30)]
+    s.process.send_signal(signal.SIGTERM)
+    assert [x.wait().status for x in slow] == [200, 200]
+    assert all(drained(k).startswith(b"HTTP/1.1 200") for k in many)
+    s.stop()
+
+
 def test_drain_answers_and_says_so():
     s = Server(*BUSY)
     kept = s.connect()
@@ -908,8 +930,8 @@ def test_cache_serves_every_dimension():
             want = qemb("--output", "base64", "--dim", str(dim), records=[{"text": t} for t in texts])
             assert s.embed(texts, dimensions=dim) == want
         assert s.metric("qemb_computed_texts_total") == computed
-        assert s.metric("qemb_cache_hits_total") == 3 * len(texts)
-        assert s.metric("qemb_cache_misses_total") == len(texts)
+        assert s.metric("qemb_cache_hits_total") == 3 * len(texts) + 1
+        assert s.metric("qemb_cache_misses_total") == len(texts) - 1  # the probe was the empty one
         assert s.metric("qemb_cache_bytes") > 4 * HIDDEN * len(texts)
         assert s.embed([texts[0], "new"])[0] == s.embed(texts)[0]  # a known one beside a new one
         assert s.embed([texts[0]], instruct="T") != s.embed([texts[0]])
@@ -936,6 +958,11 @@ def free_port():
         return k.getsockname()[1]
 
 
+def with_redis(port):
+    """Options of a server that waits for that Redis, on a busy machine too."""
+    return ("--redis", f"127.0.0.1:{port}", "--redis-timeout", 60000)
+
+
 class Redis:
     def __init__(self, port=None):
         self.port = port or free_port()
@@ -953,15 +980,16 @@ class Redis:
             assert time.monotonic() < until and self.process.poll() is None
             time.sleep(0.02)
 
-    def command(self, *words):
-        """The first line of the reply."""
+    def command(self, *words, lines=0):
+        """The first line of the reply; or a list of so many."""
         with socket.create_connection(("127.0.0.1", self.port), GUARD) as k:
             f = k.makefile("rwb")
             f.write(b"*%d\r\n" % len(words))
             for w in words:
                 f.write(b"$%d\r\n%s\r\n" % (len(w), w))
             f.flush()
-            return f.readline().strip()
+            got = [f.readline().removesuffix(b"\r\n") for _ in range(lines or 1)]
+            return got if lines else got[0]
 
     def kill(self):
         self.process.kill()
@@ -985,12 +1013,11 @@ def wait_stored(r, n):
 
 
 def test_redis_is_shared(redis):
-    address = f"127.0.0.1:{redis.port}"
     texts = [f"shared {i}" for i in range(40)]
-    with server("--cache", 0, "--redis", address) as a:
+    with server("--cache", 0, *with_redis(redis.port)) as a:
         want = a.embed(texts)
-        wait_stored(redis, 40)
-    with server("--cache", 0, "--redis", address) as b:
+        wait_stored(redis, 41)  # the probe's, too
+    with server("--cache", 0, *with_redis(redis.port)) as b:
         assert b.embed(texts) == want
         assert b.embed([*texts[:3], "unknown"], dimensions=5)[:3] == [
             base64.b64encode(v).decode() for v in
@@ -1001,10 +1028,9 @@ def test_redis_is_shared(redis):
 
 
 def test_models_do_not_share_keys(redis, tmp_path):
-    address = f"127.0.0.1:{redis.port}"
-    with server("--redis", address) as a:
+    with server(*with_redis(redis.port)) as a:
         one = a.embed([[1, 2]])
-        wait_stored(redis, 1)
+        wait_stored(redis, 2)
     other = tmp_path / "other.qemb"  # one weight differs, and with it the recorded digest
     data = bytearray(Path(MODEL).read_bytes())
     data[40] ^= 1
@@ -1014,24 +1040,24 @@ def test_models_do_not_share_keys(redis, tmp_path):
         checksum = (checksum ^ b) * 0x100000001B3 % 2**64
     struct.pack_into("<Q", data, 24, checksum)
     other.write_bytes(data)
-    with server("--redis", address, "--name", "demo", model=str(other)) as b:
+    with server(*with_redis(redis.port), "--name", "demo", model=str(other)) as b:
         assert b.embed([[1, 2]]) == one and b.metric("qemb_redis_hits_total") == 0
 
 
 def test_wrong_values_in_redis_are_misses(redis):
-    address = f"127.0.0.1:{redis.port}"
-    with server("--cache", 0, "--redis", address) as s:
-        want = s.embed(["x"])
+    with server("--cache", 0, *with_redis(redis.port)) as s:
+        wait_stored(redis, 1)  # the probe's text, the empty one: there is one key
+        want = s.embed([""])
+        key = redis.command(b"KEYS", b"*", lines=3)[2]
+        good = redis.command(b"GET", key, lines=2)
         for value in (b"", b"short", b"\0" * 4 * HIDDEN, b"\xff" * 4 * HIDDEN):
-            wait_stored(redis, 1)
-            with socket.create_connection(("127.0.0.1", redis.port)) as k:
-                k.sendall(b"KEYS *\r\n")
-                got = k.recv(4096)
-            assert got.startswith(b"*1\r\n")
-            key = got.split(b"\r\n", 2)[2][:-2]
             assert redis.command(b"SET", key, value) == b"+OK"
-            assert s.embed(["x"]) == want
-        assert s.metric("qemb_redis_hits_total") == 0
+            assert s.embed([""]) == want
+            until = time.monotonic() + GUARD  # what was computed is stored when there is time
+            while redis.command(b"GET", key, lines=2) != good:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+        assert s.metric("qemb_redis_hits_total") == 1  # the first
         assert s.metric("qemb_redis_errors_total") == 0
 
 

@@ -1,0 +1,234 @@
+/* bench_gemm.c - other libraries' matrix products: oneDNN with packed weights, OpenBLAS.
+ *
+ * What a program could have instead of the table's own matmul. oneDNN is linked where its headers
+ * are (see the Makefile), in f32, bf16 and u8 x s8, with weights in the layout that it asks for and
+ * activations already in the format of the product; OpenBLAS is loaded where it is installed. */
+#include "bench.h"
+
+#include <dlfcn.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__has_include)
+#if __has_include(<oneapi/dnnl/dnnl.h>)
+#include <oneapi/dnnl/dnnl.h>
+#define HAVE_DNNL
+#endif
+#endif
+
+typedef void (*blas_fn)(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a,
+                        int lda, const float *b, int ldb, float beta, float *c, int ldc);
+
+struct other_gemm {
+    int T, N, K;
+    float *x, *W, *y; /* the numbers that are multiplied, exactly as floats, and the result */
+    blas_fn blas;
+#ifdef HAVE_DNNL
+    dnnl_engine_t engine;
+    dnnl_stream_t stream;
+    dnnl_primitive_t product;
+    dnnl_exec_arg_t args[3];
+#endif
+};
+
+/* Numbers that each format holds: of f32 and bf16 with at most 8 significant bits, of int8 whole,
+ * x in 0 .. 255 and W in -127 .. 127. */
+static float round_to(qemb_math math, float v) {
+    if (math == QEMB_MATH_INT8) return rintf(v);
+    if (v == 0 || !isfinite(v)) return 0;
+    int exponent;
+    const float m = frexpf(v, &exponent);
+    return ldexpf(rintf(m * 256), exponent - 8);
+}
+
+static void fill(other_gemm *g, qemb_math math, const float *W) {
+    const size_t nw = (size_t)g->N * (size_t)g->K, nx = (size_t)g->T * (size_t)g->K;
+    float greatest = 0;
+    for (size_t i = 0; i < nw; i++) greatest = fmaxf(greatest, fabsf(W[i]));
+    const float scale = math == QEMB_MATH_INT8 && greatest > 0 ? 127 / greatest : 1;
+    for (size_t i = 0; i < nw; i++) g->W[i] = round_to(math, W[i] * scale);
+    for (size_t i = 0; i < nx; i++) {
+        const float v = (float)(i * 2654435761u % 2001) / 1000 - 1;
+        g->x[i] = round_to(math, math == QEMB_MATH_INT8 ? 127.5f * (v + 1) : v);
+    }
+}
+
+/* Every 97th element of y. The products are exact in float for bf16 and int8, rounded to 2^-24 of
+ * their size for f32 of 8 bits not at all; a sum of K floats is off by at most K 2^-24 of the sum of
+ * sizes, in any order. */
+static int is_right(const other_gemm *g) {
+    for (size_t i = 0; i < (size_t)g->T * (size_t)g->N; i += 97) {
+        const float *x = g->x + i / (size_t)g->N * (size_t)g->K;
+        const float *w = g->W + i % (size_t)g->N * (size_t)g->K;
+        double sum = 0, size = 0;
+        for (int k = 0; k < g->K; k++)
+            sum += (double)x[k] * w[k], size += fabs((double)x[k] * w[k]);
+        if (!(fabs(g->y[i] - sum) <= g->K * 0x1p-24 * size)) return 0;
+    }
+    return 1;
+}
+
+void other_gemm_run(void *arg, int i) {
+    other_gemm *g = arg;
+    (void)i;
+    if (g->blas) {
+        g->blas(101, 111, 112, g->T, g->N, g->K, 1, g->x, g->K, g->W, g->K, 0, g->y, g->N);
+        return;
+    }
+#ifdef HAVE_DNNL
+    if (dnnl_primitive_execute(g->product, g->stream, 3, g->args) || dnnl_stream_wait(g->stream))
+        die("oneDNN: a product failed");
+#endif
+}
+
+static int blas_open(other_gemm *g, qemb_math math) {
+    void *library = math == QEMB_MATH_F32 ? dlopen("libopenblas.so.0", RTLD_NOW) : NULL;
+    void *p = library ? dlsym(library, "cblas_sgemm") : NULL;
+    void (*set_threads)(int) = NULL;
+    if (!p) return -1;
+    memcpy(&g->blas, &p, sizeof p);
+    if ((p = dlsym(library, "openblas_set_num_threads"))) {
+        memcpy(&set_threads, &p, sizeof p);
+        set_threads(threads);
+    }
+    return 0;
+}
+
+/* ---- oneDNN, versions 2 and 3 ------------------------------------------------------------------ */
+
+#ifdef HAVE_DNNL
+
+#if DNNL_VERSION_MAJOR < 3
+typedef dnnl_memory_desc_t shape;
+typedef const dnnl_memory_desc_t *const_shape;
+static const_shape seen(const shape *s) { return s; }
+static int shape_of(shape *s, int rows, int cols, dnnl_data_type_t type, dnnl_format_tag_t tag) {
+    return dnnl_memory_desc_init_by_tag(s, 2, (dnnl_dims_t){rows, cols}, type, tag);
+}
+static void shape_free(shape *s) { (void)s; }
+static int product_desc(dnnl_primitive_desc_t *d, dnnl_engine_t engine, const shape *x,
+                        const shape *w, const shape *y) {
+    dnnl_matmul_desc_t op;
+    return dnnl_matmul_desc_init(&op, x, w, NULL, y) ||
+           dnnl_primitive_desc_create(d, &op, NULL, engine, NULL);
+}
+#else
+typedef dnnl_memory_desc_t shape;
+typedef const_dnnl_memory_desc_t const_shape;
+static const_shape seen(const shape *s) { return *s; }
+static int shape_of(shape *s, int rows, int cols, dnnl_data_type_t type, dnnl_format_tag_t tag) {
+    return dnnl_memory_desc_create_with_tag(s, 2, (dnnl_dims_t){rows, cols}, type, tag);
+}
+static void shape_free(shape *s) { dnnl_memory_desc_destroy(*s); }
+static int product_desc(dnnl_primitive_desc_t *d, dnnl_engine_t engine, const shape *x,
+                        const shape *w, const shape *y) {
+    return dnnl_matmul_primitive_desc_create(d, engine, *x, *w, NULL, *y, NULL);
+}
+#endif
+
+/* *m = floats (rows, cols) as memory of the layout `to`, converted */
+static int converted(other_gemm *g, dnnl_memory_t *m, float *floats, int rows, int cols,
+                     dnnl_format_tag_t tag, const_shape to) {
+    shape plain;
+    dnnl_memory_t from = NULL;
+    dnnl_primitive_desc_t d = NULL;
+    dnnl_primitive_t reorder = NULL;
+    int bad = shape_of(&plain, rows, cols, dnnl_f32, tag);
+    if (bad) return bad;
+    bad = dnnl_memory_create(&from, seen(&plain), g->engine, floats) ||
+          dnnl_memory_create(m, to, g->engine, DNNL_MEMORY_ALLOCATE) ||
+          dnnl_reorder_primitive_desc_create(&d, seen(&plain), g->engine, to, g->engine, NULL) ||
+          dnnl_primitive_create(&reorder, d);
+    if (!bad) {
+        const dnnl_exec_arg_t args[] = {{DNNL_ARG_FROM, from}, {DNNL_ARG_TO, *m}};
+        bad = dnnl_primitive_execute(reorder, g->stream, 2, args) || dnnl_stream_wait(g->stream);
+    }
+    if (reorder) dnnl_primitive_destroy(reorder);
+    if (d) dnnl_primitive_desc_destroy(d);
+    if (from) dnnl_memory_destroy(from);
+    shape_free(&plain);
+    return bad;
+}
+
+static int dnnl_open(other_gemm *g, qemb_math math) {
+    static const dnnl_data_type_t x_type[] = {dnnl_f32, dnnl_bf16, dnnl_u8};
+    static const dnnl_data_type_t w_type[] = {dnnl_f32, dnnl_bf16, dnnl_s8};
+    shape x, w, y;
+    dnnl_primitive_desc_t d = NULL;
+    if (math > QEMB_MATH_INT8) return -1;
+#ifdef _OPENMP
+    omp_set_num_threads(threads);
+#endif
+    int bad = dnnl_engine_create(&g->engine, dnnl_cpu, 0) ||
+              dnnl_stream_create(&g->stream, g->engine, dnnl_stream_default_flags) ||
+              shape_of(&x, g->T, g->K, x_type[math], dnnl_ab) ||
+              shape_of(&w, g->K, g->N, w_type[math], dnnl_format_tag_any) ||
+              shape_of(&y, g->T, g->N, dnnl_f32, dnnl_ab);
+    if (bad) die("oneDNN: does not start");
+    bad = product_desc(&d, g->engine, &x, &w, &y) || dnnl_primitive_create(&g->product, d);
+    if (!bad) {
+        const_shape packed = dnnl_primitive_desc_query_md(d, dnnl_query_weights_md, 0);
+        g->args[0].arg = DNNL_ARG_SRC, g->args[1].arg = DNNL_ARG_WEIGHTS;
+        g->args[2].arg = DNNL_ARG_DST;
+        /* W (N, K) by rows is W^T (K, N) by columns */
+        bad = converted(g, &g->args[0].memory, g->x, g->T, g->K, dnnl_ab, seen(&x)) ||
+              converted(g, &g->args[1].memory, g->W, g->K, g->N, dnnl_ba, packed) ||
+              dnnl_memory_create(&g->args[2].memory, seen(&y), g->engine, g->y);
+    }
+    if (d) dnnl_primitive_desc_destroy(d);
+    shape_free(&x), shape_free(&w), shape_free(&y);
+    return bad ? -1 : 0;
+}
+
+static void dnnl_close(other_gemm *g) {
+    for (int i = 0; i < 3; i++)
+        if (g->args[i].memory) dnnl_memory_destroy(g->args[i].memory);
+    if (g->product) dnnl_primitive_destroy(g->product);
+    if (g->stream) dnnl_stream_destroy(g->stream);
+    if (g->engine) dnnl_engine_destroy(g->engine);
+}
+
+#endif
+
+/* ---- both -------------------------------------------------------------------------------------- */
+
+other_gemm *other_gemm_open(int which, qemb_math math, int T, int N, int K, const float *W,
+                            const char **name) {
+    static const char *const names[OTHER_GEMMS] = {"oneDNN", "OpenBLAS"};
+    other_gemm *g = calloc(1, sizeof *g);
+    if (!g) die("out of memory");
+    g->T = T, g->N = N, g->K = K;
+    g->x = need(sizeof(float) * (size_t)T * (size_t)K);
+    g->W = need(sizeof(float) * (size_t)N * (size_t)K);
+    g->y = need(sizeof(float) * (size_t)T * (size_t)N);
+    fill(g, math, W);
+    *name = names[which];
+    int bad = -1;
+    if (which == 1) bad = blas_open(g, math);
+#ifdef HAVE_DNNL
+    if (which == 0) bad = dnnl_open(g, math);
+#endif
+    if (bad) {
+        other_gemm_close(g);
+        return NULL;
+    }
+    other_gemm_run(g, 0);
+    if (!is_right(g)) {
+        fprintf(stderr, "bench: %s: not the product that was asked for\n", names[which]);
+        exit(1);
+    }
+    return g;
+}
+
+void other_gemm_close(other_gemm *g) {
+#ifdef HAVE_DNNL
+    dnnl_close(g);
+#endif
+    free(g->x), free(g->W), free(g->y);
+    free(g);
+}
