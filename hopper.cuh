@@ -47,10 +47,10 @@ __device__ __forceinline__ void hopper_init(const hopper_ring<N, BYTES> &ring, i
  *
  * Tile: 128 rows x 128 columns of gate and the same 128 of up, 64 of D per stage. A warpgroup's wgmma has
  * 64 rows, 128 columns of gate and 128 of up, so a thread holds both halves of its outputs. Neighbouring
- * blocks work on the same rows of W: they come from memory once, x from L2.
+ * blocks work on the same rows of W, and all of them on GU_GROUP tiles of x, which stay in L2.
  * Bytes per token: 2 D of x per 128 columns from L2, 2 F of h; 4 F D of W per 128 rows from L2.
  * 4 F D flops. */
-enum { GU_COLUMNS = 128, GU_DEPTH = 64, GU_STAGES = 4 };
+enum { GU_COLUMNS = 128, GU_DEPTH = 64, GU_STAGES = 4, GU_GROUP = 16 };
 constexpr int GU_PART = HOPPER_ROWS * HOPPER_ROW; /* bytes of x, of gate's rows, of up's rows */
 typedef hopper_ring<GU_STAGES, 3 * GU_PART> gate_up_ring;
 constexpr int gate_up_shared_bytes = hopper_ring_bytes<GU_STAGES, 3 * GU_PART>;
@@ -98,13 +98,27 @@ __device__ __forceinline__ void gate_up_store(A *h, const float (&d)[32][4], flo
     }
 }
 
+/* The tiles of a product, in groups of GU_GROUP tiles of rows; within a group rows first. */
+struct gate_up_tiles {
+    int rows, columns, steps; /* tiles along T and F, stages along D */
+
+    __device__ __forceinline__ int count() const { return rows * columns; }
+    __device__ __forceinline__ void place(int t, int *row, int *column) const {
+        const int first = t / (GU_GROUP * columns) * GU_GROUP,
+                  in_group = min(GU_GROUP, rows - first);
+        t -= first * columns;
+        *row = (first + t % in_group) * HOPPER_ROWS;
+        *column = t / in_group * GU_COLUMNS;
+    }
+};
+
 /* One thread. */
-__device__ __forceinline__ void gate_up_load(gate_up_ring ring, const CUtensorMap *x,
-                                             const CUtensorMap *w, int m_tiles, int tiles,
-                                             int steps, int F) {
-    for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
-        const int row = t % m_tiles * HOPPER_ROWS, column = t / m_tiles * GU_COLUMNS;
-        for (int k = 0; k < steps; k++, ring.i++) {
+__device__ __forceinline__ void gate_up_load(gate_up_ring ring, const gate_up_tiles &tiles,
+                                             const CUtensorMap *x, const CUtensorMap *w, int F) {
+    for (int t = blockIdx.x; t < tiles.count(); t += gridDim.x) {
+        int row, column;
+        tiles.place(t, &row, &column);
+        for (int k = 0; k < tiles.steps; k++, ring.i++) {
             const shared_addr to = ring.stage(ring.i), full = ring.full(ring.i);
             barrier_wait(ring.empty(ring.i), ring.parity(ring.i) ^ 1); /* gu_empty */
             barrier_expect(full, 3 * GU_PART);
@@ -117,14 +131,16 @@ __device__ __forceinline__ void gate_up_load(gate_up_ring ring, const CUtensorMa
 
 /* Warpgroup `half` of the two. */
 template <class A>
-__device__ __forceinline__ void gate_up_multiply(gate_up_ring ring, A *h, float alpha, int T, int F,
-                                                 int m_tiles, int tiles, int steps, int half,
+__device__ __forceinline__ void gate_up_multiply(gate_up_ring ring, const gate_up_tiles &tiles,
+                                                 A *h, float alpha, int T, int F, int half,
                                                  unsigned long long *clamps) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     int clamped = 0;
     float d[32][4];
-    for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
-        for (int k = 0; k < steps; k++, ring.i++) {
+    for (int t = blockIdx.x; t < tiles.count(); t += gridDim.x) {
+        int row, column;
+        tiles.place(t, &row, &column);
+        for (int k = 0; k < tiles.steps; k++, ring.i++) {
             barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* gu_full */
             const shared_addr at = ring.stage(ring.i);
             const uint64_t x = wgmma_tile(at + half * 64 * HOPPER_ROW),
@@ -139,8 +155,7 @@ __device__ __forceinline__ void gate_up_multiply(gate_up_ring ring, A *h, float 
         }
         wgmma_wait<0>(d);                                      /* gu_sums */
         if (lane == 0) barrier_arrive(ring.empty(ring.i - 1)); /* gu_last */
-        gate_up_store(h, d, alpha, t % m_tiles * HOPPER_ROWS + half * 64 + warp * 16 + lane / 4,
-                      t / m_tiles * GU_COLUMNS, T, F, &clamped);
+        gate_up_store(h, d, alpha, row + half * 64 + warp * 16 + lane / 4, column, T, F, &clamped);
     }
     if (clamped) atomicAdd(clamps, (unsigned long long)clamped);
 }
@@ -154,9 +169,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 #if defined(HOPPER_CODE)
     SHARED_BYTES(smem);
     const gate_up_ring ring = {shared_address(smem)};
-    const int m_tiles = (T + HOPPER_ROWS - 1) / HOPPER_ROWS,
-              tiles = m_tiles * ((F + GU_COLUMNS - 1) / GU_COLUMNS),
-              steps = (D + GU_DEPTH - 1) / GU_DEPTH;
+    const gate_up_tiles tiles = {(T + HOPPER_ROWS - 1) / HOPPER_ROWS,
+                                 (F + GU_COLUMNS - 1) / GU_COLUMNS, (D + GU_DEPTH - 1) / GU_DEPTH};
     if (threadIdx.x == 0) {
         hopper_init(ring, 1);
         barrier_init_done();
@@ -164,11 +178,10 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     __syncthreads(); /* gu_init: the mbarriers are made before anyone uses one */
     if (threadIdx.x < 128) {
         registers_lower<HOPPER_LOADER_REGS>();
-        if (threadIdx.x == 0) gate_up_load(ring, &x, &w, m_tiles, tiles, steps, F);
+        if (threadIdx.x == 0) gate_up_load(ring, tiles, &x, &w, F);
     } else {
         registers_raise<HOPPER_REGS>();
-        gate_up_multiply(ring, h, alpha, T, F, m_tiles, tiles, steps, threadIdx.x / 128 - 1,
-                         clamps);
+        gate_up_multiply(ring, tiles, h, alpha, T, F, threadIdx.x / 128 - 1, clamps);
     }
 #else
     __trap(); /* the host launches it on sm_90a alone */
@@ -328,7 +341,7 @@ __device__ __forceinline__ void ah_multiply(const ah_work<A, HD> &work, ah_ring<
         for (int k = 0; k < HD / 16; k++)
             ldmatrix4(q[k], shared_address(work.q()) +
                                 att_swizzle<HD>(s.warp * 16 + lane % 16, k * 2 + lane / 16));
-        __syncwarp(); /* ah_q_read: all lanes have read before one says so */
+        __syncwarp(); /* ah_q_read: all lanes have read it before one says so, and stored the tile before */
         if (lane == 0) barrier_arrive(work.q_empty());
 
         barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* ah_full_first */
@@ -358,7 +371,6 @@ __device__ __forceinline__ void ah_multiply(const ah_work<A, HD> &work, ah_ring<
         att_store<A, HD, 1>(s, work.tile(n), work.out(),
                             att + (size_t)(work.head(n) << work.lg) * HD, (size_t)work.H * HD, o,
                             l);
-        __syncwarp(); /* ah_out: the warp's rows have left before the next ones overwrite them */
     }
 }
 #endif

@@ -82,6 +82,7 @@ enum {
     OPT_VRAM,
     OPT_DETERMINISTIC,
     OPT_NO_GRAPHS,
+    OPT_HOPPER,
     OPT_CACHE,
     OPT_ON_ERROR,
     OPT_STATS,
@@ -107,6 +108,7 @@ static const struct option long_options[] = {
     {"vram", required_argument, NULL, OPT_VRAM},
     {"deterministic", no_argument, NULL, OPT_DETERMINISTIC},
     {"no-graphs", no_argument, NULL, OPT_NO_GRAPHS},
+    {"hopper", no_argument, NULL, OPT_HOPPER},
     {"cache", required_argument, NULL, OPT_CACHE},
     {"on-error", required_argument, NULL, OPT_ON_ERROR},
     {"stats", no_argument, NULL, OPT_STATS},
@@ -139,6 +141,7 @@ static unsigned commands_of(int opt) {
     case OPT_VRAM:
     case OPT_DETERMINISTIC:
     case OPT_NO_GRAPHS:
+    case OPT_HOPPER:
     case OPT_CACHE:
         return FOR(EMBED) | FOR(PLAN) | FOR(CHECK);
     case OPT_OUTPUT:
@@ -175,6 +178,7 @@ static const char help[] =
     "  --vram MIB           on a GPU: memory to use at most                 [free]\n"
     "  --deterministic      on a GPU: no bit depends on what else is computed\n"
     "  --no-graphs          on a GPU: no CUDA graphs for small batches\n"
+    "  --hopper             on an H100 or H200: kernels that nobody has timed yet\n"
     "  --cache DIR          on a GPU: time algorithms once, keep the times there\n"
     "  --on-error WHAT      record, zero, skip, stop      [record; binary: stop]\n"
     "  --stats              a summary on stderr at the end\n"
@@ -285,6 +289,9 @@ static void set_option(options *o, int opt, const char *arg) {
         break;
     case OPT_NO_GRAPHS:
         o->engine.no_graphs = 1;
+        break;
+    case OPT_HOPPER:
+        o->engine.hopper = 1;
         break;
     case OPT_CACHE:
         o->engine.cache_dir = arg;

@@ -40,7 +40,7 @@ static void attention_case(const std::vector<int> &lens, int P, int K, int lg, b
             tiles.push_back(att_tile{t, T, lens[b], P, T, {}});
         T += lens[b];
     }
-    tiles.push_back(att_tile{}); /* a list may be filled up with empty tiles */
+    tiles.insert(tiles.end(), 9, att_tile{}); /* a list may be filled up with empty tiles */
     rng r = {(uint64_t)(HD * M + lg)};
     const int rows = last ? (int)lens.size() : T;
     std::vector<A> qkv = random_numbers<A>(&r, (size_t)T * ld, scale);

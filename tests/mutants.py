@@ -136,7 +136,6 @@ MUTANTS = [
      "if (lane == 0) barrier_arrive(ring.empty(ring.i));\n            att_rescale", "attention_hopper"),
     ("ah_last", P, "wgmma_wait<0>(o[0]); /* ah_last", "/* ah_last", "attention_hopper"),
     ("ah_freed_last", P, "if (lane == 0) barrier_arrive(ring.empty(ring.i));\n        ring.i++;", "ring.i++;", "attention_hopper"),
-    ("ah_out", P, "__syncwarp(); /* ah_out", "/* ah_out", "attention_hopper"),
     ("ah_zero", P, "t > 1);", "true);", "attention_hopper"),
     ("ah_rescale", P, "att_rescale<HD, 1>(o, older);", "", "attention_hopper"),
     ("ah_keys_end", P, "const bool ok = p < s.keys;", "const bool ok = true;", "attention_hopper"),

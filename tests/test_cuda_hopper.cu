@@ -1,6 +1,7 @@
 /* test_cuda_hopper.cu - sm_90a's wrappers and the two kernels that use them, against double precision. On a
  * GPU of another kind they are skipped. Bounds as in test_cuda_ops.cu, derived where they stand. */
 #include "cuda_attention.h"
+#include "cuda_model.h"
 
 #include "../hopper.cuh"
 
@@ -264,4 +265,45 @@ TEST(
     attention_hopper_sharp) { /* scores of hundreds: one key takes all, the running maximum moves */
     attention_hopper_case<__half, 128>({200}, 0, 1, 2, 12);
     attention_hopper_case<__half, 64>({200}, 3, 1, 2, 12);
+}
+
+/* ---- the whole forward ---------------------------------------------------------------------------- */
+
+static qemb_options asked_for() {
+    qemb_options opt = {};
+    opt.hopper = 1;
+    return opt;
+}
+static void hopper_forward_case(const qemb_config &c, int prefix) {
+    if (!hopper_here()) return;
+    qemb_file *f = open_model(&c, 31, 1);
+    {
+        model cuda(f, &qemb_cuda_ops, 2048, asked_for()), cpu(f, &qemb_cpu_ops, 2048);
+        double worst = 1;
+        compare(cuda, cpu, random_texts({700, 3, 525, 300}, prefix, 7), &worst);
+    }
+    qemb_file_close(f);
+}
+TEST(hopper_forward) {
+    hopper_forward_case(config(2, 64, 2, 1, 64, 64, 1200), 0);
+    hopper_forward_case(config(2, 136, 4, 2, 128, 200, 1200), 70);
+}
+/* Batches that run as graphs: launches and tensor maps of the first run serve the ones that follow. */
+TEST(hopper_graphs) {
+    if (!hopper_here()) return;
+    const qemb_config c = config(2, 64, 2, 1, 64, 64, 1200);
+    qemb_file *f = open_model(&c, 31, 1);
+    {
+        qemb_options plain = asked_for();
+        plain.no_graphs = 1;
+        model graphs(f, &qemb_cuda_ops, 1024, asked_for()), none(f, &qemb_cuda_ops, 1024, plain);
+        for (uint64_t seed = 1; seed < 6; seed++) {
+            const auto texts = random_texts({550 + (int)seed, 20}, 0, seed);
+            const auto got = graphs.embed(texts), want = none.embed(texts);
+            for (size_t i = 0; i < texts.size(); i++)
+                check(cosine(got[i].data(), want[i].data(), c.hidden) >= MIN_COSINE,
+                      "run %d, text %zu: another vector", (int)seed, i);
+        }
+    }
+    qemb_file_close(f);
 }
