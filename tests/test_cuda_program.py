@@ -31,6 +31,11 @@ def run(program, *args, stdin=None):
     return r.returncode, [json.loads(line) for line in r.stdout.splitlines()], r.stderr
 
 
+def cosine(a, b):
+    norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
+    return sum(x * y for x, y in zip(a, b, strict=True)) / norms
+
+
 def main(cuda, cpu):
     stdin = "".join(json.dumps(r) + "\n" for r in records())
     # --batch-tokens: several batches, the emulation is slow with long ones
@@ -46,10 +51,9 @@ def main(cuda, cpu):
             assert b is None and "error" in g, g
             continue
         assert len(a) == len(b) and all(map(math.isfinite, a)), g
-        norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
-        cosine = sum(x * y for x, y in zip(a, b, strict=True)) / norms
-        worst = min(worst, cosine)
-        assert cosine >= MIN_COSINE, (g, cosine)
+        c = cosine(a, b)
+        worst = min(worst, c)
+        assert c >= MIN_COSINE, (g, c)
     print(f"program: {len(got[1])} records as from the CPU, least cosine {worst:.7f}")
 
 
