@@ -274,9 +274,9 @@ static qemb_options asked_for() {
     opt.hopper = 1;
     return opt;
 }
-static void hopper_forward_case(const qemb_config &c, int prefix) {
+static void hopper_forward_case(const qemb_config &c, int prefix, qemb_dtype dtype) {
     if (!hopper_here()) return;
-    qemb_file *f = open_model(&c, 31, 1);
+    qemb_file *f = open_model_of(dtype, &c, 31, 1);
     {
         model cuda(f, &qemb_cuda_ops, 2048, asked_for()), cpu(f, &qemb_cpu_ops, 2048);
         double worst = 1;
@@ -285,8 +285,9 @@ static void hopper_forward_case(const qemb_config &c, int prefix) {
     qemb_file_close(f);
 }
 TEST(hopper_forward) {
-    hopper_forward_case(config(2, 64, 2, 1, 64, 64, 1200), 0);
-    hopper_forward_case(config(2, 136, 4, 2, 128, 200, 1200), 70);
+    hopper_forward_case(config(2, 64, 2, 1, 64, 64, 1200), 0, QEMB_F16);
+    hopper_forward_case(config(2, 136, 4, 2, 128, 200, 1200), 70, QEMB_F16);
+    hopper_forward_case(config(1, 64, 2, 1, 64, 64, 1200), 0, QEMB_I8); /* made dense first */
 }
 /* Batches that run as graphs: launches and tensor maps of the first run serve the ones that follow. */
 TEST(hopper_graphs) {
