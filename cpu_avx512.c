@@ -22,8 +22,8 @@
 enum {
     MR = 12,         /* rows of x and ... */
     NR = 32,         /* ... rows of W in a register tile: 24 of 32 registers hold its sums */
-    KC = 256,        /* dwords of a packed panel: KC x NR of them, 32 KiB */
-    GROUP = 8,       /* panels that are packed side by side: 256 KiB of an L2 cache */
+    KC = 512,        /* dwords of a packed panel: KC x NR of them, 64 KiB */
+    GROUP = 4,       /* panels that are packed side by side: 256 KiB of an L2 cache */
     X_ROWS = 86 * MR /* rows of x that are packed at a time, and share one packing of W */
 };
 
@@ -616,6 +616,12 @@ static void avx512_matmul_add(qemb_backend *be, float *x, const qemb_act *a, con
     matmul_all(be, x, cf32(a), w, T, 1);
 }
 
+static void avx512_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
+                           const qemb_mat *w, int T) {
+    avx512_matmul(be, gu, x, w, T);
+    simd_swiglu(be, h, gu, T);
+}
+
 /* ---- attention --------------------------------------------------------------------------------
  * As cpu_simd.c's: a block walks over the keys in tiles with a running maximum and sum. Keys of a
  * tile are panels (NR keys, their d-th numbers together), values NR dimensions of one key after the
@@ -751,12 +757,6 @@ AVX512 static void attention_block(const attention_tile *w, float *att, size_t l
     }
 }
 
-static void avx512_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
-                           const qemb_mat *w, int T) {
-    avx512_matmul(be, gu, x, w, T);
-    simd_swiglu(be, h, gu, T);
-}
-
 /* ---- the tables ------------------------------------------------------------------------------- */
 
 static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config *c,
@@ -789,7 +789,7 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config 
                             .matmul_add = avx512_matmul_add,                                       \
                             .qknorm_rope = simd_qknorm_rope,                                       \
                             .attention = simd_attention,                                           \
-                            .gate_up = avx512_gate_up,                                              \
+                            .gate_up = avx512_gate_up,                                             \
                             .gather_last = cpu_gather_last,                                        \
                             .pool = simd_pool};
 
