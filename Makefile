@@ -52,13 +52,15 @@ define need
 	$$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi; fi
 endef
 
-.PHONY: need-build need-serve need-python need-test
+.PHONY: need-build need-serve need-python need-bench need-test
 need-build:
 	$(call need,$(DEBIAN_BUILD))
 need-serve: need-build
 	$(call need,$(DEBIAN_SERVE))
 need-python:
 	$(call need,$(DEBIAN_PYTHON))
+need-bench: need-build
+	$(call need,$(DEBIAN_BENCH))
 need-test: need-build need-serve need-python
 	$(call need,$(DEBIAN_TEST))
 
@@ -137,7 +139,8 @@ install: qemb qemb-serve ## programs and man pages under PREFIX (/usr/local)
 	install -D -m 644 qemb.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb.1
 	install -D -m 644 qemb-serve.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb-serve.1
 
-bench: qemb build/release/bench ## speed of tokenizer, printing and whole runs (see bench.sh)
+bench: need-bench qemb ## speed of every part and of whole runs, beside the machine's limits and peers (see bench.sh)
+	@$(SUBMAKE) build/release/bench
 	./bench.sh
 
 # ---- tests ----------------------------------------------------------------------------------------
@@ -165,7 +168,7 @@ test: need-test $(VENV_TEST) ## install what is missing, run everything (C, sani
 	  "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) gpu-test"
 
 .PHONY: test-programs test-serve
-test-programs: qemb qemb-serve $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
+test-programs: qemb qemb-serve build/release/bench $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
   $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
 
 test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/tsan/qemb-serve ## the server's tests alone: real clients, attacks, sanitizers
