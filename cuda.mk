@@ -4,13 +4,13 @@
 CUDA ?= $(firstword $(wildcard /usr/local/cuda /opt/cuda) $(patsubst %/bin/nvcc,%,$(shell command -v nvcc 2>/dev/null)) none)
 NVCC := $(CUDA)/bin/nvcc
 CUDA_ARCHS := 80 89 90a 120
-CUDA_ROOM := qemb.cu qemb_cuda.h kernels.cuh attention.cuh gemm.cuh ptx.cuh qemb.h
+CUDA_ROOM := qemb.cu qemb_cuda.h kernels.cuh eight.cuh attention.cuh gemm.cuh ptx.cuh qemb.h
 GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 
 EMU_SOURCES := tests/emu/emu_fibers.cpp tests/emu/emu_runtime.cpp tests/emu/emu_race.cpp tests/emu/emu_cublaslt.cpp
-EMU_HEADERS := $(wildcard tests/emu/*.h) tests/cuda_test.h tests/oracle.h tests/support.h $(CUDA_ROOM)
-EMU_TESTS   := tests/cuda_main.cu tests/test_cuda_ops.cu tests/test_cuda_model.cu
-EMU_C       := qemb.c cpu_simd.c file.c tests/oracle.c tests/support.c
+EMU_HEADERS := $(wildcard tests/emu/*.h) tests/cuda_test.h tests/cuda_model.h tests/oracle.h tests/support.h $(CUDA_ROOM)
+EMU_TESTS   := tests/cuda_main.cu tests/test_cuda_ops.cu tests/test_cuda_model.cu tests/test_cuda_eight.cu
+EMU_C       := qemb.c cpu_share.c cpu_simd.c cpu_avx512.c file.c tests/oracle.c tests/support.c
 EMU_WARN    := -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas
 EMU_CXX     := -std=c++20 -g $(EMU_WARN) -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/emu
 EMU_CC      := -std=c11 -D_GNU_SOURCE -g $(EMU_WARN)
@@ -18,10 +18,11 @@ CXX         ?= g++
 comma       := ,
 
 # The program's other parts; the Makefile's lists where it includes this.
-FRONT  ?= main encode output pipeline format input
-ENGINE ?= qemb cpu_simd file tokenizer
-CUDA_MAIN := -include qemb_cuda.h "-DDEFAULT_OPS=&qemb_cuda_ops" -DOPS_TABLE=qemb_cuda_table
-CUDA_PROGRAM = $(filter-out main,$(FRONT)) $(ENGINE)
+FRONT  ?= main choose encode output pipeline format input
+ENGINE ?= qemb cpu_share cpu_simd cpu_avx512 file tokenizer
+CUDA_CHOICE := -include qemb_cuda.h -DOPS_TABLE=qemb_cuda_table -DOPS_MATH=QEMB_MATH_F16
+CUDA_PROGRAM = $(filter-out choose,$(FRONT)) $(ENGINE)
+CUDA_SERVE   = $(filter-out choose,$(SERVE)) $(ENGINE)
 
 .PHONY: test-emu emu-values emu-sanitizers emu-races emu-program emu-mutants cuda-archs mutants gpu-test gpu-check gpu-bench
 ifeq ($(wildcard $(CUDA)/include/cuda_fp16.h),)
@@ -43,22 +44,19 @@ build/$(1)/%.o: %.c qemb.h
 	$$(CC) $$(EMU_CC) -O3 -fopenmp $(3) -c $$< -o $$@
 build/$(1)/test_cuda: $$(patsubst %.cu,build/$(1)/%.cu.o,qemb.cu $$(EMU_TESTS)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES)) $$(patsubst %.c,build/$(1)/%.o,$$(EMU_C))
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -lcrypto -lm -o $$@
-build/$(1)/main.o: main.c qemb.h qemb_cuda.h
+build/$(1)/choose-cuda.o: choose.c qemb.h qemb_cuda.h
 	@mkdir -p $$(@D)
-	$$(CC) $$(EMU_CC) -O2 $$(CUDA_MAIN) $(3) -c $$< -o $$@
-build/$(1)/qemb-cuda: build/$(1)/main.o build/$(1)/qemb.cu.o $$(patsubst %,build/$(1)/%.o,$$(CUDA_PROGRAM)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
+	$$(CC) $$(EMU_CC) -O2 $$(CUDA_CHOICE) $(3) -c $$< -o $$@
+build/$(1)/qemb-cuda: build/$(1)/choose-cuda.o build/$(1)/qemb.cu.o $$(patsubst %,build/$(1)/%.o,$$(CUDA_PROGRAM)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -ljansson -lcrypto -lm -o $$@
-build/$(1)/serve.o: serve.c serve.h cli.h qemb.h qemb_cuda.h
-	@mkdir -p $$(@D)
-	$$(CC) $$(EMU_CC) -O2 $$(CUDA_MAIN) $(3) -c $$< -o $$@
-build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$$(SERVE) $$(ENGINE)) build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
+build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$$(CUDA_SERVE)) build/$(1)/choose-cuda.o build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ $$(SERVE_LIBS) -ljansson -lcrypto -lm -o $$@
 endef
 $(eval $(call emu,emu,-O2 -fopenmp,))
 $(eval $(call emu,emu-asan,-O1 -fopenmp,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all))
 $(eval $(call emu,emu-race,-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie,-DEMU_RACE))
 
-build/emu/qemb-cpu: $(patsubst %,build/emu/%.o,$(CUDA_PROGRAM)) main.c
+build/emu/qemb-cpu: $(patsubst %,build/emu/%.o,$(CUDA_PROGRAM) choose)
 	$(CC) $(EMU_CC) -O2 -fopenmp $^ -ljansson -lcrypto -lm -o $@
 
 test-emu: emu-values emu-sanitizers emu-races emu-program emu-mutants ## CUDA kernels and the CUDA program on the CPU (make -j2): values, sanitizers, races, mutants
@@ -103,17 +101,14 @@ build/cuda/%.o: %.c qemb.h
 build/cuda/test_cuda: $(patsubst %.cu,build/cuda/%.cu.o,qemb.cu $(EMU_TESTS)) $(patsubst %.c,build/cuda/%.o,$(EMU_C))
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -lcrypto -lm -o $@
 
-build/cuda/main.o: main.c qemb.h qemb_cuda.h
+build/cuda/choose-cuda.o: choose.c qemb.h qemb_cuda.h
 	@mkdir -p $(@D)
-	$(CC) $(EMU_CC) -O2 $(CUDA_MAIN) -c $< -o $@
-build/cuda/qemb-cuda: build/cuda/main.o build/cuda/qemb.cu.o $(patsubst %,build/cuda/%.o,$(CUDA_PROGRAM))
+	$(CC) $(EMU_CC) -O2 $(CUDA_CHOICE) -c $< -o $@
+build/cuda/qemb-cuda: build/cuda/choose-cuda.o build/cuda/qemb.cu.o $(patsubst %,build/cuda/%.o,$(CUDA_PROGRAM))
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -ljansson -lcrypto -lm -o $@
 qemb-cuda: build/cuda/qemb-cuda ## qemb for NVIDIA GPUs: same options, same protocol
 	cp build/cuda/qemb-cuda qemb-cuda
-build/cuda/serve.o: serve.c serve.h cli.h qemb.h qemb_cuda.h
-	@mkdir -p $(@D)
-	$(CC) $(EMU_CC) -O2 $(CUDA_MAIN) -c $< -o $@
-build/cuda/qemb-serve: $(patsubst %,build/cuda/%.o,$(SERVE)) build/cuda/qemb.cu.o $(patsubst %,build/cuda/%.o,$(ENGINE))
+build/cuda/qemb-serve: $(patsubst %,build/cuda/%.o,$(CUDA_SERVE)) build/cuda/choose-cuda.o build/cuda/qemb.cu.o
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(SERVE_LIBS) -ljansson -lcrypto -lm -o $@
 qemb-serve-cuda: need-serve build/cuda/qemb-serve ## qemb-serve for NVIDIA GPUs: same options and requests
 	cp build/cuda/qemb-serve qemb-serve-cuda

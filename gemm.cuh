@@ -3,6 +3,9 @@
  * Row-major y (T, N) = x (T, K) W^T with W (N, K) is, in the library's column-major terms, the TN
  * product y (N x T) = W (K x N, transposed) x (K x T). Inputs are FP16, sums FP32; the result is FP16,
  * or FP32 added to what is there (the residual), in the product itself: no overflow, no add kernel.
+ * FP8: W and x are e4m3 with a scale per row of either (eight.cuh), which the library multiplies in; that
+ * it does from version 12.9 on for sm_90, and for T, N and K that are multiples of 16: T is rounded up,
+ * buffers have room for those rows and nobody looks at them.
  *
  * The library's choice of algorithm depends on T. It is asked once per shape and bucket of T (16, 32,
  * 64 ...) and the answer serves every T in the bucket. In a deterministic run there is one bucket and no
@@ -36,7 +39,7 @@ struct gemm_state {
     cublasLtMatmulDesc_t product;
     cublasLtMatmulPreference_t preference;
     void *workspace; /* GEMM_WORKSPACE bytes of device memory, the caller's */
-    bool deterministic;
+    bool deterministic, fp8;
     int n_shapes;
     gemm_shape shapes[GEMM_SHAPES];
 };
@@ -56,15 +59,21 @@ static cublasStatus_t gemm_prefer(gemm_state *g, cublasLtMatmulPreferenceAttribu
     return cublasLtMatmulPreferenceSetAttribute(g->preference, a, &v, sizeof v);
 }
 
+template <class V>
+static cublasStatus_t gemm_describe(gemm_state *g, cublasLtMatmulDescAttributes_t a, V v) {
+    return cublasLtMatmulDescSetAttribute(g->product, a, &v, sizeof v);
+}
+
 /* Opens the library. g is zeroed before; gemm_close frees what was opened, also after a failure. */
-static cublasStatus_t gemm_open(gemm_state *g, bool deterministic) {
-    const int32_t transposed = CUBLAS_OP_T;
+static cublasStatus_t gemm_open(gemm_state *g, bool deterministic, bool fp8) {
     g->deterministic = deterministic;
+    g->fp8 = fp8;
     cublasStatus_t s = cublasLtCreate(&g->lt);
     if (!s) s = cublasLtMatmulDescCreate(&g->product, CUBLAS_COMPUTE_32F, CUDA_R_32F);
-    if (!s)
-        s = cublasLtMatmulDescSetAttribute(g->product, CUBLASLT_MATMUL_DESC_TRANSA, &transposed,
-                                           sizeof transposed);
+    if (!s) s = gemm_describe(g, CUBLASLT_MATMUL_DESC_TRANSA, (int32_t)CUBLAS_OP_T);
+    for (cublasLtMatmulDescAttributes_t a :
+         {CUBLASLT_MATMUL_DESC_A_SCALE_MODE, CUBLASLT_MATMUL_DESC_B_SCALE_MODE})
+        if (!s && fp8) s = gemm_describe(g, a, (int32_t)CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F);
     if (!s) s = cublasLtMatmulPreferenceCreate(&g->preference);
     if (!s) s = gemm_prefer(g, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (uint64_t)GEMM_WORKSPACE);
     for (cublasLtMatmulPreferenceAttributes_t a :
@@ -97,14 +106,22 @@ static cublasStatus_t gemm_add_shape(gemm_state *g, int N, int K, bool add) {
     gemm_shape *p = &g->shapes[g->n_shapes++];
     *p = gemm_shape{};
     p->N = N, p->K = K, p->add = add;
-    cublasStatus_t s = cublasLtMatrixLayoutCreate(&p->w, CUDA_R_16F, K, N, K);
-    if (!s) s = cublasLtMatrixLayoutCreate(&p->x, CUDA_R_16F, K, 1, K);
+    const cudaDataType in = g->fp8 ? CUDA_R_8F_E4M3 : CUDA_R_16F;
+    cublasStatus_t s = cublasLtMatrixLayoutCreate(&p->w, in, K, N, K);
+    if (!s) s = cublasLtMatrixLayoutCreate(&p->x, in, K, 1, K);
     if (!s) s = cublasLtMatrixLayoutCreate(&p->y, add ? CUDA_R_32F : CUDA_R_16F, N, 1, N);
     return s;
 }
 
-static cublasStatus_t gemm_set_rows(gemm_shape *p, int T) {
-    const uint64_t cols = (uint64_t)T;
+/* Where the scales of W (N) and x (T) lie, in FP8. */
+static cublasStatus_t gemm_scales(gemm_state *g, const float *w, const float *x) {
+    if (!g->fp8) return CUBLAS_STATUS_SUCCESS;
+    cublasStatus_t s = gemm_describe(g, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, w);
+    return s ? s : gemm_describe(g, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, x);
+}
+
+static cublasStatus_t gemm_set_rows(const gemm_state *g, gemm_shape *p, int T) {
+    const uint64_t cols = (uint64_t)(g->fp8 ? (T + 15) / 16 * 16 : T);
     cublasStatus_t s =
         cublasLtMatrixLayoutSetAttribute(p->x, CUBLASLT_MATRIX_LAYOUT_COLS, &cols, 8);
     if (!s) s = cublasLtMatrixLayoutSetAttribute(p->y, CUBLASLT_MATRIX_LAYOUT_COLS, &cols, 8);
@@ -114,7 +131,7 @@ static cublasStatus_t gemm_set_rows(gemm_shape *p, int T) {
 /* The library's first choices for T rows, best first; at most want. */
 static cublasStatus_t gemm_ask(gemm_state *g, gemm_shape *p, int T,
                                cublasLtMatmulHeuristicResult_t *found, int want, int *n) {
-    cublasStatus_t s = gemm_set_rows(p, T);
+    cublasStatus_t s = gemm_set_rows(g, p, T);
     if (!s)
         s = cublasLtMatmulAlgoGetHeuristic(g->lt, g->product, p->w, p->x, p->y, p->y, g->preference,
                                            want, found, n);
@@ -126,15 +143,16 @@ static cublasStatus_t gemm_launch(gemm_state *g, gemm_shape *p, const cublasLtMa
                                   void *y, const void *x, const void *w, float alpha, int T,
                                   cudaStream_t st) {
     const float beta = p->add;
-    cublasStatus_t s = gemm_set_rows(p, T);
+    cublasStatus_t s = gemm_set_rows(g, p, T);
     if (!s)
         s = cublasLtMatmul(g->lt, g->product, &alpha, w, p->w, x, p->x, &beta, y, p->y, y, p->y,
                            algo, g->workspace, GEMM_WORKSPACE, st);
     return s;
 }
 
-static cublasStatus_t gemm_run(gemm_state *g, void *y, const void *x, const qemb_mat *w, bool add,
-                               int T, cudaStream_t st) {
+/* y (T, w->rows) = alpha x W^T, or += ; w->scale and x_scale (T) are for FP8. */
+static cublasStatus_t gemm_run(gemm_state *g, void *y, const void *x, const float *x_scale,
+                               const qemb_mat *w, bool add, int T, cudaStream_t st) {
     gemm_shape *p = g->shapes, *end = p + g->n_shapes;
     while (p < end && !(p->N == w->rows && p->K == w->cols && p->add == add)) p++;
     if (p == end) return CUBLAS_STATUS_INVALID_VALUE;
@@ -142,13 +160,14 @@ static cublasStatus_t gemm_run(gemm_state *g, void *y, const void *x, const qemb
     gemm_algo *a = &p->buckets[i];
     cublasLtMatmulHeuristicResult_t found;
     int n = 0;
-    if (!a->ready) {
-        cublasStatus_t s = gemm_ask(g, p, gemm_bucket_rows(g, i), &found, 1, &n);
+    cublasStatus_t s = gemm_scales(g, w->scale, x_scale);
+    if (!s && !a->ready) {
+        s = gemm_ask(g, p, gemm_bucket_rows(g, i), &found, 1, &n);
         if (s) return s;
         a->algo = found.algo;
         a->ready = true;
     }
-    cublasStatus_t s = gemm_launch(g, p, &a->algo, y, x, w->data, w->alpha, T, st);
+    if (!s) s = gemm_launch(g, p, &a->algo, y, x, w->data, w->alpha, T, st);
     if (s != CUBLAS_STATUS_NOT_SUPPORTED || g->deterministic) return s;
     /* The bucket's algorithm does not take this T: ask for one that does. */
     s = gemm_ask(g, p, T, &found, 1, &n);
@@ -157,7 +176,8 @@ static cublasStatus_t gemm_run(gemm_state *g, void *y, const void *x, const qemb
 
 /* ---- timing ------------------------------------------------------------------------------------- */
 
-/* What timing works with: scratch of the size of the shape's largest product, and two events. */
+/* What timing works with: scratch of the size of the shape's largest product, whose numbers are small
+ * and finite in any format, and two events. */
 struct gemm_bench {
     cudaStream_t st;
     cudaEvent_t start, stop;
@@ -168,7 +188,9 @@ struct gemm_bench {
 static double gemm_time(gemm_state *g, gemm_shape *p, const gemm_bench *b,
                         const cublasLtMatmulAlgo_t *algo, const void *w, int T) {
     const size_t x = ((size_t)T * p->K * 2 + 255) / 256 * 256;
+    const float *scales = (const float *)b->scratch; /* N or T of them: as good as any */
     float ms = -1;
+    if (gemm_scales(g, scales, scales)) return -1;
     for (int i = 0; i <= GEMM_RUNS; i++) { /* the first one warms up */
         if (i == 1) cudaEventRecord(b->start, b->st);
         if (gemm_launch(g, p, algo, b->scratch + x, b->scratch, w, 1, T, b->st)) return -1;
@@ -186,7 +208,9 @@ static bool gemm_tune(gemm_state *g, gemm_shape *p, int bucket, const gemm_bench
     cublasLtMatmulHeuristicResult_t found[GEMM_CHOICES];
     int n = 0;
     double best = -1;
-    if (need > b->bytes || gemm_ask(g, p, T, found, GEMM_CHOICES, &n)) return false;
+    if (need > b->bytes || gemm_scales(g, (const float *)b->scratch, (const float *)b->scratch) ||
+        gemm_ask(g, p, T, found, GEMM_CHOICES, &n))
+        return false;
     for (int i = 0; i < n; i++) {
         const double ms = gemm_time(g, p, b, &found[i].algo, w, T);
         if (ms < 0 || (best >= 0 && ms >= best)) continue;
@@ -214,8 +238,9 @@ static void gemm_load(gemm_state *g, const char *path) {
                 if (p->N != N || p->K != K || p->add != (add != 0) ||
                     gemm_bucket_rows(g, i) != rows)
                     continue;
-                if (gemm_set_rows(p, rows) || cublasLtMatmulAlgoCheck(g->lt, g->product, p->w, p->x,
-                                                                      p->y, p->y, &algo, &result))
+                if (gemm_set_rows(g, p, rows) ||
+                    cublasLtMatmulAlgoCheck(g->lt, g->product, p->w, p->x, p->y, p->y, &algo,
+                                            &result))
                     continue;
                 if (result.workspaceSize <= GEMM_WORKSPACE) p->buckets[i] = gemm_algo{algo, true};
             }

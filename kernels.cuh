@@ -116,9 +116,10 @@ __global__ void __launch_bounds__(ROPE_THREADS)
  * projection's alpha takes it back. What is clamped even so is counted. NaN stays NaN.
  * 8 numbers per thread and step, grid-stride. 6 F bytes, 8 F flops. */
 enum { SWIGLU_THREADS = 256, SWIGLU_SHIFT = 6 };
+__device__ __forceinline__ float silu(float g) { return __fdividef(g, 1 + __expf(-g)); }
 __device__ __forceinline__ float swiglu_one(float g, float u, int *clamped) {
     constexpr float limit = 65504;
-    const float v = __fdividef(g, 1 + __expf(-g)) * u * (1.0f / (1 << SWIGLU_SHIFT));
+    const float v = silu(g) * u * (1.0f / (1 << SWIGLU_SHIFT));
     const bool over = v > limit || v < -limit;
     *clamped += over;
     return over ? (v > 0 ? limit : -limit) : v;

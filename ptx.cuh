@@ -30,6 +30,7 @@ inline float exp2_approx(float x) { return exp2f(x); }
 #include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #include <type_traits>
 #include <utility>
@@ -118,6 +119,10 @@ template <class A> __device__ __forceinline__ pair_of<A> to_pair(float a, float 
         return __floats2half2_rn(a, b);
     else
         return __floats2bfloat162_rn(a, b);
+}
+/* a and b as e4m3 in the low and the next byte: to nearest even, beyond 448 to 448, NaN to NaN. */
+__device__ __forceinline__ uint32_t e4m3_pair(float a, float b) {
+    return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
 }
 template <class A> __device__ __forceinline__ uint32_t to_bits(float a, float b) {
     union {

@@ -385,6 +385,7 @@ static void *map_memory(qemb_backend *be, int slot, size_t bytes, qemb_err *err)
         qemb_fail(err, "out_of_memory", "activations: cannot map %zu bytes", bytes);
         return NULL;
     }
+    madvise(p, bytes, MADV_HUGEPAGE); /* where it may: a matmul's rows lie many small pages apart */
     be->maps[slot] = p;
     be->map_bytes[slot] = bytes;
     return p;
@@ -396,13 +397,13 @@ void *cpu_arena(qemb_backend *be, size_t bytes, qemb_err *err) {
 
 void cpu_close(qemb_backend *be) {
     if (!be) return;
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < 4; i++)
         if (be->maps[i]) munmap(be->maps[i], be->map_bytes[i]);
     free(be);
 }
 
 int cpu_open_scratch(qemb_backend **out, const qemb_config *c, const qemb_options *opt,
-                     size_t scratch_floats, qemb_err *err) {
+                     size_t scratch_floats, size_t packed_floats, qemb_err *err) {
     qemb_backend *be = calloc(1, sizeof *be);
     if (!be) return qemb_fail(err, "out_of_memory", "backend: out of memory");
     be->c = c;
@@ -410,7 +411,8 @@ int cpu_open_scratch(qemb_backend **out, const qemb_config *c, const qemb_option
     be->scratch_floats = (scratch_floats + 15) / 16 * 16;
     be->rope = map_memory(be, 0, (size_t)opt->max_tokens * c->head_dim * sizeof(float), err);
     be->scratch = map_memory(be, 1, be->threads * be->scratch_floats * sizeof(float), err);
-    if (!be->rope || !be->scratch) {
+    if (packed_floats) be->packed = map_memory(be, 3, packed_floats * sizeof(float), err);
+    if (!be->rope || !be->scratch || (packed_floats && !be->packed)) {
         cpu_close(be);
         return -1;
     }
@@ -420,7 +422,7 @@ int cpu_open_scratch(qemb_backend **out, const qemb_config *c, const qemb_option
 
 static int cpu_open(qemb_backend **out, const qemb_config *c, const qemb_options *opt,
                     qemb_err *err) {
-    return cpu_open_scratch(out, c, opt, attention_scratch_floats(c), err);
+    return cpu_open_scratch(out, c, opt, attention_scratch_floats(c), 0, err);
 }
 
 int cpu_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {

@@ -5,6 +5,7 @@
 #include "qemb_cuda.h"
 
 #include "attention.cuh"
+#include "eight.cuh"
 #include "gemm.cuh"
 #include "kernels.cuh"
 
@@ -27,6 +28,13 @@ enum { WIDE_FROM = 512 };   /* texts of that many tokens get 128-row attention t
 enum { BLOCKS_PER_SM = 8 }; /* of grid-stride kernels */
 constexpr double MIB = 1 << 20;
 
+/* Small batches run as CUDA graphs: 400 launches (4B) cost the host about as long as a short text costs
+ * the GPU. A graph's sizes are fixed, so the engine fills a batch up to one of these numbers of rows (fit)
+ * and each (rows, texts) has a graph of its own: a server of single queries lives on a dozen. Longer
+ * batches keep the GPU busy for longer than their launches take, and rounding them up would cost more. */
+constexpr int GRAPH_ROWS[] = {16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024};
+enum { GRAPH_SIZES = 13, GRAPH_TEXTS = 5 }; /* texts: four, and the one that fills up */
+
 /* Pinned host memory and device memory of the same size: everything that crosses passes through. */
 struct staging {
     char *host, *dev;
@@ -40,15 +48,29 @@ struct batch_view {
     att_tile *tiles; /* 64-row tiles, then 128-row tiles, then one tile per text's last token */
 };
 
+struct batch_graph {
+    int seen; /* batches of this class: the first runs plainly and loads what it needs */
+    cudaGraphExec_t exec;
+};
+enum graph_mode { PLAIN, RECORD, REPLAY };
+
+/* Device memory, part by part. */
+struct device_sizes {
+    size_t staging, lists, workspace, counter, rope, weights;
+    size_t dense[2]; /* INT8 files in FP16: a dequantized wgu, and any other matrix */
+    size_t codes;    /* FP8: rows of attention output */
+};
+
 struct qemb_backend {
     const qemb_config *c;
     cudaStream_t st;
     char failure[160];    /* the first one; empty: none */
     int sms, threads, lg; /* H/K = 1 << lg */
     bool wide;            /* 128-row attention tiles fit this GPU */
+    bool fp8;
     gemm_state gemm;
-    size_t used, budget; /* device bytes allocated; allowed (0: all there is) */
-    void *device[8];     /* what close frees */
+    size_t used, budget;      /* device bytes allocated; allowed (0: all there is) */
+    void *device[QEMB_PARTS]; /* what close frees */
     int n_device;
     char *cache_path;  /* of the timed algorithms; NULL: none */
     qemb_mat timed[4]; /* weights to time with, a layer's */
@@ -62,7 +84,17 @@ struct qemb_backend {
     int n_narrow, n_wide, n_unique;
     int32_t *unique;  /* (max_rows) distinct tokens of the batch, in order of appearance */
     int32_t *slot_of; /* (V) their index, valid where unique agrees */
-    att_tile *narrow, *wide_tiles; /* (max_rows + 1) tiles being listed */
+    att_tile *narrow, *wide_tiles; /* (2 max_rows + 1) tiles being listed */
+
+    act *dense[2];           /* INT8: see device_sizes */
+    const void *dense_of[2]; /* whose numbers are in there now */
+    uint8_t *codes;          /* FP8: attention output of a matmul_add */
+    const qemb_act *coded;   /* FP8: the buffer that gate_up filled with codes */
+
+    bool graphs_off;
+    enum graph_mode mode;
+    batch_graph *graph; /* of the batch that computes, if its class has one */
+    batch_graph graphs[GRAPH_SIZES][GRAPH_TEXTS + 1];
 };
 
 /* ---- failures --------------------------------------------------------------------------------- */
@@ -79,6 +111,13 @@ static void cuda_health(const qemb_backend *be, qemb_health *h) {
     h->failure = be->failure[0] ? be->failure : nullptr;
 }
 
+/* Rows that a batch is filled up to: a graph's, later a multiple of 16, which FP8 products want. */
+static int fit(int T) {
+    for (int rows : GRAPH_ROWS)
+        if (T <= rows) return rows;
+    return (T + 15) / 16 * 16;
+}
+
 /* ---- memory ----------------------------------------------------------------------------------- */
 
 static void *device_alloc(qemb_backend *be, size_t bytes, const char *what, qemb_err *err) {
@@ -89,8 +128,11 @@ static void *device_alloc(qemb_backend *be, size_t bytes, const char *what, qemb
     if (be->budget) left = std::min(left, be->budget - std::min(be->used, be->budget));
     if (bytes > left || cudaMalloc(&p, bytes) != cudaSuccess) {
         cudaGetLastError(); /* reported here, not by the next launch */
-        qemb_fail(err, "device", "GPU memory: not enough for %s (got %.0f MiB left, want %.0f MiB)",
-                  what, floor((double)left / MIB), ceil((double)bytes / MIB));
+        qemb_fail(
+            err, "device",
+            "GPU memory: not enough for %s (got %.0f MiB left, want %.0f MiB); qemb-cuda plan "
+            "lists it all",
+            what, floor((double)left / MIB), ceil((double)bytes / MIB));
         return nullptr;
     }
     be->used += bytes;
@@ -135,9 +177,65 @@ static size_t view_batch(batch_view *v, char *base, size_t T, size_t B, size_t t
     return ints + tiles * sizeof(att_tile);
 }
 
+/* What the backend will take for layers like y (NULL: not told yet, nothing for them). */
+static device_sizes size_parts(const qemb_config *c, const qemb_options *opt, const qemb_layer *y,
+                               bool fp8) {
+    const size_t R = (size_t)fit(std::max(opt->batch_tokens, opt->max_tokens));
+    const size_t D = (size_t)c->hidden, hd = (size_t)c->head_dim, Q = c->n_heads * hd;
+    device_sizes s = {};
+    s.staging = SLOTS * SLOT_BYTES;
+    s.lists = view_batch(nullptr, nullptr, R, R, 5 * R + 2);
+    s.workspace = GEMM_WORKSPACE;
+    s.counter = sizeof(unsigned long long);
+    s.rope = (size_t)opt->max_tokens * (hd / 2) * sizeof(float2);
+    if (fp8) s.codes = R * Q + R * sizeof(float);
+    if (!y) return s;
+    size_t layer = 2 * (align256(D * sizeof(float)) + align256(hd * sizeof(float)));
+    for (const qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown}) {
+        const size_t n = (size_t)m->rows * m->cols, scales = align256(m->rows * sizeof(float));
+        const bool bytes = fp8 || m->dtype == QEMB_I8;
+        layer += align256(bytes ? n : n * sizeof(act)) + (bytes ? scales : 0);
+        if (!fp8 && bytes) {
+            size_t *dense = &s.dense[m != &y->wgu];
+            *dense = std::max(*dense, n * sizeof(act));
+        }
+    }
+    s.weights = c->n_layers * layer + align256(D * sizeof(float));
+    return s;
+}
+
+/* Nodes of a graph, at a guess of 1 KiB each: the driver's memory, taken when a graph is first needed. */
+static size_t graph_bytes(const qemb_config *c, bool eight) {
+    return (size_t)GRAPH_SIZES * GRAPH_TEXTS * c->n_layers * (eight ? 14 : 10) << 10;
+}
+
+static int plan(qemb_part *p, const qemb_file *f, const qemb_options *opt, size_t arena, bool fp8) {
+    const qemb_layer *y = &f->weights.layers[0];
+    const device_sizes s = size_parts(&f->config, opt, y, fp8);
+    const bool eight = fp8 || y->wqkv.dtype == QEMB_I8;
+    const qemb_part all[] = {
+        {fp8     ? "weights of the layers, e4m3 with a scale per row"
+         : eight ? "weights of the layers, int8 with a scale per row"
+                 : "weights of the layers, FP16",
+         s.weights},
+        {"a layer's matrices in FP16, made from int8 before each product", s.dense[0] + s.dense[1]},
+        {"activations", arena},
+        {"rows of attention output as e4m3", s.codes},
+        {"cuBLASLt's workspace", s.workspace},
+        {"transfers, as much again pinned in main memory", s.staging},
+        {"a batch's lists, as much again pinned in main memory", s.lists + s.counter},
+        {"the rope table", s.rope},
+        {"CUDA graphs, at most (an estimate; taken when first used)",
+         opt->no_graphs ? 0 : graph_bytes(&f->config, eight)}};
+    int n = 0;
+    for (const qemb_part &part : all)
+        if (part.bytes) p[n++] = part;
+    return n;
+}
+
 /* ---- open, close ------------------------------------------------------------------------------ */
 
-static int check_config(const qemb_config *c, qemb_err *err) {
+static int check_config(const qemb_config *c, bool fp8, qemb_err *err) {
     const int G = c->n_heads / c->n_kv_heads;
     if (c->head_dim != 64 && c->head_dim != 128)
         return qemb_fail(err, "device",
@@ -149,6 +247,11 @@ static int check_config(const qemb_config *c, qemb_err *err) {
             "GPU kernels: query heads per key head not supported (got %d, want a power of "
             "two up to 64)",
             G);
+    if (fp8 && (c->hidden % 16 || c->ffn % 16 || c->ffn > 8 * 8 * ROW_THREADS))
+        return qemb_fail(err, "device",
+                         "FP8 products: sizes not supported (got hidden %d, ffn %d, want multiples "
+                         "of 16 and ffn up to %d)",
+                         c->hidden, c->ffn, 8 * 8 * ROW_THREADS);
     if (c->hidden % 8 || c->ffn % 8 || c->hidden > 8 * 4 * NORM_THREADS)
         return qemb_fail(
             err, "device",
@@ -159,7 +262,7 @@ static int check_config(const qemb_config *c, qemb_err *err) {
 }
 
 /* The file for this GPU and library under dir; NULL: out of memory. */
-static char *cache_file(const char *dir) {
+static char *cache_file(const char *dir, bool fp8) {
     cudaDeviceProp p;
     if (cudaGetDeviceProperties(&p, 0) != cudaSuccess) return nullptr;
     for (char *s = p.name; *s; s++)
@@ -168,8 +271,8 @@ static char *cache_file(const char *dir) {
     const size_t n = strlen(dir) + strlen(p.name) + 96;
     char *path = (char *)malloc(n);
     if (path)
-        snprintf(path, n, "%s/cublaslt-%zu-%s-sm%d%d-%d", dir, cublasLtGetVersion(), p.name,
-                 p.major, p.minor, p.multiProcessorCount);
+        snprintf(path, n, "%s/cublaslt-%zu-%s-sm%d%d-%d%s", dir, cublasLtGetVersion(), p.name,
+                 p.major, p.minor, p.multiProcessorCount, fp8 ? "-fp8" : "");
     return path;
 }
 
@@ -196,6 +299,11 @@ static int check_device(qemb_backend *be, qemb_err *err) {
         return qemb_fail(err, "device",
                          "GPU: too old (got compute capability %d.%d, want 8.0 or newer)", major,
                          minor);
+    if (be->fp8 && (major != 9 || minor != 0 || cublasLtGetVersion() < 120900))
+        return qemb_fail(err, "device",
+                         "FP8 products: not on this GPU (got compute capability %d.%d and cuBLASLt "
+                         "%zu, want 9.0 and 120900 or newer); --math f16 computes here",
+                         major, minor, cublasLtGetVersion());
     e = cudaFuncGetAttributes(&attributes, (const void *)gather_last_kernel<float4>);
     if (e != cudaSuccess)
         return qemb_fail(err, "device",
@@ -225,13 +333,13 @@ static int open_device(qemb_backend *be, const qemb_options *opt, qemb_err *err)
 
     const qemb_config *c = be->c;
     const int hd = c->head_dim, Q = c->n_heads * hd, KV = c->n_kv_heads * hd;
-    cublasStatus_t s = gemm_open(&be->gemm, opt->deterministic);
+    cublasStatus_t s = gemm_open(&be->gemm, opt->deterministic, be->fp8);
     if (!s) s = gemm_add_shape(&be->gemm, Q + 2 * KV, c->hidden, false);
     if (!s) s = gemm_add_shape(&be->gemm, c->hidden, Q, true);
     if (!s) s = gemm_add_shape(&be->gemm, 2 * c->ffn, c->hidden, false);
     if (!s) s = gemm_add_shape(&be->gemm, c->hidden, c->ffn, true);
     if (s) return qemb_fail(err, "device", "cuBLASLt: cannot start (status %d)", (int)s);
-    if (opt->cache_dir && !opt->deterministic) be->cache_path = cache_file(opt->cache_dir);
+    if (opt->cache_dir && !opt->deterministic) be->cache_path = cache_file(opt->cache_dir, be->fp8);
     return 0;
 }
 
@@ -263,25 +371,27 @@ static int make_rope(qemb_backend *be, int positions, qemb_err *err) {
 
 static int open_buffers(qemb_backend *be, const qemb_options *opt, qemb_err *err) {
     const size_t R = (size_t)be->max_rows, V = (size_t)be->c->vocab;
-    const size_t bytes = view_batch(nullptr, nullptr, R, R, 2 * R + 1);
+    const device_sizes s = size_parts(be->c, opt, nullptr, be->fp8);
     be->unique = (int32_t *)malloc(R * sizeof *be->unique);
     be->slot_of = (int32_t *)calloc(V, sizeof *be->slot_of);
-    be->narrow = (att_tile *)malloc((R + 1) * sizeof *be->narrow);
-    be->wide_tiles = (att_tile *)malloc((R + 1) * sizeof *be->wide_tiles);
+    be->narrow = (att_tile *)malloc((2 * R + 1) * sizeof *be->narrow);
+    be->wide_tiles = (att_tile *)malloc((2 * R + 1) * sizeof *be->wide_tiles);
     if (!be->unique || !be->slot_of || !be->narrow || !be->wide_tiles)
         return qemb_fail(err, "out_of_memory", "batch lists: out of memory");
-    char *dev = (char *)device_alloc(be, SLOTS * SLOT_BYTES, "transfers", err);
-    if (!dev || pinned_alloc((void **)&be->slots[0].host, SLOTS * SLOT_BYTES, err)) return -1;
+    char *dev = (char *)device_alloc(be, s.staging, "transfers", err);
+    if (!dev || pinned_alloc((void **)&be->slots[0].host, s.staging, err)) return -1;
     for (int i = 0; i < SLOTS; i++) {
         be->slots[i].dev = dev + i * SLOT_BYTES;
         be->slots[i].host = be->slots[0].host + i * SLOT_BYTES;
     }
-    be->batch_dev = (char *)device_alloc(be, bytes, "a batch's lists", err);
-    if (!be->batch_dev || pinned_alloc((void **)&be->batch_host, bytes, err)) return -1;
-    be->gemm.workspace = device_alloc(be, GEMM_WORKSPACE, "cuBLASLt's workspace", err);
-    be->clamps = (unsigned long long *)device_alloc(be, sizeof *be->clamps, "a counter", err);
+    be->batch_dev = (char *)device_alloc(be, s.lists, "a batch's lists", err);
+    if (!be->batch_dev || pinned_alloc((void **)&be->batch_host, s.lists, err)) return -1;
+    be->gemm.workspace = device_alloc(be, s.workspace, "cuBLASLt's workspace", err);
+    be->clamps = (unsigned long long *)device_alloc(be, s.counter, "a counter", err);
     if (!be->gemm.workspace || !be->clamps) return -1;
-    if (!good(be, cudaMemsetAsync(be->clamps, 0, sizeof *be->clamps, be->st), "memset"))
+    if (s.codes && !(be->codes = (uint8_t *)device_alloc(be, s.codes, "attention output", err)))
+        return -1;
+    if (!good(be, cudaMemsetAsync(be->clamps, 0, s.counter, be->st), "memset"))
         return qemb_fail(err, "device", "%s", be->failure);
     return make_rope(be, opt->max_tokens, err);
 }
@@ -289,6 +399,9 @@ static int open_buffers(qemb_backend *be, const qemb_options *opt, qemb_err *err
 static void cuda_close(qemb_backend *be) {
     if (!be) return;
     if (be->st) cudaStreamSynchronize(be->st);
+    for (auto &sizes : be->graphs)
+        for (batch_graph &g : sizes)
+            if (g.exec) cudaGraphExecDestroy(g.exec);
     gemm_close(&be->gemm);
     for (int i = 0; i < be->n_device; i++) cudaFree(be->device[i]);
     if (be->slots[0].host) cudaFreeHost(be->slots[0].host);
@@ -305,17 +418,38 @@ static void cuda_close(qemb_backend *be) {
     free(be);
 }
 
-static int cuda_open(qemb_backend **out, const qemb_config *c, const qemb_options *opt,
+/* An FP8 product that the library does not have should be known now. */
+static int check_fp8(qemb_backend *be, qemb_err *err) {
+    for (int i = 0; i < be->gemm.n_shapes; i++) {
+        cublasLtMatmulHeuristicResult_t found;
+        int n;
+        const float *somewhere = (const float *)be->codes;
+        cublasStatus_t s = gemm_scales(&be->gemm, somewhere, somewhere);
+        if (!s) s = gemm_ask(&be->gemm, &be->gemm.shapes[i], 16, &found, 1, &n);
+        if (s)
+            return qemb_fail(
+                err, "device",
+                "FP8 products: cuBLASLt %zu has none with a scale per row here (status "
+                "%d); --math f16 computes here",
+                cublasLtGetVersion(), (int)s);
+    }
+    return 0;
+}
+
+static int open_math(qemb_backend **out, const qemb_config *c, const qemb_options *opt, bool fp8,
                      qemb_err *err) {
-    if (check_config(c, err)) return -1;
+    if (check_config(c, fp8, err)) return -1;
     qemb_backend *be = (qemb_backend *)calloc(1, sizeof *be);
     if (!be) return qemb_fail(err, "out_of_memory", "backend: out of memory");
     be->c = c;
     be->threads = std::max(opt->threads, 1);
-    be->max_rows = std::max(opt->batch_tokens, opt->max_tokens);
+    be->max_rows = fit(std::max(opt->batch_tokens, opt->max_tokens));
     be->budget = opt->vram;
+    be->fp8 = fp8;
+    be->graphs_off = opt->no_graphs;
     while (1 << be->lg < c->n_heads / c->n_kv_heads) be->lg++;
-    if (check_device(be, err) || open_device(be, opt, err) || open_buffers(be, opt, err)) {
+    if (check_device(be, err) || open_device(be, opt, err) || open_buffers(be, opt, err) ||
+        (fp8 && check_fp8(be, err))) {
         cuda_close(be);
         return -1;
     }
@@ -323,50 +457,135 @@ static int cuda_open(qemb_backend **out, const qemb_config *c, const qemb_option
     return 0;
 }
 
+/* ---- rows as e4m3 ------------------------------------------------------------------------------ */
+
+static unsigned blocks(size_t n, int per_block) {
+    return (unsigned)((n + per_block - 1) / per_block);
+}
+static unsigned stride_blocks(const qemb_backend *be, size_t wanted) {
+    return (unsigned)std::min(wanted, (size_t)be->sms * BLOCKS_PER_SM);
+}
+
+/* In FP8 an activation's buffer, which has two bytes per number, holds T rows of K codes and behind them
+ * the T scales. Products read rows up to the next multiple of 16. */
+struct coded_rows {
+    uint8_t *codes; /* (T, K) */
+    float *scales;  /* (T) */
+};
+static coded_rows coded(void *buffer, int T, int K) {
+    uint8_t *codes = (uint8_t *)buffer;
+    return {codes, (float *)(codes + (size_t)(T + 15) / 16 * 16 * K)};
+}
+
+/* f(V) for the V of the e4m3 kernels that rows of K numbers need. */
+template <class F> static void by_columns(int K, F f) {
+    const int groups = (K + 8 * ROW_THREADS - 1) / (8 * ROW_THREADS);
+    if (groups <= 1)
+        f(std::integral_constant<int, 1>());
+    else if (groups <= 2)
+        f(std::integral_constant<int, 2>());
+    else if (groups <= 4)
+        f(std::integral_constant<int, 4>());
+    else if (groups <= 6)
+        f(std::integral_constant<int, 6>());
+    else
+        f(std::integral_constant<int, 8>());
+}
+
+template <class X>
+static void launch_quantize(qemb_backend *be, uint8_t *codes, float *scales, const X *x, int T,
+                            int K) {
+    by_columns(K, [&](auto v) {
+        good(be,
+             launch(quantize_kernel<X, v>, dim3(stride_blocks(be, T)), dim3(ROW_THREADS),
+                    ROW_WARPS * sizeof(float), be->st, codes, scales, x, T, K),
+             "quantize");
+    });
+}
+
 /* ---- weights and arena ------------------------------------------------------------------------ */
 
-/* Calls f(pointer to data, bytes) for everything of w that moves to the device. */
-template <class F> static void each_weight(const qemb_config *c, qemb_weights *w, F f) {
-    const size_t D = (size_t)c->hidden * sizeof(float), hd = (size_t)c->head_dim * sizeof(float);
-    for (int l = 0; l < c->n_layers; l++) {
-        qemb_layer *y = &w->layers[l];
-        f((const void **)&y->attn_norm, D);
-        f((const void **)&y->q_norm, hd);
-        f((const void **)&y->k_norm, hd);
-        f((const void **)&y->mlp_norm, D);
-        for (qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown})
-            f(&m->data, (size_t)m->rows * m->cols * sizeof(act));
+/* A matrix's rows through the slots and quantized on the device to codes and scales, which hold the
+ * INT8's own before. Rows as long as ffn are far shorter than a slot. */
+static bool place_e4m3(qemb_backend *be, const qemb_mat *m, uint8_t *codes, float *scales,
+                       int *turn) {
+    const size_t row = (size_t)m->cols * (m->dtype == QEMB_I8 ? 1 : sizeof(act));
+    const int step = (int)(SLOT_BYTES / row);
+    bool ok = m->dtype != QEMB_I8 || upload(be, scales, m->scale, m->rows * sizeof(float), turn);
+    for (int r = 0; r < m->rows && ok; r += step, ++*turn) {
+        staging *s = &be->slots[*turn % SLOTS];
+        const int n = std::min(step, m->rows - r);
+        uint8_t *to = codes + (size_t)r * m->cols;
+        ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_quantize: as in upload */
+        if (ok) memcpy(s->host, (const char *)m->data + r * row, n * row);
+        ok = ok &&
+             good(be, cudaMemcpyAsync(s->dev, s->host, n * row, cudaMemcpyHostToDevice, be->st),
+                  "upload");
+        if (m->dtype == QEMB_I8)
+            launch_quantize(be, to, scales + r, (const int8_t *)s->dev, n, m->cols);
+        else
+            launch_quantize(be, to, scales + r, (const act *)s->dev, n, m->cols);
+        ok = ok && good(be, cudaEventRecord(s->free, be->st), "upload");
     }
-    f((const void **)&w->final_norm, D);
+    return ok && !be->failure[0];
+}
+
+/* Moves m to the device at *at and *at past it. */
+static bool place_matrix(qemb_backend *be, qemb_mat *m, char **at, int *turn) {
+    const size_t n = (size_t)m->rows * m->cols, scales = m->rows * sizeof(float);
+    char *data = *at, *scale = data + align256(n);
+    const bool bytes = be->fp8 || m->dtype == QEMB_I8;
+    bool ok = true;
+    if (be->fp8)
+        ok = place_e4m3(be, m, (uint8_t *)data, (float *)scale, turn);
+    else if (m->dtype == QEMB_I8)
+        ok = upload(be, data, m->data, n, turn) && upload(be, scale, m->scale, scales, turn);
+    else
+        ok = upload(be, data, m->data, n * sizeof(act), turn);
+    m->data = data;
+    m->scale = bytes ? (const float *)scale : nullptr;
+    *at = bytes ? scale + align256(scales) : data + align256(n * sizeof(act));
+    return ok;
+}
+
+static bool place_vector(qemb_backend *be, const float **v, int n, char **at, int *turn) {
+    const bool ok = upload(be, *at, *v, n * sizeof(float), turn);
+    *v = (const float *)*at;
+    *at += align256(n * sizeof(float));
+    return ok;
 }
 
 static int cuda_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
     const qemb_config *c = be->c;
-    for (int l = 0; l < c->n_layers; l++)
-        for (const qemb_mat *m :
-             {&w->layers[l].wqkv, &w->layers[l].wo, &w->layers[l].wgu, &w->layers[l].wdown})
-            if (m->dtype != QEMB_F16)
-                return qemb_fail(err, "device",
-                                 "layers.%d: weights not supported on a GPU (got dtype %d, "
-                                 "want %d, FP16)",
-                                 l, (int)m->dtype, (int)QEMB_F16);
-    size_t total = 0, at = 0;
-    each_weight(c, w, [&](const void **, size_t bytes) { total += align256(bytes); });
-    char *dev = (char *)device_alloc(be, total, "the weights", err);
+    const qemb_options opt = {}; /* sizes of weights do not depend on them */
+    const device_sizes s = size_parts(c, &opt, &w->layers[0], be->fp8);
+    for (int i = 0; i < 2; i++)
+        if (s.dense[i] &&
+            !(be->dense[i] = (act *)device_alloc(be, s.dense[i], "a dequantized matrix", err)))
+            return -1;
+    char *dev = (char *)device_alloc(be, s.weights, "the weights", err), *at = dev;
     if (!dev) return -1;
     bool ok = true;
     int turn = 0;
-    each_weight(c, w, [&](const void **p, size_t bytes) {
-        ok = ok && upload(be, dev + at, *p, bytes, &turn);
-        *p = dev + at;
-        at += align256(bytes);
-    });
+    for (int l = 0; l < c->n_layers && ok; l++) {
+        qemb_layer *y = &w->layers[l];
+        ok = place_vector(be, &y->attn_norm, c->hidden, &at, &turn) &&
+             place_vector(be, &y->q_norm, c->head_dim, &at, &turn) &&
+             place_vector(be, &y->k_norm, c->head_dim, &at, &turn) &&
+             place_vector(be, &y->mlp_norm, c->hidden, &at, &turn);
+        for (qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown})
+            ok = ok && place_matrix(be, m, &at, &turn);
+        if (!be->fp8) y->wdown.alpha *= 1 << SWIGLU_SHIFT;
+    }
+    ok = ok && place_vector(be, &w->final_norm, c->hidden, &at, &turn);
     if (!ok) return qemb_fail(err, "device", "%s", be->failure);
-    for (int l = 0; l < c->n_layers; l++) w->layers[l].wdown.alpha *= 1 << SWIGLU_SHIFT;
+    assert(at == dev + s.weights);
     const qemb_layer *y = &w->layers[0];
     const qemb_mat mats[] = {y->wqkv, y->wo, y->wgu,
                              y->wdown}; /* the order of open_device's shapes */
     std::copy(mats, mats + 4, be->timed);
+    for (int i = 0; i < 4; i++)
+        if (be->dense[0]) be->timed[i].data = be->dense[i != 2]; /* what the products read */
     return 0;
 }
 
@@ -417,6 +636,24 @@ static void sort_tiles(att_tile *t, int n) {
     });
 }
 
+/* Takes the batch's class up: its lists are filled up with empty tiles to sizes that depend on T and B
+ * alone, since a graph's launches are as wide as they were when it was made. Every text and the prefix
+ * begin a tile of their own, so there are at most T / tokens + B + 1 of either kind. */
+static void choose_graph(qemb_backend *be, const qemb_layout *b) {
+    const int *size = std::find(GRAPH_ROWS, GRAPH_ROWS + GRAPH_SIZES, b->T);
+    be->mode = PLAIN;
+    be->graph = nullptr;
+    if (be->graphs_off || size == GRAPH_ROWS + GRAPH_SIZES || b->B > GRAPH_TEXTS) return;
+    be->graph = &be->graphs[size - GRAPH_ROWS][b->B];
+    be->mode = be->graph->exec ? REPLAY : be->graph->seen++ ? RECORD : PLAIN;
+    const auto fill = [&](att_tile *tiles, int *n, int tokens) {
+        const int full = b->T / tokens + b->B + 1;
+        while (*n < full) tiles[(*n)++] = att_tile{};
+    };
+    fill(be->narrow, &be->n_narrow, 64 >> be->lg);
+    if (be->wide && b->T >= WIDE_FROM) fill(be->wide_tiles, &be->n_wide, 128 >> be->lg);
+}
+
 static void list_unique(qemb_backend *be, int *slot, const qemb_layout *b) {
     be->n_unique = 0;
     for (int t = 0; t < b->T; t++) {
@@ -438,6 +675,8 @@ static void cuda_begin(qemb_backend *be, const qemb_layout *b) {
     for (int i = 0; i < b->B; i++) list_tiles(be, b->cu[i], b->cu[i + 1] - b->cu[i], b->P);
     sort_tiles(be->narrow, be->n_narrow);
     sort_tiles(be->wide_tiles, be->n_wide);
+    choose_graph(be, b);
+    be->dense_of[0] = be->dense_of[1] = nullptr; /* a graph begins with its own */
 
     batch_view host;
     const int tiles = be->n_narrow + be->n_wide + b->B;
@@ -463,13 +702,6 @@ static void cuda_begin(qemb_backend *be, const qemb_layout *b) {
 
 /* ---- the ops, in the forward's order ---------------------------------------------------------- */
 
-static unsigned blocks(size_t n, int per_block) {
-    return (unsigned)((n + per_block - 1) / per_block);
-}
-static unsigned stride_blocks(const qemb_backend *be, size_t wanted) {
-    return (unsigned)std::min(wanted, (size_t)be->sms * BLOCKS_PER_SM);
-}
-
 static void cuda_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_layout *b) {
     const int D = be->c->hidden, rows = (int)(SLOT_BYTES / (D * sizeof(act)));
     assert(tok_emb->dtype == QEMB_F16 && tok_emb->cols == D);
@@ -494,6 +726,8 @@ static void cuda_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, cons
              "embed");
         good(be, cudaEventRecord(s->free, be->st), "embed");
     }
+    if (be->mode == RECORD) /* what follows, up to pool, is the same for the whole class */
+        good(be, cudaStreamBeginCapture(be->st, cudaStreamCaptureModeThreadLocal), "graph");
 }
 
 template <class A, int V>
@@ -516,23 +750,58 @@ static void any_rmsnorm(qemb_backend *be, A *y, const float *x, const float *w, 
         launch_rmsnorm<A, 8>(be, y, x, w, T);
 }
 static void cuda_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T) {
-    any_rmsnorm(be, (act *)y, x, w, T);
+    if (be->mode == REPLAY) return;
+    if (!be->fp8) return any_rmsnorm(be, (act *)y, x, w, T);
+    const int D = be->c->hidden;
+    const coded_rows to = coded(y, T, D);
+    by_columns(D, [&](auto v) {
+        good(be,
+             launch(rmsnorm_e4m3_kernel<v>, dim3(stride_blocks(be, T)), dim3(ROW_THREADS),
+                    ROW_WARPS * sizeof(float), be->st, to.codes, to.scales, x, w, T, D,
+                    be->c->rms_eps),
+             "rmsnorm");
+    });
 }
 
-static void run_gemm(qemb_backend *be, void *y, const qemb_act *x, const qemb_mat *w, bool add,
-                     int T) {
-    const cublasStatus_t s = gemm_run(&be->gemm, y, x, w, add, T, be->st);
+/* w in FP16: of an INT8 file made so here, unless it still is. */
+static qemb_mat dense_matrix(qemb_backend *be, const qemb_mat *w) {
+    if (be->fp8 || w->dtype != QEMB_I8) return *w;
+    const int i = w->rows != 2 * be->c->ffn; /* wgu has one to itself: its rows come in chunks */
+    if (be->dense_of[i] != w->data) {
+        const size_t n = (size_t)w->rows * w->cols;
+        good(be,
+             launch(dequantize_kernel<act>,
+                    dim3(stride_blocks(be, blocks(n / 8, DEQUANTIZE_THREADS))),
+                    dim3(DEQUANTIZE_THREADS), 0, be->st, be->dense[i], (const int8_t *)w->data,
+                    w->scale, w->rows, w->cols),
+             "dequantize");
+        be->dense_of[i] = w->data;
+    }
+    return qemb_mat{be->dense[i], w->rows, w->cols, QEMB_F16, w->alpha, nullptr};
+}
+
+/* x (T, in): halves; in FP8 codes and scales, as `coded` lays them. */
+static void run_gemm(qemb_backend *be, void *y, const void *x, const qemb_mat *w, bool add, int T) {
+    const qemb_mat m = dense_matrix(be, w);
+    const cublasStatus_t s =
+        gemm_run(&be->gemm, y, x, be->fp8 ? coded((void *)x, T, w->cols).scales : nullptr, &m, add,
+                 T, be->st);
     char why[32];
     snprintf(why, sizeof why, "cuBLASLt status %d", (int)s);
     if (s) note_failure(be, add ? "matmul_add" : "matmul", why);
 }
 static void cuda_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w,
                         int T) {
+    if (be->mode == REPLAY) return;
     run_gemm(be, y, x, w, false, T);
 }
 static void cuda_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w,
                             int T) {
-    run_gemm(be, x, a, w, true, T);
+    if (be->mode == REPLAY) return;
+    if (!be->fp8 || a == be->coded) return run_gemm(be, x, a, w, true, T);
+    const coded_rows to = coded(be->codes, T, w->cols); /* attention's output is in halves */
+    launch_quantize(be, to.codes, to.scales, (const act *)a, T, w->cols);
+    run_gemm(be, x, be->codes, w, true, T);
 }
 
 template <int HD>
@@ -547,6 +816,7 @@ static void launch_rope(qemb_backend *be, act *qkv, const float *q_norm, const f
 }
 static void cuda_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm,
                              const float *k_norm, const qemb_layout *b) {
+    if (be->mode == REPLAY) return;
     if (be->c->head_dim == 64)
         launch_rope<64>(be, (act *)qkv, q_norm, k_norm, b->T);
     else
@@ -574,6 +844,7 @@ static void any_attention(qemb_backend *be, act *att, const act *qkv, int B, int
 }
 static void cuda_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
                            const qemb_layout *b, int last_only) {
+    if (be->mode == REPLAY) return;
     if (be->c->head_dim == 64)
         any_attention<64>(be, (act *)att, (const act *)qkv, b->B, last_only);
     else
@@ -583,7 +854,19 @@ static void cuda_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
 static void cuda_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
                          const qemb_mat *w, int T) {
     const int F = be->c->ffn;
-    cuda_matmul(be, gu, x, w, T);
+    if (be->mode == REPLAY) return;
+    run_gemm(be, gu, x, w, false, T);
+    if (be->fp8) {
+        const coded_rows to = coded(h, T, F);
+        be->coded = h;
+        return by_columns(F, [&](auto v) {
+            good(be,
+                 launch(swiglu_e4m3_kernel<act, v>, dim3(stride_blocks(be, T)), dim3(ROW_THREADS),
+                        ROW_WARPS * sizeof(float), be->st, to.codes, to.scales, (const act *)gu, T,
+                        F),
+                 "gate_up");
+        });
+    }
     const size_t wanted = blocks((size_t)T * F / 8, SWIGLU_THREADS);
     good(be,
          launch(swiglu_kernel<act>, dim3(stride_blocks(be, wanted)), dim3(SWIGLU_THREADS), 0,
@@ -592,10 +875,23 @@ static void cuda_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb
 }
 
 static void cuda_gather_last(qemb_backend *be, float *y, const float *x, const qemb_layout *b) {
+    if (be->mode == REPLAY) return;
     good(be,
          launch(gather_last_kernel<float4>, dim3((unsigned)b->B), dim3(GATHER_THREADS), 0, be->st,
                 (float4 *)y, (const float4 *)x, be->dev.last, be->c->hidden / 4),
          "gather_last");
+}
+
+/* The recorded ops as a graph, now and for all later batches of the class. */
+static void finish_graph(qemb_backend *be) {
+    cudaGraph_t recorded = nullptr;
+    if (be->mode == RECORD && good(be, cudaStreamEndCapture(be->st, &recorded), "graph") &&
+        !good(be, cudaGraphInstantiate(&be->graph->exec, recorded, 0), "graph"))
+        be->graph->exec = nullptr;
+    if (recorded) cudaGraphDestroy(recorded);
+    if (be->mode != PLAIN && be->graph->exec)
+        good(be, cudaGraphLaunch(be->graph->exec, be->st), "graph");
+    be->mode = PLAIN;
 }
 
 /* Rows from x on, normed into a slot and on their way to its host side. */
@@ -610,6 +906,7 @@ static void start_pool(qemb_backend *be, staging *s, const float *x, const float
 static void cuda_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
     const int rows = (int)(SLOT_BYTES / (be->c->hidden * sizeof(float)));
     const size_t D = (size_t)be->c->hidden;
+    finish_graph(be);
     start_pool(be, &be->slots[0], x, w, std::min(rows, B));
     for (int first = 0, turn = 0; first < B; first += rows, turn++) {
         staging *s = &be->slots[turn % SLOTS];
@@ -629,27 +926,34 @@ static void cuda_pool(qemb_backend *be, float *out, const float *x, const float 
     if (be->failure[0]) std::fill(out, out + B * D, NAN);
 }
 
-const qemb_ops qemb_cuda_ops = {
-    .name = "cuda",
-    .act_size = sizeof(act),
-    .batch_tokens = 8192,
-    .mlp_rows = MLP_ROWS,
-    .narrow = 1,
-    .fit = nullptr,
-    .plan = nullptr,
-    .health = cuda_health,
-    .open = cuda_open,
-    .close = cuda_close,
-    .place = cuda_place,
-    .arena = cuda_arena,
-    .begin = cuda_begin,
-    .embed = cuda_embed,
-    .rmsnorm = cuda_rmsnorm,
-    .matmul = cuda_matmul,
-    .matmul_add = cuda_matmul_add,
-    .qknorm_rope = cuda_qknorm_rope,
-    .attention = cuda_attention,
-    .gate_up = cuda_gate_up,
-    .gather_last = cuda_gather_last,
-    .pool = cuda_pool,
-};
+static int cuda_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
+                     qemb_err *err) {
+    return open_math(be, c, opt, false, err);
+}
+static int cuda_fp8_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
+                         qemb_err *err) {
+    return open_math(be, c, opt, true, err);
+}
+static int cuda_plan(qemb_part *p, const qemb_file *f, const qemb_options *opt, size_t arena) {
+    return plan(p, f, opt, arena, false);
+}
+static int cuda_fp8_plan(qemb_part *p, const qemb_file *f, const qemb_options *opt, size_t arena) {
+    return plan(p, f, opt, arena, true);
+}
+
+#define TABLE(NAME, MATH, OPEN, PLAN)                                                              \
+    {                                                                                              \
+        .name = NAME, .math = MATH, .act_size = sizeof(act), .batch_tokens = 8192,                 \
+        .mlp_rows = MLP_ROWS, .narrow = 1, .fit = fit, .plan = PLAN, .health = cuda_health,        \
+        .open = OPEN, .close = cuda_close, .place = cuda_place, .arena = cuda_arena,               \
+        .begin = cuda_begin, .embed = cuda_embed, .rmsnorm = cuda_rmsnorm, .matmul = cuda_matmul,  \
+        .matmul_add = cuda_matmul_add, .qknorm_rope = cuda_qknorm_rope,                            \
+        .attention = cuda_attention, .gate_up = cuda_gate_up, .gather_last = cuda_gather_last,     \
+        .pool = cuda_pool,                                                                         \
+    }
+const qemb_ops qemb_cuda_ops = TABLE("cuda", QEMB_MATH_F16, cuda_open, cuda_plan);
+const qemb_ops qemb_cuda_fp8_ops = TABLE("cuda-fp8", QEMB_MATH_FP8, cuda_fp8_open, cuda_fp8_plan);
+
+const qemb_ops *qemb_cuda_table(int i) {
+    return i == 0 ? &qemb_cuda_ops : i == 1 ? &qemb_cuda_fp8_ops : nullptr;
+}

@@ -13,11 +13,6 @@
 #include <time.h>
 #include <unistd.h>
 
-/* The ops table that computes unless --cpu names another, as in main.c. */
-#ifndef DEFAULT_OPS
-#define DEFAULT_OPS qemb_cpu_choose(NULL, QEMB_MATH_F32)
-#endif
-
 /* Seconds between two looks at deadlines, departed clients and slow connections. */
 #define TICK 0.1
 /* After a drain that ran into its bound: for the last answers to be sent, for the last batch. */
@@ -63,6 +58,7 @@ enum {
     OPT_BATCH_TOKENS,
     OPT_THREADS,
     OPT_CPU,
+    OPT_MATH,
     OPT_HTTP_THREADS,
     OPT_MAX_CONNECTIONS,
     OPT_MAX_BODY,
@@ -92,6 +88,7 @@ static const struct option long_options[] = {
     {"batch-tokens", required_argument, NULL, OPT_BATCH_TOKENS},
     {"threads", required_argument, NULL, OPT_THREADS},
     {"cpu", required_argument, NULL, OPT_CPU},
+    {"math", required_argument, NULL, OPT_MATH},
     {"http-threads", required_argument, NULL, OPT_HTTP_THREADS},
     {"max-connections", required_argument, NULL, OPT_MAX_CONNECTIONS},
     {"max-body", required_argument, NULL, OPT_MAX_BODY},
@@ -125,7 +122,8 @@ static const char help[] =
     "  --max-tokens N         longest text, end-of-text included       [the model's]\n"
     "  --batch-tokens N       tokens that are computed together        [4096]\n"
     "  --threads N            CPU threads of the model                 [all]\n"
-    "  --cpu NAME             plain or avx2: whose arithmetic          [the fastest]\n"
+    "  --cpu NAME             plain, avx2 or avx512: the instructions  [the fastest]\n"
+    "  --math NAME            f32, bf16 or int8; on a GPU f16 or fp8   [f32; f16]\n"
     "  --http-threads N       threads that parse, tokenize and format  [2]\n"
     "  --max-connections N    at a time                                [1024]\n"
     "  --max-body KIB         of one request                           [4096]\n"
@@ -160,12 +158,6 @@ static int parse_int(const char *name, const char *s, int min, int max) {
     if (p == s || *p || x < min || x > max)
         USAGE("--%s: not a number in range (got %.40s, want %d..%d)", name, s, min, max);
     return (int)x;
-}
-
-static const qemb_ops *parse_cpu(const char *s) {
-    const qemb_ops *found = qemb_cpu_choose(s, QEMB_MATH_F32);
-    if (!found) USAGE("--cpu: not on this machine (got %.40s)", s);
-    return found;
 }
 
 static const char *checked_name(const char *option, const char *name) {
@@ -223,7 +215,10 @@ static void set_option(serve_options *o, int opt, const char *name, const char *
         cli->engine.threads = parse_int(name, arg, 1, 4096);
         break;
     case OPT_CPU:
-        cli->ops = parse_cpu(arg);
+        cli->cpu = arg;
+        break;
+    case OPT_MATH:
+        cli->math = arg;
         break;
     case OPT_HTTP_THREADS:
         h->http_threads = parse_int(name, arg, 2, 256);
@@ -300,7 +295,7 @@ static void parse_options(serve_options *o, int argc, char **argv) {
     int opt;
     *o = (serve_options){.cache_mib = 64,
                          .redis_timeout = 50,
-                         .lane = {.cli.ops = DEFAULT_OPS, .max_queue_tokens = 262144},
+                         .lane = {.max_queue_tokens = 262144},
                          .http = {.host = "127.0.0.1",
                                   .port = 8080,
                                   .http_threads = 2,
@@ -321,7 +316,10 @@ static void parse_options(serve_options *o, int argc, char **argv) {
         set_option(o, opt, option_name(opt), optarg);
     }
     if (optind < argc) USAGE("%.80s: an operand that means nothing", argv[optind]);
-    const options *cli = &o->lane.cli;
+    options *cli = &o->lane.cli;
+    qemb_err err;
+    cli->ops = choose_ops(cli->cpu, cli->math, &err);
+    if (!cli->ops) USAGE("%s", err.msg);
     if (!cli->model) USAGE("no model (want -m MODEL.qemb)");
     if (cli->query && cli->instruct) USAGE("--query and --instruct: only one of them");
     if (cli->instruct && !*cli->instruct)

@@ -9,95 +9,10 @@
  * softmax amplify it: 6e-3. 1 - cosine is half its square, 1.8e-5. One wrong row, position or weight is
  * far beyond that.
  */
-#include "cuda_test.h"
+#include "cuda_model.h"
 
 #include <cublasLt.h>
 #include <unistd.h>
-
-static const double MIN_COSINE = 0.99998;
-
-static double cosine(const float *a, const float *b, int n) {
-    double ab = 0, aa = 0, bb = 0;
-    for (int i = 0; i < n; i++)
-        ab += (double)a[i] * b[i], aa += (double)a[i] * a[i], bb += (double)b[i] * b[i];
-    return ab / sqrt(aa * bb);
-}
-
-/* A model over a file on some table, opened or reported. */
-struct model {
-    qemb_model *m = nullptr;
-    qemb_err err = {};
-    int D;
-    model(const qemb_file *f, const qemb_ops *ops, int batch_tokens, qemb_options opt = {})
-        : D(f->config.hidden) {
-        opt.batch_tokens = batch_tokens;
-        opt.threads = 2;
-        if (qemb_open(&m, f, ops, &opt, &err)) m = nullptr;
-    }
-    ~model() { qemb_close(m); }
-
-    /* Vectors of texts, in as few batches as they fit. */
-    std::vector<std::vector<float>> embed(const std::vector<std::vector<int32_t>> &texts) {
-        std::vector<std::vector<float>> out(texts.size());
-        std::vector<int> row(texts.size());
-        qemb_batch *b = qemb_batch_new(m);
-        for (size_t first = 0, i = 0; first < texts.size(); first = i) {
-            qemb_batch_clear(b);
-            for (; i < texts.size(); i++)
-                if ((row[i] = qemb_pack_add(b, texts[i].data(), (int)texts[i].size())) < 0) break;
-            std::vector<float> v((size_t)qemb_batch_rows(b) * D);
-            qemb_embed(m, b, v.data());
-            for (size_t k = first; k < i; k++)
-                out[k].assign(&v[(size_t)row[k] * D], &v[(size_t)row[k] * D] + D);
-        }
-        qemb_batch_free(b);
-        return out;
-    }
-};
-
-static qemb_config config(int L, int D, int H, int K, int hd, int F, int max) {
-    return qemb_config{L, D, H, K, hd, F, 300, max, 299, 1e6f, 1e-6f};
-}
-
-static std::vector<std::vector<int32_t>> random_texts(const std::vector<int> &lens, int prefix,
-                                                      uint64_t seed) {
-    rng r = {seed};
-    std::vector<int32_t> shared(prefix);
-    for (int32_t &id : shared) id = (int32_t)(rng_u64(&r) % 256);
-    std::vector<std::vector<int32_t>> texts;
-    for (int n : lens) {
-        std::vector<int32_t> t = shared;
-        for (int i = 0; i < n - 1; i++) t.push_back((int32_t)(rng_u64(&r) % 256));
-        t.push_back(299);
-        texts.push_back(t);
-    }
-    return texts;
-}
-
-static void compare(model &cuda, model &cpu, const std::vector<std::vector<int32_t>> &texts,
-                    double *worst) {
-    std::vector<std::vector<float>> got = cuda.embed(texts), want = cpu.embed(texts);
-    for (size_t i = 0; i < texts.size(); i++) {
-        const double c = cosine(got[i].data(), want[i].data(), cuda.D);
-        *worst = std::min(*worst, c);
-        check(c >= MIN_COSINE, "text %zu of %zu tokens: cosine %.7f (want %.5f)", i,
-              texts[i].size(), c, MIN_COSINE);
-    }
-}
-
-/* The CUDA table, which tells what it opened. */
-static qemb_backend *spied;
-static int spy_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
-                    qemb_err *err) {
-    const int r = qemb_cuda_ops.open(be, c, opt, err);
-    spied = r ? nullptr : *be;
-    return r;
-}
-static const qemb_ops *spy_ops() {
-    static qemb_ops table = qemb_cuda_ops;
-    table.open = spy_open;
-    return &table;
-}
 
 /* ---- against the CPU path ------------------------------------------------------------------------- */
 
@@ -190,8 +105,8 @@ static bool golden_case_compare(const char *name, double *max_swiglu) {
             worst = std::min(worst, c);
             check(c >= MIN_COSINE, "%s case %zu: cosine %.7f (want %.5f)", name, i, c, MIN_COSINE);
         }
-        check((unsigned long long)health_of(spied).clamped == 0, "%s: %llu SwiGLU outputs clamped", name,
-              (unsigned long long)health_of(spied).clamped);
+        check((unsigned long long)health_of(spied).clamped == 0, "%s: %llu SwiGLU outputs clamped",
+              name, (unsigned long long)health_of(spied).clamped);
         printf("golden %s: least cosine %.7f over %zu texts\n", name, worst, texts.size());
     }
     delete cuda;
@@ -212,15 +127,6 @@ TEST(
 }
 
 /* ---- what FP16 cannot hold -------------------------------------------------------------------------- */
-
-/* The bytes of a section of a model in memory. */
-static uint8_t *section_of(uint8_t *model, const char *name) {
-    for (uint8_t *e = model + 4096;; e += 96) {
-        uint64_t at;
-        memcpy(&at, e + 72, 8);
-        if (!strcmp((const char *)e, name)) return model + at;
-    }
-}
 
 /* Token 7 has one number in its row of the table, so that is sqrt(D) = 8 after the norm, and the norm's
  * weight there is 30000: 240000 does not fit FP16 (65504) and is nothing to FP32. Other rows hold at
@@ -430,6 +336,90 @@ TEST_SCHEDULES(
     rmdir(dir);
     qemb_file_close(f);
 }
+/* ---- graphs ----------------------------------------------------------------------------------------- */
+
+/* Batches of one class (rows, texts) share a graph, whatever their texts' lengths and prefix; the third
+ * batch on is a replay. Bits as without graphs. */
+TEST_SCHEDULES(graph_same_bits) {
+    const qemb_config c = config(2, 64, 4, 1, 64, 96, 700);
+    for (qemb_dtype dtype : {QEMB_F16, QEMB_I8}) {
+        qemb_file *f = open_model_of(dtype, &c, 43, 1);
+        for (const qemb_ops *ops : {&qemb_cuda_ops, &qemb_cuda_fp8_ops}) {
+            qemb_options opt = {};
+            model with(f, ops, 2048, opt);
+            opt.no_graphs = 1;
+            model without(f, ops, 2048, opt);
+            const struct {
+                std::vector<int> lens;
+                int prefix;
+            } batches[] = {{{20}, 0},   {{9}, 0},    {{23}, 0},     {{1}, 0},
+                           {{32}, 0},   {{24}, 0},   {{3, 4}, 5},   {{2, 13}, 0},
+                           {{30}, 0},   {{5, 2}, 1}, {{1, 1}, 13},  {{14}, 0},
+                           {{7, 8}, 0}, {{600}, 0},  {{520}, 0},    {{9, 600}, 3},
+                           {{610}, 0},  {{580}, 0},  {{1, 1}, 560}, {{2, 1, 3, 4}, 0}};
+            long launched = emu::count.graph_launches;
+            for (const auto &b : batches) {
+                const auto texts = random_texts(b.lens, b.prefix, 7 + b.lens[0]);
+                check(with.embed(texts) == without.embed(texts), "%zu texts, %d tokens, prefix %d",
+                      b.lens.size(), b.lens[0], b.prefix);
+            }
+            launched = emu::count.graph_launches - launched;
+            /* (32, 2): 20 23 24 30; (16, 2): 9 1 14 and 2+13 7+8 without filling; (16, 3): 5+3+4,
+             * 1+5+2, 13+1+1; (32, 1): 32; (640, 2): 600 520 610 580; (640, 3): 3+9+600 560+1+1; (16, 5) */
+            check(launched == 3 + 4 + 2 + 3 + 1, "%ld batches ran as graphs (want 13)", launched);
+        }
+        qemb_file_close(f);
+    }
+}
+TEST(graph_bounds) { /* longer, more texts, or another number of rows: no graph, however often */
+    const qemb_config c = config(1, 64, 2, 1, 64, 64, 1200);
+    qemb_file *f = open_model(&c, 44, 1);
+    {
+        model cuda(f, &qemb_cuda_ops, 2048);
+        const long launched = emu::count.graph_launches;
+        for (int round = 0; round < 3; round++) {
+            cuda.embed(random_texts({1030}, 0, 3));
+            cuda.embed(random_texts({1, 2, 3, 1, 2, 3}, 0, 3));
+        }
+        check(emu::count.graph_launches == launched, "graphs ran");
+    }
+    qemb_file_close(f);
+}
+
+/* ---- the plan --------------------------------------------------------------------------------------- */
+
+/* What plan says is what open takes, but for the emulator's pages and the guess about graphs. */
+static void plan_case(const qemb_file *f, const qemb_ops *ops) {
+    qemb_options opt = {};
+    opt.batch_tokens = 300;
+    opt.no_graphs = 1;
+    qemb_memory mem;
+    qemb_plan(f, ops, &opt, &mem);
+    size_t sum = 0, before = 0, after = 0, total = 0;
+    for (int i = 0; i < mem.n_parts; i++) sum += mem.parts[i].bytes;
+    cudaMemGetInfo(&before, &total);
+    {
+        model m(f, ops, 300, opt);
+        check(m.m, "open: %s", m.err.msg);
+        cudaMemGetInfo(&after, &total);
+        const size_t taken = before - after;
+        check(taken >= sum && taken <= sum + 12 * 4096, "taken %zu bytes, planned %zu", taken, sum);
+    }
+    opt.no_graphs = 0;
+    qemb_plan(f, ops, &opt, &mem);
+    check(strstr(mem.parts[mem.n_parts - 1].what, "graphs") && mem.parts[mem.n_parts - 1].bytes > 0,
+          "graphs are not planned");
+}
+TEST(plan_is_what_open_takes) {
+    const qemb_config c = config(3, 96, 2, 1, 64, 160, 200);
+    for (qemb_dtype dtype : {QEMB_F16, QEMB_I8}) {
+        qemb_file *f = open_model_of(dtype, &c, 45, 1);
+        plan_case(f, &qemb_cuda_ops);
+        plan_case(f, &qemb_cuda_fp8_ops);
+        qemb_file_close(f);
+    }
+}
+
 TEST(hot_path_allocates_nothing) {
     qemb_file *f = open_model(&tiny_config, 71, 1);
     {

@@ -25,6 +25,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #undef __global__
@@ -60,6 +61,7 @@ struct device {
     bool image;          /* false: no kernel image for this device */
     cudaError_t fault;   /* not cudaSuccess: the device has failed; launches and waits say so */
     long fault_after;    /* launches until it does; 0: never */
+    bool no_fp8;         /* cuBLASLt has no product of e4m3 here */
 };
 extern device dev;
 

@@ -1,5 +1,6 @@
 /* emu_cublaslt.cpp - the cuBLASLt calls that qemb makes, on the CPU, with the library's own types and
- * with the argument checks that the library applies on sm_80 and later to FP16 TN products.
+ * with the argument checks that the library applies on sm_80 and later to FP16 TN products, and on sm_90
+ * to e4m3 ones with a scale per row of either operand.
  *
  * Algorithms are numbered 0..7 (word 0 of the opaque algorithm, word 1 a seal). They give the same
  * values up to rounding: 2, 3, 6 and 7 sum from the end of K to its beginning, and the odd ones split
@@ -17,7 +18,8 @@ extern double clock_ms;
 struct lt_desc {
     cublasComputeType_t compute;
     cudaDataType scale;
-    int32_t ta = CUBLAS_OP_N, tb = CUBLAS_OP_N;
+    int32_t ta = CUBLAS_OP_N, tb = CUBLAS_OP_N, a_mode = 0, b_mode = 0;
+    const float *a_scale = nullptr, *b_scale = nullptr;
 };
 struct lt_layout {
     cudaDataType type;
@@ -32,7 +34,7 @@ struct lt_pref {
 enum : uint64_t { SEAL = 0x71656d62616c676full };
 
 static size_t size_of(cudaDataType t) {
-    return t == CUDA_R_32F ? 4 : t == CUDA_R_16F || t == CUDA_R_16BF ? 2 : 0;
+    return t == CUDA_R_32F ? 4 : t == CUDA_R_16F || t == CUDA_R_16BF ? 2 : t == CUDA_R_8F_E4M3;
 }
 static float get(const void *p, cudaDataType t, size_t i) {
     switch (t) {
@@ -40,6 +42,11 @@ static float get(const void *p, cudaDataType t, size_t i) {
         return __half2float(((const __half *)p)[i]);
     case CUDA_R_16BF:
         return __bfloat162float(((const __nv_bfloat16 *)p)[i]);
+    case CUDA_R_8F_E4M3: { /* by the format's definition, not by the header that wrote it */
+        const int code = ((const uint8_t *)p)[i], e = code >> 3 & 15, m = code & 7;
+        const float size = e ? ldexpf((float)(8 + m), e - 10) : ldexpf((float)m, -9);
+        return (code & 127) == 127 ? NAN : code & 128 ? -size : size;
+    }
     default:
         return ((const float *)p)[i];
     }
@@ -62,6 +69,7 @@ struct product {
     uint64_t N, M, K;
     float alpha, beta;
     const void *A, *B, *C;
+    const float *a_scale, *b_scale; /* (N), (M) of e4m3; else null */
     void *D;
     lt_layout a, b, c;
     bool split, backwards;
@@ -85,6 +93,7 @@ static void multiply(const product &p) {
             float s = tail;
             for (float v : part) s += v;
             s *= p.alpha;
+            if (p.a_scale) s *= p.a_scale[i] * p.b_scale[j];
             size_t at = i + j * p.c.ld;
             if (p.beta != 0) s += p.beta * get(p.C, p.c.type, at);
             put(p.D, p.c.type, at, s);
@@ -104,9 +113,20 @@ static cublasStatus_t check(const lt_desc &d, const lt_layout &a, const lt_layou
     if (!a.rows || !a.cols || !b.cols) return CUBLAS_STATUS_INVALID_VALUE;
     if (a.ld < (int64_t)a.rows || b.ld < (int64_t)b.rows || c.ld < (int64_t)c.rows)
         return CUBLAS_STATUS_INVALID_VALUE;
-    if (a.type != b.type || size_of(a.type) != 2) return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (a.ld * 2 % 16 || b.ld * 2 % 16 || c.ld * size_of(c.type) % 16)
+    if (a.type != b.type || size_of(a.type) > 2 || size_of(c.type) < 2)
         return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (a.ld * size_of(a.type) % 16 || b.ld * size_of(b.type) % 16 || c.ld * size_of(c.type) % 16)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    const bool outer = d.a_mode == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F &&
+                       d.b_mode == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+    if (size_of(a.type) == 2)
+        return d.a_mode || d.b_mode ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_SUCCESS;
+    /* e4m3: the one form of scales modelled, which sm_90 alone has */
+    if (!outer || dev.major != 9 || dev.minor != 0 || dev.no_fp8)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (a.rows % 16 || a.cols % 16 || b.cols % 16) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (!d.a_scale || !d.b_scale || ((uintptr_t)d.a_scale | (uintptr_t)d.b_scale) % 16)
+        return CUBLAS_STATUS_INVALID_VALUE;
     return CUBLAS_STATUS_SUCCESS;
 }
 static uint64_t algo_workspace(uint64_t id) { return id % 2 ? (uint64_t)1 << 20 : 0; }
@@ -136,17 +156,35 @@ cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) {
 cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d,
                                               cublasLtMatmulDescAttributes_t a, const void *v,
                                               size_t n) {
-    if (n != 4) return CUBLAS_STATUS_INVALID_VALUE;
+    lt_desc *x = (lt_desc *)d;
+    void *to = nullptr;
+    size_t size = 4;
     switch (a) {
     case CUBLASLT_MATMUL_DESC_TRANSA:
-        memcpy(&((lt_desc *)d)->ta, v, n);
+        to = &x->ta;
         break;
     case CUBLASLT_MATMUL_DESC_TRANSB:
-        memcpy(&((lt_desc *)d)->tb, v, n);
+        to = &x->tb;
+        break;
+    case CUBLASLT_MATMUL_DESC_A_SCALE_MODE:
+        to = &x->a_mode;
+        break;
+    case CUBLASLT_MATMUL_DESC_B_SCALE_MODE:
+        to = &x->b_mode;
+        break;
+    case CUBLASLT_MATMUL_DESC_A_SCALE_POINTER:
+        to = &x->a_scale;
+        size = 8;
+        break;
+    case CUBLASLT_MATMUL_DESC_B_SCALE_POINTER:
+        to = &x->b_scale;
+        size = 8;
         break;
     default:
         return CUBLAS_STATUS_INVALID_VALUE;
     }
+    if (n != size) return CUBLAS_STATUS_INVALID_VALUE;
+    memcpy(to, v, n);
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -262,11 +300,27 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
         return CUBLAS_STATUS_NOT_SUPPORTED;
     if (algo_workspace(algo->data[0]) > ws_bytes || (ws_bytes && (uintptr_t)ws % 256))
         return CUBLAS_STATUS_NOT_SUPPORTED;
-    for (const void *p : {A, B, C, (const void *)D})
+    const lt_desc &d = *(lt_desc *)desc;
+    const bool fp8 = size_of(a.type) == 1;
+    for (const void *p : {A, B, C, (const void *)D, fp8 ? (const void *)d.a_scale : A,
+                          fp8 ? (const void *)d.b_scale : A})
         if (!in_device_heap(p)) die("cublasLtMatmul: an operand is not device memory");
-    product p = {
-        c.rows, c.cols, a.rows, *(const float *)alpha,  *(const float *)beta,      A, B, C, D,
-        a,      b,      c,      algo->data[0] % 2 == 1, algo->data[0] / 2 % 2 == 1};
+    product p = {c.rows,
+                 c.cols,
+                 a.rows,
+                 *(const float *)alpha,
+                 *(const float *)beta,
+                 A,
+                 B,
+                 C,
+                 fp8 ? d.a_scale : nullptr,
+                 fp8 ? d.b_scale : nullptr,
+                 D,
+                 a,
+                 b,
+                 c,
+                 algo->data[0] % 2 == 1,
+                 algo->data[0] / 2 % 2 == 1};
     double cost =
         (algo->data[0] ^ 2) * 0.01; /* algorithm 2 is the fastest: tuning has something to find */
     submit(st, [p, cost] {

@@ -1,0 +1,187 @@
+/* eight.cuh - numbers of 8 bits: INT8 weights back to halves, and rows as e4m3 with a scale each.
+ *
+ *   INT8  W[r][c] = scale[r] * q[r][c], q in -127 .. 127: as the file stores it
+ *   FP8   row[c] = scale * code[c], scale = max |row| / 448, code rounded to e4m3 (3 bits of fraction)
+ *
+ * A scale per row of W and per token: token 0 carries activations hundreds of times larger than the
+ * rest, which one scale for all would round to nothing. Rows that hold NaN or Inf come out as NaN.
+ */
+#ifndef EIGHT_CUH
+#define EIGHT_CUH
+
+#include "kernels.cuh"
+
+/* ---- dequantize ------------------------------------------------------------------------------
+ * y (N, K) = scale[n] * q (N, K), rounded to A: what the product reads. 8 numbers per thread and step,
+ * grid-stride. 3 N K bytes. */
+enum { DEQUANTIZE_THREADS = 256 };
+template <class A>
+__global__ void __launch_bounds__(DEQUANTIZE_THREADS)
+    dequantize_kernel(A *y, const int8_t *q, const float *scale, int N, int K) {
+    const unsigned K8 = (unsigned)K / 8, n = (unsigned)N * K8;
+    for (unsigned i = blockIdx.x * DEQUANTIZE_THREADS + threadIdx.x; i < n;
+         i += gridDim.x * DEQUANTIZE_THREADS) {
+        union {
+            uint2 bytes;
+            int8_t q[8];
+        } u = {((const uint2 *)q)[i]};
+        const float s = scale[i / K8];
+        eight<A> o;
+#pragma unroll
+        for (int k = 0; k < 4; k++) o.v[k] = to_pair<A>(s * u.q[2 * k], s * u.q[2 * k + 1]);
+        *(eight<A> *)(y + (size_t)i * 8) = o;
+    }
+}
+
+/* ---- rows to e4m3 ----------------------------------------------------------------------------
+ * A block per row, grid-stride. A thread keeps V groups of 8 numbers in registers between the maximum
+ * and the rounding: numbers (j * ROW_THREADS + thread) * 8 .. + 7, V * 8 * ROW_THREADS >= K. */
+enum { ROW_THREADS = 256, ROW_WARPS = ROW_THREADS / 32 };
+constexpr float E4M3_MAX = 448;
+
+/* op over the block, in an order of its own. part (ROW_WARPS) shared floats. */
+template <class F> __device__ __forceinline__ float block_reduce(float v, float *part, F op) {
+    for (int o = 16; o; o >>= 1) v = op(v, __shfl_xor_sync(0xffffffffu, v, o));
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
+    __syncthreads(); /* row_in: every warp's part is there before anyone reads it */
+    v = part[0];
+    for (int i = 1; i < ROW_WARPS; i++) v = op(v, part[i]);
+    __syncthreads(); /* row_out: it has been read before the next reduction overwrites it */
+    return v;
+}
+struct largest {
+    __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+struct total {
+    __device__ float operator()(float a, float b) const { return a + b; }
+};
+
+template <class A>
+__device__ __forceinline__ void load_eight(float (&v)[8], const A *from) {
+    const eight<A> e = *(const eight<A> *)from;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const float2 f = to_float2(e.v[k]);
+        v[2 * k] = f.x, v[2 * k + 1] = f.y;
+    }
+}
+__device__ __forceinline__ void load_eight(float (&v)[8], const float *from) {
+    const float4 a = ((const float4 *)from)[0], b = ((const float4 *)from)[1];
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+    v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+__device__ __forceinline__ void load_eight(float (&v)[8], const int8_t *from) {
+    union {
+        uint2 bytes;
+        int8_t q[8];
+    } u = {*(const uint2 *)from};
+#pragma unroll
+    for (int e = 0; e < 8; e++) v[e] = u.q[e];
+}
+
+/* codes (K) and *scale of the row v. The maximum passes NaN by; its code is NaN. Inf * 0 is NaN. */
+template <int V>
+__device__ __forceinline__ void store_row(uint8_t *codes, float *scale, const float (&v)[V][8],
+                                          int K, float *part) {
+    float top = 0;
+#pragma unroll
+    for (int j = 0; j < V; j++)
+#pragma unroll
+        for (int e = 0; e < 8; e++) top = fmaxf(top, fabsf(v[j][e]));
+    top = fmaxf(block_reduce(top, part, largest()), 0x1p-100f); /* a row of zeros: zeros */
+    const float to_code = E4M3_MAX / top;
+    if (threadIdx.x == 0) *scale = top / E4M3_MAX;
+#pragma unroll
+    for (int j = 0; j < V; j++) {
+        const int i = (j * ROW_THREADS + threadIdx.x) * 8;
+        if (i >= K) continue;
+        uint32_t two[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float *w = v[j] + 4 * h;
+            two[h] = e4m3_pair(w[0] * to_code, w[1] * to_code) |
+                     e4m3_pair(w[2] * to_code, w[3] * to_code) << 16;
+        }
+        *(uint2 *)(codes + i) = make_uint2(two[0], two[1]);
+    }
+}
+
+/* codes (T, K), scales (T) of x (T, K): A, or INT8 with its scales in `scales`, which are replaced.
+ * sizeof + 1 bytes per number. */
+template <class X, int V>
+__global__ void __launch_bounds__(ROW_THREADS)
+    quantize_kernel(uint8_t *codes, float *scales, const X *x, int T, int K) {
+    SHARED_BYTES(smem); /* float (ROW_WARPS) */
+    for (int t = blockIdx.x; t < T; t += gridDim.x) {
+        const float s = sizeof(X) == 1 ? scales[t] : 1; /* read before store_row's barriers */
+        float v[V][8];
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            const int i = (j * ROW_THREADS + threadIdx.x) * 8;
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[j][e] = 0;
+            if (i >= K) continue;
+            load_eight(v[j], x + (size_t)t * K + i);
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[j][e] *= s;
+        }
+        store_row(codes + (size_t)t * K, scales + t, v, K, (float *)smem);
+    }
+}
+
+/* rmsnorm (kernels.cuh), its rows as e4m3. 5 D bytes, 6 D flops. */
+template <int V>
+__global__ void __launch_bounds__(ROW_THREADS)
+    rmsnorm_e4m3_kernel(uint8_t *codes, float *scales, const float *x, const float *w, int T, int D,
+                        float eps) {
+    SHARED_BYTES(smem); /* float (ROW_WARPS) */
+    for (int t = blockIdx.x; t < T; t += gridDim.x) {
+        float v[V][8], sum = 0;
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            const int i = (j * ROW_THREADS + threadIdx.x) * 8;
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[j][e] = 0;
+            if (i < D) load_eight(v[j], x + (size_t)t * D + i);
+#pragma unroll
+            for (int e = 0; e < 8; e++) sum += v[j][e] * v[j][e];
+        }
+        const float s = rsqrtf(block_reduce(sum, (float *)smem, total()) / D + eps);
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            const int i = (j * ROW_THREADS + threadIdx.x) * 8;
+            if (i >= D) continue;
+            float g[8];
+            load_eight(g, w + i);
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[j][e] *= s * g[e];
+        }
+        store_row(codes + (size_t)t * D, scales + t, v, D, (float *)smem);
+    }
+}
+
+/* swiglu (kernels.cuh) without its power of two, which a scale makes needless: products of halves fit a
+ * float. gu (T, 2F): gate, then up. 5 F bytes, 9 F flops. */
+template <class A, int V>
+__global__ void __launch_bounds__(ROW_THREADS)
+    swiglu_e4m3_kernel(uint8_t *codes, float *scales, const A *gu, int T, int F) {
+    SHARED_BYTES(smem); /* float (ROW_WARPS) */
+    for (int t = blockIdx.x; t < T; t += gridDim.x) {
+        float v[V][8];
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            const int i = (j * ROW_THREADS + threadIdx.x) * 8;
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[j][e] = 0;
+            if (i >= F) continue;
+            float up[8];
+            load_eight(v[j], gu + (size_t)t * 2 * F + i);
+            load_eight(up, gu + (size_t)t * 2 * F + F + i);
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[j][e] = silu(v[j][e]) * up[e];
+        }
+        store_row(codes + (size_t)t * F, scales + t, v, F, (float *)smem);
+    }
+}
+
+#endif

@@ -1,0 +1,103 @@
+/* cuda_model.h - what the tests of whole models share: models over a file on some table, texts, and the
+ * comparison of vectors. The bound is derived in test_cuda_model.cu.
+ */
+#ifndef CUDA_MODEL_H
+#define CUDA_MODEL_H
+
+#include "cuda_test.h"
+
+constexpr double MIN_COSINE = 0.99998;
+
+inline double cosine(const float *a, const float *b, int n) {
+    double ab = 0, aa = 0, bb = 0;
+    for (int i = 0; i < n; i++)
+        ab += (double)a[i] * b[i], aa += (double)a[i] * a[i], bb += (double)b[i] * b[i];
+    return ab / sqrt(aa * bb);
+}
+
+/* A model over a file on some table, opened or reported. */
+struct model {
+    qemb_model *m = nullptr;
+    qemb_err err = {};
+    int D;
+    model(const qemb_file *f, const qemb_ops *ops, int batch_tokens, qemb_options opt = {})
+        : D(f->config.hidden) {
+        opt.batch_tokens = batch_tokens;
+        opt.threads = 2;
+        if (qemb_open(&m, f, ops, &opt, &err)) m = nullptr;
+    }
+    ~model() { qemb_close(m); }
+
+    /* Vectors of texts, in as few batches as they fit. */
+    std::vector<std::vector<float>> embed(const std::vector<std::vector<int32_t>> &texts) {
+        std::vector<std::vector<float>> out(texts.size());
+        std::vector<int> row(texts.size());
+        qemb_batch *b = qemb_batch_new(m);
+        for (size_t first = 0, i = 0; first < texts.size(); first = i) {
+            qemb_batch_clear(b);
+            for (; i < texts.size(); i++)
+                if ((row[i] = qemb_pack_add(b, texts[i].data(), (int)texts[i].size())) < 0) break;
+            std::vector<float> v((size_t)qemb_batch_rows(b) * D);
+            qemb_embed(m, b, v.data());
+            for (size_t k = first; k < i; k++)
+                out[k].assign(&v[(size_t)row[k] * D], &v[(size_t)row[k] * D] + D);
+        }
+        qemb_batch_free(b);
+        return out;
+    }
+};
+
+inline qemb_config config(int L, int D, int H, int K, int hd, int F, int max) {
+    return qemb_config{L, D, H, K, hd, F, 300, max, 299, 1e6f, 1e-6f};
+}
+
+inline std::vector<std::vector<int32_t>> random_texts(const std::vector<int> &lens, int prefix,
+                                                      uint64_t seed) {
+    rng r = {seed};
+    std::vector<int32_t> shared(prefix);
+    for (int32_t &id : shared) id = (int32_t)(rng_u64(&r) % 256);
+    std::vector<std::vector<int32_t>> texts;
+    for (int n : lens) {
+        std::vector<int32_t> t = shared;
+        for (int i = 0; i < n - 1; i++) t.push_back((int32_t)(rng_u64(&r) % 256));
+        t.push_back(299);
+        texts.push_back(t);
+    }
+    return texts;
+}
+
+inline void compare(model &cuda, model &cpu, const std::vector<std::vector<int32_t>> &texts,
+                    double *worst) {
+    std::vector<std::vector<float>> got = cuda.embed(texts), want = cpu.embed(texts);
+    for (size_t i = 0; i < texts.size(); i++) {
+        const double c = cosine(got[i].data(), want[i].data(), cuda.D);
+        *worst = std::min(*worst, c);
+        check(c >= MIN_COSINE, "text %zu of %zu tokens: cosine %.7f (want %.5f)", i,
+              texts[i].size(), c, MIN_COSINE);
+    }
+}
+
+/* The CUDA table, which tells what it opened. */
+inline qemb_backend *spied;
+inline int spy_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
+                    qemb_err *err) {
+    const int r = qemb_cuda_ops.open(be, c, opt, err);
+    spied = r ? nullptr : *be;
+    return r;
+}
+inline const qemb_ops *spy_ops() {
+    static qemb_ops table = qemb_cuda_ops;
+    table.open = spy_open;
+    return &table;
+}
+
+/* The bytes of a section of a model in memory. */
+inline uint8_t *section_of(uint8_t *model, const char *name) {
+    for (uint8_t *e = model + 4096;; e += 96) {
+        uint64_t at;
+        memcpy(&at, e + 72, 8);
+        if (!strcmp((const char *)e, name)) return model + at;
+    }
+}
+
+#endif
