@@ -771,10 +771,9 @@ static void cuda_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const fl
     });
 }
 
-/* w in FP16: of an INT8 file made so here, unless it still is. */
-static qemb_mat dense_matrix(qemb_backend *be, const qemb_mat *w) {
+/* w in FP16: of an INT8 file made so in dense[i], unless it still is. */
+static qemb_mat dense_matrix(qemb_backend *be, const qemb_mat *w, int i) {
     if (be->fp8 || w->dtype != QEMB_I8) return *w;
-    const int i = w->rows != 2 * be->c->ffn; /* wgu has one to itself: its rows come in chunks */
     if (be->dense_of[i] != w->data) {
         const size_t n = (size_t)w->rows * w->cols;
         good(be,
@@ -789,8 +788,9 @@ static qemb_mat dense_matrix(qemb_backend *be, const qemb_mat *w) {
 }
 
 /* x (T, in): halves; in FP8 codes and scales, as `coded` lays them. */
-static void run_gemm(qemb_backend *be, void *y, const void *x, const qemb_mat *w, bool add, int T) {
-    const qemb_mat m = dense_matrix(be, w);
+static void run_gemm(qemb_backend *be, void *y, const void *x, const qemb_mat *w, bool add, int T,
+                     int dense = 1) {
+    const qemb_mat m = dense_matrix(be, w, dense);
     const cublasStatus_t s =
         gemm_run(&be->gemm, y, x, be->fp8 ? coded((void *)x, T, w->cols).scales : nullptr, &m, add,
                  T, be->st);
@@ -875,14 +875,14 @@ static void cuda_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb
     const int F = be->c->ffn;
     if (be->mode == REPLAY) return;
     if (be->hopper.on && !be->fp8 && T >= GATE_UP_FROM) {
-        const qemb_mat m = dense_matrix(be, w);
+        const qemb_mat m = dense_matrix(be, w, 0);
         good(be,
              gate_up_launch(&be->hopper, (act *)h, (const act *)x, (const act *)m.data, m.alpha, T,
                             F, m.cols, be->clamps, be->st),
              "gate_up");
         return;
     }
-    run_gemm(be, gu, x, w, false, T);
+    run_gemm(be, gu, x, w, false, T, 0); /* wgu has one to itself: its rows come in chunks */
     if (be->fp8) {
         const coded_rows to = coded(h, T, F);
         be->coded = h;

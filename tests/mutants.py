@@ -17,7 +17,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-A, K, Q, G, P = "attention.cuh", "kernels.cuh", "qemb.cu", "gemm.cuh", "hopper.cuh"
+A, K, E, Q, G, P = "attention.cuh", "kernels.cuh", "eight.cuh", "qemb.cu", "gemm.cuh", "hopper.cuh"
 
 # name, file, text, replacement, tests that must notice; * in front: in the sample
 MUTANTS = [
@@ -69,6 +69,37 @@ MUTANTS = [
     ("clamp", K, "return over ? (v > 0 ? limit : -limit) : v;", "return v;", "swiglu"),
     ("clamp_hides_nan", K, "const bool over = v > limit || v < -limit;", "const bool over = !(fabsf(v) <= limit);", "swiglu"),
     ("clamps_uncounted", K, "if (clamped) atomicAdd(", "if (0) atomicAdd(", "swiglu"),
+    # numbers of 8 bits
+    ("*row_in", E, "__syncthreads(); /* row_in", "/* row_in", "quantize rmsnorm_e4m3"),
+    ("row_out", E, "__syncthreads(); /* row_out", "/* row_out", "quantize rmsnorm_e4m3"),
+    ("row_warp", E, "for (int o = 16; o; o >>= 1) v = op(", "for (int o = 8; o; o >>= 1) v = op(", "quantize"),
+    ("row_zeros", E, "largest()), 0x1p-100f)", "largest()), 0.0f)", "quantize"),
+    ("row_scale", E, "*scale = top / E4M3_MAX;", "*scale = top / 256;", "quantize"),
+    ("row_end", E, "if (i >= K) continue;\n        uint32_t two[2];", "uint32_t two[2];", "quantize"),
+    ("row_order", E, "e4m3_pair(w[2] * to_code, w[3] * to_code) << 16;", "e4m3_pair(w[3] * to_code, w[2] * to_code) << 16;",
+     "quantize"),
+    ("int8_scale", E, "const float s = sizeof(X) == 1 ? scales[t] : 1;", "const float s = 1;", "quantize"),
+    ("dequantize_row", E, "const float s = scale[i / K8];", "const float s = scale[0];", "dequantize"),
+    ("dequantized_stale", Q, "if (be->dense_of[i] != w->data) {", "if (!be->dense_of[i]) {", "int8_against_cpu"),
+    ("dequantized_lost", Q, "be->dense_of[0] = be->dense_of[1] = nullptr;", ";", "graph_same_bits"),
+    ("wgu_slot", Q, "run_gemm(be, gu, x, w, false, T, 0);", "run_gemm(be, gu, x, w, false, T);", "int8_against_cpu"),
+    ("slot_quantize", Q, 'ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_quantize', "/* slot_quantize", "fp8_same accuracy"),
+    ("fp8_alpha", Q, "if (!be->fp8) y->wdown.alpha *= 1 << SWIGLU_SHIFT;", "y->wdown.alpha *= 1 << SWIGLU_SHIFT;", "accuracy"),
+    ("fp8_attention", Q, "if (!be->fp8 || a == be->coded)", "if (1)", "op_fp8"),
+    ("fp8_rows", G, "(uint64_t)(g->fp8 ? (T + 15) / 16 * 16 : T)", "(uint64_t)T", "op_fp8"),
+    ("fp8_x_scales", G, "return s ? s : gemm_describe(g, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, x);",
+     "return s ? s : gemm_describe(g, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, w);", "op_fp8"),
+    ("fp8_anywhere", Q, "if (be->fp8 && (major != 9", "if (0 && (major != 9", "refuse_fp8"),
+    ("fp8_unasked", Q, "(fp8 && check_fp8(be, err))", "0", "refuse_fp8"),
+    # graphs
+    ("*graph_tiles", Q, "while (*n < full) tiles[(*n)++] = att_tile{};", "", "graph_"),
+    ("empty_tile", A, "if (w.t0 >= w.len) return;", "", "graph_"),
+    ("graph_texts", Q, "&be->graphs[size - GRAPH_ROWS][b->B]", "&be->graphs[size - GRAPH_ROWS][1]", "graph_"),
+    ("graph_again", Q, "if (be->mode == REPLAY) return;\n    run_gemm(be, y, x, w, false, T);", "run_gemm(be, y, x, w, false, T);",
+     "graph_"),
+    ("graph_residual", Q, "if (be->mode == REPLAY) return;\n    if (!be->fp8 || a", "if (!be->fp8 || a", "graph_"),
+    ("graph_not_run", Q, "if (be->mode != PLAIN && be->graph->exec)", "if (be->mode == REPLAY && be->graph->exec)", "graph_"),
+    ("no_graphs", Q, "if (be->graphs_off || size", "if (size", "graph_"),
     # the host's side
     ("*slot_embed", Q, 'good(be, cudaEventSynchronize(s->free), "embed"); /* slot_embed', "/* slot_embed", "op_embed"),
     ("slot_upload", Q, 'ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_upload', "/* slot_upload", "forward_shapes"),
@@ -145,7 +176,8 @@ MUTANTS = [
     ("ah_filled_up", P, "if (w.t0 >= w.len) break; /* no tile", "/* no tile", "attention_hopper"),
 ]
 
-SOURCES = ("qemb.cu", "tests/cuda_main.cu", "tests/test_cuda_ops.cu", "tests/test_cuda_hopper.cu", "tests/test_cuda_model.cu")
+SOURCES = ("qemb.cu", "tests/cuda_main.cu", "tests/test_cuda_ops.cu", "tests/test_cuda_hopper.cu", "tests/test_cuda_model.cu",
+           "tests/test_cuda_eight.cu")
 FLAGS = {  # per net: flags of the code under test; objects that the mutants share come from build/NET
     "emu": ["-O1", "-fopenmp"],
     "emu-race": "-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie -DEMU_RACE".split(),
@@ -162,13 +194,16 @@ def find_cuda():
 
 
 KERNEL_TESTS = ("rmsnorm", "attention_", "qknorm_rope", "swiglu")  # launch kernels themselves
-MODEL_TESTS = ("golden", "forward", "same", "device", "refuse", "hot", "timed")
+EIGHT_TESTS = ("quantize", "rmsnorm_e4m3", "dequantize")  # and these
+MODEL_TESTS = ("golden", "forward", "same", "device", "refuse", "hot", "timed", "graph", "accuracy", "int8", "fp8", "overflow")
 
 
 def touched(file, tests):
     """Which objects a change of this file alters for these tests; the others are taken from build/NET."""
     if file == P and all("hopper" in t for t in tests):
         return ["tests/test_cuda_hopper.cu"]
+    if file == E and all(t in EIGHT_TESTS for t in tests):
+        return ["tests/test_cuda_eight.cu"]
     if file not in (A, K):
         return ["qemb.cu"]
     if all(t.startswith(KERNEL_TESTS) for t in tests):

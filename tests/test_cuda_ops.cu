@@ -378,6 +378,34 @@ TEST_SCHEDULES(op_embed) {
     }
 }
 
+template <class A> static void embed_case(int D, int T, int n) {
+    rng r = {(uint64_t)D};
+    const std::vector<A> rows = random_numbers<A>(&r, (size_t)n * D, 3);
+    std::vector<int> slot(T);
+    for (int t = 0; t < T; t++) slot[t] = 5 + t * 7 % n;
+    slot[T - 1] = 4, slot[0] = 5 + n; /* another chunk's: left alone */
+    device_array<A> d(rows);
+    device_array<int> ds(slot);
+    device_array<float> x((size_t)T * D);
+    cuda_ok(launch(embed_kernel<A>, dim3((unsigned)((T + EMBED_WARPS - 1) / EMBED_WARPS)),
+                   dim3(EMBED_WARPS * 32), 0, (cudaStream_t)0, x.p, (const A *)d.p,
+                   (const int *)ds.p, 5, n, T, D),
+            "launch");
+    const std::vector<float> got = x.get();
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < D; i++) {
+            const float g = got[(size_t)t * D + i];
+            const bool other = t == 0 || t == T - 1;
+            if (!check(other ? std::isnan(g) : g == num(rows[(size_t)(slot[t] - 5) * D + i]),
+                       "x[%d][%d] is %g", t, i, (double)g))
+                return;
+        }
+}
+TEST_SCHEDULES(embed) {
+    embed_case<__half>(264, 9, 4);
+    embed_case<__nv_bfloat16>(264, 9, 4);
+}
+
 TEST_SCHEDULES(
     op_embed_back_to_back) { /* a batch is begun while the one before is still on its way */
     rng r = {15};
