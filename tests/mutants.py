@@ -17,7 +17,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-A, K, E, Q, G = "attention.cuh", "kernels.cuh", "eight.cuh", "qemb.cu", "gemm.cuh"
+A, K, E, Q, G, P = "attention.cuh", "kernels.cuh", "eight.cuh", "qemb.cu", "gemm.cuh", "hopper.cuh"
 
 # name, file, text, replacement, tests that must notice; * in front: in the sample
 MUTANTS = [
@@ -124,15 +124,66 @@ MUTANTS = [
     ("slowest", G, "ms < 0 || (best >= 0 && ms >= best)", "ms < 0 || (best >= 0 && ms <= best)", "timed_once"),
     ("unchecked_cache", G, "if (gemm_set_rows(p, rows) || cublasLtMatmulAlgoCheck(", "if (gemm_set_rows(p, rows) || 0 && cublasLtMatmulAlgoCheck(",
      "timed_once"),
+    # Hopper's kernels
+    ("gu_init", P, "__syncthreads(); /* gu_init", "/* gu_init", "gate_up_hopper"),
+    ("*gu_empty", P, "barrier_wait(ring.empty(ring.i), ring.parity(ring.i) ^ 1); /* gu_empty", "/* gu_empty", "gate_up_hopper"),
+    ("gu_empty_phase", P, "ring.parity(ring.i) ^ 1); /* gu_empty", "ring.parity(ring.i)); /* gu_empty", "gate_up_hopper"),
+    ("*gu_full", P, "barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* gu_full", "/* gu_full", "gate_up_hopper"),
+    ("gu_full_phase", P, "ring.parity(ring.i)); /* gu_full", "0); /* gu_full", "gate_up_hopper"),
+    ("gu_fence", P, "wgmma_fence(); /* gu_fence", "/* gu_fence", "gate_up_hopper"),
+    ("gu_step", P, "wgmma_wait<1>(); /* gu_step", "/* gu_step", "gate_up_hopper"),
+    ("gu_step_2", P, "wgmma_wait<1>(); /* gu_step", "wgmma_wait<2>(); /* gu_step", "gate_up_hopper"),
+    ("gu_sums", P, "wgmma_wait<0>(d); /* gu_sums", "/* gu_sums", "gate_up_hopper"),
+    ("gu_sums_1", P, "wgmma_wait<0>(d); /* gu_sums", "wgmma_wait<1>(d); /* gu_sums", "gate_up_hopper"),
+    ("gu_last", P, "if (lane == 0) barrier_arrive(ring.empty(ring.i - 1)); /* gu_last", "/* gu_last", "gate_up_hopper"),
+    ("gu_early", P, "if (k > 0 && lane == 0) barrier_arrive(ring.empty(ring.i - 1));",
+     "if (k > 0 && lane == 0) barrier_arrive(ring.empty(ring.i));", "gate_up_hopper"),
+    ("gu_bytes", P, "barrier_expect(full, 3 * GU_PART);", "barrier_expect(full, 2 * GU_PART);", "gate_up_hopper"),
+    ("gu_zero", P, "k + s > 0", "true", "gate_up_hopper"),
+    ("gu_rows", P, "if (r < T && column < F)", "if (column < F)", "gate_up_hopper"),
+    ("gu_columns", P, "if (r < T && column < F)", "if (r < T)", "gate_up_hopper"),
+    ("gu_alpha", P, "swiglu_one(alpha * g[e], alpha * u[e], clamped)", "swiglu_one(g[e], alpha * u[e], clamped)", "gate_up_hopper"),
+    ("gu_clamps", P, "if (clamped) atomicAdd(", "if (0) atomicAdd(", "gate_up_hopper"),
+    ("gu_transpose", P, "const bool upper = lane & bit;", "const bool upper = lane & 1;", "gate_up_hopper"),
+    ("ring_warps", P, "barrier_init(ring.empty(j), HOPPER_WARPS);", "barrier_init(ring.empty(j), 4);", "hopper"),
+    ("ah_init", P, "__syncthreads(); /* ah_init", "/* ah_init", "attention_hopper"),
+    ("ah_q_empty", P, "barrier_wait(work.q_empty(), turn ^ 1); /* ah_q_empty", "/* ah_q_empty", "attention_hopper"),
+    ("ah_empty", P, "barrier_wait(ring.empty(ring.i), ring.parity(ring.i) ^ 1); /* ah_empty", "/* ah_empty", "attention_hopper"),
+    ("ah_landed", P, "cp_async_wait<1>(); /* ah_landed", "/* ah_landed", "attention_hopper"),
+    ("ah_landed_2", P, "cp_async_wait<1>(); /* ah_landed", "cp_async_wait<2>(); /* ah_landed", "attention_hopper"),
+    ("*ah_fence", P, "fence_async();      /* ah_fence:", "/* ah_fence:", "attention_hopper"),
+    ("ah_landed_last", P, "cp_async_wait<0>(); /* ah_landed_last", "/* ah_landed_last", "attention_hopper"),
+    ("ah_fence_last", P, "fence_async();      /* ah_fence_last", "/* ah_fence_last", "attention_hopper"),
+    ("ah_q_full", P, "barrier_wait(work.q_full(), turn); /* ah_q_full", "/* ah_q_full", "attention_hopper"),
+    ("*ah_q_read", P, "__syncwarp(); /* ah_q_read", "/* ah_q_read", "attention_hopper"),
+    ("ah_full_first", P, "barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* ah_full_first", "/* ah_full_first",
+     "attention_hopper"),
+    ("ah_full", P, "barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* ah_full */", "/* ah_full */", "attention_hopper"),
+    ("ah_first", P, "wgmma_wait<0>(p[0]); /* ah_first", "/* ah_first", "attention_hopper"),
+    ("ah_touched", P, "wgmma_fence(); /* ah_touched", "/* ah_touched", "attention_hopper"),
+    ("ah_scores_done", P, "wgmma_wait<1>(p[0]); /* ah_scores_done", "wgmma_wait<2>(p[0]); /* ah_scores_done", "attention_hopper"),
+    ("*ah_values_done", P, "wgmma_wait<0>(o[0]); /* ah_values_done", "/* ah_values_done", "attention_hopper"),
+    ("ah_early", P, "if (lane == 0) barrier_arrive(ring.empty(ring.i - 1));\n            att_rescale",
+     "if (lane == 0) barrier_arrive(ring.empty(ring.i));\n            att_rescale", "attention_hopper"),
+    ("ah_last", P, "wgmma_wait<0>(o[0]); /* ah_last", "/* ah_last", "attention_hopper"),
+    ("ah_freed_last", P, "if (lane == 0) barrier_arrive(ring.empty(ring.i));\n        ring.i++;", "ring.i++;", "attention_hopper"),
+    ("ah_zero", P, "t > 1);", "true);", "attention_hopper"),
+    ("ah_rescale", P, "att_rescale<HD, 1>(o, older);", "", "attention_hopper"),
+    ("ah_keys_end", P, "const bool ok = p < s.keys;", "const bool ok = true;", "attention_hopper"),
+    ("ah_keys_cut", P, "w.prefix + min(w.len, w.t0 + (HOPPER_ROWS >> lg))", "w.prefix + w.t0 + (HOPPER_ROWS >> lg)",
+     "attention_hopper"),
+    ("ah_prefix_rows", P, "(p < s.prefix ? p : s.own + p)", "(s.own + p)", "attention_hopper"),
+    ("ah_filled_up", P, "if (w.t0 >= w.len) break; /* no tile", "/* no tile", "attention_hopper"),
 ]
 
-SOURCES = ("qemb.cu", "tests/cuda_main.cu", "tests/test_cuda_ops.cu", "tests/test_cuda_model.cu", "tests/test_cuda_eight.cu")
+SOURCES = ("qemb.cu", "tests/cuda_main.cu", "tests/test_cuda_ops.cu", "tests/test_cuda_hopper.cu",
+           "tests/test_cuda_model.cu", "tests/test_cuda_eight.cu")
 FLAGS = {  # per net: flags of the code under test; objects that the mutants share come from build/NET
     "emu": ["-O1", "-fopenmp"],
     "emu-race": "-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie -DEMU_RACE".split(),
 }
-SHARED = [f"tests/emu/emu_{x}.o" for x in ("fibers", "runtime", "race", "cublaslt")] + \
-         ["qemb.o", "cpu_simd.o", "file.o", "tests/oracle.o", "tests/support.o", "tests/cuda_main.cu.o"]
+SHARED = [f"tests/emu/emu_{x}.o" for x in ("fibers", "runtime", "race", "hopper", "cublaslt")] + \
+         ["qemb.o", "cpu_share.o", "cpu_simd.o", "cpu_avx512.o", "file.o", "tests/oracle.o", "tests/support.o", "tests/cuda_main.cu.o"]
 
 
 def find_cuda():
@@ -151,6 +202,8 @@ def touched(file, tests):
     """Which objects a change of this file alters for these tests; the others are taken from build/NET."""
     if file == E and all(t in EIGHT_TESTS for t in tests):
         return ["tests/test_cuda_eight.cu"]
+    if file == P and all("hopper" in t for t in tests):
+        return ["tests/test_cuda_hopper.cu"]
     if file not in (A, K):
         return ["qemb.cu"]
     if all(t.startswith(KERNEL_TESTS) for t in tests):
@@ -165,7 +218,7 @@ def run_net(net, work, file, tests, cuda):
     only_model = all(t.startswith(MODEL_TESTS) for t in tests)
     only_ops = not any(t.startswith(MODEL_TESTS) for t in tests)
     for source in SOURCES[:1] + SOURCES[2:]:
-        ops = source.endswith("test_cuda_ops.cu")
+        ops = source.endswith(("ops.cu", "hopper.cu"))
         if (ops and only_model) or (source.endswith("model.cu") and only_ops):
             continue
         if source not in touched(file, tests):
