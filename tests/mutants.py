@@ -179,8 +179,8 @@ MUTANTS = [
     ("ah_filled_up", P, "if (w.t0 >= w.len) break; /* no tile", "/* no tile", "attention_hopper"),
 ]
 
-SOURCES = ("qemb.cu", "tests/cuda_main.cu", "tests/test_cuda_ops.cu", "tests/test_cuda_hopper.cu", "tests/test_cuda_model.cu",
-           "tests/test_cuda_eight.cu")
+SOURCES = ("qemb.cu", "tests/cuda_main.cu", "tests/test_cuda_ops.cu", "tests/test_cuda_hopper.cu",
+           "tests/test_cuda_model.cu", "tests/test_cuda_eight.cu")
 FLAGS = {  # per net: flags of the code under test; objects that the mutants share come from build/NET
     "emu": ["-O1", "-fopenmp"],
     "emu-race": "-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie -DEMU_RACE".split(),
@@ -203,10 +203,10 @@ MODEL_TESTS = ("golden", "forward", "same", "device", "refuse", "hot", "timed", 
 
 def touched(file, tests):
     """Which objects a change of this file alters for these tests; the others are taken from build/NET."""
-    if file == P and all("hopper" in t for t in tests):
-        return ["tests/test_cuda_hopper.cu"]
     if file == E and all(t in EIGHT_TESTS for t in tests):
         return ["tests/test_cuda_eight.cu"]
+    if file == P and all("hopper" in t for t in tests):
+        return ["tests/test_cuda_hopper.cu"]
     if file not in (A, K):
         return ["qemb.cu"]
     if all(t.startswith(KERNEL_TESTS) for t in tests):
