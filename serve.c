@@ -59,6 +59,10 @@ enum {
     OPT_THREADS,
     OPT_CPU,
     OPT_MATH,
+    OPT_VRAM,
+    OPT_DETERMINISTIC,
+    OPT_NO_GRAPHS,
+    OPT_GPU_CACHE,
     OPT_HTTP_THREADS,
     OPT_MAX_CONNECTIONS,
     OPT_MAX_BODY,
@@ -89,6 +93,10 @@ static const struct option long_options[] = {
     {"threads", required_argument, NULL, OPT_THREADS},
     {"cpu", required_argument, NULL, OPT_CPU},
     {"math", required_argument, NULL, OPT_MATH},
+    {"vram", required_argument, NULL, OPT_VRAM},
+    {"deterministic", no_argument, NULL, OPT_DETERMINISTIC},
+    {"no-graphs", no_argument, NULL, OPT_NO_GRAPHS},
+    {"gpu-cache", required_argument, NULL, OPT_GPU_CACHE},
     {"http-threads", required_argument, NULL, OPT_HTTP_THREADS},
     {"max-connections", required_argument, NULL, OPT_MAX_CONNECTIONS},
     {"max-body", required_argument, NULL, OPT_MAX_BODY},
@@ -124,6 +132,10 @@ static const char help[] =
     "  --threads N            CPU threads of the model                 [all]\n"
     "  --cpu NAME             plain, avx2 or avx512: the instructions  [the fastest]\n"
     "  --math NAME            f32, bf16 or int8; on a GPU f16 or fp8   [f32; f16]\n"
+    "  --vram MIB             on a GPU: memory to use at most          [free]\n"
+    "  --deterministic        on a GPU: no bit depends on what else is computed\n"
+    "  --no-graphs            on a GPU: no CUDA graphs for small batches\n"
+    "  --gpu-cache DIR        on a GPU: time algorithms once, keep the times there\n"
     "  --http-threads N       threads that parse, tokenize and format  [2]\n"
     "  --max-connections N    at a time                                [1024]\n"
     "  --max-body KIB         of one request                           [4096]\n"
@@ -219,6 +231,18 @@ static void set_option(serve_options *o, int opt, const char *name, const char *
         break;
     case OPT_MATH:
         cli->math = arg;
+        break;
+    case OPT_VRAM:
+        cli->engine.vram = (size_t)parse_int(name, arg, 1, 1 << 30) << 20;
+        break;
+    case OPT_DETERMINISTIC:
+        cli->engine.deterministic = 1;
+        break;
+    case OPT_NO_GRAPHS:
+        cli->engine.no_graphs = 1;
+        break;
+    case OPT_GPU_CACHE:
+        cli->engine.cache_dir = arg;
         break;
     case OPT_HTTP_THREADS:
         h->http_threads = parse_int(name, arg, 2, 256);
@@ -320,6 +344,10 @@ static void parse_options(serve_options *o, int argc, char **argv) {
     qemb_err err;
     cli->ops = choose_ops(cli->cpu, cli->math, &err);
     if (!cli->ops) USAGE("%s", err.msg);
+    const qemb_options *e = &cli->engine;
+    if (!cli->ops->plan && (e->vram || e->deterministic || e->no_graphs || e->cache_dir))
+        USAGE(
+            "--vram, --deterministic, --no-graphs, --gpu-cache: only with a GPU (qemb-serve-cuda)");
     if (!cli->model) USAGE("no model (want -m MODEL.qemb)");
     if (cli->query && cli->instruct) USAGE("--query and --instruct: only one of them");
     if (cli->instruct && !*cli->instruct)

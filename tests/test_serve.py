@@ -1194,6 +1194,22 @@ def test_models_do_not_share_keys(redis, tmp_path):
         assert b.embed([[1, 2]]) == one and b.metric("qemb_redis_hits_total") == 0
 
 
+def test_arithmetics_share_no_vectors(redis):
+    lists, stored = [[1, 2, 3], [4, 5]], 0
+    for math in ("f32", "bf16", "int8"):
+        command = [QEMB, "-m", MODEL, "--math", math, "--input", "jsonl", "--output", "base64"]
+        records = "".join(json.dumps({"ids": ids}) + "\n" for ids in lists).encode()
+        done = subprocess.run(command, input=records, stdout=subprocess.PIPE, timeout=GUARD)
+        if done.returncode == 1:
+            continue  # not on this machine
+        with server(*with_redis(redis.port), "--math", math) as s:
+            assert s.embed(lists) == done.stdout.decode().splitlines()
+            assert s.metric("qemb_redis_hits_total") == 0
+            stored += 1 + len(lists)
+            wait_stored(redis, stored)
+    assert stored
+
+
 def test_wrong_values_in_redis_are_misses(redis):
     with server("--cache", 0, *with_redis(redis.port)) as s:
         wait_stored(redis, 1)  # the probe's text, the empty one: there is one key
@@ -1288,6 +1304,8 @@ def test_manual_and_deployment_name_what_there_is(serve):
         (("-m", MODEL, "--api-key-file", "/nowhere"), 1, "/nowhere"),
         (("-m", MODEL, "--api-key-file", "/dev/null"), 1, "no key"),
         (("-m", MODEL, "--query", "--instruct", "x"), 1, "only one"),
+        (("-m", MODEL, "--deterministic"), 1, "GPU"),
+        (("-m", MODEL, "--math", "f64"), 1, "f64"),
         (("-m", MODEL, "--fallback", "/nowhere"), 2, "/nowhere"),
         (("-m", MODEL, "--fallback", MODEL), 1, "own name"),
         (("-m", MODEL, "--fallback-name", "x"), 1, "no model"),
