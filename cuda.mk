@@ -110,10 +110,10 @@ build/cuda/bench_cuda: build/cuda/bench_cuda.cu.o build/cuda/qemb.cu.o $(patsubs
 gpu-test: build/cuda/test_cuda ## the CUDA tests on this machine's GPU; a counted skip without one
 	build/cuda/test_cuda
 
-gpu-check: build/cuda/test_cuda qemb-cuda build/release/qemb ## on a GPU: all CUDA tests, compute-sanitizer, the program against the CPU's
+gpu-check: build/cuda/test_cuda build/cuda/bench_cuda qemb-cuda build/release/qemb ## on a GPU: all CUDA tests, compute-sanitizer, the program against the CPU's
 	tests/gpu_check.sh
 
-gpu-bench: qemb-cuda build/cuda/bench_cuda ## on a GPU: kernels, products, whole runs; a table and bench/results/*.json
+gpu-bench: qemb-cuda build/cuda/bench_cuda build/release/qemb $(VENV)/.convert ## on a GPU: kernels, products, accuracy, whole runs, transformers beside; a table and bench/results/*.json
 	./bench_gpu.py
 else
 cuda-archs gpu-test gpu-check gpu-bench qemb-cuda:
