@@ -12,7 +12,7 @@ export QEMB_SHARED ?= $(abspath ../shared)
 DEBIAN_BUILD   := gcc libc6-dev libjansson-dev libssl-dev
 DEBIAN_SERVE   := libmicrohttpd-dev libhiredis-dev
 DEBIAN_PYTHON  := python3 python3-venv
-DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread # a plot, and products to compare with
+DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread wrk apache2-utils # a plot, products to compare with, load
 DEBIAN_TEST    := clang libclang-rt-dev libcriterion-dev xz-utils curl redis-server
 
 WARNINGS := -Wall -Wextra -Wpedantic -Werror
@@ -24,9 +24,9 @@ LIBS     := -ljansson -lcrypto -lm
 BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-ENGINE  := qemb cpu_simd file tokenizer
-FRONT   := main encode output pipeline format input
-SERVE   := serve serve_http serve_listen serve_api serve_lane serve_queue serve_cache serve_redis serve_metrics encode format input
+ENGINE  := qemb cpu_share cpu_simd cpu_avx512 file tokenizer
+FRONT   := main choose encode output pipeline format input
+SERVE   := serve serve_http serve_listen serve_api serve_lane serve_queue serve_cache serve_redis serve_metrics choose encode format input
 TESTS   := file format input model ops serve_cache serve_queue simd tokenizer
 FUZZERS := file jsonl request tokenizer
 TESTED  := format input serve_queue serve_cache serve_metrics # what the unit tests link beside the engine
@@ -52,13 +52,15 @@ define need
 	$$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi; fi
 endef
 
-.PHONY: need-build need-serve need-python need-test
+.PHONY: need-build need-serve need-python need-bench need-test
 need-build:
 	$(call need,$(DEBIAN_BUILD))
 need-serve: need-build
 	$(call need,$(DEBIAN_SERVE))
 need-python:
 	$(call need,$(DEBIAN_PYTHON))
+need-bench: need-build
+	$(call need,$(DEBIAN_BENCH))
 need-test: need-build need-serve need-python
 	$(call need,$(DEBIAN_TEST))
 
@@ -89,7 +91,7 @@ build/$(1)/test_%: build/$(1)/tests/test_%.o $$(patsubst %,build/$(1)/%.o,tests/
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
 build/$(1)/bench: $$(patsubst %,build/$(1)/%.o,bench bench_limits bench_gemm format $(ENGINE))
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
-build/$(1)/fuzz_%: build/$(1)/tests/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/support serve_api serve_metrics format input qemb cpu_simd file tokenizer)
+build/$(1)/fuzz_%: build/$(1)/tests/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/support serve_api serve_metrics format input $$(ENGINE))
 	$(2) $(3) $$^ $(LIBS) -o $$@
 -include $$(wildcard build/$(1)/*.d build/$(1)/tests/*.d)
 endef
@@ -137,13 +139,14 @@ install: qemb qemb-serve ## programs and man pages under PREFIX (/usr/local)
 	install -D -m 644 qemb.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb.1
 	install -D -m 644 qemb-serve.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb-serve.1
 
-bench: qemb build/release/bench ## speed of tokenizer, printing and whole runs (see bench.sh)
+bench: need-bench qemb ## speed of every part and of whole runs, beside the machine's limits and peers (see bench.sh)
+	@$(SUBMAKE) build/release/bench
 	./bench.sh
 
 # ---- tests ----------------------------------------------------------------------------------------
 
 # What the server's threads meet in; the rest of its tests ask one thing at a time.
-RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat
+RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat or fallback
 SERVE_TESTS = "$(VENV)/bin/pytest -q -rs tests/test_serve.py" \
   "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py" \
   "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py -k '$(RACY)'"
@@ -165,7 +168,7 @@ test: need-test $(VENV_TEST) ## install what is missing, run everything (C, sani
 	  "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) gpu-test"
 
 .PHONY: test-programs test-serve
-test-programs: qemb qemb-serve $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
+test-programs: qemb qemb-serve build/release/bench $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
   $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
 
 test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/tsan/qemb-serve ## the server's tests alone: real clients, attacks, sanitizers
@@ -184,4 +187,4 @@ golden: $(VENV)/.convert ## make tests/golden again with transformers (downloads
 	$(GOLDEN)/bin/python tests/make_golden.py
 
 clean: ## remove what make made, but for the Python environments
-	rm -rf build qemb qemb-serve qemb-cuda
+	rm -rf build qemb qemb-serve qemb-cuda qemb-serve-cuda

@@ -12,9 +12,10 @@
  * thread instead of the clock's.
  *
  * Each row of the CSV on stdout: group, name, n, median, p10, p90, unit, percent of limit, limit.
- * A measurement runs once to warm up and then for at least MIN_SECONDS and MIN_ROUNDS; what is
- * computed is compared with the plain op first. Limits (bench_limits.c) are measured in the same
- * run, by all threads. Other programs on the machine show in p10..p90.
+ * A measurement runs once to warm up and then for at least MIN_SECONDS and MIN_ROUNDS, but what
+ * takes MAX_SECONDS only FEW_ROUNDS times; what is computed is compared with the plain op first.
+ * Limits (bench_limits.c) are measured in the same run, by all threads, and are the p90 of their
+ * rates. Other programs on the machine show in p10..p90.
  */
 #include "bench.h"
 #include "cpu.h"
@@ -27,7 +28,15 @@
 #include <time.h>
 
 #define MIN_SECONDS 0.3
-enum { MIN_ROUNDS = 7, MAX_ROUNDS = 500, MAX_ROWS = 4096, VERIFY_ROWS = 33, VECTORS = 256 };
+#define MAX_SECONDS 20.0
+enum {
+    FEW_ROUNDS = 3,
+    MIN_ROUNDS = 7,
+    MAX_ROUNDS = 500,
+    MAX_ROWS = 4096,
+    VERIFY_ROWS = 33,
+    VECTORS = 256
+};
 
 static const char *const math_names[] = {"f32", "bf16", "int8", "fp8"};
 
@@ -72,23 +81,35 @@ static double seconds_of(timed_call c, int i) {
     return now() - start;
 }
 
+/* Whether another round is to come after n of them. */
+static int more(int n, double seconds) {
+    if (n < FEW_ROUNDS || seconds < MIN_SECONDS) return n < MAX_ROUNDS;
+    return n < MIN_ROUNDS && seconds < MAX_SECONDS;
+}
+
 quantiles measure(void (*run)(void *arg, int i), void *arg) {
     const timed_call c = {run, arg};
     double t[MAX_ROUNDS];
     int n = 0;
     run(arg, 0);
-    for (double begin = now(); n < MAX_ROUNDS && (n < MIN_ROUNDS || now() - begin < MIN_SECONDS);)
-        t[n] = seconds_of(c, n + 1), n++;
+    for (double begin = now(); more(n, now() - begin);) t[n] = seconds_of(c, n + 1), n++;
     return quantiles_of(t, n);
+}
+
+/* The first call after the other's turn is not timed, and comes when the other's idle threads have
+ * given up waiting for work: OpenMP's spin for some milliseconds. */
+static double turn(timed_call c, int i) {
+    nanosleep(&(struct timespec){0, 10000000}, NULL);
+    c.run(c.arg, i);
+    return seconds_of(c, i + 1);
 }
 
 void measure_turns(timed_call a, timed_call b, quantiles *ta, quantiles *tb, quantiles *ratio) {
     double t[3][MAX_ROUNDS];
     int n = 0;
     a.run(a.arg, 0), b.run(b.arg, 0);
-    for (double begin = now();
-         n < MAX_ROUNDS && (n < MIN_ROUNDS || now() - begin < 2 * MIN_SECONDS); n++) {
-        t[0][n] = seconds_of(a, n + 1), t[1][n] = seconds_of(b, n + 1);
+    for (double begin = now(); more(n, now() - begin); n++) {
+        t[0][n] = turn(a, n + 1), t[1][n] = turn(b, n + 1);
         t[2][n] = t[1][n] / t[0][n];
     }
     *ta = quantiles_of(t[0], n), *tb = quantiles_of(t[1], n), *ratio = quantiles_of(t[2], n);

@@ -211,7 +211,8 @@ fi
 if command -v gnuplot >/dev/null && grep -q '^forward,tokens' "$csv"; then
     plots=''
     for m in f32 bf16 int8; do
-        grep "^forward,tokens,$m," "$csv" >"$tmp/plot-$m" && plots+="${plots:+, }'$tmp/plot-$m' using 4:5:6:7 with yerrorlines title '$m' noenhanced"
+        grep "^forward,tokens,$m," "$csv" | awk -F, '{ row[$4] = $0 } END { for (n in row) print row[n] }' | sort -t , -k 4n >"$tmp/plot-$m"
+        [ -s "$tmp/plot-$m" ] && plots+="${plots:+, }'$tmp/plot-$m' using 4:5:6:7 with yerrorlines title '$m' noenhanced"
     done
     gnuplot <<PLOT
 set terminal svg size 640,400 background rgb "white"; set output "$out/bench.svg"; set datafile separator ","

@@ -37,6 +37,7 @@ struct bench {
     const qemb_ops *ops;
     qemb_backend *be;
     bool json;
+    bool hopper; /* be runs Hopper's own kernels where it has them */
     int T;
     std::vector<int32_t> tokens, pos, cu;
     qemb_layout b;
@@ -148,7 +149,8 @@ static void attention(bench *s, int T, int n) {
            *att = random_device<__half>((size_t)(T * H * hd));
     const double us =
         microseconds([&] { s->ops->attention(s->be, (qemb_act *)att, (qemb_act *)qkv, &s->b, 0); });
-    report(s, "attention", sizes, us, 4 * hd * (H + K) * T, 4 * hd * H * T * (n + 1) / 2);
+    report(s, s->hopper ? "attention_hopper" : "attention", sizes, us, 4 * hd * (H + K) * T,
+           4 * hd * H * T * (n + 1) / 2);
     cudaFree(qkv);
     cudaFree(att);
 }
@@ -177,7 +179,7 @@ static void gate_up(bench *s, int T) {
            *h = random_device<__half>((size_t)T * F);
     const double us = microseconds(
         [&] { s->ops->gate_up(s->be, (qemb_act *)h, (qemb_act *)gu, (qemb_act *)in.x, &in.m, T); });
-    report(s, "gate_up", sizes, us, 4.0 * F * D, 4.0 * T * F * D);
+    report(s, s->hopper ? "gate_up_hopper" : "gate_up", sizes, us, 4.0 * F * D, 4.0 * T * F * D);
     for (void *p : {(void *)gu, (void *)h}) cudaFree(p);
 }
 
@@ -195,6 +197,7 @@ static void open_backend(bench *s, int rows) {
     qemb_options opt = {};
     opt.batch_tokens = opt.max_tokens = rows;
     opt.threads = 1;
+    opt.hopper = s->hopper;
     qemb_err err = {};
     if (s->ops->open(&s->be, &s->c, &opt, &err)) die(err.code, err.msg);
 }
@@ -243,6 +246,16 @@ int main(int argc, char **argv) {
         gate_up(&s, T);
         product(&s, "down", D, F, true, T);
     }
+    close_backend(&s);
+
+    /* The same calls with Hopper's own kernels, in rows of their own. */
+    int major = 0;
+    ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attribute");
+    if (major != 9 || fp8) return 0;
+    s.hopper = true;
+    open_backend(&s, 32768);
+    for (int n : {512, 2048, 8192, 32768}) attention(&s, std::max(n, 8192), n);
+    for (int T = 256; T <= 16384; T *= 2) gate_up(&s, T);
     close_backend(&s);
     return 0;
 }

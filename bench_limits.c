@@ -74,7 +74,7 @@ static void read_blocks(void *arg, int round) {
 
 static void one(int which, void (*run)(void *, int), void *arg, double work, const char *unit) {
     const quantiles t = measure(run, arg);
-    limits[which].rate = work / t.median;
+    limits[which].rate = work / t.p10; /* what else runs on the machine lowers no limit */
     row("limits", limits[which].name, threads, t, work, 1e9, unit, "", 0);
 }
 

@@ -1,6 +1,7 @@
 /* cli.h - what the files of the command line agree on.
  *
  *   main.c      options, commands, messages; the only file that ends the process
+ *   choose.c    --cpu and --math -> the ops table
  *   encode.c    a record of input -> token ids
  *   pipeline.c  the window of batches: read, compute, write, all at once
  *   output.c    records -> standard output
@@ -53,7 +54,8 @@ typedef struct {
     int progress;        /* 1 always, -1 never, 0 when it makes sense */
     int dim;             /* 0: hidden */
     qemb_options engine; /* 0: the engine's default */
-    const qemb_ops *ops;
+    const char *cpu, *math; /* as given; NULL: not */
+    const qemb_ops *ops;    /* what they choose */
 } options;
 
 /* The model file with its tokenizer. */
@@ -61,6 +63,12 @@ typedef struct {
     qemb_file *file;
     tokenizer *tokenizer;
 } source;
+
+/* ---- choose.c -------------------------------------------------------------------------------- */
+
+/* The table that --cpu and --math name; of what is NULL, the program's own default. NULL, with code
+ * "usage", where this program or machine has no such table. */
+const qemb_ops *choose_ops(const char *cpu, const char *math, qemb_err *err);
 
 /* ---- encode.c -------------------------------------------------------------------------------- */
 

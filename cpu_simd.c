@@ -17,9 +17,6 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #include <math.h>
-#include <pthread.h>
-#include <stdatomic.h>
-#include <stdlib.h>
 
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 /* A template: the caller passes constants, and loops over them unroll into registers. */
@@ -33,8 +30,7 @@ enum {
     FEW_ROWS = 5,         /* so few rows of x are not worth a panel: see few_rows */
     BLOCK_ROWS = 96,      /* rows of x that meet all panels of a group before the next rows come */
     ITEM_ROWS = 512,      /* rows of a work item: what one packing of the group is shared by */
-    KEYS = 64,            /* keys per attention tile, aligned to absolute positions */
-    ATTENTION_ROWS = 128, /* tokens x query heads of an attention block, or one token */
+    KEYS = CPU_KEYS,
 };
 
 static int min_int(int a, int b) { return a < b ? a : b; }
@@ -43,132 +39,6 @@ static int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 static float *f32(qemb_act *a) { return (float *)a; }
 static const float *cf32(const qemb_act *a) { return (const float *)a; }
-
-/* ---- threads ----------------------------------------------------------------------------------
- * A job is a number of items; the caller and its helpers take them one by one. The caller waits for
- * helpers that have an item, not for those that never came: on a busy machine, where a helper may
- * not run for milliseconds, the others do its share. (OpenMP's barriers waited for all threads, and
- * by spinning: a quarter of the speed when other programs run.) */
-
-typedef void (*item_fn)(const void *job, int item, int thread);
-
-struct cpu_pool {
-    pthread_mutex_t lock; /* of all but next */
-    pthread_cond_t posted, left;
-    atomic_uint jobs;  /* posted so far: helpers that still spin look here */
-    atomic_int inside; /* helpers at work on the current job */
-    atomic_int next;   /* item to take */
-    int open, sleeping, quit, items, n;
-    item_fn run;
-    const void *job;
-    struct helper {
-        struct cpu_pool *pool;
-        pthread_t id;
-        int thread;
-    } helpers[];
-};
-
-enum { SPINS = 1000 }; /* about 20 microseconds: the pause between two ops, but not a text's wait */
-
-static void take_items(struct cpu_pool *p, int thread) {
-    for (int i; (i = atomic_fetch_add(&p->next, 1)) < p->items;) p->run(p->job, i, thread);
-}
-
-static void *helper_main(void *arg) {
-    const struct helper *h = arg;
-    struct cpu_pool *p = h->pool;
-    unsigned seen = 0;
-    for (;;) {
-        for (int i = 0; i < SPINS && atomic_load(&p->jobs) == seen; i++) _mm_pause();
-        pthread_mutex_lock(&p->lock);
-        p->sleeping++;
-        while (!p->quit && !(p->open && p->jobs != seen)) pthread_cond_wait(&p->posted, &p->lock);
-        p->sleeping--;
-        if (p->quit) break;
-        seen = p->jobs;
-        p->inside++;
-        pthread_mutex_unlock(&p->lock);
-        take_items(p, h->thread);
-        pthread_mutex_lock(&p->lock);
-        if (--p->inside == 0) pthread_cond_signal(&p->left);
-        pthread_mutex_unlock(&p->lock);
-    }
-    pthread_mutex_unlock(&p->lock);
-    return NULL;
-}
-
-/* run(job, 0 .. items-1, ...), each once, in this thread (number 0) and its helpers (1, 2, ...) */
-static void parallel(struct cpu_pool *p, int items, item_fn run, const void *job) {
-    if (!p || items == 1) {
-        for (int i = 0; i < items; i++) run(job, i, 0);
-        return;
-    }
-    pthread_mutex_lock(&p->lock);
-    p->run = run;
-    p->job = job;
-    p->items = items;
-    p->next = 0;
-    p->open = 1;
-    p->jobs++;
-    if (p->sleeping) pthread_cond_broadcast(&p->posted);
-    pthread_mutex_unlock(&p->lock);
-    take_items(p, 0);
-    for (int i = 0; i < SPINS && atomic_load(&p->inside); i++) _mm_pause();
-    pthread_mutex_lock(&p->lock);
-    p->open = 0;
-    while (p->inside) pthread_cond_wait(&p->left, &p->lock);
-    pthread_mutex_unlock(&p->lock);
-}
-
-static void pool_close(struct cpu_pool *p) {
-    if (!p) return;
-    pthread_mutex_lock(&p->lock);
-    p->quit = 1;
-    pthread_cond_broadcast(&p->posted);
-    pthread_mutex_unlock(&p->lock);
-    for (int i = 0; i < p->n; i++) pthread_join(p->helpers[i].id, NULL);
-    pthread_mutex_destroy(&p->lock);
-    pthread_cond_destroy(&p->posted);
-    pthread_cond_destroy(&p->left);
-    free(p);
-}
-
-static int pool_open(struct cpu_pool **out, int threads, qemb_err *err) {
-    struct cpu_pool *p = calloc(1, sizeof *p + (size_t)threads * sizeof *p->helpers);
-    if (!p) return qemb_fail(err, "out_of_memory", "threads: out of memory");
-    pthread_mutex_init(&p->lock, NULL);
-    pthread_cond_init(&p->posted, NULL);
-    pthread_cond_init(&p->left, NULL);
-    for (; p->n < threads - 1; p->n++) {
-        struct helper *h = &p->helpers[p->n];
-        *h = (struct helper){.pool = p, .thread = p->n + 1};
-        const int error = pthread_create(&h->id, NULL, helper_main, h);
-        if (error) {
-            qemb_fail(err, "device", "threads: cannot start them (got %d, want %d; %s)", p->n + 1,
-                      threads, strerror(error));
-            pool_close(p);
-            return -1;
-        }
-    }
-    *out = p;
-    return 0;
-}
-
-/* What an op on rows works on; an item is `chunk` of them. */
-typedef struct {
-    const qemb_backend *be;
-    float *y;
-    const float *x, *w, *w2;
-    const qemb_mat *table;
-    const qemb_layout *b;
-    int T, chunk;
-} rows_job;
-
-static void for_rows(const rows_job *j, item_fn run) {
-    parallel(j->be->pool, ceil_div(j->T, j->chunk), run, j);
-}
-
-static int end_row(const rows_job *j, int item) { return min_int(j->T, (item + 1) * j->chunk); }
 
 /* ---- exp --------------------------------------------------------------------------------------
  * exp(x) = 2^n exp(r), n = round(x / ln 2), |r| < 0.3467. Error of exp(r), in units of 2^-24 with
@@ -227,22 +97,6 @@ AVX2 static void half_row(float *y, const uint16_t *x, int n) {
     for (; i < n; i++) y[i] = _cvtsh_ss(x[i]);
 }
 
-static void embed_rows(const void *job, int item, int thread) {
-    const rows_job *j = job;
-    const int D = j->be->c->hidden;
-    (void)thread;
-    for (int t = item * j->chunk; t < end_row(j, item); t++) {
-        const int32_t id = j->b->tokens[t];
-        assert(id >= 0 && id < j->table->rows);
-        half_row(j->y + (size_t)t * D, (const uint16_t *)j->table->data + (size_t)id * D, D);
-    }
-}
-
-static void avx2_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_layout *b) {
-    for_rows(&(rows_job){.be = be, .y = x, .table = tok_emb, .b = b, .T = b->T, .chunk = 64},
-             embed_rows);
-}
-
 /* ---- rmsnorm ---------------------------------------------------------------------------------- */
 
 /* 1 / sqrt(mean(x^2) + eps) of one row, summed in double */
@@ -267,22 +121,6 @@ AVX2 static void rmsnorm_row(float *y, const float *x, const float *w, int n, fl
         const __m256 v = _mm256_mul_ps(load_first(x + i, n - i), scale);
         store_first(y + i, _mm256_mul_ps(v, load_first(w + i, n - i)), n - i);
     }
-}
-
-static void rmsnorm_rows(const void *job, int item, int thread) {
-    const rows_job *j = job;
-    const int D = j->be->c->hidden;
-    (void)thread;
-    for (int t = item * j->chunk; t < end_row(j, item); t++)
-        rmsnorm_row(j->y + (size_t)t * D, j->x + (size_t)t * D, j->w, D, j->be->c->rms_eps);
-}
-
-static void avx2_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T) {
-    for_rows(&(rows_job){.be = be, .y = f32(y), .x = x, .w = w, .T = T, .chunk = 16}, rmsnorm_rows);
-}
-
-static void avx2_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
-    avx2_rmsnorm(be, (qemb_act *)out, x, w, B);
 }
 
 /* ---- matmul: y = alpha x W^T ------------------------------------------------------------------
@@ -314,21 +152,21 @@ typedef struct { /* how tiles write their sums */
     float *y;
     size_t ldy;
     int cols, add;
-    float alpha;
+    const float *factor; /* (NR) */
 } tile_out;
 
-/* y (rows, cols) = (add ? y : 0) + alpha acc. No branch may depend on i or h: compilers would keep
+/* y (rows, cols) = (add ? y : 0) + factor acc. No branch may depend on i or h: compilers would keep
  * the sums in memory for it, throughout the tile. */
 TEMPLATE void tile_write(const tile_out *o, int rows, __m256 acc[MR][2], int whole, int add) {
-    const __m256 alpha = _mm256_set1_ps(o->alpha);
+    const __m256 factor[2] = {_mm256_loadu_ps(o->factor), _mm256_loadu_ps(o->factor + 8)};
     const __m256i mask[2] = {first(o->cols), first(o->cols - 8)};
     for (int i = 0; i < rows; i++)
         for (int h = 0; h < 2; h++) {
             float *y = o->y + i * o->ldy + 8 * h;
-            __m256 v = _mm256_mul_ps(alpha, acc[i][h]);
-            if (add && whole) v = _mm256_fmadd_ps(alpha, acc[i][h], _mm256_loadu_ps(y));
+            __m256 v = _mm256_mul_ps(factor[h], acc[i][h]);
+            if (add && whole) v = _mm256_fmadd_ps(factor[h], acc[i][h], _mm256_loadu_ps(y));
             if (add && !whole)
-                v = _mm256_fmadd_ps(alpha, acc[i][h], _mm256_maskload_ps(y, mask[h]));
+                v = _mm256_fmadd_ps(factor[h], acc[i][h], _mm256_maskload_ps(y, mask[h]));
             if (whole)
                 _mm256_storeu_ps(y, v);
             else
@@ -389,26 +227,46 @@ AVX2 static void sweep(tile_out o, int rows, const float *x, size_t ldx, const f
 }
 
 /* Where NR rows of W lie: those past the last row repeat it. */
-typedef const uint16_t *w_rows[NR];
+typedef const uint8_t *w_rows[NR];
+
+static int bytes_of(qemb_dtype dtype) { return dtype == QEMB_I8 ? 1 : 2; }
 
 static void find_rows(w_rows row, const qemb_mat *w, int n0) {
+    const size_t bytes = (size_t)w->cols * bytes_of(w->dtype);
     for (int j = 0; j < NR; j++)
-        row[j] = (const uint16_t *)w->data + (size_t)min_int(n0 + j, w->rows - 1) * w->cols;
+        row[j] = (const uint8_t *)w->data + (size_t)min_int(n0 + j, w->rows - 1) * bytes;
+}
+
+/* What the sums of NR rows are multiplied by */
+static void find_factors(float factor[NR], const qemb_mat *w, int n0) {
+    for (int j = 0; j < NR; j++)
+        factor[j] = w->alpha * (w->scale ? w->scale[min_int(n0 + j, w->rows - 1)] : 1);
+}
+
+/* 8 numbers as halves, which hold every int8 exactly */
+TEMPLATE __m128i load_halves(qemb_dtype dtype, const uint8_t *row) {
+    if (dtype == QEMB_F16) return _mm_loadu_si128((const __m128i *)row);
+    const __m256i v = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)row));
+    return _mm256_cvtps_ph(_mm256_cvtepi32_ps(v), _MM_FROUND_TO_NEAREST_INT);
 }
 
 /* Columns k .. k+7 of NR rows: col[c] has the NR halves of column k+c. n < 8: zeros after n. */
-TEMPLATE void transpose_halves(__m256i col[8], const w_rows row, int k, int n) {
+TEMPLATE void transpose_halves(qemb_dtype dtype, __m256i col[8], const w_rows row, int k, int n) {
+    const size_t bytes = bytes_of(dtype);
     __m256i a[8], b[8];
     if (n >= 8) {
         for (int j = 0; j < 8; j++)
             a[j] = _mm256_inserti128_si256(
-                _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(row[j] + k))),
-                _mm_loadu_si128((const __m128i *)(row[j + 8] + k)), 1);
+                _mm256_castsi128_si256(load_halves(dtype, row[j] + k * bytes)),
+                load_halves(dtype, row[j + 8] + k * bytes), 1);
     } else {
-        uint16_t tail[8][2][8] = {{{0}}};
-        for (int j = 0; j < NR; j++)
-            memcpy(tail[j & 7][j >> 3], row[j] + k, (size_t)n * sizeof(uint16_t));
-        for (int j = 0; j < 8; j++) a[j] = _mm256_loadu_si256((const __m256i *)tail[j]);
+        for (int j = 0; j < 8; j++) {
+            uint8_t tail[2][16] = {{0}};
+            memcpy(tail[0], row[j] + k * bytes, (size_t)n * bytes);
+            memcpy(tail[1], row[j + 8] + k * bytes, (size_t)n * bytes);
+            a[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(load_halves(dtype, tail[0])),
+                                           load_halves(dtype, tail[1]), 1);
+        }
     }
     for (int j = 0; j < 8; j += 2) {
         b[j] = _mm256_unpacklo_epi16(a[j], a[j + 1]);
@@ -426,28 +284,38 @@ TEMPLATE void transpose_halves(__m256i col[8], const w_rows row, int k, int n) {
 }
 
 /* While columns k0 .. k0+KC-1 of a panel are worked on, those that come next are fetched: the next
- * KC columns, or the first ones of the NR rows that follow. In halves from where k0 is. */
+ * KC columns, or the first ones of the NR rows that follow. In numbers from where k0 is. */
 static ptrdiff_t next_columns(int k0, int K) { return k0 + KC < K ? KC : (ptrdiff_t)NR * K - k0; }
 
-TEMPLATE void prefetch_rows(const w_rows row, int k, ptrdiff_t ahead) {
-    if (k % 32 == 0) /* a cache line */
+TEMPLATE void prefetch_rows(qemb_dtype dtype, const w_rows row, int k, ptrdiff_t ahead) {
+    const size_t bytes = bytes_of(dtype);
+    if (k * bytes % 64 == 0) /* a cache line */
         for (int j = 0; j < NR; j++)
-            _mm_prefetch((const char *)((uintptr_t)(row[j] + k) + 2 * (uintptr_t)ahead),
+            _mm_prefetch((const char *)((uintptr_t)(row[j] + k * bytes) + bytes * (uintptr_t)ahead),
                          _MM_HINT_T1);
 }
 
 /* panel (n, NR) = columns k0 .. k0+n-1 of the rows */
-AVX2 static void pack_panel(float *panel, const w_rows row, int k0, int n, ptrdiff_t ahead) {
+TEMPLATE void pack_columns(qemb_dtype dtype, float *panel, const w_rows row, int k0, int n,
+                           ptrdiff_t ahead) {
     for (int k = 0; k < n; k += 8) {
         __m256i col[8];
-        prefetch_rows(row, k0 + k, ahead);
-        transpose_halves(col, row, k0 + k, n - k);
+        prefetch_rows(dtype, row, k0 + k, ahead);
+        transpose_halves(dtype, col, row, k0 + k, n - k);
         for (int c = 0; c < min_int(8, n - k); c++) {
             float *p = panel + (k + c) * NR;
             _mm256_store_ps(p, _mm256_cvtph_ps(_mm256_castsi256_si128(col[c])));
             _mm256_store_ps(p + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(col[c], 1)));
         }
     }
+}
+
+AVX2 static void pack_panel(qemb_dtype dtype, float *panel, const w_rows row, int k0, int n,
+                            ptrdiff_t ahead) {
+    if (dtype == QEMB_I8)
+        pack_columns(QEMB_I8, panel, row, k0, n, ahead);
+    else
+        pack_columns(QEMB_F16, panel, row, k0, n, ahead);
 }
 
 /* acc += rows of x times 8 columns of W, or the first n of them */
@@ -465,10 +333,14 @@ TEMPLATE void few_columns(__m256 acc[MR][2], int rows, const float *x, size_t ld
 }
 
 /* Columns n0 .. n0+NR-1 of y for up to FEW_ROWS rows of x */
-TEMPLATE void few_rows(tile_out o, int rows, const float *x, const qemb_mat *w, int n0) {
+TEMPLATE void few_rows(qemb_dtype dtype, tile_out o, int rows, const float *x, const qemb_mat *w,
+                       int n0) {
     const int K = w->cols;
     w_rows row;
+    float factor[NR];
     find_rows(row, w, n0);
+    find_factors(factor, w, n0);
+    o.factor = factor;
     for (int k0 = 0; k0 < K; k0 += KC, o.add = 1) {
         const int n = min_int(KC, K - k0);
         const ptrdiff_t ahead = next_columns(k0, K);
@@ -477,36 +349,44 @@ TEMPLATE void few_rows(tile_out o, int rows, const float *x, const qemb_mat *w, 
         for (int i = 0; i < rows; i++) acc[i][0] = acc[i][1] = _mm256_setzero_ps();
         int k = k0;
         for (; k + 8 <= k0 + n; k += 8) {
-            prefetch_rows(row, k, ahead);
-            transpose_halves(col, row, k, 8);
+            prefetch_rows(dtype, row, k, ahead);
+            transpose_halves(dtype, col, row, k, 8);
             few_columns(acc, rows, x + k, (size_t)K, col, 8);
         }
         if (k < k0 + n) {
-            transpose_halves(col, row, k, k0 + n - k);
+            transpose_halves(dtype, col, row, k, k0 + n - k);
             few_columns(acc, rows, x + k, (size_t)K, col, k0 + n - k);
         }
         tile_store(&o, rows, acc);
     }
 }
 
-AVX2 static void matmul_few(tile_out o, int T, const float *x, const qemb_mat *w, int n0) {
+TEMPLATE void few_of(qemb_dtype dtype, tile_out o, int T, const float *x, const qemb_mat *w,
+                     int n0) {
     switch (T) {
     case 5:
-        few_rows(o, 5, x, w, n0);
+        few_rows(dtype, o, 5, x, w, n0);
         break;
     case 4:
-        few_rows(o, 4, x, w, n0);
+        few_rows(dtype, o, 4, x, w, n0);
         break;
     case 3:
-        few_rows(o, 3, x, w, n0);
+        few_rows(dtype, o, 3, x, w, n0);
         break;
     case 2:
-        few_rows(o, 2, x, w, n0);
+        few_rows(dtype, o, 2, x, w, n0);
         break;
     default:
-        few_rows(o, 1, x, w, n0);
+        few_rows(dtype, o, 1, x, w, n0);
         break;
     }
+}
+
+AVX2 static void matmul_few(tile_out o, int T, const float *x, const qemb_mat *w, int n0) {
+    if (w->dtype == QEMB_I8)
+        few_of(QEMB_I8, o, T, x, w, n0);
+    else
+        few_of(QEMB_F16, o, T, x, w, n0);
 }
 
 /* Rows 0 .. rows-1 of x times `panels` panels of W from row n0 on */
@@ -514,8 +394,12 @@ AVX2 static void matmul_item(tile_out o, int rows, const float *x, const qemb_ma
                              int panels) {
     const int K = w->cols;
     float packed[GROUP][KC * NR] __attribute__((aligned(64)));
+    float factor[GROUP][NR];
     w_rows row[GROUP];
-    for (int p = 0; p < panels; p++) find_rows(row[p], w, n0 + p * NR);
+    for (int p = 0; p < panels; p++) {
+        find_rows(row[p], w, n0 + p * NR);
+        find_factors(factor[p], w, n0 + p * NR);
+    }
     for (int k0 = 0; k0 < K; k0 += KC, o.add = 1) {
         const int n = min_int(KC, K - k0);
         for (int r = 0; r < rows; r += BLOCK_ROWS)
@@ -523,7 +407,8 @@ AVX2 static void matmul_item(tile_out o, int rows, const float *x, const qemb_ma
                 tile_out to = o;
                 to.y += (size_t)r * o.ldy + n0 + p * NR;
                 to.cols = w->rows - n0 - p * NR;
-                if (!r) pack_panel(packed[p], row[p], k0, n, next_columns(k0, K));
+                to.factor = factor[p];
+                if (!r) pack_panel(w->dtype, packed[p], row[p], k0, n, next_columns(k0, K));
                 sweep(to, min_int(BLOCK_ROWS, rows - r), x + (size_t)r * K + k0, (size_t)K,
                       packed[p], n);
             }
@@ -542,7 +427,7 @@ static void matmul_part(const void *job, int item, int thread) {
     const matmul_job *j = job;
     const int t = item / j->groups * j->rows, N = j->w->rows, p = item % j->groups * j->panels;
     const int end = min_int(p + j->panels, ceil_div(N, NR));
-    tile_out o = {j->y + (size_t)t * N, (size_t)N, 0, j->add, j->w->alpha};
+    tile_out o = {j->y + (size_t)t * N, (size_t)N, 0, j->add, NULL};
     (void)thread;
     if (j->T > FEW_ROWS) {
         matmul_item(o, min_int(j->rows, j->T - t), j->x + (size_t)t * j->w->cols, j->w, p * NR,
@@ -557,13 +442,13 @@ static void matmul_part(const void *job, int item, int thread) {
 
 static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_mat *w, int T,
                        int add) {
-    assert(w->dtype == QEMB_F16);
+    assert(w->dtype == QEMB_F16 || (w->dtype == QEMB_I8 && w->scale));
     const int all_panels = ceil_div(w->rows, NR), blocks = ceil_div(T, ITEM_ROWS);
     matmul_job j = {y, x, w, T, add, ceil_div(ceil_div(T, blocks), MR) * MR, 0, 0};
     /* smaller groups where there would be fewer than four items a thread: one has to be last */
     j.panels = max_int(1, min_int(GROUP, all_panels * blocks / (4 * be->threads)));
     j.groups = ceil_div(all_panels, j.panels);
-    parallel(be->pool, ceil_div(T, j.rows) * j.groups, matmul_part, &j);
+    cpu_parallel(be->pool, ceil_div(T, j.rows) * j.groups, matmul_part, &j);
 }
 
 static void avx2_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w,
@@ -589,80 +474,11 @@ AVX2 static void rotate(float *head, const float *cosines, const float *sines, i
     }
 }
 
-static void qknorm_rope_rows(const void *job, int item, int thread) {
-    const rows_job *j = job;
-    const qemb_config *c = j->be->c;
-    const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim;
-    (void)thread;
-    for (int t = item * j->chunk; t < end_row(j, item); t++) {
-        const float *cosines = j->be->rope + (size_t)j->b->pos[t] * hd, *sines = cosines + hd / 2;
-        float *head = j->y + (size_t)t * (H + 2 * K) * hd;
-        for (int h = 0; h < H + K; h++, head += hd) {
-            rmsnorm_row(head, head, h < H ? j->w : j->w2, hd, c->rms_eps);
-            rotate(head, cosines, sines, hd / 2);
-        }
-    }
-}
-
-static void avx2_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm,
-                             const float *k_norm, const qemb_layout *b) {
-    for_rows(
-        &(rows_job){
-            .be = be, .y = f32(qkv), .w = q_norm, .w2 = k_norm, .b = b, .T = b->T, .chunk = 8},
-        qknorm_rope_rows);
-}
-
 /* ---- attention --------------------------------------------------------------------------------
  * A block is some tokens of one text with the G query heads of one kv head. It walks over the keys in tiles with a running maximum and sum, as qemb.c's does. Keys of a tile are packed as
  * matmul's panels are (NR keys, their d-th numbers together), values as NR dimensions of one key
  * after the other, so that sweep multiplies both. What lies above the diagonal is skipped by whole
  * register tiles: their weights are zeros, and adding those changes nothing. */
-
-typedef struct {
-    const float *qkv; /* (T, ld) */
-    size_t ld;
-    int prefix, own; /* position p is row p of qkv if p < prefix, else row own + p - prefix */
-    int q_col, k_col, v_col; /* where the heads begin in a row */
-    int G, hd, hdp;          /* hdp: hd rounded up to NR */
-    float *keys;             /* (KEYS/NR, hd, NR)   a tile's keys */
-    float *values;           /* (hdp/NR, KEYS, NR)  its values */
-    float *q;                /* (R, hd)             the block's queries, scaled */
-    float *s;                /* (R, KEYS)           scores, then weights */
-    float *acc;              /* (R, hdp)            weighted values so far */
-    float *max, *sum;        /* (R)                 of the scores and the weights so far */
-} attention_work;
-
-/* Tokens of a block; all its rows are this times G. */
-static int block_tokens(const qemb_config *c) {
-    return max_int(1, ATTENTION_ROWS / (c->n_heads / c->n_kv_heads));
-}
-
-static size_t attention_floats(const qemb_config *c) {
-    const size_t R = (size_t)block_tokens(c) * (size_t)(c->n_heads / c->n_kv_heads);
-    const size_t hd = (size_t)c->head_dim, hdp = (size_t)ceil_div(c->head_dim, NR) * NR;
-    return KEYS * (hd + hdp) + R * (hd + KEYS + hdp + 2);
-}
-
-static void attention_setup(attention_work *w, const qemb_backend *be, const float *qkv,
-                            int kv_head, int thread) {
-    const qemb_config *c = be->c;
-    const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, G = H / K;
-    const size_t R = (size_t)block_tokens(c) * (size_t)G;
-    w->qkv = qkv, w->ld = (size_t)(H + 2 * K) * hd;
-    w->G = G, w->hd = hd, w->hdp = ceil_div(hd, NR) * NR;
-    w->q_col = kv_head * G * hd, w->k_col = (H + kv_head) * hd, w->v_col = (H + K + kv_head) * hd;
-    w->keys = be->scratch + (size_t)thread * be->scratch_floats;
-    w->values = w->keys + KEYS * hd;
-    w->acc = w->values + KEYS * w->hdp;
-    w->s = w->acc + R * w->hdp;
-    w->q = w->s + R * KEYS;
-    w->max = w->q + R * hd;
-    w->sum = w->max + R;
-}
-
-static const float *attention_row(const attention_work *w, int p) {
-    return w->qkv + (size_t)(p < w->prefix ? p : w->own + p - w->prefix) * w->ld;
-}
 
 /* 8 rows of 8 floats -> 8 columns */
 TEMPLATE void transpose_floats(__m256 col[8], const float *const row[8], int d) {
@@ -684,14 +500,14 @@ TEMPLATE void transpose_floats(__m256 col[8], const float *const row[8], int d) 
 }
 
 /* Pass 1: keys and values of positions k0 .. k0+n-1. Keys that fill up a panel repeat the last. */
-AVX2 static void attention_load(const attention_work *w, int k0, int n) {
+AVX2 static void attention_load(const attention_tile *w, int k0, int n) {
     const int hd = w->hd;
     for (int j = 0; j < ceil_div(n, NR) * NR; j += 8) {
         const float *row[8];
         float *to = w->keys + j / NR * NR * hd + j % NR;
         int d = 0;
         for (int i = 0; i < 8; i++)
-            row[i] = attention_row(w, k0 + min_int(j + i, n - 1)) + w->k_col;
+            row[i] = simd_attention_row(w, k0 + min_int(j + i, n - 1)) + w->k_col;
         for (; d + 8 <= hd; d += 8) {
             __m256 col[8];
             transpose_floats(col, row, d);
@@ -701,7 +517,7 @@ AVX2 static void attention_load(const attention_work *w, int k0, int n) {
             for (int i = 0; i < 8; i++) to[d * NR + i] = row[i][d];
     }
     for (int j = 0; j < n; j++) {
-        const float *row = attention_row(w, k0 + j) + w->v_col;
+        const float *row = simd_attention_row(w, k0 + j) + w->v_col;
         for (int d = 0; d < w->hdp; d += 8)
             _mm256_storeu_ps(w->values + (d / NR * KEYS + j) * NR + d % NR,
                              load_first(row + d, max_int(0, hd - d)));
@@ -709,15 +525,17 @@ AVX2 static void attention_load(const attention_work *w, int k0, int n) {
 }
 
 /* The first of the block's rows (token q0 leads) that sees position p */
-static int first_seeing(const attention_work *w, int q0, int p) {
+static int first_seeing(const attention_tile *w, int q0, int p) {
     return max_int(0, p - q0) * w->G;
 }
 
+static const float ones[NR] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
 /* Pass 2: s (R, n) = q k^T */
-AVX2 static void attention_scores(const attention_work *w, int R, int q0, int k0, int n) {
+AVX2 static void attention_scores(const attention_tile *w, int R, int q0, int k0, int n) {
     for (int j = 0; j < n; j += NR) {
         const int r = first_seeing(w, q0, k0 + j);
-        const tile_out o = {w->s + (size_t)r * KEYS + j, KEYS, NR, 0, 1};
+        const tile_out o = {w->s + (size_t)r * KEYS + j, KEYS, NR, 0, ones};
         if (r < R)
             sweep(o, R - r, w->q + (size_t)r * w->hd, (size_t)w->hd, w->keys + j * w->hd, w->hd);
     }
@@ -737,7 +555,7 @@ TEMPLATE float total(__m256 v) {
 
 /* Pass 3: scores become weights exp(s - max); what was summed under an older maximum is scaled. A
  * row sees the tile's keys up to its own position. */
-AVX2 static void attention_softmax(const attention_work *w, int R, int q0, int k0) {
+AVX2 static void attention_softmax(const attention_tile *w, int R, int q0, int k0) {
     for (int r = first_seeing(w, q0, k0); r < R; r++) {
         float *s = w->s + (size_t)r * KEYS, *acc = w->acc + (size_t)r * w->hdp;
         const int visible = min_int(KEYS, q0 + r / w->G - k0 + 1), end = ceil_div(visible, 8) * 8;
@@ -764,25 +582,25 @@ AVX2 static void attention_softmax(const attention_work *w, int R, int q0, int k
 }
 
 /* Pass 4: acc (R, hdp) += s v. Rows go together that see about as many keys: NR of them a step. */
-AVX2 static void attention_values(const attention_work *w, int R, int q0, int k0, int n) {
+AVX2 static void attention_values(const attention_tile *w, int R, int q0, int k0, int n) {
     for (int r = first_seeing(w, q0, k0), end; r < R; r = end) {
         const int t = q0 + r / w->G - k0; /* the row's own position in the tile */
         const int depth = min_int(n, t / NR * NR + NR);
         end = depth == n ? R : first_seeing(w, q0, k0 + depth);
         for (int d = 0; d < w->hdp; d += NR) {
-            const tile_out o = {w->acc + (size_t)r * w->hdp + d, (size_t)w->hdp, NR, 1, 1};
+            const tile_out o = {w->acc + (size_t)r * w->hdp + d, (size_t)w->hdp, NR, 1, ones};
             sweep(o, end - r, w->s + (size_t)r * KEYS, KEYS, w->values + d * KEYS, depth);
         }
     }
 }
 
 /* Tokens at positions q0 .. q0+n-1; token i's output goes to att + i*ld_att, G heads of hd. */
-AVX2 static void attention_block(const attention_work *w, float *att, size_t ld_att, int q0,
+AVX2 static void attention_block(const attention_tile *w, float *att, size_t ld_att, int q0,
                                  int n) {
     const int G = w->G, hd = w->hd, R = n * G;
     const __m256 scale = _mm256_set1_ps((float)(1 / sqrt(hd)));
     for (int r = 0; r < R; r++) {
-        const float *q = attention_row(w, q0 + r / G) + w->q_col + r % G * hd;
+        const float *q = simd_attention_row(w, q0 + r / G) + w->q_col + r % G * hd;
         for (int d = 0; d < hd; d += 8)
             store_first(w->q + (size_t)r * hd + d, _mm256_mul_ps(load_first(q + d, hd - d), scale),
                         hd - d);
@@ -807,56 +625,6 @@ AVX2 static void attention_block(const attention_work *w, float *att, size_t ld_
     }
 }
 
-typedef struct {
-    const qemb_backend *be;
-    float *att;
-    const float *qkv;
-    const qemb_layout *b;
-    int last_only, windows;
-} attention_job;
-
-/* Segment i of the batch: 0 is the shared prefix, which attends to itself, i is text i-1. An item is
- * a kv head and a window of rows: all blocks that begin in it. The last windows come first: in a
- * long text they have the most keys, and what is begun late should be short. */
-static void attention_part(const void *job, int item, int thread) {
-    const attention_job *j = job;
-    const qemb_layout *b = j->b;
-    const int K = j->be->c->n_kv_heads, tokens = block_tokens(j->be->c);
-    const size_t ld_att = (size_t)j->be->c->n_heads * j->be->c->head_dim;
-    const int begin = (j->windows - 1 - item / K) * tokens, end = begin + tokens;
-    attention_work w;
-    attention_setup(&w, j->be, j->qkv, item % K, thread);
-    if (j->last_only) {
-        const int i = item / K, n = b->cu[i + 1] - b->cu[i];
-        w.prefix = b->P, w.own = b->cu[i];
-        attention_block(&w, j->att + i * ld_att + w.q_col, ld_att, b->P + n - 1, 1);
-        return;
-    }
-    int low = 0, high = b->B; /* the segment that row `begin` is in */
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if (b->cu[middle] > begin)
-            high = middle;
-        else
-            low = middle + 1;
-    }
-    for (int i = low; i <= b->B && (i ? b->cu[i - 1] : 0) < end; i++) {
-        w.prefix = i ? b->P : 0;
-        w.own = i ? b->cu[i - 1] : 0;
-        for (int t = w.own + ceil_div(max_int(0, begin - w.own), tokens) * tokens;
-             t < min_int(end, b->cu[i]); t += tokens)
-            attention_block(&w, j->att + t * ld_att + w.q_col, ld_att, w.prefix + t - w.own,
-                            min_int(tokens, b->cu[i] - t));
-    }
-}
-
-static void avx2_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
-                           const qemb_layout *b, int last_only) {
-    const int windows = last_only ? b->B : ceil_div(b->T, block_tokens(be->c));
-    const attention_job j = {be, f32(att), cf32(qkv), b, last_only, windows};
-    parallel(be->pool, windows * be->c->n_kv_heads, attention_part, &j);
-}
-
 /* ---- gate_up ---------------------------------------------------------------------------------- */
 
 AVX2 static void swiglu_row(float *h, const float *gate, const float *up, int n) {
@@ -868,52 +636,37 @@ AVX2 static void swiglu_row(float *h, const float *gate, const float *up, int n)
     }
 }
 
-static void swiglu_rows(const void *job, int item, int thread) {
-    const rows_job *j = job;
-    const size_t F = (size_t)j->be->c->ffn;
-    (void)thread;
-    for (int t = item * j->chunk; t < end_row(j, item); t++)
-        swiglu_row(j->y + t * F, j->x + 2 * t * F, j->x + (2 * t + 1) * F, (int)F);
-}
-
 static void avx2_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
                          const qemb_mat *w, int T) {
     avx2_matmul(be, gu, x, w, T);
-    for_rows(&(rows_job){.be = be, .y = f32(h), .x = cf32(gu), .T = T, .chunk = 4}, swiglu_rows);
+    simd_swiglu(be, h, gu, T);
 }
 
 /* ---- the table -------------------------------------------------------------------------------- */
 
 static int avx2_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
                      qemb_err *err) {
-    if (cpu_open_scratch(be, c, opt, attention_floats(c), err)) return -1;
-    if (opt->threads == 1 || !pool_open(&(*be)->pool, opt->threads, err)) return 0;
-    cpu_close(*be);
-    return -1;
-}
-
-static void avx2_close(qemb_backend *be) {
-    if (be) pool_close(be->pool);
-    cpu_close(be);
+    static const cpu_kernels kernels = {half_row, rmsnorm_row, rotate, swiglu_row, attention_block};
+    return simd_open(be, c, opt, &kernels, 0, 0, err);
 }
 
 static const qemb_ops avx2_ops = {
     .name = "avx2",
     .act_size = sizeof(float),
     .open = avx2_open,
-    .close = avx2_close,
+    .close = simd_close,
     .place = cpu_place,
     .arena = cpu_arena,
     .begin = cpu_begin,
-    .embed = avx2_embed,
-    .rmsnorm = avx2_rmsnorm,
+    .embed = simd_embed,
+    .rmsnorm = simd_rmsnorm,
     .matmul = avx2_matmul,
     .matmul_add = avx2_matmul_add,
-    .qknorm_rope = avx2_qknorm_rope,
-    .attention = avx2_attention,
+    .qknorm_rope = simd_qknorm_rope,
+    .attention = simd_attention,
     .gate_up = avx2_gate_up,
     .gather_last = cpu_gather_last,
-    .pool = avx2_pool,
+    .pool = simd_pool,
 };
 
 /* The builtin knows whether the system saves the wide registers, but not of F16C in every compiler:
@@ -924,22 +677,49 @@ static int has_avx2(void) {
            __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx >> 29 & 1;
 }
 
+/* The builtin knows what the system saves of AVX-512's registers. Not every compiler's knows BF16:
+ * bit 5 of EAX in leaf 7, 1. */
+static int has_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+static int has_avx512_bf16(void) {
+    unsigned eax, ebx, ecx, edx;
+    return has_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1;
+}
+
+static int has_avx512_vnni(void) {
+    return has_avx512() && __builtin_cpu_supports("avx512vnni");
+}
+
 #endif
 
 /* ---- the choice ------------------------------------------------------------------------------- */
 
 const qemb_ops *qemb_cpu_table(int i) {
-    const qemb_ops *tables[2] = {&qemb_cpu_ops, NULL};
+    const qemb_ops *tables[8] = {&qemb_cpu_ops};
+    int n = 1;
 #if defined(__x86_64__)
-    if (has_avx2()) tables[1] = &avx2_ops;
+    if (has_avx2()) tables[n++] = &avx2_ops;
+    if (has_avx512()) tables[n++] = &avx512_ops;
+    if (has_avx512_bf16()) tables[n++] = &avx512_bf16_ops;
+    if (has_avx512_vnni()) tables[n++] = &avx512_int8_ops;
 #endif
-    return i >= 0 && i < 2 ? tables[i] : NULL;
+    return i >= 0 && i < n ? tables[i] : NULL;
+}
+
+/* Names are those of the instructions, and for other arithmetic than float, with that: avx512-bf16. */
+static int is_named(const qemb_ops *ops, const char *name) {
+    const size_t n = strlen(name);
+    return !strcmp(ops->name, name) ||
+           (n && !strncmp(ops->name, name, n) && ops->name[n] == '-');
 }
 
 const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math) {
     const qemb_ops *found = NULL;
     for (int i = 0; qemb_cpu_table(i); i++)
-        if (qemb_cpu_table(i)->math == math && (!name || !strcmp(name, qemb_cpu_table(i)->name)))
+        if (qemb_cpu_table(i)->math == math && (!name || is_named(qemb_cpu_table(i), name)))
             found = qemb_cpu_table(i);
     return found;
 }

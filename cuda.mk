@@ -4,28 +4,29 @@
 CUDA ?= $(firstword $(wildcard /usr/local/cuda /opt/cuda) $(patsubst %/bin/nvcc,%,$(shell command -v nvcc 2>/dev/null)) none)
 NVCC := $(CUDA)/bin/nvcc
 CUDA_ARCHS := 80 89 90a 120
-CUDA_ROOM := qemb.cu qemb_cuda.h kernels.cuh eight.cuh attention.cuh gemm.cuh ptx.cuh qemb.h
+CUDA_ROOM := qemb.cu qemb_cuda.h kernels.cuh eight.cuh attention.cuh hopper.cuh gemm.cuh ptx.cuh ptx_hopper.cuh qemb.h
 GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 
-EMU_SOURCES := tests/emu/emu_fibers.cpp tests/emu/emu_runtime.cpp tests/emu/emu_race.cpp tests/emu/emu_cublaslt.cpp
-EMU_HEADERS := $(wildcard tests/emu/*.h) tests/cuda_test.h tests/cuda_model.h tests/oracle.h tests/support.h $(CUDA_ROOM)
-EMU_TESTS   := tests/cuda_main.cu tests/test_cuda_ops.cu tests/test_cuda_model.cu tests/test_cuda_eight.cu
-EMU_C       := qemb.c cpu_simd.c file.c tests/oracle.c tests/support.c
+EMU_SOURCES := tests/emu/emu_fibers.cpp tests/emu/emu_runtime.cpp tests/emu/emu_race.cpp tests/emu/emu_hopper.cpp tests/emu/emu_cublaslt.cpp
+EMU_HEADERS := $(wildcard tests/emu/*.h) tests/cuda_test.h tests/cuda_model.h tests/cuda_attention.h tests/oracle.h tests/support.h $(CUDA_ROOM)
+EMU_TESTS   := tests/cuda_main.cu tests/test_cuda_ops.cu tests/test_cuda_hopper.cu tests/test_cuda_model.cu tests/test_cuda_eight.cu
+EMU_C       := qemb.c cpu_share.c cpu_simd.c cpu_avx512.c file.c tests/oracle.c tests/support.c
 EMU_WARN    := -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas
-EMU_CXX     := -std=c++20 -g $(EMU_WARN) -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/emu
+EMU_CXX     := -std=c++20 -g $(EMU_WARN) -Wno-psabi -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/emu
 EMU_CC      := -std=c11 -D_GNU_SOURCE -g $(EMU_WARN)
 CXX         ?= g++
 comma       := ,
 
 # The program's other parts; the Makefile's lists where it includes this.
-FRONT  ?= main encode output pipeline format input
-ENGINE ?= qemb cpu_simd file tokenizer
-CUDA_MAIN := -include qemb_cuda.h "-DDEFAULT_OPS=&qemb_cuda_ops" -DOPS_TABLE=qemb_cuda_table
-CUDA_PROGRAM = $(filter-out main,$(FRONT)) $(ENGINE)
+FRONT  ?= main choose encode output pipeline format input
+ENGINE ?= qemb cpu_share cpu_simd cpu_avx512 file tokenizer
+CUDA_CHOICE := -include qemb_cuda.h -DOPS_TABLE=qemb_cuda_table -DOPS_MATH=QEMB_MATH_F16
+CUDA_PROGRAM = $(filter-out choose,$(FRONT)) $(ENGINE)
+CUDA_SERVE   = $(filter-out choose,$(SERVE)) $(ENGINE)
 
 .PHONY: test-emu emu-values emu-sanitizers emu-races emu-program emu-mutants cuda-archs mutants gpu-test gpu-check gpu-bench
 ifeq ($(wildcard $(CUDA)/include/cuda_fp16.h),)
-test-emu cuda-archs mutants gpu-test gpu-check gpu-bench qemb-cuda:
+test-emu cuda-archs mutants gpu-test gpu-check gpu-bench qemb-cuda qemb-serve-cuda:
 	@echo "skipped: no CUDA toolkit (looked in /usr/local/cuda, /opt/cuda and PATH; set CUDA=)"
 else
 
@@ -43,28 +44,31 @@ build/$(1)/%.o: %.c qemb.h
 	$$(CC) $$(EMU_CC) -O3 -fopenmp $(3) -c $$< -o $$@
 build/$(1)/test_cuda: $$(patsubst %.cu,build/$(1)/%.cu.o,qemb.cu $$(EMU_TESTS)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES)) $$(patsubst %.c,build/$(1)/%.o,$$(EMU_C))
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -lcrypto -lm -o $$@
-build/$(1)/main.o: main.c qemb.h qemb_cuda.h
+build/$(1)/choose-cuda.o: choose.c qemb.h qemb_cuda.h
 	@mkdir -p $$(@D)
-	$$(CC) $$(EMU_CC) -O2 $$(CUDA_MAIN) $(3) -c $$< -o $$@
-build/$(1)/qemb-cuda: build/$(1)/main.o build/$(1)/qemb.cu.o $$(patsubst %,build/$(1)/%.o,$$(CUDA_PROGRAM)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
+	$$(CC) $$(EMU_CC) -O2 $$(CUDA_CHOICE) $(3) -c $$< -o $$@
+build/$(1)/qemb-cuda: build/$(1)/choose-cuda.o build/$(1)/qemb.cu.o $$(patsubst %,build/$(1)/%.o,$$(CUDA_PROGRAM)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -ljansson -lcrypto -lm -o $$@
+build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$$(CUDA_SERVE)) build/$(1)/choose-cuda.o build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
+	$$(CXX) -g -fopenmp -no-pie $(3) $$^ $$(SERVE_LIBS) -ljansson -lcrypto -lm -o $$@
 endef
 $(eval $(call emu,emu,-O2 -fopenmp,))
 $(eval $(call emu,emu-asan,-O1 -fopenmp,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all))
 $(eval $(call emu,emu-race,-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie,-DEMU_RACE))
 
-build/emu/qemb-cpu: $(patsubst %,build/emu/%.o,$(CUDA_PROGRAM)) main.c
+build/emu/qemb-cpu: $(patsubst %,build/emu/%.o,$(CUDA_PROGRAM) choose)
 	$(CC) $(EMU_CC) -O2 -fopenmp $^ -ljansson -lcrypto -lm -o $@
 
 test-emu: emu-values emu-sanitizers emu-races emu-program emu-mutants ## CUDA kernels and the CUDA program on the CPU (make -j2): values, sanitizers, races, mutants
 emu-values: build/emu/test_cuda
 	build/emu/test_cuda --schedules 4
 emu-sanitizers: build/emu-asan/test_cuda
-	build/emu-asan/test_cuda ptx attention_ rmsnorm qknorm swiglu op_matmul op_attention op_embed_b golden_m refuse fails
+	build/emu-asan/test_cuda ptx attention_ rmsnorm qknorm swiglu gate_up op_matmul op_attention op_embed_b golden_m refuse fails
 emu-races: build/emu-race/test_cuda
-	build/emu-race/test_cuda ptx attention_ rmsnorm qknorm swiglu op_matmul op_attention op_embed_b op_gather shapes
-emu-program: build/emu/qemb-cuda build/emu/qemb-cpu
+	build/emu-race/test_cuda ptx attention_ rmsnorm qknorm swiglu gate_up op_matmul op_attention op_embed_b op_gather shapes
+emu-program: build/emu/qemb-cuda build/emu/qemb-cpu build/emu/qemb-serve
 	tests/test_cuda_program.py build/emu/qemb-cuda build/emu/qemb-cpu
+	tests/test_cuda_serve.py build/emu/qemb-serve build/emu/qemb-cpu
 emu-mutants: build/emu/test_cuda build/emu-race/test_cuda
 	tests/mutants.py --sample
 
@@ -72,6 +76,10 @@ mutants: ## drop every barrier, wait and guard of the CUDA code in turn: the tes
 	tests/mutants.py
 
 ifneq ($(wildcard $(NVCC)),)
+define CHECKED_CUBIN
+@mkdir -p $(@D)
+$(NVCC) -std=c++20 -O3 -Werror all-warnings -Xptxas -v -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@ 2> $@.log || { cat $@.log; exit 1; }
+endef
 # One object per architecture, so that a spill is reported with its place.
 build/cuda/qemb_%.o: qemb.cu $(CUDA_ROOM)
 	@mkdir -p $(@D)
@@ -80,13 +88,13 @@ build/cuda/qemb_%.o: qemb.cu $(CUDA_ROOM)
 build/cuda/qemb_%.cubin: qemb.cu $(CUDA_ROOM)
 	@mkdir -p $(@D)
 	$(NVCC) -std=c++20 -O3 -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@
-build/cuda/tests_%.cubin: tests/test_cuda_ops.cu $(CUDA_ROOM) tests/cuda_test.h
-	@mkdir -p $(@D)
-	$(NVCC) -std=c++20 -O3 -Werror all-warnings -Xptxas -v -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@ 2> $@.log \
-	    || { cat $@.log; exit 1; }
+build/cuda/tests_%.cubin: tests/test_cuda_ops.cu $(CUDA_ROOM) tests/cuda_test.h tests/cuda_attention.h
+	$(CHECKED_CUBIN)
+build/cuda/hopper_%.cubin: tests/test_cuda_hopper.cu $(CUDA_ROOM) tests/cuda_test.h tests/cuda_attention.h tests/cuda_model.h
+	$(CHECKED_CUBIN)
 
-cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) ## build the CUDA code for sm_80, 89, 90a, 120 and check it: no spills, tensor-core instructions
-	tests/sass_gate.py $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o.log build/cuda/tests_$(a).cubin.log build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin)
+cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin ## build the CUDA code for sm_80, 89, 90a, 120 and check it: no spills, tensor-core instructions
+	tests/sass_gate.py $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o.log build/cuda/tests_$(a).cubin.log build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin.log build/cuda/hopper_90a.cubin
 
 build/cuda/%.cu.o: %.cu $(CUDA_ROOM) tests/cuda_test.h
 	@mkdir -p $(@D)
@@ -97,13 +105,17 @@ build/cuda/%.o: %.c qemb.h
 build/cuda/test_cuda: $(patsubst %.cu,build/cuda/%.cu.o,qemb.cu $(EMU_TESTS)) $(patsubst %.c,build/cuda/%.o,$(EMU_C))
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -lcrypto -lm -o $@
 
-build/cuda/main.o: main.c qemb.h qemb_cuda.h
+build/cuda/choose-cuda.o: choose.c qemb.h qemb_cuda.h
 	@mkdir -p $(@D)
-	$(CC) $(EMU_CC) -O2 $(CUDA_MAIN) -c $< -o $@
-build/cuda/qemb-cuda: build/cuda/main.o build/cuda/qemb.cu.o $(patsubst %,build/cuda/%.o,$(CUDA_PROGRAM))
+	$(CC) $(EMU_CC) -O2 $(CUDA_CHOICE) -c $< -o $@
+build/cuda/qemb-cuda: build/cuda/choose-cuda.o build/cuda/qemb.cu.o $(patsubst %,build/cuda/%.o,$(CUDA_PROGRAM))
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -ljansson -lcrypto -lm -o $@
 qemb-cuda: build/cuda/qemb-cuda ## qemb for NVIDIA GPUs: same options, same protocol
 	cp build/cuda/qemb-cuda qemb-cuda
+build/cuda/qemb-serve: $(patsubst %,build/cuda/%.o,$(CUDA_SERVE)) build/cuda/choose-cuda.o build/cuda/qemb.cu.o
+	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(SERVE_LIBS) -ljansson -lcrypto -lm -o $@
+qemb-serve-cuda: need-serve build/cuda/qemb-serve ## qemb-serve for NVIDIA GPUs: same options and requests
+	cp build/cuda/qemb-serve qemb-serve-cuda
 build/cuda/bench_cuda: build/cuda/bench_cuda.cu.o build/cuda/qemb.cu.o $(patsubst %.c,build/cuda/%.o,$(EMU_C))
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -lcrypto -lm -o $@
 
@@ -116,7 +128,7 @@ gpu-check: build/cuda/test_cuda build/cuda/bench_cuda qemb-cuda build/release/qe
 gpu-bench: qemb-cuda build/cuda/bench_cuda build/release/qemb $(VENV)/.convert ## on a GPU: kernels, products, accuracy, whole runs, transformers beside; a table and bench/results/*.json
 	./bench_gpu.py
 else
-cuda-archs gpu-test gpu-check gpu-bench qemb-cuda:
+cuda-archs gpu-test gpu-check gpu-bench qemb-cuda qemb-serve-cuda:
 	@echo "skipped: no nvcc in $(CUDA)/bin"
 endif
 endif

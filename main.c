@@ -15,13 +15,6 @@
 #include <string.h>
 #include <unistd.h>
 
-/* The ops table that computes unless --cpu names another. A program for another backend is this one
- * built with another name here. */
-#ifndef DEFAULT_OPS
-#define DEFAULT_OPS qemb_cpu_choose(NULL, QEMB_MATH_F32)
-#define OPS_TABLE   qemb_cpu_table
-#endif
-
 /* ---- messages ------------------------------------------------------------------------------ */
 
 /* Set while a progress line stands on the terminal. */
@@ -82,6 +75,7 @@ enum {
     OPT_VRAM,
     OPT_DETERMINISTIC,
     OPT_NO_GRAPHS,
+    OPT_HOPPER,
     OPT_CACHE,
     OPT_ON_ERROR,
     OPT_STATS,
@@ -107,6 +101,7 @@ static const struct option long_options[] = {
     {"vram", required_argument, NULL, OPT_VRAM},
     {"deterministic", no_argument, NULL, OPT_DETERMINISTIC},
     {"no-graphs", no_argument, NULL, OPT_NO_GRAPHS},
+    {"hopper", no_argument, NULL, OPT_HOPPER},
     {"cache", required_argument, NULL, OPT_CACHE},
     {"on-error", required_argument, NULL, OPT_ON_ERROR},
     {"stats", no_argument, NULL, OPT_STATS},
@@ -139,6 +134,7 @@ static unsigned commands_of(int opt) {
     case OPT_VRAM:
     case OPT_DETERMINISTIC:
     case OPT_NO_GRAPHS:
+    case OPT_HOPPER:
     case OPT_CACHE:
         return FOR(EMBED) | FOR(PLAN) | FOR(CHECK);
     case OPT_OUTPUT:
@@ -170,12 +166,9 @@ static const char help[] =
     "  --truncate           cut longer texts; else they are errors\n"
     "  --batch-tokens N     tokens that are computed together [4096; on a GPU 8192]\n"
     "  --threads N          CPU threads                                     [all]\n"
-    "  --cpu NAME           plain or avx2: whose arithmetic            [the fastest]\n"
-    "  --math NAME          f16 or fp8, on a GPU: what products are in       [f16]\n"
-    "  --vram MIB           on a GPU: memory to use at most                 [free]\n"
-    "  --deterministic      on a GPU: no bit depends on what else is computed\n"
-    "  --no-graphs          on a GPU: no CUDA graphs for small batches\n"
-    "  --cache DIR          on a GPU: time algorithms once, keep the times there\n"
+    "  --cpu NAME           plain, avx2 or avx512: the instructions    [the fastest]\n"
+    "  --math NAME          f32, bf16 or int8; on a GPU f16 or fp8      [f32; f16]\n"
+    "  --vram MIB, --deterministic, --no-graphs, --hopper, --cache DIR   GPU: man qemb\n"
     "  --on-error WHAT      record, zero, skip, stop      [record; binary: stop]\n"
     "  --stats              a summary on stderr at the end\n"
     "  --progress, --quiet  a progress line on stderr: always, never\n"
@@ -211,28 +204,6 @@ static int parse_output(const char *s) {
     if (kind < 0)
         USAGE("--output: unknown (got %.40s, want json, jsonl, tsv, base64, f32, f16, npy)", s);
     return kind;
-}
-
-static const qemb_ops *parse_cpu(const char *s) {
-    const qemb_ops *found = qemb_cpu_choose(s, QEMB_MATH_F32);
-    char want[80] = "";
-    for (int i = 0; qemb_cpu_table(i); i++) {
-        const size_t n = strlen(want);
-        snprintf(want + n, sizeof want - n, "%s%s", i ? ", " : "", qemb_cpu_table(i)->name);
-    }
-    if (!found) USAGE("--cpu: not on this machine (got %.40s, want %s)", s, want);
-    return found;
-}
-
-/* The last table with that arithmetic: the fastest. */
-static const qemb_ops *parse_math(const char *s) {
-    static const char *const names[] = {"f32", "bf16", "int8", "fp8", "f16"}; /* qemb_math */
-    const qemb_math math = (qemb_math)parse_name("math", s, names, LENGTH(names));
-    const qemb_ops *found = NULL;
-    for (int i = 0; OPS_TABLE(i); i++)
-        if (OPS_TABLE(i)->math == math) found = OPS_TABLE(i);
-    if (!found) USAGE("--math: %s: not with this program on this machine", s);
-    return found;
 }
 
 static void set_option(options *o, int opt, const char *arg) {
@@ -272,10 +243,10 @@ static void set_option(options *o, int opt, const char *arg) {
         o->engine.threads = parse_int("threads", arg, 4096);
         break;
     case OPT_CPU:
-        o->ops = parse_cpu(arg);
+        o->cpu = arg;
         break;
     case OPT_MATH:
-        o->ops = parse_math(arg);
+        o->math = arg;
         break;
     case OPT_VRAM:
         o->engine.vram = (size_t)parse_int("vram", arg, 1 << 30) << 20;
@@ -285,6 +256,9 @@ static void set_option(options *o, int opt, const char *arg) {
         break;
     case OPT_NO_GRAPHS:
         o->engine.no_graphs = 1;
+        break;
+    case OPT_HOPPER:
+        o->engine.hopper = 1;
         break;
     case OPT_CACHE:
         o->engine.cache_dir = arg;
@@ -340,7 +314,8 @@ static void print_and_leave(const char *text) {
 
 static void parse_options(options *o, int argc, char **argv) {
     int opt, n_operands = 0, seen[LENGTH(long_options)], n_seen = 0;
-    *o = (options){.separator = '\n', .ops = DEFAULT_OPS};
+    qemb_err err;
+    *o = (options){.separator = '\n'};
     opterr = 0;
     while ((opt = getopt_long(argc, argv, "-:m:0hV", long_options, NULL)) != -1) {
         if (opt == 'h') print_and_leave(help);
@@ -365,6 +340,8 @@ static void parse_options(options *o, int argc, char **argv) {
         if (!(commands_of(seen[i]) & 1u << o->command))
             USAGE("--%s: means nothing to qemb %s", option_name(seen[i]),
                   command_names[o->command]);
+    o->ops = choose_ops(o->cpu, o->math, &err);
+    if (!o->ops) USAGE("%s", err.msg);
     for (int i = 0; i < n_seen; i++)
         if (seen[i] >= OPT_VRAM && seen[i] <= OPT_CACHE && !o->ops->plan)
             USAGE("--%s: only with a GPU (qemb-cuda)", option_name(seen[i]));

@@ -13,11 +13,6 @@
 #include <time.h>
 #include <unistd.h>
 
-/* The ops table that computes unless --cpu names another, as in main.c. */
-#ifndef DEFAULT_OPS
-#define DEFAULT_OPS qemb_cpu_choose(NULL, QEMB_MATH_F32)
-#endif
-
 /* Seconds between two looks at deadlines, departed clients and slow connections. */
 #define TICK 0.1
 /* After a drain that ran into its bound: for the last answers to be sent, for the last batch. */
@@ -53,6 +48,8 @@ enum {
     OPT_HOST = 256,
     OPT_PORT,
     OPT_NAME,
+    OPT_FALLBACK,
+    OPT_FALLBACK_NAME,
     OPT_API_KEY_FILE,
     OPT_QUERY,
     OPT_INSTRUCT,
@@ -61,6 +58,11 @@ enum {
     OPT_BATCH_TOKENS,
     OPT_THREADS,
     OPT_CPU,
+    OPT_MATH,
+    OPT_VRAM,
+    OPT_DETERMINISTIC,
+    OPT_NO_GRAPHS,
+    OPT_GPU_CACHE,
     OPT_HTTP_THREADS,
     OPT_MAX_CONNECTIONS,
     OPT_MAX_BODY,
@@ -80,6 +82,8 @@ static const struct option long_options[] = {
     {"host", required_argument, NULL, OPT_HOST},
     {"port", required_argument, NULL, OPT_PORT},
     {"name", required_argument, NULL, OPT_NAME},
+    {"fallback", required_argument, NULL, OPT_FALLBACK},
+    {"fallback-name", required_argument, NULL, OPT_FALLBACK_NAME},
     {"api-key-file", required_argument, NULL, OPT_API_KEY_FILE},
     {"query", no_argument, NULL, OPT_QUERY},
     {"instruct", required_argument, NULL, OPT_INSTRUCT},
@@ -88,6 +92,11 @@ static const struct option long_options[] = {
     {"batch-tokens", required_argument, NULL, OPT_BATCH_TOKENS},
     {"threads", required_argument, NULL, OPT_THREADS},
     {"cpu", required_argument, NULL, OPT_CPU},
+    {"math", required_argument, NULL, OPT_MATH},
+    {"vram", required_argument, NULL, OPT_VRAM},
+    {"deterministic", no_argument, NULL, OPT_DETERMINISTIC},
+    {"no-graphs", no_argument, NULL, OPT_NO_GRAPHS},
+    {"gpu-cache", required_argument, NULL, OPT_GPU_CACHE},
     {"http-threads", required_argument, NULL, OPT_HTTP_THREADS},
     {"max-connections", required_argument, NULL, OPT_MAX_CONNECTIONS},
     {"max-body", required_argument, NULL, OPT_MAX_BODY},
@@ -112,6 +121,8 @@ static const char help[] =
     "  --host ADDRESS         where to listen                          [127.0.0.1]\n"
     "  --port N               0: any free one, which the log names     [8080]\n"
     "  --name NAME            the model's name; repeat for more names  [the file's]\n"
+    "  --fallback FILE        another model, for requests that allow it\n"
+    "  --fallback-name NAME   its name                                 [the file's]\n"
     "  --api-key-file FILE    a key per line: requests must bring one\n"
     "  --query                texts are queries, unless the request says otherwise\n"
     "  --instruct TASK        texts are queries for TASK, likewise\n"
@@ -119,7 +130,12 @@ static const char help[] =
     "  --max-tokens N         longest text, end-of-text included       [the model's]\n"
     "  --batch-tokens N       tokens that are computed together        [4096]\n"
     "  --threads N            CPU threads of the model                 [all]\n"
-    "  --cpu NAME             plain or avx2: whose arithmetic          [the fastest]\n"
+    "  --cpu NAME             plain, avx2 or avx512: the instructions  [the fastest]\n"
+    "  --math NAME            f32, bf16 or int8; on a GPU f16 or fp8   [f32; f16]\n"
+    "  --vram MIB             on a GPU: memory to use at most          [free]\n"
+    "  --deterministic        on a GPU: no bit depends on what else is computed\n"
+    "  --no-graphs            on a GPU: no CUDA graphs for small batches\n"
+    "  --gpu-cache DIR        on a GPU: time algorithms once, keep the times there\n"
     "  --http-threads N       threads that parse, tokenize and format  [2]\n"
     "  --max-connections N    at a time                                [1024]\n"
     "  --max-body KIB         of one request                           [4096]\n"
@@ -142,8 +158,9 @@ typedef struct {
     lane_options lane;
     http_options http;
     int cache_mib, redis_timeout;
-    const char *redis; /* NULL: none */
-    char name[256];    /* the model's, from the file's */
+    const char *redis;    /* NULL: none */
+    const char *fallback; /* NULL: none */
+    char name[2][256];    /* the model's and the fallback's, from the files' */
 } serve_options;
 
 static int parse_int(const char *name, const char *s, int min, int max) {
@@ -155,16 +172,14 @@ static int parse_int(const char *name, const char *s, int min, int max) {
     return (int)x;
 }
 
-static const qemb_ops *parse_cpu(const char *s) {
-    const qemb_ops *found = qemb_cpu_choose(s, QEMB_MATH_F32);
-    if (!found) USAGE("--cpu: not on this machine (got %.40s)", s);
-    return found;
+static const char *checked_name(const char *option, const char *name) {
+    if (!*name || strlen(name) > 255) USAGE("--%s: bad length (want 1..255 bytes)", option);
+    return name;
 }
 
 static void add_name(http_options *o, const char *name) {
-    if (!*name || strlen(name) > 255) USAGE("--name: bad length (want 1..255 bytes)");
     if (o->n_names == MAX_NAMES) USAGE("--name: too many (want at most %d)", MAX_NAMES);
-    o->names[o->n_names++] = name;
+    o->names[o->n_names++] = checked_name("name", name);
 }
 
 static void set_option(serve_options *o, int opt, const char *name, const char *arg) {
@@ -183,6 +198,12 @@ static void set_option(serve_options *o, int opt, const char *name, const char *
         break;
     case OPT_NAME:
         add_name(h, arg);
+        break;
+    case OPT_FALLBACK:
+        o->fallback = arg;
+        break;
+    case OPT_FALLBACK_NAME:
+        h->fallback_name = checked_name(name, arg);
         break;
     case OPT_API_KEY_FILE:
         h->key_file = arg;
@@ -206,7 +227,22 @@ static void set_option(serve_options *o, int opt, const char *name, const char *
         cli->engine.threads = parse_int(name, arg, 1, 4096);
         break;
     case OPT_CPU:
-        cli->ops = parse_cpu(arg);
+        cli->cpu = arg;
+        break;
+    case OPT_MATH:
+        cli->math = arg;
+        break;
+    case OPT_VRAM:
+        cli->engine.vram = (size_t)parse_int(name, arg, 1, 1 << 30) << 20;
+        break;
+    case OPT_DETERMINISTIC:
+        cli->engine.deterministic = 1;
+        break;
+    case OPT_NO_GRAPHS:
+        cli->engine.no_graphs = 1;
+        break;
+    case OPT_GPU_CACHE:
+        cli->engine.cache_dir = arg;
         break;
     case OPT_HTTP_THREADS:
         h->http_threads = parse_int(name, arg, 2, 256);
@@ -258,20 +294,32 @@ static const char *option_name(int opt) {
     return "?";
 }
 
-/* The model's file without directory and ".qemb". */
-static void name_by_file(serve_options *o) {
-    const char *path = o->lane.cli.model, *slash = strrchr(path, '/');
-    snprintf(o->name, sizeof o->name, "%s", slash ? slash + 1 : path);
-    char *dot = strrchr(o->name, '.');
-    if (dot && dot > o->name && !strcmp(dot, ".qemb")) *dot = 0;
-    add_name(&o->http, o->name);
+/* path without directory and ".qemb" */
+static const char *name_by_file(char name[256], const char *path) {
+    const char *slash = strrchr(path, '/');
+    snprintf(name, 256, "%s", slash ? slash + 1 : path);
+    char *dot = strrchr(name, '.');
+    if (dot && dot > name && !strcmp(dot, ".qemb")) *dot = 0;
+    return name;
+}
+
+static void check_names(serve_options *o) {
+    http_options *h = &o->http;
+    if (!h->n_names) add_name(h, name_by_file(o->name[0], o->lane.cli.model));
+    if (h->fallback_name && !o->fallback) USAGE("--fallback-name: of no model (want --fallback)");
+    if (o->fallback && !h->fallback_name)
+        h->fallback_name = checked_name("fallback-name", name_by_file(o->name[1], o->fallback));
+    for (int i = 0; i < h->n_names && o->fallback; i++)
+        if (!strcmp(h->names[i], h->fallback_name))
+            USAGE("--fallback-name: the model's own name (got %.80s): answers could not tell",
+                  h->fallback_name);
 }
 
 static void parse_options(serve_options *o, int argc, char **argv) {
     int opt;
     *o = (serve_options){.cache_mib = 64,
                          .redis_timeout = 50,
-                         .lane = {.cli.ops = DEFAULT_OPS, .max_queue_tokens = 262144},
+                         .lane = {.max_queue_tokens = 262144},
                          .http = {.host = "127.0.0.1",
                                   .port = 8080,
                                   .http_threads = 2,
@@ -292,12 +340,19 @@ static void parse_options(serve_options *o, int argc, char **argv) {
         set_option(o, opt, option_name(opt), optarg);
     }
     if (optind < argc) USAGE("%.80s: an operand that means nothing", argv[optind]);
-    const options *cli = &o->lane.cli;
+    options *cli = &o->lane.cli;
+    qemb_err err;
+    cli->ops = choose_ops(cli->cpu, cli->math, &err);
+    if (!cli->ops) USAGE("%s", err.msg);
+    const qemb_options *e = &cli->engine;
+    if (!cli->ops->plan && (e->vram || e->deterministic || e->no_graphs || e->cache_dir))
+        USAGE(
+            "--vram, --deterministic, --no-graphs, --gpu-cache: only with a GPU (qemb-serve-cuda)");
     if (!cli->model) USAGE("no model (want -m MODEL.qemb)");
     if (cli->query && cli->instruct) USAGE("--query and --instruct: only one of them");
     if (cli->instruct && !*cli->instruct)
         USAGE("--instruct: an empty task (leave it out for documents)");
-    if (!o->http.n_names) name_by_file(o);
+    check_names(o);
 }
 
 /* ---- the run ---------------------------------------------------------------------------------- */
@@ -309,14 +364,17 @@ static int wait_signal(const sigset_t *set) {
     return sig > 0 ? sig : 0;
 }
 
-static void tick(lane *l, http *h) {
+/* The model's, and the fallback's or NULL. */
+typedef lane *lanes[2];
+
+static void tick(lanes l, http *h) {
     const double now = seconds_now();
-    lane_tick(l, now);
+    for (int i = 0; i < 2 && l[i]; i++) lane_tick(l[i], now);
     http_tick(h, now);
 }
 
 /* What is on its way is answered, for o->drain seconds at most; then every wait ends, with 503. */
-static void drain(const http_options *o, const sigset_t *set, lane *l, http *h) {
+static void drain(const http_options *o, const sigset_t *set, lanes l, http *h) {
     const double start = seconds_now();
     http_drain(h);
     log_line("info", "draining", "\"seconds\":%g", o->drain); /* from here on it is true */
@@ -324,7 +382,7 @@ static void drain(const http_options *o, const sigset_t *set, lane *l, http *h) 
         if (wait_signal(set)) break; /* a second signal: no more patience */
         tick(l, h);
     }
-    lane_stop(l);
+    for (int i = 0; i < 2 && l[i]; i++) lane_stop(l[i]);
     const double stopped = seconds_now();
     while (!http_idle(h, seconds_now()) && seconds_now() - stopped < LAST_ANSWERS) wait_signal(set);
 }
@@ -336,9 +394,22 @@ static void open_caches(serve_options *o) {
     if (!o->lane.redis) USAGE("--redis: no address (got %.80s, want HOST:PORT)", o->redis);
 }
 
+static void open_lanes(const serve_options *o, lanes l) {
+    l[0] = lane_open(&o->lane);
+    l[1] = NULL;
+    if (!o->fallback) return;
+    lane_options other = o->lane;
+    other.cli.model = o->fallback;
+    other.is_fallback = 1;
+    other.cli.engine.max_tokens =
+        0; /* what the model itself can: the first one has been asked before */
+    l[1] = lane_open(&other);
+}
+
 int main(int argc, char **argv) {
     serve_options o;
     sigset_t set;
+    lanes l;
     signal(SIGPIPE, SIG_IGN);
     sigemptyset(&set);
     sigaddset(&set, SIGINT);
@@ -346,20 +417,22 @@ int main(int argc, char **argv) {
     pthread_sigmask(SIG_BLOCK, &set, NULL); /* in every thread: this one waits for them */
     parse_options(&o, argc, argv);
     open_caches(&o);
-    lane *l = lane_open(&o.lane);
-    http *h = http_start(&o.http, l);
+    open_lanes(&o, l);
+    http *h = http_start(&o.http, l[0], l[1]);
     log_line("info", "listening", "\"port\":%d,\"pid\":%ld", http_port(h), (long)getpid());
-    lane_start(l);
-    log_line("info", "loaded", "\"fingerprint\":\"%s\"", lane_fingerprint(l));
-    int sig;
-    while (!(sig = wait_signal(&set))) tick(l, h);
+    for (int i = 0; i < 2 && l[i]; i++) lane_start(l[i]);
+    int sig, dead = 0;
+    for (; !(sig = wait_signal(&set)) && !dead; tick(l, h))
+        for (int i = 0; i < 2 && l[i]; i++) dead |= lane_state_of(l[i]) == LANE_DEAD;
     drain(&o.http, &set, l, h);
-    const int joined = lane_join(l, LAST_BATCH); /* first: then it resumes no connection any more */
+    int joined = 1; /* first: then they resume no connection any more */
+    for (int i = 0; i < 2 && l[i]; i++) joined &= lane_join(l[i], LAST_BATCH);
     http_stop(h);
     log_line("info", "stopped", "\"signal\":%d", sig);
-    if (!joined) leave(STATUS_GOOD); /* in the middle of a long batch that nobody waits for */
-    lane_free(l);
+    const int status = dead ? STATUS_MODEL : STATUS_GOOD;
+    if (!joined) leave(status); /* in the middle of a long batch that nobody waits for */
+    for (int i = 0; i < 2 && l[i]; i++) lane_free(l[i]);
     redis_free(o.lane.redis);
     cache_free(o.lane.cache);
-    return STATUS_GOOD;
+    return status;
 }

@@ -158,6 +158,7 @@ typedef struct {
     const char *instruct; /* (instruct_len) or NULL: the server's default */
     size_t instruct_len;
     int truncate; /* -1: the server's default */
+    int fallback; /* 1: another model may answer */
 } api_request;
 
 typedef enum { API_EMBEDDINGS, API_TOKENIZE } api_kind;
@@ -209,20 +210,21 @@ void redis_put(redis *r, const uint8_t key[KEY_BYTES], vector *v); /* does not w
 
 /* ---- serve_lane.c ---------------------------------------------------------------------------- */
 
-typedef enum { LANE_LOADING, LANE_READY, LANE_FAILING } lane_state;
+/* LANE_DEAD: its device has failed and its queue has ended; the process is to end. */
+typedef enum { LANE_LOADING, LANE_READY, LANE_FAILING, LANE_DEAD } lane_state;
 
 typedef struct lane lane;
 
 typedef struct {
     options cli; /* for encode.c: model, query, instruct, truncate, engine; and ops */
-    int max_queue_tokens;
+    int max_queue_tokens, is_fallback;
     cache *cache; /* or NULL */
     redis *redis; /* or NULL */
 } lane_options;
 
 /* Opens the file and the tokenizer; ends the process with a message if that fails. */
 lane *lane_open(const lane_options *o);
-/* Opens the model, which may take long, and starts its thread. Ends the process likewise. */
+/* Starts the thread that opens the model, which may take long, and computes. Ends the process likewise. */
 void lane_start(lane *l);
 /* Ends every wait. After lane_join nothing computes; it returns 0 if that took too long. */
 void lane_stop(lane *l);
@@ -254,6 +256,7 @@ typedef struct {
     int port;
     const char *names[MAX_NAMES]; /* of the model; the first is what responses say */
     int n_names;
+    const char *fallback_name; /* of the other model; NULL: there is none */
     int http_threads, max_connections, max_texts;
     size_t max_body, max_memory; /* bytes */
     double deadline, receive_timeout, drain;
@@ -261,8 +264,9 @@ typedef struct {
 
 typedef struct http http;
 
-/* Listens and answers: 503 until the lane is ready. Ends the process if that cannot be. */
-http *http_start(const http_options *o, lane *l);
+/* Listens and answers: 503 until the lane is ready. fallback may be NULL: see serve_http.c for when it
+ * computes. Ends the process if that cannot be. */
+http *http_start(const http_options *o, lane *l, lane *fallback);
 int http_port(const http *h);
 /* Closes connections that have taken too long to send a request or to read an answer. */
 void http_tick(http *h, double now);
@@ -311,6 +315,9 @@ typedef enum {
     COUNT_COMPUTED_TOKENS,
     COUNT_DEDUP,
     COUNT_NON_FINITE,
+    COUNT_CLAMPED,
+    COUNT_RECOMPUTED,
+    COUNT_FALLBACKS,
     COUNT_DEPARTED,
     COUNT_EXPIRED,
     COUNT_REAPED,
@@ -334,8 +341,10 @@ typedef enum {
 typedef struct {
     int healthy, connections;
     size_t cache_bytes;
-    queue_depth queue;
-    const char *model, *fingerprint;
+    struct {
+        const char *model, *fingerprint; /* NULL: there is no such model */
+        queue_depth queue;
+    } lane[2]; /* the model, the fallback */
 } gauges;
 
 void metrics_add(count c, uint64_t n);

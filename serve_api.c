@@ -1,8 +1,8 @@
 /* serve_api.c - OpenAI's JSON: requests in, responses and errors out; see serve.h.
  *
  * Request: {"input": text | [text...] | [id...] | [[id...]...], "model": name, and optionally
- * "dimensions", "encoding_format", "user" (ignored), and our own "instruct" and
- * "truncate"}. null counts as not given. Other keys are errors, as with OpenAI: a misspelt
+ * "dimensions", "encoding_format", "user" (ignored), and our own "instruct", "truncate" and
+ * "fallback"}. null counts as not given. Other keys are errors, as with OpenAI: a misspelt
  * one would otherwise be ignored in silence.
  */
 #include "serve.h"
@@ -157,6 +157,8 @@ static int parse_field(api_request *r, api_kind kind, const char *key, const jso
         return 0;
     }
     if (!strcmp(key, "truncate")) return is_null ? 0 : parse_bool(&r->truncate, key, v, e);
+    if (embeddings && !strcmp(key, "fallback"))
+        return is_null ? 0 : parse_bool(&r->fallback, key, v, e);
     if (embeddings && !strcmp(key, "dimensions")) return is_null ? 0 : parse_dimensions(r, v, e);
     if (embeddings && !strcmp(key, "encoding_format")) return is_null ? 0 : parse_encoding(r, v, e);
     return api_fail(e, 400, "unknown_parameter", NULL, "%.64s: unknown parameter", key);

@@ -5,6 +5,10 @@
  * of a body is lost when the client does not read before it has sent. A good one is parsed and
  * tokenized when its body is there, its connection suspended until the queue is done with it, and
  * its answer written by the connection's own thread again.
+ *
+ * A request that says "fallback": true goes to the second model, if there is one, when the first one is
+ * loading, failing, or has a full queue. Then the response's "model" is the second one's name, and
+ * qemb_fallbacks_total counts. Token ids stay with the model that they were made for.
  */
 #include "serve.h"
 
@@ -40,7 +44,7 @@ typedef struct conn {
 
 struct http {
     http_options opt;
-    lane *lane;
+    lane *lane, *fallback; /* fallback may be NULL */
     struct MHD_Daemon *daemon;
     int listen_fd, port;
     keys *keys; /* NULL: everybody may ask */
@@ -69,6 +73,7 @@ typedef struct {
     char *body;
     size_t len, cap, held, thrown;
     api_request api;
+    lane *lane; /* whose the ticket's texts are; NULL: none yet */
     int dim, base64, texts, shared, cached, status;
     uint64_t tokens;
 } request;
@@ -110,6 +115,7 @@ static enum MHD_Result answer(request *r, int status, api_text *body, const char
     http *h = r->h;
     r->phase = ANSWERED;
     r->status = status;
+    api_request_free(&r->api);
     if (!body->data) return MHD_NO;
     struct MHD_Response *m =
         MHD_create_response_from_buffer(body->len, body->data, MHD_RESPMEM_MUST_FREE);
@@ -291,17 +297,20 @@ static int departed(ticket *t) {
     return poll(&p, 1, 0) == 1 && p.revents & (POLLRDHUP | POLLHUP | POLLERR);
 }
 
-static int check_model(request *r) {
+static int choose_lane(request *r) {
     const http_options *o = &r->h->opt;
+    r->lane = r->h->lane;
     if (!r->api.model) return 0;
     for (int i = 0; i < o->n_names; i++)
         if (!strcmp(r->api.model, o->names[i])) return 0;
+    r->lane = r->h->fallback;
+    if (r->lane && !strcmp(r->api.model, o->fallback_name)) return 0;
     return api_fail(&r->error, 404, "model_not_found", "model",
                     "model: not served here (got %.80s, want %.80s)", r->api.model, o->names[0]);
 }
 
 static int check_dimensions(request *r) {
-    const int hidden = lane_hidden(r->h->lane);
+    const int hidden = lane_hidden(r->lane);
     r->dim = r->api.dimensions ? r->api.dimensions : hidden;
     r->base64 = r->api.base64;
     if (r->dim <= hidden) return 0;
@@ -309,11 +318,8 @@ static int check_dimensions(request *r) {
                     "dimensions: out of range (got %d, want 1..%d)", r->dim, hidden);
 }
 
-static int check_loaded(request *r) {
-    if (lane_state_of(r->h->lane) != LANE_LOADING) return 0;
-    api_fail(&r->error, 503, "loading", NULL, "server: the model is being loaded");
-    r->error.retry_after = 1;
-    return -1;
+static const char *model_name(const request *r) {
+    return r->lane == r->h->lane ? r->h->opt.names[0] : r->h->opt.fallback_name;
 }
 
 /* From body to texts in the ticket. The body is not needed any more. */
@@ -321,14 +327,12 @@ static int read_request(request *r) {
     http *h = r->h;
     const api_kind kind = r->route == ROUTE_EMBEDDINGS ? API_EMBEDDINGS : API_TOKENIZE;
     int bad =
-        check_loaded(r) ||
         api_parse(&r->api, kind, r->body ? r->body : "", r->len, h->opt.max_texts, &r->error) ||
-        check_model(r) || check_dimensions(r);
+        choose_lane(r) || check_dimensions(r);
     r->texts = r->api.n;
     if (!bad && kind == API_EMBEDDINGS)
-        bad = hold(r, api_embeddings_room(r->texts, r->dim, r->base64, strlen(h->opt.names[0])));
-    bad = bad || lane_encode(h->lane, &r->api, &r->ticket, &r->tokens, &r->error);
-    api_request_free(&r->api);
+        bad = hold(r, api_embeddings_room(r->texts, r->dim, r->base64, strlen(model_name(r))));
+    bad = bad || lane_encode(r->lane, &r->api, &r->ticket, &r->tokens, &r->error);
     drop_body(r);
     return bad ? -1 : 0;
 }
@@ -337,7 +341,7 @@ static enum MHD_Result finish_embeddings(request *r) {
     api_text body = {0};
     switch (r->ticket.state) {
     case TICKET_DONE:
-        if (api_embeddings(&body, r->ticket.slots, r->texts, r->dim, r->base64, r->h->opt.names[0],
+        if (api_embeddings(&body, r->ticket.slots, r->texts, r->dim, r->base64, model_name(r),
                            r->tokens, &r->error))
             break;
         metrics_add(COUNT_TEXTS, (uint64_t)r->texts);
@@ -350,7 +354,7 @@ static enum MHD_Result finish_embeddings(request *r) {
     case TICKET_EXPIRED:
         api_fail(&r->error, 503, "deadline_exceeded", NULL,
                  "server: no vectors after %g s, the most a request may take", r->h->opt.deadline);
-        r->error.retry_after = queue_retry_after(lane_queue(r->h->lane));
+        r->error.retry_after = queue_retry_after(lane_queue(r->lane));
         break;
     case TICKET_STOPPED:
         api_fail(&r->error, 503, "shutting_down", NULL, "server: it is being stopped");
@@ -363,9 +367,64 @@ static enum MHD_Result finish_embeddings(request *r) {
     return answer_error(r);
 }
 
+/* 0: r waits in its lane's queue; it may be resumed from now on. */
+static int submit(request *r) {
+    if (!queue_submit(lane_queue(r->lane), &r->ticket, &r->shared)) return 0;
+    api_fail(&r->error, 429, "queue_full", NULL, "server: too many tokens wait already");
+    r->error.retry_after = queue_retry_after(lane_queue(r->lane));
+    return -1;
+}
+
+/* 0: r is the fallback's, with its texts, and waits there or is done. -1: r is as it was. */
+static int fall_back(request *r) {
+    lane *l = r->h->fallback;
+    const request before = *r;
+    int bad = !r->api.fallback || !l || r->lane == l || lane_state_of(l) != LANE_READY;
+    for (int i = 0; i < r->texts && !bad; i++) bad = !r->api.inputs[i].text;
+    if (bad) return -1;
+    r->lane = l;
+    r->ticket.slots = NULL; /* they are `before`'s */
+    r->ticket.n = 0;
+    bad = check_dimensions(r) || lane_encode(l, &r->api, &r->ticket, &r->tokens, &r->error);
+    const size_t room = api_embeddings_room(r->texts, r->dim, r->base64, strlen(model_name(r)));
+    if (!bad) bad = hold(r, room);
+    if (!bad) r->cached = lane_lookup(l, &r->ticket);
+    const int known = !bad && r->cached == r->texts;
+    if (known) r->ticket.state = TICKET_DONE;
+    if (!known && (bad || submit(r))) {
+        ticket_clear(&r->ticket);
+        release(r, r->held - before.held);
+        *r = before;
+        return -1;
+    }
+    r->error = (api_error){0};
+    ticket_clear(&(ticket){.slots = before.ticket.slots, .n = before.ticket.n});
+    metrics_add(COUNT_FALLBACKS, 1);
+    return known;
+}
+
+/* 0: r waits. 1: it has all its vectors. -1: its error says why neither. */
+static int submit_or_fall_back(request *r) {
+    int fallen;
+    switch (lane_state_of(r->lane)) {
+    case LANE_READY:
+        return submit(r) ? fall_back(r) : 0;
+    case LANE_FAILING:
+        fallen = fall_back(r);
+        return fallen < 0 ? submit(r) : fallen;
+    case LANE_DEAD:
+        return api_fail(&r->error, 503, "shutting_down", NULL, "server: its device has failed");
+    case LANE_LOADING:
+        break;
+    }
+    api_fail(&r->error, 503, "loading", NULL, "server: the model is being loaded");
+    r->error.retry_after = 1;
+    return fall_back(r);
+}
+
 static enum MHD_Result start_embeddings(request *r) {
     if (read_request(r)) return answer_error(r);
-    r->cached = lane_lookup(r->h->lane, &r->ticket);
+    r->cached = lane_lookup(r->lane, &r->ticket);
     r->phase = WAITING;
     if (r->cached == r->texts) {
         r->ticket.state = TICKET_DONE;
@@ -379,32 +438,34 @@ static enum MHD_Result start_embeddings(request *r) {
     pthread_mutex_unlock(&r->h->lock);
     /* Before the ticket is out of our hands: it may be done at once. */
     MHD_suspend_connection(r->connection);
-    if (queue_submit(lane_queue(r->h->lane), &r->ticket, &r->shared)) {
-        api_fail(&r->error, 429, "queue_full", NULL, "server: too many tokens wait already");
-        r->error.retry_after = queue_retry_after(lane_queue(r->h->lane));
-        MHD_resume_connection(r->connection);
-    }
+    if (submit_or_fall_back(r)) MHD_resume_connection(r->connection);
+    api_request_free(&r->api); /* also resumed, r is this thread's: it has not ended yet */
     return MHD_YES;
 }
 
 static enum MHD_Result tokenize(request *r) {
     api_text body = {0};
-    if (read_request(r) || api_tokens(&body, r->ticket.slots, r->texts, lane_max_tokens(r->h->lane),
-                                      r->h->opt.names[0], r->tokens, &r->error))
+    if (read_request(r) || api_tokens(&body, r->ticket.slots, r->texts, lane_max_tokens(r->lane),
+                                      model_name(r), r->tokens, &r->error))
         return answer_error(r);
     return answer(r, 200, &body, JSON);
 }
 
+static const char *state_name(lane *l) {
+    static const char *const names[] = {"loading", "ok", "failing", "failing"};
+    return names[lane_state_of(l)];
+}
+
 static const char *health_of(const http *h) {
-    if (atomic_load(&h->draining)) return "draining";
-    static const char *const names[] = {"loading", "ok", "failing"};
-    return names[lane_state_of(h->lane)];
+    return atomic_load(&h->draining) ? "draining" : state_name(h->lane);
 }
 
 static enum MHD_Result tell_health(request *r) {
     api_text body = {0};
     const char *health = health_of(r->h);
-    text_printf(&body, "{\"status\":\"%s\"}", health);
+    text_printf(&body, "{\"status\":\"%s\"", health);
+    if (r->h->fallback) text_printf(&body, ",\"fallback\":\"%s\"", state_name(r->h->fallback));
+    text_printf(&body, "}");
     return answer(r, strcmp(health, "ok") ? 503 : 200, &body, JSON);
 }
 
@@ -413,9 +474,13 @@ static enum MHD_Result tell_metrics(request *r) {
     api_text body = {0};
     gauges g = {.healthy = !strcmp(health_of(h), "ok"),
                 .cache_bytes = lane_cache_bytes(h->lane),
-                .queue = queue_depth_of(lane_queue(h->lane)),
-                .model = h->opt.names[0],
-                .fingerprint = lane_fingerprint(h->lane)};
+                .lane = {{h->opt.names[0], lane_fingerprint(h->lane),
+                          queue_depth_of(lane_queue(h->lane))}}};
+    if (h->fallback) {
+        g.lane[1].model = h->opt.fallback_name;
+        g.lane[1].fingerprint = lane_fingerprint(h->fallback);
+        g.lane[1].queue = queue_depth_of(lane_queue(h->fallback));
+    }
     pthread_mutex_lock(&h->lock);
     g.connections = h->n_accepted;
     pthread_mutex_unlock(&h->lock);
@@ -423,8 +488,17 @@ static enum MHD_Result tell_metrics(request *r) {
     return answer(r, 200, &body, "text/plain; version=0.0.4; charset=utf-8");
 }
 
-static enum MHD_Result on_complete(request *r) {
+static enum MHD_Result tell_models(request *r) {
+    const http_options *o = &r->h->opt;
+    const char *names[MAX_NAMES + 1];
     api_text body = {0};
+    memcpy(names, o->names, sizeof o->names);
+    names[o->n_names] = o->fallback_name;
+    api_models(&body, names, o->n_names + (o->fallback_name != NULL), (long)r->h->created);
+    return answer(r, 200, &body, JSON);
+}
+
+static enum MHD_Result on_complete(request *r) {
     if (r->error.status) return answer_error(r);
     switch (r->route) {
     case ROUTE_EMBEDDINGS:
@@ -436,8 +510,7 @@ static enum MHD_Result on_complete(request *r) {
     case ROUTE_METRICS:
         return tell_metrics(r);
     case ROUTE_MODELS:
-        api_models(&body, r->h->opt.names, r->h->opt.n_names, (long)r->h->created);
-        return answer(r, 200, &body, JSON);
+        return tell_models(r);
     case ROUTE_OTHER:
     case N_ROUTES:
         break;
@@ -480,9 +553,10 @@ static void on_completed(void *cls, struct MHD_Connection *c, void **cookie,
     if (r->route == ROUTE_EMBEDDINGS) metrics_observe(HISTOGRAM_REQUEST_SECONDS, seconds);
     log_line(r->status >= 500 ? "error" : "info", "request",
              "\"request_id\":\"%s\",\"path\":\"%s\",\"status\":%d,\"code\":\"%s\",\"texts\":%d,"
-             "\"tokens\":%" PRIu64 ",\"shared\":%d,\"cached\":%d,\"ms\":%.3f",
+             "\"tokens\":%" PRIu64 ",\"shared\":%d,\"cached\":%d,\"fallback\":%s,\"ms\":%.3f",
              r->id, route_path(r->route), r->status, r->error.status ? r->error.code : "", r->texts,
-             r->tokens, r->shared, r->cached, 1e3 * seconds);
+             r->tokens, r->shared, r->cached, r->lane && r->lane == h->fallback ? "true" : "false",
+             1e3 * seconds);
     ticket_clear(&r->ticket);
     api_request_free(&r->api);
     drop_body(r);
@@ -580,10 +654,11 @@ static void *accept_main(void *arg) {
 
 /* ---- start, tick, end ------------------------------------------------------------------------- */
 
-http *http_start(const http_options *o, lane *l) {
+http *http_start(const http_options *o, lane *l, lane *fallback) {
     http *h = need(calloc(1, sizeof *h));
     h->opt = *o;
     h->lane = l;
+    h->fallback = fallback;
     h->created = time(NULL);
     pthread_mutex_init(&h->lock, NULL);
     if (getrandom(&h->id_start, sizeof h->id_start, 0) != sizeof h->id_start)

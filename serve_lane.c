@@ -40,15 +40,17 @@ struct lane {
 
 /* ---- opening ---------------------------------------------------------------------------------- */
 
-/* The header holds the shape and the SHA-256 of everything else. Backends round differently, so
- * they do not share vectors. */
+/* The header holds the shape and the SHA-256 of everything else. Backends and arithmetics round
+ * differently, so they do not share vectors. */
 #define HEADER_BYTES 4096
 
 static void make_fingerprint(lane *l) {
     const char *backend = l->opt.cli.ops->name;
+    const uint8_t math = (uint8_t)l->opt.cli.ops->math;
     EVP_MD_CTX *c = need(EVP_MD_CTX_new());
     const int good = EVP_DigestInit_ex(c, l->sha256, NULL) &&
                      EVP_DigestUpdate(c, backend, strlen(backend) + 1) &&
+                     EVP_DigestUpdate(c, &math, sizeof math) &&
                      EVP_DigestUpdate(c, l->source.file->map, HEADER_BYTES) &&
                      EVP_DigestFinal_ex(c, l->fingerprint, NULL);
     EVP_MD_CTX_free(c);
@@ -139,8 +141,28 @@ static void remember(lane *l, const uint8_t *key, vector *v) {
     if (l->opt.redis) redis_put(l->opt.redis, key, v);
 }
 
+static void load(lane *l) {
+    qemb_err err;
+    if (qemb_open(&l->model, l->source.file, l->opt.cli.ops, &l->opt.cli.engine, &err))
+        DIE(STATUS_MODEL, "%s", err.msg);
+    log_line("info", "loaded", "\"fallback\":%s,\"fingerprint\":\"%s\"",
+             l->opt.is_fallback ? "true" : "false", l->fingerprint_hex);
+}
+
+/* It gives NaN from now on, and only a new process gets it back. Whoever waits is told to come again:
+ * the texts are not to blame. */
+static void device_failed(lane *l, const char *why) {
+    char quoted[6 * 256 + 3];
+    const size_t n = strlen(why);
+    *format_json_string(quoted, why, n < 256 ? n : 256) = 0;
+    log_line("error", "device_failed", "\"message\":%s", quoted);
+    atomic_store(&l->state, LANE_DEAD);
+    queue_stop(l->queue);
+}
+
 static void *compute_main(void *arg) {
     lane *l = arg;
+    load(l);
     const size_t D = (size_t)l->source.file->config.hidden;
     const size_t most = (size_t)qemb_options_of(l->model)->batch_tokens;
     qemb_batch *b = need(qemb_batch_new(l->model));
@@ -148,6 +170,7 @@ static void *compute_main(void *arg) {
     vector **vectors = need(malloc(most * sizeof(vector *)));
     float *unit = need(malloc(D * sizeof *unit)), *out = NULL;
     size_t rows = 0; /* of out */
+    qemb_health before = {0};
     for (int n; (n = queue_take(l->queue, b, taken)); qemb_batch_clear(b)) {
         if ((size_t)n > rows) {
             free(out);
@@ -157,8 +180,11 @@ static void *compute_main(void *arg) {
         const int tokens = count_tokens(taken, n);
         const double start = seconds_now();
         qemb_embed(l->model, b, out);
-        const char *failure = qemb_health_of(l->model).failure;
-        if (failure) DIE(STATUS_MODEL, "%s", failure); /* only a new process gets it back */
+        const qemb_health now = qemb_health_of(l->model);
+        if (now.failure) device_failed(l, now.failure);
+        metrics_add(COUNT_CLAMPED, now.clamped - before.clamped);
+        metrics_add(COUNT_RECOMPUTED, now.recomputed - before.recomputed);
+        before = now;
         metrics_observe(HISTOGRAM_BATCH_SECONDS, seconds_now() - start);
         metrics_observe(HISTOGRAM_BATCH_TEXTS, n);
         metrics_observe(HISTOGRAM_BATCH_TOKENS, tokens);
@@ -168,8 +194,8 @@ static void *compute_main(void *arg) {
         metrics_add(COUNT_NON_FINITE, (uint64_t)bad);
         for (int i = 0; i < n; i++) /* first: whoever misses them in flight finds them there */
             if (vectors[i]) remember(l, taken[i]->key, vectors[i]);
-        const int state = bad ? LANE_FAILING : LANE_READY;
-        if (atomic_exchange(&l->state, state) != state)
+        const int state = now.failure ? LANE_DEAD : bad ? LANE_FAILING : LANE_READY;
+        if (!now.failure && atomic_exchange(&l->state, state) != state)
             log_line(bad ? "error" : "info", bad ? "failing" : "ready",
                      "\"texts\":%d,\"non_finite\":%d", n, bad);
         queue_finish(l->queue, taken, vectors, n);
@@ -184,13 +210,9 @@ static void *compute_main(void *arg) {
 }
 
 void lane_start(lane *l) {
-    qemb_err err;
-    if (qemb_open(&l->model, l->source.file, l->opt.cli.ops, &l->opt.cli.engine, &err))
-        DIE(STATUS_MODEL, "%s", err.msg);
     const int error = pthread_create(&l->thread, NULL, compute_main, l);
     if (error) DIE(STATUS_MODEL, "thread: cannot start it (%s)", strerror(error));
     l->started = 1;
-    lane_tick(l, seconds_now());
 }
 
 void lane_stop(lane *l) { queue_stop(l->queue); }
@@ -246,7 +268,8 @@ static void probe(lane *l, double now) {
 
 void lane_tick(lane *l, double now) {
     queue_tick(l->queue, now);
-    if (l->started && lane_state_of(l) != LANE_READY) probe(l, now);
+    const lane_state s = lane_state_of(l);
+    if (l->started && s != LANE_READY && s != LANE_DEAD) probe(l, now);
 }
 
 int lane_hidden(const lane *l) { return l->source.file->config.hidden; }

@@ -64,6 +64,10 @@ static const struct {
     [COUNT_COMPUTED_TOKENS] = {"computed_tokens", "Their tokens."},
     [COUNT_DEDUP] = {"dedup_hits", "Texts that shared the computation of an equal one in flight."},
     [COUNT_NON_FINITE] = {"non_finite", "Texts for which the model has no finite vector."},
+    [COUNT_CLAMPED] = {"clamped",
+                       "Numbers cut to the largest that an activation can be, on a GPU."},
+    [COUNT_RECOMPUTED] = {"recomputed", "Vectors that a GPU could not give and the CPU computed."},
+    [COUNT_FALLBACKS] = {"fallbacks", "Requests that the fallback took, as they allow."},
     [COUNT_DEPARTED] = {"departed", "Requests dropped because their client had left."},
     [COUNT_EXPIRED] = {"expired", "Requests whose deadline came before their vectors."},
     [COUNT_REAPED] = {"reaped", "Connections closed for sending or reading too slowly."},
@@ -191,14 +195,21 @@ void metrics_text(api_text *out, const gauges *g) {
                     (uint64_t)atomic_load(&counts[c]));
     gauge_text(out, "healthy", "1 when /health says 200.", (size_t)g->healthy);
     gauge_text(out, "connections", "Open connections.", (size_t)g->connections);
-    gauge_text(out, "queue_texts", "Distinct texts that wait for a batch.", (size_t)g->queue.texts);
-    gauge_text(out, "queue_tokens", "Their tokens.", (size_t)g->queue.tokens);
-    gauge_text(out, "queue_requests", "Requests that wait for vectors.", (size_t)g->queue.tickets);
+    const queue_depth q = g->lane[0].queue, f = g->lane[1].queue;
+    gauge_text(out, "queue_texts", "Distinct texts that wait for a batch.", (size_t)q.texts);
+    gauge_text(out, "queue_tokens", "Their tokens.", (size_t)q.tokens);
+    gauge_text(out, "queue_requests", "Requests that wait for vectors.", (size_t)q.tickets);
+    gauge_text(out, "fallback_queue_tokens", "Tokens that wait for the fallback.",
+               (size_t)f.tokens);
     gauge_text(out, "cache_bytes", "Memory that the cache takes.", g->cache_bytes);
-    text_printf(out, "# HELP qemb_model_info The model that is served.\n"
-                     "# TYPE qemb_model_info gauge\nqemb_model_info{model=\"");
-    label_text(out, g->model);
-    text_printf(out, "\",fingerprint=\"%s\",version=\"%s\"} 1\n", g->fingerprint, QEMB_VERSION);
+    text_printf(out, "# HELP qemb_model_info The models that are served.\n"
+                     "# TYPE qemb_model_info gauge\n");
+    for (int i = 0; i < 2 && g->lane[i].model; i++) {
+        text_printf(out, "qemb_model_info{role=\"%s\",model=\"", i ? "fallback" : "main");
+        label_text(out, g->lane[i].model);
+        text_printf(out, "\",fingerprint=\"%s\",version=\"%s\"} 1\n", g->lane[i].fingerprint,
+                    QEMB_VERSION);
+    }
     for (int h = 0; h < N_HISTOGRAMS; h++) histogram_text(out, (histogram)h);
 }
 

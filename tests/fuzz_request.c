@@ -21,6 +21,7 @@ void *need(void *p) {
 static void check_request(const api_request *r, api_kind kind) {
     CHECK(r->n >= 1 && r->n <= MAX_TEXTS && (r->model || kind == API_TOKENIZE));
     CHECK(r->truncate >= -1 && r->truncate <= 1 && r->dimensions >= 0);
+    CHECK(r->fallback == 0 || r->fallback == 1);
     size_t n_ids = 0, bytes = 0;
     for (int i = 0; i < r->n; i++) {
         const api_input *in = &r->inputs[i];

@@ -35,6 +35,11 @@ def records():
 STDIN = "".join(json.dumps(r) + "\n" for r in records())
 
 
+def cosine(a, b):
+    norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
+    return sum(x * y for x, y in zip(a, b, strict=True)) / norms
+
+
 def run(program, *args, stdin=STDIN, model=MODEL, command=None, emu=""):
     """--batch-tokens: several batches, the emulation is slow with long ones."""
     embed = ["--input", "jsonl", "--output", "jsonl", "--batch-tokens", "256", "--threads", "1"]
@@ -55,10 +60,9 @@ def compare(got, want, least):
             assert b is None and "error" in g, g
             continue
         assert len(a) == len(b) and all(map(math.isfinite, a)), g
-        norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
-        cosine = sum(x * y for x, y in zip(a, b, strict=True)) / norms
-        worst = min(worst, cosine)
-        assert cosine >= least, (g, cosine)
+        c = cosine(a, b)
+        worst = min(worst, c)
+        assert c >= least, (g, c)
     return worst
 
 
@@ -113,7 +117,7 @@ def check_plan(cuda, cpu):
         p = run(cpu, *option)
         assert p.returncode == 1 and f"{option[0]}: only with a GPU" in p.stderr, p.stderr
     p = run(cuda, "--math", "bf16")
-    assert p.returncode == 1 and "--math: bf16: not with this program" in p.stderr, p.stderr
+    assert p.returncode == 1 and "--math: not with this program on this machine (got bf16, want fp8, f16)" in p.stderr, p.stderr
 
 
 def check_devices(cuda):

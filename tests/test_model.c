@@ -86,6 +86,13 @@ static qemb_model *open_engine(const qemb_file *f, int batch_tokens, int threads
     return m;
 }
 
+/* What a unit vector may be off by, as a vector: what the arithmetic costs by the project's promise
+ * (MODEL and README give the measured figures), INFINITY for float, which is held to more. */
+static double allowed(void) {
+    static const double l2[] = {INFINITY, 6e-3, 3.6e-2, 0.2};
+    return l2[ops->math];
+}
+
 /* out (D) = the vector of one text, alone in its batch, before cut and L2 */
 static void embed_alone(qemb_model *m, const int32_t *ids, int n, float *out) {
     qemb_batch *b = qemb_batch_new(m);
@@ -98,10 +105,16 @@ static void embed_alone(qemb_model *m, const int32_t *ids, int n, float *out) {
  * costs is measured by transformers' own float32 run: f32_diff. Ours sums in other orders, so it
  * may err otherwise, but not on another scale: 8 f32_diff. RoPE's angles are rounded to float in
  * both float32 programs and not in the golden: pos * 2^-24 radians, n * 2^-24 / sqrt(D) or so of a
- * unit vector's number. */
+ * unit vector's number.
+ *
+ * Less than float is held to allowed(). `massive` has a neuron that multiplies what is over its
+ * threshold by 3,200 twice; it fires at position 0, and in a model this small it comes near to that
+ * at position 1 as well (hf_fixture.Massive). Two texts stand so close to it that a rounding decides,
+ * bfloat16's as much as int8's: those may be off. */
 static void check_goldens(const golden *g, const qemb_file *f) {
     qemb_model *m = open_engine(f, 1024, 2);
     const int D = f->config.hidden;
+    int on_threshold = 0;
     float out[4096];
     tokenizer *t;
     qemb_err err;
@@ -121,18 +134,26 @@ static void check_goldens(const golden *g, const qemb_file *f) {
         }
         embed_alone(m, c->ids, c->n, out);
         cr_assert_eq(qemb_unit(out, out, D), 0);
-        double dot = 0, a = 0, b = 0, worst = 0;
-        const double tol = 8 * g->f32_diff + c->n * U / sqrt(D);
+        double dot = 0, a = 0, b = 0, worst = 0, off = 0;
+        const int exact = ops->math == QEMB_MATH_F32;
+        const double tol = exact ? 8 * g->f32_diff + c->n * U / sqrt(D) : 2;
         for (int d = 0; d < D; d++) {
             cr_assert_not(far_off(out[d], c->vector[d], tol), "%s %s (%d): %g, want %g +- %g",
                           g->model, c->label, d, (double)out[d], (double)c->vector[d], tol);
             worst = fmax(worst, fabs((double)out[d] - c->vector[d]));
+            off += ((double)out[d] - c->vector[d]) * ((double)out[d] - c->vector[d]);
             dot += (double)out[d] * c->vector[d];
             a += (double)out[d] * out[d], b += (double)c->vector[d] * c->vector[d];
+        }
+        if (!exact) {
+            on_threshold += !(sqrt(off) <= allowed());
+            continue;
         }
         cr_assert(dot / sqrt(a * b) >= 0.999999, "%s %s", g->model, c->label);
         cr_assert(worst <= 2e-5);
     }
+    cr_assert_leq(on_threshold, strcmp(g->model, "massive") ? 0 : 2, "%s %s: %d texts are off",
+                  ops->name, g->model, on_threshold);
     tokenizer_state_free(s);
     tokenizer_close(t);
     qemb_close(m);
@@ -208,10 +229,18 @@ static void check_oracle(const qemb_config *c, int n, double gate_scale) {
     embed_alone(m, ids, n, out);
     oracle_embed(want, NULL, c, &f->weights, ids, n);
     cr_assert_eq(qemb_unit(out, out, c->hidden), 0);
+    /* gates of 30 times the size make a step of SwiGLU: what rounding did before it, doubles */
+    const double all = allowed() * (gate_scale > 1 ? 2 : 1);
+    const double tol = ops->math == QEMB_MATH_F32 ? 2e-5 : all;
+    double off = 0;
     for (int d = 0; d < c->hidden; d++) length += want[d] * want[d];
-    for (int d = 0; d < c->hidden; d++)
-        cr_assert_not(far_off(out[d], want[d] / sqrt(length), 2e-5), "n=%d (%d): %g, want %g", n, d,
+    for (int d = 0; d < c->hidden; d++) {
+        const double e = out[d] - want[d] / sqrt(length);
+        cr_assert_not(far_off(e, 0, tol), "%s n=%d (%d): %g, want %g", ops->name, n, d,
                       (double)out[d], want[d] / sqrt(length));
+        off += e * e;
+    }
+    cr_assert(sqrt(off) <= all, "%s n=%d: off by %g", ops->name, n, sqrt(off));
     free(ids), free(out), free(want);
     qemb_close(m);
     qemb_file_close(f);

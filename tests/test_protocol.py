@@ -758,6 +758,8 @@ def test_help_fits_a_screen():
 USAGE = [
     (["--cpu", "abacus"], "--cpu: not on this machine"),
     (["--cpu", ""], "--cpu: not on this machine"),
+    (["--math", "fp1"], r"--math: not with this program on this machine .got fp1, want f32"),
+    (["--math", "f16"], r"--math: not with this program on this machine .got f16, want f32"),
     ((), r"no model \(want -m"),
     (("-m",), "-m: needs a value"),
     (("-m", MODEL, "--dim"), "--dim: needs a value"),
@@ -805,6 +807,24 @@ def test_cpu_names_the_arithmetic(alone):
             assert np.all(np.abs(a - np.array(b)) < 2e-5)
     if len(tables) > 1:
         assert plain != b"".join(alone)  # other sums: the option is not ignored
+
+
+def test_math_names_the_arithmetic(alone):
+    data = lines(TEXTS)
+    maths = re.search(r"want (.*)\)", qemb("--math", "roman").stderr.decode())[1].split(", ")
+    assert maths[0] == "f32" and "f16" not in maths
+    assert out("--math", "f32", data=data) == b"".join(alone)
+    seen = {b"".join(alone)}
+    for name in maths[1:]:
+        got = out("--math", name, data=data)
+        assert got not in seen  # the option is not ignored
+        seen.add(got)
+        for a, b in zip(got.splitlines(), alone):
+            # a sanity check: tests/accuracy.py has what an arithmetic costs
+            assert np.dot(json.loads(a), json.loads(b)) > 0.99
+    for name in ("plain", "avx2"):
+        r = qemb("--cpu", name, "--math", "roman").stderr.decode()
+        assert "--math: not with this --cpu (got roman, want f32" in r or "--cpu: not on" in r
 
 
 @pytest.mark.parametrize("args, message", USAGE, ids=[m for _, m in USAGE])

@@ -15,9 +15,19 @@ Test(simd, the_choice) {
     cr_assert_null(qemb_cpu_choose("", QEMB_MATH_F32));
     cr_assert_null(qemb_cpu_table(-1));
     int n = 0;
-    for (; qemb_cpu_table(n); n++)
-        cr_assert_eq(qemb_cpu_choose(qemb_cpu_table(n)->name, QEMB_MATH_F32), qemb_cpu_table(n));
-    cr_assert_eq(qemb_cpu_choose(NULL, QEMB_MATH_F32), qemb_cpu_table(n - 1));
+    const qemb_ops *last[4] = {NULL};
+    for (; qemb_cpu_table(n); n++) {
+        const qemb_ops *op = qemb_cpu_table(n);
+        char name[32];
+        cr_assert_eq(qemb_cpu_choose(op->name, op->math), op);
+        snprintf(name, sizeof name, "%s", op->name);
+        name[strcspn(name, "-")] = 0; /* the instructions alone */
+        cr_assert_eq(qemb_cpu_choose(name, op->math), op);
+        name[strlen(name) - 1] = 0;
+        cr_assert_null(qemb_cpu_choose(name, op->math));
+        last[op->math] = op;
+    }
+    for (int m = 0; m < 4; m++) cr_assert_eq(qemb_cpu_choose(NULL, (qemb_math)m), last[m]);
     cr_assert_null(qemb_cpu_table(n + 1));
 }
 
@@ -25,12 +35,23 @@ Test(simd, avx2_runs_here) {
     if (!qemb_cpu_choose("avx2", QEMB_MATH_F32)) cr_skip_test("this CPU has no AVX2, FMA and F16C");
 }
 
+Test(simd, avx512_runs_here) {
+    if (!qemb_cpu_choose("avx512", QEMB_MATH_F32)) cr_skip_test("this CPU has no AVX-512 F, BW, DQ and VL");
+}
+
+Test(simd, avx512_bf16_runs_here) {
+    if (!qemb_cpu_choose("avx512", QEMB_MATH_BF16)) cr_skip_test("this CPU has no AVX512_BF16");
+}
+
+Test(simd, avx512_int8_runs_here) {
+    if (!qemb_cpu_choose("avx512", QEMB_MATH_INT8)) cr_skip_test("this CPU has no AVX512_VNNI");
+}
+
 #if defined(__x86_64__)
 /* Every stride-th float, negative and positive: within an ulp of what double precision says (whose
  * own error is 2^-28 of that), and the edges. */
-Test(simd, avx2_exp) {
+static void check_exp(void (*run)(float *y, const float *x, int n)) {
     enum { N = 4096 };
-    if (!qemb_cpu_choose("avx2", QEMB_MATH_F32)) cr_skip_test("this CPU has no AVX2, FMA and F16C");
     static float x[N], y[N];
     double worst = 0;
     for (uint64_t bits = 0, stride = 257; bits < 0x100000000u;) {
@@ -38,7 +59,7 @@ Test(simd, avx2_exp) {
             const uint32_t u = (uint32_t)bits;
             memcpy(&x[i], &u, 4);
         }
-        avx2_exp(y, x, N);
+        run(y, x, N);
         for (int i = 0; i < N; i++) {
             const double want = exp((double)x[i]);
             if (isnan(x[i]))
@@ -57,22 +78,32 @@ Test(simd, avx2_exp) {
     }
     cr_log_info("exp: at most %g ulp", worst);
     const float edges[] = {-INFINITY, INFINITY, NAN, 0, -0.0f, 88.72283f, -87.33654f, 1e-30f};
-    float e[8];
-    avx2_exp(e, edges, 8);
+    float e[16];
+    run(e, edges, 8);
     cr_assert(e[0] == 0 && isinf(e[1]) && isnan(e[2]) && e[3] == 1 && e[4] == 1 && e[7] == 1);
     cr_assert(e[5] > 3.4e38f && e[5] <= FLT_MAX && e[6] >= FLT_MIN);
     for (int n = 1; n < 8; n++) { /* nothing beyond n is touched */
         e[n] = 7;
-        avx2_exp(e, edges + 3, n);
+        run(e, edges, n);
         cr_assert_eq(e[n], 7);
     }
+}
+
+Test(simd, avx2_exp) {
+    if (!qemb_cpu_choose("avx2", QEMB_MATH_F32)) cr_skip_test("this CPU has no AVX2, FMA and F16C");
+    check_exp(avx2_exp);
+}
+
+Test(simd, avx512_exp) {
+    if (!qemb_cpu_choose("avx512", QEMB_MATH_F32)) cr_skip_test("this CPU has no AVX-512");
+    check_exp(avx512_exp);
 }
 
 #endif
 
 /* Shapes that reach every path of a matmul: few rows, one block of rows, several, more than one work
  * item; a row has the same bits in all of them, whatever the threads. */
-static void check_paths(const qemb_ops *op, int N, int K) {
+static void check_paths(const qemb_ops *op, qemb_dtype dtype, int N, int K) {
     enum { T = 1100 };
     const int Ts[] = {1, 2, 3, 4, 5, 7, 16, 95, 97, 511, 513, T};
     const qemb_config c = {.hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
@@ -82,7 +113,9 @@ static void check_paths(const qemb_ops *op, int N, int K) {
     float *want = malloc((size_t)T * N * sizeof *want);
     rng_halves(&r, W, (size_t)N * K, 1);
     rng_floats(&r, x, (size_t)T * K, 2);
-    const qemb_mat m = {W, N, K, QEMB_F16, 0.3f, NULL};
+    float *scale = malloc((size_t)N * sizeof *scale);
+    rng_floats(&r, scale, (size_t)N, 0.01);
+    const qemb_mat m = {W, N, K, dtype, 0.3f, dtype == QEMB_I8 ? scale : NULL}; /* bytes of halves */
     for (int threads = 1; threads <= 5; threads += 2) {
         const qemb_options opt = {.batch_tokens = T, .max_tokens = T, .threads = threads};
         qemb_backend *be;
@@ -98,12 +131,13 @@ static void check_paths(const qemb_ops *op, int N, int K) {
         }
         op->close(be);
     }
-    free(W), free(x), free(y), free(want);
+    free(W), free(x), free(y), free(want), free(scale);
 }
 
 Test(simd, a_row_has_the_same_bits_on_every_path) {
     for (int o = 0; qemb_cpu_table(o); o++) {
-        check_paths(qemb_cpu_table(o), 77, 531);
-        check_paths(qemb_cpu_table(o), 128, 40);
+        check_paths(qemb_cpu_table(o), QEMB_F16, 77, 531);
+        check_paths(qemb_cpu_table(o), QEMB_F16, 128, 40);
+        check_paths(qemb_cpu_table(o), QEMB_I8, 77, 531);
     }
 }

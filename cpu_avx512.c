@@ -1,0 +1,851 @@
+/* cpu_avx512.c - the CPU's ops with AVX-512 (F, BW, DQ and VL: servers since 2017, Zen 4). A function
+ * says for which instructions it is compiled; the tables are handed out only where the CPU has them.
+ *
+ * The promise is qemb.c's: a row's result depends on that row alone, bit for bit. Every sum has one
+ * order: a matmul adds up columns one dword (see matmul) after the other within KC of them, in
+ * however many rows a tile has; attention adds key after key.
+ */
+#include "cpu.h"
+
+#if defined(__x86_64__)
+
+#include <assert.h>
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+/* A template: the caller passes constants, and loops over them unroll into registers. */
+#define TEMPLATE static inline __attribute__((always_inline)) AVX512
+#define UNROLL   _Pragma("GCC unroll 16")
+
+enum {
+    MR = 12,         /* rows of x and ... */
+    NR = 32,         /* ... rows of W in a register tile: 24 of 32 registers hold its sums */
+    KC = 512,        /* dwords of a packed panel: KC x NR of them, 64 KiB */
+    GROUP = 4,       /* panels that are packed side by side: 256 KiB of an L2 cache */
+    X_ROWS = 86 * MR /* rows of x that are packed at a time, and share one packing of W */
+};
+
+static int min_int(int a, int b) { return a < b ? a : b; }
+static int max_int(int a, int b) { return a > b ? a : b; }
+static int ceil_div(int a, int b) { return (a + b - 1) / b; }
+static int round_up(int a, int to) { return ceil_div(a, to) * to; }
+
+static float *f32(qemb_act *a) { return (float *)a; }
+static const float *cf32(const qemb_act *a) { return (const float *)a; }
+
+/* The first n of 16 (32, 64) lanes; none for n below 1 */
+TEMPLATE __mmask16 first16(int n) { return n >= 16 ? 0xffff : n < 1 ? 0 : (__mmask16)((1u << n) - 1); }
+TEMPLATE __m512 load_first(const float *p, int n) { return _mm512_maskz_loadu_ps(first16(n), p); }
+TEMPLATE void store_first(float *p, __m512 v, int n) { _mm512_mask_storeu_ps(p, first16(n), v); }
+
+/* ---- exp --------------------------------------------------------------------------------------
+ * As cpu_simd.c's, with its bound of one ulp: exp(x) = 2^n exp(r), a polynomial of degree 7. */
+TEMPLATE __m512 exp16(__m512 x) {
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)),
+                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    /* ln 2 in two parts; the first has 9 bits, so that n times it is exact */
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.63p-1f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-0x1.bd0106p-13f), r);
+    __m512 p = _mm512_set1_ps((float)(1.0 / 5040));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps((float)(1.0 / 720)));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps((float)(1.0 / 120)));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps((float)(1.0 / 24)));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps((float)(1.0 / 6)));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
+    p = _mm512_scalef_ps(p, n);
+    /* infinities made a NaN of r, NaN itself passes; no subnormals */
+    p = _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, _mm512_set1_ps(88.72283f), _CMP_GT_OQ),
+                           _mm512_set1_ps(INFINITY));
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ), p);
+}
+
+AVX512 void avx512_exp(float *y, const float *x, int n) {
+    for (int i = 0; i < n; i += 16) store_first(y + i, exp16(load_first(x + i, n - i)), n - i);
+}
+
+/* ---- rows ------------------------------------------------------------------------------------- */
+
+AVX512 static void half_row(float *y, const uint16_t *x, int n) {
+    for (int i = 0; i < n; i += 16)
+        store_first(
+            y + i, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n - i), x + i)), n - i);
+}
+
+/* Summed in double */
+AVX512 static void rmsnorm_row(float *y, const float *x, const float *w, int n, float eps) {
+    __m512d lo = _mm512_setzero_pd(), hi = lo;
+    for (int i = 0; i < n; i += 16) {
+        const __m512 v = load_first(x + i, n - i);
+        const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+        const __m512d b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+        lo = _mm512_fmadd_pd(a, a, lo);
+        hi = _mm512_fmadd_pd(b, b, hi);
+    }
+    const double sum = _mm512_reduce_add_pd(_mm512_add_pd(lo, hi));
+    const __m512 scale = _mm512_set1_ps((float)(1 / sqrt(sum / n + eps)));
+    for (int i = 0; i < n; i += 16) {
+        const __m512 v = _mm512_mul_ps(load_first(x + i, n - i), scale);
+        store_first(y + i, _mm512_mul_ps(v, load_first(w + i, n - i)), n - i);
+    }
+}
+
+AVX512 static void rotate(float *head, const float *cosines, const float *sines, int half) {
+    for (int i = 0; i < half; i += 16) {
+        const int n = half - i;
+        const __m512 a = load_first(head + i, n), b = load_first(head + half + i, n);
+        const __m512 c = load_first(cosines + i, n), s = load_first(sines + i, n);
+        store_first(head + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), n);
+        store_first(head + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)), n);
+    }
+}
+
+AVX512 static void swiglu_row(float *h, const float *gate, const float *up, int n) {
+    const __m512 one = _mm512_set1_ps(1);
+    for (int i = 0; i < n; i += 16) {
+        const __m512 g = load_first(gate + i, n - i), u = load_first(up + i, n - i);
+        const __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), g));
+        store_first(h + i, _mm512_mul_ps(_mm512_div_ps(g, _mm512_add_ps(one, e)), u), n - i);
+    }
+}
+
+/* ---- register tiles ---------------------------------------------------------------------------
+ * Whatever the arithmetic multiplies, it comes in dwords along K: one float, two bfloat16 or four
+ * bytes of x, and of W likewise. A panel is NR rows of W, their k-th dwords together. Per dword two
+ * loads of W and `rows` broadcasts of x feed 2 x rows multiply-adds. */
+
+/* sum += the products of x's and w's dwords; of bytes, x's are unsigned and w's signed. In
+ * assembler, since a function for CPUs without the instruction could not have the intrinsic in it,
+ * and because gcc 12 keeps the intrinsic's sums of bytes in memory. */
+TEMPLATE __m512 multiply_add(qemb_math math, __m512 sum, __m512 x, __m512 w) {
+    if (math == QEMB_MATH_F32) return _mm512_fmadd_ps(x, w, sum);
+    if (math == QEMB_MATH_BF16)
+        __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    else
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    return sum;
+}
+
+/* acc += rows of x times a panel (n, NR). Dword k of row i is x[i*next_row + k*next_k]. */
+TEMPLATE void tile(qemb_math math, __m512 (*acc)[2], int rows, const float *x, int next_row,
+                   int next_k, const float *panel, int n) {
+    for (int k = 0; k < n; k++) {
+        const __m512 w0 = _mm512_load_ps(panel + k * NR), w1 = _mm512_load_ps(panel + k * NR + 16);
+        UNROLL for (int i = 0; i < rows; i++) {
+            const __m512 xi = _mm512_set1_ps(x[i * next_row + k * next_k]);
+            acc[i][0] = multiply_add(math, acc[i][0], xi, w0);
+            acc[i][1] = multiply_add(math, acc[i][1], xi, w1);
+        }
+    }
+}
+
+typedef struct { /* what becomes of a tile's sums: y (rows, cols) = (add ? y : 0) + factor sum */
+    float *y;
+    size_t ldy;
+    int cols, add;
+    const float *factor; /* (NR) */
+} tile_out;
+
+/* No branch may depend on i: compilers would keep the sums in memory for it, throughout the tile. */
+TEMPLATE void tile_write(const tile_out *o, int rows, __m512 (*acc)[2], int add) {
+    const __mmask16 m0 = first16(o->cols), m1 = first16(o->cols - 16);
+    const __m512 f0 = _mm512_loadu_ps(o->factor), f1 = _mm512_loadu_ps(o->factor + 16);
+    UNROLL for (int i = 0; i < rows; i++) {
+        float *y = o->y + i * o->ldy;
+        const __m512 y0 = add ? _mm512_maskz_loadu_ps(m0, y) : _mm512_setzero_ps();
+        const __m512 y1 = add ? _mm512_maskz_loadu_ps(m1, y + 16) : _mm512_setzero_ps();
+        _mm512_mask_storeu_ps(y, m0, _mm512_fmadd_ps(acc[i][0], f0, y0));
+        _mm512_mask_storeu_ps(y + 16, m1, _mm512_fmadd_ps(acc[i][1], f1, y1));
+    }
+}
+
+TEMPLATE void tile_end(const tile_out *o, int rows, __m512 (*acc)[2]) {
+    if (o->add)
+        tile_write(o, rows, acc, 1);
+    else
+        tile_write(o, rows, acc, 0);
+}
+
+TEMPLATE void tile_begin(const tile_out *o, int rows, __m512 (*acc)[2]) {
+    UNROLL for (int i = 0; i < rows; i++) {
+        acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+        _mm_prefetch((const char *)(o->y + i * o->ldy), _MM_HINT_T0);
+        _mm_prefetch((const char *)(o->y + i * o->ldy + 16), _MM_HINT_T0);
+    }
+}
+
+TEMPLATE void tile_rows(qemb_math math, const tile_out *o, int rows, const float *x, int next_row,
+                        int next_k, const float *panel, int n) {
+    __m512 acc[MR][2];
+    tile_begin(o, rows, acc);
+    tile(math, acc, rows, x, next_row, next_k, panel, n);
+    tile_end(o, rows, acc);
+}
+
+/* INT8 comes in groups of 64 columns, each with a scale per row. Of x: 16 dwords (16, MR), bytes
+ * with 128 added, then scales (MR). Of W: scales (NR), -128 times the sums of the group's bytes
+ * (NR), which takes x's 128 out again, then 16 dwords (16, NR). Sums of a group are exact. */
+enum {
+    INT8_ROWS = MR / 2, /* there are two sums for each, of integers and of floats */
+    X_GROUP = 17 * MR,
+    W_GROUP = 18 * NR,
+};
+
+TEMPLATE void tile_rows_int8(const tile_out *o, int rows, const float *x, const float *panel,
+                             int groups) {
+    __m512 acc[INT8_ROWS][2];
+    tile_begin(o, rows, acc);
+    for (; groups; groups--, x += X_GROUP, panel += W_GROUP) {
+        __m512 sum[INT8_ROWS][2];
+        UNROLL for (int i = 0; i < rows; i++) {
+            sum[i][0] = _mm512_load_ps(panel + NR);
+            sum[i][1] = _mm512_load_ps(panel + NR + 16);
+        }
+        tile(QEMB_MATH_INT8, sum, rows, x, 1, MR, panel + 2 * NR, 16);
+        UNROLL for (int h = 0; h < 2; h++) {
+            const __m512 w = _mm512_load_ps(panel + 16 * h);
+            UNROLL for (int i = 0; i < rows; i++) {
+                const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(x[16 * MR + i]), w);
+                acc[i][h] = _mm512_fmadd_ps(
+                    _mm512_cvtepi32_ps(_mm512_castps_si512(sum[i][h])), factor, acc[i][h]);
+            }
+        }
+    }
+    tile_end(o, rows, acc);
+}
+
+#define CASE(n, call)                                                                              \
+    case n:                                                                                        \
+        call;                                                                                      \
+        break;
+#define TILE(name, math, next_row, next_k)                                                         \
+    AVX512 static void name(const tile_out *o, int rows, const float *x, const float *panel,       \
+                            int n) {                                                               \
+        switch (rows) {                                                                            \
+            CASE(1, tile_rows(math, o, 1, x, next_row, next_k, panel, n))                          \
+            CASE(2, tile_rows(math, o, 2, x, next_row, next_k, panel, n))                          \
+            CASE(3, tile_rows(math, o, 3, x, next_row, next_k, panel, n))                          \
+            CASE(4, tile_rows(math, o, 4, x, next_row, next_k, panel, n))                          \
+            CASE(5, tile_rows(math, o, 5, x, next_row, next_k, panel, n))                          \
+            CASE(6, tile_rows(math, o, 6, x, next_row, next_k, panel, n))                          \
+            CASE(7, tile_rows(math, o, 7, x, next_row, next_k, panel, n))                          \
+            CASE(8, tile_rows(math, o, 8, x, next_row, next_k, panel, n))                          \
+            CASE(9, tile_rows(math, o, 9, x, next_row, next_k, panel, n))                          \
+            CASE(10, tile_rows(math, o, 10, x, next_row, next_k, panel, n))                        \
+            CASE(11, tile_rows(math, o, 11, x, next_row, next_k, panel, n))                        \
+            CASE(12, tile_rows(math, o, 12, x, next_row, next_k, panel, n))                        \
+        }                                                                                          \
+    }
+/* rows <= MR of x, packed (k, MR), or in rows of CPU_KEYS numbers; n dwords */
+TILE(tile_f32, QEMB_MATH_F32, 1, MR)
+TILE(tile_f32_keys, QEMB_MATH_F32, CPU_KEYS, 1)
+TILE(tile_bf16, QEMB_MATH_BF16, 1, MR)
+
+/* rows <= MR, n dwords, of which a last group may not have all */
+AVX512 static void tile_int8(const tile_out *o, int rows, const float *x, const float *panel,
+                             int n) {
+    const int groups = ceil_div(n, 16);
+    tile_out to = *o;
+    for (int left = ceil_div(rows, INT8_ROWS); left; left--) {
+        const int m = ceil_div(rows, left);
+        switch (m) {
+            CASE(1, tile_rows_int8(&to, 1, x, panel, groups))
+            CASE(2, tile_rows_int8(&to, 2, x, panel, groups))
+            CASE(3, tile_rows_int8(&to, 3, x, panel, groups))
+            CASE(4, tile_rows_int8(&to, 4, x, panel, groups))
+            CASE(5, tile_rows_int8(&to, 5, x, panel, groups))
+            CASE(6, tile_rows_int8(&to, 6, x, panel, groups))
+        }
+        x += m, to.y += m * o->ldy, rows -= m;
+    }
+}
+
+/* 16 rows of 16 dwords -> 16 columns, in place */
+TEMPLATE void transpose(__m512 r[16]) {
+    __m512 a[16];
+    UNROLL for (int j = 0; j < 16; j += 2) {
+        a[j] = _mm512_unpacklo_ps(r[j], r[j + 1]);
+        a[j + 1] = _mm512_unpackhi_ps(r[j], r[j + 1]);
+    }
+    UNROLL for (int j = 0; j < 16; j += 4)
+        for (int h = 0; h < 2; h++) { /* r[4g + c]: columns c, 4+c, 8+c, 12+c of rows 4g .. 4g+3 */
+            const __m512d lo = _mm512_castps_pd(a[j + h]), hi = _mm512_castps_pd(a[j + h + 2]);
+            r[j + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+            r[j + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+        }
+    UNROLL for (int c = 0; c < 4; c++) {
+        const __m512 p0 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88);
+        const __m512 p1 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
+        const __m512 q0 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
+        const __m512 q1 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
+        r[c] = _mm512_shuffle_f32x4(p0, q0, 0x88);
+        r[4 + c] = _mm512_shuffle_f32x4(p1, q1, 0x88);
+        r[8 + c] = _mm512_shuffle_f32x4(p0, q0, 0xdd);
+        r[12 + c] = _mm512_shuffle_f32x4(p1, q1, 0xdd);
+    }
+}
+
+/* ---- matmul: y = alpha x W^T ------------------------------------------------------------------
+ * x is packed in tiles of MR rows, in the arithmetic's dwords, all of them before the products. An
+ * item is some panels of W and all tiles of x: a block of the panels' columns is packed, then every
+ * tile meets them. Packing costs about 0.4 cycles a dword of W, shared by the rows, each of which
+ * costs 1/16. Dwords that a row ends within are filled up with zeros. */
+
+typedef struct {
+    const qemb_backend *be;
+    float *y; /* (T, N) */
+    const float *x;
+    const qemb_mat *w;
+    float *packed; /* (tiles, blocks, x_floats) x */
+    int T, add, tiles, blocks;
+    int panels, group; /* an item is so many panels, of which `group` are packed at a time */
+} matmul_job;
+
+typedef struct { /* an arithmetic: how numbers become dwords, and what multiplies them */
+    int per_dword;
+    int columns;              /* in a block: the sums of so many are added up in registers */
+    int x_floats, w_floats;   /* that a tile of x and a panel of W take in a block */
+    void (*pack_x)(const matmul_job *j, int tile, float *to);
+    /* of F16, I8; `ahead`: how many numbers on those lie that will be packed next */
+    void (*pack_w[2])(float *panel, const qemb_mat *w, int n0, int k0, int k1, size_t ahead);
+    void (*multiply)(const tile_out *o, int rows, const float *x, const float *panel, int n);
+} arithmetic;
+
+static int tile_start(const matmul_job *j, int i) { return (int)((long)j->T * i / j->tiles); }
+
+/* Where 16 rows of W from row n on lie, those past the last repeating it */
+typedef const uint8_t *w_rows[16];
+
+static void find_rows(w_rows row, const qemb_mat *w, int n, int bytes) {
+    for (int i = 0; i < 16; i++)
+        row[i] = (const uint8_t *)w->data + (size_t)min_int(n + i, w->rows - 1) * w->cols * bytes;
+}
+
+/* 64 bytes of each row are worked on; those that come next, `ahead` bytes on, are fetched. */
+TEMPLATE void prefetch_rows(const w_rows row, size_t at, size_t ahead) {
+    UNROLL for (int i = 0; i < 16; i++)
+        _mm_prefetch((const char *)row[i] + at + ahead, _MM_HINT_T1);
+}
+
+/* ---- float, bfloat16 */
+
+/* Two vectors of floats, rounded to nearest even: dword i holds numbers 2i and 2i+1 of 32. */
+TEMPLATE __m512 to_bf16(__m512 lo, __m512 hi) {
+    __m512 v;
+    __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(v) : "v"(lo), "v"(hi));
+    return v;
+}
+
+/* Columns k .. k+15 of a row of W, the first n of them */
+TEMPLATE __m512 weights16(qemb_dtype dtype, const uint8_t *row, int k, int n) {
+    if (dtype == QEMB_I8)
+        return _mm512_cvtepi32_ps(
+            _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first16(n), row + k)));
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n), row + 2 * (size_t)k));
+}
+
+/* 16 dwords from column k on, of n columns that are left */
+TEMPLATE __m512 weight_dwords(qemb_math math, qemb_dtype dtype, const uint8_t *row, int k, int n) {
+    const __m512 v = weights16(dtype, row, k, n);
+    return math == QEMB_MATH_F32 ? v : to_bf16(v, weights16(dtype, row, k + 16, n - 16));
+}
+
+/* The same of a row of x */
+TEMPLATE __m512 x_dwords(qemb_math math, const float *row, int k, int n) {
+    const __m512 v = load_first(row + k, n);
+    return math == QEMB_MATH_F32 ? v : to_bf16(v, load_first(row + k + 16, n - 16));
+}
+
+/* to (16, MR) = columns; the MR rows that a tile is short of are zeros */
+TEMPLATE void store_x(float *to, __m512 r[16]) {
+    transpose(r);
+    UNROLL for (int c = 0; c < 16; c++)
+        _mm512_mask_storeu_ps(to + c * MR, (1u << MR) - 1, r[c]);
+}
+
+TEMPLATE void pack_x(qemb_math math, const matmul_job *j, int tile, float *to) {
+    const int K = j->w->cols, step = math == QEMB_MATH_F32 ? 16 : 32, t = tile_start(j, tile);
+    const int rows = tile_start(j, tile + 1) - t;
+    for (int k = 0; k < K; k += step, to += 16 * MR) {
+        __m512 r[16];
+        UNROLL for (int i = 0; i < 16; i++)
+            r[i] = i < rows ? x_dwords(math, j->x + (size_t)(t + i) * K, k, K - k)
+                            : _mm512_setzero_ps();
+        store_x(to, r);
+    }
+}
+
+/* panel (dwords, NR) = columns k0 .. k1-1 of W's rows n0 .. n0+NR-1 */
+TEMPLATE void pack_w(qemb_math math, qemb_dtype dtype, float *panel, const qemb_mat *w, int n0,
+                     int k0, int k1, size_t ahead) {
+    const int step = math == QEMB_MATH_F32 ? 16 : 32, bytes = dtype == QEMB_I8 ? 1 : 2;
+    for (int h = 0; h < NR; h += 16) {
+        w_rows row;
+        find_rows(row, w, n0 + h, bytes);
+        float *to = panel + h;
+        for (int k = k0; k < k1; k += step, to += 16 * NR) {
+            __m512 r[16];
+            if (k * bytes % 64 == 0)
+                prefetch_rows(row, (size_t)k * bytes, ahead * bytes);
+            UNROLL for (int i = 0; i < 16; i++)
+                r[i] = weight_dwords(math, dtype, row[i], k, w->cols - k);
+            transpose(r);
+            UNROLL for (int c = 0; c < 16; c++) _mm512_store_ps(to + c * NR, r[c]);
+        }
+    }
+}
+
+#define PACK(name, math)                                                                           \
+    AVX512 static void name##_x(const matmul_job *j, int tile, float *to) {                        \
+        pack_x(math, j, tile, to);                                                                 \
+    }                                                                                              \
+    AVX512 static void name##_f16(float *panel, const qemb_mat *w, int n0, int k0, int k1,         \
+                                 size_t ahead) {                                                   \
+        pack_w(math, QEMB_F16, panel, w, n0, k0, k1, ahead);                                       \
+    }                                                                                              \
+    AVX512 static void name##_i8(float *panel, const qemb_mat *w, int n0, int k0, int k1,          \
+                                size_t ahead) {                                                    \
+        pack_w(math, QEMB_I8, panel, w, n0, k0, k1, ahead);                                        \
+    }
+PACK(pack_f32, QEMB_MATH_F32)
+PACK(pack_bf16, QEMB_MATH_BF16)
+
+/* ---- int8: a group is 64 numbers of a row, each an integer of -127 .. 127 times the group's scale,
+ * the largest magnitude / 127. Scales of rows (of x or F16 weights) are found 16 rows at a time. */
+
+/* Magnitudes as integers: they compare as floats do, and NaN is the largest of all. */
+TEMPLATE __m512i larger(__m512i a, __m512 v) {
+    return _mm512_max_epu32(a, _mm512_and_epi32(_mm512_castps_si512(v),
+                                                _mm512_set1_epi32(0x7fffffff)));
+}
+
+/* scale (16) = largest / 127 and inverse (16), 0 for 0; r[i]: lanewise largest magnitudes of row i */
+TEMPLATE __m512 group_scales(float inverse[16], __m512 r[16]) {
+    transpose(r);
+    __m512i most = _mm512_castps_si512(r[0]);
+    UNROLL for (int i = 1; i < 16; i++) most = _mm512_max_epu32(most, _mm512_castps_si512(r[i]));
+    const __m512 v = _mm512_castsi512_ps(most);
+    const __mmask16 some = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    _mm512_storeu_ps(inverse, _mm512_maskz_div_ps(some, _mm512_set1_ps(127), v));
+    return _mm512_div_ps(v, _mm512_set1_ps(127));
+}
+
+/* 64 floats times inverse, rounded to nearest even, as bytes in their order */
+TEMPLATE __m512 to_int8(const __m512 v[4], float inverse) {
+    const __m512 f = _mm512_set1_ps(inverse);
+    __m512i q[4];
+    UNROLL for (int i = 0; i < 4; i++) q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], f));
+    const __m512i lanes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]),
+                                             _mm512_packs_epi32(q[2], q[3]));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi32(order, lanes));
+}
+
+TEMPLATE void load_x64(__m512 v[4], const float *row, int n) {
+    UNROLL for (int i = 0; i < 4; i++) v[i] = load_first(row + 16 * i, n - 16 * i);
+}
+
+TEMPLATE void load_w64(__m512 v[4], const uint8_t *row, int k, int n) {
+    UNROLL for (int i = 0; i < 4; i++) v[i] = weights16(QEMB_F16, row, k + 16 * i, n - 16 * i);
+}
+
+TEMPLATE __m512 largest64(const __m512 v[4]) {
+    __m512i most = _mm512_setzero_si512();
+    UNROLL for (int i = 0; i < 4; i++) most = larger(most, v[i]);
+    return _mm512_castsi512_ps(most);
+}
+
+AVX512 static void pack_int8_x(const matmul_job *j, int tile, float *to) {
+    const int K = j->w->cols, t = tile_start(j, tile), rows = tile_start(j, tile + 1) - t;
+    const __m512 offset = _mm512_castsi512_ps(_mm512_set1_epi8(-128));
+    for (int k = 0; k < K; k += 64, to += X_GROUP) {
+        const float *x = j->x + (size_t)t * K + k;
+        float inverse[16];
+        __m512 r[16], v[4];
+        for (int i = 0; i < 16; i++) {
+            r[i] = _mm512_setzero_ps();
+            if (i < rows) load_x64(v, x + (size_t)i * K, K - k), r[i] = largest64(v);
+        }
+        const __m512 scale = group_scales(inverse, r);
+        for (int i = 0; i < 16; i++) {
+            r[i] = _mm512_setzero_ps();
+            if (i < rows) load_x64(v, x + (size_t)i * K, K - k), r[i] = to_int8(v, inverse[i]);
+            r[i] = _mm512_xor_ps(r[i], offset);
+        }
+        store_x(to, r);
+        store_first(to + 16 * MR, scale, MR);
+    }
+}
+
+/* A group of 16 rows of W, of which r holds the bytes */
+TEMPLATE void store_w(float *to, __m512 r[16], __m512 scale) {
+    const __m512 offset = _mm512_castsi512_ps(_mm512_set1_epi8(-128));
+    __m512 sum = _mm512_setzero_ps();
+    transpose(r);
+    UNROLL for (int c = 0; c < 16; c++) {
+        _mm512_store_ps(to + (2 + c) * NR, r[c]);
+        sum = multiply_add(QEMB_MATH_INT8, sum, offset, r[c]);
+    }
+    _mm512_store_ps(to, scale);
+    _mm512_store_si512(to + NR, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_castps_si512(sum)));
+}
+
+AVX512 static void pack_int8_f16(float *panel, const qemb_mat *w, int n0, int k0, int k1,
+                                 size_t ahead) {
+    for (int h = 0; h < NR; h += 16) {
+        w_rows row;
+        find_rows(row, w, n0 + h, 2);
+        float *to = panel + h;
+        for (int k = k0; k < k1; k += 64, to += W_GROUP) {
+            float inverse[16];
+            __m512 r[16], v[4];
+            prefetch_rows(row, (size_t)k * 2, ahead * 2);
+            prefetch_rows(row, (size_t)k * 2 + 64, ahead * 2);
+            for (int i = 0; i < 16; i++) load_w64(v, row[i], k, w->cols - k), r[i] = largest64(v);
+            const __m512 scale = group_scales(inverse, r);
+            for (int i = 0; i < 16; i++)
+                load_w64(v, row[i], k, w->cols - k), r[i] = to_int8(v, inverse[i]);
+            store_w(to, r, scale);
+        }
+    }
+}
+
+AVX512 static void pack_int8_i8(float *panel, const qemb_mat *w, int n0, int k0, int k1,
+                                size_t ahead) {
+    for (int h = 0; h < NR; h += 16) {
+        w_rows row;
+        float *to = panel + h, scale[16];
+        find_rows(row, w, n0 + h, 1);
+        for (int i = 0; i < 16; i++) scale[i] = w->scale[min_int(n0 + h + i, w->rows - 1)];
+        for (int k = k0; k < k1; k += 64, to += W_GROUP) {
+            __m512 r[16];
+            const __mmask64 some = w->cols - k >= 64 ? ~0ull : (1ull << (w->cols - k)) - 1;
+            prefetch_rows(row, (size_t)k, ahead);
+            UNROLL for (int i = 0; i < 16; i++)
+                r[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(some, row[i] + k));
+            store_w(to, r, _mm512_loadu_ps(scale));
+        }
+    }
+}
+
+/* INT8's table quantizes F16 matrices once, when it is given them, and keeps their panels: one after
+ * the other, each with all its groups. Such a matrix is INT8 without scales for rows. */
+static int is_placed(const qemb_mat *w) { return w->dtype == QEMB_I8 && !w->scale; }
+
+static size_t panel_floats(const qemb_mat *w) { return (size_t)ceil_div(w->cols, 64) * W_GROUP; }
+
+static const float *placed_panel(const qemb_mat *w, int p, int k) {
+    return (const float *)w->data + p * panel_floats(w) + (size_t)(k / 64) * W_GROUP;
+}
+
+typedef struct {
+    float *to;
+    const qemb_mat *w;
+} place_job;
+
+static void place_panel(const void *job, int item, int thread) {
+    const place_job *j = job;
+    (void)thread;
+    pack_int8_f16(j->to + item * panel_floats(j->w), j->w, item * NR, 0, j->w->cols,
+                  (size_t)NR * j->w->cols);
+}
+
+static int place_int8(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+    size_t floats = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        float *to = pass ? cpu_map(be, CPU_MAP_WEIGHTS, floats * sizeof *to, err) : NULL;
+        if (pass && !to) return -1;
+        for (int l = 0; l < be->c->n_layers; l++) {
+            qemb_layer *y = &w->layers[l];
+            qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
+            for (int i = 0; i < 4; i++) {
+                const int panels = ceil_div(all[i]->rows, NR);
+                if (all[i]->dtype != QEMB_F16) continue;
+                if (pass) {
+                    cpu_parallel(be->pool, panels, place_panel, &(place_job){to, all[i]});
+                    to += panels * panel_floats(all[i]);
+                    all[i]->data = to - panels * panel_floats(all[i]);
+                    all[i]->dtype = QEMB_I8;
+                } else {
+                    floats += panels * panel_floats(all[i]);
+                }
+            }
+        }
+        if (!floats) return 0; /* an INT8 file: its map does */
+    }
+    return 0;
+}
+
+/* ---- the products */
+
+static const arithmetic arithmetics[] = {
+    [QEMB_MATH_F32] = {1, KC, KC * MR, KC * NR, pack_f32_x, {pack_f32_f16, pack_f32_i8}, tile_f32},
+    [QEMB_MATH_BF16] = {2, 2 * KC, KC * MR, KC * NR, pack_bf16_x, {pack_bf16_f16, pack_bf16_i8},
+                        tile_bf16},
+    [QEMB_MATH_INT8] = {4, 4 * KC, KC / 16 * X_GROUP, KC / 16 * W_GROUP, pack_int8_x,
+                        {pack_int8_f16, pack_int8_i8}, tile_int8},
+};
+
+static void pack_tile(const void *job, int item, int thread) {
+    const matmul_job *j = job;
+    (void)thread;
+    const arithmetic *a = &arithmetics[j->be->ops->math];
+    a->pack_x(j, item, j->packed + (size_t)item * j->blocks * a->x_floats);
+}
+
+/* factor (NR) of a panel: what its sums are multiplied by */
+static void panel_factors(float *factor, const qemb_mat *w, int n0, int scaled) {
+    for (int i = 0; i < NR; i++)
+        factor[i] = w->alpha * (scaled ? w->scale[min_int(n0 + i, w->rows - 1)] : 1);
+}
+
+static void multiply_panels(const void *job, int item, int thread) {
+    const matmul_job *j = job;
+    const arithmetic *a = &arithmetics[j->be->ops->math];
+    const int N = j->w->rows, K = j->w->cols, is_i8 = j->w->dtype == QEMB_I8;
+    const int placed = is_placed(j->w);
+    const int last = min_int((item + 1) * j->panels, ceil_div(N, NR));
+    float *panels = j->be->scratch + (size_t)thread * j->be->scratch_floats, factor[GROUP][NR];
+    for (int p = item * j->panels, n; p < last; p += n) {
+        n = min_int(j->group, last - p);
+        for (int g = 0; g < n; g++) /* INT8's panels have scales of their own */
+            panel_factors(factor[g], j->w, (p + g) * NR, is_i8 && a->per_dword < 4);
+        for (int b = 0, k = 0; k < K; b++, k += a->columns) {
+            const int end = min_int(K, k + a->columns);
+            /* next the following columns; after the last, the following rows */
+            const size_t ahead = end < K ? (size_t)a->columns : (size_t)n * NR * K - k;
+            const float *at[GROUP];
+            for (int g = 0; g < n; g++)
+                at[g] = placed ? placed_panel(j->w, p + g, k) : panels + g * a->w_floats;
+            for (int g = 0; g < n && !placed; g++)
+                a->pack_w[is_i8](panels + g * a->w_floats, j->w, (p + g) * NR, k, end,
+                                ahead);
+            for (int i = 0; i < j->tiles; i++) {
+                const int t = tile_start(j, i), rows = tile_start(j, i + 1) - t;
+                const float *x = j->packed + ((size_t)i * j->blocks + b) * a->x_floats;
+                for (int g = 0; g < n; g++) {
+                    const int n0 = (p + g) * NR;
+                    const tile_out o = {j->y + (size_t)t * N + n0, (size_t)N, min_int(NR, N - n0),
+                                        j->add || k, factor[g]};
+                    a->multiply(&o, rows, x, at[g], ceil_div(end - k, a->per_dword));
+                }
+            }
+        }
+    }
+}
+
+static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_mat *w, int T,
+                       int add) {
+    assert(w->dtype == QEMB_F16 || (w->dtype == QEMB_I8 && w->scale) || is_placed(w));
+    const int panels = ceil_div(w->rows, NR), chunks = ceil_div(T, X_ROWS);
+    matmul_job j = {.be = be, .w = w, .add = add, .packed = be->packed};
+    j.blocks = ceil_div(w->cols, arithmetics[be->ops->math].columns);
+    /* smaller items where there would be fewer than four a thread: one has to be last */
+    j.panels = max_int(1, min_int(GROUP, panels / (4 * be->threads)));
+    for (int i = 0; i < chunks; i++) {
+        const int t = (int)((long)T * i / chunks);
+        j.T = (int)((long)T * (i + 1) / chunks) - t;
+        j.tiles = ceil_div(j.T, MR);
+        j.group = j.tiles == 1 ? 1 : j.panels; /* one tile: W is read once, along its rows */
+        j.x = x + (size_t)t * w->cols;
+        j.y = y + (size_t)t * w->rows;
+        cpu_parallel(be->pool, j.tiles, pack_tile, &j);
+        cpu_parallel(be->pool, ceil_div(panels, j.panels), multiply_panels, &j);
+    }
+}
+
+static void avx512_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w,
+                          int T) {
+    matmul_all(be, f32(y), cf32(x), w, T, 0);
+}
+
+static void avx512_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w,
+                              int T) {
+    matmul_all(be, x, cf32(a), w, T, 1);
+}
+
+static void avx512_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
+                           const qemb_mat *w, int T) {
+    avx512_matmul(be, gu, x, w, T);
+    simd_swiglu(be, h, gu, T);
+}
+
+/* ---- attention --------------------------------------------------------------------------------
+ * As cpu_simd.c's: a block walks over the keys in tiles with a running maximum and sum. Keys of a
+ * tile are panels (NR keys, their d-th numbers together), values NR dimensions of one key after the
+ * other, queries tiles of MR rows (d, MR). What lies above the diagonal is skipped by whole register
+ * tiles: its weights are zeros, and adding those changes nothing. */
+
+/* Pass 1: keys and values of positions k0 .. k0+n-1. Keys that fill up a panel repeat the last. */
+AVX512 static void attention_load(const attention_tile *w, int k0, int n) {
+    const int hd = w->hd;
+    for (int j = 0; j < round_up(n, NR); j += 16) {
+        const float *row[16];
+        float *to = w->keys + j / NR * NR * hd + j % NR;
+        for (int i = 0; i < 16; i++)
+            row[i] = simd_attention_row(w, k0 + min_int(j + i, n - 1)) + w->k_col;
+        for (int d = 0; d < hd; d += 16) {
+            __m512 r[16];
+            UNROLL for (int i = 0; i < 16; i++) r[i] = load_first(row[i] + d, hd - d);
+            transpose(r);
+            if (hd - d >= 16) {
+                UNROLL for (int c = 0; c < 16; c++) _mm512_storeu_ps(to + (d + c) * NR, r[c]);
+            } else {
+                for (int c = 0; c < hd - d; c++) _mm512_storeu_ps(to + (d + c) * NR, r[c]);
+            }
+        }
+    }
+    for (int j = 0; j < n; j++) {
+        const float *row = simd_attention_row(w, k0 + j) + w->v_col;
+        for (int d = 0; d < w->hdp; d += 16)
+            _mm512_storeu_ps(w->values + (d / NR * CPU_KEYS + j) * NR + d % NR,
+                             load_first(row + d, hd - d));
+    }
+}
+
+/* The first of the block's rows (token q0 leads) that sees position p */
+static int first_seeing(const attention_tile *w, int q0, int p) { return max_int(0, p - q0) * w->G; }
+
+static const float ones[NR] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                               1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+/* Pass 2: s (R, n) = q k^T, for whole tiles of rows: those that do not see a key are masked later */
+static void attention_scores(const attention_tile *w, int R, int q0, int k0, int n) {
+    for (int j = 0; j < n; j += NR)
+        for (int r = first_seeing(w, q0, k0 + j) / MR * MR; r < R; r += MR) {
+            const tile_out o = {w->s + (size_t)r * CPU_KEYS + j, CPU_KEYS, NR, 0, ones};
+            tile_f32(&o, min_int(MR, R - r), w->q + (size_t)r * w->hd, w->keys + j * w->hd, w->hd);
+        }
+}
+
+/* Pass 3: scores become weights exp(s - max); what was summed under an older maximum is scaled. A
+ * row sees the tile's keys up to its own position. */
+AVX512 static void attention_softmax(const attention_tile *w, int R, int q0, int k0) {
+    for (int r = first_seeing(w, q0, k0); r < R; r++) {
+        float *s = w->s + (size_t)r * CPU_KEYS, *acc = w->acc + (size_t)r * w->hdp;
+        const int visible = min_int(CPU_KEYS, q0 + r / w->G - k0 + 1), end = round_up(visible, 16);
+        const __m512 low = _mm512_set1_ps(-INFINITY);
+        const float before = w->max[r];
+        __m512 m = low, sum = _mm512_setzero_ps();
+        for (int j = 0; j < end; j += 16)
+            m = _mm512_max_ps(m, _mm512_mask_loadu_ps(low, first16(visible - j), s + j));
+        const float max = _mm512_reduce_max_ps(m);
+        w->max[r] = max > before ? max : before;
+        m = _mm512_set1_ps(w->max[r]);
+        for (int j = 0; j < end; j += 16) {
+            const __m512 v = _mm512_mask_loadu_ps(low, first16(visible - j), s + j);
+            const __m512 e = exp16(_mm512_sub_ps(v, m));
+            _mm512_storeu_ps(s + j, e);
+            sum = _mm512_add_ps(sum, e);
+        }
+        for (int j = end; j < CPU_KEYS; j += 16) _mm512_storeu_ps(s + j, _mm512_setzero_ps());
+        if (before != w->max[r]) { /* else the factor would be 1 */
+            const __m512 older = exp16(_mm512_sub_ps(_mm512_set1_ps(before), m));
+            for (int d = 0; d < w->hdp; d += 16)
+                _mm512_storeu_ps(acc + d, _mm512_mul_ps(_mm512_loadu_ps(acc + d), older));
+            w->sum[r] *= _mm512_cvtss_f32(older);
+        }
+        w->sum[r] += _mm512_reduce_add_ps(sum);
+    }
+}
+
+/* Pass 4: acc (R, hdp) += s v. Rows go together that see about as many keys: NR of them a step. */
+static void attention_values(const attention_tile *w, int R, int q0, int k0, int n) {
+    for (int r = first_seeing(w, q0, k0), end; r < R; r = end) {
+        const int t = q0 + r / w->G - k0; /* the row's own position in the tile */
+        const int depth = min_int(n, t / NR * NR + NR);
+        end = depth == n ? R : first_seeing(w, q0, k0 + depth);
+        for (int d = 0; d < w->hdp; d += NR)
+            for (int i = r; i < end; i += MR) {
+                const tile_out o = {w->acc + (size_t)i * w->hdp + d, (size_t)w->hdp, NR, 1, ones};
+                tile_f32_keys(&o, min_int(MR, end - i), w->s + (size_t)i * CPU_KEYS,
+                              w->values + d * CPU_KEYS, depth);
+            }
+    }
+}
+
+AVX512 static void attention_queries(const attention_tile *w, int R, int q0) {
+    const int G = w->G, hd = w->hd;
+    const __m512 scale = _mm512_set1_ps((float)(1 / sqrt(hd)));
+    for (int t = 0; t < R; t += MR)
+        for (int d = 0; d < hd; d += 16) {
+            __m512 r[16];
+            for (int i = 0; i < 16; i++) {
+                const int row = min_int(t + min_int(i, MR - 1), R - 1);
+                const float *q = simd_attention_row(w, q0 + row / G) + w->q_col + row % G * hd;
+                r[i] = _mm512_mul_ps(load_first(q + d, hd - d), scale);
+            }
+            transpose(r);
+            float *to = w->q + (size_t)t * hd + d * MR;
+            for (int c = 0; c < min_int(16, hd - d); c++)
+                _mm512_mask_storeu_ps(to + c * MR, (1u << MR) - 1, r[c]);
+        }
+}
+
+AVX512 static void attention_block(const attention_tile *w, float *att, size_t ld_att, int q0,
+                                   int n) {
+    const int G = w->G, hd = w->hd, R = n * G;
+    attention_queries(w, R, q0);
+    for (int r = 0; r < R; r++) w->max[r] = -INFINITY, w->sum[r] = 0;
+    memset(w->acc, 0, (size_t)R * w->hdp * sizeof(float));
+    for (int k0 = 0; k0 < q0 + n; k0 += CPU_KEYS) {
+        const int keys = min_int(CPU_KEYS, q0 + n - k0);
+        attention_load(w, k0, keys);
+        attention_scores(w, R, q0, k0, keys);
+        attention_softmax(w, R, q0, k0);
+        attention_values(w, R, q0, k0, keys);
+    }
+    for (int r = 0; r < R; r++) {
+        float *out = att + r / G * ld_att + r % G * hd;
+        const __m512 sum = _mm512_set1_ps(w->sum[r]);
+        for (int d = 0; d < hd; d += 16) { /* + 0: a sum that underflowed to -0 is 0 */
+            const __m512 v = _mm512_div_ps(_mm512_loadu_ps(w->acc + (size_t)r * w->hdp + d), sum);
+            store_first(out + d, _mm512_add_ps(v, _mm512_setzero_ps()), hd - d);
+        }
+    }
+}
+
+/* ---- the tables ------------------------------------------------------------------------------- */
+
+static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config *c,
+                      const qemb_options *opt, qemb_err *err) {
+    static const cpu_kernels kernels = {half_row, rmsnorm_row, rotate, swiglu_row, attention_block};
+    const int widest = max_int(max_int(c->hidden, c->n_heads * c->head_dim), c->ffn);
+    if (simd_open(be, c, opt, &kernels, GROUP * (KC / 16) * W_GROUP,
+                  (size_t)X_ROWS * (size_t)round_up(widest, 4 * KC), err))
+        return -1;
+    (*be)->ops = ops;
+    return 0;
+}
+
+#define TABLE(table, label, arithmetic, placed)                                                    \
+    static int open_##table(qemb_backend **be, const qemb_config *c, const qemb_options *opt,      \
+                            qemb_err *err) {                                                       \
+        return open_table(be, &table, c, opt, err);                                                \
+    }                                                                                              \
+    const qemb_ops table = {.name = label,                                                         \
+                            .math = arithmetic,                                                    \
+                            .act_size = sizeof(float),                                             \
+                            .open = open_##table,                                                  \
+                            .close = simd_close,                                                   \
+                            .place = placed,                                                       \
+                            .arena = cpu_arena,                                                    \
+                            .begin = cpu_begin,                                                    \
+                            .embed = simd_embed,                                                   \
+                            .rmsnorm = simd_rmsnorm,                                               \
+                            .matmul = avx512_matmul,                                               \
+                            .matmul_add = avx512_matmul_add,                                       \
+                            .qknorm_rope = simd_qknorm_rope,                                       \
+                            .attention = simd_attention,                                           \
+                            .gate_up = avx512_gate_up,                                             \
+                            .gather_last = cpu_gather_last,                                        \
+                            .pool = simd_pool};
+
+TABLE(avx512_ops, "avx512", QEMB_MATH_F32, cpu_place)
+TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, cpu_place)
+TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, place_int8)
+
+#endif

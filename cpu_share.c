@@ -1,0 +1,323 @@
+/* cpu_share.c - what the CPU's vector tables share: the threads, the ops that go row by row, and how
+ * attention is cut into blocks. The arithmetic of one row or block is each table's: cpu_kernels.
+ */
+#include "cpu.h"
+
+#if defined(__x86_64__)
+
+#include <assert.h>
+#include <immintrin.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int min_int(int a, int b) { return a < b ? a : b; }
+static int max_int(int a, int b) { return a > b ? a : b; }
+static int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+static float *f32(qemb_act *a) { return (float *)a; }
+static const float *cf32(const qemb_act *a) { return (const float *)a; }
+
+/* ---- threads ----------------------------------------------------------------------------------
+ * A job is a number of items; the caller and its helpers take them one by one. The caller waits for
+ * helpers that have an item, not for those that never came: on a busy machine, where a helper may
+ * not run for milliseconds, the others do its share. (OpenMP's barriers waited for all threads, and
+ * by spinning: a quarter of the speed when other programs run.) */
+
+struct cpu_pool {
+    pthread_mutex_t lock; /* of all but next */
+    pthread_cond_t posted, left;
+    atomic_uint jobs;  /* posted so far: helpers that still spin look here */
+    atomic_int inside; /* helpers at work on the current job */
+    atomic_int next;   /* item to take */
+    int open, sleeping, quit, items, n;
+    cpu_item run;
+    const void *job;
+    struct helper {
+        struct cpu_pool *pool;
+        pthread_t id;
+        int thread;
+    } helpers[];
+};
+
+enum { SPINS = 1000 }; /* about 20 microseconds: the pause between two ops, but not a text's wait */
+
+static void take_items(struct cpu_pool *p, int thread) {
+    for (int i; (i = atomic_fetch_add(&p->next, 1)) < p->items;) p->run(p->job, i, thread);
+}
+
+static void *helper_main(void *arg) {
+    const struct helper *h = arg;
+    struct cpu_pool *p = h->pool;
+    unsigned seen = 0;
+    for (;;) {
+        for (int i = 0; i < SPINS && atomic_load(&p->jobs) == seen; i++) _mm_pause();
+        pthread_mutex_lock(&p->lock);
+        p->sleeping++;
+        while (!p->quit && !(p->open && p->jobs != seen)) pthread_cond_wait(&p->posted, &p->lock);
+        p->sleeping--;
+        if (p->quit) break;
+        seen = p->jobs;
+        p->inside++;
+        pthread_mutex_unlock(&p->lock);
+        take_items(p, h->thread);
+        pthread_mutex_lock(&p->lock);
+        if (--p->inside == 0) pthread_cond_signal(&p->left);
+        pthread_mutex_unlock(&p->lock);
+    }
+    pthread_mutex_unlock(&p->lock);
+    return NULL;
+}
+
+void cpu_parallel(struct cpu_pool *p, int items, cpu_item run, const void *job) {
+    if (!p || items == 1) {
+        for (int i = 0; i < items; i++) run(job, i, 0);
+        return;
+    }
+    pthread_mutex_lock(&p->lock);
+    p->run = run;
+    p->job = job;
+    p->items = items;
+    p->next = 0;
+    p->open = 1;
+    p->jobs++;
+    if (p->sleeping) pthread_cond_broadcast(&p->posted);
+    pthread_mutex_unlock(&p->lock);
+    take_items(p, 0);
+    for (int i = 0; i < SPINS && atomic_load(&p->inside); i++) _mm_pause();
+    pthread_mutex_lock(&p->lock);
+    p->open = 0;
+    while (p->inside) pthread_cond_wait(&p->left, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void pool_close(struct cpu_pool *p) {
+    if (!p) return;
+    pthread_mutex_lock(&p->lock);
+    p->quit = 1;
+    pthread_cond_broadcast(&p->posted);
+    pthread_mutex_unlock(&p->lock);
+    for (int i = 0; i < p->n; i++) pthread_join(p->helpers[i].id, NULL);
+    pthread_mutex_destroy(&p->lock);
+    pthread_cond_destroy(&p->posted);
+    pthread_cond_destroy(&p->left);
+    free(p);
+}
+
+static int pool_open(struct cpu_pool **out, int threads, qemb_err *err) {
+    struct cpu_pool *p = calloc(1, sizeof *p + (size_t)threads * sizeof *p->helpers);
+    if (!p) return qemb_fail(err, "out_of_memory", "threads: out of memory");
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->posted, NULL);
+    pthread_cond_init(&p->left, NULL);
+    for (; p->n < threads - 1; p->n++) {
+        struct helper *h = &p->helpers[p->n];
+        *h = (struct helper){.pool = p, .thread = p->n + 1};
+        const int error = pthread_create(&h->id, NULL, helper_main, h);
+        if (error) {
+            qemb_fail(err, "device", "threads: cannot start them (got %d, want %d; %s)", p->n + 1,
+                      threads, strerror(error));
+            pool_close(p);
+            return -1;
+        }
+    }
+    *out = p;
+    return 0;
+}
+
+/* What an op on rows works on; an item is `chunk` of them. */
+typedef struct {
+    const qemb_backend *be;
+    float *y;
+    const float *x, *w, *w2;
+    const qemb_mat *table;
+    const qemb_layout *b;
+    int T, chunk;
+} rows_job;
+
+static void for_rows(const rows_job *j, cpu_item run) {
+    cpu_parallel(j->be->pool, ceil_div(j->T, j->chunk), run, j);
+}
+
+static int end_row(const rows_job *j, int item) { return min_int(j->T, (item + 1) * j->chunk); }
+
+/* ---- embed -------------------------------------------------------------------------------------- */
+
+static void embed_rows(const void *job, int item, int thread) {
+    const rows_job *j = job;
+    const int D = j->be->c->hidden;
+    (void)thread;
+    for (int t = item * j->chunk; t < end_row(j, item); t++) {
+        const int32_t id = j->b->tokens[t];
+        assert(id >= 0 && id < j->table->rows);
+        j->be->kernels->half(j->y + (size_t)t * D, 
+                             (const uint16_t *)j->table->data + (size_t)id * D, D);
+    }
+}
+
+void simd_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_layout *b) {
+    for_rows(&(rows_job){.be = be, .y = x, .table = tok_emb, .b = b, .T = b->T, .chunk = 64},
+             embed_rows);
+}
+
+/* ---- rmsnorm, pool ------------------------------------------------------------------------------ */
+
+static void rmsnorm_rows(const void *job, int item, int thread) {
+    const rows_job *j = job;
+    const int D = j->be->c->hidden;
+    (void)thread;
+    for (int t = item * j->chunk; t < end_row(j, item); t++)
+        j->be->kernels->rmsnorm(j->y + (size_t)t * D, j->x + (size_t)t * D, j->w, D, j->be->c->rms_eps);
+}
+
+void simd_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T) {
+    for_rows(&(rows_job){.be = be, .y = f32(y), .x = x, .w = w, .T = T, .chunk = 16}, rmsnorm_rows);
+}
+
+void simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
+    simd_rmsnorm(be, (qemb_act *)out, x, w, B);
+}
+
+/* ---- qknorm_rope -------------------------------------------------------------------------------- */
+
+static void qknorm_rope_rows(const void *job, int item, int thread) {
+    const rows_job *j = job;
+    const qemb_config *c = j->be->c;
+    const cpu_kernels *f = j->be->kernels;
+    const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim;
+    (void)thread;
+    for (int t = item * j->chunk; t < end_row(j, item); t++) {
+        const float *cosines = j->be->rope + (size_t)j->b->pos[t] * hd, *sines = cosines + hd / 2;
+        float *head = j->y + (size_t)t * (H + 2 * K) * hd;
+        for (int h = 0; h < H + K; h++, head += hd) {
+            f->rmsnorm(head, head, h < H ? j->w : j->w2, hd, c->rms_eps);
+            f->rotate(head, cosines, sines, hd / 2);
+        }
+    }
+}
+
+void simd_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm,
+                             const float *k_norm, const qemb_layout *b) {
+    for_rows(
+        &(rows_job){
+            .be = be, .y = f32(qkv), .w = q_norm, .w2 = k_norm, .b = b, .T = b->T, .chunk = 8},
+        qknorm_rope_rows);
+}
+
+/* ---- swiglu ------------------------------------------------------------------------------------- */
+
+static void swiglu_rows(const void *job, int item, int thread) {
+    const rows_job *j = job;
+    const size_t F = (size_t)j->be->c->ffn;
+    (void)thread;
+    for (int t = item * j->chunk; t < end_row(j, item); t++)
+        j->be->kernels->swiglu(j->y + t * F, j->x + 2 * t * F, j->x + (2 * t + 1) * F, (int)F);
+}
+
+void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T) {
+    for_rows(&(rows_job){.be = be, .y = f32(h), .x = cf32(gu), .T = T, .chunk = 4}, swiglu_rows);
+}
+
+/* ---- attention ---------------------------------------------------------------------------------- */
+
+/* Tokens of a block; all its rows are this times G. */
+static int block_tokens(const qemb_config *c) {
+    return max_int(1, CPU_ATTENTION_ROWS / (c->n_heads / c->n_kv_heads));
+}
+
+/* Queries take up to a register tile's rows more. */
+static size_t attention_floats(const qemb_config *c) {
+    const size_t R = (size_t)block_tokens(c) * (size_t)(c->n_heads / c->n_kv_heads);
+    const size_t hd = (size_t)c->head_dim, hdp = (size_t)ceil_div(c->head_dim, CPU_PAD) * CPU_PAD;
+    return CPU_KEYS * (hd + hdp) + R * (CPU_KEYS + hdp + 2) + (R + 16) * hd;
+}
+
+static void attention_setup(attention_tile *w, const qemb_backend *be, const float *qkv,
+                            int kv_head, int thread) {
+    const qemb_config *c = be->c;
+    const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, G = H / K;
+    const size_t R = (size_t)block_tokens(c) * (size_t)G;
+    w->qkv = qkv, w->ld = (size_t)(H + 2 * K) * hd;
+    w->G = G, w->hd = hd, w->hdp = ceil_div(hd, CPU_PAD) * CPU_PAD;
+    w->q_col = kv_head * G * hd, w->k_col = (H + kv_head) * hd, w->v_col = (H + K + kv_head) * hd;
+    w->keys = be->scratch + (size_t)thread * be->scratch_floats;
+    w->values = w->keys + CPU_KEYS * hd;
+    w->acc = w->values + CPU_KEYS * w->hdp;
+    w->s = w->acc + R * w->hdp;
+    w->max = w->s + R * CPU_KEYS;
+    w->sum = w->max + R;
+    w->q = w->sum + R;
+}
+
+typedef struct {
+    const qemb_backend *be;
+    float *att;
+    const float *qkv;
+    const qemb_layout *b;
+    int last_only, windows;
+} attention_job;
+
+/* Segment i of the batch: 0 is the shared prefix, which attends to itself, i is text i-1. An item is
+ * a kv head and a window of rows: all blocks that begin in it. The last windows come first: in a
+ * long text they have the most keys, and what is begun late should be short. */
+static void attention_part(const void *job, int item, int thread) {
+    const attention_job *j = job;
+    const qemb_layout *b = j->b;
+    const int K = j->be->c->n_kv_heads, tokens = block_tokens(j->be->c);
+    const size_t ld_att = (size_t)j->be->c->n_heads * j->be->c->head_dim;
+    const int begin = (j->windows - 1 - item / K) * tokens, end = begin + tokens;
+    attention_tile w;
+    attention_setup(&w, j->be, j->qkv, item % K, thread);
+    if (j->last_only) {
+        const int i = item / K, n = b->cu[i + 1] - b->cu[i];
+        w.prefix = b->P, w.own = b->cu[i];
+        j->be->kernels->attention(&w, j->att + i * ld_att + w.q_col, ld_att, b->P + n - 1, 1);
+        return;
+    }
+    int low = 0, high = b->B; /* the segment that row `begin` is in */
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (b->cu[middle] > begin)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    for (int i = low; i <= b->B && (i ? b->cu[i - 1] : 0) < end; i++) {
+        w.prefix = i ? b->P : 0;
+        w.own = i ? b->cu[i - 1] : 0;
+        for (int t = w.own + ceil_div(max_int(0, begin - w.own), tokens) * tokens;
+             t < min_int(end, b->cu[i]); t += tokens)
+            j->be->kernels->attention(&w, j->att + t * ld_att + w.q_col, ld_att, w.prefix + t - w.own,
+                            min_int(tokens, b->cu[i] - t));
+    }
+}
+
+void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
+                           const qemb_layout *b, int last_only) {
+    const int windows = last_only ? b->B : ceil_div(b->T, block_tokens(be->c));
+    const attention_job j = {be, f32(att), cf32(qkv), b, last_only, windows};
+    cpu_parallel(be->pool, windows * be->c->n_kv_heads, attention_part, &j);
+}
+
+/* ---- opening ---------------------------------------------------------------------------------- */
+
+int simd_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
+              const cpu_kernels *kernels, size_t scratch_floats, size_t packed_floats,
+              qemb_err *err) {
+    const size_t attention = attention_floats(c);
+    if (cpu_open_scratch(be, c, opt, scratch_floats > attention ? scratch_floats : attention,
+                         packed_floats, err))
+        return -1;
+    (*be)->kernels = kernels;
+    if (opt->threads == 1 || !pool_open(&(*be)->pool, opt->threads, err)) return 0;
+    cpu_close(*be);
+    return -1;
+}
+
+void simd_close(qemb_backend *be) {
+    if (be) pool_close(be->pool);
+    cpu_close(be);
+}
+
+#endif

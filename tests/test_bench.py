@@ -1,0 +1,92 @@
+"""bench.sh and bench: what they count and write; never how fast anything is."""
+import csv
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "models/demo.qemb"
+BENCH = ROOT / "build/release/bench"
+
+pytestmark = pytest.mark.skipif(not BENCH.exists(), reason="build/release/bench is not built")
+
+
+def bench_sh(out, *args):
+    return subprocess.run(["./bench.sh", "-o", str(out), "--threads", "2", "--rounds", "1", *args], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+
+
+def rows(text):
+    return list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
+
+
+def tokens_of(lines):
+    ids = subprocess.run(["./qemb", "tokenize", "-m", MODEL], input=lines, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [len(json.loads(line)) for line in ids.stdout.splitlines()]
+
+
+def test_a_peer_gets_the_texts_by_input_and_by_file(tmp_path):
+    piped, named = tmp_path / "piped", tmp_path / "named"
+    r = bench_sh(tmp_path / "r", "--only", "peer", "--tokens", "256", "--lengths", "16 64", "--math", "f32",
+                 "--peer", f"cat >>{piped}", "--peer", f"cat {{file}} >>{named}; echo {{threads}},{{length}} >>{tmp_path}/said")
+    assert r.returncode == 0, r.stderr
+    assert piped.read_text() == named.read_text()
+    # all texts of a length, then the first one alone
+    assert tokens_of(piped.read_text()) == [16] * (16 + 1) + [64] * (4 + 1)
+    assert (tmp_path / "said").read_text().split() == ["2,16"] * 2 + ["2,64"] * 2
+    d = json.loads((tmp_path / "r/bench.json").read_text())
+    assert [p[:3] for p in d["peers"]] == ["cat", "cat"] and d["compiler"] and d["commit"] and d["machine"]
+    got = rows((tmp_path / "r/bench.csv").read_text())
+    assert len(got) == len(d["rows"]) == 2 * (2 + 2 * 2 + 2 * 2)
+    for n in ("16", "64"):
+        t = {x["name"]: float(x["median"]) for x in got if x["n"] == n}
+        ratio = t["peer 2: whole run"] / t["qemb: whole run"]
+        assert t["qemb against peer 2: whole run"] == pytest.approx(ratio, abs=0.001)
+
+
+def test_append_keeps_rows_and_goes_on_counting_peers(tmp_path):
+    for more in ([], ["--append"]):
+        r = bench_sh(tmp_path, "--only", "peer", "--tokens", "32", "--lengths", "16", "--math", "f32", "--peer", "cat", *more)
+        assert r.returncode == 0, r.stderr
+    names = {x["name"] for x in rows((tmp_path / "bench.csv").read_text())}
+    assert {"peer 1: whole run", "peer 2: whole run"} <= names
+    assert len(json.loads((tmp_path / "bench.json").read_text())["peers"]) == 2
+
+
+def test_a_peer_that_fails_ends_the_run(tmp_path):
+    r = bench_sh(tmp_path, "--only", "peer", "--tokens", "32", "--lengths", "16", "--math", "f32", "--peer", "echo no such model >&2; exit 3")
+    assert r.returncode == 1 and "no such model" in r.stderr
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--peer-model", "nowhere.gguf"], "is not there"),
+    (["--math", "int3"], "not on this machine"),
+    (["--faster"], "bench.sh [-m"),
+])
+def test_what_it_does_not_know_is_refused(tmp_path, args, message):
+    r = bench_sh(tmp_path, "--only", "", *args)
+    assert r.returncode == 1 and message in r.stderr
+
+
+def test_forward_counts_tokens_texts_and_shares():
+    r = subprocess.run([str(BENCH), "forward", MODEL, "16", "--tokens", "64", "--threads", "1"], cwd=ROOT,
+                       capture_output=True, text=True, timeout=120, check=True)
+    got = rows("group,name,n,median,p10,p90,unit,percent,limit\n" + r.stdout)
+    by = {(x["group"], x["name"]): float(x["median"]) for x in got}
+    assert by["forward", "tokens"] == pytest.approx(16 * by["forward", "texts"], rel=1e-3)  # 4 digits are printed
+    assert sum(v for (group, _), v in by.items() if group == "share") == pytest.approx(100, abs=0.1)
+    # 4 texts of 16 tokens; demo: 4 layers of 128 -> (4 + 2 * 2) * 64, 4 * 64 -> 128 and 3 * 192 * 128.
+    # In the last layer 4 rows go on after the keys and values, and 4 queries are asked.
+    qkv, rest, T, B, L = 128 * 8 * 64, 4 * 64 * 128 + 3 * 192 * 128, 64, 4, 4
+    linear = 2 * (L * T * qkv + (L - 1) * T * rest + B * rest)
+    pairs = (L - 1) * B * (16 * 17 // 2) + B * 16
+    flops = {"linear layers alone": linear, "all products": linear + 2 * 2 * 4 * 64 * pairs}
+    for name, n in flops.items():
+        assert by["forward", name] * 1e9 / by["forward", "tokens"] * T == pytest.approx(n, rel=1e-3)
+
+
+def test_every_table_is_listed():
+    r = subprocess.run([str(BENCH), "tables"], capture_output=True, text=True, check=True)
+    assert r.stdout.splitlines()[0] == "plain f32"
