@@ -79,7 +79,7 @@ template <class A, int HD, int M>
 __device__ __forceinline__ void att_load_q(const A *q, int ld, const att_tile &w, int lg,
                                            shared_addr to) {
     constexpr int CHUNKS = HD / 8, STEPS = 64 * M * CHUNKS / ATT_THREADS;
-#pragma unroll
+#pragma unroll(M > 1 ? 4 : STEPS) /* more would spill in hopper.cuh's loader */
     for (int i = 0; i < STEPS; i++) {
         const int id = (int)threadIdx.x + i * ATT_THREADS, r = id / CHUNKS, c = id % CHUNKS;
         const int t = w.t0 + (r >> lg), h = r & ((1 << lg) - 1);
@@ -90,11 +90,12 @@ __device__ __forceinline__ void att_load_q(const A *q, int ld, const att_tile &w
     cp_async_commit();
 }
 
-/* Scores of key tile n become weights in place: mask, running maximum m and sum l, o rescaled. */
-template <class A, int HD, int M>
+/* Scores of key tile n become weights in place: mask, running maximum m and sum l. What was summed under
+ * the maximum before is to be rescaled by older. */
+template <class A, int M>
 __device__ __forceinline__ void att_softmax(const att_view<A> &s, float (&p)[M][8][4],
-                                            float (&o)[M][HD / 8][4], float (&m)[M][2],
-                                            float (&l)[M][2], int n, float scale_log2e) {
+                                            float (&m)[M][2], float (&l)[M][2],
+                                            float (&older)[M][2], int n, float scale_log2e) {
     if (n * ATT_KEYS + ATT_KEYS - 1 > s.first) { /* it passes the first token */
         const int key = n * ATT_KEYS + s.lane % 4 * 2 - s.first;
 #pragma unroll
@@ -117,17 +118,24 @@ __device__ __forceinline__ void att_softmax(const att_view<A> &s, float (&p)[M][
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1)); /* four lanes share a row */
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
             const float scaled = top * scale_log2e; /* finite: every row sees key 0 */
-            const float older = exp2_approx(m[u][h] * scale_log2e - scaled);
+            older[u][h] = exp2_approx(m[u][h] * scale_log2e - scaled);
             m[u][h] = top;
 #pragma unroll
             for (int j = 0; j < 8; j++)
 #pragma unroll
                 for (int e = 2 * h; e < 2 * h + 2; e++)
                     sum += p[u][j][e] = exp2_approx(p[u][j][e] * scale_log2e - scaled);
-            l[u][h] = l[u][h] * older + sum;
-#pragma unroll
-            for (int j = 0; j < HD / 8; j++) o[u][j][2 * h] *= older, o[u][j][2 * h + 1] *= older;
+            l[u][h] = l[u][h] * older[u][h] + sum;
         }
+}
+template <int HD, int M>
+__device__ __forceinline__ void att_rescale(float (&o)[M][HD / 8][4], const float (&older)[M][2]) {
+#pragma unroll
+    for (int u = 0; u < M; u++)
+#pragma unroll
+        for (int j = 0; j < HD / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) o[u][j][e] *= older[u][e / 2];
 }
 
 /* o / l to shared memory, then to att in rows of 16 bytes; each warp its own rows. */
@@ -229,7 +237,9 @@ __global__ void __launch_bounds__(ATT_THREADS, M == 1 ? 2 : 1)
                     }
                 }
             }
-            att_softmax<A, HD, M>(s, p, o, m, l, n, scale_log2e);
+            float older[M][2];
+            att_softmax<A, M>(s, p, m, l, older, n, scale_log2e);
+            att_rescale<HD, M>(o, older);
 #pragma unroll
             for (int k = 0; k < ATT_KEYS / 16; k++) { /* o += p v */
                 uint32_t a[M][4];

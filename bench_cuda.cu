@@ -33,6 +33,7 @@ struct bench {
     qemb_config c;
     qemb_backend *be;
     bool json;
+    bool hopper; /* be runs Hopper's own kernels where it has them */
     int T;
     std::vector<int32_t> tokens, pos, cu;
     qemb_layout b;
@@ -121,7 +122,8 @@ static void attention(bench *s, int T, int n) {
            *att = random_device<__half>((size_t)(T * H * hd));
     const double us = microseconds(
         [&] { qemb_cuda_ops.attention(s->be, (qemb_act *)att, (qemb_act *)qkv, &s->b, 0); });
-    report(s, "attention", sizes, us, 4 * hd * (H + K) * T, 4 * hd * H * T * (n + 1) / 2);
+    report(s, s->hopper ? "attention_hopper" : "attention", sizes, us, 4 * hd * (H + K) * T,
+           4 * hd * H * T * (n + 1) / 2);
     cudaFree(qkv);
     cudaFree(att);
 }
@@ -152,7 +154,7 @@ static void gate_up(bench *s, int T) {
     const qemb_mat m = {w, 2 * F, D, QEMB_F16, 1, nullptr};
     const double us = microseconds(
         [&] { qemb_cuda_ops.gate_up(s->be, (qemb_act *)h, (qemb_act *)gu, (qemb_act *)x, &m, T); });
-    report(s, "gate_up", sizes, us, 4.0 * F * D, 4.0 * T * F * D);
+    report(s, s->hopper ? "gate_up_hopper" : "gate_up", sizes, us, 4.0 * F * D, 4.0 * T * F * D);
     for (void *p : {(void *)w, (void *)x, (void *)gu, (void *)h}) cudaFree(p);
 }
 
@@ -164,6 +166,13 @@ static void copy_ceiling(bench *s) {
     report(s, "device_copy", "256 MiB", us, 2.0 * (double)n, 0);
     cudaFree(a);
     cudaFree(b);
+}
+
+static void close(bench *s) {
+    qemb_health health = {};
+    qemb_cuda_ops.health(s->be, &health);
+    if (health.failure) die("device", health.failure);
+    qemb_cuda_ops.close(s->be);
 }
 
 int main(int argc, char **argv) {
@@ -191,9 +200,16 @@ int main(int argc, char **argv) {
         gate_up(&s, T);
         product(&s, "down", D, F, true, T);
     }
-    qemb_health health = {};
-    qemb_cuda_ops.health(s.be, &health);
-    if (health.failure) die("device", health.failure);
-    qemb_cuda_ops.close(s.be);
+    close(&s);
+
+    /* The same calls with Hopper's own kernels, in rows of their own. */
+    int major = 0;
+    ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attribute");
+    if (major != 9) return 0;
+    s.hopper = true, opt.hopper = 1;
+    if (qemb_cuda_ops.open(&s.be, &s.c, &opt, &err)) die(err.code, err.msg);
+    for (int n : {512, 2048, 8192, 32768}) attention(&s, std::max(n, 8192), n);
+    for (int T = 256; T <= 16384; T *= 2) gate_up(&s, T);
+    close(&s);
     return 0;
 }

@@ -28,6 +28,16 @@ typedef struct {
     void (*attention)(const struct attention_tile *w, float *att, size_t ld_att, int q0, int n);
 } cpu_kernels;
 
+/* What a backend may map. */
+enum {
+    CPU_MAP_ROPE,
+    CPU_MAP_SCRATCH,
+    CPU_MAP_ARENA,
+    CPU_MAP_PACKED,
+    CPU_MAP_WEIGHTS,
+    CPU_MAPS
+};
+
 /* A CPU backend's state. On the CPU an activation is a float. */
 struct qemb_backend {
     const qemb_config *c;
@@ -40,8 +50,8 @@ struct qemb_backend {
     const cpu_kernels *kernels; /* this and the next: NULL in a plain table, which has OpenMP */
     struct cpu_pool *pool;      /* NULL as well where there is one thread */
     float *packed;              /* a matmul's x as its tiles want it */
-    void *maps[4];              /* what close unmaps: rope, scratch, arena, packed */
-    size_t map_bytes[4];
+    void *maps[CPU_MAPS];       /* what close unmaps */
+    size_t map_bytes[CPU_MAPS];
 };
 
 /* The ops that have nothing to gain from vectors. cpu_open_scratch is a table's open, given the
@@ -49,6 +59,8 @@ struct qemb_backend {
 int cpu_open_scratch(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
                      size_t scratch_floats, size_t packed_floats, qemb_err *err);
 void cpu_close(qemb_backend *be);
+/* Zeros, aligned to a page, that close unmaps; NULL: out of memory */
+void *cpu_map(qemb_backend *be, int slot, size_t bytes, qemb_err *err);
 int cpu_place(qemb_backend *be, qemb_weights *w, qemb_err *err);
 void *cpu_arena(qemb_backend *be, size_t bytes, qemb_err *err);
 void cpu_begin(qemb_backend *be, const qemb_layout *b);

@@ -22,8 +22,8 @@
 enum {
     MR = 12,         /* rows of x and ... */
     NR = 32,         /* ... rows of W in a register tile: 24 of 32 registers hold its sums */
-    KC = 256,        /* dwords of a packed panel: KC x NR of them, 32 KiB */
-    GROUP = 8,       /* panels that are packed side by side: 256 KiB of an L2 cache */
+    KC = 512,        /* dwords of a packed panel: KC x NR of them, 64 KiB */
+    GROUP = 4,       /* panels that are packed side by side: 256 KiB of an L2 cache */
     X_ROWS = 86 * MR /* rows of x that are packed at a time, and share one packing of W */
 };
 
@@ -531,6 +531,54 @@ AVX512 static void pack_int8_i8(float *panel, const qemb_mat *w, int n0, int k0,
     }
 }
 
+/* INT8's table quantizes F16 matrices once, when it is given them, and keeps their panels: one after
+ * the other, each with all its groups. Such a matrix is INT8 without scales for rows. */
+static int is_placed(const qemb_mat *w) { return w->dtype == QEMB_I8 && !w->scale; }
+
+static size_t panel_floats(const qemb_mat *w) { return (size_t)ceil_div(w->cols, 64) * W_GROUP; }
+
+static const float *placed_panel(const qemb_mat *w, int p, int k) {
+    return (const float *)w->data + p * panel_floats(w) + (size_t)(k / 64) * W_GROUP;
+}
+
+typedef struct {
+    float *to;
+    const qemb_mat *w;
+} place_job;
+
+static void place_panel(const void *job, int item, int thread) {
+    const place_job *j = job;
+    (void)thread;
+    pack_int8_f16(j->to + item * panel_floats(j->w), j->w, item * NR, 0, j->w->cols,
+                  (size_t)NR * j->w->cols);
+}
+
+static int place_int8(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+    size_t floats = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        float *to = pass ? cpu_map(be, CPU_MAP_WEIGHTS, floats * sizeof *to, err) : NULL;
+        if (pass && !to) return -1;
+        for (int l = 0; l < be->c->n_layers; l++) {
+            qemb_layer *y = &w->layers[l];
+            qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
+            for (int i = 0; i < 4; i++) {
+                const int panels = ceil_div(all[i]->rows, NR);
+                if (all[i]->dtype != QEMB_F16) continue;
+                if (pass) {
+                    cpu_parallel(be->pool, panels, place_panel, &(place_job){to, all[i]});
+                    to += panels * panel_floats(all[i]);
+                    all[i]->data = to - panels * panel_floats(all[i]);
+                    all[i]->dtype = QEMB_I8;
+                } else {
+                    floats += panels * panel_floats(all[i]);
+                }
+            }
+        }
+        if (!floats) return 0; /* an INT8 file: its map does */
+    }
+    return 0;
+}
+
 /* ---- the products */
 
 static const arithmetic arithmetics[] = {
@@ -558,6 +606,7 @@ static void multiply_panels(const void *job, int item, int thread) {
     const matmul_job *j = job;
     const arithmetic *a = &arithmetics[j->be->ops->math];
     const int N = j->w->rows, K = j->w->cols, is_i8 = j->w->dtype == QEMB_I8;
+    const int placed = is_placed(j->w);
     const int last = min_int((item + 1) * j->panels, ceil_div(N, NR));
     float *panels = j->be->scratch + (size_t)thread * j->be->scratch_floats, factor[GROUP][NR];
     for (int p = item * j->panels, n; p < last; p += n) {
@@ -568,7 +617,10 @@ static void multiply_panels(const void *job, int item, int thread) {
             const int end = min_int(K, k + a->columns);
             /* next the following columns; after the last, the following rows */
             const size_t ahead = end < K ? (size_t)a->columns : (size_t)n * NR * K - k;
+            const float *at[GROUP];
             for (int g = 0; g < n; g++)
+                at[g] = placed ? placed_panel(j->w, p + g, k) : panels + g * a->w_floats;
+            for (int g = 0; g < n && !placed; g++)
                 a->pack_w[is_i8](panels + g * a->w_floats, j->w, (p + g) * NR, k, end,
                                 ahead);
             for (int i = 0; i < j->tiles; i++) {
@@ -578,8 +630,7 @@ static void multiply_panels(const void *job, int item, int thread) {
                     const int n0 = (p + g) * NR;
                     const tile_out o = {j->y + (size_t)t * N + n0, (size_t)N, min_int(NR, N - n0),
                                         j->add || k, factor[g]};
-                    a->multiply(&o, rows, x, panels + g * a->w_floats,
-                                ceil_div(end - k, a->per_dword));
+                    a->multiply(&o, rows, x, at[g], ceil_div(end - k, a->per_dword));
                 }
             }
         }
@@ -588,7 +639,7 @@ static void multiply_panels(const void *job, int item, int thread) {
 
 static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_mat *w, int T,
                        int add) {
-    assert(w->dtype == QEMB_F16 || (w->dtype == QEMB_I8 && w->scale));
+    assert(w->dtype == QEMB_F16 || (w->dtype == QEMB_I8 && w->scale) || is_placed(w));
     const int panels = ceil_div(w->rows, NR), chunks = ceil_div(T, X_ROWS);
     matmul_job j = {.be = be, .w = w, .add = add, .packed = be->packed};
     j.blocks = ceil_div(w->cols, arithmetics[be->ops->math].columns);
@@ -614,6 +665,12 @@ static void avx512_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, cons
 static void avx512_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w,
                               int T) {
     matmul_all(be, x, cf32(a), w, T, 1);
+}
+
+static void avx512_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
+                           const qemb_mat *w, int T) {
+    avx512_matmul(be, gu, x, w, T);
+    simd_swiglu(be, h, gu, T);
 }
 
 /* ---- attention --------------------------------------------------------------------------------
@@ -751,12 +808,6 @@ AVX512 static void attention_block(const attention_tile *w, float *att, size_t l
     }
 }
 
-static void avx512_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
-                           const qemb_mat *w, int T) {
-    avx512_matmul(be, gu, x, w, T);
-    simd_swiglu(be, h, gu, T);
-}
-
 /* ---- the tables ------------------------------------------------------------------------------- */
 
 static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config *c,
@@ -770,7 +821,7 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config 
     return 0;
 }
 
-#define TABLE(table, label, arithmetic)                                                            \
+#define TABLE(table, label, arithmetic, placed)                                                    \
     static int open_##table(qemb_backend **be, const qemb_config *c, const qemb_options *opt,      \
                             qemb_err *err) {                                                       \
         return open_table(be, &table, c, opt, err);                                                \
@@ -780,7 +831,7 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config 
                             .act_size = sizeof(float),                                             \
                             .open = open_##table,                                                  \
                             .close = simd_close,                                                   \
-                            .place = cpu_place,                                                    \
+                            .place = placed,                                                       \
                             .arena = cpu_arena,                                                    \
                             .begin = cpu_begin,                                                    \
                             .embed = simd_embed,                                                   \
@@ -789,12 +840,12 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config 
                             .matmul_add = avx512_matmul_add,                                       \
                             .qknorm_rope = simd_qknorm_rope,                                       \
                             .attention = simd_attention,                                           \
-                            .gate_up = avx512_gate_up,                                              \
+                            .gate_up = avx512_gate_up,                                             \
                             .gather_last = cpu_gather_last,                                        \
                             .pool = simd_pool};
 
-TABLE(avx512_ops, "avx512", QEMB_MATH_F32)
-TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16)
-TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8)
+TABLE(avx512_ops, "avx512", QEMB_MATH_F32, cpu_place)
+TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, cpu_place)
+TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, place_int8)
 
 #endif

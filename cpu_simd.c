@@ -625,7 +625,7 @@ AVX2 static void attention_block(const attention_tile *w, float *att, size_t ld_
     }
 }
 
-/* ---- swiglu ----------------------------------------------------------------------------------- */
+/* ---- gate_up ---------------------------------------------------------------------------------- */
 
 AVX2 static void swiglu_row(float *h, const float *gate, const float *up, int n) {
     const __m256 one = _mm256_set1_ps(1);

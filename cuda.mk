@@ -4,16 +4,16 @@
 CUDA ?= $(firstword $(wildcard /usr/local/cuda /opt/cuda) $(patsubst %/bin/nvcc,%,$(shell command -v nvcc 2>/dev/null)) none)
 NVCC := $(CUDA)/bin/nvcc
 CUDA_ARCHS := 80 89 90a 120
-CUDA_ROOM := qemb.cu qemb_cuda.h kernels.cuh eight.cuh attention.cuh gemm.cuh ptx.cuh qemb.h
+CUDA_ROOM := qemb.cu qemb_cuda.h kernels.cuh eight.cuh attention.cuh hopper.cuh gemm.cuh ptx.cuh ptx_hopper.cuh qemb.h
 GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 
-EMU_SOURCES := tests/emu/emu_fibers.cpp tests/emu/emu_runtime.cpp tests/emu/emu_race.cpp tests/emu/emu_cublaslt.cpp
-EMU_HEADERS := $(wildcard tests/emu/*.h) tests/cuda_test.h tests/cuda_model.h tests/oracle.h tests/support.h $(CUDA_ROOM)
+EMU_SOURCES := tests/emu/emu_fibers.cpp tests/emu/emu_runtime.cpp tests/emu/emu_race.cpp tests/emu/emu_hopper.cpp tests/emu/emu_cublaslt.cpp
+EMU_HEADERS := $(wildcard tests/emu/*.h) tests/cuda_test.h tests/cuda_model.h tests/cuda_attention.h tests/oracle.h tests/support.h $(CUDA_ROOM)
 C_HEADERS   := $(wildcard *.h) # of all C files: a stale object is one of another layout
-EMU_TESTS   := tests/cuda_main.cu tests/test_cuda_ops.cu tests/test_cuda_model.cu tests/test_cuda_eight.cu
+EMU_TESTS   := tests/cuda_main.cu tests/test_cuda_ops.cu tests/test_cuda_hopper.cu tests/test_cuda_model.cu tests/test_cuda_eight.cu
 EMU_C       := qemb.c cpu_share.c cpu_simd.c cpu_avx512.c file.c tests/oracle.c tests/support.c
 EMU_WARN    := -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas
-EMU_CXX     := -std=c++20 -g $(EMU_WARN) -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/emu
+EMU_CXX     := -std=c++20 -g $(EMU_WARN) -Wno-psabi -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/emu
 EMU_CC      := -std=c11 -D_GNU_SOURCE -g $(EMU_WARN)
 CXX         ?= g++
 comma       := ,
@@ -64,9 +64,9 @@ test-emu: emu-values emu-sanitizers emu-races emu-program emu-mutants ## CUDA ke
 emu-values: build/emu/test_cuda
 	build/emu/test_cuda --schedules 4
 emu-sanitizers: build/emu-asan/test_cuda
-	build/emu-asan/test_cuda ptx attention_ rmsnorm qknorm swiglu op_matmul op_attention op_embed_b golden_m refuse fails
+	build/emu-asan/test_cuda ptx attention_ rmsnorm qknorm swiglu gate_up op_matmul op_attention op_embed_b golden_m refuse fails
 emu-races: build/emu-race/test_cuda
-	build/emu-race/test_cuda ptx attention_ rmsnorm qknorm swiglu op_matmul op_attention op_embed_b op_gather shapes
+	build/emu-race/test_cuda ptx attention_ rmsnorm qknorm swiglu gate_up op_matmul op_attention op_embed_b op_gather shapes
 emu-program: build/emu/qemb-cuda build/emu/qemb-cpu build/emu/qemb-serve
 	tests/test_cuda_program.py build/emu/qemb-cuda build/emu/qemb-cpu
 	tests/test_cuda_serve.py build/emu/qemb-serve build/emu/qemb-cpu
@@ -77,6 +77,10 @@ mutants: ## drop every barrier, wait and guard of the CUDA code in turn: the tes
 	tests/mutants.py
 
 ifneq ($(wildcard $(NVCC)),)
+define CHECKED_CUBIN
+@mkdir -p $(@D)
+$(NVCC) -std=c++20 -O3 -Werror all-warnings -Xptxas -v -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@ 2> $@.log || { cat $@.log; exit 1; }
+endef
 # One object per architecture, so that a spill is reported with its place.
 build/cuda/qemb_%.o: qemb.cu $(CUDA_ROOM)
 	@mkdir -p $(@D)
@@ -85,13 +89,13 @@ build/cuda/qemb_%.o: qemb.cu $(CUDA_ROOM)
 build/cuda/qemb_%.cubin: qemb.cu $(CUDA_ROOM)
 	@mkdir -p $(@D)
 	$(NVCC) -std=c++20 -O3 -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@
-build/cuda/tests_%.cubin: tests/test_cuda_ops.cu $(CUDA_ROOM) tests/cuda_test.h
-	@mkdir -p $(@D)
-	$(NVCC) -std=c++20 -O3 -Werror all-warnings -Xptxas -v -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@ 2> $@.log \
-	    || { cat $@.log; exit 1; }
+build/cuda/tests_%.cubin: tests/test_cuda_ops.cu $(CUDA_ROOM) tests/cuda_test.h tests/cuda_attention.h
+	$(CHECKED_CUBIN)
+build/cuda/hopper_%.cubin: tests/test_cuda_hopper.cu $(CUDA_ROOM) tests/cuda_test.h tests/cuda_attention.h tests/cuda_model.h
+	$(CHECKED_CUBIN)
 
-cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) ## build the CUDA code for sm_80, 89, 90a, 120 and check it: no spills, tensor-core instructions
-	tests/sass_gate.py $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o.log build/cuda/tests_$(a).cubin.log build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin)
+cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin ## build the CUDA code for sm_80, 89, 90a, 120 and check it: no spills, tensor-core instructions
+	tests/sass_gate.py $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o.log build/cuda/tests_$(a).cubin.log build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin.log build/cuda/hopper_90a.cubin
 
 build/cuda/%.cu.o: %.cu $(CUDA_ROOM) tests/cuda_test.h
 	@mkdir -p $(@D)

@@ -75,6 +75,7 @@ enum {
     OPT_VRAM,
     OPT_DETERMINISTIC,
     OPT_NO_GRAPHS,
+    OPT_HOPPER,
     OPT_CACHE,
     OPT_ON_ERROR,
     OPT_STATS,
@@ -100,6 +101,7 @@ static const struct option long_options[] = {
     {"vram", required_argument, NULL, OPT_VRAM},
     {"deterministic", no_argument, NULL, OPT_DETERMINISTIC},
     {"no-graphs", no_argument, NULL, OPT_NO_GRAPHS},
+    {"hopper", no_argument, NULL, OPT_HOPPER},
     {"cache", required_argument, NULL, OPT_CACHE},
     {"on-error", required_argument, NULL, OPT_ON_ERROR},
     {"stats", no_argument, NULL, OPT_STATS},
@@ -132,6 +134,7 @@ static unsigned commands_of(int opt) {
     case OPT_VRAM:
     case OPT_DETERMINISTIC:
     case OPT_NO_GRAPHS:
+    case OPT_HOPPER:
     case OPT_CACHE:
         return FOR(EMBED) | FOR(PLAN) | FOR(CHECK);
     case OPT_OUTPUT:
@@ -165,7 +168,7 @@ static const char help[] =
     "  --threads N          CPU threads                                     [all]\n"
     "  --cpu NAME           plain, avx2 or avx512: the instructions    [the fastest]\n"
     "  --math NAME          f32, bf16 or int8; on a GPU f16 or fp8      [f32; f16]\n"
-    "  --vram MIB, --deterministic, --no-graphs, --cache DIR     on a GPU: man qemb\n"
+    "  --vram MIB, --deterministic, --no-graphs, --hopper, --cache DIR   GPU: man qemb\n"
     "  --on-error WHAT      record, zero, skip, stop      [record; binary: stop]\n"
     "  --stats              a summary on stderr at the end\n"
     "  --progress, --quiet  a progress line on stderr: always, never\n"
@@ -253,6 +256,9 @@ static void set_option(options *o, int opt, const char *arg) {
         break;
     case OPT_NO_GRAPHS:
         o->engine.no_graphs = 1;
+        break;
+    case OPT_HOPPER:
+        o->engine.hopper = 1;
         break;
     case OPT_CACHE:
         o->engine.cache_dir = arg;

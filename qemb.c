@@ -378,11 +378,11 @@ int qemb_unit(float *dst, const float *src, int dim) {
 /* ---- the CPU backend: threads and memory ------------------------------------------------------ */
 
 /* Address space: pages become memory when they are first written. */
-static void *map_memory(qemb_backend *be, int slot, size_t bytes, qemb_err *err) {
+void *cpu_map(qemb_backend *be, int slot, size_t bytes, qemb_err *err) {
     void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
                    -1, 0);
     if (p == MAP_FAILED) {
-        qemb_fail(err, "out_of_memory", "activations: cannot map %zu bytes", bytes);
+        qemb_fail(err, "out_of_memory", "memory: cannot map %zu bytes", bytes);
         return NULL;
     }
     madvise(p, bytes, MADV_HUGEPAGE); /* where it may: a matmul's rows lie many small pages apart */
@@ -392,12 +392,12 @@ static void *map_memory(qemb_backend *be, int slot, size_t bytes, qemb_err *err)
 }
 
 void *cpu_arena(qemb_backend *be, size_t bytes, qemb_err *err) {
-    return map_memory(be, 2, bytes, err);
+    return cpu_map(be, CPU_MAP_ARENA, bytes, err);
 }
 
 void cpu_close(qemb_backend *be) {
     if (!be) return;
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < CPU_MAPS; i++)
         if (be->maps[i]) munmap(be->maps[i], be->map_bytes[i]);
     free(be);
 }
@@ -409,9 +409,9 @@ int cpu_open_scratch(qemb_backend **out, const qemb_config *c, const qemb_option
     be->c = c;
     be->threads = opt->threads;
     be->scratch_floats = (scratch_floats + 15) / 16 * 16;
-    be->rope = map_memory(be, 0, (size_t)opt->max_tokens * c->head_dim * sizeof(float), err);
-    be->scratch = map_memory(be, 1, be->threads * be->scratch_floats * sizeof(float), err);
-    if (packed_floats) be->packed = map_memory(be, 3, packed_floats * sizeof(float), err);
+    be->rope = cpu_map(be, CPU_MAP_ROPE, (size_t)opt->max_tokens * c->head_dim * sizeof(float), err);
+    be->scratch = cpu_map(be, CPU_MAP_SCRATCH, be->threads * be->scratch_floats * sizeof(float), err);
+    if (packed_floats) be->packed = cpu_map(be, CPU_MAP_PACKED, packed_floats * sizeof(float), err);
     if (!be->rope || !be->scratch || (packed_floats && !be->packed)) {
         cpu_close(be);
         return -1;

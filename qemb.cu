@@ -7,6 +7,7 @@
 #include "attention.cuh"
 #include "eight.cuh"
 #include "gemm.cuh"
+#include "hopper.cuh"
 #include "kernels.cuh"
 
 #include <algorithm>
@@ -24,7 +25,10 @@ constexpr size_t SLOT_BYTES = (size_t)8 << 20;
 /* Rows that the MLP works on at a time: enough to fill the GPU with tiles of the down projection (4B:
  * 32 x 20 of 128 x 128), little enough beside the weights. */
 enum { MLP_ROWS = 4096 };
-enum { WIDE_FROM = 512 };   /* texts of that many tokens get 128-row attention tiles */
+enum { WIDE_FROM = 512 }; /* texts of that many tokens get 128-row attention tiles */
+enum {
+    GATE_UP_FROM = 256
+}; /* Hopper's gate_up multiplies 128 rows at a time; fewer leave it idle */
 enum { BLOCKS_PER_SM = 8 }; /* of grid-stride kernels */
 constexpr double MIB = 1 << 20;
 
@@ -68,6 +72,7 @@ struct qemb_backend {
     int sms, threads, lg; /* H/K = 1 << lg */
     bool wide;            /* 128-row attention tiles fit this GPU */
     bool fp8;
+    hopper_state hopper;
     gemm_state gemm;
     size_t used, budget;      /* device bytes allocated; allowed (0: all there is) */
     void *device[QEMB_PARTS]; /* what close frees */
@@ -310,6 +315,7 @@ static int check_device(qemb_backend *be, qemb_err *err) {
                          "GPU: this build has no code for compute capability %d.%d (%s)", major,
                          minor, cudaGetErrorString(e));
     be->wide = major < 12 && shared >= att_shared_bytes<128, 2>();
+    be->hopper.on = be->hopper.on && major == 9 && minor == 0;
     return 0;
 }
 
@@ -328,6 +334,7 @@ static int open_device(qemb_backend *be, const qemb_options *opt, qemb_err *err)
     if (e == cudaSuccess) e = allow_shared<128, 1>();
     if (e == cudaSuccess && be->wide) e = allow_shared<64, 2>();
     if (e == cudaSuccess && be->wide) e = allow_shared<128, 2>();
+    if (e == cudaSuccess && be->hopper.on) e = hopper_open<act>(&be->hopper, be->sms);
     if (e != cudaSuccess)
         return qemb_fail(err, "device", "GPU: cannot start (%s)", cudaGetErrorString(e));
 
@@ -447,6 +454,7 @@ static int open_math(qemb_backend **out, const qemb_config *c, const qemb_option
     be->budget = opt->vram;
     be->fp8 = fp8;
     be->graphs_off = opt->no_graphs;
+    be->hopper.on = opt->hopper && !opt->deterministic;
     while (1 << be->lg < c->n_heads / c->n_kv_heads) be->lg++;
     if (check_device(be, err) || open_device(be, opt, err) || open_buffers(be, opt, err) ||
         (fp8 && check_fp8(be, err))) {
@@ -763,10 +771,9 @@ static void cuda_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const fl
     });
 }
 
-/* w in FP16: of an INT8 file made so here, unless it still is. */
-static qemb_mat dense_matrix(qemb_backend *be, const qemb_mat *w) {
+/* w in FP16: of an INT8 file made so in dense[i], unless it still is. */
+static qemb_mat dense_matrix(qemb_backend *be, const qemb_mat *w, int i) {
     if (be->fp8 || w->dtype != QEMB_I8) return *w;
-    const int i = w->rows != 2 * be->c->ffn; /* wgu has one to itself: its rows come in chunks */
     if (be->dense_of[i] != w->data) {
         const size_t n = (size_t)w->rows * w->cols;
         good(be,
@@ -781,8 +788,9 @@ static qemb_mat dense_matrix(qemb_backend *be, const qemb_mat *w) {
 }
 
 /* x (T, in): halves; in FP8 codes and scales, as `coded` lays them. */
-static void run_gemm(qemb_backend *be, void *y, const void *x, const qemb_mat *w, bool add, int T) {
-    const qemb_mat m = dense_matrix(be, w);
+static void run_gemm(qemb_backend *be, void *y, const void *x, const qemb_mat *w, bool add, int T,
+                     int dense = 1) {
+    const qemb_mat m = dense_matrix(be, w, dense);
     const cublasStatus_t s =
         gemm_run(&be->gemm, y, x, be->fp8 ? coded((void *)x, T, w->cols).scales : nullptr, &m, add,
                  T, be->st);
@@ -834,12 +842,23 @@ static void launch_attention(qemb_backend *be, act *att, const act *qkv, const a
                 att_shared_bytes<HD, M>(), be->st, att, qkv, tiles, H, K, be->lg, scale_log2e),
          "attention");
 }
+/* The 128-row tiles. */
+template <int HD>
+static void wide_attention(qemb_backend *be, act *att, const act *qkv, const att_tile *tiles) {
+    if (!be->hopper.on) return launch_attention<HD, 2>(be, att, qkv, tiles, be->n_wide);
+    if (be->n_wide)
+        good(be,
+             attention_hopper_launch<act, HD>(
+                 &be->hopper, att, qkv, tiles, be->n_wide, be->c->n_heads, be->c->n_kv_heads,
+                 be->lg, (float)(1.4426950408889634 / sqrt((double)HD)), be->st),
+             "attention");
+}
 template <int HD>
 static void any_attention(qemb_backend *be, act *att, const act *qkv, int B, int last_only) {
     const att_tile *narrow = be->dev.tiles, *wide = narrow + be->n_narrow,
                    *last = wide + be->n_wide;
     if (last_only) return launch_attention<HD, 1>(be, att, qkv, last, B);
-    launch_attention<HD, 2>(be, att, qkv, wide, be->n_wide);
+    wide_attention<HD>(be, att, qkv, wide);
     launch_attention<HD, 1>(be, att, qkv, narrow, be->n_narrow);
 }
 static void cuda_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
@@ -855,7 +874,15 @@ static void cuda_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb
                          const qemb_mat *w, int T) {
     const int F = be->c->ffn;
     if (be->mode == REPLAY) return;
-    run_gemm(be, gu, x, w, false, T);
+    if (be->hopper.on && !be->fp8 && T >= GATE_UP_FROM) {
+        const qemb_mat m = dense_matrix(be, w, 0);
+        good(be,
+             gate_up_launch(&be->hopper, (act *)h, (const act *)x, (const act *)m.data, m.alpha, T,
+                            F, m.cols, be->clamps, be->st),
+             "gate_up");
+        return;
+    }
+    run_gemm(be, gu, x, w, false, T, 0); /* wgu has one to itself: its rows come in chunks */
     if (be->fp8) {
         const coded_rows to = coded(h, T, F);
         be->coded = h;

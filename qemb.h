@@ -191,6 +191,7 @@ typedef struct {
     int threads;      /* CPU threads; 0: all this process may use */
     /* The CUDA backend's; the CPU's ignore them. */
     int deterministic; /* a vector's bits do not depend on its batch (always so on a CPU) */
+    int hopper;        /* its kernels for sm_90, where they fit; not in deterministic runs */
     int no_graphs;     /* small batches are launched op by op, not replayed as CUDA graphs */
     size_t vram;       /* bytes of GPU memory to use at most; 0: what is free */
     const char

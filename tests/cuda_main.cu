@@ -1,12 +1,17 @@
 /* cuda_main.cu - main of the CUDA test programs, see cuda_test.h. */
 #include "cuda_test.h"
 
+#include <ctime>
+
 int main(int argc, char **argv) {
     int schedules = 1, ran = 0;
+    bool times = false;
     std::vector<std::string> only;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--schedules") && i + 1 < argc)
             schedules = atoi(argv[++i]);
+        else if (!strcmp(argv[i], "--times"))
+            times = true;
         else
             only.push_back(argv[i]);
     }
@@ -27,12 +32,14 @@ int main(int argc, char **argv) {
         ran++;
         running = t.name;
         n_shown = 0;
+        const clock_t start = clock();
         for (int s = 0; s < (t.schedules ? schedules : 1); s++) {
 #if defined(QEMB_EMU)
             emu::set_schedule((emu::schedule)(s % emu::N_SCHEDULES), (uint64_t)s);
 #endif
             t.run();
         }
+        if (times) printf("%8.2f s  %s\n", (double)(clock() - start) / CLOCKS_PER_SEC, t.name);
     }
     long races = 0;
 #if defined(QEMB_EMU)

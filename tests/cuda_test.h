@@ -2,7 +2,7 @@
  * emulation (whose fibers and access hooks do not suit its worker processes) and, built by nvcc, on
  * machines with a GPU, where one process must pay for one CUDA context.
  *
- *   test_cuda [--schedules N] [NAME...]     tests whose name contains a NAME; all without
+ *   test_cuda [--schedules N] [--times] [NAME...]     tests whose name contains a NAME; all without
  *
  * N schedules of the emulator (in order, reverse, random, random priorities, random ...) for every test
  * that asks for them; 1 without. Ends with one line of counts; exit status 1 if a check failed.

@@ -31,7 +31,7 @@ step() { # NAME COMMAND...
 step "CUDA tests" build/cuda/test_cuda
 step "program against the CPU's" tests/test_cuda_program.py ./qemb-cuda build/release/qemb
 if command -v compute-sanitizer >/dev/null; then
-    small="ptx attention_ rmsnorm qknorm swiglu op_matmul op_attention op_embed_back forward_shapes same_bits"
+    small="ptx attention_ rmsnorm qknorm swiglu gate_up op_matmul op_attention op_embed_back forward_shapes same_bits"
     for tool in memcheck racecheck synccheck initcheck; do
         # shellcheck disable=SC2086
         step "compute-sanitizer $tool" compute-sanitizer --tool $tool --error-exitcode 9 build/cuda/test_cuda $small

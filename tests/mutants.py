@@ -17,7 +17,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-A, K, Q, G = "attention.cuh", "kernels.cuh", "qemb.cu", "gemm.cuh"
+A, K, E, Q, G, P = "attention.cuh", "kernels.cuh", "eight.cuh", "qemb.cu", "gemm.cuh", "hopper.cuh"
 
 # name, file, text, replacement, tests that must notice; * in front: in the sample
 MUTANTS = [
@@ -58,9 +58,9 @@ MUTANTS = [
     ("swizzle_v", A, "Vt + att_swizzle<HD>(k * 16 + lane % 16, j * 2 + lane / 16)",
      "Vt + (k * 16 + lane % 16) * HD * 2 + (j * 2 + lane / 16) * 16", "attention_narrow"),
     ("k_halves", A, "k * 2 + ((lane >> 3) & 1)", "k * 2 + (lane >> 4)", "attention_narrow"),
-    ("rescale", A, "o[u][j][2 * h] *= older, o[u][j][2 * h + 1] *= older;", "o[u][j][2 * h] *= older;",
+    ("rescale", A, "o[u][j][e] *= older[u][e / 2];", "if (e & 1) o[u][j][e] *= older[u][e / 2];",
      "attention_sharp attention_narrow"),
-    ("sum_rescale", A, "l[u][h] = l[u][h] * older + sum;", "l[u][h] = l[u][h] + sum;", "attention_sharp"),
+    ("sum_rescale", A, "l[u][h] = l[u][h] * older[u][h] + sum;", "l[u][h] = l[u][h] + sum;", "attention_sharp"),
     ("embed_rows", K, "if (t >= T) return;", "", "op_embed forward_shapes golden"),
     ("norm_tail", K, "v[j] = i < D ? *(const float4 *)(row + i) : make_float4(0, 0, 0, 0);",
      "v[j] = *(const float4 *)(row + i);", "rmsnorm"),
@@ -69,6 +69,37 @@ MUTANTS = [
     ("clamp", K, "return over ? (v > 0 ? limit : -limit) : v;", "return v;", "swiglu"),
     ("clamp_hides_nan", K, "const bool over = v > limit || v < -limit;", "const bool over = !(fabsf(v) <= limit);", "swiglu"),
     ("clamps_uncounted", K, "if (clamped) atomicAdd(", "if (0) atomicAdd(", "swiglu"),
+    # numbers of 8 bits
+    ("*row_in", E, "__syncthreads(); /* row_in", "/* row_in", "quantize rmsnorm_e4m3"),
+    ("row_out", E, "__syncthreads(); /* row_out", "/* row_out", "quantize rmsnorm_e4m3"),
+    ("row_warp", E, "for (int o = 16; o; o >>= 1) v = op(", "for (int o = 8; o; o >>= 1) v = op(", "quantize"),
+    ("row_zeros", E, "largest()), 0x1p-100f)", "largest()), 0.0f)", "quantize"),
+    ("row_scale", E, "*scale = top / E4M3_MAX;", "*scale = top / 256;", "quantize"),
+    ("row_end", E, "if (i >= K) continue;\n        uint32_t two[2];", "uint32_t two[2];", "quantize"),
+    ("row_order", E, "e4m3_pair(w[2] * to_code, w[3] * to_code) << 16;", "e4m3_pair(w[3] * to_code, w[2] * to_code) << 16;",
+     "quantize"),
+    ("int8_scale", E, "const float s = sizeof(X) == 1 ? scales[t] : 1;", "const float s = 1;", "quantize"),
+    ("dequantize_row", E, "const float s = scale[i / K8];", "const float s = scale[0];", "dequantize"),
+    ("dequantized_stale", Q, "if (be->dense_of[i] != w->data) {", "if (!be->dense_of[i]) {", "int8_against_cpu"),
+    ("dequantized_lost", Q, "be->dense_of[0] = be->dense_of[1] = nullptr;", ";", "graph_same_bits"),
+    ("wgu_slot", Q, "run_gemm(be, gu, x, w, false, T, 0);", "run_gemm(be, gu, x, w, false, T);", "int8_against_cpu"),
+    ("slot_quantize", Q, 'ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_quantize', "/* slot_quantize", "fp8_same accuracy"),
+    ("fp8_alpha", Q, "if (!be->fp8) y->wdown.alpha *= 1 << SWIGLU_SHIFT;", "y->wdown.alpha *= 1 << SWIGLU_SHIFT;", "accuracy"),
+    ("fp8_attention", Q, "if (!be->fp8 || a == be->coded)", "if (1)", "op_fp8"),
+    ("fp8_rows", G, "(uint64_t)(g->fp8 ? (T + 15) / 16 * 16 : T)", "(uint64_t)T", "op_fp8"),
+    ("fp8_x_scales", G, "return s ? s : gemm_describe(g, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, x);",
+     "return s ? s : gemm_describe(g, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, w);", "op_fp8"),
+    ("fp8_anywhere", Q, "if (be->fp8 && (major != 9", "if (0 && (major != 9", "refuse_fp8"),
+    ("fp8_unasked", Q, "(fp8 && check_fp8(be, err))", "0", "refuse_fp8"),
+    # graphs
+    ("*graph_tiles", Q, "while (*n < full) tiles[(*n)++] = att_tile{};", "", "graph_"),
+    ("empty_tile", A, "if (w.t0 >= w.len) return;", "", "graph_"),
+    ("graph_texts", Q, "&be->graphs[size - GRAPH_ROWS][b->B]", "&be->graphs[size - GRAPH_ROWS][1]", "graph_"),
+    ("graph_again", Q, "if (be->mode == REPLAY) return;\n    run_gemm(be, y, x, w, false, T);", "run_gemm(be, y, x, w, false, T);",
+     "graph_"),
+    ("graph_residual", Q, "if (be->mode == REPLAY) return;\n    if (!be->fp8 || a", "if (!be->fp8 || a", "graph_"),
+    ("graph_not_run", Q, "if (be->mode != PLAIN && be->graph->exec)", "if (be->mode == REPLAY && be->graph->exec)", "graph_"),
+    ("no_graphs", Q, "if (be->graphs_off || size", "if (size", "graph_"),
     # the host's side
     ("*slot_embed", Q, 'good(be, cudaEventSynchronize(s->free), "embed"); /* slot_embed', "/* slot_embed", "op_embed"),
     ("slot_upload", Q, 'ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_upload', "/* slot_upload", "forward_shapes"),
@@ -93,15 +124,69 @@ MUTANTS = [
     ("slowest", G, "ms < 0 || (best >= 0 && ms >= best)", "ms < 0 || (best >= 0 && ms <= best)", "timed_once"),
     ("unchecked_cache", G, "if (gemm_set_rows(p, rows) || cublasLtMatmulAlgoCheck(", "if (gemm_set_rows(p, rows) || 0 && cublasLtMatmulAlgoCheck(",
      "timed_once"),
+    # Hopper's kernels
+    ("hopper_rows", Q, "T >= GATE_UP_FROM", "true", "op_hopper_choice"),
+    ("hopper_bits", Q, "opt->hopper && !opt->deterministic", "opt->hopper", "op_hopper_choice"),
+    ("hopper_chip", Q, "be->hopper.on && major == 9 && minor == 0", "be->hopper.on", "op_hopper_choice"),
+    ("gu_init", P, "__syncthreads(); /* gu_init", "/* gu_init", "gate_up_hopper"),
+    ("*gu_empty", P, "barrier_wait(ring.empty(ring.i), ring.parity(ring.i) ^ 1); /* gu_empty", "/* gu_empty", "gate_up_hopper"),
+    ("gu_empty_phase", P, "ring.parity(ring.i) ^ 1); /* gu_empty", "ring.parity(ring.i)); /* gu_empty", "gate_up_hopper"),
+    ("*gu_full", P, "barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* gu_full", "/* gu_full", "gate_up_hopper"),
+    ("gu_full_phase", P, "ring.parity(ring.i)); /* gu_full", "0); /* gu_full", "gate_up_hopper"),
+    ("gu_fence", P, "wgmma_fence(); /* gu_fence", "/* gu_fence", "gate_up_hopper"),
+    ("gu_step", P, "wgmma_wait<1>(); /* gu_step", "/* gu_step", "gate_up_hopper"),
+    ("gu_step_2", P, "wgmma_wait<1>(); /* gu_step", "wgmma_wait<2>(); /* gu_step", "gate_up_hopper"),
+    ("gu_sums", P, "wgmma_wait<0>(d); /* gu_sums", "/* gu_sums", "gate_up_hopper"),
+    ("gu_sums_1", P, "wgmma_wait<0>(d); /* gu_sums", "wgmma_wait<1>(d); /* gu_sums", "gate_up_hopper"),
+    ("gu_last", P, "if (lane == 0) barrier_arrive(ring.empty(ring.i - 1)); /* gu_last", "/* gu_last", "gate_up_hopper"),
+    ("gu_early", P, "if (k > 0 && lane == 0) barrier_arrive(ring.empty(ring.i - 1));",
+     "if (k > 0 && lane == 0) barrier_arrive(ring.empty(ring.i));", "gate_up_hopper"),
+    ("gu_bytes", P, "barrier_expect(full, 3 * GU_PART);", "barrier_expect(full, 2 * GU_PART);", "gate_up_hopper"),
+    ("gu_zero", P, "k + s > 0", "true", "gate_up_hopper"),
+    ("gu_rows", P, "if (r < T && column < F)", "if (column < F)", "gate_up_hopper"),
+    ("gu_columns", P, "if (r < T && column < F)", "if (r < T)", "gate_up_hopper"),
+    ("gu_alpha", P, "swiglu_one(alpha * g[e], alpha * u[e], clamped)", "swiglu_one(g[e], alpha * u[e], clamped)", "gate_up_hopper"),
+    ("gu_clamps", P, "if (clamped) atomicAdd(", "if (0) atomicAdd(", "gate_up_hopper"),
+    ("gu_transpose", P, "const bool upper = lane & bit;", "const bool upper = lane & 1;", "gate_up_hopper"),
+    ("ring_warps", P, "barrier_init(ring.empty(j), HOPPER_WARPS);", "barrier_init(ring.empty(j), 4);", "hopper"),
+    ("ah_init", P, "__syncthreads(); /* ah_init", "/* ah_init", "attention_hopper"),
+    ("ah_q_empty", P, "barrier_wait(work.q_empty(), turn ^ 1); /* ah_q_empty", "/* ah_q_empty", "attention_hopper"),
+    ("ah_empty", P, "barrier_wait(ring.empty(ring.i), ring.parity(ring.i) ^ 1); /* ah_empty", "/* ah_empty", "attention_hopper"),
+    ("ah_landed", P, "cp_async_wait<1>(); /* ah_landed", "/* ah_landed", "attention_hopper"),
+    ("ah_landed_2", P, "cp_async_wait<1>(); /* ah_landed", "cp_async_wait<2>(); /* ah_landed", "attention_hopper"),
+    ("*ah_fence", P, "fence_async();      /* ah_fence:", "/* ah_fence:", "attention_hopper"),
+    ("ah_landed_last", P, "cp_async_wait<0>(); /* ah_landed_last", "/* ah_landed_last", "attention_hopper"),
+    ("ah_fence_last", P, "fence_async();      /* ah_fence_last", "/* ah_fence_last", "attention_hopper"),
+    ("ah_q_full", P, "barrier_wait(work.q_full(), turn); /* ah_q_full", "/* ah_q_full", "attention_hopper"),
+    ("*ah_q_read", P, "__syncwarp(); /* ah_q_read", "/* ah_q_read", "attention_hopper"),
+    ("ah_full_first", P, "barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* ah_full_first", "/* ah_full_first",
+     "attention_hopper"),
+    ("ah_full", P, "barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* ah_full */", "/* ah_full */", "attention_hopper"),
+    ("ah_first", P, "wgmma_wait<0>(p[0]); /* ah_first", "/* ah_first", "attention_hopper"),
+    ("ah_touched", P, "wgmma_fence(); /* ah_touched", "/* ah_touched", "attention_hopper"),
+    ("ah_scores_done", P, "wgmma_wait<1>(p[0]); /* ah_scores_done", "wgmma_wait<2>(p[0]); /* ah_scores_done", "attention_hopper"),
+    ("*ah_values_done", P, "wgmma_wait<0>(o[0]); /* ah_values_done", "/* ah_values_done", "attention_hopper"),
+    ("ah_early", P, "if (lane == 0) barrier_arrive(ring.empty(ring.i - 1));\n            att_rescale",
+     "if (lane == 0) barrier_arrive(ring.empty(ring.i));\n            att_rescale", "attention_hopper"),
+    ("ah_last", P, "wgmma_wait<0>(o[0]); /* ah_last", "/* ah_last", "attention_hopper"),
+    ("ah_freed_last", P, "if (lane == 0) barrier_arrive(ring.empty(ring.i));\n        ring.i++;", "ring.i++;", "attention_hopper"),
+    ("ah_zero", P, "t > 1);", "true);", "attention_hopper"),
+    ("ah_rescale", P, "att_rescale<HD, 1>(o, older);", "", "attention_hopper"),
+    ("ah_keys_end", P, "const bool ok = p < s.keys;", "const bool ok = true;", "attention_hopper"),
+    ("ah_keys_cut", P, "w.prefix + min(w.len, w.t0 + (HOPPER_ROWS >> lg))", "w.prefix + w.t0 + (HOPPER_ROWS >> lg)",
+     "attention_hopper"),
+    ("ah_prefix_rows", P, "(p < s.prefix ? p : s.own + p)", "(s.own + p)", "attention_hopper"),
+    ("ah_filled_up", P, "if (w.t0 >= w.len) break; /* no tile", "/* no tile", "attention_hopper"),
 ]
 
-SOURCES = ("qemb.cu", "tests/cuda_main.cu", "tests/test_cuda_ops.cu", "tests/test_cuda_model.cu")
+SOURCES = ("qemb.cu", "tests/cuda_main.cu", "tests/test_cuda_ops.cu", "tests/test_cuda_hopper.cu",
+           "tests/test_cuda_model.cu", "tests/test_cuda_eight.cu")
 FLAGS = {  # per net: flags of the code under test; objects that the mutants share come from build/NET
     "emu": ["-O1", "-fopenmp"],
     "emu-race": "-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie -DEMU_RACE".split(),
 }
-SHARED = [f"tests/emu/emu_{x}.o" for x in ("fibers", "runtime", "race", "cublaslt")] + \
-         ["qemb.o", "cpu_simd.o", "file.o", "tests/oracle.o", "tests/support.o", "tests/cuda_main.cu.o"]
+SHARED = [f"tests/emu/emu_{x}.o" for x in ("fibers", "runtime", "race", "hopper", "cublaslt")] + \
+         ["qemb.o", "cpu_share.o", "cpu_simd.o", "cpu_avx512.o", "file.o", "tests/oracle.o", "tests/support.o", "tests/cuda_main.cu.o"]
 
 
 def find_cuda():
@@ -112,11 +197,16 @@ def find_cuda():
 
 
 KERNEL_TESTS = ("rmsnorm", "attention_", "qknorm_rope", "swiglu")  # launch kernels themselves
-MODEL_TESTS = ("golden", "forward", "same", "device", "refuse", "hot", "timed")
+EIGHT_TESTS = ("quantize", "rmsnorm_e4m3", "dequantize")  # and these
+MODEL_TESTS = ("golden", "forward", "same", "device", "refuse", "hot", "timed", "graph", "accuracy", "int8", "fp8", "overflow")
 
 
 def touched(file, tests):
     """Which objects a change of this file alters for these tests; the others are taken from build/NET."""
+    if file == E and all(t in EIGHT_TESTS for t in tests):
+        return ["tests/test_cuda_eight.cu"]
+    if file == P and all("hopper" in t for t in tests):
+        return ["tests/test_cuda_hopper.cu"]
     if file not in (A, K):
         return ["qemb.cu"]
     if all(t.startswith(KERNEL_TESTS) for t in tests):
@@ -131,7 +221,7 @@ def run_net(net, work, file, tests, cuda):
     only_model = all(t.startswith(MODEL_TESTS) for t in tests)
     only_ops = not any(t.startswith(MODEL_TESTS) for t in tests)
     for source in SOURCES[:1] + SOURCES[2:]:
-        ops = source.endswith("test_cuda_ops.cu")
+        ops = source.endswith(("ops.cu", "hopper.cu"))
         if (ops and only_model) or (source.endswith("model.cu") and only_ops):
             continue
         if source not in touched(file, tests):

@@ -10,9 +10,12 @@ import re
 import struct
 import sys
 
-OPCODES = {"HMMA": 0x23C, "LDSM": 0x83B, "LDGSTS": 0xFAE, "STL": 0x387, "LDL": 0x983}
+# HGMMA takes its first matrix from shared memory or from registers: two forms.
+OPCODES = {"HMMA": {0x23C}, "HGMMA": {0x9F0, 0xDF0}, "LDSM": {0x83B}, "LDGSTS": {0xFAE}, "UTMALDG": {0x5B4}, "STL": {0x387},
+           "LDL": {0x983}}
 # Kernels by their name in the mangled symbol: what must be there. No kernel may touch local memory.
 WANT = {"attention_kernel": ("HMMA", "LDSM", "LDGSTS")}
+WANT_SM90A = {"gate_up_kernel": ("HGMMA", "UTMALDG"), "attention_hopper_kernel": ("HGMMA", "LDSM", "LDGSTS")}  # traps elsewhere
 
 
 def sections(data):
@@ -37,15 +40,16 @@ def check_cubin(path):
             continue
         kernels += 1
         ops = [struct.unpack_from("<Q", text, i)[0] & 0xFFF for i in range(0, len(text) - 15, 16)]
+        found = set(ops)
         for op in ("STL", "LDL"):
-            if OPCODES[op] in ops:
+            if OPCODES[op] & found:
                 problems.append(f"{path}: {name}: uses local memory ({op})")
         # The 128-row attention tile is an empty kernel on sm_12x, where it would spill: see attention.cuh.
         empty = len([op for op in ops if op != 0x918]) < 16
-        for kernel, want in WANT.items():
+        for kernel, want in {**WANT, **(WANT_SM90A if "_90a" in path else {})}.items():
             if kernel not in name or (empty and "sm_12" not in path and re.search(r"_12\d", path)):
                 continue
-            problems += [f"{path}: {name}: no {op}" for op in want if OPCODES[op] not in ops]
+            problems += [f"{path}: {name}: no {op}" for op in want if not OPCODES[op] & found]
     if not kernels:
         problems.append(f"{path}: no kernels")
     return kernels, problems

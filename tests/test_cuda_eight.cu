@@ -205,6 +205,80 @@ TEST_SCHEDULES(dequantize) {
     dequantize_case<__nv_bfloat16>(9, 64);
 }
 
+/* ---- the table's ops ------------------------------------------------------------------------------ */
+
+/* rmsnorm, then a product by FP8 weights: each factor of a term is off by 2^-4 of itself or by 2^-10 of its
+ * row's scale; sums as in matmul_case. Then, added to the residual, a product by attention's halves. */
+static void fp8_product_case(int T) {
+    const int D = 96, Q = 2 * 64, N = Q + 2 * 64; /* wqkv, wo */
+    const qemb_config c = {1, D, 2, 1, 64, 160, 16, 64, 0, 1e6f, 1e-6f};
+    qemb_options opt = {};
+    opt.batch_tokens = opt.max_tokens = 64;
+    opt.threads = 1;
+    qemb_backend *be = nullptr;
+    qemb_err err = {};
+    if (!check(!qemb_cuda_fp8_ops.open(&be, &c, &opt, &err), "open: %s", err.msg)) return;
+    rng r = {(uint64_t)T};
+    const size_t rows = (size_t)(T + 15) / 16 * 16; /* what the library may write */
+    for (const bool add : {false, true}) {
+        const int n = add ? D : N, k = add ? Q : D;
+        const std::vector<__half> w = random_numbers<__half>(&r, (size_t)n * k, 0.3);
+        const std::vector<float> x = random_numbers<float>(&r, (size_t)T * k, 3),
+                                 g = random_numbers<float>(&r, k, 1, 1),
+                                 start = random_numbers<float>(&r, rows * n, 3);
+        std::vector<__half> att((size_t)T * k);
+        for (size_t i = 0; i < att.size(); i++) att[i] = make<__half>(x[i]);
+        device_array<__half> dw(w), datt(att), xn(rows * k), y(rows * n);
+        device_array<float> dx(x), dg(g), ws(n), res(start);
+        device_array<uint8_t> codes((size_t)n * k);
+        cuda_ok(launch(quantize_kernel<__half, 1>, dim3(3), dim3(ROW_THREADS),
+                       ROW_WARPS * sizeof(float), (cudaStream_t)0, codes.p, ws.p,
+                       (const __half *)dw.p, n, k),
+                "launch");
+        cuda_ok(cudaDeviceSynchronize(), "quantize");
+        const qemb_mat m = {codes.p, n, k, QEMB_F16, 1, ws.p};
+        if (add) {
+            qemb_cuda_fp8_ops.matmul_add(be, res.p, (qemb_act *)datt.p, &m, T);
+        } else {
+            qemb_cuda_fp8_ops.rmsnorm(be, (qemb_act *)xn.p, dx.p, dg.p, T);
+            qemb_cuda_fp8_ops.matmul(be, (qemb_act *)y.p, (qemb_act *)xn.p, &m, T);
+        }
+        const std::vector<float> got_res = res.get(), scale = ws.get();
+        const std::vector<__half> got_y = y.get();
+        const std::vector<double> wd = doubles(w), xd = doubles(x);
+        check(!failure_of(be), "%s", failure_of(be));
+        for (int t = 0; t < T; t++) {
+            std::vector<double> in(k);
+            if (add)
+                for (int i = 0; i < k; i++) in[i] = num(att[(size_t)t * k + i]);
+            else
+                oracle_rmsnorm(in.data(), &xd[(size_t)t * k], g.data(), k, 1e-6);
+            double top = 0;
+            for (double v : in) top = std::max(top, fabs(v));
+            for (int i = 0; i < n; i++) {
+                double want = add ? start[(size_t)t * n + i] : 0, tol = 0;
+                for (int j = 0; j < k; j++) {
+                    const double a = in[j], b = wd[(size_t)i * k + j];
+                    const double ea = fabs(a) * 0x1.01p-4 + top / 448 * 0x1p-10,
+                                 eb = fabs(b) * 0x1.01p-4 + scale[i] * 0x1p-10;
+                    want += a * b;
+                    tol += fabs(a) * eb + fabs(b) * ea + ea * eb + fabs(a * b) * 2 * k * U;
+                }
+                tol += fabs(want) * 0x1p-10 + 0x1p-24;
+                /* the errors of k terms do not conspire: six standard deviations of their sum, were each
+                 * as large as it can be, instead of the sum of them all */
+                tol *= 6 / sqrt(k);
+                const size_t at = (size_t)t * n + i;
+                if (!check_near(add ? got_res[at] : num(got_y[at]), want, tol, "y", at)) break;
+            }
+        }
+    }
+    qemb_cuda_fp8_ops.close(be);
+}
+TEST_SCHEDULES(op_fp8_products) {
+    for (int T : {1, 16, 17, 50}) fp8_product_case(T);
+}
+
 /* ---- whole models --------------------------------------------------------------------------------- */
 
 /* f with its layers' matrices as int8: the nearest 127th of the row's largest. Not for qemb_file_close. */

@@ -340,36 +340,44 @@ TEST_SCHEDULES(
 
 /* Batches of one class (rows, texts) share a graph, whatever their texts' lengths and prefix; the third
  * batch on is a replay. Bits as without graphs. */
-TEST_SCHEDULES(graph_same_bits) {
-    const qemb_config c = config(2, 64, 4, 1, 64, 96, 700);
-    for (qemb_dtype dtype : {QEMB_F16, QEMB_I8}) {
-        qemb_file *f = open_model_of(dtype, &c, 43, 1);
-        for (const qemb_ops *ops : {&qemb_cuda_ops, &qemb_cuda_fp8_ops}) {
-            qemb_options opt = {};
-            model with(f, ops, 2048, opt);
-            opt.no_graphs = 1;
-            model without(f, ops, 2048, opt);
-            const struct {
-                std::vector<int> lens;
-                int prefix;
-            } batches[] = {{{20}, 0},   {{9}, 0},    {{23}, 0},     {{1}, 0},
-                           {{32}, 0},   {{24}, 0},   {{3, 4}, 5},   {{2, 13}, 0},
-                           {{30}, 0},   {{5, 2}, 1}, {{1, 1}, 13},  {{14}, 0},
-                           {{7, 8}, 0}, {{600}, 0},  {{520}, 0},    {{9, 600}, 3},
-                           {{610}, 0},  {{580}, 0},  {{1, 1}, 560}, {{2, 1, 3, 4}, 0}};
-            long launched = emu::count.graph_launches;
-            for (const auto &b : batches) {
-                const auto texts = random_texts(b.lens, b.prefix, 7 + b.lens[0]);
-                check(with.embed(texts) == without.embed(texts), "%zu texts, %d tokens, prefix %d",
-                      b.lens.size(), b.lens[0], b.prefix);
-            }
-            launched = emu::count.graph_launches - launched;
-            /* (32, 2): 20 23 24 30; (16, 2): 9 1 14 and 2+13 7+8 without filling; (16, 3): 5+3+4,
-             * 1+5+2, 13+1+1; (32, 1): 32; (640, 2): 600 520 610 580; (640, 3): 3+9+600 560+1+1; (16, 5) */
-            check(launched == 3 + 4 + 2 + 3 + 1, "%ld batches ran as graphs (want 13)", launched);
+struct graph_batch {
+    std::vector<int> lens;
+    int prefix;
+};
+static void graph_case(qemb_dtype dtype, const qemb_ops *ops,
+                       const std::vector<graph_batch> &batches, long replays) {
+    const qemb_config c = config(2, 64, 2, 1, 64, 64, 700);
+    qemb_file *f = open_model_of(dtype, &c, 43, 1);
+    {
+        qemb_options opt = {};
+        model with(f, ops, 1024, opt);
+        opt.no_graphs = 1;
+        model without(f, ops, 1024, opt);
+        long launched = emu::count.graph_launches;
+        for (const graph_batch &b : batches) {
+            const auto texts = random_texts(b.lens, b.prefix, 7 + b.lens[0]);
+            check(with.embed(texts) == without.embed(texts), "%zu texts, %d tokens, prefix %d",
+                  b.lens.size(), b.lens[0], b.prefix);
         }
-        qemb_file_close(f);
+        launched = emu::count.graph_launches - launched;
+        check(launched == replays, "%ld batches ran as graphs (want %ld)", launched, replays);
     }
+    qemb_file_close(f);
+}
+TEST_SCHEDULES(graph_same_bits) {
+    /* (rows, texts) with the one that fills up, and how often: (32, 2) 20 23 24 30; (16, 2) 9 1 14, and
+     * full 2+14; (16, 3) 5+3+4 1+5+2 13+1+1; (32, 1) full 32; the first of each class runs plainly */
+    const std::vector<graph_batch> small = {{{20}, 0}, {{9}, 0},    {{23}, 0},    {{1}, 0},
+                                            {{32}, 0}, {{24}, 0},   {{3, 4}, 5},  {{2, 14}, 0},
+                                            {{30}, 0}, {{5, 2}, 1}, {{1, 1}, 13}, {{14}, 0}};
+    for (qemb_dtype dtype : {QEMB_F16, QEMB_I8})
+        graph_case(dtype, &qemb_cuda_ops, small, 3 + 3 + 2);
+    graph_case(QEMB_F16, &qemb_cuda_fp8_ops, small, 3 + 3 + 2);
+}
+TEST(graph_long) { /* tiles of both sizes in a graph: (640, 2) and (640, 3) */
+    graph_case(QEMB_F16, &qemb_cuda_ops,
+               {{{600}, 0}, {{520}, 0}, {{9, 600}, 3}, {{610}, 0}, {{1, 1}, 560}, {{600, 9}, 0}},
+               2 + 2);
 }
 TEST(graph_bounds) { /* longer, more texts, or another number of rows: no graph, however often */
     const qemb_config c = config(1, 64, 2, 1, 64, 64, 1200);

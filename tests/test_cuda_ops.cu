@@ -1,8 +1,7 @@
 /* test_cuda_ops.cu - the PTX wrappers, every kernel, and every op of the CUDA table, against double
  * precision. Each bound is derived where it stands; U is half an ulp of float. */
-#include "cuda_test.h"
+#include "cuda_attention.h"
 
-#include "../attention.cuh"
 #include "../kernels.cuh"
 
 /* ---- ptx: one test per wrapper -------------------------------------------------------------------- */
@@ -287,65 +286,6 @@ TEST(swiglu_nan) { /* what is not a number stays so, for the finite check to see
 
 /* ---- attention ---------------------------------------------------------------------------------- */
 
-/* B texts of lens own tokens behind a shared prefix of P; every text is also run through the oracle. */
-template <class A, int HD, int M>
-static void attention_case(const std::vector<int> &lens, int P, int K, int lg, bool last,
-                           double scale = 1.7) {
-    const int G = 1 << lg, H = K * G, ld = (H + 2 * K) * HD, tokens = (64 * M) >> lg;
-    int T = P;
-    std::vector<att_tile> tiles;
-    if (P && !last)
-        for (int t = 0; t < P; t += tokens) tiles.push_back(att_tile{t, 0, P, 0, 0, {}});
-    for (int b = 0; b < (int)lens.size(); b++) {
-        if (last) tiles.push_back(att_tile{lens[b] - 1, T, lens[b], P, b - (lens[b] - 1), {}});
-        for (int t = 0; !last && t < lens[b]; t += tokens)
-            tiles.push_back(att_tile{t, T, lens[b], P, T, {}});
-        T += lens[b];
-    }
-    rng r = {(uint64_t)(HD * M + lg)};
-    const int rows = last ? (int)lens.size() : T;
-    std::vector<A> qkv = random_numbers<A>(&r, (size_t)T * ld, scale);
-    device_array<A> dqkv(qkv), datt((size_t)rows * H * HD);
-    device_array<att_tile> dt(tiles);
-    cuda_ok(cudaFuncSetAttribute((const void *)attention_kernel<A, HD, M>,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 att_shared_bytes<HD, M>()),
-            "attribute");
-    cuda_ok(launch(attention_kernel<A, HD, M>, dim3((unsigned)tiles.size(), (unsigned)K),
-                   dim3(ATT_THREADS), att_shared_bytes<HD, M>(), (cudaStream_t)0, datt.p, dqkv.p,
-                   dt.p, H, K, lg, (float)(1.4426950408889634 / sqrt((double)HD))),
-            "launch");
-    std::vector<A> got = datt.get();
-    int row0 = P;
-    for (int b = -(P > 0 && !last); b < (int)lens.size(); row0 += b < 0 ? 0 : lens[b], b++) {
-        /* the text as the oracle wants it: prefix and own rows in one piece; b = -1: the prefix itself */
-        const int own = b < 0 ? P : lens[b], first = b < 0 ? 0 : P, n = first + own;
-        std::vector<double> q((size_t)n * ld), att((size_t)n * H * HD), weighted(att.size()),
-            reach((size_t)n * H);
-        for (int t = 0; t < n; t++) {
-            const int row = b < 0 || t < P ? t : row0 + t - P;
-            for (int i = 0; i < ld; i++) q[(size_t)t * ld + i] = num(qkv[(size_t)row * ld + i]);
-        }
-        oracle_attention(att.data(), weighted.data(), reach.data(), q.data(), n, H, K, HD);
-        for (int t = last ? n - 1 : first; t < n; t++) {
-            const int to = last ? b : b < 0 ? t : row0 + t - first;
-            for (int i = 0; i < H * HD; i++) {
-                const size_t at = (size_t)t * H * HD + i;
-                /* Scores: HD products summed, the tensor cores may truncate: 2 HD U of sum |q||k| / sqrt(HD),
-                 * scaled and subtracted with as much again in float. A weight is off by that twice (it is
-                 * normalized by others), by the exponential's 4 U, by its rounding to A; below A's normal
-                 * range by tiny, times sum |v| <= n * scale. The sum of n terms: n U. Then the result rounds. */
-                const double score = reach[(size_t)t * H + i / HD] * (2 * HD + 8) * U;
-                const double tol =
-                    weighted[at] * (2 * score + 8 * U + rounding<A>() + (2 * n + 4) * U) +
-                    n * scale * tiny<A>() + fabs(att[at]) * rounding<A>() + tiny<A>();
-                if (!check_near(num(got[(size_t)to * H * HD + i]), att[at], tol, "att",
-                                (size_t)to * H * HD + i))
-                    return;
-            }
-        }
-    }
-}
 static const std::vector<int> ragged = {1, 2, 31, 63, 64, 65, 130, 200};
 TEST_SCHEDULES(attention_narrow_128) {
     attention_case<__half, 128, 1>(ragged, 0, 1, 2, false);
@@ -389,9 +329,8 @@ struct bench_backend {
     std::vector<int32_t> tokens, pos, cu;
     qemb_layout b = {};
 
-    bench_backend(int D, int H, int K, int hd, int F, int V, int rows) {
+    bench_backend(int D, int H, int K, int hd, int F, int V, int rows, qemb_options opt = {}) {
         c = qemb_config{1, D, H, K, hd, F, V, rows, 0, 1e6f, 1e-6f};
-        qemb_options opt = {};
         opt.batch_tokens = opt.max_tokens = rows;
         opt.threads = 2;
         qemb_err err = {};
@@ -437,6 +376,34 @@ TEST_SCHEDULES(op_embed) {
                            "x[%d][%d] is not row %d of the table", t, i, f.tokens[t]))
                     return;
     }
+}
+
+template <class A> static void embed_case(int D, int T, int n) {
+    rng r = {(uint64_t)D};
+    const std::vector<A> rows = random_numbers<A>(&r, (size_t)n * D, 3);
+    std::vector<int> slot(T);
+    for (int t = 0; t < T; t++) slot[t] = 5 + t * 7 % n;
+    slot[T - 1] = 4, slot[0] = 5 + n; /* another chunk's: left alone */
+    device_array<A> d(rows);
+    device_array<int> ds(slot);
+    device_array<float> x((size_t)T * D);
+    cuda_ok(launch(embed_kernel<A>, dim3((unsigned)((T + EMBED_WARPS - 1) / EMBED_WARPS)),
+                   dim3(EMBED_WARPS * 32), 0, (cudaStream_t)0, x.p, (const A *)d.p,
+                   (const int *)ds.p, 5, n, T, D),
+            "launch");
+    const std::vector<float> got = x.get();
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < D; i++) {
+            const float g = got[(size_t)t * D + i];
+            const bool other = t == 0 || t == T - 1;
+            if (!check(other ? std::isnan(g) : g == num(rows[(size_t)(slot[t] - 5) * D + i]),
+                       "x[%d][%d] is %g", t, i, (double)g))
+                return;
+        }
+}
+TEST_SCHEDULES(embed) {
+    embed_case<__half>(264, 9, 4);
+    embed_case<__nv_bfloat16>(264, 9, 4);
 }
 
 TEST_SCHEDULES(
@@ -533,11 +500,11 @@ TEST(op_matmul_unknown_shape) { /* a shape that open did not announce: a failure
 }
 
 /* qknorm_rope, then attention, on a layout: the lists of begin against the oracle, text by text. */
-static void attention_op_case(int hd, int H, int K, const std::vector<int> &lens, int P,
-                              bool last) {
+static void attention_op_case(int hd, int H, int K, const std::vector<int> &lens, int P, bool last,
+                              qemb_options opt = {}) {
     rng r = {(uint64_t)(hd + P)};
     const int ld = (H + 2 * K) * hd;
-    bench_backend f(64, H, K, hd, 64, 16, 1400);
+    bench_backend f(64, H, K, hd, 64, 16, 1400, opt);
     f.begin(lens, P, &r);
     std::vector<__half> qkv = random_numbers<__half>(&r, (size_t)f.b.T * ld, 2);
     std::vector<float> wq = random_numbers<float>(&r, hd, 0.5, 1),
@@ -594,6 +561,75 @@ TEST(op_attention_long) { /* over WIDE_FROM tokens: both tile sizes in one batch
     attention_op_case(64, 2, 1, {530, 7, 64}, 0, false);
     attention_op_case(128, 2, 2, {3, 20}, 515, false);
 }
+TEST(op_attention_hopper) {
+    qemb_options opt = {};
+    opt.hopper = 1;
+    attention_op_case(64, 2, 1, {530, 7, 64}, 0, false, opt);
+    attention_op_case(128, 2, 2, {3, 20}, 515, false, opt);
+    attention_op_case(128, 2, 2, {600}, 0, true, opt);
+}
+
+/* h (T, F) against double precision. Where they pass through FP16, gate and up are off by its rounding;
+ * |silu'| <= 1.1, |silu(g)| <= |g|; the rest as in swiglu_case. */
+static void gate_up_op_case(int T, qemb_options opt) {
+    rng r = {(uint64_t)T};
+    const int D = 96, F = 136;
+    bench_backend f(D, 2, 1, 64, F, 16, 512, opt);
+    std::vector<uint16_t> w = random_table(&r, (size_t)2 * F * D);
+    std::vector<__half> x = random_numbers<__half>(&r, (size_t)T * D, 2);
+    device_array<uint16_t> dw(w);
+    device_array<__half> dx(x), gu((size_t)T * 2 * F), h((size_t)T * F);
+    const qemb_mat m = {dw.p, 2 * F, D, QEMB_F16, 1, nullptr};
+    f.begin({T}, 0, &r);
+    qemb_cuda_ops.gate_up(f.be, (qemb_act *)h.p, (qemb_act *)gu.p, (qemb_act *)dx.p, &m, T);
+    const std::vector<__half> got = h.get();
+    std::vector<double> xd = doubles(x), y(2 * F), size(2 * F);
+    for (int t = 0; t < T; t++) {
+        oracle_matvec(y.data(), size.data(), &xd[(size_t)t * D], w.data(), 2 * F, D);
+        for (int i = 0; i < F; i++) {
+            const double g = y[i], u = y[F + i], want = oracle_swiglu(g, u) / 64;
+            const double dg = size[i] * 2 * D * U + fabs(g) * 0x1p-11 + 0x1p-25,
+                         du = size[F + i] * 2 * D * U + fabs(u) * 0x1p-11 + 0x1p-25;
+            const double tol = (1.1 * dg * (fabs(u) + du) + fabs(g) * du) / 64 +
+                               fabs(want) * ((12 + 2.4 * fabs(g)) * U + 0x1p-11) + 0x1p-25;
+            if (!check_near(num(got[(size_t)t * F + i]), want, tol, "h", (size_t)t * F + i)) return;
+        }
+    }
+}
+TEST_SCHEDULES(op_gate_up) {
+    for (int T : {1, 33, 300}) gate_up_op_case(T, {});
+}
+TEST_SCHEDULES(op_gate_up_hopper) {
+    qemb_options opt = {};
+    opt.hopper = 1;
+    for (int T : {33, 300}) gate_up_op_case(T, opt);
+}
+
+#if defined(QEMB_EMU)
+/* Hopper's kernels run where they are asked for, fit and pay, and nowhere else. */
+TEST(op_hopper_choice) {
+    const struct {
+        int asked, deterministic, major, minor, T;
+        bool wgmma;
+    } cases[] = {{1, 0, 9, 0, 512, true},  {1, 0, 9, 0, 255, false}, {0, 0, 9, 0, 512, false},
+                 {1, 1, 9, 0, 512, false}, {1, 0, 8, 9, 512, false}, {1, 0, 12, 0, 512, false}};
+    const emu::device before = emu::dev;
+    for (const auto &k : cases) {
+        emu::dev.major = k.major, emu::dev.minor = k.minor;
+        qemb_options opt = {};
+        opt.hopper = k.asked, opt.deterministic = k.deterministic;
+        long wgmmas = emu::count.wgmmas;
+        gate_up_op_case(k.T, opt);
+        check((emu::count.wgmmas > wgmmas) == k.wgmma, "gate_up, hopper %d on %d.%d, T %d: %s",
+              k.asked, k.major, k.minor, k.T, k.wgmma ? "not used" : "used");
+        wgmmas = emu::count.wgmmas;
+        attention_op_case(64, 2, 1, {k.T}, 0, false, opt);
+        check((emu::count.wgmmas > wgmmas) == k.wgmma, "attention, hopper %d on %d.%d, T %d: %s",
+              k.asked, k.major, k.minor, k.T, k.wgmma ? "not used" : "used");
+    }
+    emu::dev = before;
+}
+#endif
 
 TEST_SCHEDULES(op_gather_last_pool) {
     rng r = {9};

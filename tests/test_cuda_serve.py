@@ -60,7 +60,8 @@ def floats(s):
 
 def main(serve, cpu):
     lines = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS)
-    _, want, _ = run(cpu, "-m", str(MODEL), "--input", "jsonl", "--threads", "1", stdin=lines)
+    got = run(cpu, "--output", "json", stdin=lines)
+    want = [json.loads(line) for line in got.stdout.splitlines()]
     with server(serve, 0) as (port, _):
         status, body = ask(port, TEXTS)
         assert status == 200, body

@@ -8,8 +8,8 @@
  * Shared memory is dynamic only (SHARED_BYTES in ptx.cuh): the emulator knows its bounds, fills it with
  * NaN before every block and shadows it for the race detector (emu_race.cpp).
  *
- * What this cannot see: the PTX text itself, weak memory ordering, the tensor cores' rounding, the
- * approximate functions, registers, bank conflicts, speed.
+ * What this cannot see: the PTX text itself, weak memory ordering (of the fences, only a missing
+ * fence_async), the tensor cores' rounding, the approximate functions, registers, bank conflicts, speed.
  */
 #ifndef EMU_H
 #define EMU_H
@@ -23,6 +23,7 @@
 #include <type_traits>
 #include <utility>
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
@@ -66,7 +67,7 @@ struct device {
 extern device dev;
 
 struct counters {
-    long launches, collectives, races, copies, gemms, graph_launches;
+    long launches, collectives, races, copies, gemms, graph_launches, wgmmas;
     long allocations; /* device and pinned; a test of "nothing is allocated in the hot path" */
 };
 extern counters count;
@@ -103,6 +104,26 @@ void cp_async_commit();
 void cp_async_wait(int newest); /* all groups but the newest `newest` */
 void ldmatrix_x4(uint32_t *r, const char *row, bool transposed);
 void mma_16816(float *d, const uint32_t *a, const uint32_t *b, bool bf16);
+
+/* ---- sm_90a instructions (emu_hopper.cpp) ------------------------------------------------------ */
+
+uint32_t shared_offset(const char *p);
+void barrier_init(char *b, int arrivals);
+void barrier_arrive(char *b, int bytes); /* bytes: announced with it */
+void barrier_wait(char *b, int parity);
+void fence_async();
+void tma_load(char *dst, const CUtensorMap *map, char *b, int x, int y);
+struct wgmma_call {
+    int n;             /* columns of d */
+    float *d;          /* this thread's n/2 sums */
+    const uint32_t *r; /* its four registers of a; null: a by descriptor */
+    uint64_t a, b;     /* descriptors */
+    bool add, across, bf16;
+};
+void wgmma(const wgmma_call &c);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int newest);
 
 /* ---- launches ---------------------------------------------------------------------------------- */
 

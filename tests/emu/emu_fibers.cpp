@@ -120,7 +120,7 @@ static void go(void **save, void **fake, void *load, const void *bottom, size_t 
 }
 
 /* The next runnable fiber by the schedule, or null. */
-static fiber *pick() {
+static fiber *pick_runnable() {
     block_state &s = now;
     if (order == IN_ORDER && s.cur &&
         s.warps[s.cur->warp].runnable) { /* the common case, at once */
@@ -150,6 +150,15 @@ static fiber *pick() {
     return &s.fibers[best * WARP + l];
 }
 
+/* Copies of the copy engine land as late as may be: when everybody waits; at random in two schedules. */
+static fiber *pick() {
+    if (order >= RANDOM && random_bits() % 4 == 0) land_one();
+    for (;;) {
+        fiber *f = pick_runnable();
+        if (f || !land_one()) return f;
+    }
+}
+
 [[noreturn]] static void deadlock() {
     fprintf(stderr, "emu: DEADLOCK in block (%u,%u,%u) of %s\n", now.bidx.x, now.bidx.y, now.bidx.z,
             now.info.name);
@@ -171,6 +180,12 @@ static void yield() {
     go(&me->sp, &me->fake_stack, next->sp, next->stack, STACK_BYTES);
 }
 
+void sleep_here() {
+    now.warps[now.cur->warp].runnable &= ~(1u << now.cur->lane);
+    yield();
+}
+void wake(int warp, uint32_t lanes) { now.warps[warp].runnable |= lanes; }
+
 /* ---- barriers and collectives -------------------------------------------------------------------- */
 
 static void release_barrier() {
@@ -190,10 +205,8 @@ void sync_threads() {
     yield();
 }
 
-using combine_fn = void (*)(void **slot, uint32_t mask);
-
 /* Every lane of mask deposits a pointer; the last to come runs `combine` for the warp. */
-static void collective(int op, uint32_t mask, void *mine, combine_fn combine) {
+void collective(int op, uint32_t mask, void *mine, combine_fn combine) {
     fiber *me = now.cur;
     warp &w = now.warps[me->warp];
     uint32_t bit = 1u << me->lane;
@@ -218,10 +231,11 @@ static void collective(int op, uint32_t mask, void *mine, combine_fn combine) {
     yield();
 }
 
-enum { OP_SYNC = 1, OP_SHUFFLE, OP_LDMATRIX, OP_LDMATRIX_T, OP_MMA_F16, OP_MMA_BF16 };
-
 void sync_warp(unsigned mask) {
-    collective(OP_SYNC, mask, nullptr, [](void **, uint32_t) { now.warps[now.cur->warp].epoch++; });
+    collective(OP_SYNC, mask, nullptr, [](void **, uint32_t m) {
+        now.warps[now.cur->warp].epoch++;
+        race_warp(now.cur->warp, m);
+    });
 }
 
 struct shuffle_slot {
@@ -316,7 +330,7 @@ void ldmatrix_x4(uint32_t *r, const char *row, bool transposed) {
 
 /* n 16-bit numbers to float. A half's exponent and mantissa, shifted into place, give a float that is
  * 2^112 too small, subnormals included; infinity and NaN get their exponent. */
-template <bool BF16> static void to_floats(float *f, const uint16_t *h, int n) {
+template <bool BF16> static void widen(float *f, const uint16_t *h, int n) {
     for (int i = 0; i < n; i++) {
         union {
             uint32_t u;
@@ -329,6 +343,13 @@ template <bool BF16> static void to_floats(float *f, const uint16_t *h, int n) {
         }
         f[i] = v.f;
     }
+}
+
+void to_floats(float *f, const uint16_t *h, int n, bool bf16) {
+    if (bf16)
+        widen<true>(f, h, n);
+    else
+        widen<false>(f, h, n);
 }
 
 struct mma_slot {
@@ -349,8 +370,8 @@ template <bool BF16> static void mma_combine(void **slot, uint32_t) {
         }
         for (int k = 0; k < 4; k++) D[g + (k >> 1) * 8][t + (k & 1)] = x->d[k];
     }
-    to_floats<BF16>(A[0], a[0], 256);
-    to_floats<BF16>(B[0], b[0], 128);
+    widen<BF16>(A[0], a[0], 256);
+    widen<BF16>(B[0], b[0], 128);
     for (int i = 0; i < 16; i++)
         for (int k = 0; k < 16; k++)
             for (int j = 0; j < 8; j++) D[i][j] += A[i][k] * B[k][j];
@@ -390,6 +411,7 @@ static void fiber_main() {
     w.live &= ~(1u << me->lane);
     w.runnable &= ~(1u << me->lane);
     now.live--;
+    if (!w.live) hopper_exit();
     if (now.live && now.arrived == now.live) release_barrier();
     fiber *next = now.live ? pick() : nullptr;
     if (now.live && !next) deadlock();
@@ -419,6 +441,7 @@ static void run_block() {
         f.lane = i % WARP;
         f.warp = i / WARP;
         f.group = 0;
+        f.fences = 0;
         f.fake_stack = nullptr;
         f.tid = uint3{u % now.bdim.x, u / now.bdim.x % now.bdim.y, u / (now.bdim.x * now.bdim.y)};
         f.stack = fiber_stacks() + (size_t)i * STACK_BYTES;
@@ -431,9 +454,11 @@ static void run_block() {
         now.warps[i].priority = (int)(random_bits() % 1000);
     }
     memset(now.shared, 0xFF, now.shared_bytes); /* NaN in every float format */
+    hopper_start();
     now.cur = pick();
     go(&main_sp, &main_fake, now.cur->sp, now.cur->stack, STACK_BYTES);
     now.cur = nullptr;
+    hopper_end();
 }
 
 void run_launch(const launch_info &info) {

@@ -17,7 +17,7 @@
 
 namespace emu {
 
-enum { WARP = 32, MAX_THREADS = 1024, STACK_BYTES = 256 << 10 };
+enum { WARP = 32, MAX_THREADS = 1024, STACK_BYTES = 256 << 10, MAX_BARRIERS = 32 };
 
 struct pending_copy { /* a cp.async that has not landed */
     char *dst;
@@ -32,7 +32,8 @@ struct fiber {
     char *stack;
     uint3 tid;
     int linear, lane, warp;
-    int group; /* open cp.async group */
+    int group;       /* open cp.async group */
+    uint32_t fences; /* fence_async so far */
     std::vector<pending_copy> copies;
 };
 
@@ -61,7 +62,32 @@ struct block_state {
 };
 extern block_state now;
 
+/* ---- fibers (emu_fibers.cpp) ---- */
 uint64_t random_bits();
+void sleep_here(); /* until wake; the fiber's lane is not runnable meanwhile */
+void wake(int warp, uint32_t lanes);
+using combine_fn = void (*)(void **slot, uint32_t mask);
+void collective(int op, uint32_t mask, void *mine, combine_fn combine);
+enum {
+    OP_SYNC = 1,
+    OP_SHUFFLE,
+    OP_LDMATRIX,
+    OP_LDMATRIX_T,
+    OP_MMA_F16,
+    OP_MMA_BF16,
+    OP_WGMMA,
+    OP_WGMMA_FENCE,
+    OP_WGMMA_COMMIT,
+    OP_WGMMA_WAIT
+};
+void to_floats(float *f, const uint16_t *h, int n, bool bf16);
+
+/* ---- emu_hopper.cpp ---- */
+bool land_one();     /* one tma_load that is in flight lands; false: none is */
+void hopper_start(); /* of a block */
+void hopper_exit();  /* the current fiber's warp has no lane left */
+void hopper_end();   /* of a block */
+
 schedule current_schedule();
 void run_launch(const launch_info &info);
 char *fiber_stacks(); /* MAX_THREADS * STACK_BYTES, contiguous */
@@ -72,8 +98,24 @@ bool in_device_heap(const void *p);
 cudaError_t submit(cudaStream_t st, std::function<void()> work);
 
 /* ---- race detector (emu_race.cpp); without EMU_RACE these do nothing ---- */
+#if defined(EMU_RACE)
+constexpr bool RACES = true;
+#else
+constexpr bool RACES = false;
+#endif
 void race_touch(const void *p, int bytes, bool write, void *pc, int thread = -1);
 void race_pending(const void *p, int bytes, int pending);
+/* The copy engine's write, or a wgmma's read, before which ordinary writes need their thread's
+ * fence_async as well. */
+void race_async(const void *p, int bytes, bool write, void *pc, int thread);
+/* Order by mbarriers, barrier i of the block; by vector clocks, on once a block has one. */
+void race_clocks(bool on);
+uint32_t race_tick(int thread);            /* its time; later accesses have a later one */
+void race_arrive(int barrier, int thread); /* what it did is before the phase's end */
+void race_publish(int barrier, int thread, uint32_t tick); /* the same of one asynchronous write */
+void race_phase(int barrier);                              /* a phase has ended */
+void race_wait(int barrier, int thread);                   /* and this thread knows */
+void race_warp(int warp, uint32_t mask);                   /* __syncwarp */
 
 } // namespace emu
 #endif

@@ -2,7 +2,8 @@
  * -fsanitize=thread and link without libtsan: the compiler's access hooks land here.
  *
  * Shared memory: two accesses of one block, one of them a write, must have a barrier (or, inside a warp,
- * a __syncwarp) between them; bytes of a cp.async may not be touched before its wait.
+ * a __syncwarp) between them, or a chain of mbarriers; bytes of a cp.async or of the copy engine may not
+ * be touched before they have landed, and what ordinary stores wrote for wgmma wants a fence_async.
  * Device memory: two blocks of one launch may not touch the same bytes if one of them writes.
  * Anything else a kernel touches must be its own stack, its arguments or the program's constants.
  */
@@ -22,6 +23,8 @@ namespace emu {
 struct access { /* of a 2-byte granule */
     int32_t thread;
     uint32_t epoch, warp_epoch, serial;
+    uint32_t tick;   /* of its thread's clock; 0: no clocks then */
+    uint32_t fences; /* an ordinary write: its thread's fence_async so far, and one; else 0 */
     void *pc;
 };
 struct shared_cell {
@@ -37,7 +40,18 @@ static shared_cell *shared_cells;
 static global_cell *global_cells; /* for a window of the device heap, on demand */
 static const char *global_base;
 
+/* clocks.at[t][u]: up to which of its ticks thread u's doings are before thread t's next one. */
+struct barrier_clock {
+    uint32_t arriving[MAX_THREADS], ended[MAX_THREADS];
+};
+static struct {
+    bool on;
+    uint32_t at[MAX_THREADS][MAX_THREADS];
+    barrier_clock barriers[MAX_BARRIERS];
+} clocks;
+
 static bool ordered(const access &p, int t, uint32_t warp_epoch) {
+    if (clocks.on && p.tick && clocks.at[t][p.thread] >= p.tick) return true;
     return p.serial != now.serial || p.epoch != now.epoch || p.thread == t ||
            (p.thread / WARP == t / WARP && p.warp_epoch != warp_epoch);
 }
@@ -66,21 +80,26 @@ static void remember_read(shared_cell *c, const access &mine) {
         c->read[1] = mine;
 }
 
-static void touch_shared(size_t offset, int bytes, bool write, void *pc, int t) {
+enum how { ORDINARY, ASYNC };
+static void touch_shared(size_t offset, int bytes, bool write, void *pc, int t, how proxy) {
     if (!shared_cells) {
         shared_cells = (shared_cell *)calloc(SHARED_MAX / GRANULE, sizeof *shared_cells);
         if (!shared_cells) die("no memory for the race detector");
     }
     uint32_t we = now.warps[t / WARP].epoch;
-    access mine = {t, now.epoch, we, now.serial, pc};
+    access mine = {t, now.epoch, we, now.serial, clocks.on ? clocks.at[t][t] : 0, 0, pc};
+    if (write && proxy == ORDINARY) mine.fences = now.fibers[t].fences + 1;
     shared_cell *c = shared_cells + offset / GRANULE;
     for (size_t i = 0; i < (bytes + GRANULE - 1) / GRANULE; i++, c++) {
         const char *kind = nullptr;
         const access *p = &c->write;
         if (c->pending > 0 && c->write.serial == now.serial) {
-            kind = write ? "write into a pending cp.async" : "read of a pending cp.async";
+            kind = write ? "write into a pending copy" : "read of a pending copy";
         } else if (p->pc && !ordered(*p, t, we)) {
             kind = write ? "write after write" : "read after write";
+        } else if (proxy == ASYNC && !write && p->serial == now.serial &&
+                   p->fences == now.fibers[p->thread].fences + 1) {
+            kind = "wgmma read without fence_async after the write";
         } else if (write) {
             for (const access &r : c->read)
                 if (r.pc && !ordered(r, t, we)) kind = "write after read", p = &r;
@@ -134,7 +153,7 @@ void race_touch(const void *at, int bytes, bool write, void *pc, int thread) {
     const char *p = (const char *)at;
     int t = thread < 0 ? now.cur->linear : thread;
     if (now.shared && p >= now.shared && p < now.shared + now.shared_bytes)
-        return touch_shared((size_t)(p - now.shared), bytes, write, pc, t);
+        return touch_shared((size_t)(p - now.shared), bytes, write, pc, t, ORDINARY);
     if (in_device_heap(p)) return touch_global(p, bytes, write, pc);
     const char *stacks = fiber_stacks(), *args = (const char *)now.info.args.get();
     if (p >= stacks && p < stacks + (size_t)MAX_THREADS * STACK_BYTES) return;
@@ -149,6 +168,46 @@ void race_pending(const void *at, int bytes, int pending) {
     if (!shared_cells || p < now.shared || p >= now.shared + now.shared_bytes) return;
     shared_cell *c = shared_cells + (p - now.shared) / GRANULE;
     for (size_t i = 0; i < bytes / GRANULE; i++) c[i].pending = pending;
+}
+
+void race_async(const void *at, int bytes, bool write, void *pc, int thread) {
+    touch_shared((size_t)((const char *)at - now.shared), bytes, write, pc, thread, ASYNC);
+}
+
+static void learn(uint32_t *to, const uint32_t *from) {
+    for (int i = 0; i < now.n_threads; i++) to[i] = to[i] > from[i] ? to[i] : from[i];
+}
+void race_clocks(bool on) {
+    if (on && !clocks.on) {
+        memset(clocks.barriers, 0, sizeof clocks.barriers);
+        for (int i = 0; i < now.n_threads; i++) {
+            memset(clocks.at[i], 0, now.n_threads * sizeof clocks.at[i][0]);
+            clocks.at[i][i] = 1;
+        }
+    }
+    clocks.on = on;
+}
+uint32_t race_tick(int t) { return clocks.at[t][t]++; }
+void race_arrive(int barrier, int t) {
+    learn(clocks.barriers[barrier].arriving, clocks.at[t]);
+    race_tick(t);
+}
+void race_publish(int barrier, int t, uint32_t tick) {
+    uint32_t *c = &clocks.barriers[barrier].arriving[t];
+    if (*c < tick) *c = tick;
+}
+void race_phase(int barrier) {
+    memcpy(clocks.barriers[barrier].ended, clocks.barriers[barrier].arriving,
+           sizeof clocks.barriers[barrier].ended);
+}
+void race_wait(int barrier, int t) { learn(clocks.at[t], clocks.barriers[barrier].ended); }
+void race_warp(int warp, uint32_t mask) {
+    if (!clocks.on) return;
+    uint32_t all[MAX_THREADS] = {};
+    for (int l = 0; l < WARP; l++)
+        if (mask >> l & 1) learn(all, clocks.at[warp * WARP + l]);
+    for (int l = 0; l < WARP; l++)
+        if (mask >> l & 1) learn(clocks.at[warp * WARP + l], all), race_tick(warp * WARP + l);
 }
 
 } // namespace emu
@@ -184,6 +243,14 @@ int __tsan_atomic32_fetch_add(volatile int *p, int v, int) {
 namespace emu {
 void race_touch(const void *, int, bool, void *, int) {}
 void race_pending(const void *, int, int) {}
+void race_async(const void *, int, bool, void *, int) {}
+void race_clocks(bool) {}
+uint32_t race_tick(int) { return 0; }
+void race_arrive(int, int) {}
+void race_publish(int, int, uint32_t) {}
+void race_phase(int) {}
+void race_wait(int, int) {}
+void race_warp(int, uint32_t) {}
 } // namespace emu
 
 #endif

@@ -1,0 +1,476 @@
+/* hopper.cuh - two kernels for sm_90a alone, on wgmma: the gate and up projections with SwiGLU inside, and
+ * attention for long texts. Nobody has measured them: they run only when asked for (qemb_options.hopper).
+ *
+ * Both are persistent, one block per multiprocessor: a warpgroup that loads and two that multiply, 64 rows
+ * each. Tiles go round a ring of stages. A stage has two mbarriers: `full` (its bytes are there) and
+ * `empty` (all multiplying warps are done with them). A stage's i-th use waits for the i-th phase of
+ * `full`; its refill for the phase of `empty` that this use ends.
+ */
+#ifndef HOPPER_CUH
+#define HOPPER_CUH
+
+#include "attention.cuh"
+#include "kernels.cuh"
+#include "ptx_hopper.cuh"
+
+enum { HOPPER_THREADS = 384, HOPPER_ROWS = 128, HOPPER_WARPS = 8 }; /* warps that multiply */
+enum { HOPPER_LOADER_REGS = 40, HOPPER_REGS = 232 }; /* 128 * 40 + 256 * 232 <= 65536 */
+constexpr int HOPPER_ROW = 128;                      /* bytes of a row of a tile in shared memory */
+
+/* A place in the ring: stage i % N, used for the i / N-th time. */
+template <int N, int BYTES> struct hopper_ring {
+    shared_addr base; /* N stages, then N pairs of mbarriers */
+    int i = 0;
+    __device__ __forceinline__ shared_addr stage(int j) const { return base + j % N * BYTES; }
+    __device__ __forceinline__ shared_addr full(int j) const {
+        return base + N * BYTES + j % N * 16;
+    }
+    __device__ __forceinline__ shared_addr empty(int j) const { return full(j) + 8; }
+    __device__ __forceinline__ int parity(int j) const { return j / N & 1; }
+};
+template <int N, int BYTES> constexpr int hopper_ring_bytes = N *(BYTES + 16);
+
+#if defined(HOPPER_CODE)
+template <int N, int BYTES>
+__device__ __forceinline__ void hopper_init(const hopper_ring<N, BYTES> &ring, int loaders) {
+    for (int j = 0; j < N; j++) {
+        barrier_init(ring.full(j), loaders);
+        barrier_init(ring.empty(j), HOPPER_WARPS);
+    }
+}
+#endif
+
+/* ---- gate_up ---------------------------------------------------------------------------------
+ * h (T, F) = silu(gate) * up * 2^-SWIGLU_SHIFT as swiglu_kernel has it, clamps counted,
+ * gate and up (T, F) = alpha x W^T by halves of W (2F, D),  x (T, D); sums FP32, not rounded on the way.
+ * F and D multiples of 8. maps: boxes of 64 columns and 128 rows of x and W.
+ *
+ * Tile: 128 rows x 128 columns of gate and the same 128 of up, 64 of D per stage. A warpgroup's wgmma has
+ * 64 rows, 128 columns of gate and 128 of up, so a thread holds both halves of its outputs. Neighbouring
+ * blocks work on the same rows of W, and all of them on GU_GROUP tiles of x, which stay in L2.
+ * Bytes per token: 2 D of x per 128 columns from L2, 2 F of h; 4 F D of W per 128 rows from L2.
+ * 4 F D flops. */
+enum { GU_COLUMNS = 128, GU_DEPTH = 64, GU_STAGES = 4, GU_GROUP = 16 };
+constexpr int GU_PART = HOPPER_ROWS * HOPPER_ROW; /* bytes of x, of gate's rows, of up's rows */
+typedef hopper_ring<GU_STAGES, 3 * GU_PART> gate_up_ring;
+constexpr int gate_up_shared_bytes = hopper_ring_bytes<GU_STAGES, 3 * GU_PART>;
+
+#if defined(HOPPER_CODE)
+
+/* Four lanes hold four words each: lane i's word j becomes lane j's word i. */
+__device__ __forceinline__ void hopper_transpose(uint32_t (&w)[4], int lane) {
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) {
+        const bool upper = lane & bit;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & bit) continue;
+            const uint32_t got =
+                __shfl_xor_sync(0xffffffffu, upper ? w[i] : w[i | bit], (unsigned)bit);
+            w[i] = upper ? got : w[i];
+            w[i | bit] = upper ? w[i | bit] : got;
+        }
+    }
+}
+
+/* d: blocks 0..15 gate, 16..31 up. r: the thread's first row, c: the tile's first column. Beyond T and F
+ * x or up is zero, and so is h: no clamp is counted there. */
+template <class A>
+__device__ __forceinline__ void gate_up_store(A *h, const float (&d)[32][4], float alpha, int r,
+                                              int c, int T, int F, int *clamped) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int e = 0; e < 4; e += 2, r += 8) {
+#pragma unroll
+        for (int j = 0; j < 16; j += 4) {
+            const int column = c + (j + lane % 4) * 8; /* after the transposition */
+            uint32_t w[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float(&g)[4] = d[j + i], (&u)[4] = d[16 + j + i];
+                w[i] = to_bits<A>(swiglu_one(alpha * g[e], alpha * u[e], clamped),
+                                  swiglu_one(alpha * g[e + 1], alpha * u[e + 1], clamped));
+            }
+            hopper_transpose(w, lane);
+            if (r < T && column < F)
+                *(uint4 *)(h + (size_t)r * F + column) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+    }
+}
+
+/* The tiles of a product, in groups of GU_GROUP tiles of rows; within a group rows first. */
+struct gate_up_tiles {
+    int rows, columns, steps; /* tiles along T and F, stages along D */
+
+    __device__ __forceinline__ int count() const { return rows * columns; }
+    __device__ __forceinline__ void place(int t, int *row, int *column) const {
+        const int first = t / (GU_GROUP * columns) * GU_GROUP,
+                  in_group = min(GU_GROUP, rows - first);
+        t -= first * columns;
+        *row = (first + t % in_group) * HOPPER_ROWS;
+        *column = t / in_group * GU_COLUMNS;
+    }
+};
+
+/* One thread. */
+__device__ __forceinline__ void gate_up_load(gate_up_ring ring, const gate_up_tiles &tiles,
+                                             const CUtensorMap *x, const CUtensorMap *w, int F) {
+    for (int t = blockIdx.x; t < tiles.count(); t += gridDim.x) {
+        int row, column;
+        tiles.place(t, &row, &column);
+        for (int k = 0; k < tiles.steps; k++, ring.i++) {
+            const shared_addr to = ring.stage(ring.i), full = ring.full(ring.i);
+            barrier_wait(ring.empty(ring.i), ring.parity(ring.i) ^ 1); /* gu_empty */
+            barrier_expect(full, 3 * GU_PART);
+            tma_load(to, x, full, k * GU_DEPTH, row);
+            tma_load(to + GU_PART, w, full, k * GU_DEPTH, column);
+            tma_load(to + 2 * GU_PART, w, full, k * GU_DEPTH, F + column);
+        }
+    }
+}
+
+/* Warpgroup `half` of the two. */
+template <class A>
+__device__ __forceinline__ void gate_up_multiply(gate_up_ring ring, const gate_up_tiles &tiles,
+                                                 A *h, float alpha, int T, int F, int half,
+                                                 unsigned long long *clamps) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    int clamped = 0;
+    float d[32][4];
+    for (int t = blockIdx.x; t < tiles.count(); t += gridDim.x) {
+        int row, column;
+        tiles.place(t, &row, &column);
+        for (int k = 0; k < tiles.steps; k++, ring.i++) {
+            barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* gu_full */
+            const shared_addr at = ring.stage(ring.i);
+            const uint64_t x = wgmma_tile(at + half * 64 * HOPPER_ROW),
+                           w = wgmma_tile(at + GU_PART);
+            wgmma_fence(); /* gu_fence */
+#pragma unroll
+            for (int s = 0; s < GU_DEPTH / 16; s++) /* descriptors count in 16 bytes */
+                wgmma256<A>(d, x + s * 2, w + s * 2, k + s > 0);
+            wgmma_commit();
+            wgmma_wait<1>(); /* gu_step: the stage before has been multiplied */
+            if (k > 0 && lane == 0) barrier_arrive(ring.empty(ring.i - 1));
+        }
+        wgmma_wait<0>(d);                                      /* gu_sums */
+        if (lane == 0) barrier_arrive(ring.empty(ring.i - 1)); /* gu_last */
+        gate_up_store(h, d, alpha, row + half * 64 + warp * 16 + lane / 4, column, T, F, &clamped);
+    }
+    if (clamped) atomicAdd(clamps, (unsigned long long)clamped);
+}
+#endif
+
+template <class A>
+__global__ void __launch_bounds__(HOPPER_THREADS, 1)
+    gate_up_kernel(A *h, const __grid_constant__ CUtensorMap x,
+                   const __grid_constant__ CUtensorMap w, float alpha, int T, int F, int D,
+                   unsigned long long *clamps) {
+#if defined(HOPPER_CODE)
+    SHARED_BYTES(smem);
+    const gate_up_ring ring = {shared_address(smem)};
+    const gate_up_tiles tiles = {(T + HOPPER_ROWS - 1) / HOPPER_ROWS,
+                                 (F + GU_COLUMNS - 1) / GU_COLUMNS, (D + GU_DEPTH - 1) / GU_DEPTH};
+    if (threadIdx.x == 0) {
+        hopper_init(ring, 1);
+        barrier_init_done();
+    }
+    __syncthreads(); /* gu_init: the mbarriers are made before anyone uses one */
+    if (threadIdx.x < 128) {
+        registers_lower<HOPPER_LOADER_REGS>();
+        if (threadIdx.x == 0) gate_up_load(ring, tiles, &x, &w, F);
+    } else {
+        registers_raise<HOPPER_REGS>();
+        gate_up_multiply(ring, tiles, h, alpha, T, F, threadIdx.x / 128 - 1, clamps);
+    }
+#else
+    __trap(); /* the host launches it on sm_90a alone */
+#endif
+}
+
+/* ---- attention -------------------------------------------------------------------------------
+ * What attention.cuh's kernel computes, on the same 128-row tiles and the same tiles of 64 keys, q and the
+ * weights as wgmma's register operand. While the tensor cores multiply a tile's weights with v, the next
+ * tile's scores are on their way and its softmax is computed.
+ *
+ * K and V are copied by cp.async: a tile can cross from the prefix's rows into the text's, and keys past
+ * the end must be zeros, which rows of a tensor map cannot say. A stage holds a tile's K, then V, each in
+ * blocks of 64 columns: K's rows are n of q k^T, V's are k of p v. */
+enum { AH_STAGES = 4 };
+template <int HD> constexpr int ah_stage_bytes = 2 * att_tile_bytes<HD>;
+template <int HD> using ah_ring = hopper_ring<AH_STAGES, ah_stage_bytes<HD>>;
+template <int HD> constexpr int ah_rows_bytes = HOPPER_ROWS *HD * 2; /* of q, of the output */
+/* The ring, q, the output on its way, the mbarriers of q. */
+template <int HD>
+constexpr int attention_hopper_shared_bytes = (hopper_ring_bytes<AH_STAGES, ah_stage_bytes<HD>> +
+                                               1023) /
+                                                  1024 * 1024 +
+                                              2 * ah_rows_bytes<HD> + 16;
+
+#if defined(HOPPER_CODE)
+
+/* The work of a block: every tile with every kv head, a tile's heads side by side. */
+template <class A, int HD> struct ah_work {
+    const A *qkv;
+    const att_tile *tiles;
+    int n_tiles, H, K, lg;
+    unsigned char *rest; /* behind the ring */
+
+    __device__ __forceinline__ int count() const { return n_tiles * K; }
+    __device__ __forceinline__ int head(int n) const { return n % K; }
+    __device__ __forceinline__ att_tile tile(int n) const { return tiles[n / K]; }
+    __device__ __forceinline__ unsigned char *q() const { return rest; }
+    __device__ __forceinline__ unsigned char *out() const { return rest + ah_rows_bytes<HD>; }
+    __device__ __forceinline__ shared_addr q_full() const {
+        return shared_address(rest) + 2 * ah_rows_bytes<HD>;
+    }
+    __device__ __forceinline__ shared_addr q_empty() const { return q_full() + 8; }
+    __device__ __forceinline__ att_view<A> view(int n, const att_tile &w) const {
+        att_view<A> s;
+        s.k = qkv + (size_t)(H + head(n)) * HD;
+        s.to_v = K * HD;
+        s.ld = (H + 2 * K) * HD;
+        s.prefix = w.prefix;
+        s.own = w.row0 - w.prefix;
+        s.first = w.prefix + w.t0;
+        s.keys = w.prefix + min(w.len, w.t0 + (HOPPER_ROWS >> lg));
+        s.lg = lg;
+        s.warp = threadIdx.x / 32 - 4;
+        s.lane = threadIdx.x % 32;
+        return s;
+    }
+};
+__device__ __forceinline__ int ah_key_tiles(int keys) { return (keys + ATT_KEYS - 1) / ATT_KEYS; }
+
+template <class A, int HD>
+__device__ __forceinline__ void ah_load_kv(const att_view<A> &s, shared_addr stage, int n) {
+    constexpr int CHUNKS = HD / 8, STEPS = ATT_KEYS * CHUNKS / 128;
+#pragma unroll 4 /* more would spill in the loader's 40 registers */
+    for (int i = 0; i < STEPS; i++) {
+        const int id = (int)threadIdx.x + i * 128, r = id / CHUNKS, c = id % CHUNKS;
+        const int p = n * ATT_KEYS + r;
+        const bool ok = p < s.keys;
+        const int row = ok ? (p < s.prefix ? p : s.own + p) : 0;
+        const A *k = s.k + (size_t)row * s.ld + c * 8;
+        const shared_addr to = stage + c / 8 * (ATT_KEYS * HOPPER_ROW) + att_swizzle<64>(r, c % 8);
+        cp_async16(to, k, ok);
+        cp_async16(to + att_tile_bytes<HD>, k + s.to_v, ok);
+    }
+    cp_async_commit();
+}
+
+/* The loading warpgroup. A group of copies is announced once the next one is on its way. */
+template <class A, int HD>
+__device__ __forceinline__ void ah_load(const ah_work<A, HD> &work, ah_ring<HD> ring) {
+    shared_addr landing = 0; /* the mbarrier of the group before */
+    int turn = 0;
+    for (int n = blockIdx.x; n < work.count(); n += gridDim.x, turn ^= 1) {
+        const att_tile w = work.tile(n);
+        if (w.t0 >= w.len) break; /* no tile: a list filled up */
+        const att_view<A> s = work.view(n, w);
+        for (int t = -1; t < ah_key_tiles(s.keys); t++) { /* -1: q */
+            shared_addr full;
+            if (t < 0) {
+                barrier_wait(work.q_empty(), turn ^ 1); /* ah_q_empty */
+                att_load_q<A, HD, 2>(work.qkv + (size_t)(work.head(n) << work.lg) * HD, s.ld, w,
+                                     work.lg, shared_address(work.q()));
+                full = work.q_full();
+            } else {
+                barrier_wait(ring.empty(ring.i), ring.parity(ring.i) ^ 1); /* ah_empty */
+                ah_load_kv<A, HD>(s, ring.stage(ring.i), t);
+                full = ring.full(ring.i++);
+            }
+            if (landing) {
+                cp_async_wait<1>(); /* ah_landed */
+                fence_async();      /* ah_fence: wgmma will read what these copies wrote */
+                barrier_arrive(landing);
+            }
+            landing = full;
+        }
+    }
+    cp_async_wait<0>(); /* ah_landed_last */
+    fence_async();      /* ah_fence_last */
+    if (landing) barrier_arrive(landing);
+}
+
+/* p (64, 64) = q k^T of the stage. */
+template <class A, int HD>
+__device__ __forceinline__ void ah_scores(float (&p)[8][4], const uint32_t (&q)[HD / 16][4],
+                                          shared_addr K) {
+#pragma unroll
+    for (int k = 0; k < HD / 16; k++)
+        wgmma_regs<A, false, ATT_KEYS>(
+            p, q[k], wgmma_tile(K + k / 4 * (ATT_KEYS * HOPPER_ROW)) + k % 4 * 2, k > 0);
+    wgmma_commit();
+}
+/* o (64, HD) += weights v of the stage. */
+template <class A, int HD>
+__device__ __forceinline__ void ah_values(float (&o)[HD / 8][4], const uint32_t (&a)[4][4],
+                                          shared_addr V, bool add) {
+#pragma unroll
+    for (int k = 0; k < ATT_KEYS / 16; k++)
+        wgmma_regs<A, true, HD>(o, a[k], wgmma_tile(V, ATT_KEYS * HOPPER_ROW) + k * 128,
+                                add || k > 0);
+    wgmma_commit();
+}
+/* The weights in the registers of wgmma's a. */
+template <class A>
+__device__ __forceinline__ void ah_weights(uint32_t (&a)[4][4], const float (&p)[8][4]) {
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            a[k][e] = to_bits<A>(p[2 * k + e / 2][e % 2 * 2], p[2 * k + e / 2][e % 2 * 2 + 1]);
+}
+
+/* One of the two multiplying warpgroups. */
+template <class A, int HD>
+__device__ __forceinline__ void ah_multiply(const ah_work<A, HD> &work, ah_ring<HD> ring, A *att,
+                                            float scale_log2e) {
+    int turn = 0;
+    for (int n = blockIdx.x; n < work.count(); n += gridDim.x, turn ^= 1) {
+        const att_tile w = work.tile(n);
+        if (w.t0 >= w.len) break;
+        const att_view<A> s = work.view(n, w);
+        const int lane = s.lane, tiles = ah_key_tiles(s.keys);
+        uint32_t q[HD / 16][4], a[4][4];
+        float p[1][8][4], o[1][HD / 8][4], m[1][2] = {{-INFINITY, -INFINITY}}, l[1][2] = {},
+                                           older[1][2];
+        barrier_wait(work.q_full(), turn); /* ah_q_full */
+#pragma unroll
+        for (int k = 0; k < HD / 16; k++)
+            ldmatrix4(q[k], shared_address(work.q()) +
+                                att_swizzle<HD>(s.warp * 16 + lane % 16, k * 2 + lane / 16));
+        __syncwarp(); /* ah_q_read: all lanes have read it before one says so, and stored the tile before */
+        if (lane == 0) barrier_arrive(work.q_empty());
+
+        barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* ah_full_first */
+        wgmma_fence();
+        ah_scores<A, HD>(p[0], q, ring.stage(ring.i));
+        wgmma_wait<0>(p[0]); /* ah_first */
+        att_softmax<A, 1>(s, p, m, l, older, 0, scale_log2e);
+        ah_weights<A>(a, p[0]);
+        for (int t = 1; t < tiles; t++) { /* scores of tile t, values of tile t - 1 */
+            ring.i++;
+            barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* ah_full */
+            wgmma_fence(); /* ah_touched: p, a and o have been written */
+            ah_scores<A, HD>(p[0], q, ring.stage(ring.i));
+            ah_values<A, HD>(o[0], a, ring.stage(ring.i - 1) + att_tile_bytes<HD>, t > 1);
+            wgmma_wait<1>(p[0]); /* ah_scores_done */
+            att_softmax<A, 1>(s, p, m, l, older, t, scale_log2e);
+            wgmma_wait<0>(o[0]); /* ah_values_done */
+            if (lane == 0) barrier_arrive(ring.empty(ring.i - 1));
+            att_rescale<HD, 1>(o, older);
+            ah_weights<A>(a, p[0]);
+        }
+        wgmma_fence();
+        ah_values<A, HD>(o[0], a, ring.stage(ring.i) + att_tile_bytes<HD>, tiles > 1);
+        wgmma_wait<0>(o[0]); /* ah_last */
+        if (lane == 0) barrier_arrive(ring.empty(ring.i));
+        ring.i++;
+        att_store<A, HD, 1>(s, work.tile(n), work.out(),
+                            att + (size_t)(work.head(n) << work.lg) * HD, (size_t)work.H * HD, o,
+                            l);
+    }
+}
+#endif
+
+/* Grid: as many blocks as the device runs at a time. Arguments as attention_kernel's. */
+template <class A, int HD>
+__global__ void __launch_bounds__(HOPPER_THREADS, 1)
+    attention_hopper_kernel(A *att, const A *qkv, const att_tile *tiles, int n_tiles, int H, int K,
+                            int lg, float scale_log2e) {
+#if defined(HOPPER_CODE)
+    SHARED_BYTES(smem);
+    const ah_ring<HD> ring = {shared_address(smem)};
+    const ah_work<A, HD> work = {qkv,
+                                 tiles,
+                                 n_tiles,
+                                 H,
+                                 K,
+                                 lg,
+                                 smem + attention_hopper_shared_bytes<HD> - 2 * ah_rows_bytes<HD> -
+                                     16};
+    if (threadIdx.x == 0) {
+        hopper_init(ring, 128);
+        barrier_init(work.q_full(), 128);
+        barrier_init(work.q_empty(), HOPPER_WARPS);
+        barrier_init_done();
+    }
+    __syncthreads(); /* ah_init: the mbarriers are made before anyone uses one */
+    if (threadIdx.x < 128) {
+        registers_lower<HOPPER_LOADER_REGS>();
+        ah_load<A, HD>(work, ring);
+    } else {
+        registers_raise<HOPPER_REGS>();
+        ah_multiply<A, HD>(work, ring, att, scale_log2e);
+    }
+#else
+    __trap(); /* the host launches it on sm_90a alone */
+#endif
+}
+
+/* ---- the host's side ------------------------------------------------------------------------- */
+
+struct hopper_state {
+    bool on;    /* asked for, and this is an sm_90 */
+    int blocks; /* multiprocessors */
+    decltype(&cuTensorMapEncodeTiled)
+        encode; /* the driver's; taken from it, libcuda is not linked */
+};
+
+template <class A, int HD> static cudaError_t hopper_allow_attention() {
+    return cudaFuncSetAttribute((const void *)attention_hopper_kernel<A, HD>,
+                                cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                attention_hopper_shared_bytes<HD>);
+}
+/* Prepares the kernels of activation type A. s->on stays as it was. */
+template <class A> static cudaError_t hopper_open(hopper_state *s, int multiprocessors) {
+    cudaDriverEntryPointQueryResult found;
+    void *f = nullptr;
+    s->blocks = multiprocessors;
+    cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000,
+                                                     cudaEnableDefault, &found);
+    if (e == cudaSuccess && !f) e = cudaErrorNotSupported;
+    s->encode = (decltype(s->encode))f;
+    if (e == cudaSuccess)
+        e = cudaFuncSetAttribute((const void *)gate_up_kernel<A>,
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, gate_up_shared_bytes);
+    if (e == cudaSuccess) e = hopper_allow_attention<A, 64>();
+    if (e == cudaSuccess) e = hopper_allow_attention<A, 128>();
+    return e;
+}
+
+/* The map of p (rows, columns) in boxes as gate_up_kernel takes them. */
+template <class A>
+static bool hopper_map(const hopper_state *s, CUtensorMap *map, const A *p, int rows, int columns) {
+    const cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)rows},
+                     pitch[1] = {(cuuint64_t)columns * sizeof(A)};
+    const cuuint32_t box[2] = {GU_DEPTH, HOPPER_ROWS}, step[2] = {1, 1};
+    const auto type = std::is_same<A, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    return s->encode(map, type, 2, (void *)p, size, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <class A>
+static cudaError_t gate_up_launch(const hopper_state *s, A *h, const A *x, const A *w, float alpha,
+                                  int T, int F, int D, unsigned long long *clamps,
+                                  cudaStream_t st) {
+    CUtensorMap x_map, w_map;
+    if (!hopper_map(s, &x_map, x, T, D) || !hopper_map(s, &w_map, w, 2 * F, D))
+        return cudaErrorInvalidValue;
+    return launch(gate_up_kernel<A>, dim3((unsigned)s->blocks), dim3(HOPPER_THREADS),
+                  gate_up_shared_bytes, st, h, x_map, w_map, alpha, T, F, D, clamps);
+}
+
+template <class A, int HD>
+static cudaError_t attention_hopper_launch(const hopper_state *s, A *att, const A *qkv,
+                                           const att_tile *tiles, int n, int H, int K, int lg,
+                                           float scale_log2e, cudaStream_t st) {
+    return launch(attention_hopper_kernel<A, HD>, dim3((unsigned)s->blocks), dim3(HOPPER_THREADS),
+                  attention_hopper_shared_bytes<HD>, st, att, qkv, tiles, n, H, K, lg, scale_log2e);
+}
+
+#endif
