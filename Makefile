@@ -36,7 +36,7 @@ VENV      := .venv
 VENV_TEST := $(VENV)/.test
 GOLDEN    := .venv-golden
 
-.PHONY: all help demo test test-c test-python test-fuzz bench fuzz golden convert install clean
+.PHONY: all help demo accuracy test test-c test-python test-fuzz bench fuzz golden convert install clean
 all: qemb
 
 help: ## this list
@@ -91,6 +91,8 @@ build/$(1)/test_%: build/$(1)/tests/test_%.o $$(patsubst %,build/$(1)/%.o,tests/
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
 build/$(1)/bench: $$(patsubst %,build/$(1)/%.o,bench bench_limits bench_gemm format $(ENGINE))
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
+build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/accuracy tests/oracle tests/support $(ENGINE))
+	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/fuzz_%: build/$(1)/tests/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/support serve_api serve_metrics format input $$(ENGINE))
 	$(2) $(3) $$^ $(LIBS) -o $$@
 -include $$(wildcard build/$(1)/*.d build/$(1)/tests/*.d)
@@ -142,6 +144,10 @@ install: qemb qemb-serve ## programs and man pages under PREFIX (/usr/local)
 bench: need-bench qemb ## speed of every part and of whole runs, beside the machine's limits and peers (see bench.sh)
 	@$(SUBMAKE) build/release/bench
 	./bench.sh
+
+ACCURACY_MODELS ?= $(sort $(wildcard tests/golden/*.qemb))
+accuracy: build/release/accuracy ## what each arithmetic costs (ACCURACY_MODELS="a.qemb b.qemb", ACCURACY_FLAGS="--exact plain")
+	build/release/accuracy $(ACCURACY_FLAGS) $(ACCURACY_MODELS)
 
 # ---- tests ----------------------------------------------------------------------------------------
 

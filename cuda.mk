@@ -64,9 +64,9 @@ test-emu: emu-values emu-sanitizers emu-races emu-program emu-mutants ## CUDA ke
 emu-values: build/emu/test_cuda
 	build/emu/test_cuda --schedules 4
 emu-sanitizers: build/emu-asan/test_cuda
-	build/emu-asan/test_cuda ptx attention_ rmsnorm qknorm swiglu gate_up op_matmul op_attention op_embed_b golden_m refuse fails
+	build/emu-asan/test_cuda ptx attention_ rmsnorm qknorm swiglu gate_up quantize op_fp8 op_matmul op_attention op_embed_b golden_m refuse fails
 emu-races: build/emu-race/test_cuda
-	build/emu-race/test_cuda ptx attention_ rmsnorm qknorm swiglu gate_up op_matmul op_attention op_embed_b op_gather shapes
+	build/emu-race/test_cuda ptx attention_ rmsnorm qknorm swiglu gate_up quantize op_fp8 op_matmul op_attention op_embed_b op_gather shapes
 emu-program: build/emu/qemb-cuda build/emu/qemb-cpu build/emu/qemb-serve
 	tests/test_cuda_program.py build/emu/qemb-cuda build/emu/qemb-cpu
 	tests/test_cuda_serve.py build/emu/qemb-serve build/emu/qemb-cpu
@@ -123,10 +123,10 @@ build/cuda/bench_cuda: build/cuda/bench_cuda.cu.o build/cuda/qemb.cu.o $(patsubs
 gpu-test: build/cuda/test_cuda ## the CUDA tests on this machine's GPU; a counted skip without one
 	build/cuda/test_cuda
 
-gpu-check: build/cuda/test_cuda qemb-cuda build/release/qemb ## on a GPU: all CUDA tests, compute-sanitizer, the program against the CPU's
+gpu-check: build/cuda/test_cuda build/cuda/bench_cuda qemb-cuda build/release/qemb ## on a GPU: all CUDA tests, compute-sanitizer, the program against the CPU's
 	tests/gpu_check.sh
 
-gpu-bench: qemb-cuda build/cuda/bench_cuda ## on a GPU: kernels, products, whole runs; a table and bench/results/*.json
+gpu-bench: qemb-cuda build/cuda/bench_cuda build/release/qemb $(VENV)/.convert ## on a GPU: kernels, products, accuracy, whole runs, transformers beside; a table and bench/results/*.json
 	./bench_gpu.py
 else
 cuda-archs gpu-test gpu-check gpu-bench qemb-cuda qemb-serve-cuda:
