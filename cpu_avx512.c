@@ -551,29 +551,46 @@ static void place_panel(const void *job, int item, int thread) {
                   (size_t)NR * j->w->cols);
 }
 
-static int place_int8(qemb_backend *be, qemb_weights *w, qemb_err *err) {
-    size_t floats = 0;
-    for (int pass = 0; pass < 2; pass++) {
-        float *to = pass ? cpu_map(be, CPU_MAP_WEIGHTS, floats * sizeof *to, err) : NULL;
-        if (pass && !to) return -1;
-        for (int l = 0; l < be->c->n_layers; l++) {
-            qemb_layer *y = &w->layers[l];
-            qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
-            for (int i = 0; i < 4; i++) {
-                const int panels = ceil_div(all[i]->rows, NR);
-                if (all[i]->dtype != QEMB_F16) continue;
-                if (pass) {
-                    cpu_parallel(be->pool, panels, place_panel, &(place_job){to, all[i]});
-                    to += panels * panel_floats(all[i]);
-                    all[i]->data = to - panels * panel_floats(all[i]);
-                    all[i]->dtype = QEMB_I8;
-                } else {
-                    floats += panels * panel_floats(all[i]);
-                }
-            }
-        }
-        if (!floats) return 0; /* an INT8 file: its map does */
+/* Calls f(matrix, arg) for the F16 matrices of the layers. */
+static void each_half_matrix(qemb_layer *layers, int n_layers, void (*f)(qemb_mat *, void *),
+                             void *arg) {
+    for (int l = 0; l < n_layers; l++) {
+        qemb_layer *y = &layers[l];
+        qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
+        for (int i = 0; i < 4; i++)
+            if (all[i]->dtype == QEMB_F16) f(all[i], arg);
     }
+}
+
+static void add_floats(qemb_mat *w, void *sum) {
+    *(size_t *)sum += ceil_div(w->rows, NR) * panel_floats(w);
+}
+
+static size_t int8_converted(const qemb_weights *w, int n_layers) {
+    size_t floats = 0; /* none of an INT8 file: its map does */
+    each_half_matrix(w->layers, n_layers, add_floats, &floats);
+    return floats * sizeof(float);
+}
+
+typedef struct {
+    struct cpu_pool *pool;
+    float *to;
+} placing;
+
+static void place_matrix(qemb_mat *w, void *arg) {
+    placing *p = arg;
+    const int panels = ceil_div(w->rows, NR);
+    cpu_parallel(p->pool, panels, place_panel, &(place_job){p->to, w});
+    w->data = p->to;
+    w->dtype = QEMB_I8;
+    p->to += panels * panel_floats(w);
+}
+
+static int place_int8(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+    const size_t bytes = int8_converted(w, be->c->n_layers);
+    placing p = {be->pool, bytes ? cpu_map(be, CPU_MAP_WEIGHTS, bytes, err) : NULL};
+    if (bytes && !p.to) return -1;
+    each_half_matrix(w->layers, be->c->n_layers, place_matrix, &p);
     return 0;
 }
 
@@ -825,7 +842,7 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config 
     return 0;
 }
 
-#define TABLE(table, label, arithmetic, placed)                                                    \
+#define TABLE(table, label, arithmetic, placed, bytes)                                             \
     static int open_##table(qemb_backend **be, const qemb_config *c, const qemb_options *opt,      \
                             qemb_err *err) {                                                       \
         return open_table(be, &table, c, opt, err);                                                \
@@ -836,6 +853,7 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config 
                             .open = open_##table,                                                  \
                             .close = simd_close,                                                   \
                             .place = placed,                                                       \
+                            .converted = bytes,                                                    \
                             .arena = cpu_arena,                                                    \
                             .begin = cpu_begin,                                                    \
                             .embed = simd_embed,                                                   \
@@ -848,8 +866,8 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config 
                             .gather_last = cpu_gather_last,                                        \
                             .pool = simd_pool};
 
-TABLE(avx512_ops, "avx512", QEMB_MATH_F32, cpu_place)
-TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, cpu_place)
-TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, place_int8)
+TABLE(avx512_ops, "avx512", QEMB_MATH_F32, cpu_place, NULL)
+TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, cpu_place, NULL)
+TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, place_int8, int8_converted)
 
 #endif
