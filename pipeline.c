@@ -532,15 +532,15 @@ int embed_stream(const options *o, qemb_model *m, int hidden, encoder *e) {
     start_thread(&reader_thread, reader_main, &p);
     start_thread(&writer_thread, writer_main, &w);
     compute_all(&p);
-    pthread_join(writer_thread, NULL); /* what was computed is out */
     const char *failure = qemb_health_of(m).failure;
-    if (failure) { /* the reader may be waiting for input: leave it there */
+    if (!failure)
+        pthread_join(reader_thread, NULL); /* else it may wait for input: leave it there */
+    pthread_join(writer_thread, NULL);     /* what was computed is out */
+    if (failure) {
         output_finish(&w.out, o->output, w.rows, e->dim);
         print_summary(&w);
         DIE(STATUS_MODEL, "%s", failure);
     }
-    pthread_join(reader_thread, NULL);
-
     output_finish(&w.out, o->output, w.rows, e->dim);
     output_close(&w.out);
     say_progress("");
