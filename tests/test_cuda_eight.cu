@@ -284,13 +284,14 @@ TEST_SCHEDULES(op_fp8_products) {
 /* f with its layers' matrices as int8: the nearest 127th of the row's largest. Not for qemb_file_close. */
 struct int8_file {
     qemb_file f;
-    std::vector<qemb_layer> layers;
+    qemb_layer *layers; /* not a vector: nvcc 13.0 cannot name the destructor of an unnamed struct */
     std::vector<std::vector<int8_t>> data;
     std::vector<std::vector<float>> scales;
     explicit int8_file(const qemb_file *from) : f(*from) {
-        layers.assign(f.weights.layers, f.weights.layers + f.config.n_layers);
-        for (qemb_layer &y : layers)
-            for (qemb_mat *m : {&y.wqkv, &y.wo, &y.wgu, &y.wdown}) {
+        layers = (qemb_layer *)malloc(f.config.n_layers * sizeof *layers);
+        std::copy(f.weights.layers, f.weights.layers + f.config.n_layers, layers);
+        for (qemb_layer *y = layers; y < layers + f.config.n_layers; y++)
+            for (qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown}) {
                 std::vector<int8_t> q((size_t)m->rows * m->cols);
                 std::vector<float> s(m->rows);
                 for (int r = 0; r < m->rows; r++) {
@@ -307,8 +308,10 @@ struct int8_file {
                 m->data = data.back().data();
                 m->scale = scales.back().data();
             }
-        f.weights.layers = layers.data();
+        f.weights.layers = layers;
     }
+    int8_file(const int8_file &) = delete;
+    ~int8_file() { free(layers); }
 };
 
 /* The same file on the CPU: what INT8 costs is not in it. The bound is FP16's, with one rounding more per
