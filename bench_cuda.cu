@@ -1,7 +1,10 @@
 /* bench_cuda.cu - the CUDA backend's own ops, timed on a GPU. Each line: op, sizes, microseconds, and GB/s
  * of the bytes in the kernel's header or TFLOP/s of the product. bench_gpu.py runs it; --json for that.
  *
- *   bench_cuda [--json] [D H K hd F]     the model's shape; Qwen3-Embedding-4B without
+ *   bench_cuda [--json] [--math f16|fp8] [D H K hd F]     the model's shape; Qwen3-Embedding-4B without
+ *
+ * fp8 times what it alone has: products, with the rounding of what is not rounded yet (o's input), and
+ * rmsnorm.
  *
  * Times are the median of RUNS runs of BATCH calls, after a warm-up, taken on the host: the ops run on
  * the backend's own stream. Device memory holds random numbers: zeros draw less power and clock higher.
@@ -31,6 +34,7 @@ static void ok(cudaError_t e, const char *what) {
 
 struct bench {
     qemb_config c;
+    const qemb_ops *ops;
     qemb_backend *be;
     bool json;
     bool hopper; /* be runs Hopper's own kernels where it has them */
@@ -52,6 +56,29 @@ template <class T> static T *random_device(size_t n) {
            "upload");
     return p;
 }
+
+/* W (N, K), random, and x (T, K), as the table multiplies them; FP8: codes of all sizes but NaN, and scales. */
+struct operands {
+    void *w, *x;
+    float *scale;
+    qemb_mat m;
+    operands(const bench *s, int N, int K, int T) : scale(nullptr) {
+        const size_t n = (size_t)N * K, t = (size_t)T * K;
+        w = random_device<__half>(n), x = random_device<__half>(t);
+        if (s->ops->math == QEMB_MATH_FP8) {
+            for (void *p : {w, x}) {
+                std::vector<uint8_t> codes(p == w ? n : 2 * t); /* behind x's codes its scales */
+                for (uint8_t &v : codes) v = (uint8_t)(rand() & 0x37);
+                ok(cudaMemcpy(p, codes.data(), codes.size(), cudaMemcpyHostToDevice), "upload");
+            }
+            scale = random_device<float>((size_t)N);
+        }
+        m = qemb_mat{w, N, K, QEMB_F16, 1, scale};
+    }
+    ~operands() {
+        for (void *p : {w, x, (void *)scale}) cudaFree(p);
+    }
+};
 
 template <class F> static double microseconds(F f) {
     std::vector<double> t;
@@ -93,11 +120,11 @@ static void layout(bench *s, int T, int n) {
     s->cu.push_back(T);
     s->b = qemb_layout{(int)s->cu.size() - 1, T, 0, s->tokens.data(), s->pos.data(), s->cu.data()};
     s->T = T;
-    qemb_cuda_ops.begin(s->be, &s->b);
+    s->ops->begin(s->be, &s->b);
 }
 
 static void memory_bound(bench *s, int T) {
-    const qemb_ops *op = &qemb_cuda_ops;
+    const qemb_ops *op = s->ops;
     const double D = s->c.hidden, hd = s->c.head_dim, H = s->c.n_heads, K = s->c.n_kv_heads;
     char sizes[64];
     snprintf(sizes, sizeof sizes, "T %d", T);
@@ -120,8 +147,8 @@ static void attention(bench *s, int T, int n) {
     layout(s, T, n);
     __half *qkv = random_device<__half>((size_t)(T * (H + 2 * K) * hd)),
            *att = random_device<__half>((size_t)(T * H * hd));
-    const double us = microseconds(
-        [&] { qemb_cuda_ops.attention(s->be, (qemb_act *)att, (qemb_act *)qkv, &s->b, 0); });
+    const double us =
+        microseconds([&] { s->ops->attention(s->be, (qemb_act *)att, (qemb_act *)qkv, &s->b, 0); });
     report(s, s->hopper ? "attention_hopper" : "attention", sizes, us, 4 * hd * (H + K) * T,
            4 * hd * H * T * (n + 1) / 2);
     cudaFree(qkv);
@@ -131,31 +158,29 @@ static void attention(bench *s, int T, int n) {
 static void product(bench *s, const char *name, int N, int K, bool add, int T) {
     char sizes[64];
     snprintf(sizes, sizeof sizes, "%s T %d N %d K %d", name, T, N, K);
-    __half *w = random_device<__half>((size_t)N * K), *x = random_device<__half>((size_t)T * K);
+    const operands in(s, N, K, T);
     float *y = random_device<float>((size_t)T * N);
-    const qemb_mat m = {w, N, K, QEMB_F16, 1, nullptr};
     const double us = microseconds([&] {
         if (add)
-            qemb_cuda_ops.matmul_add(s->be, y, (qemb_act *)x, &m, T);
+            s->ops->matmul_add(s->be, y, (qemb_act *)in.x, &in.m, T);
         else
-            qemb_cuda_ops.matmul(s->be, (qemb_act *)y, (qemb_act *)x, &m, T);
+            s->ops->matmul(s->be, (qemb_act *)y, (qemb_act *)in.x, &in.m, T);
     });
     report(s, add ? "matmul_add" : "matmul", sizes, us, 2.0 * N * K, 2.0 * T * N * K);
-    for (void *p : {(void *)w, (void *)x, (void *)y}) cudaFree(p);
+    cudaFree(y);
 }
 
 static void gate_up(bench *s, int T) {
     const int D = s->c.hidden, F = s->c.ffn;
     char sizes[64];
     snprintf(sizes, sizeof sizes, "T %d F %d D %d", T, F, D);
-    __half *w = random_device<__half>((size_t)2 * F * D), *x = random_device<__half>((size_t)T * D);
+    const operands in(s, 2 * F, D, T);
     __half *gu = random_device<__half>((size_t)T * 2 * F),
            *h = random_device<__half>((size_t)T * F);
-    const qemb_mat m = {w, 2 * F, D, QEMB_F16, 1, nullptr};
     const double us = microseconds(
-        [&] { qemb_cuda_ops.gate_up(s->be, (qemb_act *)h, (qemb_act *)gu, (qemb_act *)x, &m, T); });
+        [&] { s->ops->gate_up(s->be, (qemb_act *)h, (qemb_act *)gu, (qemb_act *)in.x, &in.m, T); });
     report(s, s->hopper ? "gate_up_hopper" : "gate_up", sizes, us, 4.0 * F * D, 4.0 * T * F * D);
-    for (void *p : {(void *)w, (void *)x, (void *)gu, (void *)h}) cudaFree(p);
+    for (void *p : {(void *)gu, (void *)h}) cudaFree(p);
 }
 
 static void copy_ceiling(bench *s) {
@@ -168,31 +193,52 @@ static void copy_ceiling(bench *s) {
     cudaFree(b);
 }
 
-static void close(bench *s) {
+static void open_backend(bench *s, int rows) {
+    qemb_options opt = {};
+    opt.batch_tokens = opt.max_tokens = rows;
+    opt.threads = 1;
+    opt.hopper = s->hopper;
+    qemb_err err = {};
+    if (s->ops->open(&s->be, &s->c, &opt, &err)) die(err.code, err.msg);
+}
+
+static void close_backend(bench *s) {
     qemb_health health = {};
-    qemb_cuda_ops.health(s->be, &health);
+    s->ops->health(s->be, &health);
     if (health.failure) die("device", health.failure);
-    qemb_cuda_ops.close(s->be);
+    s->ops->close(s->be);
+}
+
+/* The largest product that the tensor cores could wish for. */
+static void product_ceiling(const bench *from) {
+    bench s = *from;
+    s.c = qemb_config{1, 8192, 2, 1, 64, 4096, 16, 8192, 0, 1e6f, 1e-6f};
+    open_backend(&s, 8192);
+    product(&s, "ceiling", 8192, 8192, false, 8192);
+    close_backend(&s);
 }
 
 int main(int argc, char **argv) {
     bench s = {};
+    s.ops = &qemb_cuda_ops;
     s.c = qemb_config{1, 2560, 32, 8, 128, 9728, 16, 32768, 0, 1e6f, 1e-6f};
     int first = 1;
-    if (argc > 1 && !strcmp(argv[1], "--json")) s.json = true, first = 2;
+    if (argc > first && !strcmp(argv[first], "--json")) s.json = true, first++;
+    if (argc > first + 1 && !strcmp(argv[first], "--math"))
+        s.ops = strcmp(argv[first + 1], "fp8") ? &qemb_cuda_ops : &qemb_cuda_fp8_ops, first += 2;
     int32_t *shape[] = {&s.c.hidden, &s.c.n_heads, &s.c.n_kv_heads, &s.c.head_dim, &s.c.ffn};
-    if (argc > first && argc != first + 5) die("usage", "bench_cuda [--json] [D H K hd F]");
+    if (argc > first && argc != first + 5)
+        die("usage", "bench_cuda [--json] [--math f16|fp8] [D H K hd F]");
     for (int i = 0; i < 5 && argc > first; i++) *shape[i] = atoi(argv[first + i]);
-    qemb_options opt = {};
-    opt.batch_tokens = opt.max_tokens = 32768;
-    opt.threads = 1;
-    qemb_err err = {};
-    if (qemb_cuda_ops.open(&s.be, &s.c, &opt, &err)) die(err.code, err.msg);
+    const bool fp8 = s.ops->math == QEMB_MATH_FP8;
+    open_backend(&s, 32768);
     const int D = s.c.hidden, F = s.c.ffn, Q = s.c.n_heads * s.c.head_dim,
               KV = s.c.n_kv_heads * s.c.head_dim;
-    copy_ceiling(&s);
+    if (!fp8) copy_ceiling(&s);
+    product_ceiling(&s);
     for (int T : {32, 512, 8192}) memory_bound(&s, T);
-    for (int n : {16, 32, 64, 128, 512, 2048, 8192, 32768}) attention(&s, std::max(n, 8192), n);
+    for (int n : {16, 32, 64, 128, 512, 2048, 8192, 32768})
+        if (!fp8) attention(&s, std::max(n, 8192), n);
     for (int T = 16; T <= 16384; T *= 2) {
         product(&s, "qkv", Q + 2 * KV, D, false, T);
         product(&s, "o", D, Q, true, T);
@@ -200,16 +246,16 @@ int main(int argc, char **argv) {
         gate_up(&s, T);
         product(&s, "down", D, F, true, T);
     }
-    close(&s);
+    close_backend(&s);
 
     /* The same calls with Hopper's own kernels, in rows of their own. */
     int major = 0;
     ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attribute");
-    if (major != 9) return 0;
-    s.hopper = true, opt.hopper = 1;
-    if (qemb_cuda_ops.open(&s.be, &s.c, &opt, &err)) die(err.code, err.msg);
+    if (major != 9 || fp8) return 0;
+    s.hopper = true;
+    open_backend(&s, 32768);
     for (int n : {512, 2048, 8192, 32768}) attention(&s, std::max(n, 8192), n);
     for (int T = 256; T <= 16384; T *= 2) gate_up(&s, T);
-    close(&s);
+    close_backend(&s);
     return 0;
 }

@@ -36,7 +36,9 @@ static float *f32(qemb_act *a) { return (float *)a; }
 static const float *cf32(const qemb_act *a) { return (const float *)a; }
 
 /* The first n of 16 (32, 64) lanes; none for n below 1 */
-TEMPLATE __mmask16 first16(int n) { return n >= 16 ? 0xffff : n < 1 ? 0 : (__mmask16)((1u << n) - 1); }
+TEMPLATE __mmask16 first16(int n) {
+    return n >= 16 ? 0xffff : n < 1 ? 0 : (__mmask16)((1u << n) - 1);
+}
 TEMPLATE __m512 load_first(const float *p, int n) { return _mm512_maskz_loadu_ps(first16(n), p); }
 TEMPLATE void store_first(float *p, __m512 v, int n) { _mm512_mask_storeu_ps(p, first16(n), v); }
 
@@ -71,8 +73,7 @@ AVX512 void avx512_exp(float *y, const float *x, int n) {
 
 AVX512 static void half_row(float *y, const uint16_t *x, int n) {
     for (int i = 0; i < n; i += 16)
-        store_first(
-            y + i, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n - i), x + i)), n - i);
+        store_first(y + i, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n - i), x + i)), n - i);
 }
 
 /* Summed in double */
@@ -209,8 +210,8 @@ TEMPLATE void tile_rows_int8(const tile_out *o, int rows, const float *x, const 
             const __m512 w = _mm512_load_ps(panel + 16 * h);
             UNROLL for (int i = 0; i < rows; i++) {
                 const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(x[16 * MR + i]), w);
-                acc[i][h] = _mm512_fmadd_ps(
-                    _mm512_cvtepi32_ps(_mm512_castps_si512(sum[i][h])), factor, acc[i][h]);
+                acc[i][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(sum[i][h])),
+                                            factor, acc[i][h]);
             }
         }
     }
@@ -270,12 +271,13 @@ TEMPLATE void transpose(__m512 r[16]) {
         a[j] = _mm512_unpacklo_ps(r[j], r[j + 1]);
         a[j + 1] = _mm512_unpackhi_ps(r[j], r[j + 1]);
     }
-    UNROLL for (int j = 0; j < 16; j += 4)
-        for (int h = 0; h < 2; h++) { /* r[4g + c]: columns c, 4+c, 8+c, 12+c of rows 4g .. 4g+3 */
-            const __m512d lo = _mm512_castps_pd(a[j + h]), hi = _mm512_castps_pd(a[j + h + 2]);
-            r[j + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
-            r[j + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
-        }
+    UNROLL for (int j = 0; j < 16;
+                j += 4) for (int h = 0; h < 2;
+                             h++) { /* r[4g + c]: columns c, 4+c, 8+c, 12+c of rows 4g .. 4g+3 */
+        const __m512d lo = _mm512_castps_pd(a[j + h]), hi = _mm512_castps_pd(a[j + h + 2]);
+        r[j + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+        r[j + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+    }
     UNROLL for (int c = 0; c < 4; c++) {
         const __m512 p0 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88);
         const __m512 p1 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
@@ -306,8 +308,8 @@ typedef struct {
 
 typedef struct { /* an arithmetic: how numbers become dwords, and what multiplies them */
     int per_dword;
-    int columns;              /* in a block: the sums of so many are added up in registers */
-    int x_floats, w_floats;   /* that a tile of x and a panel of W take in a block */
+    int columns;            /* in a block: the sums of so many are added up in registers */
+    int x_floats, w_floats; /* that a tile of x and a panel of W take in a block */
     void (*pack_x)(const matmul_job *j, int tile, float *to);
     /* of F16, I8; `ahead`: how many numbers on those lie that will be packed next */
     void (*pack_w[2])(float *panel, const qemb_mat *w, int n0, int k0, int k1, size_t ahead);
@@ -342,8 +344,7 @@ TEMPLATE __m512 to_bf16(__m512 lo, __m512 hi) {
 /* Columns k .. k+15 of a row of W, the first n of them */
 TEMPLATE __m512 weights16(qemb_dtype dtype, const uint8_t *row, int k, int n) {
     if (dtype == QEMB_I8)
-        return _mm512_cvtepi32_ps(
-            _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first16(n), row + k)));
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first16(n), row + k)));
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n), row + 2 * (size_t)k));
 }
 
@@ -362,8 +363,7 @@ TEMPLATE __m512 x_dwords(qemb_math math, const float *row, int k, int n) {
 /* to (16, MR) = columns; the MR rows that a tile is short of are zeros */
 TEMPLATE void store_x(float *to, __m512 r[16]) {
     transpose(r);
-    UNROLL for (int c = 0; c < 16; c++)
-        _mm512_mask_storeu_ps(to + c * MR, (1u << MR) - 1, r[c]);
+    UNROLL for (int c = 0; c < 16; c++) _mm512_mask_storeu_ps(to + c * MR, (1u << MR) - 1, r[c]);
 }
 
 TEMPLATE void pack_x(qemb_math math, const matmul_job *j, int tile, float *to) {
@@ -371,9 +371,8 @@ TEMPLATE void pack_x(qemb_math math, const matmul_job *j, int tile, float *to) {
     const int rows = tile_start(j, tile + 1) - t;
     for (int k = 0; k < K; k += step, to += 16 * MR) {
         __m512 r[16];
-        UNROLL for (int i = 0; i < 16; i++)
-            r[i] = i < rows ? x_dwords(math, j->x + (size_t)(t + i) * K, k, K - k)
-                            : _mm512_setzero_ps();
+        UNROLL for (int i = 0; i < 16; i++) r[i] =
+            i < rows ? x_dwords(math, j->x + (size_t)(t + i) * K, k, K - k) : _mm512_setzero_ps();
         store_x(to, r);
     }
 }
@@ -388,10 +387,9 @@ TEMPLATE void pack_w(qemb_math math, qemb_dtype dtype, float *panel, const qemb_
         float *to = panel + h;
         for (int k = k0; k < k1; k += step, to += 16 * NR) {
             __m512 r[16];
-            if (k * bytes % 64 == 0)
-                prefetch_rows(row, (size_t)k * bytes, ahead * bytes);
-            UNROLL for (int i = 0; i < 16; i++)
-                r[i] = weight_dwords(math, dtype, row[i], k, w->cols - k);
+            if (k * bytes % 64 == 0) prefetch_rows(row, (size_t)k * bytes, ahead * bytes);
+            UNROLL for (int i = 0; i < 16; i++) r[i] =
+                weight_dwords(math, dtype, row[i], k, w->cols - k);
             transpose(r);
             UNROLL for (int c = 0; c < 16; c++) _mm512_store_ps(to + c * NR, r[c]);
         }
@@ -403,11 +401,11 @@ TEMPLATE void pack_w(qemb_math math, qemb_dtype dtype, float *panel, const qemb_
         pack_x(math, j, tile, to);                                                                 \
     }                                                                                              \
     AVX512 static void name##_f16(float *panel, const qemb_mat *w, int n0, int k0, int k1,         \
-                                 size_t ahead) {                                                   \
+                                  size_t ahead) {                                                  \
         pack_w(math, QEMB_F16, panel, w, n0, k0, k1, ahead);                                       \
     }                                                                                              \
     AVX512 static void name##_i8(float *panel, const qemb_mat *w, int n0, int k0, int k1,          \
-                                size_t ahead) {                                                    \
+                                 size_t ahead) {                                                   \
         pack_w(math, QEMB_I8, panel, w, n0, k0, k1, ahead);                                        \
     }
 PACK(pack_f32, QEMB_MATH_F32)
@@ -418,8 +416,8 @@ PACK(pack_bf16, QEMB_MATH_BF16)
 
 /* Magnitudes as integers: they compare as floats do, and NaN is the largest of all. */
 TEMPLATE __m512i larger(__m512i a, __m512 v) {
-    return _mm512_max_epu32(a, _mm512_and_epi32(_mm512_castps_si512(v),
-                                                _mm512_set1_epi32(0x7fffffff)));
+    return _mm512_max_epu32(
+        a, _mm512_and_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
 }
 
 /* scale (16) = largest / 127 and inverse (16), 0 for 0; r[i]: lanewise largest magnitudes of row i */
@@ -438,8 +436,8 @@ TEMPLATE __m512 to_int8(const __m512 v[4], float inverse) {
     const __m512 f = _mm512_set1_ps(inverse);
     __m512i q[4];
     UNROLL for (int i = 0; i < 4; i++) q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], f));
-    const __m512i lanes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]),
-                                             _mm512_packs_epi32(q[2], q[3]));
+    const __m512i lanes =
+        _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_castsi512_ps(_mm512_permutexvar_epi32(order, lanes));
 }
@@ -524,8 +522,8 @@ AVX512 static void pack_int8_i8(float *panel, const qemb_mat *w, int n0, int k0,
             __m512 r[16];
             const __mmask64 some = w->cols - k >= 64 ? ~0ull : (1ull << (w->cols - k)) - 1;
             prefetch_rows(row, (size_t)k, ahead);
-            UNROLL for (int i = 0; i < 16; i++)
-                r[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(some, row[i] + k));
+            UNROLL for (int i = 0; i < 16; i++) r[i] =
+                _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(some, row[i] + k));
             store_w(to, r, _mm512_loadu_ps(scale));
         }
     }
@@ -553,40 +551,62 @@ static void place_panel(const void *job, int item, int thread) {
                   (size_t)NR * j->w->cols);
 }
 
-static int place_int8(qemb_backend *be, qemb_weights *w, qemb_err *err) {
-    size_t floats = 0;
-    for (int pass = 0; pass < 2; pass++) {
-        float *to = pass ? cpu_map(be, CPU_MAP_WEIGHTS, floats * sizeof *to, err) : NULL;
-        if (pass && !to) return -1;
-        for (int l = 0; l < be->c->n_layers; l++) {
-            qemb_layer *y = &w->layers[l];
-            qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
-            for (int i = 0; i < 4; i++) {
-                const int panels = ceil_div(all[i]->rows, NR);
-                if (all[i]->dtype != QEMB_F16) continue;
-                if (pass) {
-                    cpu_parallel(be->pool, panels, place_panel, &(place_job){to, all[i]});
-                    to += panels * panel_floats(all[i]);
-                    all[i]->data = to - panels * panel_floats(all[i]);
-                    all[i]->dtype = QEMB_I8;
-                } else {
-                    floats += panels * panel_floats(all[i]);
-                }
-            }
-        }
-        if (!floats) return 0; /* an INT8 file: its map does */
+/* Calls f(matrix, arg) for the F16 matrices of the layers. */
+static void each_half_matrix(qemb_layer *layers, int n_layers, void (*f)(qemb_mat *, void *),
+                             void *arg) {
+    for (int l = 0; l < n_layers; l++) {
+        qemb_layer *y = &layers[l];
+        qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
+        for (int i = 0; i < 4; i++)
+            if (all[i]->dtype == QEMB_F16) f(all[i], arg);
     }
+}
+
+static void add_floats(qemb_mat *w, void *sum) {
+    *(size_t *)sum += ceil_div(w->rows, NR) * panel_floats(w);
+}
+
+static size_t int8_converted(const qemb_weights *w, int n_layers) {
+    size_t floats = 0; /* none of an INT8 file: its map does */
+    each_half_matrix(w->layers, n_layers, add_floats, &floats);
+    return floats * sizeof(float);
+}
+
+typedef struct {
+    struct cpu_pool *pool;
+    float *to;
+} placing;
+
+static void place_matrix(qemb_mat *w, void *arg) {
+    placing *p = arg;
+    const int panels = ceil_div(w->rows, NR);
+    cpu_parallel(p->pool, panels, place_panel, &(place_job){p->to, w});
+    w->data = p->to;
+    w->dtype = QEMB_I8;
+    p->to += panels * panel_floats(w);
+}
+
+static int place_int8(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+    const size_t bytes = int8_converted(w, be->c->n_layers);
+    placing p = {be->pool, bytes ? cpu_map(be, CPU_MAP_WEIGHTS, bytes, err) : NULL};
+    if (bytes && !p.to) return -1;
+    each_half_matrix(w->layers, be->c->n_layers, place_matrix, &p);
     return 0;
 }
 
 /* ---- the products */
 
 static const arithmetic arithmetics[] = {
-    [QEMB_MATH_F32] = {1, KC, KC * MR, KC * NR, pack_f32_x, {pack_f32_f16, pack_f32_i8}, tile_f32},
-    [QEMB_MATH_BF16] = {2, 2 * KC, KC * MR, KC * NR, pack_bf16_x, {pack_bf16_f16, pack_bf16_i8},
-                        tile_bf16},
-    [QEMB_MATH_INT8] = {4, 4 * KC, KC / 16 * X_GROUP, KC / 16 * W_GROUP, pack_int8_x,
-                        {pack_int8_f16, pack_int8_i8}, tile_int8},
+    [QEMB_MATH_F32] = {1, KC, KC *MR, KC *NR, pack_f32_x, {pack_f32_f16, pack_f32_i8}, tile_f32},
+    [QEMB_MATH_BF16] =
+        {2, 2 * KC, KC *MR, KC *NR, pack_bf16_x, {pack_bf16_f16, pack_bf16_i8}, tile_bf16},
+    [QEMB_MATH_INT8] = {4,
+                        4 * KC,
+                        KC / 16 * X_GROUP,
+                        KC / 16 * W_GROUP,
+                        pack_int8_x,
+                        {pack_int8_f16, pack_int8_i8},
+                        tile_int8},
 };
 
 static void pack_tile(const void *job, int item, int thread) {
@@ -621,8 +641,7 @@ static void multiply_panels(const void *job, int item, int thread) {
             for (int g = 0; g < n; g++)
                 at[g] = placed ? placed_panel(j->w, p + g, k) : panels + g * a->w_floats;
             for (int g = 0; g < n && !placed; g++)
-                a->pack_w[is_i8](panels + g * a->w_floats, j->w, (p + g) * NR, k, end,
-                                ahead);
+                a->pack_w[is_i8](panels + g * a->w_floats, j->w, (p + g) * NR, k, end, ahead);
             for (int i = 0; i < j->tiles; i++) {
                 const int t = tile_start(j, i), rows = tile_start(j, i + 1) - t;
                 const float *x = j->packed + ((size_t)i * j->blocks + b) * a->x_floats;
@@ -707,7 +726,9 @@ AVX512 static void attention_load(const attention_tile *w, int k0, int n) {
 }
 
 /* The first of the block's rows (token q0 leads) that sees position p */
-static int first_seeing(const attention_tile *w, int q0, int p) { return max_int(0, p - q0) * w->G; }
+static int first_seeing(const attention_tile *w, int q0, int p) {
+    return max_int(0, p - q0) * w->G;
+}
 
 static const float ones[NR] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
@@ -821,7 +842,7 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config 
     return 0;
 }
 
-#define TABLE(table, label, arithmetic, placed)                                                    \
+#define TABLE(table, label, arithmetic, placed, bytes)                                             \
     static int open_##table(qemb_backend **be, const qemb_config *c, const qemb_options *opt,      \
                             qemb_err *err) {                                                       \
         return open_table(be, &table, c, opt, err);                                                \
@@ -832,6 +853,7 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config 
                             .open = open_##table,                                                  \
                             .close = simd_close,                                                   \
                             .place = placed,                                                       \
+                            .converted = bytes,                                                    \
                             .arena = cpu_arena,                                                    \
                             .begin = cpu_begin,                                                    \
                             .embed = simd_embed,                                                   \
@@ -844,8 +866,8 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config 
                             .gather_last = cpu_gather_last,                                        \
                             .pool = simd_pool};
 
-TABLE(avx512_ops, "avx512", QEMB_MATH_F32, cpu_place)
-TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, cpu_place)
-TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, place_int8)
+TABLE(avx512_ops, "avx512", QEMB_MATH_F32, cpu_place, NULL)
+TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, cpu_place, NULL)
+TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, place_int8, int8_converted)
 
 #endif

@@ -151,7 +151,7 @@ static void embed_rows(const void *job, int item, int thread) {
     for (int t = item * j->chunk; t < end_row(j, item); t++) {
         const int32_t id = j->b->tokens[t];
         assert(id >= 0 && id < j->table->rows);
-        j->be->kernels->half(j->y + (size_t)t * D, 
+        j->be->kernels->half(j->y + (size_t)t * D,
                              (const uint16_t *)j->table->data + (size_t)id * D, D);
     }
 }
@@ -168,7 +168,8 @@ static void rmsnorm_rows(const void *job, int item, int thread) {
     const int D = j->be->c->hidden;
     (void)thread;
     for (int t = item * j->chunk; t < end_row(j, item); t++)
-        j->be->kernels->rmsnorm(j->y + (size_t)t * D, j->x + (size_t)t * D, j->w, D, j->be->c->rms_eps);
+        j->be->kernels->rmsnorm(j->y + (size_t)t * D, j->x + (size_t)t * D, j->w, D,
+                                j->be->c->rms_eps);
 }
 
 void simd_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T) {
@@ -197,8 +198,8 @@ static void qknorm_rope_rows(const void *job, int item, int thread) {
     }
 }
 
-void simd_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm,
-                             const float *k_norm, const qemb_layout *b) {
+void simd_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm, const float *k_norm,
+                      const qemb_layout *b) {
     for_rows(
         &(rows_job){
             .be = be, .y = f32(qkv), .w = q_norm, .w2 = k_norm, .b = b, .T = b->T, .chunk = 8},
@@ -288,13 +289,13 @@ static void attention_part(const void *job, int item, int thread) {
         w.own = i ? b->cu[i - 1] : 0;
         for (int t = w.own + ceil_div(max_int(0, begin - w.own), tokens) * tokens;
              t < min_int(end, b->cu[i]); t += tokens)
-            j->be->kernels->attention(&w, j->att + t * ld_att + w.q_col, ld_att, w.prefix + t - w.own,
-                            min_int(tokens, b->cu[i] - t));
+            j->be->kernels->attention(&w, j->att + t * ld_att + w.q_col, ld_att,
+                                      w.prefix + t - w.own, min_int(tokens, b->cu[i] - t));
     }
 }
 
-void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
-                           const qemb_layout *b, int last_only) {
+void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const qemb_layout *b,
+                    int last_only) {
     const int windows = last_only ? b->B : ceil_div(b->T, block_tokens(be->c));
     const attention_job j = {be, f32(att), cf32(qkv), b, last_only, windows};
     cpu_parallel(be->pool, windows * be->c->n_kv_heads, attention_part, &j);

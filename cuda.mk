@@ -9,6 +9,7 @@ GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 
 EMU_SOURCES := tests/emu/emu_fibers.cpp tests/emu/emu_runtime.cpp tests/emu/emu_race.cpp tests/emu/emu_hopper.cpp tests/emu/emu_cublaslt.cpp
 EMU_HEADERS := $(wildcard tests/emu/*.h) tests/cuda_test.h tests/cuda_model.h tests/cuda_attention.h tests/oracle.h tests/support.h $(CUDA_ROOM)
+C_HEADERS   := $(wildcard *.h) # of all C files: a stale object is one of another layout
 EMU_TESTS   := tests/cuda_main.cu tests/test_cuda_ops.cu tests/test_cuda_hopper.cu tests/test_cuda_model.cu tests/test_cuda_eight.cu
 EMU_C       := qemb.c cpu_share.c cpu_simd.c cpu_avx512.c file.c tests/oracle.c tests/support.c
 EMU_WARN    := -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas
@@ -39,12 +40,12 @@ build/$(1)/%.cu.o: %.cu $$(EMU_HEADERS)
 build/$(1)/%.o: %.cpp $$(EMU_HEADERS)
 	@mkdir -p $$(@D)
 	$$(CXX) $$(EMU_CXX) -O3 -march=native $(3) -c $$< -o $$@
-build/$(1)/%.o: %.c qemb.h
+build/$(1)/%.o: %.c $$(C_HEADERS)
 	@mkdir -p $$(@D)
 	$$(CC) $$(EMU_CC) -O3 -fopenmp $(3) -c $$< -o $$@
 build/$(1)/test_cuda: $$(patsubst %.cu,build/$(1)/%.cu.o,qemb.cu $$(EMU_TESTS)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES)) $$(patsubst %.c,build/$(1)/%.o,$$(EMU_C))
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -lcrypto -lm -o $$@
-build/$(1)/choose-cuda.o: choose.c qemb.h qemb_cuda.h
+build/$(1)/choose-cuda.o: choose.c $$(C_HEADERS)
 	@mkdir -p $$(@D)
 	$$(CC) $$(EMU_CC) -O2 $$(CUDA_CHOICE) $(3) -c $$< -o $$@
 build/$(1)/qemb-cuda: build/$(1)/choose-cuda.o build/$(1)/qemb.cu.o $$(patsubst %,build/$(1)/%.o,$$(CUDA_PROGRAM)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
@@ -63,9 +64,9 @@ test-emu: emu-values emu-sanitizers emu-races emu-program emu-mutants ## CUDA ke
 emu-values: build/emu/test_cuda
 	build/emu/test_cuda --schedules 4
 emu-sanitizers: build/emu-asan/test_cuda
-	build/emu-asan/test_cuda ptx attention_ rmsnorm qknorm swiglu gate_up op_matmul op_attention op_embed_b golden_m refuse fails
+	build/emu-asan/test_cuda ptx attention_ rmsnorm qknorm swiglu gate_up quantize op_fp8 op_matmul op_attention op_embed_b golden_m refuse fails
 emu-races: build/emu-race/test_cuda
-	build/emu-race/test_cuda ptx attention_ rmsnorm qknorm swiglu gate_up op_matmul op_attention op_embed_b op_gather shapes
+	build/emu-race/test_cuda ptx attention_ rmsnorm qknorm swiglu gate_up quantize op_fp8 op_matmul op_attention op_embed_b op_gather shapes
 emu-program: build/emu/qemb-cuda build/emu/qemb-cpu build/emu/qemb-serve
 	tests/test_cuda_program.py build/emu/qemb-cuda build/emu/qemb-cpu
 	tests/test_cuda_serve.py build/emu/qemb-serve build/emu/qemb-cpu
@@ -99,13 +100,13 @@ cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o build/cuda/qemb_$(a
 build/cuda/%.cu.o: %.cu $(CUDA_ROOM) tests/cuda_test.h
 	@mkdir -p $(@D)
 	$(NVCC) -std=c++20 -O3 -Xcompiler -fopenmp $(GENCODE) -c $< -o $@
-build/cuda/%.o: %.c qemb.h
+build/cuda/%.o: %.c $(C_HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(EMU_CC) -O3 -fopenmp -c $< -o $@
 build/cuda/test_cuda: $(patsubst %.cu,build/cuda/%.cu.o,qemb.cu $(EMU_TESTS)) $(patsubst %.c,build/cuda/%.o,$(EMU_C))
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -lcrypto -lm -o $@
 
-build/cuda/choose-cuda.o: choose.c qemb.h qemb_cuda.h
+build/cuda/choose-cuda.o: choose.c $(C_HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(EMU_CC) -O2 $(CUDA_CHOICE) -c $< -o $@
 build/cuda/qemb-cuda: build/cuda/choose-cuda.o build/cuda/qemb.cu.o $(patsubst %,build/cuda/%.o,$(CUDA_PROGRAM))
@@ -122,10 +123,10 @@ build/cuda/bench_cuda: build/cuda/bench_cuda.cu.o build/cuda/qemb.cu.o $(patsubs
 gpu-test: build/cuda/test_cuda ## the CUDA tests on this machine's GPU; a counted skip without one
 	build/cuda/test_cuda
 
-gpu-check: build/cuda/test_cuda qemb-cuda build/release/qemb ## on a GPU: all CUDA tests, compute-sanitizer, the program against the CPU's
+gpu-check: build/cuda/test_cuda build/cuda/bench_cuda qemb-cuda build/release/qemb ## on a GPU: all CUDA tests, compute-sanitizer, the program against the CPU's
 	tests/gpu_check.sh
 
-gpu-bench: qemb-cuda build/cuda/bench_cuda ## on a GPU: kernels, products, whole runs; a table and bench/results/*.json
+gpu-bench: qemb-cuda build/cuda/bench_cuda build/release/qemb $(VENV)/.convert ## on a GPU: kernels, products, accuracy, whole runs, transformers beside; a table and bench/results/*.json
 	./bench_gpu.py
 else
 cuda-archs gpu-test gpu-check gpu-bench qemb-cuda qemb-serve-cuda:

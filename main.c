@@ -168,7 +168,7 @@ static const char help[] =
     "  --threads N          CPU threads                                     [all]\n"
     "  --cpu NAME           plain, avx2 or avx512: the instructions    [the fastest]\n"
     "  --math NAME          f32, bf16 or int8; on a GPU f16 or fp8      [f32; f16]\n"
-    "  --vram MIB, --deterministic, --no-graphs, --hopper, --cache DIR   GPU: man qemb\n"
+    "  --vram MIB, --deterministic, --no-graphs, --hopper, --cache DIR  GPU: man qemb\n"
     "  --on-error WHAT      record, zero, skip, stop      [record; binary: stop]\n"
     "  --stats              a summary on stderr at the end\n"
     "  --progress, --quiet  a progress line on stderr: always, never\n"
@@ -565,6 +565,8 @@ static int plan(const options *o) {
     qemb_plan(f, o->ops, &opt, &mem);
     printf("%10.1f MiB  layers, mapped: every batch reads them\n", mib(mem.weights));
     printf("%10.1f MiB  embedding table, mapped: rows in use are read\n", mib(mem.table));
+    if (mem.converted)
+        printf("%10.1f MiB  layers, converted for --math: beside the map\n", mib(mem.converted));
     printf("%10.1f MiB  activations: one text of --max-tokens %d\n", mib(mem.arena_text),
            opt.max_tokens);
     for (int i = 0; i < (o->engine.batch_tokens ? 1 : LENGTH(usual)); i++) {

@@ -684,7 +684,6 @@ static void cuda_begin(qemb_backend *be, const qemb_layout *b) {
     sort_tiles(be->narrow, be->n_narrow);
     sort_tiles(be->wide_tiles, be->n_wide);
     choose_graph(be, b);
-    be->dense_of[0] = be->dense_of[1] = nullptr; /* a graph begins with its own */
 
     batch_view host;
     const int tiles = be->n_narrow + be->n_wide + b->B;

@@ -247,6 +247,8 @@ typedef struct qemb_ops {
      * with opt filled in and `arena` bytes of activations. Returns the number of parts, at most
      * QEMB_PARTS. NULL: it has none, and the options of a GPU mean nothing to it. */
     int (*plan)(qemb_part *parts, const qemb_file *f, const qemb_options *opt, size_t arena);
+    /* Bytes of memory that place takes for matrices in a form of its own. NULL: none. */
+    size_t (*converted)(const qemb_weights *w, int n_layers);
     /* Adds what be knows to h. NULL: nothing goes wrong. */
     void (*health)(const qemb_backend *be, qemb_health *h);
 
@@ -305,6 +307,7 @@ typedef struct {
     size_t arena_text;           /* activations when one text of max_tokens comes */
     size_t weights;              /* bytes of the map that every batch reads (the layers) */
     size_t table;                /* bytes of the embedding table, of which rows in use are read */
+    size_t converted;            /* the layers' matrices again, as the table wants them; 0: no copy */
     qemb_part parts[QEMB_PARTS]; /* (n_parts) the backend's own memory, activations included */
     int n_parts;
 } qemb_memory;

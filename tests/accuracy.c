@@ -87,8 +87,8 @@ static void compare(const char *model, const char *name, const double *got, cons
 static const char *original(const char *path) {
     static char other[4096];
     const char *at = strstr(path, "-int8.qemb");
-    if (!at || (size_t)snprintf(other, sizeof other, "%.*s.qemb", (int)(at - path), path) >=
-                   sizeof other)
+    if (!at ||
+        (size_t)snprintf(other, sizeof other, "%.*s.qemb", (int)(at - path), path) >= sizeof other)
         return path;
     return access(other, R_OK) ? path : other;
 }
@@ -101,7 +101,8 @@ static void run(const char *path, const char *exact_name) {
     qemb_file *f = open_path(path), *truth = open_path(original(path));
     const char *slash = strrchr(path, '/'), *base = slash ? slash + 1 : path;
     const size_t D = (size_t)f->config.hidden;
-    double *want = malloc(sizeof *want * (size_t)texts * D), *got = malloc(sizeof *got * (size_t)texts * D);
+    double *want = malloc(sizeof *want * (size_t)texts * D),
+           *got = malloc(sizeof *got * (size_t)texts * D);
     int32_t *ids = random_texts(&truth->config);
     embed(want, truth, exact, ids);
     for (int i = 0; qemb_cpu_table(i); i++) {

@@ -75,6 +75,7 @@ inline void compare(model &cuda, model &cpu, const std::vector<std::vector<int32
         check(c >= MIN_COSINE, "text %zu of %zu tokens: cosine %.7f (want %.5f)", i,
               texts[i].size(), c, MIN_COSINE);
     }
+    check(!qemb_health_of(cuda.m).recomputed, "vectors came from the CPU itself");
 }
 
 /* The CUDA table, which tells what it opened. */

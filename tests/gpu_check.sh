@@ -31,12 +31,23 @@ step() { # NAME COMMAND...
 step "CUDA tests" build/cuda/test_cuda
 step "program against the CPU's" tests/test_cuda_program.py ./qemb-cuda build/release/qemb
 if command -v compute-sanitizer >/dev/null; then
-    small="ptx attention_ rmsnorm qknorm swiglu gate_up op_matmul op_attention op_embed_back forward_shapes same_bits"
+    small="ptx attention_ rmsnorm qknorm swiglu gate_up quantize op_matmul op_attention op_embed_back op_fp8 forward_shapes same_bits"
     for tool in memcheck racecheck synccheck initcheck; do
         # shellcheck disable=SC2086
         step "compute-sanitizer $tool" compute-sanitizer --tool $tool --error-exitcode 9 build/cuda/test_cuda $small
     done
 else
     say "skipped: compute-sanitizer is not installed"
+fi
+# The slowest of our own kernels, as the profiler sees it; where it may not look, that is no failure.
+if command -v ncu >/dev/null; then
+    if ncu --clock-control none --kernel-name regex:attention --launch-count 1 --section SpeedOfLight \
+        build/cuda/bench_cuda >bench/results/ncu_attention.txt 2>&1; then
+        say "ncu: bench/results/ncu_attention.txt"
+    else
+        say "skipped: ncu ($(tail -n 1 bench/results/ncu_attention.txt))"
+    fi
+else
+    say "skipped: ncu is not installed"
 fi
 exit $failed

@@ -314,7 +314,7 @@ struct int8_file {
 /* The same file on the CPU: what INT8 costs is not in it. The bound is FP16's, with one rounding more per
  * layer's matrix, that of W to a half: of the size of those that the bound counts. */
 TEST_SCHEDULES(int8_against_cpu) {
-    const qemb_config shapes[] = {config(2, 96, 2, 2, 64, 128, 200),
+    const qemb_config shapes[] = {config(2, 96, 2, 2, 64, 256, 200),
                                   config(2, 64, 4, 1, 128, 96, 200)};
     for (const qemb_config &c : shapes) {
         qemb_file *f = open_model_of(QEMB_I8, &c, 21, 1);
@@ -433,6 +433,12 @@ TEST_SCHEDULES(fp8_same_bits) { /* alone and packed: T is rounded up to 16 for t
             const std::vector<std::vector<float>> packed = cuda.embed(texts);
             for (size_t i = 0; i < texts.size(); i++)
                 check(cuda.embed({texts[i]})[0] == packed[i], "text %zu differs when packed", i);
+            model cpu(f, &qemb_cpu_ops, 2048); /* however late the copies of the weights ran */
+            const std::vector<std::vector<float>> want = cpu.embed(texts);
+            for (size_t i = 0; i < texts.size(); i++) {
+                const double cos = cosine(packed[i].data(), want[i].data(), 64);
+                check(1 - cos <= 2.2e-2, "text %zu: cosine %.6f", i, cos); /* see accuracy_case */
+            }
         }
     }
     qemb_file_close(f);

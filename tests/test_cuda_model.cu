@@ -105,6 +105,7 @@ static bool golden_case_compare(const char *name, double *max_swiglu) {
             worst = std::min(worst, c);
             check(c >= MIN_COSINE, "%s case %zu: cosine %.7f (want %.5f)", name, i, c, MIN_COSINE);
         }
+        check(!qemb_health_of(cuda->m).recomputed, "%s: vectors came from the CPU", name);
         check((unsigned long long)health_of(spied).clamped == 0, "%s: %llu SwiGLU outputs clamped",
               name, (unsigned long long)health_of(spied).clamped);
         printf("golden %s: least cosine %.7f over %zu texts\n", name, worst, texts.size());

@@ -83,6 +83,7 @@ def check_numbers(cuda, cpu, fp8):
     worst = compare(run(cuda, "--stats"), want, MIN_COSINE)
     if fp8:
         compare(run(cuda, "--math", "fp8"), want, MIN_COSINE_FP8)
+    compare(run(cuda, "--hopper"), want, MIN_COSINE)
     assert run(cuda, "--no-graphs", "--deterministic").stdout == run(cuda, "--deterministic").stdout
     # bit by bit, whatever is computed together
     alone = run(cuda, "--deterministic", "--batch-tokens", "1").stdout
@@ -113,7 +114,7 @@ def check_plan(cuda, cpu):
     assert p.returncode == 2 and "GPU memory: more than --vram (got " in p.stderr, p.stderr
     p = run(cuda, "--vram", "20")
     assert p.returncode == 2 and "GPU memory: not enough for " in p.stderr and not p.stdout, p.stderr
-    for option in (["--vram", "9"], ["--deterministic"], ["--no-graphs"], ["--cache", "."]):
+    for option in (["--vram", "9"], ["--deterministic"], ["--no-graphs"], ["--hopper"], ["--cache", "."]):
         p = run(cpu, *option)
         assert p.returncode == 1 and f"{option[0]}: only with a GPU" in p.stderr, p.stderr
     p = run(cuda, "--math", "bf16")

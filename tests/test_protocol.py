@@ -901,6 +901,11 @@ def test_plan():
         rf"([0-9.]+) MiB  activations: one text of --max-tokens {n}\n",
         out("plan", "--max-tokens", n).decode())[1])
     assert longest(64) < longest(2048)
+    assert "converted" not in out("plan").decode()
+    if "int8" in qemb("--math", "roman").stderr.decode():
+        converted = float(re.search(r"([0-9.]+) MiB  layers, conv", out("plan", "--math", "int8").decode())[1])
+        # a byte for each of 688,128 weights and a half for each 64, in whole panels of 32 rows
+        assert 0.6 < converted < 0.9
 
 
 def test_check_of_an_unknown_shape():
