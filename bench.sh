@@ -14,7 +14,7 @@
 # file that {file} in COMMAND stands for; {threads} and {length} are the threads and the tokens of a
 # text. It and qemb run in turns, ROUNDS (3) times each, once on all texts and once on the first
 # alone; the ratio of the medians is printed for the whole run, and for the rate without what
-# starting takes: the further texts in the further time. Above 1 qemb is faster. Give the peer
+# starting takes: the further texts in the further time, empty where there was none. Above 1 qemb is faster. Give the peer
 # the same weights and threads. --peer-model PATH makes that command: of a directory a
 # sentence-transformers one (a Python that has it: PYTHON, or .venv-golden), of a file a
 # llama-embedding one (on PATH).
@@ -167,7 +167,8 @@ them() {
 us() { engine "$1" <"$2" >/dev/null; }
 # Median seconds of $tmp/$1.all, and the rate of all texts but the first, tokens/s. $2: length
 whole() { sort -g "$tmp/$1.all" | awk '{ v[NR] = $1 } END { print v[int((NR + 1) / 2)] }'; }
-rate() { paste -d ' ' "$tmp/$1.all" "$tmp/$1.one" | awk -v n="$2" -v texts="$(wc -l <"$tmp/all")" '{ print (texts - 1) * n / ($1 - $2) }' | sort -g | awk '{ v[NR] = $1 } END { print v[int((NR + 1) / 2)] }'; }
+# nothing where a round's further texts took no further time: too few to tell
+rate() { paste -d ' ' "$tmp/$1.all" "$tmp/$1.one" | awk -v n="$2" -v texts="$(wc -l <"$tmp/all")" '$1 <= $2 { exit } { print (texts - 1) * n / ($1 - $2) }' | sort -g | awk -v rounds="$rounds" '{ v[NR] = $1 } END { if (NR == rounds) print v[int((NR + 1) / 2)] }'; }
 peer_rows() { # key, name, length
     echo "peer,$2: whole run,$3,$(quantiles <"$tmp/$1.all"),s,,"
     echo "peer,$2: rate,$3,$(rate "$1" "$3"),,,tokens/s,,"
@@ -189,7 +190,7 @@ peer_length() { # length
         for m in $maths; do
             i=$((peers_before + p + 1))
             awk -v p=$i -v n="$1" -v a="$(whole "us-$m")" -v b="$(whole "them-$p")" 'BEGIN { printf "peer,qemb against peer %d: whole run,%d,%.3f,,,x,,\n", p, n, b / a }'
-            awk -v p=$i -v n="$1" -v a="$(rate "us-$m" "$1")" -v b="$(rate "them-$p" "$1")" 'BEGIN { printf "peer,qemb against peer %d: rate,%d,%.3f,,,x,,\n", p, n, a / b }'
+            awk -v p=$i -v n="$1" -v a="$(rate "us-$m" "$1")" -v b="$(rate "them-$p" "$1")" 'BEGIN { printf "peer,qemb against peer %d: rate,%d,%s,,,x,,\n", p, n, a == "" || b == "" ? "" : sprintf("%.3f", a / b) }'
         done | record "$m"
     done
 }

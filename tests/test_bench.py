@@ -41,9 +41,19 @@ def test_a_peer_gets_the_texts_by_input_and_by_file(tmp_path):
     got = rows((tmp_path / "r/bench.csv").read_text())
     assert len(got) == len(d["rows"]) == 2 * (2 + 2 * 2 + 2 * 2)
     for n in ("16", "64"):
-        t = {x["name"]: float(x["median"]) for x in got if x["n"] == n}
+        t = {x["name"]: float(x["median"]) for x in got if x["n"] == n and "whole run" in x["name"]}
         ratio = t["peer 2: whole run"] / t["qemb: whole run"]
         assert t["qemb against peer 2: whole run"] == pytest.approx(ratio, abs=0.001)
+
+
+def test_a_rate_is_empty_where_the_further_texts_take_no_time(tmp_path):
+    # the first text alone takes longer than all of them
+    peer = "if [ $(wc -l <{file}) = 1 ]; then sleep 0.3; fi"
+    r = bench_sh(tmp_path, "--only", "peer", "--tokens", "32", "--lengths", "16", "--math", "f32", "--peer", peer)
+    assert r.returncode == 0, r.stderr
+    d = {x["name"]: x["median"] for x in json.loads((tmp_path / "bench.json").read_text())["rows"]}
+    assert d["peer 1: rate"] is None and d["qemb against peer 1: rate"] is None
+    assert d["peer 1: whole run"] > 0
 
 
 def test_append_keeps_rows_and_goes_on_counting_peers(tmp_path):
