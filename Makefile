@@ -131,9 +131,9 @@ demo: qemb ## install what is missing, build, embed three texts with the small m
 	@echo "$$DEMO_TEXT" | ./qemb -m models/demo.qemb --dim 4 --output jsonl --query --stats
 	@echo 'The demo model has random weights: the form is true, the numbers mean nothing.'
 
-convert: $(VENV)/.convert ## MODEL=directory-or-hub-name [OUT=file.qemb]: make a .qemb from a Hugging Face model
-	@test -n "$(MODEL)" || { echo "usage: make convert MODEL=directory-or-hub-name [OUT=file.qemb]"; exit 1; }
-	$(VENV)/bin/python convert_weights.py "$(MODEL)" $(if $(OUT),--out "$(OUT)")
+convert: $(VENV)/.convert ## MODEL=directory-or-hub-name [OUT=file.qemb] [DTYPE=int8]: make a .qemb from a Hugging Face model
+	@test -n "$(MODEL)" || { echo "usage: make convert MODEL=directory-or-hub-name [OUT=file.qemb] [DTYPE=int8]"; exit 1; }
+	$(VENV)/bin/python convert_weights.py "$(MODEL)" $(if $(OUT),--out "$(OUT)") $(if $(DTYPE),--dtype "$(DTYPE)")
 
 install: qemb qemb-serve ## programs and man pages under PREFIX (/usr/local)
 	install -D -m 755 qemb $(DESTDIR)$(PREFIX)/bin/qemb
