@@ -141,9 +141,10 @@ install: qemb qemb-serve ## programs and man pages under PREFIX (/usr/local)
 	install -D -m 644 qemb.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb.1
 	install -D -m 644 qemb-serve.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb-serve.1
 
-bench: need-bench qemb ## speed of every part and of whole runs, beside the machine's limits and peers (see bench.sh)
+bench: need-bench qemb qemb-serve ## speed of every part and of whole runs, beside the machine's limits and peers (see bench.sh)
 	@$(SUBMAKE) build/release/bench
 	./bench.sh
+	./bench_serve.sh
 
 ACCURACY_MODELS ?= $(sort $(wildcard tests/golden/*.qemb))
 accuracy: build/release/accuracy ## what each arithmetic costs (ACCURACY_MODELS="a.qemb b.qemb", ACCURACY_FLAGS="--exact plain")
