@@ -971,7 +971,8 @@ static int cuda_fp8_plan(qemb_part *p, const qemb_file *f, const qemb_options *o
     {                                                                                              \
         .name = NAME, .math = MATH, .act_size = sizeof(act), .batch_tokens = 8192,                 \
         .mlp_rows = MLP_ROWS, .narrow = 1, .fit = fit, .plan = PLAN, .converted = nullptr,         \
-        .health = cuda_health, .open = OPEN, .close = cuda_close, .place = cuda_place, .arena = cuda_arena,               \
+        .health = cuda_health, .open = OPEN, .close = cuda_close, .place = cuda_place,             \
+        .arena = cuda_arena,                                                                       \
         .begin = cuda_begin, .embed = cuda_embed, .rmsnorm = cuda_rmsnorm, .matmul = cuda_matmul,  \
         .matmul_add = cuda_matmul_add, .qknorm_rope = cuda_qknorm_rope,                            \
         .attention = cuda_attention, .gate_up = cuda_gate_up, .gather_last = cuda_gather_last,     \
