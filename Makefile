@@ -36,7 +36,7 @@ VENV      := .venv
 VENV_TEST := $(VENV)/.test
 GOLDEN    := .venv-golden
 
-.PHONY: all help demo accuracy test test-c test-python test-fuzz bench fuzz golden convert install clean
+.PHONY: all help demo accuracy test test-c bench fuzz golden convert install clean
 all: qemb
 
 help: ## this list

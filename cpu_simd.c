@@ -23,13 +23,13 @@
 #define TEMPLATE static inline __attribute__((always_inline)) AVX2
 
 enum {
-    MR = 6,               /* rows of x and ... */
-    NR = 16,              /* ... rows of W in a register tile: 12 of 16 registers hold its sums */
-    KC = 256,             /* columns of a packed panel: KC x NR floats, half of a 32 KiB L1 cache */
-    GROUP = 8,            /* panels that a work item packs side by side: 128 KiB of an L2 cache */
-    FEW_ROWS = 5,         /* so few rows of x are not worth a panel: see few_rows */
-    BLOCK_ROWS = 96,      /* rows of x that meet all panels of a group before the next rows come */
-    ITEM_ROWS = 512,      /* rows of a work item: what one packing of the group is shared by */
+    MR = 6,          /* rows of x and ... */
+    NR = 16,         /* ... rows of W in a register tile: 12 of 16 registers hold its sums */
+    KC = 256,        /* columns of a packed panel: KC x NR floats, half of a 32 KiB L1 cache */
+    GROUP = 8,       /* panels that a work item packs side by side: 128 KiB of an L2 cache */
+    FEW_ROWS = 5,    /* so few rows of x are not worth a panel: see few_rows */
+    BLOCK_ROWS = 96, /* rows of x that meet all panels of a group before the next rows come */
+    ITEM_ROWS = 512, /* rows of a work item: what one packing of the group is shared by */
     KEYS = CPU_KEYS,
 };
 
@@ -689,9 +689,7 @@ static int has_avx512_bf16(void) {
     return has_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1;
 }
 
-static int has_avx512_vnni(void) {
-    return has_avx512() && __builtin_cpu_supports("avx512vnni");
-}
+static int has_avx512_vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
 #endif
 
@@ -712,8 +710,7 @@ const qemb_ops *qemb_cpu_table(int i) {
 /* Names are those of the instructions, and for other arithmetic than float, with that: avx512-bf16. */
 static int is_named(const qemb_ops *ops, const char *name) {
     const size_t n = strlen(name);
-    return !strcmp(ops->name, name) ||
-           (n && !strncmp(ops->name, name, n) && ops->name[n] == '-');
+    return !strcmp(ops->name, name) || (n && !strncmp(ops->name, name, n) && ops->name[n] == '-');
 }
 
 const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math) {

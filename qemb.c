@@ -409,8 +409,10 @@ int cpu_open_scratch(qemb_backend **out, const qemb_config *c, const qemb_option
     be->c = c;
     be->threads = opt->threads;
     be->scratch_floats = (scratch_floats + 15) / 16 * 16;
-    be->rope = cpu_map(be, CPU_MAP_ROPE, (size_t)opt->max_tokens * c->head_dim * sizeof(float), err);
-    be->scratch = cpu_map(be, CPU_MAP_SCRATCH, be->threads * be->scratch_floats * sizeof(float), err);
+    be->rope =
+        cpu_map(be, CPU_MAP_ROPE, (size_t)opt->max_tokens * c->head_dim * sizeof(float), err);
+    be->scratch =
+        cpu_map(be, CPU_MAP_SCRATCH, be->threads * be->scratch_floats * sizeof(float), err);
     if (packed_floats) be->packed = cpu_map(be, CPU_MAP_PACKED, packed_floats * sizeof(float), err);
     if (!be->rope || !be->scratch || (packed_floats && !be->packed)) {
         cpu_close(be);
