@@ -112,8 +112,9 @@ void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const 
 void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
 void simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B);
 
-/* cpu_avx512.c: for CPUs with AVX-512 F, BW, DQ and VL; the others want BF16, VNNI as well */
-extern const qemb_ops avx512_ops, avx512_bf16_ops, avx512_int8_ops;
+/* cpu_avx512.c: for CPUs with AVX-512 F, BW, DQ and VL; bf16 in a name wants BF16 as well, int8 VNNI.
+ * Attention multiplies floats but for the last of them, which multiplies bfloat16. */
+extern const qemb_ops avx512_ops, avx512_bf16_ops, avx512_int8_ops, avx512_bf16_int8_ops;
 
 /* y (n) = exp(x), a table's, for tests: needs a CPU that the table runs on. Error at most 1 ulp; x
  * above ln FLT_MAX gives Inf, below ln FLT_MIN 0, NaN NaN. */

@@ -244,6 +244,7 @@ TEMPLATE void tile_rows_int8(const tile_out *o, int rows, const float *x, const 
 TILE(tile_f32, QEMB_MATH_F32, 1, MR)
 TILE(tile_f32_keys, QEMB_MATH_F32, CPU_KEYS, 1)
 TILE(tile_bf16, QEMB_MATH_BF16, 1, MR)
+TILE(tile_bf16_keys, QEMB_MATH_BF16, CPU_KEYS, 1)
 
 /* rows <= MR, n dwords, of which a last group may not have all */
 AVX512 static void tile_int8(const tile_out *o, int rows, const float *x, const float *panel,
@@ -693,35 +694,56 @@ static void avx512_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qe
 }
 
 /* ---- attention --------------------------------------------------------------------------------
- * As cpu_simd.c's: a block walks over the keys in tiles with a running maximum and sum. Keys of a
- * tile are panels (NR keys, their d-th numbers together), values NR dimensions of one key after the
- * other, queries tiles of MR rows (d, MR). What lies above the diagonal is skipped by whole register
- * tiles: its weights are zeros, and adding those changes nothing. */
+ * As cpu_simd.c's: a block walks over the keys in tiles with a running maximum and sum. It multiplies
+ * dwords as the matmul does, of floats or of bfloat16; scores, their softmax and all sums are float.
+ * Keys of a tile are panels (NR keys, their d-th dwords together), queries tiles of MR rows
+ * (dwords, MR). Values are panels of NR dimensions, of one key or (bfloat16) two per dword, and
+ * weights rows of CPU_KEYS numbers. What lies above the diagonal is skipped by whole register tiles:
+ * its weights are zeros, and adding those changes nothing. */
+
+TEMPLATE int per_dword(qemb_math math) { return math == QEMB_MATH_BF16 ? 2 : 1; }
+TEMPLATE int head_dwords(qemb_math math, const attention_tile *w) {
+    return ceil_div(w->hd, per_dword(math));
+}
+
+/* Numbers i of the first 16 and of the second 16, side by side */
+TEMPLATE __m512 interleave(__m512 halves) {
+    const __m512i low = _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005,
+                                          0x160006, 0x170007, 0x180008, 0x190009, 0x1a000a, 0x1b000b,
+                                          0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(low, _mm512_castps_si512(halves)));
+}
 
 /* Pass 1: keys and values of positions k0 .. k0+n-1. Keys that fill up a panel repeat the last. */
-AVX512 static void attention_load(const attention_tile *w, int k0, int n) {
-    const int hd = w->hd;
+TEMPLATE void attention_load(qemb_math math, const attention_tile *w, int k0, int n) {
+    const int hd = w->hd, per = per_dword(math), dwords = head_dwords(math, w);
     for (int j = 0; j < round_up(n, NR); j += 16) {
         const float *row[16];
-        float *to = w->keys + j / NR * NR * hd + j % NR;
+        float *to = w->keys + j / NR * NR * dwords + j % NR;
         for (int i = 0; i < 16; i++)
             row[i] = simd_attention_row(w, k0 + min_int(j + i, n - 1)) + w->k_col;
-        for (int d = 0; d < hd; d += 16) {
+        for (int d = 0; d < dwords; d += 16) {
             __m512 r[16];
-            UNROLL for (int i = 0; i < 16; i++) r[i] = load_first(row[i] + d, hd - d);
+            UNROLL for (int i = 0; i < 16; i++) r[i] =
+                x_dwords(math, row[i], d * per, hd - d * per);
             transpose(r);
-            if (hd - d >= 16) {
+            if (dwords - d >= 16) {
                 UNROLL for (int c = 0; c < 16; c++) _mm512_storeu_ps(to + (d + c) * NR, r[c]);
             } else {
-                for (int c = 0; c < hd - d; c++) _mm512_storeu_ps(to + (d + c) * NR, r[c]);
+                for (int c = 0; c < dwords - d; c++) _mm512_storeu_ps(to + (d + c) * NR, r[c]);
             }
         }
     }
-    for (int j = 0; j < n; j++) {
+    for (int j = 0; j < n; j += per) {
         const float *row = simd_attention_row(w, k0 + j) + w->v_col;
-        for (int d = 0; d < w->hdp; d += 16)
-            _mm512_storeu_ps(w->values + (d / NR * CPU_KEYS + j) * NR + d % NR,
-                             load_first(row + d, hd - d));
+        const float *next = simd_attention_row(w, k0 + min_int(j + 1, n - 1)) + w->v_col;
+        float *to = w->values + j / per * NR;
+        for (int d = 0; d < w->hdp; d += 16) {
+            __m512 v = load_first(row + d, hd - d);
+            if (math == QEMB_MATH_BF16) /* the last of an odd number goes with zeros */
+                v = interleave(to_bf16(v, load_first(next + d, j + 1 < n ? hd - d : 0)));
+            _mm512_storeu_ps(to + d / NR * (CPU_KEYS / per) * NR + d % NR, v);
+        }
     }
 }
 
@@ -734,20 +756,28 @@ static const float ones[NR] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 /* Pass 2: s (R, n) = q k^T, for whole tiles of rows: those that do not see a key are masked later */
-static void attention_scores(const attention_tile *w, int R, int q0, int k0, int n) {
+TEMPLATE void attention_scores(qemb_math math, const attention_tile *w, int R, int q0, int k0,
+                               int n) {
+    const int dwords = head_dwords(math, w);
     for (int j = 0; j < n; j += NR)
         for (int r = first_seeing(w, q0, k0 + j) / MR * MR; r < R; r += MR) {
             const tile_out o = {w->s + (size_t)r * CPU_KEYS + j, CPU_KEYS, NR, 0, ones};
-            tile_f32(&o, min_int(MR, R - r), w->q + (size_t)r * w->hd, w->keys + j * w->hd, w->hd);
+            const float *q = w->q + (size_t)r * dwords, *keys = w->keys + j * dwords;
+            if (math == QEMB_MATH_BF16)
+                tile_bf16(&o, min_int(MR, R - r), q, keys, dwords);
+            else
+                tile_f32(&o, min_int(MR, R - r), q, keys, dwords);
         }
 }
 
-/* Pass 3: scores become weights exp(s - max); what was summed under an older maximum is scaled. A
- * row sees the tile's keys up to its own position. */
-AVX512 static void attention_softmax(const attention_tile *w, int R, int q0, int k0) {
+/* Pass 3: scores become weights exp(s - max), in dwords and in place; what was summed under an older
+ * maximum is scaled. A row sees the tile's keys up to its own position. */
+TEMPLATE void attention_softmax(qemb_math math, const attention_tile *w, int R, int q0, int k0) {
+    const int per = per_dword(math);
     for (int r = first_seeing(w, q0, k0); r < R; r++) {
         float *s = w->s + (size_t)r * CPU_KEYS, *acc = w->acc + (size_t)r * w->hdp;
-        const int visible = min_int(CPU_KEYS, q0 + r / w->G - k0 + 1), end = round_up(visible, 16);
+        const int visible = min_int(CPU_KEYS, q0 + r / w->G - k0 + 1);
+        const int end = round_up(visible, 16 * per);
         const __m512 low = _mm512_set1_ps(-INFINITY);
         const float before = w->max[r];
         __m512 m = low, sum = _mm512_setzero_ps();
@@ -756,14 +786,19 @@ AVX512 static void attention_softmax(const attention_tile *w, int R, int q0, int
         const float max = _mm512_reduce_max_ps(m);
         w->max[r] = max > before ? max : before;
         m = _mm512_set1_ps(w->max[r]);
-        for (int j = 0; j < end; j += 16) {
-            const __m512 v = _mm512_mask_loadu_ps(low, first16(visible - j), s + j);
-            const __m512 e = exp16(_mm512_sub_ps(v, m));
-            _mm512_storeu_ps(s + j, e);
-            sum = _mm512_add_ps(sum, e);
+        for (int j = 0; j < end; j += 16 * per) {
+            __m512 e[2];
+            UNROLL for (int i = 0; i < per; i++) {
+                const int from = j + 16 * i;
+                const __m512 v = _mm512_mask_loadu_ps(low, first16(visible - from), s + from);
+                e[i] = exp16(_mm512_sub_ps(v, m));
+                sum = _mm512_add_ps(sum, e[i]);
+            }
+            _mm512_storeu_ps(s + j / per, per == 2 ? to_bf16(e[0], e[1]) : e[0]);
         }
-        for (int j = end; j < CPU_KEYS; j += 16) _mm512_storeu_ps(s + j, _mm512_setzero_ps());
-        if (before != w->max[r]) { /* else the factor would be 1 */
+        for (int j = end / per; j < CPU_KEYS / per; j += 16)
+            _mm512_storeu_ps(s + j, _mm512_setzero_ps());
+        if (k0 && before != w->max[r]) { /* else there is nothing yet, or the factor would be 1 */
             const __m512 older = exp16(_mm512_sub_ps(_mm512_set1_ps(before), m));
             for (int d = 0; d < w->hdp; d += 16)
                 _mm512_storeu_ps(acc + d, _mm512_mul_ps(_mm512_loadu_ps(acc + d), older));
@@ -773,79 +808,103 @@ AVX512 static void attention_softmax(const attention_tile *w, int R, int q0, int
     }
 }
 
-/* Pass 4: acc (R, hdp) += s v. Rows go together that see about as many keys: NR of them a step. */
-static void attention_values(const attention_tile *w, int R, int q0, int k0, int n) {
+/* Pass 4: acc (R, hdp) = (k0 ? acc : 0) + s v. Rows go together that see about as many keys: NR of
+ * them a step. */
+TEMPLATE void attention_values(qemb_math math, const attention_tile *w, int R, int q0, int k0,
+                               int n) {
+    const int per = per_dword(math);
     for (int r = first_seeing(w, q0, k0), end; r < R; r = end) {
         const int t = q0 + r / w->G - k0; /* the row's own position in the tile */
         const int depth = min_int(n, t / NR * NR + NR);
         end = depth == n ? R : first_seeing(w, q0, k0 + depth);
         for (int d = 0; d < w->hdp; d += NR)
             for (int i = r; i < end; i += MR) {
-                const tile_out o = {w->acc + (size_t)i * w->hdp + d, (size_t)w->hdp, NR, 1, ones};
-                tile_f32_keys(&o, min_int(MR, end - i), w->s + (size_t)i * CPU_KEYS,
-                              w->values + d * CPU_KEYS, depth);
+                const tile_out o = {w->acc + (size_t)i * w->hdp + d, (size_t)w->hdp, NR, k0, ones};
+                const float *s = w->s + (size_t)i * CPU_KEYS, *v = w->values + d * (CPU_KEYS / per);
+                if (math == QEMB_MATH_BF16)
+                    tile_bf16_keys(&o, min_int(MR, end - i), s, v, ceil_div(depth, 2));
+                else
+                    tile_f32_keys(&o, min_int(MR, end - i), s, v, depth);
             }
     }
 }
 
-AVX512 static void attention_queries(const attention_tile *w, int R, int q0) {
-    const int G = w->G, hd = w->hd;
+TEMPLATE void attention_queries(qemb_math math, const attention_tile *w, int R, int q0) {
+    const int G = w->G, hd = w->hd, per = per_dword(math), dwords = head_dwords(math, w);
     const __m512 scale = _mm512_set1_ps((float)(1 / sqrt(hd)));
-    for (int t = 0; t < R; t += MR)
-        for (int d = 0; d < hd; d += 16) {
+    for (int t = 0; t < R; t += MR) {
+        const float *q[MR];
+        for (int i = 0; i < MR; i++) {
+            const int row = min_int(t + i, R - 1);
+            q[i] = simd_attention_row(w, q0 + row / G) + w->q_col + row % G * hd;
+        }
+        for (int d = 0; d < dwords; d += 16) {
             __m512 r[16];
-            for (int i = 0; i < 16; i++) {
-                const int row = min_int(t + min_int(i, MR - 1), R - 1);
-                const float *q = simd_attention_row(w, q0 + row / G) + w->q_col + row % G * hd;
-                r[i] = _mm512_mul_ps(load_first(q + d, hd - d), scale);
+            UNROLL for (int i = 0; i < 16; i++) {
+                const float *x = q[min_int(i, MR - 1)] + d * per;
+                const __m512 v = _mm512_mul_ps(load_first(x, hd - d * per), scale);
+                r[i] = v;
+                if (math == QEMB_MATH_BF16)
+                    r[i] = to_bf16(v, _mm512_mul_ps(load_first(x + 16, hd - d * per - 16), scale));
             }
             transpose(r);
-            float *to = w->q + (size_t)t * hd + d * MR;
-            for (int c = 0; c < min_int(16, hd - d); c++)
+            float *to = w->q + (size_t)t * dwords + d * MR;
+            for (int c = 0; c < min_int(16, dwords - d); c++)
                 _mm512_mask_storeu_ps(to + c * MR, (1u << MR) - 1, r[c]);
         }
+    }
 }
 
-AVX512 static void attention_block(const attention_tile *w, float *att, size_t ld_att, int q0,
-                                   int n) {
+TEMPLATE void attention_of(qemb_math math, const attention_tile *w, float *att, size_t ld_att,
+                           int q0, int n) {
     const int G = w->G, hd = w->hd, R = n * G;
-    attention_queries(w, R, q0);
+    attention_queries(math, w, R, q0);
     for (int r = 0; r < R; r++) w->max[r] = -INFINITY, w->sum[r] = 0;
-    memset(w->acc, 0, (size_t)R * w->hdp * sizeof(float));
     for (int k0 = 0; k0 < q0 + n; k0 += CPU_KEYS) {
         const int keys = min_int(CPU_KEYS, q0 + n - k0);
-        attention_load(w, k0, keys);
-        attention_scores(w, R, q0, k0, keys);
-        attention_softmax(w, R, q0, k0);
-        attention_values(w, R, q0, k0, keys);
+        attention_load(math, w, k0, keys);
+        attention_scores(math, w, R, q0, k0, keys);
+        attention_softmax(math, w, R, q0, k0);
+        attention_values(math, w, R, q0, k0, keys);
     }
     for (int r = 0; r < R; r++) {
         float *out = att + r / G * ld_att + r % G * hd;
-        const __m512 sum = _mm512_set1_ps(w->sum[r]);
+        const __m512 inverse = _mm512_set1_ps(1 / w->sum[r]);
         for (int d = 0; d < hd; d += 16) { /* + 0: a sum that underflowed to -0 is 0 */
-            const __m512 v = _mm512_div_ps(_mm512_loadu_ps(w->acc + (size_t)r * w->hdp + d), sum);
-            store_first(out + d, _mm512_add_ps(v, _mm512_setzero_ps()), hd - d);
+            const __m512 v = _mm512_loadu_ps(w->acc + (size_t)r * w->hdp + d);
+            store_first(out + d, _mm512_fmadd_ps(v, inverse, _mm512_setzero_ps()), hd - d);
         }
     }
+}
+
+AVX512 static void attention_f32(const attention_tile *w, float *att, size_t ld_att, int q0,
+                                 int n) {
+    attention_of(QEMB_MATH_F32, w, att, ld_att, q0, n);
+}
+
+AVX512 static void attention_bf16(const attention_tile *w, float *att, size_t ld_att, int q0,
+                                  int n) {
+    attention_of(QEMB_MATH_BF16, w, att, ld_att, q0, n);
 }
 
 /* ---- the tables ------------------------------------------------------------------------------- */
 
-static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config *c,
-                      const qemb_options *opt, qemb_err *err) {
-    static const cpu_kernels kernels = {half_row, rmsnorm_row, rotate, swiglu_row, attention_block};
+static int open_table(qemb_backend **be, const qemb_ops *ops, const cpu_kernels *kernels,
+                      const qemb_config *c, const qemb_options *opt, qemb_err *err) {
     const int widest = max_int(max_int(c->hidden, c->n_heads * c->head_dim), c->ffn);
-    if (simd_open(be, c, opt, &kernels, GROUP * (KC / 16) * W_GROUP,
+    if (simd_open(be, c, opt, kernels, GROUP * (KC / 16) * W_GROUP,
                   (size_t)X_ROWS * (size_t)round_up(widest, 4 * KC), err))
         return -1;
     (*be)->ops = ops;
     return 0;
 }
 
-#define TABLE(table, label, arithmetic, placed, bytes)                                             \
+/* attended: what attention multiplies in */
+#define TABLE(table, label, arithmetic, attended, placed, bytes)                                   \
     static int open_##table(qemb_backend **be, const qemb_config *c, const qemb_options *opt,      \
                             qemb_err *err) {                                                       \
-        return open_table(be, &table, c, opt, err);                                                \
+        static const cpu_kernels kernels = {half_row, rmsnorm_row, rotate, swiglu_row, attended};  \
+        return open_table(be, &table, &kernels, c, opt, err);                                      \
     }                                                                                              \
     const qemb_ops table = {.name = label,                                                         \
                             .math = arithmetic,                                                    \
@@ -866,8 +925,10 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const qemb_config 
                             .gather_last = cpu_gather_last,                                        \
                             .pool = simd_pool};
 
-TABLE(avx512_ops, "avx512", QEMB_MATH_F32, cpu_place, NULL)
-TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, cpu_place, NULL)
-TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, place_int8, int8_converted)
+TABLE(avx512_ops, "avx512", QEMB_MATH_F32, attention_f32, cpu_place, NULL)
+TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, attention_f32, cpu_place, NULL)
+TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, attention_f32, place_int8, int8_converted)
+TABLE(avx512_bf16_int8_ops, "avx512-bf16-int8", QEMB_MATH_INT8, attention_bf16, place_int8,
+      int8_converted)
 
 #endif

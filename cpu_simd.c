@@ -703,6 +703,7 @@ const qemb_ops *qemb_cpu_table(int i) {
     if (has_avx512()) tables[n++] = &avx512_ops;
     if (has_avx512_bf16()) tables[n++] = &avx512_bf16_ops;
     if (has_avx512_vnni()) tables[n++] = &avx512_int8_ops;
+    if (has_avx512_vnni() && has_avx512_bf16()) tables[n++] = &avx512_bf16_int8_ops;
 #endif
     return i >= 0 && i < n ? tables[i] : NULL;
 }
