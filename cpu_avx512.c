@@ -295,7 +295,10 @@ TEMPLATE void transpose(__m512 r[16]) {
  * x is packed in tiles of MR rows, in the arithmetic's dwords, all of them before the products. An
  * item is some panels of W and all tiles of x: a block of the panels' columns is packed, then every
  * tile meets them. Packing costs about 0.4 cycles a dword of W, shared by the rows, each of which
- * costs 1/16. Dwords that a row ends within are filled up with zeros. */
+ * costs 1/16. Dwords that a row ends within are filled up with zeros.
+ *
+ * gate_up's panels are 16 rows of gate's and the same 16 of up's, so that a tile's sums are all that
+ * SwiGLU needs. They never reach memory outside a thread's scratch. */
 
 typedef struct {
     const qemb_backend *be;
@@ -304,8 +307,23 @@ typedef struct {
     const qemb_mat *w;
     float *packed; /* (tiles, blocks, x_floats) x */
     int T, add, tiles, blocks;
+    int gated;         /* y (T, N/2) = silu of the first N/2 columns times the others */
     int panels, group; /* an item is so many panels, of which `group` are packed at a time */
 } matmul_job;
+
+typedef struct {
+    const qemb_mat *w;
+    int row[2]; /* of W, where its halves of 16 begin */
+} w_panel;
+
+static int panel_count(const qemb_mat *w, int gated) {
+    return gated ? ceil_div(w->rows / 2, 16) : ceil_div(w->rows, NR);
+}
+
+static w_panel panel_of(const qemb_mat *w, int p, int gated) {
+    const int first = p * (gated ? 16 : NR);
+    return (w_panel){w, {first, first + (gated ? w->rows / 2 : 16)}};
+}
 
 typedef struct { /* an arithmetic: how numbers become dwords, and what multiplies them */
     int per_dword;
@@ -313,7 +331,7 @@ typedef struct { /* an arithmetic: how numbers become dwords, and what multiplie
     int x_floats, w_floats; /* that a tile of x and a panel of W take in a block */
     void (*pack_x)(const matmul_job *j, int tile, float *to);
     /* of F16, I8; `ahead`: how many numbers on those lie that will be packed next */
-    void (*pack_w[2])(float *panel, const qemb_mat *w, int n0, int k0, int k1, size_t ahead);
+    void (*pack_w[2])(float *panel, const w_panel *p, int k0, int k1, size_t ahead);
     void (*multiply)(const tile_out *o, int rows, const float *x, const float *panel, int n);
 } arithmetic;
 
@@ -379,18 +397,18 @@ TEMPLATE void pack_x(qemb_math math, const matmul_job *j, int tile, float *to) {
 }
 
 /* panel (dwords, NR) = columns k0 .. k1-1 of W's rows n0 .. n0+NR-1 */
-TEMPLATE void pack_w(qemb_math math, qemb_dtype dtype, float *panel, const qemb_mat *w, int n0,
-                     int k0, int k1, size_t ahead) {
+TEMPLATE void pack_w(qemb_math math, qemb_dtype dtype, float *panel, const w_panel *p, int k0,
+                     int k1, size_t ahead) {
     const int step = math == QEMB_MATH_F32 ? 16 : 32, bytes = dtype == QEMB_I8 ? 1 : 2;
-    for (int h = 0; h < NR; h += 16) {
+    for (int h = 0; h < 2; h++) {
         w_rows row;
-        find_rows(row, w, n0 + h, bytes);
-        float *to = panel + h;
+        find_rows(row, p->w, p->row[h], bytes);
+        float *to = panel + 16 * h;
         for (int k = k0; k < k1; k += step, to += 16 * NR) {
             __m512 r[16];
             if (k * bytes % 64 == 0) prefetch_rows(row, (size_t)k * bytes, ahead * bytes);
             UNROLL for (int i = 0; i < 16; i++) r[i] =
-                weight_dwords(math, dtype, row[i], k, w->cols - k);
+                weight_dwords(math, dtype, row[i], k, p->w->cols - k);
             transpose(r);
             UNROLL for (int c = 0; c < 16; c++) _mm512_store_ps(to + c * NR, r[c]);
         }
@@ -401,13 +419,11 @@ TEMPLATE void pack_w(qemb_math math, qemb_dtype dtype, float *panel, const qemb_
     AVX512 static void name##_x(const matmul_job *j, int tile, float *to) {                        \
         pack_x(math, j, tile, to);                                                                 \
     }                                                                                              \
-    AVX512 static void name##_f16(float *panel, const qemb_mat *w, int n0, int k0, int k1,         \
-                                  size_t ahead) {                                                  \
-        pack_w(math, QEMB_F16, panel, w, n0, k0, k1, ahead);                                       \
+    AVX512 static void name##_f16(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {  \
+        pack_w(math, QEMB_F16, panel, p, k0, k1, ahead);                                           \
     }                                                                                              \
-    AVX512 static void name##_i8(float *panel, const qemb_mat *w, int n0, int k0, int k1,          \
-                                 size_t ahead) {                                                   \
-        pack_w(math, QEMB_I8, panel, w, n0, k0, k1, ahead);                                        \
+    AVX512 static void name##_i8(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {   \
+        pack_w(math, QEMB_I8, panel, p, k0, k1, ahead);                                            \
     }
 PACK(pack_f32, QEMB_MATH_F32)
 PACK(pack_bf16, QEMB_MATH_BF16)
@@ -492,12 +508,12 @@ TEMPLATE void store_w(float *to, __m512 r[16], __m512 scale) {
     _mm512_store_si512(to + NR, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_castps_si512(sum)));
 }
 
-AVX512 static void pack_int8_f16(float *panel, const qemb_mat *w, int n0, int k0, int k1,
-                                 size_t ahead) {
-    for (int h = 0; h < NR; h += 16) {
+AVX512 static void pack_int8_f16(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {
+    const qemb_mat *w = p->w;
+    for (int h = 0; h < 2; h++) {
         w_rows row;
-        find_rows(row, w, n0 + h, 2);
-        float *to = panel + h;
+        find_rows(row, w, p->row[h], 2);
+        float *to = panel + 16 * h;
         for (int k = k0; k < k1; k += 64, to += W_GROUP) {
             float inverse[16];
             __m512 r[16], v[4];
@@ -512,13 +528,13 @@ AVX512 static void pack_int8_f16(float *panel, const qemb_mat *w, int n0, int k0
     }
 }
 
-AVX512 static void pack_int8_i8(float *panel, const qemb_mat *w, int n0, int k0, int k1,
-                                size_t ahead) {
-    for (int h = 0; h < NR; h += 16) {
+AVX512 static void pack_int8_i8(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {
+    const qemb_mat *w = p->w;
+    for (int h = 0; h < 2; h++) {
         w_rows row;
-        float *to = panel + h, scale[16];
-        find_rows(row, w, n0 + h, 1);
-        for (int i = 0; i < 16; i++) scale[i] = w->scale[min_int(n0 + h + i, w->rows - 1)];
+        float *to = panel + 16 * h, scale[16];
+        find_rows(row, w, p->row[h], 1);
+        for (int i = 0; i < 16; i++) scale[i] = w->scale[min_int(p->row[h] + i, w->rows - 1)];
         for (int k = k0; k < k1; k += 64, to += W_GROUP) {
             __m512 r[16];
             const __mmask64 some = w->cols - k >= 64 ? ~0ull : (1ull << (w->cols - k)) - 1;
@@ -543,28 +559,29 @@ static const float *placed_panel(const qemb_mat *w, int p, int k) {
 typedef struct {
     float *to;
     const qemb_mat *w;
+    int gated;
 } place_job;
 
 static void place_panel(const void *job, int item, int thread) {
     const place_job *j = job;
     (void)thread;
-    pack_int8_f16(j->to + item * panel_floats(j->w), j->w, item * NR, 0, j->w->cols,
-                  (size_t)NR * j->w->cols);
+    const w_panel p = panel_of(j->w, item, j->gated);
+    pack_int8_f16(j->to + item * panel_floats(j->w), &p, 0, j->w->cols, (size_t)NR * j->w->cols);
 }
 
-/* Calls f(matrix, arg) for the F16 matrices of the layers. */
-static void each_half_matrix(qemb_layer *layers, int n_layers, void (*f)(qemb_mat *, void *),
+/* Calls f(matrix, whether it is gate_up's, arg) for the F16 matrices of the layers. */
+static void each_half_matrix(qemb_layer *layers, int n_layers, void (*f)(qemb_mat *, int, void *),
                              void *arg) {
     for (int l = 0; l < n_layers; l++) {
         qemb_layer *y = &layers[l];
         qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
         for (int i = 0; i < 4; i++)
-            if (all[i]->dtype == QEMB_F16) f(all[i], arg);
+            if (all[i]->dtype == QEMB_F16) f(all[i], all[i] == &y->wgu, arg);
     }
 }
 
-static void add_floats(qemb_mat *w, void *sum) {
-    *(size_t *)sum += ceil_div(w->rows, NR) * panel_floats(w);
+static void add_floats(qemb_mat *w, int gated, void *sum) {
+    *(size_t *)sum += panel_count(w, gated) * panel_floats(w);
 }
 
 static size_t int8_converted(const qemb_weights *w, int n_layers) {
@@ -578,10 +595,10 @@ typedef struct {
     float *to;
 } placing;
 
-static void place_matrix(qemb_mat *w, void *arg) {
+static void place_matrix(qemb_mat *w, int gated, void *arg) {
     placing *p = arg;
-    const int panels = ceil_div(w->rows, NR);
-    cpu_parallel(p->pool, panels, place_panel, &(place_job){p->to, w});
+    const int panels = panel_count(w, gated);
+    cpu_parallel(p->pool, panels, place_panel, &(place_job){p->to, w, gated});
     w->data = p->to;
     w->dtype = QEMB_I8;
     p->to += panels * panel_floats(w);
@@ -618,50 +635,72 @@ static void pack_tile(const void *job, int item, int thread) {
 }
 
 /* factor (NR) of a panel: what its sums are multiplied by */
-static void panel_factors(float *factor, const qemb_mat *w, int n0, int scaled) {
+static void panel_factors(float *factor, const w_panel *p, int scaled) {
     for (int i = 0; i < NR; i++)
-        factor[i] = w->alpha * (scaled ? w->scale[min_int(n0 + i, w->rows - 1)] : 1);
+        factor[i] = p->w->alpha *
+                    (scaled ? p->w->scale[min_int(p->row[i / 16] + i % 16, p->w->rows - 1)] : 1);
+}
+
+/* Rows t .. of y from gate_up's sums (rows, NR), of panel p */
+static void gate_tile(const matmul_job *j, int t, int rows, int p, const float *sums) {
+    const int F = j->w->rows / 2, n = p * 16;
+    for (int i = 0; i < rows; i++, sums += NR)
+        j->be->kernels->swiglu(j->y + (size_t)(t + i) * F + n, sums, sums + 16, min_int(16, F - n));
+}
+
+/* Tile i of x times panel p, which lies at `panel`, for a block of columns; first, last: of all */
+static void multiply_tile(const matmul_job *j, int i, int p, int block, int n, const float *panel,
+                          const float *factor, float *sums) {
+    const arithmetic *a = &arithmetics[j->be->ops->math];
+    const int t = tile_start(j, i), rows = tile_start(j, i + 1) - t, N = j->w->rows;
+    const float *x = j->packed + ((size_t)i * j->blocks + block) * a->x_floats;
+    tile_out o = {j->y + (size_t)t * N + p * NR, (size_t)N, min_int(NR, N - p * NR),
+                  j->add || block, factor};
+    if (j->gated) o = (tile_out){sums, NR, NR, block > 0, factor};
+    a->multiply(&o, rows, x, panel, n);
+    if (j->gated && block == j->blocks - 1) gate_tile(j, t, rows, p, sums);
 }
 
 static void multiply_panels(const void *job, int item, int thread) {
     const matmul_job *j = job;
     const arithmetic *a = &arithmetics[j->be->ops->math];
-    const int N = j->w->rows, K = j->w->cols, is_i8 = j->w->dtype == QEMB_I8;
-    const int placed = is_placed(j->w);
-    const int last = min_int((item + 1) * j->panels, ceil_div(N, NR));
+    const int K = j->w->cols, is_i8 = j->w->dtype == QEMB_I8, placed = is_placed(j->w);
+    const int last = min_int((item + 1) * j->panels, panel_count(j->w, j->gated));
     float *panels = j->be->scratch + (size_t)thread * j->be->scratch_floats, factor[GROUP][NR];
+    float *sums = panels + GROUP * (KC / 16) * W_GROUP;
+    /* whole rows of x need one tile's sums at a time, parts of them all tiles' of the group */
+    const size_t next_sums = j->blocks > 1 ? MR * NR : 0;
     for (int p = item * j->panels, n; p < last; p += n) {
+        w_panel at[GROUP];
         n = min_int(j->group, last - p);
-        for (int g = 0; g < n; g++) /* INT8's panels have scales of their own */
-            panel_factors(factor[g], j->w, (p + g) * NR, is_i8 && a->per_dword < 4);
+        for (int g = 0; g < n; g++) { /* INT8's panels have scales of their own */
+            at[g] = panel_of(j->w, p + g, j->gated);
+            panel_factors(factor[g], &at[g], is_i8 && a->per_dword < 4);
+        }
         for (int b = 0, k = 0; k < K; b++, k += a->columns) {
             const int end = min_int(K, k + a->columns);
             /* next the following columns; after the last, the following rows */
-            const size_t ahead = end < K ? (size_t)a->columns : (size_t)n * NR * K - k;
-            const float *at[GROUP];
-            for (int g = 0; g < n; g++)
-                at[g] = placed ? placed_panel(j->w, p + g, k) : panels + g * a->w_floats;
-            for (int g = 0; g < n && !placed; g++)
-                a->pack_w[is_i8](panels + g * a->w_floats, j->w, (p + g) * NR, k, end, ahead);
-            for (int i = 0; i < j->tiles; i++) {
-                const int t = tile_start(j, i), rows = tile_start(j, i + 1) - t;
-                const float *x = j->packed + ((size_t)i * j->blocks + b) * a->x_floats;
-                for (int g = 0; g < n; g++) {
-                    const int n0 = (p + g) * NR;
-                    const tile_out o = {j->y + (size_t)t * N + n0, (size_t)N, min_int(NR, N - n0),
-                                        j->add || k, factor[g]};
-                    a->multiply(&o, rows, x, at[g], ceil_div(end - k, a->per_dword));
-                }
+            const int rows = panel_of(j->w, p + n, j->gated).row[0] - at[0].row[0];
+            const size_t ahead = end < K ? (size_t)a->columns : (size_t)rows * K - k;
+            const float *packed[GROUP];
+            for (int g = 0; g < n; g++) {
+                packed[g] = placed ? placed_panel(j->w, p + g, k) : panels + g * a->w_floats;
+                if (!placed) a->pack_w[is_i8](panels + g * a->w_floats, &at[g], k, end, ahead);
             }
+            for (int i = 0; i < j->tiles; i++)
+                for (int g = 0; g < n; g++)
+                    multiply_tile(j, i, p + g, b, ceil_div(end - k, a->per_dword), packed[g],
+                                  factor[g], sums + (i * GROUP + g) * next_sums);
         }
     }
 }
 
+/* y (T, N) = (add ? y : 0) + alpha x W^T, or gated: y (T, N/2) */
 static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_mat *w, int T,
-                       int add) {
+                       int add, int gated) {
     assert(w->dtype == QEMB_F16 || (w->dtype == QEMB_I8 && w->scale) || is_placed(w));
-    const int panels = ceil_div(w->rows, NR), chunks = ceil_div(T, X_ROWS);
-    matmul_job j = {.be = be, .w = w, .add = add, .packed = be->packed};
+    const int panels = panel_count(w, gated), chunks = ceil_div(T, X_ROWS);
+    matmul_job j = {.be = be, .w = w, .add = add, .gated = gated, .packed = be->packed};
     j.blocks = ceil_div(w->cols, arithmetics[be->ops->math].columns);
     /* smaller items where there would be fewer than four a thread: one has to be last */
     j.panels = max_int(1, min_int(GROUP, panels / (4 * be->threads)));
@@ -671,7 +710,7 @@ static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_ma
         j.tiles = ceil_div(j.T, MR);
         j.group = j.tiles == 1 ? 1 : j.panels; /* one tile: W is read once, along its rows */
         j.x = x + (size_t)t * w->cols;
-        j.y = y + (size_t)t * w->rows;
+        j.y = y + (size_t)t * (gated ? w->rows / 2 : w->rows);
         cpu_parallel(be->pool, j.tiles, pack_tile, &j);
         cpu_parallel(be->pool, ceil_div(panels, j.panels), multiply_panels, &j);
     }
@@ -679,18 +718,18 @@ static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_ma
 
 static void avx512_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w,
                           int T) {
-    matmul_all(be, f32(y), cf32(x), w, T, 0);
+    matmul_all(be, f32(y), cf32(x), w, T, 0, 0);
 }
 
 static void avx512_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w,
                               int T) {
-    matmul_all(be, x, cf32(a), w, T, 1);
+    matmul_all(be, x, cf32(a), w, T, 1, 0);
 }
 
 static void avx512_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
                            const qemb_mat *w, int T) {
-    avx512_matmul(be, gu, x, w, T);
-    simd_swiglu(be, h, gu, T);
+    (void)gu;
+    matmul_all(be, f32(h), cf32(x), w, T, 0, 1);
 }
 
 /* ---- attention --------------------------------------------------------------------------------
@@ -708,9 +747,9 @@ TEMPLATE int head_dwords(qemb_math math, const attention_tile *w) {
 
 /* Numbers i of the first 16 and of the second 16, side by side */
 TEMPLATE __m512 interleave(__m512 halves) {
-    const __m512i low = _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005,
-                                          0x160006, 0x170007, 0x180008, 0x190009, 0x1a000a, 0x1b000b,
-                                          0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+    const __m512i low = _mm512_setr_epi32(
+        0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
+        0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(low, _mm512_castps_si512(halves)));
 }
 
@@ -892,7 +931,7 @@ AVX512 static void attention_bf16(const attention_tile *w, float *att, size_t ld
 static int open_table(qemb_backend **be, const qemb_ops *ops, const cpu_kernels *kernels,
                       const qemb_config *c, const qemb_options *opt, qemb_err *err) {
     const int widest = max_int(max_int(c->hidden, c->n_heads * c->head_dim), c->ffn);
-    if (simd_open(be, c, opt, kernels, GROUP * (KC / 16) * W_GROUP,
+    if (simd_open(be, c, opt, kernels, GROUP * (KC / 16) * W_GROUP + X_ROWS * GROUP * NR,
                   (size_t)X_ROWS * (size_t)round_up(widest, 4 * KC), err))
         return -1;
     (*be)->ops = ops;
