@@ -24,6 +24,7 @@ enum {
     NR = 32,         /* ... rows of W in a register tile: 24 of 32 registers hold its sums */
     KC = 512,        /* dwords of a packed panel: KC x NR of them, 64 KiB */
     GROUP = 4,       /* panels that are packed side by side: 256 KiB of an L2 cache */
+    FEW_TILES = 2,   /* so many tiles of x wait for W to come from memory */
     X_ROWS = 86 * MR /* rows of x that are packed at a time, and share one packing of W */
 };
 
@@ -148,7 +149,19 @@ typedef struct { /* what becomes of a tile's sums: y (rows, cols) = (add ? y : 0
     size_t ldy;
     int cols, add;
     const float *factor; /* (NR) */
+    /* Few rows wait for memory: tile `share` of so many that meet a panel fetches its share of the
+     * next one. NULL where there are many */
+    const float *ahead;
+    int share, shares;
 } tile_out;
+
+/* While 16 dwords of a panel are worked on, with what lies among them: floats of it and of the next */
+TEMPLATE const float *fetch(const tile_out *o, const float *ahead, int floats) {
+    if (!ahead) return NULL;
+    for (int i = 16 * o->share; i < floats; i += 16 * o->shares)
+        _mm_prefetch((const char *)(ahead + i), _MM_HINT_T1);
+    return ahead + floats;
+}
 
 /* No branch may depend on i: compilers would keep the sums in memory for it, throughout the tile. */
 TEMPLATE void tile_write(const tile_out *o, int rows, __m512 (*acc)[2], int add) {
@@ -181,8 +194,12 @@ TEMPLATE void tile_begin(const tile_out *o, int rows, __m512 (*acc)[2]) {
 TEMPLATE void tile_rows(qemb_math math, const tile_out *o, int rows, const float *x, int next_row,
                         int next_k, const float *panel, int n) {
     __m512 acc[MR][2];
+    const float *ahead = o->ahead;
     tile_begin(o, rows, acc);
-    tile(math, acc, rows, x, next_row, next_k, panel, n);
+    for (int k = 0; k < n; k += 16) {
+        ahead = fetch(o, ahead, 16 * NR);
+        tile(math, acc, rows, x + k * next_k, next_row, next_k, panel + k * NR, min_int(16, n - k));
+    }
     tile_end(o, rows, acc);
 }
 
@@ -193,11 +210,13 @@ enum {
     INT8_ROWS = MR / 2, /* there are two sums for each, of integers and of floats */
     X_GROUP = 17 * MR,
     W_GROUP = 18 * NR,
+    PANELS_FLOATS = GROUP * (KC / 16) * W_GROUP, /* of the largest arithmetic's group of panels */
 };
 
 TEMPLATE void tile_rows_int8(const tile_out *o, int rows, const float *x, const float *panel,
                              int groups) {
     __m512 acc[INT8_ROWS][2];
+    const float *ahead = o->ahead;
     tile_begin(o, rows, acc);
     for (; groups; groups--, x += X_GROUP, panel += W_GROUP) {
         __m512 sum[INT8_ROWS][2];
@@ -205,6 +224,7 @@ TEMPLATE void tile_rows_int8(const tile_out *o, int rows, const float *x, const 
             sum[i][0] = _mm512_load_ps(panel + NR);
             sum[i][1] = _mm512_load_ps(panel + NR + 16);
         }
+        ahead = fetch(o, ahead, W_GROUP);
         tile(QEMB_MATH_INT8, sum, rows, x, 1, MR, panel + 2 * NR, 16);
         UNROLL for (int h = 0; h < 2; h++) {
             const __m512 w = _mm512_load_ps(panel + 16 * h);
@@ -251,7 +271,9 @@ AVX512 static void tile_int8(const tile_out *o, int rows, const float *x, const 
                              int n) {
     const int groups = ceil_div(n, 16);
     tile_out to = *o;
-    for (int left = ceil_div(rows, INT8_ROWS); left; left--) {
+    int left = ceil_div(rows, INT8_ROWS);
+    to.share *= left, to.shares *= left;
+    for (; left; left--) {
         const int m = ceil_div(rows, left);
         switch (m) {
             CASE(1, tile_rows_int8(&to, 1, x, panel, groups))
@@ -261,7 +283,7 @@ AVX512 static void tile_int8(const tile_out *o, int rows, const float *x, const 
             CASE(5, tile_rows_int8(&to, 5, x, panel, groups))
             CASE(6, tile_rows_int8(&to, 6, x, panel, groups))
         }
-        x += m, to.y += m * o->ldy, rows -= m;
+        x += m, to.y += m * o->ldy, rows -= m, to.share++;
     }
 }
 
@@ -308,6 +330,7 @@ typedef struct {
     float *packed; /* (tiles, blocks, x_floats) x */
     int T, add, tiles, blocks;
     int gated;         /* y (T, N/2) = silu of the first N/2 columns times the others */
+    int few;           /* so few rows that reading W takes the time */
     int panels, group; /* an item is so many panels, of which `group` are packed at a time */
 } matmul_job;
 
@@ -546,73 +569,7 @@ AVX512 static void pack_int8_i8(float *panel, const w_panel *p, int k0, int k1, 
     }
 }
 
-/* INT8's table quantizes F16 matrices once, when it is given them, and keeps their panels: one after
- * the other, each with all its groups. Such a matrix is INT8 without scales for rows. */
-static int is_placed(const qemb_mat *w) { return w->dtype == QEMB_I8 && !w->scale; }
-
-static size_t panel_floats(const qemb_mat *w) { return (size_t)ceil_div(w->cols, 64) * W_GROUP; }
-
-static const float *placed_panel(const qemb_mat *w, int p, int k) {
-    return (const float *)w->data + p * panel_floats(w) + (size_t)(k / 64) * W_GROUP;
-}
-
-typedef struct {
-    float *to;
-    const qemb_mat *w;
-    int gated;
-} place_job;
-
-static void place_panel(const void *job, int item, int thread) {
-    const place_job *j = job;
-    (void)thread;
-    const w_panel p = panel_of(j->w, item, j->gated);
-    pack_int8_f16(j->to + item * panel_floats(j->w), &p, 0, j->w->cols, (size_t)NR * j->w->cols);
-}
-
-/* Calls f(matrix, whether it is gate_up's, arg) for the F16 matrices of the layers. */
-static void each_half_matrix(qemb_layer *layers, int n_layers, void (*f)(qemb_mat *, int, void *),
-                             void *arg) {
-    for (int l = 0; l < n_layers; l++) {
-        qemb_layer *y = &layers[l];
-        qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
-        for (int i = 0; i < 4; i++)
-            if (all[i]->dtype == QEMB_F16) f(all[i], all[i] == &y->wgu, arg);
-    }
-}
-
-static void add_floats(qemb_mat *w, int gated, void *sum) {
-    *(size_t *)sum += panel_count(w, gated) * panel_floats(w);
-}
-
-static size_t int8_converted(const qemb_weights *w, int n_layers) {
-    size_t floats = 0; /* none of an INT8 file: its map does */
-    each_half_matrix(w->layers, n_layers, add_floats, &floats);
-    return floats * sizeof(float);
-}
-
-typedef struct {
-    struct cpu_pool *pool;
-    float *to;
-} placing;
-
-static void place_matrix(qemb_mat *w, int gated, void *arg) {
-    placing *p = arg;
-    const int panels = panel_count(w, gated);
-    cpu_parallel(p->pool, panels, place_panel, &(place_job){p->to, w, gated});
-    w->data = p->to;
-    w->dtype = QEMB_I8;
-    p->to += panels * panel_floats(w);
-}
-
-static int place_int8(qemb_backend *be, qemb_weights *w, qemb_err *err) {
-    const size_t bytes = int8_converted(w, be->c->n_layers);
-    placing p = {be->pool, bytes ? cpu_map(be, CPU_MAP_WEIGHTS, bytes, err) : NULL};
-    if (bytes && !p.to) return -1;
-    each_half_matrix(w->layers, be->c->n_layers, place_matrix, &p);
-    return 0;
-}
-
-/* ---- the products */
+/* ---- the arithmetics */
 
 static const arithmetic arithmetics[] = {
     [QEMB_MATH_F32] = {1, KC, KC *MR, KC *NR, pack_f32_x, {pack_f32_f16, pack_f32_i8}, tile_f32},
@@ -626,6 +583,76 @@ static const arithmetic arithmetics[] = {
                         {pack_int8_f16, pack_int8_i8},
                         tile_int8},
 };
+
+/* ---- place: tables that round F16 matrices do so once, when they are given them, and keep their
+ * panels: one after the other, each with all its columns. An INT8 file's are packed from its map. */
+
+static size_t panel_floats(const arithmetic *a, const qemb_mat *w) {
+    return (size_t)ceil_div(w->cols, 16 * a->per_dword) * (size_t)(a->w_floats / (KC / 16));
+}
+
+static int is_placed(const qemb_backend *be, const qemb_mat *w) {
+    return (uintptr_t)w->data - (uintptr_t)be->maps[CPU_MAP_WEIGHTS] <
+           be->map_bytes[CPU_MAP_WEIGHTS];
+}
+
+typedef struct {
+    const arithmetic *a;
+    struct cpu_pool *pool;
+    float *to;
+    const qemb_mat *w;
+    int gated;
+} placing;
+
+static void place_panel(const void *job, int item, int thread) {
+    const placing *p = job;
+    const w_panel panel = panel_of(p->w, item, p->gated);
+    (void)thread;
+    p->a->pack_w[0](p->to + item * panel_floats(p->a, p->w), &panel, 0, p->w->cols,
+                    (size_t)NR * p->w->cols);
+}
+
+static void place_matrix(qemb_mat *w, int gated, placing *p) {
+    p->w = w, p->gated = gated;
+    cpu_parallel(p->pool, panel_count(w, gated), place_panel, p);
+    w->data = p->to;
+}
+
+/* Floats of the panels of all the layers' F16 matrices; p: makes them, too, at p->to and on */
+static size_t place_layers(const arithmetic *a, qemb_layer *layers, int n_layers, placing *p) {
+    size_t floats = 0;
+    for (int l = 0; l < n_layers; l++) {
+        qemb_layer *y = &layers[l];
+        qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
+        for (int i = 0; i < 4; i++) {
+            if (all[i]->dtype != QEMB_F16) continue;
+            const int gated = all[i] == &y->wgu;
+            const size_t n = panel_count(all[i], gated) * panel_floats(a, all[i]);
+            if (p) place_matrix(all[i], gated, p), p->to += n;
+            floats += n;
+        }
+    }
+    return floats;
+}
+
+static size_t bf16_converted(const qemb_weights *w, int n_layers) {
+    return sizeof(float) * place_layers(&arithmetics[QEMB_MATH_BF16], w->layers, n_layers, NULL);
+}
+
+static size_t int8_converted(const qemb_weights *w, int n_layers) {
+    return sizeof(float) * place_layers(&arithmetics[QEMB_MATH_INT8], w->layers, n_layers, NULL);
+}
+
+static int avx512_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+    placing p = {.a = &arithmetics[be->ops->math], .pool = be->pool};
+    const size_t bytes = be->ops->converted(w, be->c->n_layers);
+    if (!bytes) return 0;
+    if (!(p.to = cpu_map(be, CPU_MAP_WEIGHTS, bytes, err))) return -1;
+    place_layers(p.a, w->layers, be->c->n_layers, &p);
+    return 0;
+}
+
+/* ---- the products */
 
 static void pack_tile(const void *job, int item, int thread) {
     const matmul_job *j = job;
@@ -648,49 +675,71 @@ static void gate_tile(const matmul_job *j, int t, int rows, int p, const float *
         j->be->kernels->swiglu(j->y + (size_t)(t + i) * F + n, sums, sums + 16, min_int(16, F - n));
 }
 
-/* Tile i of x times panel p, which lies at `panel`, for a block of columns; first, last: of all */
-static void multiply_tile(const matmul_job *j, int i, int p, int block, int n, const float *panel,
-                          const float *factor, float *sums) {
+/* Panels p .. p+n-1 of W and a block of their columns, k .. end-1 */
+typedef struct {
+    int p, n, block, k, end;
+    const float *panel[GROUP];
+    float factor[GROUP][NR]; /* what their sums are multiplied by */
+    const float *ahead;      /* see tile_out */
+    float *sums; /* gate_up's: of one tile and panel, or where its columns come in several
+                           blocks, of all of them */
+} panel_block;
+
+/* Tile i of x times panel g of a block */
+static void multiply_tile(const matmul_job *j, const panel_block *w, int i, int g) {
     const arithmetic *a = &arithmetics[j->be->ops->math];
     const int t = tile_start(j, i), rows = tile_start(j, i + 1) - t, N = j->w->rows;
-    const float *x = j->packed + ((size_t)i * j->blocks + block) * a->x_floats;
-    tile_out o = {j->y + (size_t)t * N + p * NR, (size_t)N, min_int(NR, N - p * NR),
-                  j->add || block, factor};
-    if (j->gated) o = (tile_out){sums, NR, NR, block > 0, factor};
-    a->multiply(&o, rows, x, panel, n);
-    if (j->gated && block == j->blocks - 1) gate_tile(j, t, rows, p, sums);
+    const int n0 = (w->p + g) * NR;
+    const float *x = j->packed + ((size_t)i * j->blocks + w->block) * a->x_floats;
+    tile_out o = {j->y + (size_t)t * N + n0,
+                  (size_t)N,
+                  min_int(NR, N - n0),
+                  j->add || w->block,
+                  w->factor[g],
+                  w->ahead,
+                  i,
+                  j->tiles};
+    if (j->gated) {
+        o.y = w->sums + (j->blocks > 1 ? (i * GROUP + g) * MR * NR : 0);
+        o.ldy = NR, o.cols = NR, o.add = w->block > 0;
+    }
+    a->multiply(&o, rows, x, w->panel[g], ceil_div(w->end - w->k, a->per_dword));
+    if (j->gated && w->block == j->blocks - 1) gate_tile(j, t, rows, w->p + g, o.y);
+}
+
+/* The block's panels: as they were placed, or packed into `room` */
+static void find_panels(const matmul_job *j, panel_block *w, float *room) {
+    const arithmetic *a = &arithmetics[j->be->ops->math];
+    const int K = j->w->cols, is_i8 = j->w->dtype == QEMB_I8, placed = is_placed(j->be, j->w);
+    const size_t floats = panel_floats(a, j->w);
+    const size_t at = (size_t)w->block * (size_t)a->w_floats;
+    for (int g = 0; g < w->n; g++) {
+        const w_panel p = panel_of(j->w, w->p + g, j->gated);
+        /* next the following columns; after the last, the following rows */
+        const int rows =
+            panel_of(j->w, w->p + w->n, j->gated).row[0] - panel_of(j->w, w->p, j->gated).row[0];
+        const size_t ahead = w->end < K ? (size_t)a->columns : (size_t)rows * K - w->k;
+        w->panel[g] =
+            placed ? (const float *)j->w->data + (w->p + g) * floats + at : room + g * a->w_floats;
+        if (!placed) a->pack_w[is_i8](room + g * a->w_floats, &p, w->k, w->end, ahead);
+        if (w->block == 0) panel_factors(w->factor[g], &p, is_i8 && a->per_dword < 4);
+    }
+    w->ahead = placed && j->few ? w->panel[0] + floats : NULL;
 }
 
 static void multiply_panels(const void *job, int item, int thread) {
     const matmul_job *j = job;
-    const arithmetic *a = &arithmetics[j->be->ops->math];
-    const int K = j->w->cols, is_i8 = j->w->dtype == QEMB_I8, placed = is_placed(j->w);
+    const int columns = arithmetics[j->be->ops->math].columns, K = j->w->cols;
     const int last = min_int((item + 1) * j->panels, panel_count(j->w, j->gated));
-    float *panels = j->be->scratch + (size_t)thread * j->be->scratch_floats, factor[GROUP][NR];
-    float *sums = panels + GROUP * (KC / 16) * W_GROUP;
-    /* whole rows of x need one tile's sums at a time, parts of them all tiles' of the group */
-    const size_t next_sums = j->blocks > 1 ? MR * NR : 0;
-    for (int p = item * j->panels, n; p < last; p += n) {
-        w_panel at[GROUP];
-        n = min_int(j->group, last - p);
-        for (int g = 0; g < n; g++) { /* INT8's panels have scales of their own */
-            at[g] = panel_of(j->w, p + g, j->gated);
-            panel_factors(factor[g], &at[g], is_i8 && a->per_dword < 4);
-        }
-        for (int b = 0, k = 0; k < K; b++, k += a->columns) {
-            const int end = min_int(K, k + a->columns);
-            /* next the following columns; after the last, the following rows */
-            const int rows = panel_of(j->w, p + n, j->gated).row[0] - at[0].row[0];
-            const size_t ahead = end < K ? (size_t)a->columns : (size_t)rows * K - k;
-            const float *packed[GROUP];
-            for (int g = 0; g < n; g++) {
-                packed[g] = placed ? placed_panel(j->w, p + g, k) : panels + g * a->w_floats;
-                if (!placed) a->pack_w[is_i8](panels + g * a->w_floats, &at[g], k, end, ahead);
-            }
+    float *room = j->be->scratch + (size_t)thread * j->be->scratch_floats;
+    panel_block w = {.p = item * j->panels, .sums = room + PANELS_FLOATS};
+    for (; w.p < last; w.p += w.n) {
+        w.n = min_int(j->group, last - w.p);
+        for (w.block = 0; w.block < j->blocks; w.block++) {
+            w.k = w.block * columns, w.end = min_int(K, w.k + columns);
+            find_panels(j, &w, room);
             for (int i = 0; i < j->tiles; i++)
-                for (int g = 0; g < n; g++)
-                    multiply_tile(j, i, p + g, b, ceil_div(end - k, a->per_dword), packed[g],
-                                  factor[g], sums + (i * GROUP + g) * next_sums);
+                for (int g = 0; g < w.n; g++) multiply_tile(j, &w, i, g);
         }
     }
 }
@@ -698,17 +747,18 @@ static void multiply_panels(const void *job, int item, int thread) {
 /* y (T, N) = (add ? y : 0) + alpha x W^T, or gated: y (T, N/2) */
 static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_mat *w, int T,
                        int add, int gated) {
-    assert(w->dtype == QEMB_F16 || (w->dtype == QEMB_I8 && w->scale) || is_placed(w));
+    assert(w->dtype == QEMB_F16 || (w->dtype == QEMB_I8 && w->scale));
     const int panels = panel_count(w, gated), chunks = ceil_div(T, X_ROWS);
     matmul_job j = {.be = be, .w = w, .add = add, .gated = gated, .packed = be->packed};
     j.blocks = ceil_div(w->cols, arithmetics[be->ops->math].columns);
-    /* smaller items where there would be fewer than four a thread: one has to be last */
-    j.panels = max_int(1, min_int(GROUP, panels / (4 * be->threads)));
     for (int i = 0; i < chunks; i++) {
         const int t = (int)((long)T * i / chunks);
         j.T = (int)((long)T * (i + 1) / chunks) - t;
         j.tiles = ceil_div(j.T, MR);
-        j.group = j.tiles == 1 ? 1 : j.panels; /* one tile: W is read once, along its rows */
+        j.few = j.tiles <= FEW_TILES;
+        /* smaller items where there would be fewer than four a thread: one has to be last */
+        j.panels = max_int(1, min_int(j.few ? panels : GROUP, panels / (4 * be->threads)));
+        j.group = j.few ? 1 : j.panels; /* few: W is read once, along its rows */
         j.x = x + (size_t)t * w->cols;
         j.y = y + (size_t)t * (gated ? w->rows / 2 : w->rows);
         cpu_parallel(be->pool, j.tiles, pack_tile, &j);
@@ -800,7 +850,8 @@ TEMPLATE void attention_scores(qemb_math math, const attention_tile *w, int R, i
     const int dwords = head_dwords(math, w);
     for (int j = 0; j < n; j += NR)
         for (int r = first_seeing(w, q0, k0 + j) / MR * MR; r < R; r += MR) {
-            const tile_out o = {w->s + (size_t)r * CPU_KEYS + j, CPU_KEYS, NR, 0, ones};
+            const tile_out o = {
+                .y = w->s + (size_t)r * CPU_KEYS + j, .ldy = CPU_KEYS, .cols = NR, .factor = ones};
             const float *q = w->q + (size_t)r * dwords, *keys = w->keys + j * dwords;
             if (math == QEMB_MATH_BF16)
                 tile_bf16(&o, min_int(MR, R - r), q, keys, dwords);
@@ -858,7 +909,11 @@ TEMPLATE void attention_values(qemb_math math, const attention_tile *w, int R, i
         end = depth == n ? R : first_seeing(w, q0, k0 + depth);
         for (int d = 0; d < w->hdp; d += NR)
             for (int i = r; i < end; i += MR) {
-                const tile_out o = {w->acc + (size_t)i * w->hdp + d, (size_t)w->hdp, NR, k0, ones};
+                const tile_out o = {.y = w->acc + (size_t)i * w->hdp + d,
+                                    .ldy = (size_t)w->hdp,
+                                    .cols = NR,
+                                    .add = k0,
+                                    .factor = ones};
                 const float *s = w->s + (size_t)i * CPU_KEYS, *v = w->values + d * (CPU_KEYS / per);
                 if (math == QEMB_MATH_BF16)
                     tile_bf16_keys(&o, min_int(MR, end - i), s, v, ceil_div(depth, 2));
@@ -931,7 +986,7 @@ AVX512 static void attention_bf16(const attention_tile *w, float *att, size_t ld
 static int open_table(qemb_backend **be, const qemb_ops *ops, const cpu_kernels *kernels,
                       const qemb_config *c, const qemb_options *opt, qemb_err *err) {
     const int widest = max_int(max_int(c->hidden, c->n_heads * c->head_dim), c->ffn);
-    if (simd_open(be, c, opt, kernels, GROUP * (KC / 16) * W_GROUP + X_ROWS * GROUP * NR,
+    if (simd_open(be, c, opt, kernels, PANELS_FLOATS + X_ROWS * GROUP * NR,
                   (size_t)X_ROWS * (size_t)round_up(widest, 4 * KC), err))
         return -1;
     (*be)->ops = ops;
@@ -965,9 +1020,9 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const cpu_kernels 
                             .pool = simd_pool};
 
 TABLE(avx512_ops, "avx512", QEMB_MATH_F32, attention_f32, cpu_place, NULL)
-TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, attention_f32, cpu_place, NULL)
-TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, attention_f32, place_int8, int8_converted)
-TABLE(avx512_bf16_int8_ops, "avx512-bf16-int8", QEMB_MATH_INT8, attention_bf16, place_int8,
+TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, attention_f32, avx512_place, bf16_converted)
+TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, attention_f32, avx512_place, int8_converted)
+TABLE(avx512_bf16_int8_ops, "avx512-bf16-int8", QEMB_MATH_INT8, attention_bf16, avx512_place,
       int8_converted)
 
 #endif
