@@ -598,7 +598,7 @@ static int is_placed(const qemb_backend *be, const qemb_mat *w) {
 
 typedef struct {
     const arithmetic *a;
-    struct cpu_pool *pool;
+    qemb_backend *be;
     float *to;
     const qemb_mat *w;
     int gated;
@@ -614,7 +614,7 @@ static void place_panel(const void *job, int item, int thread) {
 
 static void place_matrix(qemb_mat *w, int gated, placing *p) {
     p->w = w, p->gated = gated;
-    cpu_parallel(p->pool, panel_count(w, gated), place_panel, p);
+    cpu_parallel(p->be->pool, panel_count(w, gated), place_panel, p);
     w->data = p->to;
 }
 
@@ -631,6 +631,7 @@ static size_t place_layers(const arithmetic *a, qemb_layer *layers, int n_layers
             if (p) place_matrix(all[i], gated, p), p->to += n;
             floats += n;
         }
+        if (p && p->be->placed) p->be->placed(l + 1, n_layers);
     }
     return floats;
 }
@@ -644,7 +645,7 @@ static size_t int8_converted(const qemb_weights *w, int n_layers) {
 }
 
 static int avx512_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
-    placing p = {.a = &arithmetics[be->ops->math], .pool = be->pool};
+    placing p = {.a = &arithmetics[be->ops->math], .be = be};
     const size_t bytes = be->ops->converted(w, be->c->n_layers);
     if (!bytes) return 0;
     if (!(p.to = cpu_map(be, CPU_MAP_WEIGHTS, bytes, err))) return -1;

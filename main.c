@@ -377,9 +377,17 @@ static void source_close(source *s) {
     qemb_file_close(s->file);
 }
 
+static void show_placed(int layers, int of) {
+    char line[64] = "";
+    if (layers < of) snprintf(line, sizeof line, "weights: layer %d of %d", layers + 1, of);
+    say_progress(line);
+}
+
 static void open_model(qemb_model **m, const source *s, const options *o) {
     qemb_err err;
-    if (qemb_open(m, s->file, o->ops, &o->engine, &err)) DIE(STATUS_MODEL, "%s", err.msg);
+    qemb_options opt = o->engine;
+    if (o->progress > 0 || (!o->progress && isatty(STDERR_FILENO))) opt.placed = show_placed;
+    if (qemb_open(m, s->file, o->ops, &opt, &err)) DIE(STATUS_MODEL, "%s", err.msg);
 }
 
 static void open_encoder(encoder *e, const source *s, const options *o) {

@@ -408,6 +408,7 @@ int cpu_open_scratch(qemb_backend **out, const qemb_config *c, const qemb_option
     if (!be) return qemb_fail(err, "out_of_memory", "backend: out of memory");
     be->c = c;
     be->threads = opt->threads;
+    be->placed = opt->placed;
     be->scratch_floats = (scratch_floats + 15) / 16 * 16;
     be->rope =
         cpu_map(be, CPU_MAP_ROPE, (size_t)opt->max_tokens * c->head_dim * sizeof(float), err);

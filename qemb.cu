@@ -73,6 +73,7 @@ struct qemb_backend {
     bool wide;            /* 128-row attention tiles fit this GPU */
     bool fp8;
     hopper_state hopper;
+    void (*placed)(int layers, int of); /* the options' */
     gemm_state gemm;
     size_t used, budget;      /* device bytes allocated; allowed (0: all there is) */
     void *device[QEMB_PARTS]; /* what close frees */
@@ -455,6 +456,7 @@ static int open_math(qemb_backend **out, const qemb_config *c, const qemb_option
     be->fp8 = fp8;
     be->graphs_off = opt->no_graphs;
     be->hopper.on = opt->hopper && !opt->deterministic;
+    be->placed = opt->placed;
     while (1 << be->lg < c->n_heads / c->n_kv_heads) be->lg++;
     if (check_device(be, err) || open_device(be, opt, err) || open_buffers(be, opt, err) ||
         (fp8 && check_fp8(be, err))) {
@@ -584,6 +586,7 @@ static int cuda_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
         for (qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown})
             ok = ok && place_matrix(be, m, &at, &turn);
         if (!be->fp8) y->wdown.alpha *= 1 << SWIGLU_SHIFT;
+        if (ok && be->placed) be->placed(l + 1, c->n_layers);
     }
     ok = ok && place_vector(be, &w->final_norm, c->hidden, &at, &turn);
     if (!ok) return qemb_fail(err, "device", "%s", be->failure);

@@ -196,6 +196,8 @@ typedef struct {
     size_t vram;       /* bytes of GPU memory to use at most; 0: what is free */
     const char
         *cache_dir; /* directory for algorithm timings; NULL: no timing, the library chooses */
+    /* Called after each layer whose weights a table rounds or uploads before it can start; NULL: not */
+    void (*placed)(int layers, int of);
 } qemb_options;
 
 #define QEMB_BATCH_TOKENS 4096

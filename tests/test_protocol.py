@@ -724,6 +724,17 @@ def test_stats():
                         r"1 errors, peak memory [0-9.]+ MiB", lines_[2]) and len(lines_) == 3
 
 
+def test_weights_that_are_rounded_show_progress():
+    maths = re.search(r"want (.*)\)", qemb("--math", "roman").stderr.decode())[1].split(", ")
+    for name in maths:
+        p = qemb("--math", name, "--progress", data=b"x\n")
+        shown = re.findall(rb"\r\x1b\[Kweights: layer (\d+) of (\d+)", p.stderr)
+        assert p.returncode == 0 and p.stderr.endswith(b"\r\x1b[K")
+        assert (len(shown) > 0) == (name in ("bf16", "int8")), name # f32 reads the file's map
+        assert all(int(a) == i + 2 for i, (a, _) in enumerate(shown))
+        assert b"weights" not in qemb("--math", name, data=b"x\n").stderr
+
+
 def test_progress(tmp_path):
     path = tmp_path / "texts"
     path.write_bytes(lines(TEXTS))
