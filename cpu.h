@@ -16,6 +16,8 @@ static inline int omp_get_num_procs(void) { return 1; }
  * model's and may be odd; nothing past them is read or written. */
 struct attention_tile;
 typedef struct {
+    int attention_rows; /* tokens x query heads of an attention block, or one token: what its memory
+                           (see attention_tile) leaves in an L2 cache */
     /* y (n) = x, halves */
     void (*half)(float *y, const uint16_t *x, int n);
     /* y (n) = x / sqrt(mean(x^2) + eps) * w; y may be x */
@@ -74,13 +76,12 @@ typedef void (*cpu_item)(const void *job, int item, int thread);
 void cpu_parallel(struct cpu_pool *p, int items, cpu_item run, const void *job);
 
 enum {
-    CPU_KEYS = 64,            /* keys per attention tile, aligned to absolute positions */
-    CPU_ATTENTION_ROWS = 128, /* tokens x query heads of an attention block, or one token */
-    CPU_PAD = 32,             /* heads of values and of output are padded to this */
+    CPU_KEYS = 64, /* keys per attention tile, aligned to absolute positions */
+    CPU_PAD = 32,  /* heads of values and of output are padded to this */
 };
 
 /* What a block of attention works on and in: some tokens of one text with the G query heads of one
- * kv head, R = CPU_ATTENTION_ROWS rows at most, or G. */
+ * kv head, R = attention_rows at most, or G. */
 typedef struct attention_tile {
     const float *qkv; /* (T, ld) */
     size_t ld;

@@ -20,12 +20,13 @@
 #define UNROLL   _Pragma("GCC unroll 16")
 
 enum {
-    MR = 12,         /* rows of x and ... */
-    NR = 32,         /* ... rows of W in a register tile: 24 of 32 registers hold its sums */
-    KC = 512,        /* dwords of a packed panel: KC x NR of them, 64 KiB */
-    GROUP = 4,       /* panels that are packed side by side: 256 KiB of an L2 cache */
-    FEW_TILES = 2,   /* so many tiles of x wait for W to come from memory */
-    X_ROWS = 86 * MR /* rows of x that are packed at a time, and share one packing of W */
+    MR = 12,              /* rows of x and ... */
+    NR = 32,              /* ... rows of W in a register tile: 24 of 32 registers hold its sums */
+    KC = 512,             /* dwords of a packed panel: KC x NR of them, 64 KiB */
+    GROUP = 4,            /* panels that are packed side by side: 256 KiB of an L2 cache */
+    ATTENTION_ROWS = 512, /* keys and values are brought in form once for so many */
+    FEW_TILES = 2,        /* so many tiles of x wait for W to come from memory */
+    X_ROWS = 86 * MR      /* rows of x that are packed at a time, and share one packing of W */
 };
 
 static int min_int(int a, int b) { return a < b ? a : b; }
@@ -998,7 +999,8 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const cpu_kernels 
 #define TABLE(table, label, arithmetic, attended, placed, bytes)                                   \
     static int open_##table(qemb_backend **be, const qemb_config *c, const qemb_options *opt,      \
                             qemb_err *err) {                                                       \
-        static const cpu_kernels kernels = {half_row, rmsnorm_row, rotate, swiglu_row, attended};  \
+        static const cpu_kernels kernels = {ATTENTION_ROWS, half_row,   rmsnorm_row,               \
+                                            rotate,         swiglu_row, attended};                 \
         return open_table(be, &table, &kernels, c, opt, err);                                      \
     }                                                                                              \
     const qemb_ops table = {.name = label,                                                         \

@@ -223,13 +223,13 @@ void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T) {
 /* ---- attention ---------------------------------------------------------------------------------- */
 
 /* Tokens of a block; all its rows are this times G. */
-static int block_tokens(const qemb_config *c) {
-    return max_int(1, CPU_ATTENTION_ROWS / (c->n_heads / c->n_kv_heads));
+static int block_tokens(const qemb_config *c, const cpu_kernels *f) {
+    return max_int(1, f->attention_rows / (c->n_heads / c->n_kv_heads));
 }
 
 /* Queries take up to a register tile's rows more. */
-static size_t attention_floats(const qemb_config *c) {
-    const size_t R = (size_t)block_tokens(c) * (size_t)(c->n_heads / c->n_kv_heads);
+static size_t attention_floats(const qemb_config *c, const cpu_kernels *f) {
+    const size_t R = (size_t)block_tokens(c, f) * (size_t)(c->n_heads / c->n_kv_heads);
     const size_t hd = (size_t)c->head_dim, hdp = (size_t)ceil_div(c->head_dim, CPU_PAD) * CPU_PAD;
     return CPU_KEYS * (hd + hdp) + R * (CPU_KEYS + hdp + 2) + (R + 16) * hd;
 }
@@ -238,7 +238,7 @@ static void attention_setup(attention_tile *w, const qemb_backend *be, const flo
                             int kv_head, int thread) {
     const qemb_config *c = be->c;
     const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, G = H / K;
-    const size_t R = (size_t)block_tokens(c) * (size_t)G;
+    const size_t R = (size_t)block_tokens(c, be->kernels) * (size_t)G;
     w->qkv = qkv, w->ld = (size_t)(H + 2 * K) * hd;
     w->G = G, w->hd = hd, w->hdp = ceil_div(hd, CPU_PAD) * CPU_PAD;
     w->q_col = kv_head * G * hd, w->k_col = (H + kv_head) * hd, w->v_col = (H + K + kv_head) * hd;
@@ -265,7 +265,7 @@ typedef struct {
 static void attention_part(const void *job, int item, int thread) {
     const attention_job *j = job;
     const qemb_layout *b = j->b;
-    const int K = j->be->c->n_kv_heads, tokens = block_tokens(j->be->c);
+    const int K = j->be->c->n_kv_heads, tokens = block_tokens(j->be->c, j->be->kernels);
     const size_t ld_att = (size_t)j->be->c->n_heads * j->be->c->head_dim;
     const int begin = (j->windows - 1 - item / K) * tokens, end = begin + tokens;
     attention_tile w;
@@ -296,7 +296,7 @@ static void attention_part(const void *job, int item, int thread) {
 
 void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const qemb_layout *b,
                     int last_only) {
-    const int windows = last_only ? b->B : ceil_div(b->T, block_tokens(be->c));
+    const int windows = last_only ? b->B : ceil_div(b->T, block_tokens(be->c, be->kernels));
     const attention_job j = {be, f32(att), cf32(qkv), b, last_only, windows};
     cpu_parallel(be->pool, windows * be->c->n_kv_heads, attention_part, &j);
 }
@@ -306,7 +306,7 @@ void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const 
 int simd_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
               const cpu_kernels *kernels, size_t scratch_floats, size_t packed_floats,
               qemb_err *err) {
-    const size_t attention = attention_floats(c);
+    const size_t attention = attention_floats(c, kernels);
     if (cpu_open_scratch(be, c, opt, scratch_floats > attention ? scratch_floats : attention,
                          packed_floats, err))
         return -1;

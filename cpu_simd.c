@@ -646,7 +646,8 @@ static void avx2_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb
 
 static int avx2_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
                      qemb_err *err) {
-    static const cpu_kernels kernels = {half_row, rmsnorm_row, rotate, swiglu_row, attention_block};
+    static const cpu_kernels kernels = {128,    half_row,   rmsnorm_row,
+                                        rotate, swiglu_row, attention_block};
     return simd_open(be, c, opt, &kernels, 0, 0, err);
 }
 
