@@ -341,17 +341,30 @@ TEMPLATE __m512 to_bf16(__m512 lo, __m512 hi) {
     return v;
 }
 
+/* The same rows' scales, of INT8 */
+typedef const float *w_scales[16];
+
+static void find_scales(w_scales scale, const qemb_mat *w, int n) {
+    const size_t groups = QEMB_GROUPS((size_t)w->cols);
+    for (int i = 0; i < 16; i++)
+        scale[i] = w->scale ? w->scale + (size_t)min_int(n + i, w->rows - 1) * groups : NULL;
+}
+
 /* Columns k .. k+15 of a row of W, the first n of them */
-TEMPLATE __m512 weights16(qemb_dtype dtype, const uint8_t *row, int k, int n) {
-    if (dtype == QEMB_I8)
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first16(n), row + k)));
+TEMPLATE __m512 weights16(qemb_dtype dtype, const uint8_t *row, const float *scale, int k, int n) {
+    if (dtype == QEMB_I8) {
+        const __m128i q = _mm_maskz_loadu_epi8(first16(n), row + k);
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)),
+                             _mm512_set1_ps(scale[k / QEMB_GROUP]));
+    }
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n), row + 2 * (size_t)k));
 }
 
-/* 16 dwords from column k on, of n columns that are left */
-TEMPLATE __m512 weight_dwords(qemb_math math, qemb_dtype dtype, const uint8_t *row, int k, int n) {
-    const __m512 v = weights16(dtype, row, k, n);
-    return math == QEMB_MATH_F32 ? v : to_bf16(v, weights16(dtype, row, k + 16, n - 16));
+/* 16 dwords from column k on, all of one group, of n columns that are left */
+TEMPLATE __m512 weight_dwords(qemb_math math, qemb_dtype dtype, const uint8_t *row,
+                              const float *scale, int k, int n) {
+    const __m512 v = weights16(dtype, row, scale, k, n);
+    return math == QEMB_MATH_F32 ? v : to_bf16(v, weights16(dtype, row, scale, k + 16, n - 16));
 }
 
 /* The same of a row of x */
@@ -383,13 +396,15 @@ TEMPLATE void pack_w(qemb_math math, qemb_dtype dtype, float *panel, const qemb_
     const int step = math == QEMB_MATH_F32 ? 16 : 32, bytes = dtype == QEMB_I8 ? 1 : 2;
     for (int h = 0; h < NR; h += 16) {
         w_rows row;
+        w_scales scale;
         find_rows(row, w, n0 + h, bytes);
+        find_scales(scale, w, n0 + h);
         float *to = panel + h;
         for (int k = k0; k < k1; k += step, to += 16 * NR) {
             __m512 r[16];
             if (k * bytes % 64 == 0) prefetch_rows(row, (size_t)k * bytes, ahead * bytes);
             UNROLL for (int i = 0; i < 16; i++) r[i] =
-                weight_dwords(math, dtype, row[i], k, w->cols - k);
+                weight_dwords(math, dtype, row[i], scale[i], k, w->cols - k);
             transpose(r);
             UNROLL for (int c = 0; c < 16; c++) _mm512_store_ps(to + c * NR, r[c]);
         }
@@ -447,7 +462,8 @@ TEMPLATE void load_x64(__m512 v[4], const float *row, int n) {
 }
 
 TEMPLATE void load_w64(__m512 v[4], const uint8_t *row, int k, int n) {
-    UNROLL for (int i = 0; i < 4; i++) v[i] = weights16(QEMB_F16, row, k + 16 * i, n - 16 * i);
+    UNROLL for (int i = 0; i < 4; i++) v[i] =
+        weights16(QEMB_F16, row, NULL, k + 16 * i, n - 16 * i);
 }
 
 TEMPLATE __m512 largest64(const __m512 v[4]) {
@@ -515,22 +531,25 @@ AVX512 static void pack_int8_i8(float *panel, const qemb_mat *w, int n0, int k0,
                                 size_t ahead) {
     for (int h = 0; h < NR; h += 16) {
         w_rows row;
-        float *to = panel + h, scale[16];
+        w_scales scale;
+        float *to = panel + h;
         find_rows(row, w, n0 + h, 1);
-        for (int i = 0; i < 16; i++) scale[i] = w->scale[min_int(n0 + h + i, w->rows - 1)];
+        find_scales(scale, w, n0 + h);
         for (int k = k0; k < k1; k += 64, to += W_GROUP) {
             __m512 r[16];
+            float s[16];
             const __mmask64 some = w->cols - k >= 64 ? ~0ull : (1ull << (w->cols - k)) - 1;
             prefetch_rows(row, (size_t)k, ahead);
             UNROLL for (int i = 0; i < 16; i++) r[i] =
                 _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(some, row[i] + k));
-            store_w(to, r, _mm512_loadu_ps(scale));
+            for (int i = 0; i < 16; i++) s[i] = scale[i][k / QEMB_GROUP];
+            store_w(to, r, _mm512_loadu_ps(s));
         }
     }
 }
 
 /* INT8's table quantizes F16 matrices once, when it is given them, and keeps their panels: one after
- * the other, each with all its groups. Such a matrix is INT8 without scales for rows. */
+ * the other, each with all its groups. Such a matrix is INT8 without scales. */
 static int is_placed(const qemb_mat *w) { return w->dtype == QEMB_I8 && !w->scale; }
 
 static size_t panel_floats(const qemb_mat *w) { return (size_t)ceil_div(w->cols, 64) * W_GROUP; }
@@ -617,9 +636,8 @@ static void pack_tile(const void *job, int item, int thread) {
 }
 
 /* factor (NR) of a panel: what its sums are multiplied by */
-static void panel_factors(float *factor, const qemb_mat *w, int n0, int scaled) {
-    for (int i = 0; i < NR; i++)
-        factor[i] = w->alpha * (scaled ? w->scale[min_int(n0 + i, w->rows - 1)] : 1);
+static void panel_factors(float *factor, const qemb_mat *w) {
+    for (int i = 0; i < NR; i++) factor[i] = w->alpha;
 }
 
 static void multiply_panels(const void *job, int item, int thread) {
@@ -631,8 +649,7 @@ static void multiply_panels(const void *job, int item, int thread) {
     float *panels = j->be->scratch + (size_t)thread * j->be->scratch_floats, factor[GROUP][NR];
     for (int p = item * j->panels, n; p < last; p += n) {
         n = min_int(j->group, last - p);
-        for (int g = 0; g < n; g++) /* INT8's panels have scales of their own */
-            panel_factors(factor[g], j->w, (p + g) * NR, is_i8 && a->per_dword < 4);
+        for (int g = 0; g < n; g++) panel_factors(factor[g], j->w);
         for (int b = 0, k = 0; k < K; b++, k += a->columns) {
             const int end = min_int(K, k + a->columns);
             /* next the following columns; after the last, the following rows */
