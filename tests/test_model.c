@@ -415,6 +415,11 @@ Test(model, the_plan_is_what_is_asked_for) {
     cr_assert(o->batch_tokens == QEMB_BATCH_TOKENS && o->max_tokens == 700 && o->threads >= 1);
     qemb_close(m);
     qemb_file_close(f);
+    f = open_model_of(QEMB_I8, c, 4, 1); /* a scale per 64: wdown, of 96 columns, has two a row */
+    qemb_plan(f, &qemb_cpu_ops, NULL, &plan);
+    cr_assert_eq(plan.weights,
+                 2 * (192 * 64 + 64 * 64 + 3 * 96 * 64 + 4 * (192 + 64 + 192 + 2 * 64)));
+    qemb_file_close(f);
 }
 
 /* Weights that are not finite end in a vector that qemb_unit refuses, and only there. */
