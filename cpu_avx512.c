@@ -341,30 +341,33 @@ TEMPLATE __m512 to_bf16(__m512 lo, __m512 hi) {
     return v;
 }
 
-/* The same rows' scales, of INT8 */
-typedef const float *w_scales[16];
-
-static void find_scales(w_scales scale, const qemb_mat *w, int n) {
-    const size_t groups = QEMB_GROUPS((size_t)w->cols);
-    for (int i = 0; i < 16; i++)
-        scale[i] = w->scale ? w->scale + (size_t)min_int(n + i, w->rows - 1) * groups : NULL;
+/* Of INT8 the same rows' scales, of group g in scale[g % 16]: 16 groups of each are loaded where they
+ * begin, or at the first column, k0. */
+TEMPLATE void next_scales(float scale[16][16], const qemb_mat *w, int n, int k, int k0) {
+    const int groups = QEMB_GROUPS(w->cols), g = k / QEMB_GROUP / 16 * 16;
+    if (k > k0 && k % (16 * QEMB_GROUP)) return;
+    __m512 r[16];
+    UNROLL for (int i = 0; i < 16; i++) r[i] =
+        load_first(w->scale + (size_t)min_int(n + i, w->rows - 1) * (size_t)groups + g, groups - g);
+    transpose(r);
+    UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_ps(scale[i], r[i]);
 }
 
-/* Columns k .. k+15 of a row of W, the first n of them */
-TEMPLATE __m512 weights16(qemb_dtype dtype, const uint8_t *row, const float *scale, int k, int n) {
+/* Columns k .. k+15 of a row of W, `some` of them */
+TEMPLATE __m512 weights16(qemb_dtype dtype, const uint8_t *row, float scale, int k,
+                          __mmask16 some) {
     if (dtype == QEMB_I8) {
-        const __m128i q = _mm_maskz_loadu_epi8(first16(n), row + k);
-        return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)),
-                             _mm512_set1_ps(scale[k / QEMB_GROUP]));
+        const __m512i q = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, row + k));
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(scale));
     }
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n), row + 2 * (size_t)k));
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, row + 2 * (size_t)k));
 }
 
-/* 16 dwords from column k on, all of one group, of n columns that are left */
-TEMPLATE __m512 weight_dwords(qemb_math math, qemb_dtype dtype, const uint8_t *row,
-                              const float *scale, int k, int n) {
-    const __m512 v = weights16(dtype, row, scale, k, n);
-    return math == QEMB_MATH_F32 ? v : to_bf16(v, weights16(dtype, row, scale, k + 16, n - 16));
+/* 16 dwords from column k on */
+TEMPLATE __m512 weight_dwords(qemb_math math, qemb_dtype dtype, const uint8_t *row, float scale,
+                              int k, const __mmask16 some[2]) {
+    const __m512 v = weights16(dtype, row, scale, k, some[0]);
+    return math == QEMB_MATH_F32 ? v : to_bf16(v, weights16(dtype, row, scale, k + 16, some[1]));
 }
 
 /* The same of a row of x */
@@ -396,15 +399,16 @@ TEMPLATE void pack_w(qemb_math math, qemb_dtype dtype, float *panel, const qemb_
     const int step = math == QEMB_MATH_F32 ? 16 : 32, bytes = dtype == QEMB_I8 ? 1 : 2;
     for (int h = 0; h < NR; h += 16) {
         w_rows row;
-        w_scales scale;
         find_rows(row, w, n0 + h, bytes);
-        find_scales(scale, w, n0 + h);
-        float *to = panel + h;
+        float *to = panel + h, scale[16][16];
         for (int k = k0; k < k1; k += step, to += 16 * NR) {
+            const __mmask16 some[2] = {first16(w->cols - k), first16(w->cols - k - 16)};
             __m512 r[16];
+            const float *s = scale[k / QEMB_GROUP % 16];
+            if (dtype == QEMB_I8) next_scales(scale, w, n0 + h, k, k0);
             if (k * bytes % 64 == 0) prefetch_rows(row, (size_t)k * bytes, ahead * bytes);
             UNROLL for (int i = 0; i < 16; i++) r[i] =
-                weight_dwords(math, dtype, row[i], scale[i], k, w->cols - k);
+                weight_dwords(math, dtype, row[i], dtype == QEMB_I8 ? s[i] : 1, k, some);
             transpose(r);
             UNROLL for (int c = 0; c < 16; c++) _mm512_store_ps(to + c * NR, r[c]);
         }
@@ -463,7 +467,7 @@ TEMPLATE void load_x64(__m512 v[4], const float *row, int n) {
 
 TEMPLATE void load_w64(__m512 v[4], const uint8_t *row, int k, int n) {
     UNROLL for (int i = 0; i < 4; i++) v[i] =
-        weights16(QEMB_F16, row, NULL, k + 16 * i, n - 16 * i);
+        weights16(QEMB_F16, row, 1, k + 16 * i, first16(n - 16 * i));
 }
 
 TEMPLATE __m512 largest64(const __m512 v[4]) {
@@ -531,19 +535,16 @@ AVX512 static void pack_int8_i8(float *panel, const qemb_mat *w, int n0, int k0,
                                 size_t ahead) {
     for (int h = 0; h < NR; h += 16) {
         w_rows row;
-        w_scales scale;
-        float *to = panel + h;
+        float *to = panel + h, scale[16][16];
         find_rows(row, w, n0 + h, 1);
-        find_scales(scale, w, n0 + h);
         for (int k = k0; k < k1; k += 64, to += W_GROUP) {
             __m512 r[16];
-            float s[16];
             const __mmask64 some = w->cols - k >= 64 ? ~0ull : (1ull << (w->cols - k)) - 1;
             prefetch_rows(row, (size_t)k, ahead);
             UNROLL for (int i = 0; i < 16; i++) r[i] =
                 _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(some, row[i] + k));
-            for (int i = 0; i < 16; i++) s[i] = scale[i][k / QEMB_GROUP];
-            store_w(to, r, _mm512_loadu_ps(s));
+            next_scales(scale, w, n0 + h, k, k0);
+            store_w(to, r, _mm512_loadu_ps(scale[k / QEMB_GROUP % 16]));
         }
     }
 }

@@ -251,37 +251,35 @@ TEMPLATE void next_scales(qemb_dtype dtype, __m256 scale[2], const w_rows *w, in
     scale[0] = _mm256_loadu_ps(s), scale[1] = _mm256_loadu_ps(s + 8);
 }
 
-/* Half h of a column of NR weights */
+/* Half h of a column of NR weights as they were loaded */
 TEMPLATE __m256 column_floats(qemb_dtype dtype, __m256i col, const __m256 scale[2], int h) {
-    const __m256 v =
-        _mm256_cvtph_ps(h ? _mm256_extracti128_si256(col, 1) : _mm256_castsi256_si128(col));
-    return dtype == QEMB_I8 ? _mm256_mul_ps(v, scale[h]) : v;
+    const __m128i v = h ? _mm256_extracti128_si256(col, 1) : _mm256_castsi256_si128(col);
+    if (dtype == QEMB_F16) return _mm256_cvtph_ps(v);
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(v)), scale[h]);
 }
 
-/* 8 numbers as halves, which hold every int8 exactly */
-TEMPLATE __m128i load_halves(qemb_dtype dtype, const uint8_t *row) {
-    if (dtype == QEMB_F16) return _mm_loadu_si128((const __m128i *)row);
-    const __m256i v = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)row));
-    return _mm256_cvtps_ph(_mm256_cvtepi32_ps(v), _MM_FROUND_TO_NEAREST_INT);
+/* 8 numbers of 16 bits: halves, or of INT8 integers */
+TEMPLATE __m128i load8(qemb_dtype dtype, const uint8_t *row) {
+    return dtype == QEMB_F16 ? _mm_loadu_si128((const __m128i *)row)
+                             : _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)row));
 }
 
-/* Columns k .. k+7 of NR rows: col[c] has the NR halves of column k+c. n < 8: zeros after n. */
-TEMPLATE void transpose_halves(qemb_dtype dtype, __m256i col[8], const w_rows *w, int k, int n) {
+/* Columns k .. k+7 of NR rows: col[c] has the NR numbers of column k+c. n < 8: zeros after n. */
+TEMPLATE void transpose_rows(qemb_dtype dtype, __m256i col[8], const w_rows *w, int k, int n) {
     const size_t bytes = bytes_of(dtype);
     const uint8_t *const *row = w->row;
     __m256i a[8], b[8];
     if (n >= 8) {
         for (int j = 0; j < 8; j++)
-            a[j] = _mm256_inserti128_si256(
-                _mm256_castsi128_si256(load_halves(dtype, row[j] + k * bytes)),
-                load_halves(dtype, row[j + 8] + k * bytes), 1);
+            a[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(load8(dtype, row[j] + k * bytes)),
+                                           load8(dtype, row[j + 8] + k * bytes), 1);
     } else {
         for (int j = 0; j < 8; j++) {
             uint8_t tail[2][16] = {{0}};
             memcpy(tail[0], row[j] + k * bytes, (size_t)n * bytes);
             memcpy(tail[1], row[j + 8] + k * bytes, (size_t)n * bytes);
-            a[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(load_halves(dtype, tail[0])),
-                                           load_halves(dtype, tail[1]), 1);
+            a[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(load8(dtype, tail[0])),
+                                           load8(dtype, tail[1]), 1);
         }
     }
     for (int j = 0; j < 8; j += 2) {
@@ -318,7 +316,7 @@ TEMPLATE void pack_columns(qemb_dtype dtype, float *panel, const w_rows *w, int 
         __m256i col[8];
         prefetch_rows(dtype, w, k0 + k, ahead);
         next_scales(dtype, scale, w, k0 + k);
-        transpose_halves(dtype, col, w, k0 + k, n - k);
+        transpose_rows(dtype, col, w, k0 + k, n - k);
         for (int c = 0; c < min_int(8, n - k); c++)
             for (int h = 0; h < 2; h++)
                 _mm256_store_ps(panel + (k + c) * NR + 8 * h,
@@ -365,12 +363,12 @@ TEMPLATE void few_rows(qemb_dtype dtype, tile_out o, int rows, const float *x, c
         for (; k + 8 <= k0 + n; k += 8) {
             prefetch_rows(dtype, &r, k, ahead);
             next_scales(dtype, scale, &r, k);
-            transpose_halves(dtype, col, &r, k, 8);
+            transpose_rows(dtype, col, &r, k, 8);
             few_columns(dtype, acc, rows, x + k, (size_t)K, col, scale, 8);
         }
         if (k < k0 + n) {
             next_scales(dtype, scale, &r, k);
-            transpose_halves(dtype, col, &r, k, k0 + n - k);
+            transpose_rows(dtype, col, &r, k, k0 + n - k);
             few_columns(dtype, acc, rows, x + k, (size_t)K, col, scale, k0 + n - k);
         }
         tile_store(&o, rows, acc);

@@ -172,6 +172,7 @@ Test(ops, matmul) {
                              i & 1);
             check_matmul(qemb_cpu_table(o), dtype, 7, 33, 40, 64, 1);
             check_matmul(qemb_cpu_table(o), dtype, 7, 33, 40, 64, 0);
+            check_matmul(qemb_cpu_table(o), dtype, 7, 33, 2100, 1, 0); /* blocks of up to 2,048 */
         }
     }
 }
