@@ -149,7 +149,7 @@ typedef struct { /* what becomes of a tile's sums: y (rows, cols) = (add ? y : 0
     float *y;
     size_t ldy;
     int cols, add;
-    const float *factor; /* (NR) */
+    float factor;
     /* Few rows wait for memory: tile `share` of so many that meet a panel fetches its share of the
      * next one. NULL where there are many */
     const float *ahead;
@@ -167,13 +167,13 @@ TEMPLATE const float *fetch(const tile_out *o, const float *ahead, int floats) {
 /* No branch may depend on i: compilers would keep the sums in memory for it, throughout the tile. */
 TEMPLATE void tile_write(const tile_out *o, int rows, __m512 (*acc)[2], int add) {
     const __mmask16 m0 = first16(o->cols), m1 = first16(o->cols - 16);
-    const __m512 f0 = _mm512_loadu_ps(o->factor), f1 = _mm512_loadu_ps(o->factor + 16);
+    const __m512 factor = _mm512_set1_ps(o->factor);
     UNROLL for (int i = 0; i < rows; i++) {
         float *y = o->y + i * o->ldy;
         const __m512 y0 = add ? _mm512_maskz_loadu_ps(m0, y) : _mm512_setzero_ps();
         const __m512 y1 = add ? _mm512_maskz_loadu_ps(m1, y + 16) : _mm512_setzero_ps();
-        _mm512_mask_storeu_ps(y, m0, _mm512_fmadd_ps(acc[i][0], f0, y0));
-        _mm512_mask_storeu_ps(y + 16, m1, _mm512_fmadd_ps(acc[i][1], f1, y1));
+        _mm512_mask_storeu_ps(y, m0, _mm512_fmadd_ps(acc[i][0], factor, y0));
+        _mm512_mask_storeu_ps(y + 16, m1, _mm512_fmadd_ps(acc[i][1], factor, y1));
     }
 }
 
@@ -384,17 +384,33 @@ TEMPLATE __m512 to_bf16(__m512 lo, __m512 hi) {
     return v;
 }
 
-/* Columns k .. k+15 of a row of W, the first n of them */
-TEMPLATE __m512 weights16(qemb_dtype dtype, const uint8_t *row, int k, int n) {
-    if (dtype == QEMB_I8)
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first16(n), row + k)));
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n), row + 2 * (size_t)k));
+/* Of INT8 the same rows' scales, of group g in scale[g % 16]: 16 groups of each are loaded where they
+ * begin, or at the first column, k0. */
+TEMPLATE void next_scales(float scale[16][16], const qemb_mat *w, int n, int k, int k0) {
+    const int groups = QEMB_GROUPS(w->cols), g = k / QEMB_GROUP / 16 * 16;
+    if (k > k0 && k % (16 * QEMB_GROUP)) return;
+    __m512 r[16];
+    UNROLL for (int i = 0; i < 16; i++) r[i] =
+        load_first(w->scale + (size_t)min_int(n + i, w->rows - 1) * (size_t)groups + g, groups - g);
+    transpose(r);
+    UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_ps(scale[i], r[i]);
 }
 
-/* 16 dwords from column k on, of n columns that are left */
-TEMPLATE __m512 weight_dwords(qemb_math math, qemb_dtype dtype, const uint8_t *row, int k, int n) {
-    const __m512 v = weights16(dtype, row, k, n);
-    return math == QEMB_MATH_F32 ? v : to_bf16(v, weights16(dtype, row, k + 16, n - 16));
+/* Columns k .. k+15 of a row of W, `some` of them */
+TEMPLATE __m512 weights16(qemb_dtype dtype, const uint8_t *row, float scale, int k,
+                          __mmask16 some) {
+    if (dtype == QEMB_I8) {
+        const __m512i q = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, row + k));
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(scale));
+    }
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, row + 2 * (size_t)k));
+}
+
+/* 16 dwords from column k on */
+TEMPLATE __m512 weight_dwords(qemb_math math, qemb_dtype dtype, const uint8_t *row, float scale,
+                              int k, const __mmask16 some[2]) {
+    const __m512 v = weights16(dtype, row, scale, k, some[0]);
+    return math == QEMB_MATH_F32 ? v : to_bf16(v, weights16(dtype, row, scale, k + 16, some[1]));
 }
 
 /* The same of a row of x */
@@ -427,12 +443,15 @@ TEMPLATE void pack_w(qemb_math math, qemb_dtype dtype, float *panel, const w_pan
     for (int h = 0; h < 2; h++) {
         w_rows row;
         find_rows(row, p->w, p->row[h], bytes);
-        float *to = panel + 16 * h;
+        float *to = panel + 16 * h, scale[16][16];
         for (int k = k0; k < k1; k += step, to += 16 * NR) {
+            const __mmask16 some[2] = {first16(p->w->cols - k), first16(p->w->cols - k - 16)};
             __m512 r[16];
+            const float *s = scale[k / QEMB_GROUP % 16];
+            if (dtype == QEMB_I8) next_scales(scale, p->w, p->row[h], k, k0);
             if (k * bytes % 64 == 0) prefetch_rows(row, (size_t)k * bytes, ahead * bytes);
             UNROLL for (int i = 0; i < 16; i++) r[i] =
-                weight_dwords(math, dtype, row[i], k, p->w->cols - k);
+                weight_dwords(math, dtype, row[i], dtype == QEMB_I8 ? s[i] : 1, k, some);
             transpose(r);
             UNROLL for (int c = 0; c < 16; c++) _mm512_store_ps(to + c * NR, r[c]);
         }
@@ -488,7 +507,8 @@ TEMPLATE void load_x64(__m512 v[4], const float *row, int n) {
 }
 
 TEMPLATE void load_w64(__m512 v[4], const uint8_t *row, int k, int n) {
-    UNROLL for (int i = 0; i < 4; i++) v[i] = weights16(QEMB_F16, row, k + 16 * i, n - 16 * i);
+    UNROLL for (int i = 0; i < 4; i++) v[i] =
+        weights16(QEMB_F16, row, 1, k + 16 * i, first16(n - 16 * i));
 }
 
 TEMPLATE __m512 largest64(const __m512 v[4]) {
@@ -556,16 +576,16 @@ AVX512 static void pack_int8_i8(float *panel, const w_panel *p, int k0, int k1, 
     const qemb_mat *w = p->w;
     for (int h = 0; h < 2; h++) {
         w_rows row;
-        float *to = panel + 16 * h, scale[16];
+        float *to = panel + 16 * h, scale[16][16];
         find_rows(row, w, p->row[h], 1);
-        for (int i = 0; i < 16; i++) scale[i] = w->scale[min_int(p->row[h] + i, w->rows - 1)];
         for (int k = k0; k < k1; k += 64, to += W_GROUP) {
             __m512 r[16];
             const __mmask64 some = w->cols - k >= 64 ? ~0ull : (1ull << (w->cols - k)) - 1;
             prefetch_rows(row, (size_t)k, ahead);
             UNROLL for (int i = 0; i < 16; i++) r[i] =
                 _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(some, row[i] + k));
-            store_w(to, r, _mm512_loadu_ps(scale));
+            next_scales(scale, w, p->row[h], k, k0);
+            store_w(to, r, _mm512_loadu_ps(scale[k / QEMB_GROUP % 16]));
         }
     }
 }
@@ -663,13 +683,6 @@ static void pack_tile(const void *job, int item, int thread) {
     a->pack_x(j, item, j->packed + (size_t)item * j->blocks * a->x_floats);
 }
 
-/* factor (NR) of a panel: what its sums are multiplied by */
-static void panel_factors(float *factor, const w_panel *p, int scaled) {
-    for (int i = 0; i < NR; i++)
-        factor[i] = p->w->alpha *
-                    (scaled ? p->w->scale[min_int(p->row[i / 16] + i % 16, p->w->rows - 1)] : 1);
-}
-
 /* Rows t .. of y from gate_up's sums (rows, NR), of panel p */
 static void gate_tile(const matmul_job *j, int t, int rows, int p, const float *sums) {
     const int F = j->w->rows / 2, n = p * 16;
@@ -681,9 +694,8 @@ static void gate_tile(const matmul_job *j, int t, int rows, int p, const float *
 typedef struct {
     int p, n, block, k, end;
     const float *panel[GROUP];
-    float factor[GROUP][NR]; /* what their sums are multiplied by */
-    const float *ahead;      /* see tile_out */
-    float *sums; /* gate_up's: of one tile and panel, or where its columns come in several
+    const float *ahead; /* see tile_out */
+    float *sums;        /* gate_up's: of one tile and panel, or where its columns come in several
                            blocks, of all of them */
 } panel_block;
 
@@ -697,7 +709,7 @@ static void multiply_tile(const matmul_job *j, const panel_block *w, int i, int 
                   (size_t)N,
                   min_int(NR, N - n0),
                   j->add || w->block,
-                  w->factor[g],
+                  j->w->alpha,
                   w->ahead,
                   i,
                   j->tiles};
@@ -724,7 +736,6 @@ static void find_panels(const matmul_job *j, panel_block *w, float *room) {
         w->panel[g] =
             placed ? (const float *)j->w->data + (w->p + g) * floats + at : room + g * a->w_floats;
         if (!placed) a->pack_w[is_i8](room + g * a->w_floats, &p, w->k, w->end, ahead);
-        if (w->block == 0) panel_factors(w->factor[g], &p, is_i8 && a->per_dword < 4);
     }
     w->ahead = placed && j->few ? w->panel[0] + floats : NULL;
 }
@@ -843,9 +854,6 @@ static int first_seeing(const attention_tile *w, int q0, int p) {
     return max_int(0, p - q0) * w->G;
 }
 
-static const float ones[NR] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-                               1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-
 /* Pass 2: s (R, n) = q k^T, for whole tiles of rows: those that do not see a key are masked later */
 TEMPLATE void attention_scores(qemb_math math, const attention_tile *w, int R, int q0, int k0,
                                int n) {
@@ -853,7 +861,7 @@ TEMPLATE void attention_scores(qemb_math math, const attention_tile *w, int R, i
     for (int j = 0; j < n; j += NR)
         for (int r = first_seeing(w, q0, k0 + j) / MR * MR; r < R; r += MR) {
             const tile_out o = {
-                .y = w->s + (size_t)r * CPU_KEYS + j, .ldy = CPU_KEYS, .cols = NR, .factor = ones};
+                .y = w->s + (size_t)r * CPU_KEYS + j, .ldy = CPU_KEYS, .cols = NR, .factor = 1};
             const float *q = w->q + (size_t)r * dwords, *keys = w->keys + j * dwords;
             if (math == QEMB_MATH_BF16)
                 tile_bf16(&o, min_int(MR, R - r), q, keys, dwords);
@@ -915,7 +923,7 @@ TEMPLATE void attention_values(qemb_math math, const attention_tile *w, int R, i
                                     .ldy = (size_t)w->hdp,
                                     .cols = NR,
                                     .add = k0,
-                                    .factor = ones};
+                                    .factor = 1};
                 const float *s = w->s + (size_t)i * CPU_KEYS, *v = w->values + d * (CPU_KEYS / per);
                 if (math == QEMB_MATH_BF16)
                     tile_bf16_keys(&o, min_int(MR, end - i), s, v, ceil_div(depth, 2));

@@ -152,21 +152,21 @@ typedef struct { /* how tiles write their sums */
     float *y;
     size_t ldy;
     int cols, add;
-    const float *factor; /* (NR) */
+    float factor;
 } tile_out;
 
 /* y (rows, cols) = (add ? y : 0) + factor acc. No branch may depend on i or h: compilers would keep
  * the sums in memory for it, throughout the tile. */
 TEMPLATE void tile_write(const tile_out *o, int rows, __m256 acc[MR][2], int whole, int add) {
-    const __m256 factor[2] = {_mm256_loadu_ps(o->factor), _mm256_loadu_ps(o->factor + 8)};
+    const __m256 factor = _mm256_set1_ps(o->factor);
     const __m256i mask[2] = {first(o->cols), first(o->cols - 8)};
     for (int i = 0; i < rows; i++)
         for (int h = 0; h < 2; h++) {
             float *y = o->y + i * o->ldy + 8 * h;
-            __m256 v = _mm256_mul_ps(factor[h], acc[i][h]);
-            if (add && whole) v = _mm256_fmadd_ps(factor[h], acc[i][h], _mm256_loadu_ps(y));
+            __m256 v = _mm256_mul_ps(factor, acc[i][h]);
+            if (add && whole) v = _mm256_fmadd_ps(factor, acc[i][h], _mm256_loadu_ps(y));
             if (add && !whole)
-                v = _mm256_fmadd_ps(factor[h], acc[i][h], _mm256_maskload_ps(y, mask[h]));
+                v = _mm256_fmadd_ps(factor, acc[i][h], _mm256_maskload_ps(y, mask[h]));
             if (whole)
                 _mm256_storeu_ps(y, v);
             else
@@ -226,46 +226,60 @@ AVX2 static void sweep(tile_out o, int rows, const float *x, size_t ldx, const f
     }
 }
 
-/* Where NR rows of W lie: those past the last row repeat it. */
-typedef const uint8_t *w_rows[NR];
+/* Where NR rows of W lie, and of INT8 their scales: those past the last row repeat it. */
+typedef struct {
+    const uint8_t *row[NR];
+    const float *scale[NR];
+} w_rows;
 
 static int bytes_of(qemb_dtype dtype) { return dtype == QEMB_I8 ? 1 : 2; }
 
-static void find_rows(w_rows row, const qemb_mat *w, int n0) {
+static void find_rows(w_rows *r, const qemb_mat *w, int n0) {
     const size_t bytes = (size_t)w->cols * bytes_of(w->dtype);
-    for (int j = 0; j < NR; j++)
-        row[j] = (const uint8_t *)w->data + (size_t)min_int(n0 + j, w->rows - 1) * bytes;
+    for (int j = 0; j < NR; j++) {
+        const size_t n = (size_t)min_int(n0 + j, w->rows - 1);
+        r->row[j] = (const uint8_t *)w->data + n * bytes;
+        r->scale[j] = w->scale ? w->scale + n * QEMB_GROUPS(w->cols) : NULL;
+    }
 }
 
-/* What the sums of NR rows are multiplied by */
-static void find_factors(float factor[NR], const qemb_mat *w, int n0) {
-    for (int j = 0; j < NR; j++)
-        factor[j] = w->alpha * (w->scale ? w->scale[min_int(n0 + j, w->rows - 1)] : 1);
+/* scale (NR): the rows' scales of column k's group, where that group begins */
+TEMPLATE void next_scales(qemb_dtype dtype, __m256 scale[2], const w_rows *w, int k) {
+    float s[NR];
+    if (dtype != QEMB_I8 || k % QEMB_GROUP) return;
+    for (int j = 0; j < NR; j++) s[j] = w->scale[j][k / QEMB_GROUP];
+    scale[0] = _mm256_loadu_ps(s), scale[1] = _mm256_loadu_ps(s + 8);
 }
 
-/* 8 numbers as halves, which hold every int8 exactly */
-TEMPLATE __m128i load_halves(qemb_dtype dtype, const uint8_t *row) {
-    if (dtype == QEMB_F16) return _mm_loadu_si128((const __m128i *)row);
-    const __m256i v = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)row));
-    return _mm256_cvtps_ph(_mm256_cvtepi32_ps(v), _MM_FROUND_TO_NEAREST_INT);
+/* Half h of a column of NR weights as they were loaded */
+TEMPLATE __m256 column_floats(qemb_dtype dtype, __m256i col, const __m256 scale[2], int h) {
+    const __m128i v = h ? _mm256_extracti128_si256(col, 1) : _mm256_castsi256_si128(col);
+    if (dtype == QEMB_F16) return _mm256_cvtph_ps(v);
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(v)), scale[h]);
 }
 
-/* Columns k .. k+7 of NR rows: col[c] has the NR halves of column k+c. n < 8: zeros after n. */
-TEMPLATE void transpose_halves(qemb_dtype dtype, __m256i col[8], const w_rows row, int k, int n) {
+/* 8 numbers of 16 bits: halves, or of INT8 integers */
+TEMPLATE __m128i load8(qemb_dtype dtype, const uint8_t *row) {
+    return dtype == QEMB_F16 ? _mm_loadu_si128((const __m128i *)row)
+                             : _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)row));
+}
+
+/* Columns k .. k+7 of NR rows: col[c] has the NR numbers of column k+c. n < 8: zeros after n. */
+TEMPLATE void transpose_rows(qemb_dtype dtype, __m256i col[8], const w_rows *w, int k, int n) {
     const size_t bytes = bytes_of(dtype);
+    const uint8_t *const *row = w->row;
     __m256i a[8], b[8];
     if (n >= 8) {
         for (int j = 0; j < 8; j++)
-            a[j] = _mm256_inserti128_si256(
-                _mm256_castsi128_si256(load_halves(dtype, row[j] + k * bytes)),
-                load_halves(dtype, row[j + 8] + k * bytes), 1);
+            a[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(load8(dtype, row[j] + k * bytes)),
+                                           load8(dtype, row[j + 8] + k * bytes), 1);
     } else {
         for (int j = 0; j < 8; j++) {
             uint8_t tail[2][16] = {{0}};
             memcpy(tail[0], row[j] + k * bytes, (size_t)n * bytes);
             memcpy(tail[1], row[j + 8] + k * bytes, (size_t)n * bytes);
-            a[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(load_halves(dtype, tail[0])),
-                                           load_halves(dtype, tail[1]), 1);
+            a[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(load8(dtype, tail[0])),
+                                           load8(dtype, tail[1]), 1);
         }
     }
     for (int j = 0; j < 8; j += 2) {
@@ -287,43 +301,43 @@ TEMPLATE void transpose_halves(qemb_dtype dtype, __m256i col[8], const w_rows ro
  * KC columns, or the first ones of the NR rows that follow. In numbers from where k0 is. */
 static ptrdiff_t next_columns(int k0, int K) { return k0 + KC < K ? KC : (ptrdiff_t)NR * K - k0; }
 
-TEMPLATE void prefetch_rows(qemb_dtype dtype, const w_rows row, int k, ptrdiff_t ahead) {
-    const size_t bytes = bytes_of(dtype);
+TEMPLATE void prefetch_rows(qemb_dtype dtype, const w_rows *w, int k, ptrdiff_t ahead) {
+    const size_t bytes = bytes_of(dtype), next = k * bytes + bytes * (size_t)ahead;
     if (k * bytes % 64 == 0) /* a cache line */
         for (int j = 0; j < NR; j++)
-            _mm_prefetch((const char *)((uintptr_t)(row[j] + k * bytes) + bytes * (uintptr_t)ahead),
-                         _MM_HINT_T1);
+            _mm_prefetch((const char *)((uintptr_t)w->row[j] + next), _MM_HINT_T1);
 }
 
 /* panel (n, NR) = columns k0 .. k0+n-1 of the rows */
-TEMPLATE void pack_columns(qemb_dtype dtype, float *panel, const w_rows row, int k0, int n,
+TEMPLATE void pack_columns(qemb_dtype dtype, float *panel, const w_rows *w, int k0, int n,
                            ptrdiff_t ahead) {
+    __m256 scale[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
     for (int k = 0; k < n; k += 8) {
         __m256i col[8];
-        prefetch_rows(dtype, row, k0 + k, ahead);
-        transpose_halves(dtype, col, row, k0 + k, n - k);
-        for (int c = 0; c < min_int(8, n - k); c++) {
-            float *p = panel + (k + c) * NR;
-            _mm256_store_ps(p, _mm256_cvtph_ps(_mm256_castsi256_si128(col[c])));
-            _mm256_store_ps(p + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(col[c], 1)));
-        }
+        prefetch_rows(dtype, w, k0 + k, ahead);
+        next_scales(dtype, scale, w, k0 + k);
+        transpose_rows(dtype, col, w, k0 + k, n - k);
+        for (int c = 0; c < min_int(8, n - k); c++)
+            for (int h = 0; h < 2; h++)
+                _mm256_store_ps(panel + (k + c) * NR + 8 * h,
+                                column_floats(dtype, col[c], scale, h));
     }
 }
 
-AVX2 static void pack_panel(qemb_dtype dtype, float *panel, const w_rows row, int k0, int n,
+AVX2 static void pack_panel(qemb_dtype dtype, float *panel, const w_rows *w, int k0, int n,
                             ptrdiff_t ahead) {
     if (dtype == QEMB_I8)
-        pack_columns(QEMB_I8, panel, row, k0, n, ahead);
+        pack_columns(QEMB_I8, panel, w, k0, n, ahead);
     else
-        pack_columns(QEMB_F16, panel, row, k0, n, ahead);
+        pack_columns(QEMB_F16, panel, w, k0, n, ahead);
 }
 
 /* acc += rows of x times 8 columns of W, or the first n of them */
-TEMPLATE void few_columns(__m256 acc[MR][2], int rows, const float *x, size_t ldx, __m256i col[8],
-                          int n) {
+TEMPLATE void few_columns(qemb_dtype dtype, __m256 acc[MR][2], int rows, const float *x, size_t ldx,
+                          __m256i col[8], const __m256 scale[2], int n) {
     for (int c = 0; c < n; c++) {
-        const __m256 lo = _mm256_cvtph_ps(_mm256_castsi256_si128(col[c]));
-        const __m256 hi = _mm256_cvtph_ps(_mm256_extracti128_si256(col[c], 1));
+        const __m256 lo = column_floats(dtype, col[c], scale, 0);
+        const __m256 hi = column_floats(dtype, col[c], scale, 1);
         for (int i = 0; i < rows; i++) {
             const __m256 xi = _mm256_broadcast_ss(x + i * ldx + c);
             acc[i][0] = _mm256_fmadd_ps(xi, lo, acc[i][0]);
@@ -336,11 +350,9 @@ TEMPLATE void few_columns(__m256 acc[MR][2], int rows, const float *x, size_t ld
 TEMPLATE void few_rows(qemb_dtype dtype, tile_out o, int rows, const float *x, const qemb_mat *w,
                        int n0) {
     const int K = w->cols;
-    w_rows row;
-    float factor[NR];
-    find_rows(row, w, n0);
-    find_factors(factor, w, n0);
-    o.factor = factor;
+    __m256 scale[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    w_rows r;
+    find_rows(&r, w, n0);
     for (int k0 = 0; k0 < K; k0 += KC, o.add = 1) {
         const int n = min_int(KC, K - k0);
         const ptrdiff_t ahead = next_columns(k0, K);
@@ -349,13 +361,15 @@ TEMPLATE void few_rows(qemb_dtype dtype, tile_out o, int rows, const float *x, c
         for (int i = 0; i < rows; i++) acc[i][0] = acc[i][1] = _mm256_setzero_ps();
         int k = k0;
         for (; k + 8 <= k0 + n; k += 8) {
-            prefetch_rows(dtype, row, k, ahead);
-            transpose_halves(dtype, col, row, k, 8);
-            few_columns(acc, rows, x + k, (size_t)K, col, 8);
+            prefetch_rows(dtype, &r, k, ahead);
+            next_scales(dtype, scale, &r, k);
+            transpose_rows(dtype, col, &r, k, 8);
+            few_columns(dtype, acc, rows, x + k, (size_t)K, col, scale, 8);
         }
         if (k < k0 + n) {
-            transpose_halves(dtype, col, row, k, k0 + n - k);
-            few_columns(acc, rows, x + k, (size_t)K, col, k0 + n - k);
+            next_scales(dtype, scale, &r, k);
+            transpose_rows(dtype, col, &r, k, k0 + n - k);
+            few_columns(dtype, acc, rows, x + k, (size_t)K, col, scale, k0 + n - k);
         }
         tile_store(&o, rows, acc);
     }
@@ -394,22 +408,17 @@ AVX2 static void matmul_item(tile_out o, int rows, const float *x, const qemb_ma
                              int panels) {
     const int K = w->cols;
     float packed[GROUP][KC * NR] __attribute__((aligned(64)));
-    float factor[GROUP][NR];
-    w_rows row[GROUP];
-    for (int p = 0; p < panels; p++) {
-        find_rows(row[p], w, n0 + p * NR);
-        find_factors(factor[p], w, n0 + p * NR);
-    }
+    w_rows r[GROUP];
+    for (int p = 0; p < panels; p++) find_rows(&r[p], w, n0 + p * NR);
     for (int k0 = 0; k0 < K; k0 += KC, o.add = 1) {
         const int n = min_int(KC, K - k0);
-        for (int r = 0; r < rows; r += BLOCK_ROWS)
+        for (int t = 0; t < rows; t += BLOCK_ROWS)
             for (int p = 0; p < panels; p++) {
                 tile_out to = o;
-                to.y += (size_t)r * o.ldy + n0 + p * NR;
+                to.y += (size_t)t * o.ldy + n0 + p * NR;
                 to.cols = w->rows - n0 - p * NR;
-                to.factor = factor[p];
-                if (!r) pack_panel(w->dtype, packed[p], row[p], k0, n, next_columns(k0, K));
-                sweep(to, min_int(BLOCK_ROWS, rows - r), x + (size_t)r * K + k0, (size_t)K,
+                if (!t) pack_panel(w->dtype, packed[p], &r[p], k0, n, next_columns(k0, K));
+                sweep(to, min_int(BLOCK_ROWS, rows - t), x + (size_t)t * K + k0, (size_t)K,
                       packed[p], n);
             }
     }
@@ -427,7 +436,7 @@ static void matmul_part(const void *job, int item, int thread) {
     const matmul_job *j = job;
     const int t = item / j->groups * j->rows, N = j->w->rows, p = item % j->groups * j->panels;
     const int end = min_int(p + j->panels, ceil_div(N, NR));
-    tile_out o = {j->y + (size_t)t * N, (size_t)N, 0, j->add, NULL};
+    tile_out o = {j->y + (size_t)t * N, (size_t)N, 0, j->add, j->w->alpha};
     (void)thread;
     if (j->T > FEW_ROWS) {
         matmul_item(o, min_int(j->rows, j->T - t), j->x + (size_t)t * j->w->cols, j->w, p * NR,
@@ -529,13 +538,11 @@ static int first_seeing(const attention_tile *w, int q0, int p) {
     return max_int(0, p - q0) * w->G;
 }
 
-static const float ones[NR] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-
 /* Pass 2: s (R, n) = q k^T */
 AVX2 static void attention_scores(const attention_tile *w, int R, int q0, int k0, int n) {
     for (int j = 0; j < n; j += NR) {
         const int r = first_seeing(w, q0, k0 + j);
-        const tile_out o = {w->s + (size_t)r * KEYS + j, KEYS, NR, 0, ones};
+        const tile_out o = {w->s + (size_t)r * KEYS + j, KEYS, NR, 0, 1};
         if (r < R)
             sweep(o, R - r, w->q + (size_t)r * w->hd, (size_t)w->hd, w->keys + j * w->hd, w->hd);
     }
@@ -588,7 +595,7 @@ AVX2 static void attention_values(const attention_tile *w, int R, int q0, int k0
         const int depth = min_int(n, t / NR * NR + NR);
         end = depth == n ? R : first_seeing(w, q0, k0 + depth);
         for (int d = 0; d < w->hdp; d += NR) {
-            const tile_out o = {w->acc + (size_t)r * w->hdp + d, (size_t)w->hdp, NR, 1, ones};
+            const tile_out o = {w->acc + (size_t)r * w->hdp + d, (size_t)w->hdp, NR, 1, 1};
             sweep(o, end - r, w->s + (size_t)r * KEYS, KEYS, w->values + d * KEYS, depth);
         }
     }

@@ -1,10 +1,10 @@
 /* eight.cuh - numbers of 8 bits: INT8 weights back to halves, and rows as e4m3 with a scale each.
  *
- *   INT8  W[r][c] = scale[r] * q[r][c], q in -127 .. 127: as the file stores it
+ *   INT8  W[r][c] = scale[r][c / 64] * q[r][c], q in -127 .. 127: as the file stores it
  *   FP8   row[c] = scale * code[c], scale = max |row| / 448, code rounded to e4m3 (3 bits of fraction)
  *
- * A scale per row of W and per token: token 0 carries activations hundreds of times larger than the
- * rest, which one scale for all would round to nothing. Rows that hold NaN or Inf come out as NaN.
+ * FP8 has a scale per row of W and per token: token 0 carries activations hundreds of times larger than
+ * the rest, which one scale for all would round to nothing. Rows that hold NaN or Inf come out as NaN.
  */
 #ifndef EIGHT_CUH
 #define EIGHT_CUH
@@ -12,20 +12,22 @@
 #include "kernels.cuh"
 
 /* ---- dequantize ------------------------------------------------------------------------------
- * y (N, K) = scale[n] * q (N, K), rounded to A: what the product reads. 8 numbers per thread and step,
- * grid-stride. 3 N K bytes. */
+ * y (N, K) = scale (N, groups) * q (N, K), rounded to A: what the product reads. 8 numbers, all of one
+ * group, per thread and step, grid-stride. 3 N K bytes. */
 enum { DEQUANTIZE_THREADS = 256 };
+static_assert(QEMB_GROUP % 8 == 0, "8 numbers have one scale");
 template <class A>
 __global__ void __launch_bounds__(DEQUANTIZE_THREADS)
     dequantize_kernel(A *y, const int8_t *q, const float *scale, int N, int K) {
-    const unsigned K8 = (unsigned)K / 8, n = (unsigned)N * K8;
+    const unsigned K8 = (unsigned)K / 8, n = (unsigned)N * K8, groups = QEMB_GROUPS((unsigned)K);
     for (unsigned i = blockIdx.x * DEQUANTIZE_THREADS + threadIdx.x; i < n;
          i += gridDim.x * DEQUANTIZE_THREADS) {
         union {
             uint2 bytes;
             int8_t q[8];
         } u = {((const uint2 *)q)[i]};
-        const float s = scale[i / K8];
+        const unsigned row = i / K8, group = i % K8 / (QEMB_GROUP / 8);
+        const float s = scale[row * groups + group];
         eight<A> o;
 #pragma unroll
         for (int k = 0; k < 4; k++) o.v[k] = to_pair<A>(s * u.q[2 * k], s * u.q[2 * k + 1]);
@@ -106,14 +108,14 @@ __device__ __forceinline__ void store_row(uint8_t *codes, float *scale, const fl
     }
 }
 
-/* codes (T, K), scales (T) of x (T, K): A, or INT8 with its scales in `scales`, which are replaced.
+/* codes (T, K), scales (T) of x (T, K): A, or INT8 with its scales x_scales (T, groups), else NULL.
  * sizeof + 1 bytes per number. */
 template <class X, int V>
 __global__ void __launch_bounds__(ROW_THREADS)
-    quantize_kernel(uint8_t *codes, float *scales, const X *x, int T, int K) {
+    quantize_kernel(uint8_t *codes, float *scales, const X *x, const float *x_scales, int T,
+                    int K) {
     SHARED_BYTES(smem); /* float (ROW_WARPS) */
     for (int t = blockIdx.x; t < T; t += gridDim.x) {
-        const float s = sizeof(X) == 1 ? scales[t] : 1; /* read before store_row's barriers */
         float v[V][8];
 #pragma unroll
         for (int j = 0; j < V; j++) {
@@ -122,8 +124,11 @@ __global__ void __launch_bounds__(ROW_THREADS)
             for (int e = 0; e < 8; e++) v[j][e] = 0;
             if (i >= K) continue;
             load_eight(v[j], x + (size_t)t * K + i);
+            if constexpr (sizeof(X) == 1) {
+                const float s = x_scales[(size_t)t * QEMB_GROUPS(K) + i / QEMB_GROUP];
 #pragma unroll
-            for (int e = 0; e < 8; e++) v[j][e] *= s;
+                for (int e = 0; e < 8; e++) v[j][e] *= s;
+            }
         }
         store_row(codes + (size_t)t * K, scales + t, v, K, (float *)smem);
     }

@@ -153,7 +153,9 @@ put(section *s, qemb_dtype dtype, uint64_t rows, uint64_t cols, const char *fmt,
 static section *put_matrix(section *s, qemb_dtype dtype, uint64_t rows, uint64_t cols, int layer,
                            const char *name) {
     s = put(s, dtype, rows, cols, "layers.%d.%s", layer, name);
-    return dtype == QEMB_I8 ? put(s, QEMB_F32, 1, rows, "layers.%d.%s.scale", layer, name) : s;
+    return dtype == QEMB_I8
+               ? put(s, QEMB_F32, rows, QEMB_GROUPS(cols), "layers.%d.%s.scale", layer, name)
+               : s;
 }
 
 /* The sections of a file with this config and layers' matrices of that dtype, in order. The sizes
@@ -208,10 +210,13 @@ static int check_directory(const qemb_file *f, section *want, uint64_t *offset, 
             if (w->rows == 0) w->rows = rows;
             if (w->cols == 0) w->cols = cols;
         }
-        if (rows != w->rows || cols != w->cols)
+        if (rows != w->rows || cols != w->cols) /* INT8 files once had a scale per row */
             return REFUSE("%s: shape (got %" PRIu64 " x %" PRIu64 ", want %" PRIu64 " x %" PRIu64
-                          ")",
-                          w->name, rows, cols, w->rows, w->cols);
+                          ")%s",
+                          w->name, rows, cols, w->rows, w->cols,
+                          rows == 1 && cols == w->rows
+                              ? "; a file of an older convert_weights.py: convert the model again"
+                              : "");
         uint64_t want_bytes = rows * cols * dtype_bytes(w->dtype);
         if (bytes != want_bytes)
             return REFUSE("%s: bytes (got %" PRIu64 ", want %" PRIu64 ")", w->name, bytes,

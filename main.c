@@ -468,7 +468,7 @@ static int tokenize(const options *o) {
 /* ---- info, plan ------------------------------------------------------------------------------ */
 
 static const char *dtype_name(qemb_dtype d) {
-    static const char *const names[] = {"u8", "u32", "f32", "f16", "int8, a scale per row"};
+    static const char *const names[] = {"u8", "u32", "f32", "f16", "int8, a scale per 64 weights"};
     return names[d];
 }
 

@@ -94,22 +94,23 @@ INLINE void tile_rows(const float *rows[MR], const float *x, size_t ld, int t, i
     for (int i = 0; i < MR; i++) rows[i] = x + (size_t)min_int(t + i, T - 1) * ld;
 }
 
-/* Number i of W as it is stored: of INT8, without the row's scale. */
-INLINE float stored_weight(const qemb_mat *w, size_t i) {
-    return w->dtype == QEMB_I8 ? (float)((const int8_t *)w->data)[i]
-                               : half_to_float(((const uint16_t *)w->data)[i]);
+/* W[r][c] */
+INLINE float weight(const qemb_mat *w, int r, int c) {
+    const size_t i = (size_t)r * w->cols + c;
+    if (w->dtype == QEMB_F16) return half_to_float(((const uint16_t *)w->data)[i]);
+    return w->scale[(size_t)r * QEMB_GROUPS(w->cols) + c / QEMB_GROUP] *
+           ((const int8_t *)w->data)[i];
 }
 
 /* Columns n0 .. n0+NR-1 of y (T, N) = (add ? y : 0) + alpha * x (T, K) W^T,  W (N, K) */
 static void matmul_panel(float *y, const float *x, const qemb_mat *w, int T, int n0, int add) {
     const int N = w->rows, K = w->cols, cols = min_int(NR, N - n0);
-    float panel[KC * NR] __attribute__((aligned(64))), factor[NR];
-    for (int j = 0; j < cols; j++) factor[j] = w->alpha * (w->scale ? w->scale[n0 + j] : 1);
+    float panel[KC * NR] __attribute__((aligned(64)));
     for (int k0 = 0; k0 < K; k0 += KC) {
         const int n = min_int(KC, K - k0);
         for (int j = 0; j < NR; j++) {
-            const size_t row = (size_t)min_int(n0 + j, N - 1) * K + k0;
-            for (int k = 0; k < n; k++) panel[k * NR + j] = stored_weight(w, row + k);
+            const int row = min_int(n0 + j, N - 1);
+            for (int k = 0; k < n; k++) panel[k * NR + j] = weight(w, row, k0 + k);
         }
         for (int t = 0; t < T; t += MR) {
             float acc[MR][NR] = {{0}};
@@ -119,7 +120,7 @@ static void matmul_panel(float *y, const float *x, const qemb_mat *w, int T, int
             for (int i = 0; i < min_int(MR, T - t); i++) {
                 float *yi = y + (size_t)(t + i) * N + n0;
                 for (int j = 0; j < cols; j++)
-                    yi[j] = (add || k0 ? yi[j] : 0) + factor[j] * acc[i][j];
+                    yi[j] = (add || k0 ? yi[j] : 0) + w->alpha * acc[i][j];
             }
         }
     }
@@ -563,7 +564,8 @@ static int max_rows(const qemb_options *o) { return max_int(o->batch_tokens, o->
 
 static size_t matrix_bytes(const qemb_mat *m) {
     const size_t rows = (size_t)m->rows, n = rows * (size_t)m->cols;
-    return m->dtype == QEMB_I8 ? n + rows * sizeof *m->scale : n * sizeof(uint16_t);
+    if (m->dtype == QEMB_F16) return n * sizeof(uint16_t);
+    return n + rows * QEMB_GROUPS((size_t)m->cols) * sizeof *m->scale;
 }
 
 void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt, qemb_memory *mem) {

@@ -183,6 +183,12 @@ static size_t view_batch(batch_view *v, char *base, size_t T, size_t B, size_t t
     return ints + tiles * sizeof(att_tile);
 }
 
+/* Of m's scales on the device: e4m3's, a row's each, or INT8's own. */
+static size_t scale_bytes(const qemb_mat *m, bool fp8) {
+    const size_t groups = fp8 ? 1 : m->dtype == QEMB_I8 ? QEMB_GROUPS(m->cols) : 0;
+    return m->rows * groups * sizeof(float);
+}
+
 /* What the backend will take for layers like y (NULL: not told yet, nothing for them). */
 static device_sizes size_parts(const qemb_config *c, const qemb_options *opt, const qemb_layer *y,
                                bool fp8) {
@@ -198,9 +204,9 @@ static device_sizes size_parts(const qemb_config *c, const qemb_options *opt, co
     if (!y) return s;
     size_t layer = 2 * (align256(D * sizeof(float)) + align256(hd * sizeof(float)));
     for (const qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown}) {
-        const size_t n = (size_t)m->rows * m->cols, scales = align256(m->rows * sizeof(float));
+        const size_t n = (size_t)m->rows * m->cols;
         const bool bytes = fp8 || m->dtype == QEMB_I8;
-        layer += align256(bytes ? n : n * sizeof(act)) + (bytes ? scales : 0);
+        layer += align256(bytes ? n : n * sizeof(act)) + align256(scale_bytes(m, fp8));
         if (!fp8 && bytes) {
             size_t *dense = &s.dense[m != &y->wgu];
             *dense = std::max(*dense, n * sizeof(act));
@@ -221,7 +227,7 @@ static int plan(qemb_part *p, const qemb_file *f, const qemb_options *opt, size_
     const bool eight = fp8 || y->wqkv.dtype == QEMB_I8;
     const qemb_part all[] = {
         {fp8     ? "weights of the layers, e4m3 with a scale per row"
-         : eight ? "weights of the layers, int8 with a scale per row"
+         : eight ? "weights of the layers, int8 with a scale per 64 of a row"
                  : "weights of the layers, FP16",
          s.weights},
         {"a layer's matrices in FP16, made from int8 before each product", s.dense[0] + s.dense[1]},
@@ -503,38 +509,43 @@ template <class F> static void by_columns(int K, F f) {
 }
 
 template <class X>
-static void launch_quantize(qemb_backend *be, uint8_t *codes, float *scales, const X *x, int T,
-                            int K) {
+static void launch_quantize(qemb_backend *be, uint8_t *codes, float *scales, const X *x,
+                            const float *x_scales, int T, int K) {
     by_columns(K, [&](auto v) {
         good(be,
              launch(quantize_kernel<X, v>, dim3(stride_blocks(be, T)), dim3(ROW_THREADS),
-                    ROW_WARPS * sizeof(float), be->st, codes, scales, x, T, K),
+                    ROW_WARPS * sizeof(float), be->st, codes, scales, x, x_scales, T, K),
              "quantize");
     });
 }
 
 /* ---- weights and arena ------------------------------------------------------------------------ */
 
-/* A matrix's rows through the slots and quantized on the device to codes and scales, which hold the
- * INT8's own before. Rows as long as ffn are far shorter than a slot. */
+/* A matrix's rows, of INT8 their scales behind them, through the slots and quantized on the device to
+ * codes and scales. Rows as long as ffn are far shorter than a slot. */
 static bool place_e4m3(qemb_backend *be, const qemb_mat *m, uint8_t *codes, float *scales,
                        int *turn) {
     const size_t row = (size_t)m->cols * (m->dtype == QEMB_I8 ? 1 : sizeof(act));
-    const int step = (int)(SLOT_BYTES / row);
-    bool ok = m->dtype != QEMB_I8 || upload(be, scales, m->scale, m->rows * sizeof(float), turn);
+    const size_t groups = m->dtype == QEMB_I8 ? QEMB_GROUPS(m->cols) : 0;
+    const int step = (int)(SLOT_BYTES / (row + groups * sizeof(float)));
+    bool ok = true;
     for (int r = 0; r < m->rows && ok; r += step, ++*turn) {
         staging *s = &be->slots[*turn % SLOTS];
         const int n = std::min(step, m->rows - r);
+        const size_t own = n * groups * sizeof(float); /* rows are multiples of 16 bytes */
         uint8_t *to = codes + (size_t)r * m->cols;
         ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_quantize: as in upload */
         if (ok) memcpy(s->host, (const char *)m->data + r * row, n * row);
+        if (ok && own) memcpy(s->host + n * row, m->scale + r * groups, own);
         ok = ok &&
-             good(be, cudaMemcpyAsync(s->dev, s->host, n * row, cudaMemcpyHostToDevice, be->st),
+             good(be,
+                  cudaMemcpyAsync(s->dev, s->host, n * row + own, cudaMemcpyHostToDevice, be->st),
                   "upload");
-        if (m->dtype == QEMB_I8)
-            launch_quantize(be, to, scales + r, (const int8_t *)s->dev, n, m->cols);
+        if (own)
+            launch_quantize(be, to, scales + r, (const int8_t *)s->dev,
+                            (const float *)(s->dev + n * row), n, m->cols);
         else
-            launch_quantize(be, to, scales + r, (const act *)s->dev, n, m->cols);
+            launch_quantize(be, to, scales + r, (const act *)s->dev, nullptr, n, m->cols);
         ok = ok && good(be, cudaEventRecord(s->free, be->st), "upload");
     }
     return ok && !be->failure[0];
@@ -542,7 +553,7 @@ static bool place_e4m3(qemb_backend *be, const qemb_mat *m, uint8_t *codes, floa
 
 /* Moves m to the device at *at and *at past it. */
 static bool place_matrix(qemb_backend *be, qemb_mat *m, char **at, int *turn) {
-    const size_t n = (size_t)m->rows * m->cols, scales = m->rows * sizeof(float);
+    const size_t n = (size_t)m->rows * m->cols, scales = scale_bytes(m, be->fp8);
     char *data = *at, *scale = data + align256(n);
     const bool bytes = be->fp8 || m->dtype == QEMB_I8;
     bool ok = true;
@@ -810,7 +821,7 @@ static void cuda_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const
     if (be->mode == REPLAY) return;
     if (!be->fp8 || a == be->coded) return run_gemm(be, x, a, w, true, T);
     const coded_rows to = coded(be->codes, T, w->cols); /* attention's output is in halves */
-    launch_quantize(be, to.codes, to.scales, (const act *)a, T, w->cols);
+    launch_quantize(be, to.codes, to.scales, (const act *)a, nullptr, T, w->cols);
     run_gemm(be, x, be->codes, w, true, T);
 }
 

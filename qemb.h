@@ -53,6 +53,10 @@ typedef struct {
 
 typedef enum { QEMB_U8 = 0, QEMB_U32 = 1, QEMB_F32 = 2, QEMB_F16 = 3, QEMB_I8 = 4 } qemb_dtype;
 
+/* So many consecutive weights of a row share a scale in an INT8 matrix; a row's last ones may be fewer. */
+#define QEMB_GROUP        64
+#define QEMB_GROUPS(cols) (((cols) + QEMB_GROUP - 1) / QEMB_GROUP)
+
 /* A weight matrix W (rows = out, cols = in). y = alpha * x W^T. A backend may set alpha where it
  * hands W a scaled input (the CUDA table's SwiGLU guard); it is 1 in a file. */
 typedef struct {
@@ -60,7 +64,8 @@ typedef struct {
     int32_t rows, cols;
     qemb_dtype dtype;
     float alpha;
-    const float *scale; /* (rows) of QEMB_I8: row r of W is scale[r] * data; else NULL */
+    const float *scale; /* (rows, QEMB_GROUPS(cols)) of QEMB_I8, else NULL:
+                           W[r][c] = scale[r][c / QEMB_GROUP] * data[r][c] */
 } qemb_mat;
 
 typedef struct {
@@ -108,7 +113,8 @@ typedef struct {
  *   .mlp_norm f32 (1, D), .wgu f16, .wdown f16           for I = 0 .. L-1
  *   final_norm     f32 (1, D)
  * In an INT8 file the four matrices of every layer are i8, in -127 .. 127, and each is followed by
- * a section of its name and ".scale", f32 (1, rows): W[r][c] = scale[r] * data[r][c].
+ * a section of its name and ".scale", f32 (rows, cols / 64 rounded up), a scale for each 64 weights of
+ * a row: W[r][c] = scale[r][c / 64] * data[r][c].
  * convert_weights.py writes it, file.c reads it.
  */
 typedef struct {
@@ -225,7 +231,7 @@ typedef struct {
 typedef enum {
     QEMB_MATH_F32,  /* weights as the file has them, activations in float */
     QEMB_MATH_BF16, /* both rounded to bfloat16 */
-    QEMB_MATH_INT8, /* weights by row, activations by token, scaled to 8 bit integers */
+    QEMB_MATH_INT8, /* both scaled to 8 bit integers, 64 of a row at a time */
     QEMB_MATH_FP8,  /* weights by row, activations by token, scaled to e4m3 */
     QEMB_MATH_F16   /* both in half */
 } qemb_math;

@@ -26,11 +26,17 @@ void oracle_rmsnorm(double *y, const double *x, const float *w, int n, double ep
     for (int i = 0; i < n; i++) y[i] = x[i] / sqrt(sum / n + eps) * w[i];
 }
 
-void oracle_matvec(double *y, double *magnitude, const double *x, const uint16_t *W, int N, int K) {
-    for (int n = 0; n < N; n++) {
+double oracle_weight(const qemb_mat *w, int row, int col) {
+    const size_t i = (size_t)row * w->cols + col, groups = ((size_t)w->cols + 63) / 64;
+    if (w->dtype == QEMB_F16) return oracle_half(((const uint16_t *)w->data)[i]);
+    return (double)w->scale[row * groups + col / 64] * ((const int8_t *)w->data)[i];
+}
+
+void oracle_matvec(double *y, double *magnitude, const double *x, const qemb_mat *w) {
+    for (int n = 0; n < w->rows; n++) {
         double sum = 0, size = 0;
-        for (int k = 0; k < K; k++) {
-            double term = x[k] * oracle_half(W[(size_t)n * K + k]);
+        for (int k = 0; k < w->cols; k++) {
+            double term = x[k] * oracle_weight(w, n, k);
             sum += term;
             size += fabs(term);
         }
@@ -103,7 +109,7 @@ void oracle_embed(double *out, double *swiglu_max, const qemb_config *c, const q
         for (int t = 0; t < n; t++) {
             double *row = qkv + (size_t)t * QKV;
             oracle_rmsnorm(xn, x + (size_t)t * D, y->attn_norm, D, c->rms_eps);
-            oracle_matvec(row, NULL, xn, y->wqkv.data, QKV, D);
+            oracle_matvec(row, NULL, xn, &y->wqkv);
             for (int h = 0; h < H + K; h++) {
                 oracle_rmsnorm(row + h * hd, row + h * hd, h < H ? y->q_norm : y->k_norm, hd,
                                c->rms_eps);
@@ -113,15 +119,15 @@ void oracle_embed(double *out, double *swiglu_max, const qemb_config *c, const q
         oracle_attention(att, NULL, NULL, qkv, n, H, K, hd);
         for (int t = 0; t < n; t++) {
             double *xt = x + (size_t)t * D;
-            oracle_matvec(o, NULL, att + (size_t)t * H * hd, y->wo.data, D, H * hd);
+            oracle_matvec(o, NULL, att + (size_t)t * H * hd, &y->wo);
             for (int i = 0; i < D; i++) xt[i] += o[i];
             oracle_rmsnorm(xn, xt, y->mlp_norm, D, c->rms_eps);
-            oracle_matvec(gu, NULL, xn, y->wgu.data, 2 * F, D);
+            oracle_matvec(gu, NULL, xn, &y->wgu);
             for (int i = 0; i < F; i++) {
                 gu[i] = oracle_swiglu(gu[i], gu[F + i]);
                 biggest = fmax(biggest, fabs(gu[i]));
             }
-            oracle_matvec(o, NULL, gu, y->wdown.data, D, F);
+            oracle_matvec(o, NULL, gu, &y->wdown);
             for (int i = 0; i < D; i++) xt[i] += o[i];
         }
     }

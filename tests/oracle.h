@@ -10,8 +10,10 @@
 double oracle_half(uint16_t h);
 /* y (n) */
 void oracle_rmsnorm(double *y, const double *x, const float *w, int n, double eps);
-/* y (N) = W x, W (N, K) of halves; magnitude (N), may be NULL: sum of |W||x|, for error bounds */
-void oracle_matvec(double *y, double *magnitude, const double *x, const uint16_t *W, int N, int K);
+/* W[row][col], without alpha */
+double oracle_weight(const qemb_mat *w, int row, int col);
+/* y (N) = W x, W (N, K) without alpha; magnitude (N), may be NULL: sum of |W||x|, for error bounds */
+void oracle_matvec(double *y, double *magnitude, const double *x, const qemb_mat *w);
 /* head (hd) in place, rotated for position pos */
 void oracle_rope(double *head, int hd, int pos, double theta);
 /* att (n, H*hd) of one text with qkv (n, (H+2K)*hd), causal; may be NULL: weighted (n, H*hd) =

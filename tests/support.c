@@ -89,8 +89,10 @@ static void matrix(writer *w, qemb_dtype dtype, const char *name, int rows, int 
     for (int i = 0; i < rows * cols; i++) q[i] = (int8_t)(127.99 * rng_uniform(&w->r));
     char scales[48];
     snprintf(scales, sizeof scales, "%.40s.scale", name);
-    float *s = section(w, scales, QEMB_F32, 1, (uint64_t)rows);
-    for (int i = 0; i < rows; i++) s[i] = (float)(most / 127 * (1 + 0.5 * rng_uniform(&w->r)));
+    const int groups = (cols + 63) / 64;
+    float *s = section(w, scales, QEMB_F32, (uint64_t)rows, (uint64_t)groups);
+    for (int i = 0; i < rows * groups; i++)
+        s[i] = (float)(most / 127 * (1 + 0.5 * rng_uniform(&w->r)));
 }
 
 void seal_model(uint8_t *m, size_t bytes) {

@@ -299,11 +299,14 @@ def test_byte_alphabet_follows_its_definition():
 
 
 def test_int8(folder, capsys, monkeypatch):
+    """Groups of 64 columns, the last of a row of what is left: 72 = 64 + 8, 130 = 2 * 64 + 2, 40."""
     monkeypatch.setattr(convert_weights, "BLOCK", 300)  # a matrix in many pieces
-    tensors = weights("F32")
+    wide = dict(hidden=72, ffn=130)
+    edit(folder / "config.json", lambda j: hf.config_json(SHAPE | wide))
+    tensors = weights("F32", **wide)
     put(tensors, "model." + OTHER, 3, 7.0)
     dtype, shape, data = tensors["model.layers.1.self_attn.v_proj.weight"]
-    zeros = bytes(4 * shape[1]) + data[4 * shape[1]:]  # its first row
+    zeros = data[:256] + bytes(32) + data[288:]  # the second group of its first row
     tensors["model.layers.1.self_attn.v_proj.weight"] = dtype, shape, zeros
     save(folder / "model.safetensors", tensors)
     q = convert(folder, "--dtype", "int8")
@@ -314,16 +317,19 @@ def test_int8(folder, capsys, monkeypatch):
             assert name.endswith("norm") or name == "tok_emb"
             assert got.tobytes() == w.astype(got.dtype).tobytes()
             continue
-        assert got.dtype == "i1" and got.shape == w.shape and scale.shape == (1, len(w))
-        largest = np.abs(w.astype("f8")).max(axis=1)
-        # one rounding of the quotient
-        assert (np.abs(scale[0].astype("f8") * 127 - largest) <= 2.0**-24 * largest).all(), name
-        assert (np.abs(got).max(axis=1) == np.where(largest > 0, 127, 0)).all(), name
-        error = np.abs(got * scale[0, :, None].astype("f8") - w)
-        # half a step, and the roundings of w / scale, which is at most 127
-        assert (error <= scale[0, :, None] * (0.5 + 127 * 2.0**-23)).all(), name
-        worst = max(worst, error.max())
-    assert q.sections["layers.1.wqkv.scale"][0, -shape[0]] == 0
+        starts = range(0, w.shape[1], 64)
+        assert got.dtype == "i1" and got.shape == w.shape and scale.shape == (len(w), len(starts))
+        h = w.astype("<f2").astype("f8")  # what an F16 file has
+        for s, at in zip(scale.T[:, :, None].astype("f8"), starts, strict=True):
+            group, codes = h[:, at : at + 64], got[:, at : at + 64]
+            largest = np.abs(group).max(axis=1, keepdims=True)
+            # one rounding of the quotient
+            assert (np.abs(s * 127 - largest) <= 2.0**-24 * largest).all(), name
+            assert (np.abs(codes).max(axis=1, keepdims=True) == 127 * (largest > 0)).all(), name
+            # half a step, and the roundings of 127 / largest, its product and the scale, at 127
+            assert (np.abs(codes * s - group) <= s * (0.5 + 127 * 3 * 2.0**-24)).all(), name
+            worst = max(worst, np.abs(codes * s - w[:, at : at + 64]).max())
+    assert q.sections["layers.1.wqkv.scale"][-shape[0], 1] == 0
     out = capsys.readouterr().out
     shown = float(re.search(r"rounding   at most (\S+) at model." + OTHER, out)[1])
     assert abs(shown - worst) <= 0.01 * worst

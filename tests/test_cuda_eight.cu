@@ -83,19 +83,21 @@ template <class X, int V> static void quantize_case(int T, int K) {
     for (int i = 0; i < K; i++) x[(size_t)(T / 2) * K + i] = make_any<X>(0); /* a row of zeros */
     for (int i = 0; i < K; i++) /* and one with an outlier, as token 0 has them */
         if (i != 5) x[i] = make_any<X>(num_any(x[i]) / (sizeof(X) == 1 ? 2000 : 300));
-    const std::vector<float> s = random_numbers<float>(&r, T, 0.01, 0.02);
+    const int groups = (K + 63) / 64; /* of INT8 */
+    const std::vector<float> s = random_numbers<float>(&r, (size_t)T * groups, 0.01, 0.02);
     device_array<X> dx(x);
-    device_array<float> ds(s);
+    device_array<float> dxs(s), ds(T);
     device_array<uint8_t> dc((size_t)T * K);
     cuda_ok(launch(quantize_kernel<X, V>, dim3(3), dim3(ROW_THREADS), ROW_WARPS * sizeof(float),
-                   (cudaStream_t)0, dc.p, ds.p, (const X *)dx.p, T, K),
+                   (cudaStream_t)0, dc.p, ds.p, (const X *)dx.p, (const float *)dxs.p, T, K),
             "launch");
     const std::vector<uint8_t> codes = dc.get();
     const std::vector<float> scales = ds.get();
     for (int t = 0; t < T; t++) {
         std::vector<double> want(K);
         for (int i = 0; i < K; i++)
-            want[i] = num_any(x[(size_t)t * K + i]) * (sizeof(X) == 1 ? (double)s[t] : 1);
+            want[i] = num_any(x[(size_t)t * K + i]) *
+                      (sizeof(X) == 1 ? (double)s[(size_t)t * groups + i / 64] : 1);
         if (!row_near(&codes[(size_t)t * K], scales[t], want, 4 * U, t)) return;
     }
 }
@@ -104,7 +106,7 @@ TEST_SCHEDULES(quantize) {
     quantize_case<__half, 2>(4, 2064); /* the second group is almost empty */
     quantize_case<__half, 8>(4, 16384);
     quantize_case<__nv_bfloat16, 1>(5, 128);
-    quantize_case<int8_t, 1>(7, 64);
+    quantize_case<int8_t, 1>(7, 80); /* a group of 64 and one of 16 */
     quantize_case<int8_t, 4>(4, 8192);
 }
 TEST(quantize_nan) { /* a number that is not one stays so, and its row's others do not hide it */
@@ -115,8 +117,8 @@ TEST(quantize_nan) { /* a number that is not one stays so, and its row's others 
     device_array<float> s(3);
     device_array<uint8_t> c(3 * 16);
     cuda_ok(launch(quantize_kernel<__half, 1>, dim3(1), dim3(ROW_THREADS),
-                   ROW_WARPS * sizeof(float), (cudaStream_t)0, c.p, s.p, (const __half *)d.p, 3,
-                   16),
+                   ROW_WARPS * sizeof(float), (cudaStream_t)0, c.p, s.p, (const __half *)d.p,
+                   (const float *)nullptr, 3, 16),
             "launch");
     const std::vector<uint8_t> codes = c.get();
     const std::vector<float> scales = s.get();
@@ -185,7 +187,8 @@ template <class A> static void dequantize_case(int N, int K) {
     rng r = {(uint64_t)N};
     std::vector<int8_t> q((size_t)N * K);
     for (int8_t &v : q) v = make_any<int8_t>(rng_uniform(&r));
-    const std::vector<float> s = random_numbers<float>(&r, N, 0.001, 0.002);
+    const int groups = (K + 63) / 64;
+    const std::vector<float> s = random_numbers<float>(&r, (size_t)N * groups, 0.001, 0.002);
     device_array<int8_t> dq(q);
     device_array<float> ds(s);
     device_array<A> y((size_t)N * K);
@@ -194,7 +197,7 @@ template <class A> static void dequantize_case(int N, int K) {
             "launch");
     const std::vector<A> got = y.get();
     for (size_t i = 0; i < q.size(); i++) {
-        const double want = (double)s[i / K] * q[i];
+        const double want = (double)s[i / K * groups + i % K / 64] * q[i];
         if (!check_near(num(got[i]), want, fabs(want) * (rounding<A>() + U) + tiny<A>(), "w", i))
             return;
     }
@@ -233,7 +236,7 @@ static void fp8_product_case(int T) {
         device_array<uint8_t> codes((size_t)n * k);
         cuda_ok(launch(quantize_kernel<__half, 1>, dim3(3), dim3(ROW_THREADS),
                        ROW_WARPS * sizeof(float), (cudaStream_t)0, codes.p, ws.p,
-                       (const __half *)dw.p, n, k),
+                       (const __half *)dw.p, (const float *)nullptr, n, k),
                 "launch");
         cuda_ok(cudaDeviceSynchronize(), "quantize");
         const qemb_mat m = {codes.p, n, k, QEMB_F16, 1, ws.p};
@@ -281,7 +284,8 @@ TEST_SCHEDULES(op_fp8_products) {
 
 /* ---- whole models --------------------------------------------------------------------------------- */
 
-/* f with its layers' matrices as int8: the nearest 127th of the row's largest. Not for qemb_file_close. */
+/* f with its layers' matrices as int8: the nearest 127th of the largest of 64 in a row. Not for
+ * qemb_file_close. */
 struct int8_file {
     qemb_file f;
     qemb_layer *layers; /* not a vector: nvcc 13.0 cannot name the destructor of an unnamed struct */
@@ -293,15 +297,18 @@ struct int8_file {
         for (qemb_layer *y = layers; y < layers + f.config.n_layers; y++)
             for (qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown}) {
                 std::vector<int8_t> q((size_t)m->rows * m->cols);
-                std::vector<float> s(m->rows);
-                for (int r = 0; r < m->rows; r++) {
-                    const uint16_t *w = (const uint16_t *)m->data + (size_t)r * m->cols;
-                    double top = 0x1p-30;
-                    for (int i = 0; i < m->cols; i++) top = std::max(top, fabs(oracle_half(w[i])));
-                    s[r] = (float)(top / 127);
-                    for (int i = 0; i < m->cols; i++)
-                        q[(size_t)r * m->cols + i] = (int8_t)lrint(oracle_half(w[i]) / s[r]);
-                }
+                std::vector<float> s;
+                for (int r = 0; r < m->rows; r++)
+                    for (int from = 0; from < m->cols; from += 64) {
+                        const size_t at = (size_t)r * m->cols + from;
+                        const uint16_t *w = (const uint16_t *)m->data + at;
+                        const int n = std::min(64, m->cols - from);
+                        double top = 0x1p-30;
+                        for (int i = 0; i < n; i++) top = std::max(top, fabs(oracle_half(w[i])));
+                        s.push_back((float)(top / 127));
+                        for (int i = 0; i < n; i++)
+                            q[at + i] = (int8_t)lrint(oracle_half(w[i]) / s.back());
+                    }
                 data.push_back(q);
                 scales.push_back(s);
                 m->dtype = QEMB_I8;
@@ -331,6 +338,37 @@ TEST_SCHEDULES(int8_against_cpu) {
         }
         qemb_file_close(f);
     }
+}
+
+/* A matrix of more than a slot's 8 MiB comes to an FP8 table in pieces: every row has its own scales. */
+TEST(int8_placed_in_pieces) {
+    const qemb_config c = config(1, 272, 2, 1, 64, 16000, 64);
+    qemb_file *f = open_model_of(QEMB_I8, &c, 23, 1);
+    qemb_options opt = {};
+    opt.batch_tokens = opt.max_tokens = 64;
+    opt.threads = 1;
+    qemb_layer layer = f->weights.layers[0];
+    qemb_weights w = f->weights;
+    w.layers = &layer;
+    qemb_backend *be = nullptr;
+    qemb_err err = {};
+    if (check(!qemb_cuda_fp8_ops.open(&be, &c, &opt, &err) &&
+                  !qemb_cuda_fp8_ops.place(be, &w, &err),
+              "%s", err.msg)) {
+        const qemb_mat *m = &f->weights.layers[0].wgu;
+        std::vector<float> got(m->rows);
+        cuda_ok(cudaDeviceSynchronize(), "place");
+        cuda_ok(cudaMemcpy(got.data(), layer.wgu.scale, m->rows * sizeof(float),
+                           cudaMemcpyDeviceToHost),
+                "copy");
+        for (int r = 0; r < m->rows; r++) {
+            double top = 0;
+            for (int i = 0; i < m->cols; i++) top = std::max(top, fabs(oracle_weight(m, r, i)));
+            if (!check_near(got[r] * 448.0, top, top * 4 * U, "scale", r)) break;
+        }
+        qemb_cuda_fp8_ops.close(be);
+    }
+    qemb_file_close(f);
 }
 
 /* More rows than the MLP takes at a time: a dequantized wgu serves all chunks, and the next layer's
@@ -380,8 +418,8 @@ static accuracy measure(const qemb_file *f, const qemb_ops *ops,
 
 /* Against the CPU's FP32 on the FP16 file. Bounds on 1 - cosine, half the square of the relative error:
  * a branch (attention, or MLP) passes two products, and the residual's sum of branches has the relative
- * error of one. INT8: a rounding is off by up to half a 127th of its row's largest, which is sqrt(3) times
- * the row's size for uniform weights: 2^-8 sqrt(3) / sqrt(3) = 0.39 % RMS, two products 0.6 %. e4m3: up to
+ * error of one. INT8: a rounding is off by up to half a 127th of its group's largest, which is sqrt(3) times
+ * the group's size for uniform weights: 2^-8 sqrt(3) / sqrt(3) = 0.39 % RMS, two products 0.6 %. e4m3: up to
  * 2^-4, 2.6 % RMS over a binade, for W and for x: 3.7 %, two products 5.2 %. Norm, softmax and SiLU may
  * double an error on its way: 1.2 % and 10.5 %; normal rows that have outliers (massive) and texts that
  * are worse than the average again: 2.4 % and 21 %. So 3e-4 and 2.2e-2; a wrong scale or row is above both.

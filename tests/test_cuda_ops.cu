@@ -471,8 +471,9 @@ static void matmul_case(bool add, int T, double alpha) {
     }
     check(!failure_of(f.be), "%s", failure_of(f.be));
     std::vector<double> xd = doubles(x), y(N), size(N);
+    m.data = w.data(); /* the host's, for the oracle */
     for (int t = 0; t < T; t++) {
-        oracle_matvec(y.data(), size.data(), &xd[(size_t)t * K], w.data(), N, K);
+        oracle_matvec(y.data(), size.data(), &xd[(size_t)t * K], &m);
         for (int i = 0; i < N; i++) {
             const double start = add ? before[(size_t)t * N + i] : 0, want = start + alpha * y[i];
             /* K products summed in float, truncated by tensor cores; the last roundings */
@@ -579,13 +580,14 @@ static void gate_up_op_case(int T, qemb_options opt) {
     std::vector<__half> x = random_numbers<__half>(&r, (size_t)T * D, 2);
     device_array<uint16_t> dw(w);
     device_array<__half> dx(x), gu((size_t)T * 2 * F), h((size_t)T * F);
-    const qemb_mat m = {dw.p, 2 * F, D, QEMB_F16, 1, nullptr};
+    qemb_mat m = {dw.p, 2 * F, D, QEMB_F16, 1, nullptr};
     f.begin({T}, 0, &r);
     qemb_cuda_ops.gate_up(f.be, (qemb_act *)h.p, (qemb_act *)gu.p, (qemb_act *)dx.p, &m, T);
     const std::vector<__half> got = h.get();
     std::vector<double> xd = doubles(x), y(2 * F), size(2 * F);
+    m.data = w.data(); /* the host's, for the oracle */
     for (int t = 0; t < T; t++) {
-        oracle_matvec(y.data(), size.data(), &xd[(size_t)t * D], w.data(), 2 * F, D);
+        oracle_matvec(y.data(), size.data(), &xd[(size_t)t * D], &m);
         for (int i = 0; i < F; i++) {
             const double g = y[i], u = y[F + i], want = oracle_swiglu(g, u) / 64;
             const double dg = size[i] * 2 * D * U + fabs(g) * 0x1p-11 + 0x1p-25,

@@ -121,6 +121,15 @@ Test(file, opens_and_binds_an_int8_file) {
     qemb_file_close(f);
 }
 
+/* They had a scale per row. */
+Test(file, refuses_an_older_int8_file) {
+    use_int8();
+    put(entry(7) + 56, 1, 8);
+    put(entry(7) + 64, 512, 8);
+    refuses("layers.0.wqkv.scale: shape (got 1 x 512, want 512 x 1); a file of an older "
+            "convert_weights.py: convert the model again");
+}
+
 /* Damage: any byte of header and directory. */
 Test(file, refuses_every_flipped_byte) {
     qemb_err err;

@@ -219,8 +219,8 @@ static int32_t *random_ids(rng *r, const qemb_config *c, int n) {
 
 /* Shapes and lengths that no golden has: odd sizes; texts longer than the MLP's chunk of rows. On a
  * wrong formula these differ in the first digit; the bound is the project's own promise. */
-static void check_oracle(const qemb_config *c, int n, double gate_scale) {
-    qemb_file *f = open_model(c, (uint64_t)n, gate_scale);
+static void check_oracle(qemb_dtype dtype, const qemb_config *c, int n, double gate_scale) {
+    qemb_file *f = open_model_of(dtype, c, (uint64_t)n, gate_scale);
     qemb_model *m = open_engine(f, 64, 2);
     rng r = {(uint64_t)n + 3};
     int32_t *ids = random_ids(&r, c, n);
@@ -249,13 +249,14 @@ static void check_oracle(const qemb_config *c, int n, double gate_scale) {
 static void check_shapes(void) {
     const int lengths[] = {1, 2, 5, 33, 64, 65, 200};
     for (int s = 0; s < n_small_configs; s++)
-        for (int i = 0; i < 7; i++) check_oracle(&small_configs[s], lengths[i], 1);
-    check_oracle(&small_configs[3], 299, 30); /* SwiGLU outputs in the hundreds */
-    check_oracle(&small_configs[3], 300, 1);  /* max_positions */
+        for (int i = 0; i < 7; i++) check_oracle(QEMB_F16, &small_configs[s], lengths[i], 1);
+    for (int s = 0; s < n_small_configs; s++) check_oracle(QEMB_I8, &small_configs[s], 33, 1);
+    check_oracle(QEMB_F16, &small_configs[3], 299, 30); /* SwiGLU outputs in the hundreds */
+    check_oracle(QEMB_F16, &small_configs[3], 300, 1);  /* max_positions */
     qemb_config c = small_configs[3];
     c.n_layers = 2, c.max_positions = 2 * QEMB_MLP_ROWS + 100;
     c.ffn = 17; /* the last layer has one row; the first one's MLP runs in three chunks */
-    check_oracle(&c, c.max_positions, 1);
+    check_oracle(QEMB_F16, &c, c.max_positions, 1);
 }
 
 Test(model, oracle) { FOR_TABLES check_shapes(); }
@@ -413,6 +414,11 @@ Test(model, the_plan_is_what_is_asked_for) {
     const qemb_options *o = qemb_options_of(m);
     cr_assert(o->batch_tokens == QEMB_BATCH_TOKENS && o->max_tokens == 700 && o->threads >= 1);
     qemb_close(m);
+    qemb_file_close(f);
+    f = open_model_of(QEMB_I8, c, 4, 1); /* a scale per 64: wdown, of 96 columns, has two a row */
+    qemb_plan(f, &qemb_cpu_ops, NULL, &plan);
+    cr_assert_eq(plan.weights,
+                 2 * (192 * 64 + 64 * 64 + 3 * 96 * 64 + 4 * (192 + 64 + 192 + 2 * 64)));
     qemb_file_close(f);
 }
 

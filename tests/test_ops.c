@@ -101,35 +101,29 @@ Test(ops, rmsnorm) {
         }
 }
 
-static uint16_t half_of_integer(int i) { /* |i| < 2048: exact */
-    int e, a = abs(i);
-    if (!a) return 0;
-    for (e = 0; a >> (e + 1); e++) {}
-    return (uint16_t)((i < 0) << 15 | (e + 15) << 10 | ((a << 10 >> e) & 1023));
-}
-
-/* What a product errs by for its factors' rounding, summed over a row: x (K), W (K). bfloat16 keeps 8
- * bits: each factor errs by 2^-8 of itself (W of integers does not). INT8 rounds x to steps of its
- * largest magnitude / 127 in some part of the row or all of it, and W of halves likewise: half a
- * step each, which a part's own largest only makes smaller. */
-static double rounding(qemb_math math, qemb_dtype dtype, const float *x, const uint16_t *W, int K) {
+/* What a product errs by for its factors' rounding, summed over a row: x (K), row n of W. bfloat16
+ * keeps 8 bits: each factor errs by 2^-8 of itself. INT8 rounds x to steps of its largest magnitude /
+ * 127 in some part of the row or all of it, and W of halves likewise: half a step each, which a part's
+ * own largest only makes smaller. W that is INT8 already stays what it is. */
+static double rounding(qemb_math math, const float *x, const qemb_mat *w, int n) {
+    const int K = w->cols;
     double x_step = 0, w_step = 0, size = 0, err = 0;
     for (int k = 0; k < K; k++) {
         x_step = fmax(x_step, fabs((double)x[k]) / 127);
-        w_step = fmax(w_step, fabs(oracle_half(W[k])) / 127);
-        size += fabs(x[k] * oracle_half(W[k]));
+        w_step = fmax(w_step, fabs(oracle_weight(w, n, k)) / 127);
+        size += fabs(x[k] * oracle_weight(w, n, k));
     }
-    if (math == QEMB_MATH_BF16) return size * (dtype == QEMB_I8 ? 0x1p-8 : 0x1p-7 + 0x1p-16);
-    if (dtype == QEMB_I8) w_step = 0;
+    if (math == QEMB_MATH_BF16) return size * (0x1p-7 + 0x1p-16);
+    if (w->dtype == QEMB_I8) w_step = 0;
     for (int k = 0; math == QEMB_MATH_INT8 && k < K; k++)
         err += (fabs((double)x[k]) + x_step / 2) * w_step / 2 +
-               fabs(oracle_half(W[k])) * x_step / 2;
+               fabs(oracle_weight(w, n, k)) * x_step / 2;
     return err;
 }
 
 /* y = x W^T and y += alpha x W^T. The longest chain of additions: up to 256 columns in a register
- * tile, one per block of 256, one for the add; plus the product, alpha and the row's scale: all of
- * K + 4 covers any way of blocking. */
+ * tile, one per block of 256, one for the add; plus the product, alpha and INT8's scale: all of K + 4
+ * covers any way of blocking. */
 static void check_matmul(const qemb_ops *op, qemb_dtype dtype, int T, int N, int K, float alpha,
                          int add) {
     const qemb_config c = {.hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
@@ -137,14 +131,11 @@ static void check_matmul(const qemb_ops *op, qemb_dtype dtype, int T, int N, int
     qemb_backend *be = backend(op, &c, T, 2);
     uint16_t *W = malloc((size_t)N * K * sizeof *W);
     int8_t *Q = malloc((size_t)N * K);
-    float *scale = malloc((size_t)N * sizeof *scale);
+    const int n_scales = N * ((K + 63) / 64);
+    float *scale = malloc((size_t)n_scales * sizeof *scale);
     rng_halves(&r, W, (size_t)N * K, 1);
-    for (int i = 0; i < N; i++) scale[i] = (float)(0.01 + 0.009 * rng_uniform(&r));
-    if (dtype == QEMB_I8) /* integers up to 127 are halves: one oracle for both */
-        for (int i = 0; i < N * K; i++) {
-            Q[i] = (int8_t)(127.99 * rng_uniform(&r));
-            W[i] = half_of_integer(Q[i]);
-        }
+    for (int i = 0; i < n_scales; i++) scale[i] = (float)(0.01 + 0.009 * rng_uniform(&r));
+    for (int i = 0; i < N * K; i++) Q[i] = (int8_t)(127.99 * rng_uniform(&r));
     float *x = numbers(&r, (size_t)T * K, 2), *y = numbers(&r, (size_t)T * N, 5);
     double *before = doubles(y, (size_t)T * N), *xd = doubles(x, (size_t)T * K);
     const qemb_mat m = {dtype == QEMB_I8 ? (void *)Q : W,        N, K, dtype, alpha,
@@ -155,15 +146,12 @@ static void check_matmul(const qemb_ops *op, qemb_dtype dtype, int T, int N, int
         op->matmul(be, (qemb_act *)y, (qemb_act *)x, &m, T);
     double *want = malloc((size_t)N * sizeof *want), *size = malloc((size_t)N * sizeof *size);
     for (int t = 0; t < T; t++) {
-        oracle_matvec(want, size, xd + (size_t)t * K, W, N, K);
+        oracle_matvec(want, size, xd + (size_t)t * K, &m);
         for (int n = 0; n < N; n++) {
             const double start = add ? before[t * N + n] : 0;
-            const double factor = alpha * (dtype == QEMB_I8 ? (double)scale[n] : 1);
-            const double expected = start + factor * want[n];
-            const double tol =
-                SLACK * ((K + 4) * U * (fabs(factor) * size[n] + fabs(start)) +
-                         fabs(factor) * rounding(op->math, dtype, x + (size_t)t * K,
-                                                 W + (size_t)n * K, K));
+            const double expected = start + alpha * want[n], most = fabs((double)alpha);
+            const double tol = SLACK * ((K + 4) * U * (most * size[n] + fabs(start)) +
+                                        most * rounding(op->math, x + (size_t)t * K, &m, n));
             cr_assert_not(far_off(y[t * N + n], expected, tol),
                           "%s dtype %d T=%d N=%d K=%d (%d,%d): %g, want %g", op->name, (int)dtype,
                           T, N, K, t, n, (double)y[t * N + n], expected);
@@ -184,6 +172,7 @@ Test(ops, matmul) {
                              i & 1);
             check_matmul(qemb_cpu_table(o), dtype, 7, 33, 40, 64, 1);
             check_matmul(qemb_cpu_table(o), dtype, 7, 33, 40, 64, 0);
+            check_matmul(qemb_cpu_table(o), dtype, 7, 33, 2100, 1, 0); /* blocks of up to 2,048 */
         }
     }
 }

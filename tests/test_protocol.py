@@ -14,11 +14,13 @@ import re
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import threading
 import time
 from pathlib import Path
 
+import hf_fixture as hf
 import numpy as np
 import pytest
 
@@ -917,6 +919,27 @@ def test_plan():
         converted = float(re.search(r"([0-9.]+) MiB  layers, conv", out("plan", "--math", "int8").decode())[1])
         # a byte for each of 688,128 weights and a half for each 64, in whole panels of 32 rows
         assert 0.6 < converted < 0.9
+
+
+def test_int8_file_beside_its_f16_file(tmp_path):
+    """What --math int8 makes of F16 weights when it loads them is what an int8 file has: the same bits.
+    Rows of 72 and 130 weights, so that groups end early; F32 weights, which both round to halves."""
+    s = dict(layers=2, hidden=72, heads=4, kv=2, hd=18, ffn=130, vocab=300, max=64)
+    hf.save_random_model(tmp_path / "model", s, json.dumps(hf.tokenizer_json([("a", "b")])))
+    hf.save_safetensors(tmp_path / "model/model.safetensors", hf.random_tensors(s, 1, "F32"))
+    files = [tmp_path / "f16.qemb", tmp_path / "int8.qemb"]
+    for file in files:
+        subprocess.run([sys.executable, ROOT / "convert_weights.py", tmp_path / "model", "--quiet",
+                        "--out", file, "--dtype", file.stem], check=True)
+    embed = lambda file, math: vectors("-m", file, "--math", math, data=lines(TEXTS), model=False)
+    halves, eight = (np.array(embed(file, "f32")) for file in files)
+    off = np.linalg.norm(halves - eight, axis=1)
+    assert (off > 1e-4).all() and (off < 3.6e-2).all()  # rounded, and by no more than is promised
+    assert "int8, a scale per 64 weights" in out("info", "-m", files[1], model=False).decode()
+    if "int8" not in qemb("--math", "roman").stderr.decode():
+        pytest.skip("this CPU has no AVX512_VNNI")
+    halves, eight = (np.array(embed(file, "int8")) for file in files)
+    assert halves.tobytes() == eight.tobytes()
 
 
 def test_check_of_an_unknown_shape():

@@ -1,6 +1,7 @@
 /* test_simd.c - what only the CPU tables with vector instructions have. Their ops are tested with
  * all others, in test_ops.c and test_model.c. */
 #include "../cpu.h"
+#include "oracle.h"
 #include "support.h"
 
 #include <criterion/criterion.h>
@@ -118,8 +119,8 @@ static void check_paths(const qemb_ops *op, qemb_dtype dtype, int N, int K) {
     float *want = malloc((size_t)T * N * sizeof *want);
     rng_halves(&r, W, (size_t)N * K, 1);
     rng_floats(&r, x, (size_t)T * K, 2);
-    float *scale = malloc((size_t)N * sizeof *scale);
-    rng_floats(&r, scale, (size_t)N, 0.01);
+    float *scale = malloc((size_t)(N * QEMB_GROUPS(K)) * sizeof *scale);
+    rng_floats(&r, scale, (size_t)(N * QEMB_GROUPS(K)), 0.01);
     const qemb_mat m = {W, N, K, dtype, 0.3f, dtype == QEMB_I8 ? scale : NULL}; /* bytes of halves */
     for (int threads = 1; threads <= 5; threads += 2) {
         const qemb_options opt = {.batch_tokens = T, .max_tokens = T, .threads = threads};
@@ -145,4 +146,47 @@ Test(simd, a_row_has_the_same_bits_on_every_path) {
         check_paths(qemb_cpu_table(o), QEMB_F16, 128, 40);
         check_paths(qemb_cpu_table(o), QEMB_I8, 77, 531);
     }
+}
+
+/* q (N, K) and scale (N, groups) of the halves W (N, K), by the rule of convert_weights.py */
+static void quantize(int8_t *q, float *scale, const uint16_t *W, int N, int K) {
+    for (int n = 0; n < N; n++)
+        for (int k = 0; k < K; k += 64, scale++) {
+            const uint16_t *w = W + (size_t)n * K + k;
+            float most = 0;
+            for (int i = 0; i < 64 && k + i < K; i++)
+                most = fmaxf(most, fabsf((float)oracle_half(w[i])));
+            const float inverse = most > 0 ? 127 / most : 0;
+            *scale = most / 127;
+            for (int i = 0; i < 64 && k + i < K; i++)
+                q[(size_t)n * K + k + i] = (int8_t)lrintf((float)oracle_half(w[i]) * inverse);
+        }
+}
+
+/* INT8's table makes of an F16 file's weights what an INT8 file has: the same bits come out. Rows of
+ * one large number, of subnormal ones, of zeros; groups of 64 and a last one of 19. */
+Test(simd, int8_weights_are_what_halves_become) {
+    enum { N = 45, K = 531, T = 31 };
+    const qemb_ops *op = qemb_cpu_choose("avx512", QEMB_MATH_INT8);
+    if (!op) cr_skip_test("this CPU has no AVX512_VNNI");
+    const qemb_config c = {.hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+    static uint16_t W[N * K];
+    static int8_t q[N * K];
+    static float scale[N * QEMB_GROUPS(K)], x[T * K], want[T * N], got[T * N];
+    rng r = {9};
+    rng_halves(&r, W, N * K, 1);
+    rng_floats(&r, x, T * K, 2);
+    W[K + 200] = 0x7bff;                                                    /* 65504 */
+    for (int k = 0; k < K; k++) W[2 * K + k] = (uint16_t)(rng_u64(&r) % 9); /* up to 2^-21 */
+    memset(W + 3 * K, 0, K * sizeof *W);
+    quantize(q, scale, W, N, K);
+    const qemb_mat halves = {W, N, K, QEMB_F16, 0.3f, NULL},
+                   bytes = {q, N, K, QEMB_I8, 0.3f, scale};
+    const qemb_options opt = {.batch_tokens = T, .max_tokens = T, .threads = 2};
+    qemb_backend *be;
+    cr_assert_eq(op->open(&be, &c, &opt, NULL), 0);
+    op->matmul(be, (qemb_act *)want, (qemb_act *)x, &halves, T);
+    op->matmul(be, (qemb_act *)got, (qemb_act *)x, &bytes, T);
+    cr_assert_arr_eq(got, want, sizeof want);
+    op->close(be);
 }
