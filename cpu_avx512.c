@@ -136,7 +136,8 @@ TEMPLATE __m512 multiply_add(qemb_math math, __m512 sum, __m512 x, __m512 w) {
 TEMPLATE void tile(qemb_math math, __m512 (*acc)[2], int rows, const float *x, int next_row,
                    int next_k, const float *panel, int n) {
     for (int k = 0; k < n; k++) {
-        const __m512 w0 = _mm512_load_ps(panel + k * NR), w1 = _mm512_load_ps(panel + k * NR + 16);
+        __m512 w0 = _mm512_load_ps(panel + k * NR), w1 = _mm512_load_ps(panel + k * NR + 16);
+        __asm__("" : "+v"(w0), "+v"(w1)); /* else gcc 12 loads them again for every row */
         UNROLL for (int i = 0; i < rows; i++) {
             const __m512 xi = _mm512_set1_ps(x[i * next_row + k * next_k]);
             acc[i][0] = multiply_add(math, acc[i][0], xi, w0);
