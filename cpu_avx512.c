@@ -22,8 +22,7 @@
 enum {
     MR = 12,              /* rows of x and ... */
     NR = 32,              /* ... rows of W in a register tile: 24 of 32 registers hold its sums */
-    KC = 512,             /* dwords of a packed panel: KC x NR of them, 64 KiB */
-    GROUP = 4,            /* panels that are packed side by side: 256 KiB of an L2 cache */
+    KC = 3072,            /* dwords of a packed panel: KC x NR of them, 384 KiB of an L2 cache */
     ATTENTION_ROWS = 512, /* keys and values are brought in form once for so many */
     FEW_TILES = 2,        /* so many tiles of x wait for W to come from memory */
     X_ROWS = 86 * MR      /* rows of x that are packed at a time, and share one packing of W */
@@ -212,7 +211,7 @@ enum {
     INT8_ROWS = MR / 2, /* there are two sums for each, of integers and of floats */
     X_GROUP = 17 * MR,
     W_GROUP = 18 * NR,
-    PANELS_FLOATS = GROUP * (KC / 16) * W_GROUP, /* of the largest arithmetic's group of panels */
+    PANEL_FLOATS = KC / 16 * W_GROUP, /* of the largest arithmetic's panel */
 };
 
 TEMPLATE void tile_rows_int8(const tile_out *o, int rows, const float *x, const float *panel,
@@ -317,8 +316,8 @@ TEMPLATE void transpose(__m512 r[16]) {
 
 /* ---- matmul: y = alpha x W^T ------------------------------------------------------------------
  * x is packed in tiles of MR rows, in the arithmetic's dwords, all of them before the products. An
- * item is some panels of W and all tiles of x: a block of the panels' columns is packed, then every
- * tile meets them. Packing costs about 0.4 cycles a dword of W, shared by the rows, each of which
+ * item is some panels of W and all tiles of x: a panel is packed, KC dwords of its columns at a time,
+ * and every tile meets it. Packing costs about 0.4 cycles a dword of W, shared by the rows, each of which
  * costs 1/16. Dwords that a row ends within are filled up with zeros.
  *
  * gate_up's panels are 16 rows of gate's and the same 16 of up's, so that a tile's sums are all that
@@ -329,11 +328,11 @@ typedef struct {
     float *y; /* (T, N) */
     const float *x;
     const qemb_mat *w;
-    float *packed; /* (tiles, blocks, x_floats) x */
-    int T, add, tiles, blocks;
-    int gated;         /* y (T, N/2) = silu of the first N/2 columns times the others */
-    int few;           /* so few rows that reading W takes the time */
-    int panels, group; /* an item is so many panels, of which `group` are packed at a time */
+    float *packed; /* (tiles, x_floats of a row) x */
+    int T, add, tiles;
+    int gated;  /* y (T, N/2) = silu of the first N/2 columns times the others */
+    int few;    /* so few rows that reading W takes the time */
+    int panels; /* of an item */
 } matmul_job;
 
 typedef struct {
@@ -352,8 +351,7 @@ static w_panel panel_of(const qemb_mat *w, int p, int gated) {
 
 typedef struct { /* an arithmetic: how numbers become dwords, and what multiplies them */
     int per_dword;
-    int columns;            /* in a block: the sums of so many are added up in registers */
-    int x_floats, w_floats; /* that a tile of x and a panel of W take in a block */
+    int x_floats, w_floats; /* that 16 dwords of a tile of x and of a panel of W take */
     void (*pack_x)(const matmul_job *j, int tile, float *to);
     /* of F16, I8; `ahead`: how many numbers on those lie that will be packed next */
     void (*pack_w[2])(float *panel, const w_panel *p, int k0, int k1, size_t ahead);
@@ -594,24 +592,21 @@ AVX512 static void pack_int8_i8(float *panel, const w_panel *p, int k0, int k1, 
 /* ---- the arithmetics */
 
 static const arithmetic arithmetics[] = {
-    [QEMB_MATH_F32] = {1, KC, KC *MR, KC *NR, pack_f32_x, {pack_f32_f16, pack_f32_i8}, tile_f32},
-    [QEMB_MATH_BF16] =
-        {2, 2 * KC, KC *MR, KC *NR, pack_bf16_x, {pack_bf16_f16, pack_bf16_i8}, tile_bf16},
-    [QEMB_MATH_INT8] = {4,
-                        4 * KC,
-                        KC / 16 * X_GROUP,
-                        KC / 16 * W_GROUP,
-                        pack_int8_x,
-                        {pack_int8_f16, pack_int8_i8},
-                        tile_int8},
+    [QEMB_MATH_F32] = {1, 16 * MR, 16 * NR, pack_f32_x, {pack_f32_f16, pack_f32_i8}, tile_f32},
+    [QEMB_MATH_BF16] = {2, 16 * MR, 16 * NR, pack_bf16_x, {pack_bf16_f16, pack_bf16_i8}, tile_bf16},
+    [QEMB_MATH_INT8] = {4, X_GROUP, W_GROUP, pack_int8_x, {pack_int8_f16, pack_int8_i8}, tile_int8},
 };
+
+/* Floats of a tile of x, a panel of W, with the first K columns */
+static size_t x_floats(const arithmetic *a, int K) {
+    return (size_t)ceil_div(K, 16 * a->per_dword) * (size_t)a->x_floats;
+}
+static size_t w_floats(const arithmetic *a, int K) {
+    return (size_t)ceil_div(K, 16 * a->per_dword) * (size_t)a->w_floats;
+}
 
 /* ---- place: tables that round F16 matrices do so once, when they are given them, and keep their
  * panels: one after the other, each with all its columns. An INT8 file's are packed from its map. */
-
-static size_t panel_floats(const arithmetic *a, const qemb_mat *w) {
-    return (size_t)ceil_div(w->cols, 16 * a->per_dword) * (size_t)(a->w_floats / (KC / 16));
-}
 
 static int is_placed(const qemb_backend *be, const qemb_mat *w) {
     return (uintptr_t)w->data - (uintptr_t)be->maps[CPU_MAP_WEIGHTS] <
@@ -630,7 +625,7 @@ static void place_panel(const void *job, int item, int thread) {
     const placing *p = job;
     const w_panel panel = panel_of(p->w, item, p->gated);
     (void)thread;
-    p->a->pack_w[0](p->to + item * panel_floats(p->a, p->w), &panel, 0, p->w->cols,
+    p->a->pack_w[0](p->to + item * w_floats(p->a, p->w->cols), &panel, 0, p->w->cols,
                     (size_t)NR * p->w->cols);
 }
 
@@ -649,7 +644,7 @@ static size_t place_layers(const arithmetic *a, qemb_layer *layers, int n_layers
         for (int i = 0; i < 4; i++) {
             if (all[i]->dtype != QEMB_F16) continue;
             const int gated = all[i] == &y->wgu;
-            const size_t n = panel_count(all[i], gated) * panel_floats(a, all[i]);
+            const size_t n = panel_count(all[i], gated) * w_floats(a, all[i]->cols);
             if (p) place_matrix(all[i], gated, p), p->to += n;
             floats += n;
         }
@@ -681,7 +676,7 @@ static void pack_tile(const void *job, int item, int thread) {
     const matmul_job *j = job;
     (void)thread;
     const arithmetic *a = &arithmetics[j->be->ops->math];
-    a->pack_x(j, item, j->packed + (size_t)item * j->blocks * a->x_floats);
+    a->pack_x(j, item, j->packed + item * x_floats(a, j->w->cols));
 }
 
 /* Rows t .. of y from gate_up's sums (rows, NR), of panel p */
@@ -691,71 +686,65 @@ static void gate_tile(const matmul_job *j, int t, int rows, int p, const float *
         j->be->kernels->swiglu(j->y + (size_t)(t + i) * F + n, sums, sums + 16, min_int(16, F - n));
 }
 
-/* Panels p .. p+n-1 of W and a block of their columns, k .. end-1 */
+/* Columns k .. end-1 of W's panel p */
 typedef struct {
-    int p, n, block, k, end;
-    const float *panel[GROUP];
+    int p, k, end;
+    const float *panel;
     const float *ahead; /* see tile_out */
-    float *sums;        /* gate_up's: of one tile and panel, or where its columns come in several
-                           blocks, of all of them */
-} panel_block;
+    float *sums; /* gate_up's: (MR, NR) of the tile at hand, or of all tiles where the columns
+                           do not come all at once */
+} block;
 
-/* Tile i of x times panel g of a block */
-static void multiply_tile(const matmul_job *j, const panel_block *w, int i, int g) {
+/* y, or gate_up's sums, of tile i of x: (k ? as they are : 0) + x W^T */
+static void multiply_tile(const matmul_job *j, const block *b, int i) {
     const arithmetic *a = &arithmetics[j->be->ops->math];
-    const int t = tile_start(j, i), rows = tile_start(j, i + 1) - t, N = j->w->rows;
-    const int n0 = (w->p + g) * NR;
-    const float *x = j->packed + ((size_t)i * j->blocks + w->block) * a->x_floats;
-    tile_out o = {j->y + (size_t)t * N + n0,
-                  (size_t)N,
-                  min_int(NR, N - n0),
-                  j->add || w->block,
-                  j->w->alpha,
-                  w->ahead,
-                  i,
-                  j->tiles};
+    const int t = tile_start(j, i), rows = tile_start(j, i + 1) - t, n = b->p * NR;
+    const int N = j->w->rows, K = j->w->cols;
+    const float *x = j->packed + i * x_floats(a, K) + x_floats(a, b->k);
+    tile_out o = {.y = j->y + (size_t)t * N + n,
+                  .ldy = (size_t)N,
+                  .cols = min_int(NR, N - n),
+                  .add = j->add || b->k,
+                  .factor = j->w->alpha,
+                  .ahead = b->ahead,
+                  .share = i,
+                  .shares = j->tiles};
     if (j->gated) {
-        o.y = w->sums + (j->blocks > 1 ? (i * GROUP + g) * MR * NR : 0);
-        o.ldy = NR, o.cols = NR, o.add = w->block > 0;
+        o.y = b->sums + (b->end - b->k < K ? i * MR * NR : 0);
+        o.ldy = NR, o.cols = NR;
     }
-    a->multiply(&o, rows, x, w->panel[g], ceil_div(w->end - w->k, a->per_dword));
-    if (j->gated && w->block == j->blocks - 1) gate_tile(j, t, rows, w->p + g, o.y);
+    a->multiply(&o, rows, x, b->panel, ceil_div(b->end - b->k, a->per_dword));
+    if (j->gated && b->end == K) gate_tile(j, t, rows, b->p, o.y);
 }
 
-/* The block's panels: as they were placed, or packed into `room` */
-static void find_panels(const matmul_job *j, panel_block *w, float *room) {
+/* The block's panel: as it was placed, or packed into `room` */
+static void find_panel(const matmul_job *j, block *b, float *room) {
     const arithmetic *a = &arithmetics[j->be->ops->math];
-    const int K = j->w->cols, is_i8 = j->w->dtype == QEMB_I8, placed = is_placed(j->be, j->w);
-    const size_t floats = panel_floats(a, j->w);
-    const size_t at = (size_t)w->block * (size_t)a->w_floats;
-    for (int g = 0; g < w->n; g++) {
-        const w_panel p = panel_of(j->w, w->p + g, j->gated);
-        /* next the following columns; after the last, the following rows */
-        const int rows =
-            panel_of(j->w, w->p + w->n, j->gated).row[0] - panel_of(j->w, w->p, j->gated).row[0];
-        const size_t ahead = w->end < K ? (size_t)a->columns : (size_t)rows * K - w->k;
-        w->panel[g] =
-            placed ? (const float *)j->w->data + (w->p + g) * floats + at : room + g * a->w_floats;
-        if (!placed) a->pack_w[is_i8](room + g * a->w_floats, &p, w->k, w->end, ahead);
+    const w_panel p = panel_of(j->w, b->p, j->gated);
+    const int K = j->w->cols, rows = panel_of(j->w, b->p + 1, j->gated).row[0] - p.row[0];
+    if (is_placed(j->be, j->w)) {
+        b->panel = (const float *)j->w->data + b->p * w_floats(a, K) + w_floats(a, b->k);
+        b->ahead = j->few ? b->panel + w_floats(a, b->end - b->k) : NULL;
+        return;
     }
-    w->ahead = placed && j->few ? w->panel[0] + floats : NULL;
+    /* next come the following columns; after the last, the following rows */
+    const size_t ahead = b->end < K ? (size_t)(b->end - b->k) : (size_t)rows * K - b->k;
+    a->pack_w[j->w->dtype == QEMB_I8](room, &p, b->k, b->end, ahead);
+    b->panel = room;
 }
 
 static void multiply_panels(const void *job, int item, int thread) {
     const matmul_job *j = job;
-    const int columns = arithmetics[j->be->ops->math].columns, K = j->w->cols;
+    const int columns = KC * arithmetics[j->be->ops->math].per_dword, K = j->w->cols;
     const int last = min_int((item + 1) * j->panels, panel_count(j->w, j->gated));
     float *room = j->be->scratch + (size_t)thread * j->be->scratch_floats;
-    panel_block w = {.p = item * j->panels, .sums = room + PANELS_FLOATS};
-    for (; w.p < last; w.p += w.n) {
-        w.n = min_int(j->group, last - w.p);
-        for (w.block = 0; w.block < j->blocks; w.block++) {
-            w.k = w.block * columns, w.end = min_int(K, w.k + columns);
-            find_panels(j, &w, room);
-            for (int i = 0; i < j->tiles; i++)
-                for (int g = 0; g < w.n; g++) multiply_tile(j, &w, i, g);
+    block b = {.p = item * j->panels, .sums = room + PANEL_FLOATS};
+    for (; b.p < last; b.p++)
+        for (b.k = 0; b.k < K; b.k = b.end) {
+            b.end = min_int(K, b.k + columns);
+            find_panel(j, &b, room);
+            for (int i = 0; i < j->tiles; i++) multiply_tile(j, &b, i);
         }
-    }
 }
 
 /* y (T, N) = (add ? y : 0) + alpha x W^T, or gated: y (T, N/2) */
@@ -764,15 +753,13 @@ static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_ma
     assert(w->dtype == QEMB_F16 || (w->dtype == QEMB_I8 && w->scale));
     const int panels = panel_count(w, gated), chunks = ceil_div(T, X_ROWS);
     matmul_job j = {.be = be, .w = w, .add = add, .gated = gated, .packed = be->packed};
-    j.blocks = ceil_div(w->cols, arithmetics[be->ops->math].columns);
     for (int i = 0; i < chunks; i++) {
         const int t = (int)((long)T * i / chunks);
         j.T = (int)((long)T * (i + 1) / chunks) - t;
         j.tiles = ceil_div(j.T, MR);
         j.few = j.tiles <= FEW_TILES;
         /* smaller items where there would be fewer than four a thread: one has to be last */
-        j.panels = max_int(1, min_int(j.few ? panels : GROUP, panels / (4 * be->threads)));
-        j.group = j.few ? 1 : j.panels; /* few: W is read once, along its rows */
+        j.panels = max_int(1, min_int(j.few ? panels : 4, panels / (4 * be->threads)));
         j.x = x + (size_t)t * w->cols;
         j.y = y + (size_t)t * (gated ? w->rows / 2 : w->rows);
         cpu_parallel(be->pool, j.tiles, pack_tile, &j);
@@ -1012,8 +999,8 @@ AVX512 static void attention_bf16(const attention_tile *w, float *att, size_t ld
 static int open_table(qemb_backend **be, const qemb_ops *ops, const cpu_kernels *kernels,
                       const qemb_config *c, const qemb_options *opt, qemb_err *err) {
     const int widest = max_int(max_int(c->hidden, c->n_heads * c->head_dim), c->ffn);
-    if (simd_open(be, c, opt, kernels, PANELS_FLOATS + X_ROWS * GROUP * NR,
-                  (size_t)X_ROWS * (size_t)round_up(widest, 4 * KC), err))
+    if (simd_open(be, c, opt, kernels, PANEL_FLOATS + X_ROWS * NR,
+                  (size_t)X_ROWS * (size_t)round_up(widest, 64), err))
         return -1;
     (*be)->ops = ops;
     return 0;

@@ -170,6 +170,7 @@ Test(ops, matmul) {
             for (int i = 0; i < 5 * 5 * 5; i++)
                 check_matmul(qemb_cpu_table(o), dtype, Ts[i % 5], Ns[i / 5 % 5], Ks[i / 25], 1,
                              i & 1);
+            check_matmul(qemb_cpu_table(o), dtype, 14, 33, 12350, 1, 1);
             check_matmul(qemb_cpu_table(o), dtype, 7, 33, 40, 64, 1);
             check_matmul(qemb_cpu_table(o), dtype, 7, 33, 40, 64, 0);
             check_matmul(qemb_cpu_table(o), dtype, 7, 33, 2100, 1, 0); /* blocks of up to 2,048 */
@@ -347,6 +348,32 @@ Test(ops, gate_up) {
         qemb_cpu_table(o)->close(be);
     }
     free(W), free(scratch), free(product);
+}
+
+/* More columns than any table adds up in registers (AVX-512's int8: 12,288): gate and up are what the
+ * matmul makes of them, which its own test holds to the oracle. */
+Test(ops, gate_up_of_many_columns) {
+    enum { F = 21, K = 12350, T = 14 };
+    const qemb_config c = {.hidden = K, .ffn = F, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+    rng r = {9};
+    uint16_t *W = malloc((size_t)2 * F * K * sizeof *W);
+    float *x = numbers(&r, (size_t)T * K, 0.05), *scratch = numbers(&r, (size_t)T * 2 * F, 1);
+    float *product = numbers(&r, (size_t)T * 2 * F, 1), *h = numbers(&r, (size_t)T * F, 1);
+    rng_halves(&r, W, (size_t)2 * F * K, 1);
+    const qemb_mat m = {W, 2 * F, K, QEMB_F16, 1, NULL};
+    for (int o = 0; qemb_cpu_table(o); o++) {
+        qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
+        qemb_cpu_table(o)->matmul(be, (qemb_act *)product, (qemb_act *)x, &m, T);
+        qemb_cpu_table(o)->gate_up(be, (qemb_act *)h, (qemb_act *)scratch, (qemb_act *)x, &m, T);
+        for (int i = 0; i < T * F; i++) {
+            const float gate = product[i / F * 2 * F + i % F], up = product[(i / F * 2 + 1) * F + i % F];
+            const double want = oracle_swiglu(gate, up);
+            cr_assert_not(far_off(h[i], want, 6 * SLACK * U * fabs(want) + 1e-34 * fabs(up)),
+                          "%s %d: %g, want %g", qemb_cpu_table(o)->name, i, (double)h[i], want);
+        }
+        qemb_cpu_table(o)->close(be);
+    }
+    free(W), free(x), free(scratch), free(product), free(h);
 }
 
 Test(ops, gather_last_and_pool) {

@@ -144,6 +144,7 @@ Test(simd, a_row_has_the_same_bits_on_every_path) {
     for (int o = 0; qemb_cpu_table(o); o++) {
         check_paths(qemb_cpu_table(o), QEMB_F16, 77, 531);
         check_paths(qemb_cpu_table(o), QEMB_F16, 128, 40);
+        check_paths(qemb_cpu_table(o), QEMB_F16, 33, 6200); /* in blocks of columns */
         check_paths(qemb_cpu_table(o), QEMB_I8, 77, 531);
     }
 }
