@@ -269,7 +269,10 @@ static double weights_of(const setup *s) { return (double)matrix(s, 0)->rows * m
 /* Cold, every call reads the next layer's weights from memory; warm, the same ones again. Up to 16
  * rows reading them is the limit, above it arithmetic. */
 static void bench_product(setup *s) {
-    const double weight_bytes = matrix(s, 0)->dtype == QEMB_I8 ? 1 + 4.0 / QEMB_GROUP : 2;
+    /* int8's panels of an F16 matrix have the sums of a group's numbers beside its scales */
+    const double weight_bytes = matrix(s, 0)->dtype == QEMB_I8  ? 1 + 4.0 / QEMB_GROUP
+                                : s->op->math == QEMB_MATH_INT8 ? 1 + 8.0 / QEMB_GROUP
+                                                                : 2;
     for (s->cold = 1; s->cold >= 0; s->cold--) {
         char name[40];
         snprintf(name, sizeof name, "%s%s", op_names[s->which], s->cold ? "" : " warm");
