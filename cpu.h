@@ -48,8 +48,8 @@ struct qemb_backend {
     int rope_rows;
     float *scratch; /* (threads, scratch_floats): an op's tiles and panels, aligned to 64 bytes */
     size_t scratch_floats;
-    const qemb_ops *ops;        /* of an AVX-512 table: which of them */
     void (*placed)(int layers, int of); /* the options' */
+    const qemb_ops *ops;        /* of an AVX-512 table: which of them */
     const cpu_kernels *kernels; /* this and the next: NULL in a plain table, which has OpenMP */
     struct cpu_pool *pool;      /* NULL as well where there is one thread */
     float *packed;              /* a matmul's x as its tiles want it */

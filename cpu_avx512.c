@@ -156,7 +156,7 @@ typedef struct { /* what becomes of a tile's sums: y (rows, cols) = (add ? y : 0
     int share, shares;
 } tile_out;
 
-/* While 16 dwords of a panel are worked on, with what lies among them: floats of it and of the next */
+/* For every 16 dwords of a panel, which take so many floats with all that lies among them */
 TEMPLATE const float *fetch(const tile_out *o, const float *ahead, int floats) {
     if (!ahead) return NULL;
     for (int i = 16 * o->share; i < floats; i += 16 * o->shares)
@@ -337,7 +337,7 @@ typedef struct {
 
 typedef struct {
     const qemb_mat *w;
-    int row[2]; /* of W, where its halves of 16 begin */
+    int row[2]; /* of W, where the panel's halves of 16 begin */
 } w_panel;
 
 static int panel_count(const qemb_mat *w, int gated) {
@@ -691,7 +691,7 @@ typedef struct {
     int p, k, end;
     const float *panel;
     const float *ahead; /* see tile_out */
-    float *sums; /* gate_up's: (MR, NR) of the tile at hand, or of all tiles where the columns
+    float *sums;        /* gate_up's: (MR, NR) of the tile at hand, or of all tiles where the columns
                            do not come all at once */
 } block;
 
