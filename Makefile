@@ -158,9 +158,10 @@ accuracy: build/release/accuracy ## what each arithmetic costs (ACCURACY_MODELS=
 
 # What the server's threads meet in; the rest of its tests ask one thing at a time.
 RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat or fallback
-SERVE_TESTS = "$(VENV)/bin/pytest -q -rs tests/test_serve.py" \
-  "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py" \
-  "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs tests/test_serve.py -k '$(RACY)'"
+SERVE_ROOMS := tests/test_serve.py tests/test_serve_caches.py
+SERVE_TESTS = "$(VENV)/bin/pytest -q -rs $(SERVE_ROOMS)" \
+  "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_ROOMS)" \
+  "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_ROOMS) -k '$(RACY)'"
 JOBS     := $(shell nproc)
 SUBMAKE   = $(MAKE) -s -j$(JOBS)
 C_TESTS   = $(TESTS:%=build/release/test_%) $(TESTS:%=build/asan/test_%)
@@ -172,7 +173,7 @@ test: need-test $(VENV_TEST) ## install what is missing, run everything (C, sani
 	@tests/run.sh \
 	  $(patsubst %,"% --tap",$(C_TESTS)) \
 	  $(patsubst %,"% -runs=$(FUZZ_RUNS) -seed=1 -max_len=4096 -verbosity=0",$(FUZZ_BINS)) \
-	  "$(VENV)/bin/pytest -q -rs tests --ignore=tests/test_serve.py" \
+	  "$(VENV)/bin/pytest -q -rs tests $(SERVE_ROOMS:%=--ignore=%)" \
 	  $(SERVE_TESTS) \
 	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/test_protocol.py" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/test_protocol.py" \

@@ -1,0 +1,235 @@
+"""What the tests of qemb-serve share: a server that is started and ended, answers, the ./qemb whose
+vectors must be met bit for bit.
+
+QEMB_SERVE_BIN names another binary (default ./qemb-serve), such as one with sanitizers: their
+reports turn up as a wrong exit status. QEMB_BIN: the ./qemb to compare with. Every server listens on
+a free port of the loopback and is ended by SIGTERM, with status 0.
+"""
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVE = os.path.abspath(os.environ.get("QEMB_SERVE_BIN", ROOT / "qemb-serve"))
+QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
+MODEL = str(ROOT / "models" / "demo.qemb")
+HIDDEN, MAX_TOKENS, EOS, VOCAB = 128, 2048, 2557, 2560
+BINARY = Path(SERVE).read_bytes() if os.path.exists(SERVE) else b""
+SANITIZED = b"__asan_init" in BINARY or b"__tsan_init" in BINARY
+GUARD = 240 if SANITIZED else 60  # seconds after which a hang is one; nothing here is timed
+JSON = {"Content-Type": "application/json"}
+
+TEXTS = [
+    "An embedding is a list of numbers.",
+    "",
+    "two",
+    "two",
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.",
+    "中文 and русский",
+    "nul \0 inside",
+    "  spaces  ",
+    "a\nnewline",
+    "a" * 300,
+    "😀",
+]
+
+
+def qemb(*args, records, model=MODEL):
+    """What ./qemb answers to JSON records, line by line."""
+    data = "".join(json.dumps(r) + "\n" for r in records).encode()
+    command = [QEMB, *args[:1], "-m", model, "--input", "jsonl", *args[1:]]
+    if args and args[0].startswith("-"):
+        command = [QEMB, "-m", model, "--input", "jsonl", *args]
+    done = subprocess.run(command, input=data, stdout=subprocess.PIPE, timeout=GUARD)
+    assert done.returncode == 0
+    return done.stdout.decode().splitlines()
+
+
+class Answer:
+    def __init__(self, response):
+        self.status, self.headers, self.body = response.status, response.headers, response.read()
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def error(self):
+        e = self.json["error"]
+        assert set(e) == {"message", "type", "param", "code"}
+        return e
+
+
+PATIENT = ("--deadline", "600", "--receive-timeout", "600")  # on a busy machine, too
+
+
+class Server:
+    def __init__(self, *args, model=MODEL, wait="ready"):
+        self.log, self.raw, self.changed = [], [], threading.Condition()
+        self.process = subprocess.Popen(
+            [SERVE, "-m", model, "--port", "0", "--threads", "1", *PATIENT, *map(str, args)],
+            stderr=subprocess.PIPE,
+        )
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+        self.port = self.wait_log("listening")["port"]
+        if wait:
+            self.wait_log(wait)
+
+    def read(self):
+        for line in self.process.stderr:
+            with self.changed:
+                self.raw.append(line)
+                try:
+                    self.log.append(json.loads(line))
+                except ValueError:
+                    self.log.append({"event": "not JSON", "line": line})
+                self.changed.notify_all()
+        with self.changed:
+            self.log.append({"event": "end of log"})
+            self.changed.notify_all()
+
+    def wait_log(self, event, n=1):
+        """The n-th log line of that event."""
+
+        def found():
+            lines = [e for e in self.log if e["event"] == event]
+            return lines[n - 1] if len(lines) >= n else None
+
+        with self.changed:
+            ends = lambda: found() or (self.log and self.log[-1]["event"] == "end of log")
+            assert self.changed.wait_for(ends, GUARD), f"no {event} in the log"
+            assert found(), b"".join(self.raw).decode()
+            return found()
+
+    def connect(self):
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=GUARD)
+
+    def request(self, method, path, body=None, headers=JSON):
+        c = self.connect()
+        try:
+            c.request(method, path, body, headers)
+            return Answer(c.getresponse())
+        finally:
+            c.close()
+
+    def post(self, body, path="/v1/embeddings", headers=JSON):
+        if not isinstance(body, (bytes, str)):
+            body = json.dumps(body)
+        return self.request("POST", path, body, headers)
+
+    def embed(self, texts, **more):
+        a = self.post({"model": "demo", "input": texts, "encoding_format": "base64", **more})
+        assert a.status == 200, a.body
+        return [e["embedding"] for e in a.json["data"]]
+
+    def metrics(self):
+        text = self.request("GET", "/metrics").body.decode()
+        return {
+            (s.name, tuple(sorted(s.labels.items()))): s.value
+            for f in text_string_to_metric_families(text)
+            for s in f.samples
+        }
+
+    def metric(self, name):
+        return self.metrics()[(name, ())]
+
+    def wait_metric(self, name, good):
+        until = time.monotonic() + GUARD
+        while not good(self.metric(name)):
+            assert time.monotonic() < until, f"{name} is {self.metric(name)}"
+            time.sleep(0.02)
+
+    def openai(self, **kw):
+        kw = {"api_key": "none", "max_retries": 0, "timeout": GUARD, **kw}
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", **kw)
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(GUARD)
+        self.reader.join(GUARD)
+        self.process.stderr.close()
+        text = b"".join(self.raw).decode(errors="replace")
+        assert status == 0, text[-8000:]
+        assert not [e for e in self.log if e["event"] == "not JSON"], text[-8000:]
+
+
+@contextlib.contextmanager
+def server(*args, **kw):
+    s = Server(*args, **kw)
+    try:
+        yield s
+    except BaseException:
+        s.process.kill()
+        s.process.wait()
+        s.reader.join()
+        raise
+    s.stop()
+
+
+@pytest.fixture(scope="module")
+def serve():
+    with server() as s:
+        yield s
+
+
+LONG = 100 if SANITIZED else 300
+# Each long text is a batch of its own, and takes a while.
+BUSY_CPU = () if SANITIZED else ("--cpu", "plain")
+BUSY = ("--batch-tokens", LONG, *BUSY_CPU)
+
+
+def long_ids(i, n=LONG):
+    """Token ids of a text that is long, and unlike all others: none shares a prefix with it."""
+    return [i % 250, i // 250 % 250] + [(i * 7 + k) % 250 for k in range(n - 3)] + [EOS]
+
+
+def slow_request(n=10, start=0, **more):
+    """Work for a while: long texts, all different."""
+    return {"model": "demo", "input": [long_ids(start + i) for i in range(n)], "dimensions": 1, **more}
+
+
+class Slow:
+    """A request that keeps the model busy, in its own thread."""
+
+    def __init__(self, s, n=10, start=0, **more):
+        self.answer, self.server = None, s
+        self.c = s.connect()
+        self.c.request("POST", "/v1/embeddings", json.dumps(slow_request(n, start, **more)), JSON)
+
+    def wait(self):
+        self.answer = Answer(self.c.getresponse())
+        self.c.close()
+        return self.answer
+
+    def leave(self):
+        self.c.close()
+
+
+OK = {"model": "demo", "input": "x"}
+TINY = str(ROOT / "tests" / "golden" / "hf-tiny.qemb")  # hidden 32, a tokenizer of its own, 200 tokens
+SHORT = [t for t in TEXTS if len(t) < 200]
+
+
+def vectors_of(texts, model, *args):
+    return qemb("--output", "base64", *args, records=[{"text": t} for t in texts], model=model)
+
+
+def vectors_in(a):
+    assert a.status == 200, a.body
+    return [e["embedding"] for e in a.json["data"]]
+
+
+def ask(texts, **more):
+    return {"model": "demo", "input": texts, "encoding_format": "base64", **more}

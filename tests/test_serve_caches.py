@@ -1,0 +1,245 @@
+"""qemb-serve's memory of vectors: its own, and one that servers share in Redis."""
+
+import base64
+import contextlib
+import json
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from serve_client import (
+    GUARD, HIDDEN, MODEL, QEMB, SHORT, TEXTS, TINY, ask, qemb, server, vectors_in, vectors_of,
+)
+
+
+def test_cache_serves_every_dimension():
+    texts = [t for t in TEXTS if t != "two"]
+    with server() as s:
+        s.embed(texts)
+        computed = s.metric("qemb_computed_texts_total")
+        for dim in (HIDDEN, 17, 1):
+            want = qemb("--output", "base64", "--dim", str(dim), records=[{"text": t} for t in texts])
+            assert s.embed(texts, dimensions=dim) == want
+        assert s.metric("qemb_computed_texts_total") == computed
+        assert s.metric("qemb_cache_hits_total") == 3 * len(texts) + 1
+        assert s.metric("qemb_cache_misses_total") == len(texts) - 1  # the probe was the empty one
+        assert s.metric("qemb_cache_bytes") > 4 * HIDDEN * len(texts)
+        assert s.embed([texts[0], "new"])[0] == s.embed(texts)[0]  # a known one beside a new one
+        assert s.embed([texts[0]], instruct="T") != s.embed([texts[0]])
+
+
+def test_no_cache():
+    with server("--cache", 0) as s:
+        assert s.embed(["x"]) == s.embed(["x"])
+        assert s.metric("qemb_cache_hits_total") == s.metric("qemb_cache_bytes") == 0
+        assert s.metric("qemb_computed_texts_total") == 3
+
+
+def test_cache_is_bounded():
+    with server("--cache", 1) as s:
+        for i in range(0, 4000, 400):
+            s.embed([[k % 250, k // 250 + 1] for k in range(i, i + 400)], dimensions=1)
+            assert s.metric("qemb_cache_bytes") <= 1 << 20
+        assert s.metric("qemb_cache_bytes") > 900000
+
+
+def free_port():
+    with socket.socket() as k:
+        k.bind(("127.0.0.1", 0))
+        return k.getsockname()[1]
+
+
+def with_redis(port):
+    """Options of a server that waits for that Redis, on a busy machine too."""
+    return ("--redis", f"127.0.0.1:{port}", "--redis-timeout", 60000)
+
+
+class Redis:
+    def __init__(self, port=None):
+        self.port = port or free_port()
+        self.process = subprocess.Popen(
+            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
+             "--appendonly", "no", "--daemonize", "no"],
+            stdout=subprocess.DEVNULL, cwd="/tmp",
+        )
+        until = time.monotonic() + GUARD
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)) as k:
+                k.sendall(b"PING\r\n")
+                if k.recv(5) == b"+PONG":
+                    return
+            assert time.monotonic() < until and self.process.poll() is None
+            time.sleep(0.02)
+
+    def command(self, *words, lines=0):
+        """The first line of the reply; or a list of so many."""
+        with socket.create_connection(("127.0.0.1", self.port), GUARD) as k:
+            f = k.makefile("rwb")
+            f.write(b"*%d\r\n" % len(words))
+            for w in words:
+                f.write(b"$%d\r\n%s\r\n" % (len(w), w))
+            f.flush()
+            got = [f.readline().removesuffix(b"\r\n") for _ in range(lines or 1)]
+            return got if lines else got[0]
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def redis():
+    if not shutil.which("redis-server"):
+        pytest.skip("redis-server: not installed")
+    r = Redis()
+    yield r
+    r.kill()
+
+
+def wait_stored(r, n):
+    until = time.monotonic() + GUARD
+    while int(r.command(b"DBSIZE")[1:]) < n:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_redis_is_shared(redis):
+    texts = [f"shared {i}" for i in range(40)]
+    with server("--cache", 0, *with_redis(redis.port)) as a:
+        want = a.embed(texts)
+        wait_stored(redis, 41)  # the probe's, too
+    with server("--cache", 0, *with_redis(redis.port)) as b:
+        assert b.embed(texts) == want
+        assert b.embed([*texts[:3], "unknown"], dimensions=5)[:3] == [
+            base64.b64encode(v).decode() for v in
+            [base64.b64decode(x) for x in qemb("--output", "base64", "--dim", "5", records=[{"text": t} for t in texts[:3]])]
+        ]
+        assert b.metric("qemb_redis_hits_total") == 43
+        assert b.metric("qemb_computed_texts_total") == 2  # the probe and the unknown one
+
+
+def test_models_do_not_share_keys(redis, tmp_path):
+    with server(*with_redis(redis.port)) as a:
+        one = a.embed([[1, 2]])
+        wait_stored(redis, 2)
+    other = tmp_path / "other.qemb"  # one weight differs, and with it the recorded digest
+    data = bytearray(Path(MODEL).read_bytes())
+    data[40] ^= 1
+    struct.pack_into("<Q", data, 24, 0)
+    checksum = 0xCBF29CE484222325
+    for b in data[: 4096 + 96 * struct.unpack_from("<I", data, 32)[0]]:
+        checksum = (checksum ^ b) * 0x100000001B3 % 2**64
+    struct.pack_into("<Q", data, 24, checksum)
+    other.write_bytes(data)
+    with server(*with_redis(redis.port), "--name", "demo", model=str(other)) as b:
+        assert b.embed([[1, 2]]) == one and b.metric("qemb_redis_hits_total") == 0
+
+
+def test_arithmetics_share_no_vectors(redis):
+    lists, stored = [[1, 2, 3], [4, 5]], 0
+    for math in ("f32", "bf16", "int8"):
+        command = [QEMB, "-m", MODEL, "--math", math, "--input", "jsonl", "--output", "base64"]
+        records = "".join(json.dumps({"ids": ids}) + "\n" for ids in lists).encode()
+        done = subprocess.run(command, input=records, stdout=subprocess.PIPE, timeout=GUARD)
+        if done.returncode == 1:
+            continue  # not on this machine
+        with server(*with_redis(redis.port), "--math", math) as s:
+            assert s.embed(lists) == done.stdout.decode().splitlines()
+            assert s.metric("qemb_redis_hits_total") == 0
+            stored += 1 + len(lists)
+            wait_stored(redis, stored)
+    assert stored
+
+
+def test_wrong_values_in_redis_are_misses(redis):
+    with server("--cache", 0, *with_redis(redis.port)) as s:
+        wait_stored(redis, 1)  # the probe's text, the empty one: there is one key
+        want = s.embed([""])
+        key = redis.command(b"KEYS", b"*", lines=3)[2]
+        good = redis.command(b"GET", key, lines=2)
+        for value in (b"", b"short", b"\0" * 4 * HIDDEN, b"\xff" * 4 * HIDDEN):
+            assert redis.command(b"SET", key, value) == b"+OK"
+            hits = s.metric("qemb_redis_hits_total")
+            assert s.embed([""]) == want
+            assert s.metric("qemb_redis_hits_total") == hits
+            # What was computed is stored when there is time; not again, if the probe's batch had not quite
+            # ended and gave it.
+            until = time.monotonic() + GUARD
+            while redis.command(b"GET", key, lines=2) != good:
+                assert time.monotonic() < until
+                assert s.embed([""]) == want
+                time.sleep(0.02)
+        assert s.metric("qemb_redis_errors_total") == 0
+
+
+def test_redis_absent_slow_or_babbling():
+    listening = socket.create_server(("127.0.0.1", 0))  # takes connections, says nothing
+    babbler = socket.create_server(("127.0.0.1", 0))
+
+    def babble():
+        with contextlib.suppress(OSError):
+            while True:
+                k, _ = babbler.accept()
+                k.sendall(b"HTTP/1.1 200 OK\r\n" * 10)
+                k.close()
+
+    threading.Thread(target=babble, daemon=True).start()
+    ports = [free_port(), listening.getsockname()[1], babbler.getsockname()[1]]
+    for port in ports:
+        with server("--cache", 0, "--redis", f"127.0.0.1:{port}") as s:
+            for i in range(20):
+                assert s.embed([f"text {i}"])
+            assert s.metric("qemb_redis_errors_total") >= 1
+            assert s.metric("qemb_redis_hits_total") == 0
+    listening.close()
+    babbler.shutdown(socket.SHUT_RDWR)
+    babbler.close()
+
+
+def test_redis_killed_under_load(redis):
+    with server("--cache", 0, "--redis", f"127.0.0.1:{redis.port}") as s:
+        done = []
+
+        def client(i):
+            for n in range(60):
+                done.append(s.embed([f"load {(i + n) % 50}"]))
+                if len(done) == 100:
+                    redis.kill()
+
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(client, range(6)))
+        assert len(done) == 360 and redis.process.poll() is not None
+        s.wait_log("redis_down")
+        again = Redis(redis.port)  # it comes back, and is used again
+        try:
+            until = time.monotonic() + GUARD
+            while not [e for e in s.log if e["event"] == "redis_up"]:
+                s.embed(["wake up"])
+                assert time.monotonic() < until
+                time.sleep(0.05)
+        finally:
+            again.kill()
+
+
+def test_two_models_share_no_vectors(redis):
+    with server(*with_redis(redis.port), "--fallback", TINY) as s:
+        s.wait_log("ready", 2)
+        want = [vectors_of(SHORT, m) for m in (MODEL, TINY)]
+        ids = [[1, 2, 3], [4]]  # which are other texts, or none, for the other model
+        for n in range(2):
+            for model, vectors in zip(("demo", "hf-tiny"), want):
+                a = s.post(ask(SHORT, model=model))
+                assert vectors_in(a) == vectors and a.json["model"] == model
+            same = [vectors_in(s.post(ask(ids, model=m, dimensions=8))) for m in ("demo", "hf-tiny")]
+            assert same[0][0] != same[1][0] and same[0][1] != same[1][1]
+        wait_stored(redis, 2 * (len(set(SHORT)) + len(ids)))
+        assert [m.id for m in s.openai().models.list()] == ["demo", "hf-tiny"]
+        models = [dict(k[1])["model"] for k in s.metrics() if k[0] == "qemb_model_info"]
+        assert models == ["demo", "hf-tiny"]
+        assert s.metric("qemb_fallbacks_total") == 0
