@@ -75,6 +75,9 @@ void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_layo
 typedef void (*cpu_item)(const void *job, int item, int thread);
 void cpu_parallel(struct cpu_pool *p, int items, cpu_item run, const void *job);
 
+/* Takes a file's mapped pages within [p, p + bytes) out of this process's memory */
+void cpu_give_back(const void *p, size_t bytes);
+
 enum {
     CPU_KEYS = 64, /* keys per attention tile, aligned to absolute positions */
     CPU_PAD = 32,  /* heads of values and of output are padded to this */

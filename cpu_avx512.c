@@ -24,7 +24,7 @@ enum {
     NR = 32,              /* ... rows of W in a register tile: 24 of 32 registers hold its sums */
     KC = 3072,            /* dwords of a packed panel: KC x NR of them, 384 KiB of an L2 cache */
     ATTENTION_ROWS = 512, /* keys and values are brought in form once for so many */
-    FEW_TILES = 2,        /* so many tiles of x wait for W to come from memory */
+    FEW_TILES = 3,        /* so many tiles of x wait for W to come from memory */
     X_ROWS = 86 * MR      /* rows of x that are packed at a time, and share one packing of W */
 };
 
@@ -131,11 +131,21 @@ TEMPLATE __m512 multiply_add(qemb_math math, __m512 sum, __m512 x, __m512 w) {
     return sum;
 }
 
+/* What W's numbers are in a panel: dwords, or halves that become floats where they are loaded */
+typedef enum { DWORDS, HALVES } panel_kind;
+enum { DWORD_ROW = NR, HALF_ROW = NR / 2 }; /* floats that NR of them take */
+
+/* Row k of a panel, 16 columns from column 16h on */
+TEMPLATE __m512 panel16(panel_kind of, const float *panel, int k, int h) {
+    if (of == DWORDS) return _mm512_load_ps(panel + k * DWORD_ROW + 16 * h);
+    return _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(panel + k * HALF_ROW + 8 * h)));
+}
+
 /* acc += rows of x times a panel (n, NR). Dword k of row i is x[i*next_row + k*next_k]. */
-TEMPLATE void tile(qemb_math math, __m512 (*acc)[2], int rows, const float *x, int next_row,
-                   int next_k, const float *panel, int n) {
+TEMPLATE void tile(qemb_math math, panel_kind of, __m512 (*acc)[2], int rows, const float *x,
+                   int next_row, int next_k, const float *panel, int n) {
     for (int k = 0; k < n; k++) {
-        __m512 w0 = _mm512_load_ps(panel + k * NR), w1 = _mm512_load_ps(panel + k * NR + 16);
+        __m512 w0 = panel16(of, panel, k, 0), w1 = panel16(of, panel, k, 1);
         __asm__("" : "+v"(w0), "+v"(w1)); /* else gcc 12 loads them again for every row */
         UNROLL for (int i = 0; i < rows; i++) {
             const __m512 xi = _mm512_set1_ps(x[i * next_row + k * next_k]);
@@ -150,18 +160,19 @@ typedef struct { /* what becomes of a tile's sums: y (rows, cols) = (add ? y : 0
     size_t ldy;
     int cols, add;
     float factor;
-    /* Few rows wait for memory: tile `share` of so many that meet a panel fetches its share of the
-     * next one. NULL where there are many */
+    /* The panel that comes next: tile `share` of so many that meet this one fetches its share. NULL:
+     * nothing is to be fetched */
     const float *ahead;
+    int ahead_floats; /* of 16 dwords */
     int share, shares;
 } tile_out;
 
-/* For every 16 dwords of a panel, which take so many floats with all that lies among them */
-TEMPLATE const float *fetch(const tile_out *o, const float *ahead, int floats) {
+/* For every 16 dwords of a panel */
+TEMPLATE const float *fetch(const tile_out *o, const float *ahead) {
     if (!ahead) return NULL;
-    for (int i = 16 * o->share; i < floats; i += 16 * o->shares)
+    for (int i = 16 * o->share; i < o->ahead_floats; i += 16 * o->shares)
         _mm_prefetch((const char *)(ahead + i), _MM_HINT_T1);
-    return ahead + floats;
+    return ahead + o->ahead_floats;
 }
 
 /* No branch may depend on i: compilers would keep the sums in memory for it, throughout the tile. */
@@ -192,14 +203,15 @@ TEMPLATE void tile_begin(const tile_out *o, int rows, __m512 (*acc)[2]) {
     }
 }
 
-TEMPLATE void tile_rows(qemb_math math, const tile_out *o, int rows, const float *x, int next_row,
-                        int next_k, const float *panel, int n) {
+TEMPLATE void tile_rows(qemb_math math, panel_kind of, const tile_out *o, int rows, const float *x,
+                        int next_row, int next_k, const float *panel, int n) {
     __m512 acc[MR][2];
     const float *ahead = o->ahead;
+    const int step = 16 * (of == HALVES ? HALF_ROW : DWORD_ROW);
     tile_begin(o, rows, acc);
-    for (int k = 0; k < n; k += 16) {
-        ahead = fetch(o, ahead, 16 * NR);
-        tile(math, acc, rows, x + k * next_k, next_row, next_k, panel + k * NR, min_int(16, n - k));
+    for (int k = 0; k < n; k += 16, panel += step) {
+        ahead = fetch(o, ahead);
+        tile(math, of, acc, rows, x + k * next_k, next_row, next_k, panel, min_int(16, n - k));
     }
     tile_end(o, rows, acc);
 }
@@ -225,8 +237,8 @@ TEMPLATE void tile_rows_int8(const tile_out *o, int rows, const float *x, const 
             sum[i][0] = _mm512_load_ps(panel + NR);
             sum[i][1] = _mm512_load_ps(panel + NR + 16);
         }
-        ahead = fetch(o, ahead, W_GROUP);
-        tile(QEMB_MATH_INT8, sum, rows, x, 1, MR, panel + 2 * NR, 16);
+        ahead = fetch(o, ahead);
+        tile(QEMB_MATH_INT8, DWORDS, sum, rows, x, 1, MR, panel + 2 * NR, 16);
         UNROLL for (int h = 0; h < 2; h++) {
             const __m512 w = _mm512_load_ps(panel + 16 * h);
             UNROLL for (int i = 0; i < rows; i++) {
@@ -243,38 +255,37 @@ TEMPLATE void tile_rows_int8(const tile_out *o, int rows, const float *x, const 
     case n:                                                                                        \
         call;                                                                                      \
         break;
-#define TILE(name, math, next_row, next_k)                                                         \
+#define TILE(name, math, of, next_row, next_k)                                                     \
     AVX512 static void name(const tile_out *o, int rows, const float *x, const float *panel,       \
                             int n) {                                                               \
         switch (rows) {                                                                            \
-            CASE(1, tile_rows(math, o, 1, x, next_row, next_k, panel, n))                          \
-            CASE(2, tile_rows(math, o, 2, x, next_row, next_k, panel, n))                          \
-            CASE(3, tile_rows(math, o, 3, x, next_row, next_k, panel, n))                          \
-            CASE(4, tile_rows(math, o, 4, x, next_row, next_k, panel, n))                          \
-            CASE(5, tile_rows(math, o, 5, x, next_row, next_k, panel, n))                          \
-            CASE(6, tile_rows(math, o, 6, x, next_row, next_k, panel, n))                          \
-            CASE(7, tile_rows(math, o, 7, x, next_row, next_k, panel, n))                          \
-            CASE(8, tile_rows(math, o, 8, x, next_row, next_k, panel, n))                          \
-            CASE(9, tile_rows(math, o, 9, x, next_row, next_k, panel, n))                          \
-            CASE(10, tile_rows(math, o, 10, x, next_row, next_k, panel, n))                        \
-            CASE(11, tile_rows(math, o, 11, x, next_row, next_k, panel, n))                        \
-            CASE(12, tile_rows(math, o, 12, x, next_row, next_k, panel, n))                        \
+            CASE(1, tile_rows(math, of, o, 1, x, next_row, next_k, panel, n))                      \
+            CASE(2, tile_rows(math, of, o, 2, x, next_row, next_k, panel, n))                      \
+            CASE(3, tile_rows(math, of, o, 3, x, next_row, next_k, panel, n))                      \
+            CASE(4, tile_rows(math, of, o, 4, x, next_row, next_k, panel, n))                      \
+            CASE(5, tile_rows(math, of, o, 5, x, next_row, next_k, panel, n))                      \
+            CASE(6, tile_rows(math, of, o, 6, x, next_row, next_k, panel, n))                      \
+            CASE(7, tile_rows(math, of, o, 7, x, next_row, next_k, panel, n))                      \
+            CASE(8, tile_rows(math, of, o, 8, x, next_row, next_k, panel, n))                      \
+            CASE(9, tile_rows(math, of, o, 9, x, next_row, next_k, panel, n))                      \
+            CASE(10, tile_rows(math, of, o, 10, x, next_row, next_k, panel, n))                    \
+            CASE(11, tile_rows(math, of, o, 11, x, next_row, next_k, panel, n))                    \
+            CASE(12, tile_rows(math, of, o, 12, x, next_row, next_k, panel, n))                    \
         }                                                                                          \
     }
 /* rows <= MR of x, packed (k, MR), or in rows of CPU_KEYS numbers; n dwords */
-TILE(tile_f32, QEMB_MATH_F32, 1, MR)
-TILE(tile_f32_keys, QEMB_MATH_F32, CPU_KEYS, 1)
-TILE(tile_bf16, QEMB_MATH_BF16, 1, MR)
-TILE(tile_bf16_keys, QEMB_MATH_BF16, CPU_KEYS, 1)
+TILE(tile_f16, QEMB_MATH_F32, HALVES, 1, MR)
+TILE(tile_f32, QEMB_MATH_F32, DWORDS, 1, MR)
+TILE(tile_f32_keys, QEMB_MATH_F32, DWORDS, CPU_KEYS, 1)
+TILE(tile_bf16, QEMB_MATH_BF16, DWORDS, 1, MR)
+TILE(tile_bf16_keys, QEMB_MATH_BF16, DWORDS, CPU_KEYS, 1)
 
 /* rows <= MR, n dwords, of which a last group may not have all */
 AVX512 static void tile_int8(const tile_out *o, int rows, const float *x, const float *panel,
                              int n) {
     const int groups = ceil_div(n, 16);
     tile_out to = *o;
-    int left = ceil_div(rows, INT8_ROWS);
-    to.share *= left, to.shares *= left;
-    for (; left; left--) {
+    for (int left = ceil_div(rows, INT8_ROWS); left; left--) {
         const int m = ceil_div(rows, left);
         switch (m) {
             CASE(1, tile_rows_int8(&to, 1, x, panel, groups))
@@ -284,7 +295,7 @@ AVX512 static void tile_int8(const tile_out *o, int rows, const float *x, const 
             CASE(5, tile_rows_int8(&to, 5, x, panel, groups))
             CASE(6, tile_rows_int8(&to, 6, x, panel, groups))
         }
-        x += m, to.y += m * o->ldy, rows -= m, to.share++;
+        x += m, to.y += m * o->ldy, rows -= m, to.ahead = NULL;
     }
 }
 
@@ -316,9 +327,12 @@ TEMPLATE void transpose(__m512 r[16]) {
 
 /* ---- matmul: y = alpha x W^T ------------------------------------------------------------------
  * x is packed in tiles of MR rows, in the arithmetic's dwords, all of them before the products. An
- * item is some panels of W and all tiles of x: a panel is packed, KC dwords of its columns at a time,
- * and every tile meets it. Packing costs about 0.4 cycles a dword of W, shared by the rows, each of which
- * costs 1/16. Dwords that a row ends within are filled up with zeros.
+ * item is some panels of W and all tiles of x: every tile meets a panel, KC dwords of its columns at a
+ * time, and fetches a share of the next. Dwords that a row ends within are filled up with zeros.
+ *
+ * Most matrices are placed as panels (below); where one is not, packing costs about 0.4 cycles a dword
+ * of W, of which each row takes 1/16. In float, panels of F16 matrices are halves; as a conversion
+ * takes the time of a multiplication, many tiles have the panel converted for all of them.
  *
  * gate_up's panels are 16 rows of gate's and the same 16 of up's, so that a tile's sums are all that
  * SwiGLU needs. They never reach memory outside a thread's scratch. */
@@ -331,7 +345,7 @@ typedef struct {
     float *packed; /* (tiles, x_floats of a row) x */
     int T, add, tiles;
     int gated;  /* y (T, N/2) = silu of the first N/2 columns times the others */
-    int few;    /* so few rows that reading W takes the time */
+    int few;    /* at most FEW_TILES tiles */
     int panels; /* of an item */
 } matmul_job;
 
@@ -351,11 +365,16 @@ static w_panel panel_of(const qemb_mat *w, int p, int gated) {
 
 typedef struct { /* an arithmetic: how numbers become dwords, and what multiplies them */
     int per_dword;
-    int x_floats, w_floats; /* that 16 dwords of a tile of x and of a panel of W take */
+    int x_floats, w_floats; /* that 16 dwords of a tile of x and of a placed panel of W take */
     void (*pack_x)(const matmul_job *j, int tile, float *to);
-    /* of F16, I8; `ahead`: how many numbers on those lie that will be packed next */
-    void (*pack_w[2])(float *panel, const w_panel *p, int k0, int k1, size_t ahead);
-    void (*multiply)(const tile_out *o, int rows, const float *x, const float *panel, int n);
+    struct { /* of F16, of I8 */
+        int placed;
+        /* `ahead`: how many numbers on those lie that will be packed next */
+        void (*pack_w)(float *panel, const w_panel *p, int k0, int k1, size_t ahead);
+        void (*multiply)(const tile_out *o, int rows, const float *x, const float *panel, int n);
+    } of[2];
+    /* Where an I8's panel suits many rows better: makes it of an F16's, n dwords. Or NULL */
+    void (*widen)(float *to, const float *panel, int n);
 } arithmetic;
 
 static int tile_start(const matmul_job *j, int i) { return (int)((long)j->T * i / j->tiles); }
@@ -457,18 +476,54 @@ TEMPLATE void pack_w(qemb_math math, qemb_dtype dtype, float *panel, const w_pan
     }
 }
 
+/* The same of F16 weights, as they are: pairs of 32 columns are transposed, then parted. */
+AVX512 static void pack_halves(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {
+    const __m512i part = _mm512_setr_epi32(
+        0x020000, 0x060004, 0x0a0008, 0x0e000c, 0x120010, 0x160014, 0x1a0018, 0x1e001c, 0x030001,
+        0x070005, 0x0b0009, 0x0f000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d);
+    for (int h = 0; h < 2; h++) {
+        w_rows row;
+        find_rows(row, p->w, p->row[h], 2);
+        float *to = panel + 8 * h;
+        for (int k = k0; k < k1; k += 32) {
+            const int left = k1 - k;
+            const __mmask32 some = left >= 32 ? ~0u : (1u << left) - 1;
+            __m512 r[16];
+            prefetch_rows(row, (size_t)k * 2, ahead * 2);
+            UNROLL for (int i = 0; i < 16; i++) r[i] =
+                _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, row[i] + 2 * (size_t)k));
+            transpose(r);
+            UNROLL for (int c = 0; c < 16; c++, to += 2 * HALF_ROW) {
+                if (c == 8 && left <= 16) break; /* there the panel ends */
+                const __m512i v = _mm512_permutexvar_epi16(part, _mm512_castps_si512(r[c]));
+                _mm256_store_si256((__m256i *)to, _mm512_castsi512_si256(v));
+                _mm256_store_si256((__m256i *)(to + HALF_ROW), _mm512_extracti64x4_epi64(v, 1));
+            }
+        }
+    }
+}
+
+/* to (n, NR) = a panel of halves, as floats */
+AVX512 static void widen(float *to, const float *panel, int n) {
+    for (int k = 0; k < n; k++, to += DWORD_ROW) {
+        _mm512_store_ps(to, panel16(HALVES, panel, k, 0));
+        _mm512_store_ps(to + 16, panel16(HALVES, panel, k, 1));
+    }
+}
+
 #define PACK(name, math)                                                                           \
     AVX512 static void name##_x(const matmul_job *j, int tile, float *to) {                        \
         pack_x(math, j, tile, to);                                                                 \
-    }                                                                                              \
-    AVX512 static void name##_f16(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {  \
-        pack_w(math, QEMB_F16, panel, p, k0, k1, ahead);                                           \
     }                                                                                              \
     AVX512 static void name##_i8(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {   \
         pack_w(math, QEMB_I8, panel, p, k0, k1, ahead);                                            \
     }
 PACK(pack_f32, QEMB_MATH_F32)
 PACK(pack_bf16, QEMB_MATH_BF16)
+
+AVX512 static void pack_bf16_f16(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {
+    pack_w(QEMB_MATH_BF16, QEMB_F16, panel, p, k0, k1, ahead);
+}
 
 /* ---- int8: a group is 64 numbers of a row, each an integer of -127 .. 127 times the group's scale,
  * the largest magnitude / 127. Scales of rows (of x or F16 weights) are found 16 rows at a time. */
@@ -592,12 +647,25 @@ AVX512 static void pack_int8_i8(float *panel, const w_panel *p, int k0, int k1, 
 /* ---- the arithmetics */
 
 static const arithmetic arithmetics[] = {
-    [QEMB_MATH_F32] = {1, 16 * MR, 16 * NR, pack_f32_x, {pack_f32_f16, pack_f32_i8}, tile_f32},
-    [QEMB_MATH_BF16] = {2, 16 * MR, 16 * NR, pack_bf16_x, {pack_bf16_f16, pack_bf16_i8}, tile_bf16},
-    [QEMB_MATH_INT8] = {4, X_GROUP, W_GROUP, pack_int8_x, {pack_int8_f16, pack_int8_i8}, tile_int8},
+    [QEMB_MATH_F32] = {.per_dword = 1,
+                       .x_floats = 16 * MR,
+                       .w_floats = 16 * HALF_ROW,
+                       .pack_x = pack_f32_x,
+                       .of = {{1, pack_halves, tile_f16}, {0, pack_f32_i8, tile_f32}},
+                       .widen = widen},
+    [QEMB_MATH_BF16] = {.per_dword = 2,
+                        .x_floats = 16 * MR,
+                        .w_floats = 16 * DWORD_ROW,
+                        .pack_x = pack_bf16_x,
+                        .of = {{1, pack_bf16_f16, tile_bf16}, {0, pack_bf16_i8, tile_bf16}}},
+    [QEMB_MATH_INT8] = {.per_dword = 4,
+                        .x_floats = X_GROUP,
+                        .w_floats = W_GROUP,
+                        .pack_x = pack_int8_x,
+                        .of = {{1, pack_int8_f16, tile_int8}, {1, pack_int8_i8, tile_int8}}},
 };
 
-/* Floats of a tile of x, a panel of W, with the first K columns */
+/* Floats of a tile of x, a placed panel of W, with the first K columns */
 static size_t x_floats(const arithmetic *a, int K) {
     return (size_t)ceil_div(K, 16 * a->per_dword) * (size_t)a->x_floats;
 }
@@ -605,8 +673,9 @@ static size_t w_floats(const arithmetic *a, int K) {
     return (size_t)ceil_div(K, 16 * a->per_dword) * (size_t)a->w_floats;
 }
 
-/* ---- place: tables that round F16 matrices do so once, when they are given them, and keep their
- * panels: one after the other, each with all its columns. An INT8 file's are packed from its map. */
+/* ---- place: matrices become panels when they are given, one after the other, each with all its
+ * columns; their pages in the map are not read again. INT8 ones that would become bfloat16 or floats,
+ * two and four times their size, are left in the map and packed when they are wanted. */
 
 static int is_placed(const qemb_backend *be, const qemb_mat *w) {
     return (uintptr_t)w->data - (uintptr_t)be->maps[CPU_MAP_WEIGHTS] <
@@ -618,31 +687,36 @@ typedef struct {
     qemb_backend *be;
     float *to;
     const qemb_mat *w;
-    int gated;
+    int gated, mapped;
 } placing;
 
 static void place_panel(const void *job, int item, int thread) {
     const placing *p = job;
     const w_panel panel = panel_of(p->w, item, p->gated);
     (void)thread;
-    p->a->pack_w[0](p->to + item * w_floats(p->a, p->w->cols), &panel, 0, p->w->cols,
-                    (size_t)NR * p->w->cols);
+    p->a->of[p->w->dtype == QEMB_I8].pack_w(p->to + item * w_floats(p->a, p->w->cols), &panel, 0,
+                                            p->w->cols, (size_t)NR * p->w->cols);
 }
 
 static void place_matrix(qemb_mat *w, int gated, placing *p) {
+    const size_t rows = (size_t)w->rows, cols = (size_t)w->cols;
     p->w = w, p->gated = gated;
     cpu_parallel(p->be->pool, panel_count(w, gated), place_panel, p);
+    if (p->mapped) {
+        cpu_give_back(w->data, rows * cols * (w->dtype == QEMB_I8 ? 1 : sizeof(uint16_t)));
+        if (w->scale) cpu_give_back(w->scale, rows * QEMB_GROUPS(cols) * sizeof *w->scale);
+    }
     w->data = p->to;
 }
 
-/* Floats of the panels of all the layers' F16 matrices; p: makes them, too, at p->to and on */
+/* Floats of the panels of all the layers' matrices that are placed; p: makes them, too, at p->to on */
 static size_t place_layers(const arithmetic *a, qemb_layer *layers, int n_layers, placing *p) {
     size_t floats = 0;
     for (int l = 0; l < n_layers; l++) {
         qemb_layer *y = &layers[l];
         qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
         for (int i = 0; i < 4; i++) {
-            if (all[i]->dtype != QEMB_F16) continue;
+            if (!a->of[all[i]->dtype == QEMB_I8].placed) continue;
             const int gated = all[i] == &y->wgu;
             const size_t n = panel_count(all[i], gated) * w_floats(a, all[i]->cols);
             if (p) place_matrix(all[i], gated, p), p->to += n;
@@ -653,16 +727,16 @@ static size_t place_layers(const arithmetic *a, qemb_layer *layers, int n_layers
     return floats;
 }
 
-static size_t bf16_converted(const qemb_weights *w, int n_layers) {
-    return sizeof(float) * place_layers(&arithmetics[QEMB_MATH_BF16], w->layers, n_layers, NULL);
-}
-
-static size_t int8_converted(const qemb_weights *w, int n_layers) {
-    return sizeof(float) * place_layers(&arithmetics[QEMB_MATH_INT8], w->layers, n_layers, NULL);
-}
+#define CONVERTED(name, math)                                                                      \
+    static size_t name(const qemb_weights *w, int n_layers) {                                      \
+        return sizeof(float) * place_layers(&arithmetics[math], w->layers, n_layers, NULL);        \
+    }
+CONVERTED(f32_converted, QEMB_MATH_F32)
+CONVERTED(bf16_converted, QEMB_MATH_BF16)
+CONVERTED(int8_converted, QEMB_MATH_INT8)
 
 static int avx512_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
-    placing p = {.a = &arithmetics[be->ops->math], .be = be};
+    placing p = {.a = &arithmetics[be->ops->math], .be = be, .mapped = w->mapped};
     const size_t bytes = be->ops->converted(w, be->c->n_layers);
     if (!bytes) return 0;
     if (!(p.to = cpu_map(be, CPU_MAP_WEIGHTS, bytes, err))) return -1;
@@ -689,6 +763,7 @@ static void gate_tile(const matmul_job *j, int t, int rows, int p, const float *
 /* Columns k .. end-1 of W's panel p */
 typedef struct {
     int p, k, end;
+    void (*multiply)(const tile_out *o, int rows, const float *x, const float *panel, int n);
     const float *panel;
     const float *ahead; /* see tile_out */
     float *sums;        /* gate_up's: (MR, NR) of the tile at hand, or of all tiles where the columns
@@ -707,30 +782,37 @@ static void multiply_tile(const matmul_job *j, const block *b, int i) {
                   .add = j->add || b->k,
                   .factor = j->w->alpha,
                   .ahead = b->ahead,
+                  .ahead_floats = a->w_floats,
                   .share = i,
                   .shares = j->tiles};
     if (j->gated) {
         o.y = b->sums + (b->end - b->k < K ? i * MR * NR : 0);
         o.ldy = NR, o.cols = NR;
     }
-    a->multiply(&o, rows, x, b->panel, ceil_div(b->end - b->k, a->per_dword));
+    b->multiply(&o, rows, x, b->panel, ceil_div(b->end - b->k, a->per_dword));
     if (j->gated && b->end == K) gate_tile(j, t, rows, b->p, o.y);
 }
 
-/* The block's panel: as it was placed, or packed into `room` */
+/* The block's panel: as it was placed, or made in `room` */
 static void find_panel(const matmul_job *j, block *b, float *room) {
     const arithmetic *a = &arithmetics[j->be->ops->math];
-    const w_panel p = panel_of(j->w, b->p, j->gated);
-    const int K = j->w->cols, rows = panel_of(j->w, b->p + 1, j->gated).row[0] - p.row[0];
-    if (is_placed(j->be, j->w)) {
-        b->panel = (const float *)j->w->data + b->p * w_floats(a, K) + w_floats(a, b->k);
-        b->ahead = j->few ? b->panel + w_floats(a, b->end - b->k) : NULL;
+    const int K = j->w->cols, i8 = j->w->dtype == QEMB_I8;
+    b->multiply = a->of[i8].multiply;
+    if (!a->of[i8].placed) {
+        const w_panel p = panel_of(j->w, b->p, j->gated), next = panel_of(j->w, b->p + 1, j->gated);
+        /* next come the following columns; after the last, the following rows */
+        const size_t ahead =
+            b->end < K ? (size_t)(b->end - b->k) : (size_t)(next.row[0] - p.row[0]) * K - b->k;
+        a->of[i8].pack_w(room, &p, b->k, b->end, ahead);
+        b->panel = room;
         return;
     }
-    /* next come the following columns; after the last, the following rows */
-    const size_t ahead = b->end < K ? (size_t)(b->end - b->k) : (size_t)rows * K - b->k;
-    a->pack_w[j->w->dtype == QEMB_I8](room, &p, b->k, b->end, ahead);
-    b->panel = room;
+    b->panel = (const float *)j->w->data + b->p * w_floats(a, K) + w_floats(a, b->k);
+    b->ahead = b->panel + w_floats(a, b->end - b->k);
+    if (a->widen && !j->few) {
+        a->widen(room, b->panel, b->end - b->k);
+        b->panel = room, b->multiply = a->of[1].multiply;
+    }
 }
 
 static void multiply_panels(const void *job, int item, int thread) {
@@ -751,6 +833,7 @@ static void multiply_panels(const void *job, int item, int thread) {
 static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_mat *w, int T,
                        int add, int gated) {
     assert(w->dtype == QEMB_F16 || (w->dtype == QEMB_I8 && w->scale));
+    assert(!arithmetics[be->ops->math].of[w->dtype == QEMB_I8].placed || is_placed(be, w));
     const int panels = panel_count(w, gated), chunks = ceil_div(T, X_ROWS);
     matmul_job j = {.be = be, .w = w, .add = add, .gated = gated, .packed = be->packed};
     for (int i = 0; i < chunks; i++) {
@@ -1033,7 +1116,7 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const cpu_kernels 
                             .gather_last = cpu_gather_last,                                        \
                             .pool = simd_pool};
 
-TABLE(avx512_ops, "avx512", QEMB_MATH_F32, attention_f32, cpu_place, NULL)
+TABLE(avx512_ops, "avx512", QEMB_MATH_F32, attention_f32, avx512_place, f32_converted)
 TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, attention_f32, avx512_place, bf16_converted)
 TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, attention_f32, avx512_place, int8_converted)
 TABLE(avx512_bf16_int8_ops, "avx512-bf16-int8", QEMB_MATH_INT8, attention_bf16, avx512_place,

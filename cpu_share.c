@@ -11,6 +11,8 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 static int min_int(int a, int b) { return a < b ? a : b; }
 static int max_int(int a, int b) { return a > b ? a : b; }
@@ -302,6 +304,13 @@ void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const 
 }
 
 /* ---- opening ---------------------------------------------------------------------------------- */
+
+void cpu_give_back(const void *p, size_t bytes) {
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t start = ((uintptr_t)p + page - 1) / page * page;
+    const uintptr_t end = ((uintptr_t)p + bytes) / page * page;
+    if (end > start) madvise((void *)start, end - start, MADV_DONTNEED);
+}
 
 int simd_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
               const cpu_kernels *kernels, size_t scratch_floats, size_t packed_floats,

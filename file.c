@@ -271,6 +271,7 @@ static void bind_weights(qemb_weights *w, int n_layers, cursor c) {
         y->wdown = next_matrix(&c);
     }
     w->final_norm = next(&c);
+    w->mapped = 1;
 }
 
 static int bind_prompts(qemb_file *f, const char *p, size_t n, const char *path, qemb_err *err) {

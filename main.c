@@ -571,10 +571,12 @@ static int plan(const options *o) {
               f->config.max_positions);
     if (!opt.max_tokens) opt.max_tokens = f->config.max_positions;
     qemb_plan(f, o->ops, &opt, &mem);
-    printf("%10.1f MiB  layers, mapped: every batch reads them\n", mib(mem.weights));
-    printf("%10.1f MiB  embedding table, mapped: rows in use are read\n", mib(mem.table));
+    printf("%10.1f MiB  layers, mapped: %s\n", mib(mem.weights),
+           mem.converted ? "read once, not kept in memory" : "every batch reads them");
     if (mem.converted)
-        printf("%10.1f MiB  layers, converted for --math: beside the map\n", mib(mem.converted));
+        printf("%10.1f MiB  layers, copied for this CPU and --math: every batch reads them\n",
+               mib(mem.converted));
+    printf("%10.1f MiB  embedding table, mapped: rows in use are read\n", mib(mem.table));
     printf("%10.1f MiB  activations: one text of --max-tokens %d\n", mib(mem.arena_text),
            opt.max_tokens);
     for (int i = 0; i < (o->engine.batch_tokens ? 1 : LENGTH(usual)); i++) {
@@ -583,7 +585,9 @@ static int plan(const options *o) {
         printf("%10.1f MiB  activations: a batch of --batch-tokens %d%s\n", mib(mem.arena_batch),
                opt.batch_tokens, opt.batch_tokens == qemb_batch_tokens(o->ops) ? " (default)" : "");
     }
-    printf("A run takes the map and the larger one of its two activations.\n");
+    printf("A run takes the layers that every batch reads, rows of the table, and the larger one "
+           "of its\n"
+           "two activations.\n");
     opt.batch_tokens = o->engine.batch_tokens;
     qemb_plan(f, o->ops, &opt, &mem);
     size_t sum = 0;

@@ -83,6 +83,7 @@ typedef struct {
     qemb_mat tok_emb;        /* (V, D); stays in the file's map on every backend */
     qemb_layer *layers;      /* (L) */
     const float *final_norm; /* (D) */
+    int mapped; /* all of this lies in a file's map: a page that is given back can be read again */
 } qemb_weights;
 
 /* ---- the .qemb file ------------------------------------------------------------------------
@@ -202,7 +203,7 @@ typedef struct {
     size_t vram;       /* bytes of GPU memory to use at most; 0: what is free */
     const char
         *cache_dir; /* directory for algorithm timings; NULL: no timing, the library chooses */
-    /* Called after each layer whose weights a table rounds or uploads before it can start; NULL: not */
+    /* Called after each layer whose weights a table copies before it can start; NULL: not */
     void (*placed)(int layers, int of);
 } qemb_options;
 
@@ -246,7 +247,7 @@ typedef struct qemb_ops {
     int batch_tokens; /* rows of a bulk batch unless the options say; 0: QEMB_BATCH_TOKENS */
     int mlp_rows;     /* rows that the MLP works on at a time; 0: QEMB_MLP_ROWS */
     int narrow;       /* activations overflow where floats do not: a vector that is not finite is
-                         computed again by the CPU's table */
+                         computed again by a table of the CPU that reads the map */
 
     /* Rows that a batch of T rows is filled up to, by one more text that is not pooled; at least T,
      * never less for a larger T, fit(fit(T)) = fit(T). Buffers have room for that many. NULL: T. */
@@ -264,7 +265,7 @@ typedef struct qemb_ops {
     int (*open)(qemb_backend **be, const qemb_config *c, const qemb_options *opt, qemb_err *err);
     void (*close)(qemb_backend *be);
     /* Makes w usable by the ops: replaces layer pointers by the backend's copies where it needs
-     * them (the CPU reads the map). Called once. */
+     * them (plain ops read the map). Called once. */
     int (*place)(qemb_backend *be, qemb_weights *w, qemb_err *err);
     /* Activation memory of that many bytes, aligned to 256, freed by close. Called once. */
     void *(*arena)(qemb_backend *be, size_t bytes, qemb_err *err);
@@ -311,11 +312,11 @@ typedef struct qemb_batch qemb_batch; /* texts on their way into a forward */
 
 /* Memory a model takes beside the file's map, in bytes. */
 typedef struct {
-    size_t arena_batch;          /* activations of a bulk batch of batch_tokens rows */
-    size_t arena_text;           /* activations when one text of max_tokens comes */
-    size_t weights;              /* bytes of the map that every batch reads (the layers) */
-    size_t table;                /* bytes of the embedding table, of which rows in use are read */
-    size_t converted;            /* the layers' matrices again, as the table wants them; 0: no copy */
+    size_t arena_batch; /* activations of a bulk batch of batch_tokens rows */
+    size_t arena_text;  /* activations when one text of max_tokens comes */
+    size_t weights;     /* bytes of the layers in the map: every batch reads them, or their copy */
+    size_t table;       /* bytes of the embedding table, of which rows in use are read */
+    size_t converted;   /* the layers' matrices as the table copies them; 0: no copy */
     qemb_part parts[QEMB_PARTS]; /* (n_parts) the backend's own memory, activations included */
     int n_parts;
 } qemb_memory;

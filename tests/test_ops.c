@@ -126,7 +126,8 @@ static double rounding(qemb_math math, const float *x, const qemb_mat *w, int n)
  * covers any way of blocking. */
 static void check_matmul(const qemb_ops *op, qemb_dtype dtype, int T, int N, int K, float alpha,
                          int add) {
-    const qemb_config c = {.hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+    const qemb_config c = {
+        .n_layers = 1, .hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
     rng r = {(uint64_t)(T * 1000003 + N * 1009 + K)};
     qemb_backend *be = backend(op, &c, T, 2);
     uint16_t *W = malloc((size_t)N * K * sizeof *W);
@@ -140,10 +141,12 @@ static void check_matmul(const qemb_ops *op, qemb_dtype dtype, int T, int N, int
     double *before = doubles(y, (size_t)T * N), *xd = doubles(x, (size_t)T * K);
     const qemb_mat m = {dtype == QEMB_I8 ? (void *)Q : W,        N, K, dtype, alpha,
                         dtype == QEMB_I8 ? scale : (float *)NULL};
+    qemb_mat placed = m;
+    place_matrices(op, be, &placed, NULL);
     if (add)
-        op->matmul_add(be, y, (qemb_act *)x, &m, T);
+        op->matmul_add(be, y, (qemb_act *)x, &placed, T);
     else
-        op->matmul(be, (qemb_act *)y, (qemb_act *)x, &m, T);
+        op->matmul(be, (qemb_act *)y, (qemb_act *)x, &placed, T);
     double *want = malloc((size_t)N * sizeof *want), *size = malloc((size_t)N * sizeof *size);
     for (int t = 0; t < T; t++) {
         oracle_matvec(want, size, xd + (size_t)t * K, &m);
@@ -171,6 +174,7 @@ Test(ops, matmul) {
                 check_matmul(qemb_cpu_table(o), dtype, Ts[i % 5], Ns[i / 5 % 5], Ks[i / 25], 1,
                              i & 1);
             check_matmul(qemb_cpu_table(o), dtype, 14, 33, 12350, 1, 1);
+            check_matmul(qemb_cpu_table(o), dtype, 40, 50, 3090, 1, 1); /* many rows, two blocks */
             check_matmul(qemb_cpu_table(o), dtype, 7, 33, 40, 64, 1);
             check_matmul(qemb_cpu_table(o), dtype, 7, 33, 40, 64, 0);
             check_matmul(qemb_cpu_table(o), dtype, 7, 33, 2100, 1, 0); /* blocks of up to 2,048 */
@@ -320,7 +324,8 @@ Test(ops, attention_with_large_scores) {
  * them; below FLT_MIN the result may underflow. */
 Test(ops, gate_up) {
     enum { F = 1001, T = 3 };
-    const qemb_config c = {.hidden = 2 * F, .ffn = F, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+    const qemb_config c = {
+        .n_layers = 1, .hidden = 2 * F, .ffn = F, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
     uint16_t *W = calloc((size_t)4 * F * F, sizeof *W);
     float *scratch = malloc((size_t)T * 2 * F * sizeof *scratch);
     float *product = malloc((size_t)T * 2 * F * sizeof *product);
@@ -331,8 +336,10 @@ Test(ops, gate_up) {
         qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
         float *gu = numbers(&r, (size_t)T * 2 * F, 4), h[T * F];
         for (int i = 0; i < F; i++) gu[i] = (float)(i - F / 2) * 0.25f; /* -125 .. 125 */
-        qemb_cpu_table(o)->matmul(be, (qemb_act *)product, (qemb_act *)gu, &m, T);
-        qemb_cpu_table(o)->gate_up(be, (qemb_act *)h, (qemb_act *)scratch, (qemb_act *)gu, &m, T);
+        qemb_mat w = m, wgu = m;
+        place_matrices(qemb_cpu_table(o), be, &w, &wgu);
+        qemb_cpu_table(o)->matmul(be, (qemb_act *)product, (qemb_act *)gu, &w, T);
+        qemb_cpu_table(o)->gate_up(be, (qemb_act *)h, (qemb_act *)scratch, (qemb_act *)gu, &wgu, T);
         for (int t = 0; t < T; t++)
             for (int i = 0; i < F; i++) {
                 const float gate = product[t * 2 * F + i], up = product[t * 2 * F + F + i];
@@ -354,7 +361,8 @@ Test(ops, gate_up) {
  * matmul makes of them, which its own test holds to the oracle. */
 Test(ops, gate_up_of_many_columns) {
     enum { F = 21, K = 12350, T = 14 };
-    const qemb_config c = {.hidden = K, .ffn = F, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+    const qemb_config c = {
+        .n_layers = 1, .hidden = K, .ffn = F, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
     rng r = {9};
     uint16_t *W = malloc((size_t)2 * F * K * sizeof *W);
     float *x = numbers(&r, (size_t)T * K, 0.05), *scratch = numbers(&r, (size_t)T * 2 * F, 1);
@@ -363,10 +371,13 @@ Test(ops, gate_up_of_many_columns) {
     const qemb_mat m = {W, 2 * F, K, QEMB_F16, 1, NULL};
     for (int o = 0; qemb_cpu_table(o); o++) {
         qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
-        qemb_cpu_table(o)->matmul(be, (qemb_act *)product, (qemb_act *)x, &m, T);
-        qemb_cpu_table(o)->gate_up(be, (qemb_act *)h, (qemb_act *)scratch, (qemb_act *)x, &m, T);
+        qemb_mat w = m, wgu = m;
+        place_matrices(qemb_cpu_table(o), be, &w, &wgu);
+        qemb_cpu_table(o)->matmul(be, (qemb_act *)product, (qemb_act *)x, &w, T);
+        qemb_cpu_table(o)->gate_up(be, (qemb_act *)h, (qemb_act *)scratch, (qemb_act *)x, &wgu, T);
         for (int i = 0; i < T * F; i++) {
-            const float gate = product[i / F * 2 * F + i % F], up = product[(i / F * 2 + 1) * F + i % F];
+            const float gate = product[i / F * 2 * F + i % F],
+                        up = product[(i / F * 2 + 1) * F + i % F];
             const double want = oracle_swiglu(gate, up);
             cr_assert_not(far_off(h[i], want, 6 * SLACK * U * fabs(want) + 1e-34 * fabs(up)),
                           "%s %d: %g, want %g", qemb_cpu_table(o)->name, i, (double)h[i], want);

@@ -726,15 +726,19 @@ def test_stats():
                         r"1 errors, peak memory [0-9.]+ MiB", lines_[2]) and len(lines_) == 3
 
 
-def test_weights_that_are_rounded_show_progress():
-    maths = re.search(r"want (.*)\)", qemb("--math", "roman").stderr.decode())[1].split(", ")
-    for name in maths:
-        p = qemb("--math", name, "--progress", data=b"x\n")
-        shown = re.findall(rb"\r\x1b\[Kweights: layer (\d+) of (\d+)", p.stderr)
-        assert p.returncode == 0 and p.stderr.endswith(b"\r\x1b[K")
-        assert (len(shown) > 0) == (name in ("bf16", "int8")), name # f32 reads the file's map
-        assert all(int(a) == i + 2 for i, (a, _) in enumerate(shown))
-        assert b"weights" not in qemb("--math", name, data=b"x\n").stderr
+def test_weights_that_are_copied_show_progress():
+    wanted = lambda *a: re.search(r"want (.*)\)", qemb(*a).stderr.decode())[1].split(", ")
+    for cpu in wanted("--cpu", "roman"):
+        for math in wanted("--math", "roman"):
+            args = "--cpu", cpu, "--math", math
+            p = qemb(*args, "--progress", data=b"x\n")
+            if p.returncode:
+                continue  # not with these instructions
+            shown = re.findall(rb"\r\x1b\[Kweights: layer (\d+) of (\d+)", p.stderr)
+            assert p.stderr.endswith(b"\r\x1b[K")
+            assert len(shown) == (3 if cpu == "avx512" else 0), args
+            assert all(int(a) == i + 2 for i, (a, _) in enumerate(shown))
+            assert b"weights" not in qemb(*args, data=b"x\n").stderr
 
 
 def test_progress(tmp_path):
@@ -914,11 +918,12 @@ def test_plan():
         rf"([0-9.]+) MiB  activations: one text of --max-tokens {n}\n",
         out("plan", "--max-tokens", n).decode())[1])
     assert longest(64) < longest(2048)
-    assert "converted" not in out("plan").decode()
-    if "int8" in qemb("--math", "roman").stderr.decode():
-        converted = float(re.search(r"([0-9.]+) MiB  layers, conv", out("plan", "--math", "int8").decode())[1])
-        # a byte for each of 688,128 weights and a half for each 64, in whole panels of 32 rows
-        assert 0.6 < converted < 0.9
+    assert "copied" not in out("plan", "--cpu", "plain").decode()
+    # halves, or a byte for each of 688,128 weights and a half for each 64, in whole panels of 32 rows
+    for math, least, most in ("f32", 1.2, 1.5), ("int8", 0.6, 0.9):
+        if b"avx512" in qemb("--cpu", "roman").stderr and math.encode() in qemb("--math", "roman").stderr:
+            copied = re.search(r"([0-9.]+) MiB  layers, copied", out("plan", "--math", math).decode())
+            assert least < float(copied[1]) < most
 
 
 def test_int8_file_beside_its_f16_file(tmp_path):
