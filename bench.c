@@ -5,10 +5,11 @@
  *   bench ops      MODEL [OP...]    every op of the table, or those so named, at the model's shapes
  *   bench gemm     MODEL [OP...]    the matrix products in turns with other libraries', if installed
  *   bench forward  MODEL LENGTH...  the whole forward, texts of LENGTH tokens, and each op's share
+ *   bench beside   MODEL LENGTH...  the forward in turns with one whose products are oneDNN's
  *   bench tokenizer MODEL TEXT...   MB of text per second
  *   bench print    MODEL            vectors per second, per output kind
  * with --threads N (all), --math f32|bf16|int8 (f32), --cpu NAME (the fastest table), --tokens N (a
- * batch of forward; 4096) and, where other programs keep the machine busy, --cpu-time: CPU time per
+ * batch of forward; 1024) and, where other programs keep the machine busy, --cpu-time: CPU time per
  * thread instead of the clock's.
  *
  * Each row of the CSV on stdout: group, name, n, median, p10, p90, unit, percent of limit, limit.
@@ -43,7 +44,7 @@ static const char *const math_names[] = {"f32", "bf16", "int8", "fp8"};
 int threads;
 static const qemb_file *file;
 static const qemb_ops *table;
-static int batch_tokens = 4096, cpu_time;
+static int batch_tokens = QEMB_BATCH_TOKENS, cpu_time;
 
 void die(const char *what) {
     fprintf(stderr, "bench: %s\n", what);
@@ -284,17 +285,24 @@ static void bench_product(setup *s) {
     }
 }
 
-/* The op on warm weights in turns with other libraries, whose weights are packed beforehand. */
-static void bench_others(setup *s, const setup *plain) {
-    const qemb_mat *w = matrix(plain, 0);
-    const double flops = 2 * s->b.T * weights_of(s);
+/* Of INT8 zeros: for products that are not compared with a model's */
+float *floats_of(const qemb_mat *w) {
     const qemb_config c = {.hidden = w->cols};
     qemb_backend be = {.c = &c, .threads = 1};
     int32_t *ids = need(sizeof *ids * (size_t)w->rows);
     const qemb_layout all = {1, w->rows, 0, ids, NULL, NULL};
     float *W = need(sizeof(float) * (size_t)w->rows * (size_t)w->cols);
     for (int i = 0; i < w->rows; i++) ids[i] = i;
-    if (w->dtype == QEMB_F16) qemb_cpu_ops.embed(&be, W, w, &all); /* of INT8 any numbers do */
+    if (w->dtype == QEMB_F16) qemb_cpu_ops.embed(&be, W, w, &all);
+    free(ids);
+    return W;
+}
+
+/* The op on warm weights in turns with other libraries, whose weights are packed beforehand. */
+static void bench_others(setup *s, const setup *plain) {
+    const qemb_mat *w = matrix(plain, 0);
+    const double flops = 2 * s->b.T * weights_of(s);
+    float *W = floats_of(w);
     for (int which = 0; which < OTHER_GEMMS; which++) {
         const char *library;
         char name[60];
@@ -311,7 +319,7 @@ static void bench_others(setup *s, const setup *plain) {
         printf("gemm,%s of %s,%d,%.1f,%.1f,%.1f,%%,,\n", op_names[s->which], library, s->b.T,
                100 * ratio.median, 100 * ratio.p10, 100 * ratio.p90);
     }
-    free(W), free(ids);
+    free(W);
 }
 
 static const int row_counts[] = {1, 4, 16, 64, 256, 512, 1024, 2048, 4096};
@@ -398,6 +406,7 @@ TIMED(6, gate_up,
 typedef struct {
     qemb_model *m;
     qemb_batch *b;
+    int32_t *ids;
     float *out;
 } forward;
 
@@ -422,27 +431,46 @@ static double attention_flops(int B, int n) {
     return 2 * (2 * Q * (file->config.n_layers - 1) * T * (n + 1) / 2 + 2 * Q * T);
 }
 
-static void bench_forward(int n) {
-    const int B = batch_tokens / n ? batch_tokens / n : 1;
+/* A batch of B texts of n tokens, laid out in a model of these ops */
+static void forward_open(forward *f, const qemb_ops *ops, int B, int n) {
     const qemb_options opt = {.batch_tokens = B * n, .max_tokens = n, .threads = threads};
+    qemb_err err;
+    f->ids = need(sizeof *f->ids * (size_t)B * (size_t)n);
+    if (qemb_open(&f->m, file, ops, &opt, &err)) die(err.msg);
+    if (!(f->b = qemb_batch_new(f->m))) die("out of memory");
+    f->out = need(sizeof(float) * (size_t)B * (size_t)file->config.hidden);
+    for (int i = 0; i < B * n; i++)
+        f->ids[i] = (int32_t)((unsigned)i * 7919u % (unsigned)file->config.eos_id);
+    for (int i = 0; i < B; i++)
+        if (qemb_pack_add(f->b, f->ids + (size_t)i * n, n) != i) die("a text did not fit");
+}
+
+static void forward_close(forward *f) {
+    qemb_batch_free(f->b);
+    qemb_close(f->m);
+    free(f->out), free(f->ids);
+}
+
+static int texts_of(int n) { return batch_tokens / n ? batch_tokens / n : 1; }
+
+static void tokens_row(const char *group, const char *name, int B, int n, quantiles t) {
+    const limit *l = limit_of(table->math);
+    row(group, name, n, t, B * n, 1, "tokens/s", l->name,
+        B * n * l->rate / (linear_flops(B, n) + attention_flops(B, n)));
+}
+
+static void bench_forward(int n) {
+    const int B = texts_of(n);
     qemb_ops timed = *table;
     timed.embed = timed_embed, timed.rmsnorm = timed_rmsnorm, timed.matmul = timed_matmul;
     timed.matmul_add = timed_matmul_add, timed.qknorm_rope = timed_qknorm_rope;
     timed.attention = timed_attention, timed.gate_up = timed_gate_up;
     forward f;
-    qemb_err err;
-    int32_t *ids = need(sizeof *ids * (size_t)B * (size_t)n);
-    if (qemb_open(&f.m, file, &timed, &opt, &err)) die(err.msg);
-    if (!(f.b = qemb_batch_new(f.m))) die("out of memory");
-    f.out = need(sizeof(float) * (size_t)B * (size_t)file->config.hidden);
-    for (int i = 0; i < B * n; i++)
-        ids[i] = (int32_t)((unsigned)i * 7919u % (unsigned)file->config.eos_id);
-    for (int i = 0; i < B; i++)
-        if (qemb_pack_add(f.b, ids + (size_t)i * n, n) != i) die("a text did not fit");
+    forward_open(&f, &timed, B, n);
     const quantiles t = measure(run_forward, &f);
     const limit *l = limit_of(table->math);
     const double linear = linear_flops(B, n), all_flops = linear + attention_flops(B, n);
-    row("forward", "tokens", n, t, B * n, 1, "tokens/s", l->name, B * n * l->rate / all_flops);
+    tokens_row("forward", "tokens", B, n, t);
     row("forward", "texts", n, t, B, 1, "texts/s", l->name, B * l->rate / all_flops);
     row_math("forward", "all products", n, t, all_flops);
     row_math("forward", "linear layers alone", n, t, linear);
@@ -450,9 +478,33 @@ static void bench_forward(int n) {
     for (int i = 0; i < 7; i++) all += spent[i];
     for (int i = 0; i < 7; i++)
         printf("share,%s,%d,%.2f,,,%%,,\n", spent_names[i], n, 100 * spent[i] / all);
-    qemb_batch_free(f.b);
-    qemb_close(f.m);
-    free(f.out), free(ids);
+    forward_close(&f);
+}
+
+/* Its vectors may differ as two of these arithmetics' do: README's errors, once for each. */
+static void bench_beside(int n) {
+    const int B = texts_of(n), D = file->config.hidden;
+    const qemb_ops *theirs = table_with_onednn(table);
+    if (!theirs || file->weights.layers[0].wo.dtype != QEMB_F16) return;
+    forward us, them;
+    quantiles t_us, t_them, ratio;
+    double diff = 0, size = 0;
+    forward_open(&us, table, B, n);
+    forward_open(&them, theirs, B, n);
+    run_forward(&us, 0), run_forward(&them, 0);
+    for (int i = 0; i < B * D; i++)
+        diff += ((double)us.out[i] - them.out[i]) * ((double)us.out[i] - them.out[i]),
+            size += (double)us.out[i] * us.out[i];
+    if (!(size > 0 && sqrt(diff / size) <= (table->math == QEMB_MATH_F32 ? 2e-5 : 1.2e-2)))
+        die("oneDNN's products make other vectors");
+    measure_turns((timed_call){run_forward, &us}, (timed_call){run_forward, &them}, &t_us, &t_them,
+                  &ratio);
+    tokens_row("gemm", "forward beside oneDNN", B, n, t_us);
+    tokens_row("gemm", "forward: oneDNN", B, n, t_them);
+    printf("gemm,forward of oneDNN,%d,%.1f,%.1f,%.1f,%%,,\n", n, 100 * ratio.median,
+           100 * ratio.p10, 100 * ratio.p90);
+    forward_close(&us);
+    forward_close(&them);
 }
 
 /* ---- tokenizer and printing, one thread ------------------------------------------------------- */
@@ -567,7 +619,7 @@ int main(int argc, char **argv) {
     }
     if (n == 2 && !strcmp(argv[1], "tables")) return tables();
     if (n < 3)
-        die("usage: bench tables | limits|ops|gemm|forward|tokenizer|print MODEL "
+        die("usage: bench tables | limits|ops|gemm|forward|beside|tokenizer|print MODEL "
             "[OP...|LENGTH...|TEXT...] [--threads N] [--math f32|bf16|int8] [--cpu NAME] "
             "[--tokens N] [--cpu-time]");
     if (threads < 1) threads = omp_get_num_procs();
@@ -581,6 +633,7 @@ int main(int argc, char **argv) {
     if (!strcmp(what, "print")) bench_print();
     for (int i = 3; i < n; i++) {
         if (!strcmp(what, "forward")) bench_forward(atoi(argv[i]));
+        if (!strcmp(what, "beside")) bench_beside(atoi(argv[i]));
         if (!strcmp(what, "tokenizer")) bench_tokenizer(argv[i]);
     }
     qemb_file_close((qemb_file *)file);

@@ -52,4 +52,9 @@ other_gemm *other_gemm_open(int which, qemb_math math, int T, int N, int K, cons
 void other_gemm_run(void *g, int i); /* for measure */
 void other_gemm_close(other_gemm *g);
 
+/* The table `own`, but its matrices are packed and its products computed by oneDNN. One at a time, for
+ * one model. NULL: not installed, or not in this arithmetic (int8: oneDNN has one scale a row). */
+const qemb_ops *table_with_onednn(const qemb_ops *own);
+float *floats_of(const qemb_mat *w); /* (rows, cols) of F16; the caller frees them */
+
 #endif

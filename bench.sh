@@ -5,10 +5,10 @@
 #              [--lengths LENGTHS] [--peer 'COMMAND']... [--peer-model PATH]... [--rounds N] [--cpu-time]
 #              [--append]
 #
-# Parts: ops, gemm, forward, tokenizer, print (build/release/bench, see bench.c), run (the program
+# Parts: ops, gemm, beside, forward, tokenizer, print (build/release/bench, see bench.c), run (the program
 # itself, lists of ids in, tokens per second out), latency (one line in, one vector out, the program
 # already running), peer. All but tokenizer and print once per arithmetic of MATHS ("f32 bf16 int8",
-# as far as this CPU has them); forward, run and peer once per length ("16 64 512 4096" tokens a text).
+# as far as this CPU has them); beside, forward, run and peer once per length ("16 64 512 4096" tokens a text).
 #
 # --peer COMMAND is another program on the same texts: a text a line on its standard input, or in the
 # file that {file} in COMMAND stands for; {threads} and {length} are the threads and the tokens of a
@@ -25,7 +25,7 @@
 set -u
 cd "$(dirname "$0")" || exit 1
 model=models/demo.qemb out=bench/results threads=$(nproc) tokens=8192 cpu_time='' rounds=3 append=''
-parts='ops gemm forward tokenizer print run latency peer' lengths='16 64 512 4096' maths='' peers=()
+parts='ops gemm beside forward tokenizer print run latency peer' lengths='16 64 512 4096' maths='' peers=()
 
 fail() { echo "bench.sh: $*" >&2; exit 1; }
 usage() { sed -n '4,6s/^# *//p' "$0" >&2; exit 1; }
@@ -107,6 +107,8 @@ common=(--threads "$threads" $cpu_time)
 for m in $maths; do
     want ops && "$bench" ops "$model" "${common[@]}" --math "$m" | record "$m"
     want gemm && "$bench" gemm "$model" "${common[@]}" --math "$m" | record "$m"
+    # shellcheck disable=SC2086
+    want beside && "$bench" beside "$model" $lengths "${common[@]}" --math "$m" --tokens "$tokens" | record "$m"
     # shellcheck disable=SC2086
     want forward && "$bench" forward "$model" $lengths "${common[@]}" --math "$m" --tokens "$tokens" | record "$m"
 done

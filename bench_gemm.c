@@ -1,10 +1,12 @@
 /* bench_gemm.c - other libraries' matrix products: oneDNN with packed weights, OpenBLAS.
  *
- * What a program could have instead of the table's own matmul. oneDNN is linked where its headers
+ * What a program could have instead of the table's own matmul, and that program. oneDNN is linked where its headers
  * are (see the Makefile), in f32, bf16 and u8 x s8, with weights in the layout that it asks for and
  * activations already in the format of the product; OpenBLAS is loaded where it is installed. */
 #include "bench.h"
+#include "cpu.h"
 
+#include <assert.h>
 #include <dlfcn.h>
 #include <math.h>
 #include <stdio.h>
@@ -111,12 +113,13 @@ static int shape_of(shape *s, int rows, int cols, dnnl_data_type_t type, dnnl_fo
     return dnnl_memory_desc_init_by_tag(s, 2, (dnnl_dims_t){rows, cols}, type, tag);
 }
 static void shape_free(shape *s) { (void)s; }
-static int product_desc(dnnl_primitive_desc_t *d, dnnl_engine_t engine, const shape *x,
-                        const shape *w, const shape *y) {
+static int product_desc(dnnl_primitive_desc_t *d, dnnl_engine_t engine, const_shape x,
+                        const_shape w, const_shape y, const_dnnl_primitive_attr_t attr) {
     dnnl_matmul_desc_t op;
     return dnnl_matmul_desc_init(&op, x, w, NULL, y) ||
-           dnnl_primitive_desc_create(d, &op, NULL, engine, NULL);
+           dnnl_primitive_desc_create(d, &op, attr, engine, NULL);
 }
+static int append_sum(dnnl_post_ops_t p) { return dnnl_post_ops_append_sum(p, 1); }
 #else
 typedef dnnl_memory_desc_t shape;
 typedef const_dnnl_memory_desc_t const_shape;
@@ -125,28 +128,35 @@ static int shape_of(shape *s, int rows, int cols, dnnl_data_type_t type, dnnl_fo
     return dnnl_memory_desc_create_with_tag(s, 2, (dnnl_dims_t){rows, cols}, type, tag);
 }
 static void shape_free(shape *s) { dnnl_memory_desc_destroy(*s); }
-static int product_desc(dnnl_primitive_desc_t *d, dnnl_engine_t engine, const shape *x,
-                        const shape *w, const shape *y) {
-    return dnnl_matmul_primitive_desc_create(d, engine, *x, *w, NULL, *y, NULL);
+static int product_desc(dnnl_primitive_desc_t *d, dnnl_engine_t engine, const_shape x,
+                        const_shape w, const_shape y, const_dnnl_primitive_attr_t attr) {
+    return dnnl_matmul_primitive_desc_create(d, engine, x, w, NULL, y, attr);
+}
+static int append_sum(dnnl_post_ops_t p) {
+    return dnnl_post_ops_append_sum(p, 1, 0, dnnl_data_type_undef);
 }
 #endif
 
+/* What the numbers of x and of W are in each arithmetic */
+static const dnnl_data_type_t x_type[] = {dnnl_f32, dnnl_bf16, dnnl_u8};
+static const dnnl_data_type_t w_type[] = {dnnl_f32, dnnl_bf16, dnnl_s8};
+
 /* *m = floats (rows, cols) as memory of the layout `to`, converted */
-static int converted(other_gemm *g, dnnl_memory_t *m, float *floats, int rows, int cols,
-                     dnnl_format_tag_t tag, const_shape to) {
+static int converted(dnnl_engine_t engine, dnnl_stream_t stream, dnnl_memory_t *m, float *floats,
+                     int rows, int cols, dnnl_format_tag_t tag, const_shape to) {
     shape plain;
     dnnl_memory_t from = NULL;
     dnnl_primitive_desc_t d = NULL;
     dnnl_primitive_t reorder = NULL;
     int bad = shape_of(&plain, rows, cols, dnnl_f32, tag);
     if (bad) return bad;
-    bad = dnnl_memory_create(&from, seen(&plain), g->engine, floats) ||
-          dnnl_memory_create(m, to, g->engine, DNNL_MEMORY_ALLOCATE) ||
-          dnnl_reorder_primitive_desc_create(&d, seen(&plain), g->engine, to, g->engine, NULL) ||
+    bad = dnnl_memory_create(&from, seen(&plain), engine, floats) ||
+          dnnl_memory_create(m, to, engine, DNNL_MEMORY_ALLOCATE) ||
+          dnnl_reorder_primitive_desc_create(&d, seen(&plain), engine, to, engine, NULL) ||
           dnnl_primitive_create(&reorder, d);
     if (!bad) {
         const dnnl_exec_arg_t args[] = {{DNNL_ARG_FROM, from}, {DNNL_ARG_TO, *m}};
-        bad = dnnl_primitive_execute(reorder, g->stream, 2, args) || dnnl_stream_wait(g->stream);
+        bad = dnnl_primitive_execute(reorder, stream, 2, args) || dnnl_stream_wait(stream);
     }
     if (reorder) dnnl_primitive_destroy(reorder);
     if (d) dnnl_primitive_desc_destroy(d);
@@ -155,29 +165,34 @@ static int converted(other_gemm *g, dnnl_memory_t *m, float *floats, int rows, i
     return bad;
 }
 
-static int dnnl_open(other_gemm *g, qemb_math math) {
-    static const dnnl_data_type_t x_type[] = {dnnl_f32, dnnl_bf16, dnnl_u8};
-    static const dnnl_data_type_t w_type[] = {dnnl_f32, dnnl_bf16, dnnl_s8};
-    shape x, w, y;
-    dnnl_primitive_desc_t d = NULL;
-    if (math > QEMB_MATH_INT8) return -1;
+static int dnnl_start(dnnl_engine_t *engine, dnnl_stream_t *stream) {
 #ifdef _OPENMP
     omp_set_num_threads(threads);
 #endif
-    int bad = dnnl_engine_create(&g->engine, dnnl_cpu, 0) ||
-              dnnl_stream_create(&g->stream, g->engine, dnnl_stream_default_flags) ||
+    return dnnl_engine_create(engine, dnnl_cpu, 0) ||
+           dnnl_stream_create(stream, *engine, dnnl_stream_default_flags);
+}
+
+static int dnnl_open(other_gemm *g, qemb_math math) {
+    shape x, w, y;
+    dnnl_primitive_desc_t d = NULL;
+    if (math > QEMB_MATH_INT8) return -1;
+    int bad = dnnl_start(&g->engine, &g->stream) ||
               shape_of(&x, g->T, g->K, x_type[math], dnnl_ab) ||
               shape_of(&w, g->K, g->N, w_type[math], dnnl_format_tag_any) ||
               shape_of(&y, g->T, g->N, dnnl_f32, dnnl_ab);
     if (bad) die("oneDNN: does not start");
-    bad = product_desc(&d, g->engine, &x, &w, &y) || dnnl_primitive_create(&g->product, d);
+    bad = product_desc(&d, g->engine, seen(&x), seen(&w), seen(&y), NULL) ||
+          dnnl_primitive_create(&g->product, d);
     if (!bad) {
         const_shape packed = dnnl_primitive_desc_query_md(d, dnnl_query_weights_md, 0);
         g->args[0].arg = DNNL_ARG_SRC, g->args[1].arg = DNNL_ARG_WEIGHTS;
         g->args[2].arg = DNNL_ARG_DST;
         /* W (N, K) by rows is W^T (K, N) by columns */
-        bad = converted(g, &g->args[0].memory, g->x, g->T, g->K, dnnl_ab, seen(&x)) ||
-              converted(g, &g->args[1].memory, g->W, g->K, g->N, dnnl_ba, packed) ||
+        bad = converted(g->engine, g->stream, &g->args[0].memory, g->x, g->T, g->K, dnnl_ab,
+                        seen(&x)) ||
+              converted(g->engine, g->stream, &g->args[1].memory, g->W, g->K, g->N, dnnl_ba,
+                        packed) ||
               dnnl_memory_create(&g->args[2].memory, seen(&y), g->engine, g->y);
     }
     if (d) dnnl_primitive_desc_destroy(d);
@@ -191,6 +206,140 @@ static void dnnl_close(other_gemm *g) {
     if (g->product) dnnl_primitive_destroy(g->product);
     if (g->stream) dnnl_stream_destroy(g->stream);
     if (g->engine) dnnl_engine_destroy(g->engine);
+}
+
+/* ---- a table with oneDNN's products: everything else is the table's that it stands on. One at a
+ * time; what it holds lives as long as the program. */
+
+typedef struct { /* of matrices (N, K): how oneDNN wants W */
+    int N, K;
+    const_shape packed;
+} weights_form;
+
+typedef struct { /* y (T, N) = (add ? y : 0) + x W^T */
+    int T, N, K, add;
+    dnnl_primitive_t product, narrow; /* narrow: x to what is multiplied; NULL in float */
+    dnnl_memory_t x, narrowed, y;     /* x and y are told where they are in every call */
+} lib_product;
+
+static struct {
+    const qemb_ops *own;
+    qemb_ops table;
+    dnnl_engine_t engine;
+    dnnl_stream_t stream;
+    weights_form forms[4];
+    lib_product products[64];
+    int n_forms, n_products;
+} lib;
+
+static const weights_form *form_of(int N, int K) {
+    const qemb_math math = lib.own->math;
+    for (int i = 0; i < lib.n_forms; i++)
+        if (lib.forms[i].N == N && lib.forms[i].K == K) return &lib.forms[i];
+    shape x, w, y;
+    dnnl_primitive_desc_t d; /* the form is its property */
+    if (lib.n_forms == 4 || shape_of(&x, QEMB_MLP_ROWS, K, x_type[math], dnnl_ab) ||
+        shape_of(&w, K, N, w_type[math], dnnl_format_tag_any) ||
+        shape_of(&y, QEMB_MLP_ROWS, N, dnnl_f32, dnnl_ab) ||
+        product_desc(&d, lib.engine, seen(&x), seen(&w), seen(&y), NULL))
+        die("oneDNN: no form for a matrix");
+    weights_form *f = &lib.forms[lib.n_forms++];
+    *f = (weights_form){N, K, dnnl_primitive_desc_query_md(d, dnnl_query_weights_md, 0)};
+    return f;
+}
+
+static int lib_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+    (void)err;
+    for (int l = 0; l < be->c->n_layers; l++) {
+        qemb_layer *y = &w->layers[l];
+        qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
+        for (int i = 0; i < 4; i++) {
+            float *W = floats_of(all[i]);
+            dnnl_memory_t m;
+            if (converted(lib.engine, lib.stream, &m, W, all[i]->cols, all[i]->rows, dnnl_ba,
+                          form_of(all[i]->rows, all[i]->cols)->packed))
+                die("oneDNN: a matrix cannot be packed");
+            all[i]->data = m;
+            free(W);
+        }
+    }
+    return 0;
+}
+
+static lib_product *product_of(int T, int N, int K, int add) {
+    for (int i = 0; i < lib.n_products; i++) {
+        lib_product *p = &lib.products[i];
+        if (p->T == T && p->N == N && p->K == K && p->add == add) return p;
+    }
+    if (lib.n_products == sizeof lib.products / sizeof *lib.products) die("too many shapes");
+    lib_product *p = &lib.products[lib.n_products++];
+    *p = (lib_product){T, N, K, add, NULL, NULL, NULL, NULL, NULL};
+    shape floats, x, y;
+    dnnl_primitive_desc_t d, narrow;
+    dnnl_post_ops_t sum;
+    dnnl_primitive_attr_t attr;
+    const dnnl_data_type_t type = x_type[lib.own->math];
+    int bad = shape_of(&floats, T, K, dnnl_f32, dnnl_ab) || shape_of(&x, T, K, type, dnnl_ab) ||
+              shape_of(&y, T, N, dnnl_f32, dnnl_ab) || dnnl_post_ops_create(&sum) ||
+              (add && append_sum(sum)) || dnnl_primitive_attr_create(&attr) ||
+              dnnl_primitive_attr_set_post_ops(attr, sum) ||
+              product_desc(&d, lib.engine, seen(&x), form_of(N, K)->packed, seen(&y), attr) ||
+              dnnl_primitive_create(&p->product, d) ||
+              dnnl_memory_create(&p->x, seen(&floats), lib.engine, DNNL_MEMORY_NONE) ||
+              dnnl_memory_create(&p->y, seen(&y), lib.engine, DNNL_MEMORY_NONE);
+    if (!bad && type != dnnl_f32)
+        bad = dnnl_memory_create(&p->narrowed, seen(&x), lib.engine, DNNL_MEMORY_ALLOCATE) ||
+              dnnl_reorder_primitive_desc_create(&narrow, seen(&floats), lib.engine, seen(&x),
+                                                 lib.engine, NULL) ||
+              dnnl_primitive_create(&p->narrow, narrow);
+    if (bad) die("oneDNN: no such product");
+    return p;
+}
+
+static void lib_multiply(float *y, const float *x, const qemb_mat *w, int T, int add) {
+    const lib_product *p = product_of(T, w->rows, w->cols, add);
+    const dnnl_exec_arg_t narrow[] = {{DNNL_ARG_FROM, p->x}, {DNNL_ARG_TO, p->narrowed}};
+    const dnnl_exec_arg_t args[] = {{DNNL_ARG_SRC, p->narrow ? p->narrowed : p->x},
+                                    {DNNL_ARG_WEIGHTS, (dnnl_memory_t)(uintptr_t)w->data},
+                                    {DNNL_ARG_DST, p->y}};
+    assert(w->alpha == 1);
+    if (dnnl_memory_set_data_handle(p->x, (void *)(uintptr_t)x) ||
+        dnnl_memory_set_data_handle(p->y, y) ||
+        (p->narrow && dnnl_primitive_execute(p->narrow, lib.stream, 2, narrow)) ||
+        dnnl_primitive_execute(p->product, lib.stream, 3, args) || dnnl_stream_wait(lib.stream))
+        die("oneDNN: a product failed");
+}
+
+static void lib_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w, int T) {
+    (void)be;
+    lib_multiply((float *)y, (const float *)x, w, T, 0);
+}
+
+static void lib_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w, int T) {
+    (void)be;
+    lib_multiply(x, (const float *)a, w, T, 1);
+}
+
+static void lib_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
+                        const qemb_mat *w, int T) {
+    lib_multiply((float *)gu, (const float *)x, w, T, 0);
+    simd_swiglu(be, h, gu, T);
+}
+
+const qemb_ops *table_with_onednn(const qemb_ops *own) {
+    if (own->math > QEMB_MATH_BF16 || own == &qemb_cpu_ops) return NULL;
+    if (!lib.engine && dnnl_start(&lib.engine, &lib.stream)) die("oneDNN: does not start");
+    lib.own = own, lib.table = *own;
+    lib.table.converted = NULL, lib.table.place = lib_place, lib.table.matmul = lib_matmul;
+    lib.table.matmul_add = lib_matmul_add, lib.table.gate_up = lib_gate_up;
+    return &lib.table;
+}
+
+#else
+
+const qemb_ops *table_with_onednn(const qemb_ops *own) {
+    (void)own;
+    return NULL;
 }
 
 #endif

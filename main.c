@@ -164,7 +164,7 @@ static const char help[] =
     "  --dim N              numbers in a vector, at most the model's        [all]\n"
     "  --max-tokens N       longest text, end-of-text included      [the model's]\n"
     "  --truncate           cut longer texts; else they are errors\n"
-    "  --batch-tokens N     tokens that are computed together [4096; on a GPU 8192]\n"
+    "  --batch-tokens N     tokens that are computed together [1024; on a GPU 8192]\n"
     "  --threads N          CPU threads                                     [all]\n"
     "  --cpu NAME           plain, avx2 or avx512: the instructions    [the fastest]\n"
     "  --math NAME          f32, bf16 or int8; on a GPU f16 or fp8      [f32; f16]\n"

@@ -207,7 +207,7 @@ typedef struct {
     void (*placed)(int layers, int of);
 } qemb_options;
 
-#define QEMB_BATCH_TOKENS 4096
+#define QEMB_BATCH_TOKENS 1024
 /* Rows that the MLP works on at a time: its buffers do not grow with the longest text. */
 #define QEMB_MLP_ROWS 1024
 

@@ -128,7 +128,7 @@ static const char help[] =
     "  --instruct TASK        texts are queries for TASK, likewise\n"
     "  --truncate             cut longer texts, likewise (else they are errors)\n"
     "  --max-tokens N         longest text, end-of-text included       [the model's]\n"
-    "  --batch-tokens N       tokens that are computed together        [4096]\n"
+    "  --batch-tokens N       tokens that are computed together        [1024]\n"
     "  --threads N            CPU threads of the model                 [all]\n"
     "  --cpu NAME             plain, avx2 or avx512: the instructions  [the fastest]\n"
     "  --math NAME            f32, bf16 or int8; on a GPU f16 or fp8   [f32; f16]\n"

@@ -97,6 +97,20 @@ def test_forward_counts_tokens_texts_and_shares():
         assert by["forward", name] * 1e9 / by["forward", "tokens"] * T == pytest.approx(n, rel=1e-3)
 
 
+@pytest.mark.parametrize("math", ["f32", "bf16"])
+def test_the_forward_with_onednns_products_makes_the_same_vectors(math):
+    if "dnnl" not in subprocess.run(["ldd", str(BENCH)], capture_output=True, text=True).stdout:
+        pytest.skip("bench was built without oneDNN (make bench installs it)")
+    if math == "bf16" and "bf16 bf16" not in subprocess.run([str(BENCH), "tables"], capture_output=True, text=True).stdout:
+        pytest.skip("this CPU has no AVX512_BF16")
+    r = subprocess.run([str(BENCH), "beside", MODEL, "16", "--tokens", "64", "--threads", "2", "--math", math], cwd=ROOT,
+                       capture_output=True, text=True, timeout=120)
+    assert r.returncode == 0, r.stderr  # bench itself compares the vectors
+    got = {x["name"]: x for x in rows("group,name,n,median,p10,p90,unit,percent,limit\n" + r.stdout) if x["group"] == "gemm"}
+    assert set(got) == {"forward beside oneDNN", "forward: oneDNN", "forward of oneDNN"}
+    assert got["forward: oneDNN"]["unit"] == "tokens/s" and got["forward of oneDNN"]["unit"] == "%"
+
+
 def test_every_table_is_listed():
     r = subprocess.run([str(BENCH), "tables"], capture_output=True, text=True, check=True)
     assert r.stdout.splitlines()[0] == "plain f32"
