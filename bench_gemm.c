@@ -16,7 +16,7 @@
 #include <omp.h>
 #endif
 
-#if defined(__has_include)
+#if defined(__has_include) && defined(__x86_64__) /* beside the vector tables, which are x86's */
 #if __has_include(<oneapi/dnnl/dnnl.h>)
 #include <oneapi/dnnl/dnnl.h>
 #define HAVE_DNNL
@@ -315,7 +315,8 @@ static void lib_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const q
     lib_multiply((float *)y, (const float *)x, w, T, 0);
 }
 
-static void lib_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w, int T) {
+static void lib_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w,
+                           int T) {
     (void)be;
     lib_multiply(x, (const float *)a, w, T, 1);
 }

@@ -722,6 +722,14 @@ static int is_named(const qemb_ops *ops, const char *name) {
     return !strcmp(ops->name, name) || (n && !strncmp(ops->name, name, n) && ops->name[n] == '-');
 }
 
+const qemb_ops *qemb_cpu_mapped(void) {
+    const qemb_ops *found = NULL;
+    for (int i = 0; qemb_cpu_table(i); i++)
+        if (qemb_cpu_table(i)->math == QEMB_MATH_F32 && !qemb_cpu_table(i)->converted)
+            found = qemb_cpu_table(i);
+    return found;
+}
+
 const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math) {
     const qemb_ops *found = NULL;
     for (int i = 0; qemb_cpu_table(i); i++)

@@ -582,16 +582,12 @@ void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
     mem->n_parts = ops->plan ? ops->plan(mem->parts, f, &o, arena) : 0;
 }
 
-/* A narrow table's stand-in: one text at a time, opened now so that nothing can be missing then. It is
- * the fastest that reads the weights in the map: its memory is address space until it is used. */
+/* A narrow table's stand-in: one text at a time, opened now so that nothing can be missing then. Its
+ * memory is address space until it is used. */
 static int open_exact(qemb_model *m, qemb_err *err) {
-    const qemb_ops *exact = &qemb_cpu_ops;
-    for (int i = 0; qemb_cpu_table(i); i++)
-        if (qemb_cpu_table(i)->math == QEMB_MATH_F32 && !qemb_cpu_table(i)->converted)
-            exact = qemb_cpu_table(i);
     qemb_options o = m->opt;
     o.batch_tokens = 1;
-    return qemb_open(&m->exact, m->file, exact, &o, err);
+    return qemb_open(&m->exact, m->file, qemb_cpu_mapped(), &o, err);
 }
 
 int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,

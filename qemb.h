@@ -247,7 +247,7 @@ typedef struct qemb_ops {
     int batch_tokens; /* rows of a bulk batch unless the options say; 0: QEMB_BATCH_TOKENS */
     int mlp_rows;     /* rows that the MLP works on at a time; 0: QEMB_MLP_ROWS */
     int narrow;       /* activations overflow where floats do not: a vector that is not finite is
-                         computed again by a table of the CPU that reads the map */
+                         computed again by qemb_cpu_mapped's table */
 
     /* Rows that a batch of T rows is filled up to, by one more text that is not pooled; at least T,
      * never less for a larger T, fit(fit(T)) = fit(T). Buffers have room for that many. NULL: T. */
@@ -304,6 +304,7 @@ extern const qemb_ops qemb_cpu_ops; /* qemb.c: plain C, OpenMP; "plain" */
  * unknown here. */
 const qemb_ops *qemb_cpu_table(int i);
 const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math);
+const qemb_ops *qemb_cpu_mapped(void); /* the fastest in float that reads the map and copies nothing */
 
 /* ---- the engine ---------------------------------------------------------------------------- */
 

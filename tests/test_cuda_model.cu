@@ -148,7 +148,7 @@ TEST_SCHEDULES(overflow_is_computed_again) {
     qemb_err err = {};
     check(!qemb_file_open(&f, path, &err), "%s", err.msg);
     {
-        model cuda(f, spy_ops(), 256), cpu(f, qemb_cpu_choose(nullptr, QEMB_MATH_F32), 256);
+        model cuda(f, spy_ops(), 256), cpu(f, qemb_cpu_mapped(), 256);
         std::vector<std::vector<int32_t>> texts = random_texts({5, 20, 33, 9}, 4, 3);
         for (std::vector<int32_t> &t : texts)
             std::replace(t.begin(), t.end(), (int32_t)7, (int32_t)8);

@@ -35,6 +35,8 @@ Test(simd, the_choice) {
         last[op->math] = op;
     }
     for (int m = 0; m < 4; m++) cr_assert_eq(qemb_cpu_choose(NULL, (qemb_math)m), last[m]);
+    const qemb_ops *avx2 = qemb_cpu_choose("avx2", QEMB_MATH_F32);
+    cr_assert_eq(qemb_cpu_mapped(), avx2 ? avx2 : &qemb_cpu_ops);
     cr_assert_null(qemb_cpu_table(n + 1));
 }
 
