@@ -24,7 +24,7 @@ enum {
     NR = 32,              /* ... rows of W in a register tile: 24 of 32 registers hold its sums */
     KC = 3072,            /* dwords of a packed panel: KC x NR of them, 384 KiB of an L2 cache */
     ATTENTION_ROWS = 512, /* keys and values are brought in form once for so many */
-    FEW_TILES = 3,        /* so many tiles of x wait for W to come from memory */
+    FEW_TILES = 3,        /* up to so many tiles of x read a panel as it was placed */
     X_ROWS = 86 * MR      /* rows of x that are packed at a time, and share one packing of W */
 };
 
@@ -358,8 +358,11 @@ static int panel_count(const qemb_mat *w, int gated) {
     return gated ? ceil_div(w->rows / 2, 16) : ceil_div(w->rows, NR);
 }
 
+/* From a panel's rows on to the next one's */
+static int panel_rows(int gated) { return gated ? 16 : NR; }
+
 static w_panel panel_of(const qemb_mat *w, int p, int gated) {
-    const int first = p * (gated ? 16 : NR);
+    const int first = p * panel_rows(gated);
     return (w_panel){w, {first, first + (gated ? w->rows / 2 : 16)}};
 }
 
@@ -695,7 +698,7 @@ static void place_panel(const void *job, int item, int thread) {
     const w_panel panel = panel_of(p->w, item, p->gated);
     (void)thread;
     p->a->of[p->w->dtype == QEMB_I8].pack_w(p->to + item * w_floats(p->a, p->w->cols), &panel, 0,
-                                            p->w->cols, (size_t)NR * p->w->cols);
+                                            p->w->cols, (size_t)panel_rows(p->gated) * p->w->cols);
 }
 
 static void place_matrix(qemb_mat *w, int gated, placing *p) {
@@ -799,10 +802,10 @@ static void find_panel(const matmul_job *j, block *b, float *room) {
     const int K = j->w->cols, i8 = j->w->dtype == QEMB_I8;
     b->multiply = a->of[i8].multiply;
     if (!a->of[i8].placed) {
-        const w_panel p = panel_of(j->w, b->p, j->gated), next = panel_of(j->w, b->p + 1, j->gated);
+        const w_panel p = panel_of(j->w, b->p, j->gated);
         /* next come the following columns; after the last, the following rows */
         const size_t ahead =
-            b->end < K ? (size_t)(b->end - b->k) : (size_t)(next.row[0] - p.row[0]) * K - b->k;
+            b->end < K ? (size_t)(b->end - b->k) : (size_t)panel_rows(j->gated) * K - b->k;
         a->of[i8].pack_w(room, &p, b->k, b->end, ahead);
         b->panel = room;
         return;
