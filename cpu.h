@@ -79,7 +79,7 @@ void cpu_parallel(struct cpu_pool *p, int items, cpu_item run, const void *job);
 void cpu_give_back(const void *p, size_t bytes);
 
 enum {
-    CPU_KEYS = 64, /* keys per attention tile, aligned to absolute positions */
+    CPU_KEYS = 128, /* keys per attention tile, aligned to absolute positions */
     CPU_PAD = 32,  /* heads of values and of output are padded to this */
 };
 
@@ -97,6 +97,9 @@ typedef struct attention_tile {
     float *s;                /* (R, CPU_KEYS)   scores, then weights */
     float *acc;              /* (R, hdp)        weighted values so far */
     float *max, *sum;        /* (R)             of the scores and the weights so far */
+    /* Of integers: what one is worth of a key, a value (CPU_KEYS), a query (R + 16) and of the tile's
+     * weights (R) */
+    float *key_scale, *value_scale, *query_scale, *weight_scale;
 } attention_tile;
 
 static inline const float *simd_attention_row(const attention_tile *w, int p) {
@@ -117,9 +120,9 @@ void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const 
 void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
 void simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B);
 
-/* cpu_avx512.c: for CPUs with AVX-512 F, BW, DQ and VL; bf16 in a name wants BF16 as well, int8 VNNI.
- * Attention multiplies floats but for the last of them, which multiplies bfloat16. */
-extern const qemb_ops avx512_ops, avx512_bf16_ops, avx512_int8_ops, avx512_bf16_int8_ops;
+/* cpu_avx512.c: for CPUs with AVX-512 F, BW, DQ and VL; the second wants BF16 and VNNI as well, the
+ * third VNNI. Their attention multiplies integers of 16 bits, the first one's floats. */
+extern const qemb_ops avx512_ops, avx512_bf16_ops, avx512_int8_ops;
 
 /* y (n) = exp(x), a table's, for tests: needs a CPU that the table runs on. Error at most 1 ulp; x
  * above ln FLT_MAX gives Inf, below ln FLT_MIN 0, NaN NaN. */

@@ -14,7 +14,7 @@
 #include <math.h>
 #include <string.h>
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,bmi2")))
 /* A template: the caller passes constants, and loops over them unroll into registers. */
 #define TEMPLATE static inline __attribute__((always_inline)) AVX512
 #define UNROLL   _Pragma("GCC unroll 16")
@@ -38,16 +38,22 @@ static const float *cf32(const qemb_act *a) { return (const float *)a; }
 
 /* The first n of 16 (32, 64) lanes; none for n below 1 */
 TEMPLATE __mmask16 first16(int n) {
-    return n >= 16 ? 0xffff : n < 1 ? 0 : (__mmask16)((1u << n) - 1);
+    return (__mmask16)_bzhi_u32(0xffff, (unsigned)max_int(0, min_int(n, 16)));
 }
 TEMPLATE __m512 load_first(const float *p, int n) { return _mm512_maskz_loadu_ps(first16(n), p); }
 TEMPLATE void store_first(float *p, __m512 v, int n) { _mm512_mask_storeu_ps(p, first16(n), v); }
 
 /* ---- exp --------------------------------------------------------------------------------------
  * As cpu_simd.c's, with its bound of one ulp: exp(x) = 2^n exp(r), a polynomial of degree 7. */
+
+/* p 2^n, both normal. On Zen 4 scalef takes the time of two multiplications, this of none. */
+TEMPLATE __m512 times_2_to(__m512 p, __m512i n) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(n, 23)));
+}
+
 TEMPLATE __m512 exp16(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)),
-                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)));
+    const __m512 n = _mm512_cvtepi32_ps(whole);
     /* ln 2 in two parts; the first has 9 bits, so that n times it is exact */
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.63p-1f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-0x1.bd0106p-13f), r);
@@ -59,11 +65,25 @@ TEMPLATE __m512 exp16(__m512 x) {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
-    p = _mm512_scalef_ps(p, n);
-    /* infinities made a NaN of r, NaN itself passes; no subnormals */
+    p = times_2_to(p, whole);
+    /* where 2^n is not normal all is Inf or 0; NaN passes */
     p = _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, _mm512_set1_ps(88.72283f), _CMP_GT_OQ),
                            _mm512_set1_ps(INFINITY));
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ), p);
+}
+
+/* exp(x), between the limits exp(-86) and exp(87), for what is rounded to 8 bits or added to many: a
+ * polynomial of degree 4 errs by 0.35^5 / 5! = 2^-14.5. NaN passes. */
+TEMPLATE __m512 exp16_rough(__m512 x) {
+    x = _mm512_min_ps(_mm512_set1_ps(87), _mm512_max_ps(_mm512_set1_ps(-86), x));
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)));
+    const __m512 r = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(0x1.62e43p-1f), x);
+    __m512 p = _mm512_set1_ps((float)(1.0 / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps((float)(1.0 / 6)));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
+    return times_2_to(p, whole);
 }
 
 AVX512 void avx512_exp(float *y, const float *x, int n) {
@@ -119,13 +139,18 @@ AVX512 static void swiglu_row(float *h, const float *gate, const float *up, int 
  * bytes of x, and of W likewise. A panel is NR rows of W, their k-th dwords together. Per dword two
  * loads of W and `rows` broadcasts of x feed 2 x rows multiply-adds. */
 
-/* sum += the products of x's and w's dwords; of bytes, x's are unsigned and w's signed. In
- * assembler, since a function for CPUs without the instruction could not have the intrinsic in it,
- * and because gcc 12 keeps the intrinsic's sums of bytes in memory. */
-TEMPLATE __m512 multiply_add(qemb_math math, __m512 sum, __m512 x, __m512 w) {
-    if (math == QEMB_MATH_F32) return _mm512_fmadd_ps(x, w, sum);
-    if (math == QEMB_MATH_BF16)
+/* What a dword holds: one float, two bfloat16, two signed integers, or four, x's of them unsigned */
+typedef enum { F32, BF16, INT16, INT8 } dword_of;
+
+/* sum += the products of x's and w's dwords. In assembler, since a function for CPUs without the
+ * instruction could not have the intrinsic in it, and because gcc 12 keeps the intrinsic's sums of
+ * bytes in memory. */
+TEMPLATE __m512 multiply_add(dword_of of, __m512 sum, __m512 x, __m512 w) {
+    if (of == F32) return _mm512_fmadd_ps(x, w, sum);
+    if (of == BF16)
         __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    else if (of == INT16)
+        __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
     else
         __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
     return sum;
@@ -136,21 +161,21 @@ typedef enum { DWORDS, HALVES } panel_kind;
 enum { DWORD_ROW = NR, HALF_ROW = NR / 2 }; /* floats that NR of them take */
 
 /* Row k of a panel, 16 columns from column 16h on */
-TEMPLATE __m512 panel16(panel_kind of, const float *panel, int k, int h) {
-    if (of == DWORDS) return _mm512_load_ps(panel + k * DWORD_ROW + 16 * h);
+TEMPLATE __m512 panel16(panel_kind kind, const float *panel, int k, int h) {
+    if (kind == DWORDS) return _mm512_load_ps(panel + k * DWORD_ROW + 16 * h);
     return _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(panel + k * HALF_ROW + 8 * h)));
 }
 
 /* acc += rows of x times a panel (n, NR). Dword k of row i is x[i*next_row + k*next_k]. */
-TEMPLATE void tile(qemb_math math, panel_kind of, __m512 (*acc)[2], int rows, const float *x,
+TEMPLATE void tile(dword_of of, panel_kind kind, __m512 (*acc)[2], int rows, const float *x,
                    int next_row, int next_k, const float *panel, int n) {
     for (int k = 0; k < n; k++) {
-        __m512 w0 = panel16(of, panel, k, 0), w1 = panel16(of, panel, k, 1);
+        __m512 w0 = panel16(kind, panel, k, 0), w1 = panel16(kind, panel, k, 1);
         __asm__("" : "+v"(w0), "+v"(w1)); /* else gcc 12 loads them again for every row */
         UNROLL for (int i = 0; i < rows; i++) {
             const __m512 xi = _mm512_set1_ps(x[i * next_row + k * next_k]);
-            acc[i][0] = multiply_add(math, acc[i][0], xi, w0);
-            acc[i][1] = multiply_add(math, acc[i][1], xi, w1);
+            acc[i][0] = multiply_add(of, acc[i][0], xi, w0);
+            acc[i][1] = multiply_add(of, acc[i][1], xi, w1);
         }
     }
 }
@@ -160,6 +185,7 @@ typedef struct { /* what becomes of a tile's sums: y (rows, cols) = (add ? y : 0
     size_t ldy;
     int cols, add;
     float factor;
+    const float *factors; /* integers' instead, one a row */
     /* The panel that comes next: tile `share` of so many that meet this one fetches its share. NULL:
      * nothing is to be fetched */
     const float *ahead;
@@ -176,10 +202,10 @@ TEMPLATE const float *fetch(const tile_out *o, const float *ahead) {
 }
 
 /* No branch may depend on i: compilers would keep the sums in memory for it, throughout the tile. */
-TEMPLATE void tile_write(const tile_out *o, int rows, __m512 (*acc)[2], int add) {
+TEMPLATE void tile_write(const tile_out *o, int own_factor, int rows, __m512 (*acc)[2], int add) {
     const __mmask16 m0 = first16(o->cols), m1 = first16(o->cols - 16);
-    const __m512 factor = _mm512_set1_ps(o->factor);
     UNROLL for (int i = 0; i < rows; i++) {
+        const __m512 factor = _mm512_set1_ps(own_factor ? o->factors[i] : o->factor);
         float *y = o->y + i * o->ldy;
         const __m512 y0 = add ? _mm512_maskz_loadu_ps(m0, y) : _mm512_setzero_ps();
         const __m512 y1 = add ? _mm512_maskz_loadu_ps(m1, y + 16) : _mm512_setzero_ps();
@@ -188,11 +214,11 @@ TEMPLATE void tile_write(const tile_out *o, int rows, __m512 (*acc)[2], int add)
     }
 }
 
-TEMPLATE void tile_end(const tile_out *o, int rows, __m512 (*acc)[2]) {
+TEMPLATE void tile_end(const tile_out *o, int own_factor, int rows, __m512 (*acc)[2]) {
     if (o->add)
-        tile_write(o, rows, acc, 1);
+        tile_write(o, own_factor, rows, acc, 1);
     else
-        tile_write(o, rows, acc, 0);
+        tile_write(o, own_factor, rows, acc, 0);
 }
 
 TEMPLATE void tile_begin(const tile_out *o, int rows, __m512 (*acc)[2]) {
@@ -203,17 +229,19 @@ TEMPLATE void tile_begin(const tile_out *o, int rows, __m512 (*acc)[2]) {
     }
 }
 
-TEMPLATE void tile_rows(qemb_math math, panel_kind of, const tile_out *o, int rows, const float *x,
+TEMPLATE void tile_rows(dword_of of, panel_kind kind, const tile_out *o, int rows, const float *x,
                         int next_row, int next_k, const float *panel, int n) {
     __m512 acc[MR][2];
     const float *ahead = o->ahead;
-    const int step = 16 * (of == HALVES ? HALF_ROW : DWORD_ROW);
+    const int step = 16 * (kind == HALVES ? HALF_ROW : DWORD_ROW);
     tile_begin(o, rows, acc);
     for (int k = 0; k < n; k += 16, panel += step) {
         ahead = fetch(o, ahead);
-        tile(math, of, acc, rows, x + k * next_k, next_row, next_k, panel, min_int(16, n - k));
+        tile(of, kind, acc, rows, x + k * next_k, next_row, next_k, panel, min_int(16, n - k));
     }
-    tile_end(o, rows, acc);
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < 2; h++) if (of == INT16)
+        acc[i][h] = _mm512_cvtepi32_ps(_mm512_castps_si512(acc[i][h]));
+    tile_end(o, of == INT16, rows, acc);
 }
 
 /* INT8 comes in groups of 64 columns, each with a scale per row. Of x: 16 dwords (16, MR), bytes
@@ -238,7 +266,7 @@ TEMPLATE void tile_rows_int8(const tile_out *o, int rows, const float *x, const 
             sum[i][1] = _mm512_load_ps(panel + NR + 16);
         }
         ahead = fetch(o, ahead);
-        tile(QEMB_MATH_INT8, DWORDS, sum, rows, x, 1, MR, panel + 2 * NR, 16);
+        tile(INT8, DWORDS, sum, rows, x, 1, MR, panel + 2 * NR, 16);
         UNROLL for (int h = 0; h < 2; h++) {
             const __m512 w = _mm512_load_ps(panel + 16 * h);
             UNROLL for (int i = 0; i < rows; i++) {
@@ -248,37 +276,38 @@ TEMPLATE void tile_rows_int8(const tile_out *o, int rows, const float *x, const 
             }
         }
     }
-    tile_end(o, rows, acc);
+    tile_end(o, 0, rows, acc);
 }
 
 #define CASE(n, call)                                                                              \
     case n:                                                                                        \
         call;                                                                                      \
         break;
-#define TILE(name, math, of, next_row, next_k)                                                     \
+#define TILE(name, of, kind, next_row, next_k)                                                     \
     AVX512 static void name(const tile_out *o, int rows, const float *x, const float *panel,       \
                             int n) {                                                               \
         switch (rows) {                                                                            \
-            CASE(1, tile_rows(math, of, o, 1, x, next_row, next_k, panel, n))                      \
-            CASE(2, tile_rows(math, of, o, 2, x, next_row, next_k, panel, n))                      \
-            CASE(3, tile_rows(math, of, o, 3, x, next_row, next_k, panel, n))                      \
-            CASE(4, tile_rows(math, of, o, 4, x, next_row, next_k, panel, n))                      \
-            CASE(5, tile_rows(math, of, o, 5, x, next_row, next_k, panel, n))                      \
-            CASE(6, tile_rows(math, of, o, 6, x, next_row, next_k, panel, n))                      \
-            CASE(7, tile_rows(math, of, o, 7, x, next_row, next_k, panel, n))                      \
-            CASE(8, tile_rows(math, of, o, 8, x, next_row, next_k, panel, n))                      \
-            CASE(9, tile_rows(math, of, o, 9, x, next_row, next_k, panel, n))                      \
-            CASE(10, tile_rows(math, of, o, 10, x, next_row, next_k, panel, n))                    \
-            CASE(11, tile_rows(math, of, o, 11, x, next_row, next_k, panel, n))                    \
-            CASE(12, tile_rows(math, of, o, 12, x, next_row, next_k, panel, n))                    \
+            CASE(1, tile_rows(of, kind, o, 1, x, next_row, next_k, panel, n))                      \
+            CASE(2, tile_rows(of, kind, o, 2, x, next_row, next_k, panel, n))                      \
+            CASE(3, tile_rows(of, kind, o, 3, x, next_row, next_k, panel, n))                      \
+            CASE(4, tile_rows(of, kind, o, 4, x, next_row, next_k, panel, n))                      \
+            CASE(5, tile_rows(of, kind, o, 5, x, next_row, next_k, panel, n))                      \
+            CASE(6, tile_rows(of, kind, o, 6, x, next_row, next_k, panel, n))                      \
+            CASE(7, tile_rows(of, kind, o, 7, x, next_row, next_k, panel, n))                      \
+            CASE(8, tile_rows(of, kind, o, 8, x, next_row, next_k, panel, n))                      \
+            CASE(9, tile_rows(of, kind, o, 9, x, next_row, next_k, panel, n))                      \
+            CASE(10, tile_rows(of, kind, o, 10, x, next_row, next_k, panel, n))                    \
+            CASE(11, tile_rows(of, kind, o, 11, x, next_row, next_k, panel, n))                    \
+            CASE(12, tile_rows(of, kind, o, 12, x, next_row, next_k, panel, n))                    \
         }                                                                                          \
     }
 /* rows <= MR of x, packed (k, MR), or in rows of CPU_KEYS numbers; n dwords */
-TILE(tile_f16, QEMB_MATH_F32, HALVES, 1, MR)
-TILE(tile_f32, QEMB_MATH_F32, DWORDS, 1, MR)
-TILE(tile_f32_keys, QEMB_MATH_F32, DWORDS, CPU_KEYS, 1)
-TILE(tile_bf16, QEMB_MATH_BF16, DWORDS, 1, MR)
-TILE(tile_bf16_keys, QEMB_MATH_BF16, DWORDS, CPU_KEYS, 1)
+TILE(tile_f16, F32, HALVES, 1, MR)
+TILE(tile_f32, F32, DWORDS, 1, MR)
+TILE(tile_f32_keys, F32, DWORDS, CPU_KEYS, 1)
+TILE(tile_bf16, BF16, DWORDS, 1, MR)
+TILE(tile_int16, INT16, DWORDS, 1, MR)
+TILE(tile_int16_keys, INT16, DWORDS, CPU_KEYS, 1)
 
 /* rows <= MR, n dwords, of which a last group may not have all */
 AVX512 static void tile_int8(const tile_out *o, int rows, const float *x, const float *panel,
@@ -428,16 +457,16 @@ TEMPLATE __m512 weights16(qemb_dtype dtype, const uint8_t *row, float scale, int
 }
 
 /* 16 dwords from column k on */
-TEMPLATE __m512 weight_dwords(qemb_math math, qemb_dtype dtype, const uint8_t *row, float scale,
-                              int k, const __mmask16 some[2]) {
+TEMPLATE __m512 weight_dwords(dword_of of, qemb_dtype dtype, const uint8_t *row, float scale, int k,
+                              const __mmask16 some[2]) {
     const __m512 v = weights16(dtype, row, scale, k, some[0]);
-    return math == QEMB_MATH_F32 ? v : to_bf16(v, weights16(dtype, row, scale, k + 16, some[1]));
+    return of == F32 ? v : to_bf16(v, weights16(dtype, row, scale, k + 16, some[1]));
 }
 
 /* The same of a row of x */
-TEMPLATE __m512 x_dwords(qemb_math math, const float *row, int k, int n) {
+TEMPLATE __m512 x_dwords(dword_of of, const float *row, int k, int n) {
     const __m512 v = load_first(row + k, n);
-    return math == QEMB_MATH_F32 ? v : to_bf16(v, load_first(row + k + 16, n - 16));
+    return of == F32 ? v : to_bf16(v, load_first(row + k + 16, n - 16));
 }
 
 /* to (16, MR) = columns; the MR rows that a tile is short of are zeros */
@@ -446,21 +475,21 @@ TEMPLATE void store_x(float *to, __m512 r[16]) {
     UNROLL for (int c = 0; c < 16; c++) _mm512_mask_storeu_ps(to + c * MR, (1u << MR) - 1, r[c]);
 }
 
-TEMPLATE void pack_x(qemb_math math, const matmul_job *j, int tile, float *to) {
-    const int K = j->w->cols, step = math == QEMB_MATH_F32 ? 16 : 32, t = tile_start(j, tile);
+TEMPLATE void pack_x(dword_of of, const matmul_job *j, int tile, float *to) {
+    const int K = j->w->cols, step = of == F32 ? 16 : 32, t = tile_start(j, tile);
     const int rows = tile_start(j, tile + 1) - t;
     for (int k = 0; k < K; k += step, to += 16 * MR) {
         __m512 r[16];
         UNROLL for (int i = 0; i < 16; i++) r[i] =
-            i < rows ? x_dwords(math, j->x + (size_t)(t + i) * K, k, K - k) : _mm512_setzero_ps();
+            i < rows ? x_dwords(of, j->x + (size_t)(t + i) * K, k, K - k) : _mm512_setzero_ps();
         store_x(to, r);
     }
 }
 
 /* panel (dwords, NR) = columns k0 .. k1-1 of W's rows n0 .. n0+NR-1 */
-TEMPLATE void pack_w(qemb_math math, qemb_dtype dtype, float *panel, const w_panel *p, int k0,
-                     int k1, size_t ahead) {
-    const int step = math == QEMB_MATH_F32 ? 16 : 32, bytes = dtype == QEMB_I8 ? 1 : 2;
+TEMPLATE void pack_w(dword_of of, qemb_dtype dtype, float *panel, const w_panel *p, int k0, int k1,
+                     size_t ahead) {
+    const int step = of == F32 ? 16 : 32, bytes = dtype == QEMB_I8 ? 1 : 2;
     for (int h = 0; h < 2; h++) {
         w_rows row;
         find_rows(row, p->w, p->row[h], bytes);
@@ -472,7 +501,7 @@ TEMPLATE void pack_w(qemb_math math, qemb_dtype dtype, float *panel, const w_pan
             if (dtype == QEMB_I8) next_scales(scale, p->w, p->row[h], k, k0);
             if (k * bytes % 64 == 0) prefetch_rows(row, (size_t)k * bytes, ahead * bytes);
             UNROLL for (int i = 0; i < 16; i++) r[i] =
-                weight_dwords(math, dtype, row[i], dtype == QEMB_I8 ? s[i] : 1, k, some);
+                weight_dwords(of, dtype, row[i], dtype == QEMB_I8 ? s[i] : 1, k, some);
             transpose(r);
             UNROLL for (int c = 0; c < 16; c++) _mm512_store_ps(to + c * NR, r[c]);
         }
@@ -514,18 +543,18 @@ AVX512 static void widen(float *to, const float *panel, int n) {
     }
 }
 
-#define PACK(name, math)                                                                           \
+#define PACK(name, of)                                                                             \
     AVX512 static void name##_x(const matmul_job *j, int tile, float *to) {                        \
-        pack_x(math, j, tile, to);                                                                 \
+        pack_x(of, j, tile, to);                                                                   \
     }                                                                                              \
     AVX512 static void name##_i8(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {   \
-        pack_w(math, QEMB_I8, panel, p, k0, k1, ahead);                                            \
+        pack_w(of, QEMB_I8, panel, p, k0, k1, ahead);                                              \
     }
-PACK(pack_f32, QEMB_MATH_F32)
-PACK(pack_bf16, QEMB_MATH_BF16)
+PACK(pack_f32, F32)
+PACK(pack_bf16, BF16)
 
 AVX512 static void pack_bf16_f16(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {
-    pack_w(QEMB_MATH_BF16, QEMB_F16, panel, p, k0, k1, ahead);
+    pack_w(BF16, QEMB_F16, panel, p, k0, k1, ahead);
 }
 
 /* ---- int8: a group is 64 numbers of a row, each an integer of -127 .. 127 times the group's scale,
@@ -537,15 +566,19 @@ TEMPLATE __m512i larger(__m512i a, __m512 v) {
         a, _mm512_and_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
 }
 
-/* scale (16) = largest / 127 and inverse (16), 0 for 0; r[i]: lanewise largest magnitudes of row i */
-TEMPLATE __m512 group_scales(float inverse[16], __m512 r[16]) {
+/* The largest magnitudes (16) of rows of which r has the lanewise ones */
+TEMPLATE __m512 largest_of(__m512 r[16]) {
     transpose(r);
     __m512i most = _mm512_castps_si512(r[0]);
     UNROLL for (int i = 1; i < 16; i++) most = _mm512_max_epu32(most, _mm512_castps_si512(r[i]));
-    const __m512 v = _mm512_castsi512_ps(most);
+    return _mm512_castsi512_ps(most);
+}
+
+/* What takes sizes v (16) to n: v / n, and inverse (16) n / v, 0 for 0 */
+TEMPLATE __m512 scales(float inverse[16], __m512 v, float n) {
     const __mmask16 some = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    _mm512_storeu_ps(inverse, _mm512_maskz_div_ps(some, _mm512_set1_ps(127), v));
-    return _mm512_div_ps(v, _mm512_set1_ps(127));
+    _mm512_storeu_ps(inverse, _mm512_maskz_div_ps(some, _mm512_set1_ps(n), v));
+    return _mm512_div_ps(v, _mm512_set1_ps(n));
 }
 
 /* 64 floats times inverse, rounded to nearest even, as bytes in their order */
@@ -585,7 +618,7 @@ AVX512 static void pack_int8_x(const matmul_job *j, int tile, float *to) {
             r[i] = _mm512_setzero_ps();
             if (i < rows) load_x64(v, x + (size_t)i * K, K - k), r[i] = largest64(v);
         }
-        const __m512 scale = group_scales(inverse, r);
+        const __m512 scale = scales(inverse, largest_of(r), 127);
         for (int i = 0; i < 16; i++) {
             r[i] = _mm512_setzero_ps();
             if (i < rows) load_x64(v, x + (size_t)i * K, K - k), r[i] = to_int8(v, inverse[i]);
@@ -603,7 +636,7 @@ TEMPLATE void store_w(float *to, __m512 r[16], __m512 scale) {
     transpose(r);
     UNROLL for (int c = 0; c < 16; c++) {
         _mm512_store_ps(to + (2 + c) * NR, r[c]);
-        sum = multiply_add(QEMB_MATH_INT8, sum, offset, r[c]);
+        sum = multiply_add(INT8, sum, offset, r[c]);
     }
     _mm512_store_ps(to, scale);
     _mm512_store_si512(to + NR, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_castps_si512(sum)));
@@ -621,7 +654,7 @@ AVX512 static void pack_int8_f16(float *panel, const w_panel *p, int k0, int k1,
             prefetch_rows(row, (size_t)k * 2, ahead * 2);
             prefetch_rows(row, (size_t)k * 2 + 64, ahead * 2);
             for (int i = 0; i < 16; i++) load_w64(v, row[i], k, w->cols - k), r[i] = largest64(v);
-            const __m512 scale = group_scales(inverse, r);
+            const __m512 scale = scales(inverse, largest_of(r), 127);
             for (int i = 0; i < 16; i++)
                 load_w64(v, row[i], k, w->cols - k), r[i] = to_int8(v, inverse[i]);
             store_w(to, r, scale);
@@ -769,7 +802,7 @@ typedef struct {
     void (*multiply)(const tile_out *o, int rows, const float *x, const float *panel, int n);
     const float *panel;
     const float *ahead; /* see tile_out */
-    float *sums;        /* gate_up's: (MR, NR) of the tile at hand, or of all tiles where the columns
+    float *sums; /* gate_up's: (MR, NR) of the tile at hand, or of all tiles where the columns
                            do not come all at once */
 } block;
 
@@ -870,39 +903,89 @@ static void avx512_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qe
 }
 
 /* ---- attention --------------------------------------------------------------------------------
- * As cpu_simd.c's: a block walks over the keys in tiles with a running maximum and sum. It multiplies
- * dwords as the matmul does, of floats or of bfloat16; scores, their softmax and all sums are float.
- * Keys of a tile are panels (NR keys, their d-th dwords together), queries tiles of MR rows
- * (dwords, MR). Values are panels of NR dimensions, of one key or (bfloat16) two per dword, and
- * weights rows of CPU_KEYS numbers. What lies above the diagonal is skipped by whole register tiles:
- * its weights are zeros, and adding those changes nothing. */
+ * As cpu_simd.c's: a block walks over the keys in tiles with a running maximum and sum, multiplying
+ * dwords as the matmul does; scores, their softmax and all sums are float. Keys of a tile are panels
+ * (NR keys, their d-th dwords together), queries tiles of MR rows (dwords, MR). Values are panels of
+ * NR dimensions, of one key or two per dword, and weights rows of CPU_KEYS numbers. What lies above
+ * the diagonal is skipped by whole register tiles: its weights are zeros, and adding those changes
+ * nothing.
+ *
+ * A dword is a float, or two integers of 16 bits: twice the speed, with more of a number's bits than
+ * bfloat16 keeps. Each query and key is scaled to a length of INT16_LENGTH, so that no product of
+ * two can pass 2^30 (Cauchy and Schwarz), and each value to a largest magnitude of INT16_MOST. A
+ * tile's weights, each times its value's scale, are scaled to a sum of INT16_MOST, so that no sum of
+ * values can pass 2^30 by more than the rounding of CPU_KEYS weights. */
 
-TEMPLATE int per_dword(qemb_math math) { return math == QEMB_MATH_BF16 ? 2 : 1; }
-TEMPLATE int head_dwords(qemb_math math, const attention_tile *w) {
-    return ceil_div(w->hd, per_dword(math));
+enum { INT16_MOST = 32767, INT16_LENGTH = 32700 };
+
+TEMPLATE int per_dword(dword_of of) { return of == INT16 ? 2 : 1; }
+TEMPLATE int head_dwords(dword_of of, const attention_tile *w) {
+    return ceil_div(w->hd, per_dword(of));
 }
 
-/* Numbers i of the first 16 and of the second 16, side by side */
-TEMPLATE __m512 interleave(__m512 halves) {
-    const __m512i low = _mm512_setr_epi32(
-        0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
-        0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(low, _mm512_castps_si512(halves)));
+/* Two vectors of floats, rounded to nearest even: dword i holds numbers 2i and 2i+1 of 32. */
+TEMPLATE __m512 to_int16(__m512 lo, __m512 hi) {
+    const __m512i lanes = _mm512_packs_epi32(_mm512_cvtps_epi32(lo), _mm512_cvtps_epi32(hi));
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi64(order, lanes));
 }
 
-/* Pass 1: keys and values of positions k0 .. k0+n-1. Keys that fill up a panel repeat the last. */
-TEMPLATE void attention_load(qemb_math math, const attention_tile *w, int k0, int n) {
-    const int hd = w->hd, per = per_dword(math), dwords = head_dwords(math, w);
+/* Sums (16) of rows of which r has the lanewise ones */
+TEMPLATE __m512 sums_of(__m512 r[16]) {
+    transpose(r);
+    UNROLL for (int step = 8; step; step /= 2) UNROLL for (int i = 0; i < step; i++) r[i] =
+        _mm512_add_ps(r[i], r[i + step]);
+    return r[0];
+}
+
+/* Their maxima. A NaN may be lost: its own exp is NaN all the same. */
+TEMPLATE __m512 maxima_of(__m512 r[16]) {
+    transpose(r);
+    UNROLL for (int step = 8; step; step /= 2) UNROLL for (int i = 0; i < step; i++) r[i] =
+        _mm512_max_ps(r[i], r[i + step]);
+    return r[0];
+}
+
+/* Length / INT16_LENGTH (16), and inverse (16) its inverse, of rows (n) */
+TEMPLATE __m512 length_scales(float inverse[16], const float *const row[16], int rows, int n) {
+    __m512 r[16];
+    UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_setzero_ps();
+    UNROLL for (int i = 0; i < rows; i++) for (int d = 0; d < n; d += 16) {
+        const __m512 v = load_first(row[i] + d, n - d);
+        r[i] = _mm512_fmadd_ps(v, v, r[i]);
+    }
+    return scales(inverse, _mm512_sqrt_ps(sums_of(r)), INT16_LENGTH);
+}
+
+/* r[i] = 16 dwords of row i (n), from number k on, times inverse[i] or, floats, `scale` */
+TEMPLATE void head_rows(dword_of of, __m512 r[16], const float *const row[16], int rows, int k,
+                        int n, const float *inverse, __m512 scale) {
+    UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_setzero_ps();
+    UNROLL for (int i = 0; i < rows; i++) {
+        const __m512 v = load_first(row[i] + k, n - k);
+        if (of == INT16) {
+            const __m512 f = _mm512_set1_ps(inverse[i]),
+                         next = load_first(row[i] + k + 16, n - k - 16);
+            r[i] = to_int16(_mm512_mul_ps(v, f), _mm512_mul_ps(next, f));
+        } else {
+            r[i] = _mm512_mul_ps(v, scale);
+        }
+    }
+    transpose(r);
+}
+
+/* Pass 1, keys: of positions k0 .. k0+n-1. Those that fill up a panel repeat the last. */
+TEMPLATE void attention_keys(dword_of of, const attention_tile *w, int k0, int n) {
+    const int dwords = head_dwords(of, w);
     for (int j = 0; j < round_up(n, NR); j += 16) {
         const float *row[16];
-        float *to = w->keys + j / NR * NR * dwords + j % NR;
+        float *to = w->keys + j / NR * NR * dwords + j % NR, inverse[16];
         for (int i = 0; i < 16; i++)
             row[i] = simd_attention_row(w, k0 + min_int(j + i, n - 1)) + w->k_col;
+        if (of == INT16) _mm512_storeu_ps(w->key_scale + j, length_scales(inverse, row, 16, w->hd));
         for (int d = 0; d < dwords; d += 16) {
             __m512 r[16];
-            UNROLL for (int i = 0; i < 16; i++) r[i] =
-                x_dwords(math, row[i], d * per, hd - d * per);
-            transpose(r);
+            head_rows(of, r, row, 16, d * per_dword(of), w->hd, inverse, _mm512_set1_ps(1));
             if (dwords - d >= 16) {
                 UNROLL for (int c = 0; c < 16; c++) _mm512_storeu_ps(to + (d + c) * NR, r[c]);
             } else {
@@ -910,15 +993,42 @@ TEMPLATE void attention_load(qemb_math math, const attention_tile *w, int k0, in
             }
         }
     }
-    for (int j = 0; j < n; j += per) {
-        const float *row = simd_attention_row(w, k0 + j) + w->v_col;
-        const float *next = simd_attention_row(w, k0 + min_int(j + 1, n - 1)) + w->v_col;
-        float *to = w->values + j / per * NR;
-        for (int d = 0; d < w->hdp; d += 16) {
-            __m512 v = load_first(row + d, hd - d);
-            if (math == QEMB_MATH_BF16) /* the last of an odd number goes with zeros */
-                v = interleave(to_bf16(v, load_first(next + d, j + 1 < n ? hd - d : 0)));
-            _mm512_storeu_ps(to + d / NR * (CPU_KEYS / per) * NR + d % NR, v);
+}
+
+/* and values. The last of an odd number goes with itself; nothing weighs it. */
+TEMPLATE void attention_load(dword_of of, const attention_tile *w, int k0, int n) {
+    const int hd = w->hd, per = per_dword(of);
+    attention_keys(of, w, k0, n);
+    for (int j = 0; j < n; j += 16) {
+        const float *row[16];
+        float inverse[16];
+        for (int i = 0; i < 16; i++)
+            row[i] = simd_attention_row(w, k0 + min_int(j + i, n - 1)) + w->v_col;
+        if (of == INT16) {
+            __m512 r[16];
+            for (int i = 0; i < 16; i++) {
+                __m512i most = _mm512_setzero_si512();
+                for (int d = 0; d < hd; d += 16)
+                    most = larger(most, load_first(row[i] + d, hd - d));
+                r[i] = _mm512_castsi512_ps(most);
+            }
+            _mm512_storeu_ps(w->value_scale + j, scales(inverse, largest_of(r), INT16_MOST));
+        }
+        for (int i = 0; i < min_int(16, n - j); i += per) {
+            float *to = w->values + (j + i) / per * NR;
+            for (int d = 0; d < w->hdp; d += 16) {
+                __m512 v = load_first(row[i] + d, hd - d);
+                if (of == INT16) {
+                    const __m512 next = load_first(row[i + 1] + d, hd - d);
+                    const __m512i a =
+                        _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse[i])));
+                    const __m512i b =
+                        _mm512_cvtps_epi32(_mm512_mul_ps(next, _mm512_set1_ps(inverse[i + 1])));
+                    v = _mm512_castsi512_ps(
+                        _mm512_mask_mov_epi16(_mm512_slli_epi32(b, 16), 0x55555555, a));
+                }
+                _mm512_storeu_ps(to + d / NR * (CPU_KEYS / per) * NR + d % NR, v);
+            }
         }
     }
 }
@@ -928,80 +1038,107 @@ static int first_seeing(const attention_tile *w, int q0, int p) {
     return max_int(0, p - q0) * w->G;
 }
 
-/* Pass 2: s (R, n) = q k^T, for whole tiles of rows: those that do not see a key are masked later */
-TEMPLATE void attention_scores(qemb_math math, const attention_tile *w, int R, int q0, int k0,
-                               int n) {
-    const int dwords = head_dwords(math, w);
+/* Pass 2: s (R, n) = q k^T, integers' yet without their key's scale, for whole tiles of rows: those
+ * that do not see a key are masked later */
+TEMPLATE void attention_scores(dword_of of, const attention_tile *w, int R, int q0, int k0, int n) {
+    const int dwords = head_dwords(of, w);
     for (int j = 0; j < n; j += NR)
         for (int r = first_seeing(w, q0, k0 + j) / MR * MR; r < R; r += MR) {
-            const tile_out o = {
-                .y = w->s + (size_t)r * CPU_KEYS + j, .ldy = CPU_KEYS, .cols = NR, .factor = 1};
+            const tile_out o = {.y = w->s + (size_t)r * CPU_KEYS + j,
+                                .ldy = CPU_KEYS,
+                                .cols = NR,
+                                .factor = 1,
+                                .factors = w->query_scale + r};
             const float *q = w->q + (size_t)r * dwords, *keys = w->keys + j * dwords;
-            if (math == QEMB_MATH_BF16)
-                tile_bf16(&o, min_int(MR, R - r), q, keys, dwords);
+            if (of == INT16)
+                tile_int16(&o, min_int(MR, R - r), q, keys, dwords);
             else
                 tile_f32(&o, min_int(MR, R - r), q, keys, dwords);
         }
 }
 
-/* exp(x), x <= 0, to be rounded to bfloat16: a polynomial of degree 4 errs by 0.35^5 / 5! = 2^-14.5.
- * Below -104 all is 0, as at -inf. */
-TEMPLATE __m512 exp16_rough(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-104), x); /* NaN passes */
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)),
-                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e43p-1f), x);
-    __m512 p = _mm512_set1_ps((float)(1.0 / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps((float)(1.0 / 6)));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
-    return _mm512_scalef_ps(p, n);
+/* Scores j .. j+15 of a row; -inf where it does not see the key */
+TEMPLATE __m512 scores16(dword_of of, const attention_tile *w, const float *s, int j,
+                         __mmask16 visible) {
+    const __m512 low = _mm512_set1_ps(-INFINITY), v = _mm512_mask_loadu_ps(low, visible, s + j);
+    if (of != INT16) return v;
+    return _mm512_mask_mul_ps(low, visible, v, _mm512_loadu_ps(w->key_scale + j));
+}
+
+/* The tile's keys that row r of the block (token q0 leads) sees: those up to its own position */
+static int keys_seen(const attention_tile *w, int r, int q0, int k0) {
+    return min_int(CPU_KEYS, q0 + r / w->G - k0 + 1);
 }
 
 /* Pass 3: scores become weights exp(s - max), in dwords and in place; what was summed under an older
- * maximum is scaled. A row sees the tile's keys up to its own position. */
-TEMPLATE void attention_softmax(qemb_math math, const attention_tile *w, int R, int q0, int k0) {
-    const int per = per_dword(math);
-    for (int r = first_seeing(w, q0, k0); r < R; r++) {
-        float *s = w->s + (size_t)r * CPU_KEYS, *acc = w->acc + (size_t)r * w->hdp;
-        const int visible = min_int(CPU_KEYS, q0 + r / w->G - k0 + 1);
-        const int end = round_up(visible, 16 * per);
-        const __m512 low = _mm512_set1_ps(-INFINITY);
-        const float before = w->max[r];
-        __m512 m = low, sum = _mm512_setzero_ps();
-        for (int j = 0; j < end; j += 16)
-            m = _mm512_max_ps(m, _mm512_mask_loadu_ps(low, first16(visible - j), s + j));
-        const float max = _mm512_reduce_max_ps(m);
-        w->max[r] = max > before ? max : before;
-        m = _mm512_set1_ps(w->max[r]);
-        for (int j = 0; j < end; j += 16 * per) {
-            __m512 e[2];
-            UNROLL for (int i = 0; i < per; i++) {
-                const int from = j + 16 * i;
-                const __m512 v = _mm512_mask_loadu_ps(low, first16(visible - from), s + from);
-                e[i] = per == 2 ? exp16_rough(_mm512_sub_ps(v, m)) : exp16(_mm512_sub_ps(v, m));
-                sum = _mm512_add_ps(sum, e[i]);
+ * maximum is scaled. 16 rows at a time, step by step: what a row waits for, the others make up for. */
+TEMPLATE void attention_softmax(dword_of of, const attention_tile *w, int R, int q0, int k0,
+                                int n) {
+    const int end = round_up(n, NR);
+    for (int first = first_seeing(w, q0, k0); first < R; first += 16) {
+        const int rows = min_int(16, R - first);
+        const __m512 low = _mm512_set1_ps(-INFINITY), zero = _mm512_setzero_ps();
+        float *s = w->s + (size_t)first * CPU_KEYS, *max = w->max + first, older[16];
+        __m512 m[16], sum[16], weighted[16];
+        for (int i = 0; i < rows; i++) {
+            const int seen = keys_seen(w, first + i, q0, k0);
+            m[i] = low;
+            for (int j = 0; j < seen; j += 16)
+                m[i] = _mm512_max_ps(m[i], scores16(of, w, s + i * CPU_KEYS, j, first16(seen - j)));
+        }
+        for (int i = rows; i < 16; i++) m[i] = zero;
+        const __m512 before = load_first(max, rows), most = _mm512_max_ps(maxima_of(m), before);
+        const __m512 factor = exp16(_mm512_sub_ps(before, most));
+        store_first(max, most, rows);
+        _mm512_storeu_ps(older, factor);
+        for (int i = 0; i < rows; i++) {
+            const int seen = keys_seen(w, first + i, q0, k0);
+            const __m512 mi = _mm512_set1_ps(max[i]);
+            float *e = s + i * CPU_KEYS;
+            sum[i] = weighted[i] = zero;
+            for (int j = 0; j < seen; j += 16) {
+                const __mmask16 some = first16(seen - j);
+                __m512 v = _mm512_sub_ps(scores16(of, w, e, j, some), mi);
+                v = of == INT16 ? _mm512_maskz_mov_ps(some, exp16_rough(v)) : exp16(v);
+                sum[i] = _mm512_add_ps(sum[i], v);
+                if (of == INT16) {
+                    v = _mm512_maskz_mul_ps(some, v, _mm512_loadu_ps(w->value_scale + j));
+                    weighted[i] = _mm512_add_ps(weighted[i], v);
+                }
+                _mm512_storeu_ps(e + j, v);
             }
-            _mm512_storeu_ps(s + j / per, per == 2 ? to_bf16(e[0], e[1]) : e[0]);
+            for (int j = round_up(seen, 16); j < end; j += 16) _mm512_storeu_ps(e + j, zero);
         }
-        for (int j = end / per; j < CPU_KEYS / per; j += 16)
-            _mm512_storeu_ps(s + j, _mm512_setzero_ps());
-        if (k0 && before != w->max[r]) { /* else there is nothing yet, or the factor would be 1 */
-            const __m512 older = exp16(_mm512_sub_ps(_mm512_set1_ps(before), m));
+        for (int i = rows; i < 16; i++) sum[i] = weighted[i] = zero;
+        const __m512 old = _mm512_mul_ps(load_first(w->sum + first, rows), factor);
+        store_first(w->sum + first, _mm512_add_ps(old, sums_of(sum)), rows);
+        if (of == INT16) {
+            float to[16];
+            store_first(w->weight_scale + first, scales(to, sums_of(weighted), INT16_MOST), rows);
+            for (int i = 0; i < rows; i++) {
+                float *e = s + i * CPU_KEYS;
+                const __m512 f = _mm512_set1_ps(to[i]);
+                for (int j = 0; j < end; j += 32) {
+                    const __m512 lo = _mm512_loadu_ps(e + j), hi = _mm512_loadu_ps(e + j + 16);
+                    _mm512_storeu_ps(e + j / 2,
+                                     to_int16(_mm512_mul_ps(lo, f), _mm512_mul_ps(hi, f)));
+                }
+            }
+        }
+        for (int i = 0; k0 && i < rows; i++) { /* at first there is nothing yet */
+            float *acc = w->acc + (size_t)(first + i) * w->hdp;
+            if (older[i] == 1) continue;
             for (int d = 0; d < w->hdp; d += 16)
-                _mm512_storeu_ps(acc + d, _mm512_mul_ps(_mm512_loadu_ps(acc + d), older));
-            w->sum[r] *= _mm512_cvtss_f32(older);
+                _mm512_storeu_ps(acc + d,
+                                 _mm512_mul_ps(_mm512_loadu_ps(acc + d), _mm512_set1_ps(older[i])));
         }
-        w->sum[r] += _mm512_reduce_add_ps(sum);
     }
 }
 
 /* Pass 4: acc (R, hdp) = (k0 ? acc : 0) + s v. Rows go together that see about as many keys: NR of
  * them a step. */
-TEMPLATE void attention_values(qemb_math math, const attention_tile *w, int R, int q0, int k0,
-                               int n) {
-    const int per = per_dword(math);
+TEMPLATE void attention_values(dword_of of, const attention_tile *w, int R, int q0, int k0, int n) {
+    const int per = per_dword(of);
     for (int r = first_seeing(w, q0, k0), end; r < R; r = end) {
         const int t = q0 + r / w->G - k0; /* the row's own position in the tile */
         const int depth = min_int(n, t / NR * NR + NR);
@@ -1012,35 +1149,33 @@ TEMPLATE void attention_values(qemb_math math, const attention_tile *w, int R, i
                                     .ldy = (size_t)w->hdp,
                                     .cols = NR,
                                     .add = k0,
-                                    .factor = 1};
+                                    .factor = 1,
+                                    .factors = w->weight_scale + i};
                 const float *s = w->s + (size_t)i * CPU_KEYS, *v = w->values + d * (CPU_KEYS / per);
-                if (math == QEMB_MATH_BF16)
-                    tile_bf16_keys(&o, min_int(MR, end - i), s, v, ceil_div(depth, 2));
+                if (of == INT16)
+                    tile_int16_keys(&o, min_int(MR, end - i), s, v, ceil_div(depth, 2));
                 else
                     tile_f32_keys(&o, min_int(MR, end - i), s, v, depth);
             }
     }
 }
 
-TEMPLATE void attention_queries(qemb_math math, const attention_tile *w, int R, int q0) {
-    const int G = w->G, hd = w->hd, per = per_dword(math), dwords = head_dwords(math, w);
-    const __m512 scale = _mm512_set1_ps((float)(1 / sqrt(hd)));
+TEMPLATE void attention_queries(dword_of of, const attention_tile *w, int R, int q0) {
+    const int G = w->G, dwords = head_dwords(of, w);
+    const __m512 scale = _mm512_set1_ps((float)(1 / sqrt(w->hd)));
     for (int t = 0; t < R; t += MR) {
-        const float *q[MR];
+        const float *q[16];
+        float inverse[16];
         for (int i = 0; i < MR; i++) {
             const int row = min_int(t + i, R - 1);
-            q[i] = simd_attention_row(w, q0 + row / G) + w->q_col + row % G * hd;
+            q[i] = simd_attention_row(w, q0 + row / G) + w->q_col + row % G * w->hd;
         }
+        if (of == INT16)
+            store_first(w->query_scale + t,
+                        _mm512_mul_ps(length_scales(inverse, q, MR, w->hd), scale), MR);
         for (int d = 0; d < dwords; d += 16) {
             __m512 r[16];
-            UNROLL for (int i = 0; i < 16; i++) {
-                const float *x = q[min_int(i, MR - 1)] + d * per;
-                const __m512 v = _mm512_mul_ps(load_first(x, hd - d * per), scale);
-                r[i] = v;
-                if (math == QEMB_MATH_BF16)
-                    r[i] = to_bf16(v, _mm512_mul_ps(load_first(x + 16, hd - d * per - 16), scale));
-            }
-            transpose(r);
+            head_rows(of, r, q, MR, d * per_dword(of), w->hd, inverse, scale);
             float *to = w->q + (size_t)t * dwords + d * MR;
             for (int c = 0; c < min_int(16, dwords - d); c++)
                 _mm512_mask_storeu_ps(to + c * MR, (1u << MR) - 1, r[c]);
@@ -1048,17 +1183,17 @@ TEMPLATE void attention_queries(qemb_math math, const attention_tile *w, int R, 
     }
 }
 
-TEMPLATE void attention_of(qemb_math math, const attention_tile *w, float *att, size_t ld_att,
-                           int q0, int n) {
+TEMPLATE void attention_of(dword_of of, const attention_tile *w, float *att, size_t ld_att, int q0,
+                           int n) {
     const int G = w->G, hd = w->hd, R = n * G;
-    attention_queries(math, w, R, q0);
+    attention_queries(of, w, R, q0);
     for (int r = 0; r < R; r++) w->max[r] = -INFINITY, w->sum[r] = 0;
     for (int k0 = 0; k0 < q0 + n; k0 += CPU_KEYS) {
         const int keys = min_int(CPU_KEYS, q0 + n - k0);
-        attention_load(math, w, k0, keys);
-        attention_scores(math, w, R, q0, k0, keys);
-        attention_softmax(math, w, R, q0, k0);
-        attention_values(math, w, R, q0, k0, keys);
+        attention_load(of, w, k0, keys);
+        attention_scores(of, w, R, q0, k0, keys);
+        attention_softmax(of, w, R, q0, k0, keys);
+        attention_values(of, w, R, q0, k0, keys);
     }
     for (int r = 0; r < R; r++) {
         float *out = att + r / G * ld_att + r % G * hd;
@@ -1072,12 +1207,12 @@ TEMPLATE void attention_of(qemb_math math, const attention_tile *w, float *att, 
 
 AVX512 static void attention_f32(const attention_tile *w, float *att, size_t ld_att, int q0,
                                  int n) {
-    attention_of(QEMB_MATH_F32, w, att, ld_att, q0, n);
+    attention_of(F32, w, att, ld_att, q0, n);
 }
 
-AVX512 static void attention_bf16(const attention_tile *w, float *att, size_t ld_att, int q0,
-                                  int n) {
-    attention_of(QEMB_MATH_BF16, w, att, ld_att, q0, n);
+AVX512 static void attention_int16(const attention_tile *w, float *att, size_t ld_att, int q0,
+                                   int n) {
+    attention_of(INT16, w, att, ld_att, q0, n);
 }
 
 /* ---- the tables ------------------------------------------------------------------------------- */
@@ -1120,9 +1255,7 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const cpu_kernels 
                             .pool = simd_pool};
 
 TABLE(avx512_ops, "avx512", QEMB_MATH_F32, attention_f32, avx512_place, f32_converted)
-TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, attention_f32, avx512_place, bf16_converted)
-TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, attention_f32, avx512_place, int8_converted)
-TABLE(avx512_bf16_int8_ops, "avx512-bf16-int8", QEMB_MATH_INT8, attention_bf16, avx512_place,
-      int8_converted)
+TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, attention_int16, avx512_place, bf16_converted)
+TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, attention_int16, avx512_place, int8_converted)
 
 #endif

@@ -233,7 +233,7 @@ static int block_tokens(const qemb_config *c, const cpu_kernels *f) {
 static size_t attention_floats(const qemb_config *c, const cpu_kernels *f) {
     const size_t R = (size_t)block_tokens(c, f) * (size_t)(c->n_heads / c->n_kv_heads);
     const size_t hd = (size_t)c->head_dim, hdp = (size_t)ceil_div(c->head_dim, CPU_PAD) * CPU_PAD;
-    return CPU_KEYS * (hd + hdp) + R * (CPU_KEYS + hdp + 2) + (R + 16) * hd;
+    return CPU_KEYS * (hd + hdp + 2) + R * (CPU_KEYS + hdp + 3) + (R + 16) * (hd + 1);
 }
 
 static void attention_setup(attention_tile *w, const qemb_backend *be, const float *qkv,
@@ -251,6 +251,10 @@ static void attention_setup(attention_tile *w, const qemb_backend *be, const flo
     w->max = w->s + R * CPU_KEYS;
     w->sum = w->max + R;
     w->q = w->sum + R;
+    w->key_scale = w->q + (R + 16) * hd;
+    w->value_scale = w->key_scale + CPU_KEYS;
+    w->query_scale = w->value_scale + CPU_KEYS;
+    w->weight_scale = w->query_scale + R + 16;
 }
 
 typedef struct {

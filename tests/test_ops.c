@@ -253,10 +253,13 @@ Test(ops, rope_reaches_the_last_position) {
 
 /* Lengths around every tile edge, with a shared prefix of several lengths. Error of a weight: its
  * score's, (hd + 2) U sum|q||k|/sqrt(hd) <= (hd + 2) U reach, twice (the maximum's too); expf 2U
- * (glibc: < 1 ulp); one rescaling (expf and product, 4U) per tile of 64 keys; the sums (n U each,
- * numerator and denominator); the division 2U, as it may be a product with the inverse. Where
- * attention is bfloat16, q, k, weight and value err by 2^-9 of themselves more: a score by 2^-8 reach,
- * for which exp is no longer a line, and a term by 2^-8; exp itself errs by 2^-14 there. */
+ * (glibc: < 1 ulp); one rescaling (expf and product, 4U) per tile of at least 64 keys; the sums (n U
+ * each, numerator and denominator); the division 2U, as it may be a product with the inverse.
+ *
+ * Other arithmetics than float multiply integers. A number of q errs by half a step, |q| / 32700, one
+ * of k likewise: a score by |q||k| / 32700 (Cauchy and Schwarz), for which exp is no longer a line,
+ * and exp itself by 2^-14. Of up to 128 keys a weight times its value's scale errs by half of the sum
+ * of those / 32767, a value by half of its row's largest / 32767. */
 static void check_attention(const qemb_ops *op, const qemb_config *c, const int *lengths, int B,
                             int P, double scale, int last_only) {
     const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, ld = (H + 2 * K) * hd,
@@ -277,39 +280,62 @@ static void check_attention(const qemb_ops *op, const qemb_config *c, const int 
     const qemb_layout b = {B, T, P, NULL, pos, cu};
     op->begin(be, &b);
     op->attention(be, (qemb_act *)att, (qemb_act *)qkv, &b, last_only);
-    const double bf16 = strstr(op->name, "bf16-int8") ? 0x1p-8 : 0;
+    const int integers = op->math != QEMB_MATH_F32;
     const size_t n_max = (size_t)(P + longest);
     double *one = malloc(n_max * ld * sizeof *one), *want = malloc(n_max * Q * sizeof *want);
     double *size = malloc(n_max * Q * sizeof *size), *reach = malloc(n_max * H * sizeof *reach);
+    double *span = malloc(n_max * Q * sizeof *span),
+           *length = malloc(n_max * (H + K) * sizeof *length);
     for (int i = 0; i < B; i++) {
         const int n = P + lengths[i];
         for (int t = 0; t < n; t++)
             for (int k = 0; k < ld; k++)
                 one[(size_t)t * ld + k] = qkv[(size_t)(t < P ? t : cu[i] + t - P) * ld + k];
         oracle_attention(want, size, reach, one, n, H, K, hd);
+        for (int row = 0; row < n * (H + 2 * K);
+             row++) { /* lengths; values' largest in their place */
+            double *head = one + (size_t)row * hd, square = 0, most = 0;
+            const int t = row / (H + 2 * K), h = row % (H + 2 * K);
+            for (int k = 0; k < hd; k++)
+                square += head[k] * head[k], most = fmax(most, fabs(head[k]));
+            if (h < H + K) length[t * (H + K) + h] = sqrt(square);
+            /* of keys, the longest that a token sees */
+            if (h >= H && h < H + K && t)
+                length[t * (H + K) + h] = fmax(sqrt(square), length[(t - 1) * (H + K) + h]);
+            for (int k = 0; h >= H + K && k < hd; k++) head[k] = most;
+        }
+        oracle_attention(span, NULL, NULL, one, n, H, K, hd);
         for (int t = last_only ? n - 1 : 0; t < n; t++)
             for (int k = 0; k < Q; k++) {
                 const size_t row = last_only ? (size_t)i : (size_t)(t < P ? t : cu[i] + t - P);
-                const double score = ((hd + 2) * U + bf16) * reach[(size_t)t * H + k / hd];
-                const double e =
-                    expm1(2 * score) + (2 * (t + 1) + 4 * (t / 64 + 1) + 5) * U + bf16 * 1.04;
+                const int h = k / hd;
+                const double product =
+                    length[t * (H + K) + h] * length[t * (H + K) + H + h / (H / K)];
+                const double score =
+                    (hd + 2) * U * reach[(size_t)t * H + h] + integers * product / 32700;
+                const double e = expm1(2 * score) + (2 * (t + 1) + 4 * (t / 64 + 1) + 5) * U +
+                                 integers * 0x1p-14;
                 const double got = att[row * Q + k], w = want[(size_t)t * Q + k];
-                cr_assert_not(far_off(got, w, 2 * SLACK * e * size[(size_t)t * Q + k]),
+                const double tol = 2 * e * size[(size_t)t * Q + k] +
+                                   integers * (128 + 1) / 2. / 32767 * span[(size_t)t * Q + k];
+                cr_assert_not(far_off(got, w, SLACK * tol),
                               "%s B=%d P=%d text %d (%d,%d): %g, want %g", op->name, B, P, i, t, k,
                               got, w);
             }
     }
     free(pos), free(qkv), free(att), free(one), free(want), free(size), free(reach);
+    free(span), free(length);
     op->close(be);
 }
 
 Test(ops, attention) {
-    const int lengths[] = {1, 2, 31, 32, 33, 63, 64, 65, 130, 3}, prefixes[] = {0, 1, 20, 64, 100};
+    const int lengths[] = {1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 260, 3};
+    const int prefixes[] = {0, 1, 20, 64, 100, 128};
     for (int o = 0; qemb_cpu_table(o); o++)
         for (int s = 0; s < n_small_configs; s++)
-            for (int p = 0; p < 5; p++)
+            for (int p = 0; p < 6; p++)
                 for (int last = 0; last < 2; last++)
-                    check_attention(qemb_cpu_table(o), &small_configs[s], lengths, 10, prefixes[p],
+                    check_attention(qemb_cpu_table(o), &small_configs[s], lengths, 13, prefixes[p],
                                     1, last);
 }
 
