@@ -155,6 +155,8 @@ typedef struct { /* a table, the op that runs next, its batch and buffers */
     qemb_layout b;
     int32_t tokens[MAX_ROWS], pos[MAX_ROWS], cu[MAX_ROWS + 1];
     float *in, *out, *gu; /* (MAX_ROWS, widest row) */
+    float *ones;          /* (hd): qknorm_rope works in place, again and again, and with a model's
+                             weights would end in subnormal numbers */
     int which, cold;      /* cold: every call takes the next layer's weights */
 } setup;
 
@@ -177,12 +179,14 @@ static void setup_open(setup *s, const qemb_ops *op) {
     if (op->open(&s->be, &file->config, &opt, &err) || op->place(s->be, &s->w, &err)) die(err.msg);
     s->in = need(sizeof(float) * n), s->out = need(sizeof(float) * n);
     s->gu = need(sizeof(float) * n);
+    s->ones = need(sizeof(float) * (size_t)file->config.head_dim);
+    for (int i = 0; i < file->config.head_dim; i++) s->ones[i] = 1;
     for (size_t i = 0; i < n; i++) s->in[i] = (float)(i * 2654435761u % 2001) / 1000 - 1;
 }
 
 static void setup_close(setup *s) {
     s->op->close(s->be);
-    free(s->in), free(s->out), free(s->gu), free(s->w.layers);
+    free(s->in), free(s->out), free(s->gu), free(s->ones), free(s->w.layers);
 }
 
 /* B texts of n tokens, B n rows */
@@ -204,7 +208,6 @@ static const qemb_mat *matrix(const setup *s, int i) {
 
 static void run_op(void *arg, int i) {
     setup *s = arg;
-    const qemb_layer *l = &s->w.layers[0];
     qemb_act *in = (qemb_act *)s->in, *out = (qemb_act *)s->out;
     switch (s->which) {
     case EMBED:
@@ -214,7 +217,7 @@ static void run_op(void *arg, int i) {
         s->op->rmsnorm(s->be, out, s->in, s->w.final_norm, s->b.T);
         break;
     case QKNORM_ROPE:
-        s->op->qknorm_rope(s->be, out, l->q_norm, l->k_norm, &s->b);
+        s->op->qknorm_rope(s->be, out, s->ones, s->ones, &s->b);
         break;
     case GATE_UP:
         s->op->gate_up(s->be, out, (qemb_act *)s->gu, in, matrix(s, i), s->b.T);

@@ -22,8 +22,10 @@ typedef struct {
     void (*half)(float *y, const uint16_t *x, int n);
     /* y (n) = x / sqrt(mean(x^2) + eps) * w; y may be x */
     void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
-    /* (a, b) -> (a cos - b sin, b cos + a sin), a in head (2 half)'s first half, b in its second */
-    void (*rotate)(float *head, const float *cosines, const float *sines, int half);
+    /* head (2 half) as rmsnorm makes it, then (a, b) -> (a cos - b sin, b cos + a sin), a in its first
+     * half, b in its second */
+    void (*norm_rotate)(float *head, const float *w, const float *cosines, const float *sines,
+                        int half, float eps);
     /* h (n) = silu(gate) * up */
     void (*swiglu)(float *h, const float *gate, const float *up, int n);
     /* Tokens at positions q0 .. q0+n-1; token i's output goes to att + i*ld_att, G heads of hd. */
@@ -80,7 +82,7 @@ void cpu_give_back(const void *p, size_t bytes);
 
 enum {
     CPU_KEYS = 128, /* keys per attention tile, aligned to absolute positions */
-    CPU_PAD = 32,  /* heads of values and of output are padded to this */
+    CPU_PAD = 32,   /* heads of values and of output are padded to this */
 };
 
 /* What a block of attention works on and in: some tokens of one text with the G query heads of one

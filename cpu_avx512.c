@@ -97,41 +97,57 @@ AVX512 static void half_row(float *y, const uint16_t *x, int n) {
         store_first(y + i, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n - i), x + i)), n - i);
 }
 
-/* Summed in double */
-AVX512 static void rmsnorm_row(float *y, const float *x, const float *w, int n, float eps) {
-    __m512d lo = _mm512_setzero_pd(), hi = lo;
-    for (int i = 0; i < n; i += 16) {
-        const __m512 v = load_first(x + i, n - i);
-        const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-        const __m512d b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
-        lo = _mm512_fmadd_pd(a, a, lo);
-        hi = _mm512_fmadd_pd(b, b, hi);
-    }
-    const double sum = _mm512_reduce_add_pd(_mm512_add_pd(lo, hi));
-    const __m512 scale = _mm512_set1_ps((float)(1 / sqrt(sum / n + eps)));
-    for (int i = 0; i < n; i += 16) {
-        const __m512 v = _mm512_mul_ps(load_first(x + i, n - i), scale);
-        store_first(y + i, _mm512_mul_ps(v, load_first(w + i, n - i)), n - i);
-    }
+/* 1 / sqrt(mean(x^2) + eps) of one row, summed in double */
+TEMPLATE __m512 rms_scale(const float *x, int n, float eps) {
+    __m512d sum[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(),
+                      _mm512_setzero_pd()};
+    for (int i = 0; i < n; i += 32) UNROLL for (int h = 0; h < 2; h++) {
+            const __m512 v = load_first(x + i + 16 * h, n - i - 16 * h);
+            const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+            const __m512d b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+            sum[2 * h] = _mm512_fmadd_pd(a, a, sum[2 * h]);
+            sum[2 * h + 1] = _mm512_fmadd_pd(b, b, sum[2 * h + 1]);
+        }
+    const double all = _mm512_reduce_add_pd(
+        _mm512_add_pd(_mm512_add_pd(sum[0], sum[1]), _mm512_add_pd(sum[2], sum[3])));
+    return _mm512_set1_ps((float)(1 / sqrt(all / n + eps)));
 }
 
-AVX512 static void rotate(float *head, const float *cosines, const float *sines, int half) {
+/* Numbers of x from i on, normalised */
+TEMPLATE __m512 normed(const float *x, const float *w, int i, int n, __m512 scale) {
+    return _mm512_mul_ps(_mm512_mul_ps(load_first(x + i, n - i), scale), load_first(w + i, n - i));
+}
+
+AVX512 static void rmsnorm_row(float *y, const float *x, const float *w, int n, float eps) {
+    const __m512 scale = rms_scale(x, n, eps);
+    for (int i = 0; i < n; i += 16) store_first(y + i, normed(x, w, i, n, scale), n - i);
+}
+
+AVX512 static void norm_rotate(float *head, const float *w, const float *cosines,
+                               const float *sines, int half, float eps) {
+    const __m512 scale = rms_scale(head, 2 * half, eps);
     for (int i = 0; i < half; i += 16) {
         const int n = half - i;
-        const __m512 a = load_first(head + i, n), b = load_first(head + half + i, n);
+        const __m512 a = normed(head, w, i, half, scale);
+        const __m512 b = normed(head + half, w + half, i, half, scale);
         const __m512 c = load_first(cosines + i, n), s = load_first(sines + i, n);
         store_first(head + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), n);
         store_first(head + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)), n);
     }
 }
 
+/* silu(g) u. What is rounded to 8 bits afterwards may err by 2^-13: of exp 2^-14.5, of rcp 2^-14. */
+TEMPLATE __m512 swiglu16(int rough, __m512 g, __m512 u) {
+    const __m512 minus = _mm512_sub_ps(_mm512_setzero_ps(), g), one = _mm512_set1_ps(1);
+    const __m512 below = _mm512_add_ps(one, rough ? exp16_rough(minus) : exp16(minus));
+    return _mm512_mul_ps(rough ? _mm512_mul_ps(g, _mm512_rcp14_ps(below)) : _mm512_div_ps(g, below),
+                         u);
+}
+
 AVX512 static void swiglu_row(float *h, const float *gate, const float *up, int n) {
-    const __m512 one = _mm512_set1_ps(1);
-    for (int i = 0; i < n; i += 16) {
-        const __m512 g = load_first(gate + i, n - i), u = load_first(up + i, n - i);
-        const __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), g));
-        store_first(h + i, _mm512_mul_ps(_mm512_div_ps(g, _mm512_add_ps(one, e)), u), n - i);
-    }
+    for (int i = 0; i < n; i += 16)
+        store_first(h + i, swiglu16(0, load_first(gate + i, n - i), load_first(up + i, n - i)),
+                    n - i);
 }
 
 /* ---- register tiles ---------------------------------------------------------------------------
@@ -407,6 +423,7 @@ typedef struct { /* an arithmetic: how numbers become dwords, and what multiplie
     } of[2];
     /* Where an I8's panel suits many rows better: makes it of an F16's, n dwords. Or NULL */
     void (*widen)(float *to, const float *panel, int n);
+    void (*swiglu)(const matmul_job *j, int t, int rows, int p, const float *sums);
 } arithmetic;
 
 static int tile_start(const matmul_job *j, int i) { return (int)((long)j->T * i / j->tiles); }
@@ -680,6 +697,25 @@ AVX512 static void pack_int8_i8(float *panel, const w_panel *p, int k0, int k1, 
     }
 }
 
+/* ---- SwiGLU */
+
+/* Rows t .. of y from gate_up's sums (rows, NR), of panel p */
+TEMPLATE void swiglu_tile(int rough, const matmul_job *j, int t, int rows, int p,
+                          const float *sums) {
+    const int F = j->w->rows / 2, n = p * 16;
+    float *h = j->y + (size_t)t * F + n;
+    for (int i = 0; i < rows; i++, h += F, sums += NR)
+        store_first(h, swiglu16(rough, _mm512_load_ps(sums), _mm512_load_ps(sums + 16)), F - n);
+}
+
+AVX512 static void swiglu_f32(const matmul_job *j, int t, int rows, int p, const float *sums) {
+    swiglu_tile(0, j, t, rows, p, sums);
+}
+
+AVX512 static void swiglu_8bit(const matmul_job *j, int t, int rows, int p, const float *sums) {
+    swiglu_tile(1, j, t, rows, p, sums);
+}
+
 /* ---- the arithmetics */
 
 static const arithmetic arithmetics[] = {
@@ -688,17 +724,20 @@ static const arithmetic arithmetics[] = {
                        .w_floats = 16 * HALF_ROW,
                        .pack_x = pack_f32_x,
                        .of = {{1, pack_halves, tile_f16}, {0, pack_f32_i8, tile_f32}},
-                       .widen = widen},
+                       .widen = widen,
+                       .swiglu = swiglu_f32},
     [QEMB_MATH_BF16] = {.per_dword = 2,
                         .x_floats = 16 * MR,
                         .w_floats = 16 * DWORD_ROW,
                         .pack_x = pack_bf16_x,
-                        .of = {{1, pack_bf16_f16, tile_bf16}, {0, pack_bf16_i8, tile_bf16}}},
+                        .of = {{1, pack_bf16_f16, tile_bf16}, {0, pack_bf16_i8, tile_bf16}},
+                        .swiglu = swiglu_8bit},
     [QEMB_MATH_INT8] = {.per_dword = 4,
                         .x_floats = X_GROUP,
                         .w_floats = W_GROUP,
                         .pack_x = pack_int8_x,
-                        .of = {{1, pack_int8_f16, tile_int8}, {1, pack_int8_i8, tile_int8}}},
+                        .of = {{1, pack_int8_f16, tile_int8}, {1, pack_int8_i8, tile_int8}},
+                        .swiglu = swiglu_8bit},
 };
 
 /* Floats of a tile of x, a placed panel of W, with the first K columns */
@@ -789,13 +828,6 @@ static void pack_tile(const void *job, int item, int thread) {
     a->pack_x(j, item, j->packed + item * x_floats(a, j->w->cols));
 }
 
-/* Rows t .. of y from gate_up's sums (rows, NR), of panel p */
-static void gate_tile(const matmul_job *j, int t, int rows, int p, const float *sums) {
-    const int F = j->w->rows / 2, n = p * 16;
-    for (int i = 0; i < rows; i++, sums += NR)
-        j->be->kernels->swiglu(j->y + (size_t)(t + i) * F + n, sums, sums + 16, min_int(16, F - n));
-}
-
 /* Columns k .. end-1 of W's panel p */
 typedef struct {
     int p, k, end;
@@ -826,7 +858,7 @@ static void multiply_tile(const matmul_job *j, const block *b, int i) {
         o.ldy = NR, o.cols = NR;
     }
     b->multiply(&o, rows, x, b->panel, ceil_div(b->end - b->k, a->per_dword));
-    if (j->gated && b->end == K) gate_tile(j, t, rows, b->p, o.y);
+    if (j->gated && b->end == K) a->swiglu(j, t, rows, b->p, o.y);
 }
 
 /* The block's panel: as it was placed, or made in `room` */
@@ -1232,7 +1264,7 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const cpu_kernels 
     static int open_##table(qemb_backend **be, const qemb_config *c, const qemb_options *opt,      \
                             qemb_err *err) {                                                       \
         static const cpu_kernels kernels = {ATTENTION_ROWS, half_row,   rmsnorm_row,               \
-                                            rotate,         swiglu_row, attended};                 \
+                                            norm_rotate,    swiglu_row, attended};                 \
         return open_table(be, &table, &kernels, c, opt, err);                                      \
     }                                                                                              \
     const qemb_ops table = {.name = label,                                                         \

@@ -193,10 +193,8 @@ static void qknorm_rope_rows(const void *job, int item, int thread) {
     for (int t = item * j->chunk; t < end_row(j, item); t++) {
         const float *cosines = j->be->rope + (size_t)j->b->pos[t] * hd, *sines = cosines + hd / 2;
         float *head = j->y + (size_t)t * (H + 2 * K) * hd;
-        for (int h = 0; h < H + K; h++, head += hd) {
-            f->rmsnorm(head, head, h < H ? j->w : j->w2, hd, c->rms_eps);
-            f->rotate(head, cosines, sines, hd / 2);
-        }
+        for (int h = 0; h < H + K; h++, head += hd)
+            f->norm_rotate(head, h < H ? j->w : j->w2, cosines, sines, hd / 2, c->rms_eps);
     }
 }
 

@@ -472,11 +472,15 @@ static void avx2_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const
 
 /* ---- qknorm_rope ------------------------------------------------------------------------------ */
 
-/* (a, b) -> (a cos - b sin, b cos + a sin) for a in the head's first half and b in its second */
-AVX2 static void rotate(float *head, const float *cosines, const float *sines, int half) {
+AVX2 static void norm_rotate(float *head, const float *w, const float *cosines, const float *sines,
+                             int half, float eps) {
+    const __m256 scale = _mm256_set1_ps(rms_scale(head, 2 * half, eps));
     for (int i = 0; i < half; i += 8) {
         const int n = half - i;
-        const __m256 a = load_first(head + i, n), b = load_first(head + half + i, n);
+        const __m256 a =
+            _mm256_mul_ps(_mm256_mul_ps(load_first(head + i, n), scale), load_first(w + i, n));
+        const __m256 b = _mm256_mul_ps(_mm256_mul_ps(load_first(head + half + i, n), scale),
+                                       load_first(w + half + i, n));
         const __m256 c = load_first(cosines + i, n), s = load_first(sines + i, n);
         store_first(head + i, _mm256_fmsub_ps(a, c, _mm256_mul_ps(b, s)), n);
         store_first(head + half + i, _mm256_fmadd_ps(b, c, _mm256_mul_ps(a, s)), n);
@@ -653,8 +657,8 @@ static void avx2_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb
 
 static int avx2_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
                      qemb_err *err) {
-    static const cpu_kernels kernels = {128,    half_row,   rmsnorm_row,
-                                        rotate, swiglu_row, attention_block};
+    static const cpu_kernels kernels = {128,         half_row,   rmsnorm_row,
+                                        norm_rotate, swiglu_row, attention_block};
     return simd_open(be, c, opt, &kernels, 0, 0, err);
 }
 
