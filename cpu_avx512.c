@@ -24,6 +24,7 @@ enum {
     NR = 32,              /* ... rows of W in a register tile: 24 of 32 registers hold its sums */
     KC = 3072,            /* dwords of a packed panel: KC x NR of them, 384 KiB of an L2 cache */
     ATTENTION_ROWS = 512, /* keys and values are brought in form once for so many */
+    ITEM_TILES = 24,      /* tiles of x times panels of W in a work item, or one panel */
     FEW_TILES = 3,        /* up to so many tiles of x read a panel as it was placed */
     X_ROWS = 86 * MR      /* rows of x that are packed at a time, and share one packing of W */
 };
@@ -909,8 +910,10 @@ static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_ma
         j.T = (int)((long)T * (i + 1) / chunks) - t;
         j.tiles = ceil_div(j.T, MR);
         j.few = j.tiles <= FEW_TILES;
-        /* smaller items where there would be fewer than four a thread: one has to be last */
-        j.panels = max_int(1, min_int(j.few ? panels : 4, panels / (4 * be->threads)));
+        /* Small items, as one has to be last; but a panel is fetched by the tiles of the one before,
+         * which is worth it where they are few. */
+        j.panels =
+            max_int(1, min_int(j.few ? panels : ITEM_TILES / j.tiles, panels / (4 * be->threads)));
         j.x = x + (size_t)t * w->cols;
         j.y = y + (size_t)t * (gated ? w->rows / 2 : w->rows);
         cpu_parallel(be->pool, j.tiles, pack_tile, &j);
