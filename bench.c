@@ -26,7 +26,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <time.h>
 
 #define MIN_SECONDS 0.3
@@ -53,12 +52,9 @@ void die(const char *what) {
 }
 
 void *need(size_t bytes) {
-    const size_t unit = bytes < CPU_HUGE_PAGE ? 256 : CPU_HUGE_PAGE;
-    const size_t size = (bytes + unit - 1) / unit * unit;
-    void *p = aligned_alloc(unit, size);
+    void *p = aligned_alloc(256, (bytes + 255) / 256 * 256);
     if (!p) die("out of memory");
-    if (unit == CPU_HUGE_PAGE) madvise(p, size, MADV_HUGEPAGE); /* as the CPU backend's own */
-    return memset(p, 0, bytes);                                 /* so that the pages are there */
+    return memset(p, 0, bytes); /* so that the pages are there */
 }
 
 /* Seconds; with --cpu-time of the whole process's CPU time, per thread. */

@@ -64,7 +64,6 @@ struct qemb_backend {
 int cpu_open_scratch(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
                      size_t scratch_floats, size_t packed_floats, qemb_err *err);
 void cpu_close(qemb_backend *be);
-enum { CPU_HUGE_PAGE = 2 << 20 };
 /* Zeros, aligned to a page, that close unmaps; NULL: out of memory */
 void *cpu_map(qemb_backend *be, int slot, size_t bytes, qemb_err *err);
 int cpu_place(qemb_backend *be, qemb_weights *w, qemb_err *err);

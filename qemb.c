@@ -378,25 +378,17 @@ int qemb_unit(float *dst, const float *src, int dim) {
 
 /* ---- the CPU backend: threads and memory ------------------------------------------------------ */
 
-/* Address space: pages become memory when they are first written. From half a huge page on it is made
- * of whole ones, where the system has them: a matmul's rows lie many small pages apart, and what is
- * meant to fit an L2 cache does so only if its pages lie side by side. */
+/* Address space: pages become memory when they are first written. */
 void *cpu_map(qemb_backend *be, int slot, size_t bytes, qemb_err *err) {
-    const size_t unit = bytes < CPU_HUGE_PAGE / 2 ? 1 : CPU_HUGE_PAGE;
-    const size_t size = (bytes + unit - 1) / unit * unit, more = unit > 1 ? unit : 0;
-    char *p = mmap(NULL, size + more, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                   -1, 0);
     if (p == MAP_FAILED) {
         qemb_fail(err, "out_of_memory", "memory: cannot map %zu bytes", bytes);
         return NULL;
     }
-    const size_t before = (unit - (uintptr_t)p % unit) % unit;
-    if (before) munmap(p, before);
-    if (more > before) munmap(p + before + size, more - before);
-    p += before;
-    madvise(p, size, MADV_HUGEPAGE);
+    madvise(p, bytes, MADV_HUGEPAGE); /* where it may: a matmul's rows lie many small pages apart */
     be->maps[slot] = p;
-    be->map_bytes[slot] = size;
+    be->map_bytes[slot] = bytes;
     return p;
 }
 
