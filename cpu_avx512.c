@@ -1,4 +1,4 @@
-/* cpu_avx512.c - the CPU's ops with AVX-512 (F, BW, DQ and VL: servers since 2017, Zen 4). A function
+/* cpu_avx512.c - the CPU's ops with AVX-512 (F, BW, DQ, VL: servers since 2017, Zen 4) and BMI2. A function
  * says for which instructions it is compiled; the tables are handed out only where the CPU has them.
  *
  * The promise is qemb.c's: a row's result depends on that row alone, bit for bit. Every sum has one
@@ -152,11 +152,11 @@ AVX512 static void swiglu_row(float *h, const float *gate, const float *up, int 
 }
 
 /* ---- register tiles ---------------------------------------------------------------------------
- * Whatever the arithmetic multiplies, it comes in dwords along K: one float, two bfloat16 or four
- * bytes of x, and of W likewise. A panel is NR rows of W, their k-th dwords together. Per dword two
+ * Whatever the arithmetic multiplies, it comes in dwords along K: one float, two bfloat16 or
+ * integers of 16 bits, or four bytes of x, and of W likewise. A panel is NR rows of W, their k-th dwords together. Per dword two
  * loads of W and `rows` broadcasts of x feed 2 x rows multiply-adds. */
 
-/* What a dword holds: one float, two bfloat16, two signed integers, or four, x's of them unsigned */
+/* What a dword holds. The integers are signed, but for x's bytes. */
 typedef enum { F32, BF16, INT16, INT8 } dword_of;
 
 /* sum += the products of x's and w's dwords. In assembler, since a function for CPUs without the
@@ -992,7 +992,8 @@ TEMPLATE __m512 length_scales(float inverse[16], const float *const row[16], int
     return scales(inverse, _mm512_sqrt_ps(sums_of(r)), INT16_LENGTH);
 }
 
-/* r[i] = 16 dwords of row i (n), from number k on, times inverse[i] or, floats, `scale` */
+/* r = 16 dwords of each of the rows (n) from number k on, times inverse[i] or, floats, `scale`,
+ * transposed */
 TEMPLATE void head_rows(dword_of of, __m512 r[16], const float *const row[16], int rows, int k,
                         int n, const float *inverse, __m512 scale) {
     UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_setzero_ps();
@@ -1009,10 +1010,11 @@ TEMPLATE void head_rows(dword_of of, __m512 r[16], const float *const row[16], i
     transpose(r);
 }
 
-/* Pass 1, keys: of positions k0 .. k0+n-1. Those that fill up a panel repeat the last. */
-TEMPLATE void attention_keys(dword_of of, const attention_tile *w, int k0, int n) {
+/* Pass 1: keys of positions k0 .. k0+n-1. Those that fill up 16 repeat the last; what else a panel
+ * holds nobody sees. */
+TEMPLATE void attention_load_keys(dword_of of, const attention_tile *w, int k0, int n) {
     const int dwords = head_dwords(of, w);
-    for (int j = 0; j < round_up(n, NR); j += 16) {
+    for (int j = 0; j < n; j += 16) {
         const float *row[16];
         float *to = w->keys + j / NR * NR * dwords + j % NR, inverse[16];
         for (int i = 0; i < 16; i++)
@@ -1030,10 +1032,9 @@ TEMPLATE void attention_keys(dword_of of, const attention_tile *w, int k0, int n
     }
 }
 
-/* and values. The last of an odd number goes with itself; nothing weighs it. */
-TEMPLATE void attention_load(dword_of of, const attention_tile *w, int k0, int n) {
+/* And values. The last of an odd number goes with itself, which gets no weight. */
+TEMPLATE void attention_load_values(dword_of of, const attention_tile *w, int k0, int n) {
     const int hd = w->hd, per = per_dword(of);
-    attention_keys(of, w, k0, n);
     for (int j = 0; j < n; j += 16) {
         const float *row[16];
         float inverse[16];
@@ -1073,7 +1074,7 @@ static int first_seeing(const attention_tile *w, int q0, int p) {
     return max_int(0, p - q0) * w->G;
 }
 
-/* Pass 2: s (R, n) = q k^T, integers' yet without their key's scale, for whole tiles of rows: those
+/* Pass 2: s (R, n) = q k^T, of integers yet without their keys' scales, for whole tiles of rows: those
  * that do not see a key are masked later */
 TEMPLATE void attention_scores(dword_of of, const attention_tile *w, int R, int q0, int k0, int n) {
     const int dwords = head_dwords(of, w);
@@ -1225,7 +1226,8 @@ TEMPLATE void attention_of(dword_of of, const attention_tile *w, float *att, siz
     for (int r = 0; r < R; r++) w->max[r] = -INFINITY, w->sum[r] = 0;
     for (int k0 = 0; k0 < q0 + n; k0 += CPU_KEYS) {
         const int keys = min_int(CPU_KEYS, q0 + n - k0);
-        attention_load(of, w, k0, keys);
+        attention_load_keys(of, w, k0, keys);
+        attention_load_values(of, w, k0, keys);
         attention_scores(of, w, R, q0, k0, keys);
         attention_softmax(of, w, R, q0, k0, keys);
         attention_values(of, w, R, q0, k0, keys);
