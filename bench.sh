@@ -150,11 +150,12 @@ fi
 
 # $tmp/all: texts of exactly $1 tokens, end-of-text included, in the words of the demo's text;
 # $tmp/one: the first of them. A word after a space is a pre-token: its tokens can be counted alone.
+# They begin with two letters in turn: a token that all began with qemb would compute once.
 make_texts() {
     tr -cs 'A-Za-z' '\n' <models/demo.txt | awk 'NF && !seen[$0]++' >"$tmp/words"
     sed 's/^/a /' "$tmp/words" | ./qemb tokenize -m "$model" | awk -F, '{ print NF - 2 }' |
         paste -d ' ' - "$tmp/words" | awk -v length_="$1" -v t="$tokens" '{ cost[NR] = $1; word[NR] = $2 }
-            END { srand(2); for (i = 0; i < t / length_ || i < 2; i++) { printf "a"
+            END { srand(2); for (i = 0; i < t / length_ || i < 2; i++) { printf i % 2 ? "a" : "b"
                 for (left = length_ - 2; left > 0;) { w = int(rand() * NR) + 1
                     if (cost[w] <= left) { printf " %s", word[w]; left -= cost[w] } } print "" } }' >"$tmp/all"
     head -n 1 "$tmp/all" >"$tmp/one"
