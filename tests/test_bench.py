@@ -33,9 +33,12 @@ def test_a_peer_gets_the_texts_by_input_and_by_file(tmp_path):
                  "--peer", f"cat >>{piped}", "--peer", f"cat {{file}} >>{named}; echo {{threads}},{{length}} >>{tmp_path}/said")
     assert r.returncode == 0, r.stderr
     assert piped.read_text() == named.read_text()
-    # all texts of a length, then the first one alone
-    assert tokens_of(piped.read_text()) == [16] * (16 + 1) + [64] * (4 + 1)
-    assert (tmp_path / "said").read_text().split() == ["2,16"] * 2 + ["2,64"] * 2
+    # the first text alone, untimed; all texts of a length; the first one alone again
+    lines = piped.read_text().splitlines()
+    assert tokens_of(piped.read_text()) == [16] * (1 + 16 + 1) + [64] * (1 + 4 + 1)
+    assert lines[0] == lines[1] == lines[17] and lines[18] == lines[19] == lines[23]
+    assert lines[1].split()[0] != lines[2].split()[0] # nothing that all of a batch begin with
+    assert (tmp_path / "said").read_text().split() == ["2,16"] * 3 + ["2,64"] * 3
     d = json.loads((tmp_path / "r/bench.json").read_text())
     assert [p[:3] for p in d["peers"]] == ["cat", "cat"] and d["compiler"] and d["commit"] and d["machine"]
     got = rows((tmp_path / "r/bench.csv").read_text())
