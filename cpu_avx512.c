@@ -1,5 +1,6 @@
-/* cpu_avx512.c - the CPU's ops with AVX-512 (F, BW, DQ, VL: servers since 2017, Zen 4) and BMI2. A function
- * says for which instructions it is compiled; the tables are handed out only where the CPU has them.
+/* cpu_avx512.c - the CPU's ops with AVX-512 (F, BW, DQ and VL: servers since 2017, Zen 4) and BMI2. A
+ * function says for which instructions it is compiled; the tables are handed out only where the CPU
+ * has them.
  *
  * The promise is qemb.c's: a row's result depends on that row alone, bit for bit. Every sum has one
  * order: a matmul adds up columns one dword (see matmul) after the other within KC of them, in
