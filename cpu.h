@@ -122,8 +122,8 @@ void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const 
 void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
 void simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B);
 
-/* cpu_avx512.c: for CPUs with AVX-512 F, BW, DQ and VL; the second wants BF16 and VNNI as well, the
- * third VNNI. Their attention multiplies integers of 16 bits, the first one's floats. */
+/* cpu_avx512.c: for CPUs with BMI2 and AVX-512 F, BW, DQ and VL; the second wants BF16 and VNNI as well,
+ * the third VNNI. Their attention multiplies integers of 16 bits, the first one's floats. */
 extern const qemb_ops avx512_ops, avx512_bf16_ops, avx512_int8_ops;
 
 /* y (n) = exp(x), a table's, for tests: needs a CPU that the table runs on. Error at most 1 ulp; x

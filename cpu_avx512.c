@@ -3,26 +3,17 @@
  * has them.
  *
  * The promise is qemb.c's: a row's result depends on that row alone, bit for bit. Every sum has one
- * order: a matmul adds up columns one dword (see matmul) after the other within KC of them, in
- * however many rows a tile has; attention adds key after key.
+ * order: a matmul adds up columns one dword (see cpu_avx512.h) after the other within KC of them, in
+ * however many rows a tile has.
  */
-#include "cpu.h"
+#include "cpu_avx512.h"
 
 #if defined(__x86_64__)
 
 #include <assert.h>
-#include <immintrin.h>
-#include <math.h>
 #include <string.h>
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,bmi2")))
-/* A template: the caller passes constants, and loops over them unroll into registers. */
-#define TEMPLATE static inline __attribute__((always_inline)) AVX512
-#define UNROLL   _Pragma("GCC unroll 16")
-
 enum {
-    MR = 12,              /* rows of x and ... */
-    NR = 32,              /* ... rows of W in a register tile: 24 of 32 registers hold its sums */
     KC = 3072,            /* dwords of a packed panel: KC x NR of them, 384 KiB of an L2 cache */
     ATTENTION_ROWS = 512, /* keys and values are brought in form once for so many */
     ITEM_TILES = 24,      /* tiles of x times panels of W in a work item, or one panel */
@@ -30,63 +21,8 @@ enum {
     X_ROWS = 86 * MR      /* rows of x that are packed at a time, and share one packing of W */
 };
 
-static int min_int(int a, int b) { return a < b ? a : b; }
-static int max_int(int a, int b) { return a > b ? a : b; }
-static int ceil_div(int a, int b) { return (a + b - 1) / b; }
-static int round_up(int a, int to) { return ceil_div(a, to) * to; }
-
 static float *f32(qemb_act *a) { return (float *)a; }
 static const float *cf32(const qemb_act *a) { return (const float *)a; }
-
-/* The first n of 16 (32, 64) lanes; none for n below 1 */
-TEMPLATE __mmask16 first16(int n) {
-    return (__mmask16)_bzhi_u32(0xffff, (unsigned)max_int(0, min_int(n, 16)));
-}
-TEMPLATE __m512 load_first(const float *p, int n) { return _mm512_maskz_loadu_ps(first16(n), p); }
-TEMPLATE void store_first(float *p, __m512 v, int n) { _mm512_mask_storeu_ps(p, first16(n), v); }
-
-/* ---- exp --------------------------------------------------------------------------------------
- * As cpu_simd.c's, with its bound of one ulp: exp(x) = 2^n exp(r), a polynomial of degree 7. */
-
-/* p 2^n, both normal. On Zen 4 scalef takes the time of two multiplications, this of none. */
-TEMPLATE __m512 times_2_to(__m512 p, __m512i n) {
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(n, 23)));
-}
-
-TEMPLATE __m512 exp16(__m512 x) {
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)));
-    const __m512 n = _mm512_cvtepi32_ps(whole);
-    /* ln 2 in two parts; the first has 9 bits, so that n times it is exact */
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.63p-1f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-0x1.bd0106p-13f), r);
-    __m512 p = _mm512_set1_ps((float)(1.0 / 5040));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps((float)(1.0 / 720)));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps((float)(1.0 / 120)));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps((float)(1.0 / 24)));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps((float)(1.0 / 6)));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
-    p = times_2_to(p, whole);
-    /* where 2^n is not normal all is Inf or 0; NaN passes */
-    p = _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, _mm512_set1_ps(88.72283f), _CMP_GT_OQ),
-                           _mm512_set1_ps(INFINITY));
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ), p);
-}
-
-/* exp(x), between the limits exp(-86) and exp(87), for what is rounded to 8 bits or added to many: a
- * polynomial of degree 4 errs by 0.35^5 / 5! = 2^-14.5. NaN passes. */
-TEMPLATE __m512 exp16_rough(__m512 x) {
-    x = _mm512_min_ps(_mm512_set1_ps(87), _mm512_max_ps(_mm512_set1_ps(-86), x));
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)));
-    const __m512 r = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(0x1.62e43p-1f), x);
-    __m512 p = _mm512_set1_ps((float)(1.0 / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps((float)(1.0 / 6)));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
-    return times_2_to(p, whole);
-}
 
 AVX512 void avx512_exp(float *y, const float *x, int n) {
     for (int i = 0; i < n; i += 16) store_first(y + i, exp16(load_first(x + i, n - i)), n - i);
@@ -152,115 +88,11 @@ AVX512 static void swiglu_row(float *h, const float *gate, const float *up, int 
                     n - i);
 }
 
-/* ---- register tiles ---------------------------------------------------------------------------
- * Whatever the arithmetic multiplies, it comes in dwords along K: one float, two bfloat16 or
- * integers of 16 bits, or four bytes of x, and of W likewise. A panel is NR rows of W, their k-th dwords together. Per dword two
- * loads of W and `rows` broadcasts of x feed 2 x rows multiply-adds. */
+/* ---- the products' tiles, of x packed (k, MR) */
 
-/* What a dword holds. The integers are signed, but for x's bytes. */
-typedef enum { F32, BF16, INT16, INT8 } dword_of;
-
-/* sum += the products of x's and w's dwords. In assembler, since a function for CPUs without the
- * instruction could not have the intrinsic in it, and because gcc 12 keeps the intrinsic's sums of
- * bytes in memory. */
-TEMPLATE __m512 multiply_add(dword_of of, __m512 sum, __m512 x, __m512 w) {
-    if (of == F32) return _mm512_fmadd_ps(x, w, sum);
-    if (of == BF16)
-        __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
-    else if (of == INT16)
-        __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
-    else
-        __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
-    return sum;
-}
-
-/* What W's numbers are in a panel: dwords, or halves that become floats where they are loaded */
-typedef enum { DWORDS, HALVES } panel_kind;
-enum { DWORD_ROW = NR, HALF_ROW = NR / 2 }; /* floats that NR of them take */
-
-/* Row k of a panel, 16 columns from column 16h on */
-TEMPLATE __m512 panel16(panel_kind kind, const float *panel, int k, int h) {
-    if (kind == DWORDS) return _mm512_load_ps(panel + k * DWORD_ROW + 16 * h);
-    return _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(panel + k * HALF_ROW + 8 * h)));
-}
-
-/* acc += rows of x times a panel (n, NR). Dword k of row i is x[i*next_row + k*next_k]. */
-TEMPLATE void tile(dword_of of, panel_kind kind, __m512 (*acc)[2], int rows, const float *x,
-                   int next_row, int next_k, const float *panel, int n) {
-    for (int k = 0; k < n; k++) {
-        __m512 w0 = panel16(kind, panel, k, 0), w1 = panel16(kind, panel, k, 1);
-        __asm__("" : "+v"(w0), "+v"(w1)); /* else gcc 12 loads them again for every row */
-        UNROLL for (int i = 0; i < rows; i++) {
-            const __m512 xi = _mm512_set1_ps(x[i * next_row + k * next_k]);
-            acc[i][0] = multiply_add(of, acc[i][0], xi, w0);
-            acc[i][1] = multiply_add(of, acc[i][1], xi, w1);
-        }
-    }
-}
-
-typedef struct { /* what becomes of a tile's sums: y (rows, cols) = (add ? y : 0) + factor sum */
-    float *y;
-    size_t ldy;
-    int cols, add;
-    float factor;
-    const float *factors; /* integers' instead, one a row */
-    /* The panel that comes next: tile `share` of so many that meet this one fetches its share. NULL:
-     * nothing is to be fetched */
-    const float *ahead;
-    int ahead_floats; /* of 16 dwords */
-    int share, shares;
-} tile_out;
-
-/* For every 16 dwords of a panel */
-TEMPLATE const float *fetch(const tile_out *o, const float *ahead) {
-    if (!ahead) return NULL;
-    for (int i = 16 * o->share; i < o->ahead_floats; i += 16 * o->shares)
-        _mm_prefetch((const char *)(ahead + i), _MM_HINT_T1);
-    return ahead + o->ahead_floats;
-}
-
-/* No branch may depend on i: compilers would keep the sums in memory for it, throughout the tile. */
-TEMPLATE void tile_write(const tile_out *o, int own_factor, int rows, __m512 (*acc)[2], int add) {
-    const __mmask16 m0 = first16(o->cols), m1 = first16(o->cols - 16);
-    UNROLL for (int i = 0; i < rows; i++) {
-        const __m512 factor = _mm512_set1_ps(own_factor ? o->factors[i] : o->factor);
-        float *y = o->y + i * o->ldy;
-        const __m512 y0 = add ? _mm512_maskz_loadu_ps(m0, y) : _mm512_setzero_ps();
-        const __m512 y1 = add ? _mm512_maskz_loadu_ps(m1, y + 16) : _mm512_setzero_ps();
-        _mm512_mask_storeu_ps(y, m0, _mm512_fmadd_ps(acc[i][0], factor, y0));
-        _mm512_mask_storeu_ps(y + 16, m1, _mm512_fmadd_ps(acc[i][1], factor, y1));
-    }
-}
-
-TEMPLATE void tile_end(const tile_out *o, int own_factor, int rows, __m512 (*acc)[2]) {
-    if (o->add)
-        tile_write(o, own_factor, rows, acc, 1);
-    else
-        tile_write(o, own_factor, rows, acc, 0);
-}
-
-TEMPLATE void tile_begin(const tile_out *o, int rows, __m512 (*acc)[2]) {
-    UNROLL for (int i = 0; i < rows; i++) {
-        acc[i][0] = acc[i][1] = _mm512_setzero_ps();
-        _mm_prefetch((const char *)(o->y + i * o->ldy), _MM_HINT_T0);
-        _mm_prefetch((const char *)(o->y + i * o->ldy + 16), _MM_HINT_T0);
-    }
-}
-
-TEMPLATE void tile_rows(dword_of of, panel_kind kind, const tile_out *o, int rows, const float *x,
-                        int next_row, int next_k, const float *panel, int n) {
-    __m512 acc[MR][2];
-    const float *ahead = o->ahead;
-    const int step = 16 * (kind == HALVES ? HALF_ROW : DWORD_ROW);
-    tile_begin(o, rows, acc);
-    for (int k = 0; k < n; k += 16, panel += step) {
-        ahead = fetch(o, ahead);
-        tile(of, kind, acc, rows, x + k * next_k, next_row, next_k, panel, min_int(16, n - k));
-    }
-    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < 2; h++) if (of == INT16)
-        acc[i][h] = _mm512_cvtepi32_ps(_mm512_castps_si512(acc[i][h]));
-    tile_end(o, of == INT16, rows, acc);
-}
+TILE(tile_f16, F32, HALVES, 1, MR)
+TILE(tile_f32, F32, DWORDS, 1, MR)
+TILE(tile_bf16, BF16, DWORDS, 1, MR)
 
 /* INT8 comes in groups of 64 columns, each with a scale per row. Of x: 16 dwords (16, MR), bytes
  * with 128 added, then scales (MR). Of W: scales (NR), -128 times the sums of the group's bytes
@@ -297,36 +129,6 @@ TEMPLATE void tile_rows_int8(const tile_out *o, int rows, const float *x, const 
     tile_end(o, 0, rows, acc);
 }
 
-#define CASE(n, call)                                                                              \
-    case n:                                                                                        \
-        call;                                                                                      \
-        break;
-#define TILE(name, of, kind, next_row, next_k)                                                     \
-    AVX512 static void name(const tile_out *o, int rows, const float *x, const float *panel,       \
-                            int n) {                                                               \
-        switch (rows) {                                                                            \
-            CASE(1, tile_rows(of, kind, o, 1, x, next_row, next_k, panel, n))                      \
-            CASE(2, tile_rows(of, kind, o, 2, x, next_row, next_k, panel, n))                      \
-            CASE(3, tile_rows(of, kind, o, 3, x, next_row, next_k, panel, n))                      \
-            CASE(4, tile_rows(of, kind, o, 4, x, next_row, next_k, panel, n))                      \
-            CASE(5, tile_rows(of, kind, o, 5, x, next_row, next_k, panel, n))                      \
-            CASE(6, tile_rows(of, kind, o, 6, x, next_row, next_k, panel, n))                      \
-            CASE(7, tile_rows(of, kind, o, 7, x, next_row, next_k, panel, n))                      \
-            CASE(8, tile_rows(of, kind, o, 8, x, next_row, next_k, panel, n))                      \
-            CASE(9, tile_rows(of, kind, o, 9, x, next_row, next_k, panel, n))                      \
-            CASE(10, tile_rows(of, kind, o, 10, x, next_row, next_k, panel, n))                    \
-            CASE(11, tile_rows(of, kind, o, 11, x, next_row, next_k, panel, n))                    \
-            CASE(12, tile_rows(of, kind, o, 12, x, next_row, next_k, panel, n))                    \
-        }                                                                                          \
-    }
-/* rows <= MR of x, packed (k, MR), or in rows of CPU_KEYS numbers; n dwords */
-TILE(tile_f16, F32, HALVES, 1, MR)
-TILE(tile_f32, F32, DWORDS, 1, MR)
-TILE(tile_f32_keys, F32, DWORDS, CPU_KEYS, 1)
-TILE(tile_bf16, BF16, DWORDS, 1, MR)
-TILE(tile_int16, INT16, DWORDS, 1, MR)
-TILE(tile_int16_keys, INT16, DWORDS, CPU_KEYS, 1)
-
 /* rows <= MR, n dwords, of which a last group may not have all */
 AVX512 static void tile_int8(const tile_out *o, int rows, const float *x, const float *panel,
                              int n) {
@@ -343,32 +145,6 @@ AVX512 static void tile_int8(const tile_out *o, int rows, const float *x, const 
             CASE(6, tile_rows_int8(&to, 6, x, panel, groups))
         }
         x += m, to.y += m * o->ldy, rows -= m, to.ahead = NULL;
-    }
-}
-
-/* 16 rows of 16 dwords -> 16 columns, in place */
-TEMPLATE void transpose(__m512 r[16]) {
-    __m512 a[16];
-    UNROLL for (int j = 0; j < 16; j += 2) {
-        a[j] = _mm512_unpacklo_ps(r[j], r[j + 1]);
-        a[j + 1] = _mm512_unpackhi_ps(r[j], r[j + 1]);
-    }
-    UNROLL for (int j = 0; j < 16;
-                j += 4) for (int h = 0; h < 2;
-                             h++) { /* r[4g + c]: columns c, 4+c, 8+c, 12+c of rows 4g .. 4g+3 */
-        const __m512d lo = _mm512_castps_pd(a[j + h]), hi = _mm512_castps_pd(a[j + h + 2]);
-        r[j + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
-        r[j + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
-    }
-    UNROLL for (int c = 0; c < 4; c++) {
-        const __m512 p0 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88);
-        const __m512 p1 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
-        const __m512 q0 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
-        const __m512 q1 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
-        r[c] = _mm512_shuffle_f32x4(p0, q0, 0x88);
-        r[4 + c] = _mm512_shuffle_f32x4(p1, q1, 0x88);
-        r[8 + c] = _mm512_shuffle_f32x4(p0, q0, 0xdd);
-        r[12 + c] = _mm512_shuffle_f32x4(p1, q1, 0xdd);
     }
 }
 
@@ -578,27 +354,6 @@ AVX512 static void pack_bf16_f16(float *panel, const w_panel *p, int k0, int k1,
 
 /* ---- int8: a group is 64 numbers of a row, each an integer of -127 .. 127 times the group's scale,
  * the largest magnitude / 127. Scales of rows (of x or F16 weights) are found 16 rows at a time. */
-
-/* Magnitudes as integers: they compare as floats do, and NaN is the largest of all. */
-TEMPLATE __m512i larger(__m512i a, __m512 v) {
-    return _mm512_max_epu32(
-        a, _mm512_and_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
-}
-
-/* The largest magnitudes (16) of rows of which r has the lanewise ones */
-TEMPLATE __m512 largest_of(__m512 r[16]) {
-    transpose(r);
-    __m512i most = _mm512_castps_si512(r[0]);
-    UNROLL for (int i = 1; i < 16; i++) most = _mm512_max_epu32(most, _mm512_castps_si512(r[i]));
-    return _mm512_castsi512_ps(most);
-}
-
-/* What takes sizes v (16) to n: v / n, and inverse (16) n / v, 0 for 0 */
-TEMPLATE __m512 scales(float inverse[16], __m512 v, float n) {
-    const __mmask16 some = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    _mm512_storeu_ps(inverse, _mm512_maskz_div_ps(some, _mm512_set1_ps(n), v));
-    return _mm512_div_ps(v, _mm512_set1_ps(n));
-}
 
 /* 64 floats times inverse, rounded to nearest even, as bytes in their order */
 TEMPLATE __m512 to_int8(const __m512 v[4], float inverse) {
@@ -938,321 +693,6 @@ static void avx512_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qe
     matmul_all(be, f32(h), cf32(x), w, T, 0, 1);
 }
 
-/* ---- attention --------------------------------------------------------------------------------
- * As cpu_simd.c's: a block walks over the keys in tiles with a running maximum and sum, multiplying
- * dwords as the matmul does; scores, their softmax and all sums are float. Keys of a tile are panels
- * (NR keys, their d-th dwords together), queries tiles of MR rows (dwords, MR). Values are panels of
- * NR dimensions, of one key or two per dword, and weights rows of CPU_KEYS numbers. What lies above
- * the diagonal is skipped by whole register tiles: its weights are zeros, and adding those changes
- * nothing.
- *
- * A dword is a float, or two integers of 16 bits: twice the speed, with more of a number's bits than
- * bfloat16 keeps. Each query and key is scaled to a length of INT16_LENGTH, so that no product of
- * two can pass 2^30 (Cauchy and Schwarz), and each value to a largest magnitude of INT16_MOST. A
- * tile's weights, each times its value's scale, are scaled to a sum of INT16_MOST, so that no sum of
- * values can pass 2^30 by more than the rounding of CPU_KEYS weights. */
-
-enum { INT16_MOST = 32767, INT16_LENGTH = 32700 };
-
-TEMPLATE int per_dword(dword_of of) { return of == INT16 ? 2 : 1; }
-TEMPLATE int head_dwords(dword_of of, const attention_tile *w) {
-    return ceil_div(w->hd, per_dword(of));
-}
-
-/* Two vectors of floats, rounded to nearest even: dword i holds numbers 2i and 2i+1 of 32. */
-TEMPLATE __m512 to_int16(__m512 lo, __m512 hi) {
-    const __m512i lanes = _mm512_packs_epi32(_mm512_cvtps_epi32(lo), _mm512_cvtps_epi32(hi));
-    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi64(order, lanes));
-}
-
-/* Sums (16) of rows of which r has the lanewise ones */
-TEMPLATE __m512 sums_of(__m512 r[16]) {
-    transpose(r);
-    UNROLL for (int step = 8; step; step /= 2) UNROLL for (int i = 0; i < step; i++) r[i] =
-        _mm512_add_ps(r[i], r[i + step]);
-    return r[0];
-}
-
-/* Their maxima. A NaN may be lost: its own exp is NaN all the same. */
-TEMPLATE __m512 maxima_of(__m512 r[16]) {
-    transpose(r);
-    UNROLL for (int step = 8; step; step /= 2) UNROLL for (int i = 0; i < step; i++) r[i] =
-        _mm512_max_ps(r[i], r[i + step]);
-    return r[0];
-}
-
-/* Length / INT16_LENGTH (16), and inverse (16) its inverse, of rows (n) */
-TEMPLATE __m512 length_scales(float inverse[16], const float *const row[16], int rows, int n) {
-    __m512 r[16];
-    UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_setzero_ps();
-    UNROLL for (int i = 0; i < rows; i++) for (int d = 0; d < n; d += 16) {
-        const __m512 v = load_first(row[i] + d, n - d);
-        r[i] = _mm512_fmadd_ps(v, v, r[i]);
-    }
-    return scales(inverse, _mm512_sqrt_ps(sums_of(r)), INT16_LENGTH);
-}
-
-/* r = 16 dwords of each of the rows (n) from number k on, times inverse[i] or, floats, `scale`,
- * transposed */
-TEMPLATE void head_rows(dword_of of, __m512 r[16], const float *const row[16], int rows, int k,
-                        int n, const float *inverse, __m512 scale) {
-    UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_setzero_ps();
-    UNROLL for (int i = 0; i < rows; i++) {
-        const __m512 v = load_first(row[i] + k, n - k);
-        if (of == INT16) {
-            const __m512 f = _mm512_set1_ps(inverse[i]),
-                         next = load_first(row[i] + k + 16, n - k - 16);
-            r[i] = to_int16(_mm512_mul_ps(v, f), _mm512_mul_ps(next, f));
-        } else {
-            r[i] = _mm512_mul_ps(v, scale);
-        }
-    }
-    transpose(r);
-}
-
-/* Pass 1: keys of positions k0 .. k0+n-1. Those that fill up 16 repeat the last; what else a panel
- * holds nobody sees. */
-TEMPLATE void attention_load_keys(dword_of of, const attention_tile *w, int k0, int n) {
-    const int dwords = head_dwords(of, w);
-    for (int j = 0; j < n; j += 16) {
-        const float *row[16];
-        float *to = w->keys + j / NR * NR * dwords + j % NR, inverse[16];
-        for (int i = 0; i < 16; i++)
-            row[i] = simd_attention_row(w, k0 + min_int(j + i, n - 1)) + w->k_col;
-        if (of == INT16) _mm512_storeu_ps(w->key_scale + j, length_scales(inverse, row, 16, w->hd));
-        for (int d = 0; d < dwords; d += 16) {
-            __m512 r[16];
-            head_rows(of, r, row, 16, d * per_dword(of), w->hd, inverse, _mm512_set1_ps(1));
-            if (dwords - d >= 16) {
-                UNROLL for (int c = 0; c < 16; c++) _mm512_storeu_ps(to + (d + c) * NR, r[c]);
-            } else {
-                for (int c = 0; c < dwords - d; c++) _mm512_storeu_ps(to + (d + c) * NR, r[c]);
-            }
-        }
-    }
-}
-
-/* And values. The last of an odd number goes with itself, which gets no weight. */
-TEMPLATE void attention_load_values(dword_of of, const attention_tile *w, int k0, int n) {
-    const int hd = w->hd, per = per_dword(of);
-    for (int j = 0; j < n; j += 16) {
-        const float *row[16];
-        float inverse[16];
-        for (int i = 0; i < 16; i++)
-            row[i] = simd_attention_row(w, k0 + min_int(j + i, n - 1)) + w->v_col;
-        if (of == INT16) {
-            __m512 r[16];
-            for (int i = 0; i < 16; i++) {
-                __m512i most = _mm512_setzero_si512();
-                for (int d = 0; d < hd; d += 16)
-                    most = larger(most, load_first(row[i] + d, hd - d));
-                r[i] = _mm512_castsi512_ps(most);
-            }
-            _mm512_storeu_ps(w->value_scale + j, scales(inverse, largest_of(r), INT16_MOST));
-        }
-        for (int i = 0; i < min_int(16, n - j); i += per) {
-            float *to = w->values + (j + i) / per * NR;
-            for (int d = 0; d < w->hdp; d += 16) {
-                __m512 v = load_first(row[i] + d, hd - d);
-                if (of == INT16) {
-                    const __m512 next = load_first(row[i + 1] + d, hd - d);
-                    const __m512i a =
-                        _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse[i])));
-                    const __m512i b =
-                        _mm512_cvtps_epi32(_mm512_mul_ps(next, _mm512_set1_ps(inverse[i + 1])));
-                    v = _mm512_castsi512_ps(
-                        _mm512_mask_mov_epi16(_mm512_slli_epi32(b, 16), 0x55555555, a));
-                }
-                _mm512_storeu_ps(to + d / NR * (CPU_KEYS / per) * NR + d % NR, v);
-            }
-        }
-    }
-}
-
-/* The first of the block's rows (token q0 leads) that sees position p */
-static int first_seeing(const attention_tile *w, int q0, int p) {
-    return max_int(0, p - q0) * w->G;
-}
-
-/* Pass 2: s (R, n) = q k^T, of integers yet without their keys' scales, for whole tiles of rows: those
- * that do not see a key are masked later */
-TEMPLATE void attention_scores(dword_of of, const attention_tile *w, int R, int q0, int k0, int n) {
-    const int dwords = head_dwords(of, w);
-    for (int j = 0; j < n; j += NR)
-        for (int r = first_seeing(w, q0, k0 + j) / MR * MR; r < R; r += MR) {
-            const tile_out o = {.y = w->s + (size_t)r * CPU_KEYS + j,
-                                .ldy = CPU_KEYS,
-                                .cols = NR,
-                                .factor = 1,
-                                .factors = w->query_scale + r};
-            const float *q = w->q + (size_t)r * dwords, *keys = w->keys + j * dwords;
-            if (of == INT16)
-                tile_int16(&o, min_int(MR, R - r), q, keys, dwords);
-            else
-                tile_f32(&o, min_int(MR, R - r), q, keys, dwords);
-        }
-}
-
-/* Scores j .. j+15 of a row; -inf where it does not see the key */
-TEMPLATE __m512 scores16(dword_of of, const attention_tile *w, const float *s, int j,
-                         __mmask16 visible) {
-    const __m512 low = _mm512_set1_ps(-INFINITY), v = _mm512_mask_loadu_ps(low, visible, s + j);
-    if (of != INT16) return v;
-    return _mm512_mask_mul_ps(low, visible, v, _mm512_loadu_ps(w->key_scale + j));
-}
-
-/* The tile's keys that row r of the block (token q0 leads) sees: those up to its own position */
-static int keys_seen(const attention_tile *w, int r, int q0, int k0) {
-    return min_int(CPU_KEYS, q0 + r / w->G - k0 + 1);
-}
-
-/* Pass 3: scores become weights exp(s - max), in dwords and in place; what was summed under an older
- * maximum is scaled. 16 rows at a time, step by step: what a row waits for, the others make up for. */
-TEMPLATE void attention_softmax(dword_of of, const attention_tile *w, int R, int q0, int k0,
-                                int n) {
-    const int end = round_up(n, NR);
-    for (int first = first_seeing(w, q0, k0); first < R; first += 16) {
-        const int rows = min_int(16, R - first);
-        const __m512 low = _mm512_set1_ps(-INFINITY), zero = _mm512_setzero_ps();
-        float *s = w->s + (size_t)first * CPU_KEYS, *max = w->max + first, older[16];
-        __m512 m[16], sum[16], weighted[16];
-        for (int i = 0; i < rows; i++) {
-            const int seen = keys_seen(w, first + i, q0, k0);
-            m[i] = low;
-            for (int j = 0; j < seen; j += 16)
-                m[i] = _mm512_max_ps(m[i], scores16(of, w, s + i * CPU_KEYS, j, first16(seen - j)));
-        }
-        for (int i = rows; i < 16; i++) m[i] = zero;
-        const __m512 before = load_first(max, rows), most = _mm512_max_ps(maxima_of(m), before);
-        const __m512 factor = exp16(_mm512_sub_ps(before, most));
-        store_first(max, most, rows);
-        _mm512_storeu_ps(older, factor);
-        for (int i = 0; i < rows; i++) {
-            const int seen = keys_seen(w, first + i, q0, k0);
-            const __m512 mi = _mm512_set1_ps(max[i]);
-            float *e = s + i * CPU_KEYS;
-            sum[i] = weighted[i] = zero;
-            for (int j = 0; j < seen; j += 16) {
-                const __mmask16 some = first16(seen - j);
-                __m512 v = _mm512_sub_ps(scores16(of, w, e, j, some), mi);
-                v = of == INT16 ? _mm512_maskz_mov_ps(some, exp16_rough(v)) : exp16(v);
-                sum[i] = _mm512_add_ps(sum[i], v);
-                if (of == INT16) {
-                    v = _mm512_maskz_mul_ps(some, v, _mm512_loadu_ps(w->value_scale + j));
-                    weighted[i] = _mm512_add_ps(weighted[i], v);
-                }
-                _mm512_storeu_ps(e + j, v);
-            }
-            for (int j = round_up(seen, 16); j < end; j += 16) _mm512_storeu_ps(e + j, zero);
-        }
-        for (int i = rows; i < 16; i++) sum[i] = weighted[i] = zero;
-        const __m512 old = _mm512_mul_ps(load_first(w->sum + first, rows), factor);
-        store_first(w->sum + first, _mm512_add_ps(old, sums_of(sum)), rows);
-        if (of == INT16) {
-            float to[16];
-            store_first(w->weight_scale + first, scales(to, sums_of(weighted), INT16_MOST), rows);
-            for (int i = 0; i < rows; i++) {
-                float *e = s + i * CPU_KEYS;
-                const __m512 f = _mm512_set1_ps(to[i]);
-                for (int j = 0; j < end; j += 32) {
-                    const __m512 lo = _mm512_loadu_ps(e + j), hi = _mm512_loadu_ps(e + j + 16);
-                    _mm512_storeu_ps(e + j / 2,
-                                     to_int16(_mm512_mul_ps(lo, f), _mm512_mul_ps(hi, f)));
-                }
-            }
-        }
-        for (int i = 0; k0 && i < rows; i++) { /* at first there is nothing yet */
-            float *acc = w->acc + (size_t)(first + i) * w->hdp;
-            if (older[i] == 1) continue;
-            for (int d = 0; d < w->hdp; d += 16)
-                _mm512_storeu_ps(acc + d,
-                                 _mm512_mul_ps(_mm512_loadu_ps(acc + d), _mm512_set1_ps(older[i])));
-        }
-    }
-}
-
-/* Pass 4: acc (R, hdp) = (k0 ? acc : 0) + s v. Rows go together that see about as many keys: NR of
- * them a step. */
-TEMPLATE void attention_values(dword_of of, const attention_tile *w, int R, int q0, int k0, int n) {
-    const int per = per_dword(of);
-    for (int r = first_seeing(w, q0, k0), end; r < R; r = end) {
-        const int t = q0 + r / w->G - k0; /* the row's own position in the tile */
-        const int depth = min_int(n, t / NR * NR + NR);
-        end = depth == n ? R : first_seeing(w, q0, k0 + depth);
-        for (int d = 0; d < w->hdp; d += NR)
-            for (int i = r; i < end; i += MR) {
-                const tile_out o = {.y = w->acc + (size_t)i * w->hdp + d,
-                                    .ldy = (size_t)w->hdp,
-                                    .cols = NR,
-                                    .add = k0,
-                                    .factor = 1,
-                                    .factors = w->weight_scale + i};
-                const float *s = w->s + (size_t)i * CPU_KEYS, *v = w->values + d * (CPU_KEYS / per);
-                if (of == INT16)
-                    tile_int16_keys(&o, min_int(MR, end - i), s, v, ceil_div(depth, 2));
-                else
-                    tile_f32_keys(&o, min_int(MR, end - i), s, v, depth);
-            }
-    }
-}
-
-TEMPLATE void attention_queries(dword_of of, const attention_tile *w, int R, int q0) {
-    const int G = w->G, dwords = head_dwords(of, w);
-    const __m512 scale = _mm512_set1_ps((float)(1 / sqrt(w->hd)));
-    for (int t = 0; t < R; t += MR) {
-        const float *q[16];
-        float inverse[16];
-        for (int i = 0; i < MR; i++) {
-            const int row = min_int(t + i, R - 1);
-            q[i] = simd_attention_row(w, q0 + row / G) + w->q_col + row % G * w->hd;
-        }
-        if (of == INT16)
-            store_first(w->query_scale + t,
-                        _mm512_mul_ps(length_scales(inverse, q, MR, w->hd), scale), MR);
-        for (int d = 0; d < dwords; d += 16) {
-            __m512 r[16];
-            head_rows(of, r, q, MR, d * per_dword(of), w->hd, inverse, scale);
-            float *to = w->q + (size_t)t * dwords + d * MR;
-            for (int c = 0; c < min_int(16, dwords - d); c++)
-                _mm512_mask_storeu_ps(to + c * MR, (1u << MR) - 1, r[c]);
-        }
-    }
-}
-
-TEMPLATE void attention_of(dword_of of, const attention_tile *w, float *att, size_t ld_att, int q0,
-                           int n) {
-    const int G = w->G, hd = w->hd, R = n * G;
-    attention_queries(of, w, R, q0);
-    for (int r = 0; r < R; r++) w->max[r] = -INFINITY, w->sum[r] = 0;
-    for (int k0 = 0; k0 < q0 + n; k0 += CPU_KEYS) {
-        const int keys = min_int(CPU_KEYS, q0 + n - k0);
-        attention_load_keys(of, w, k0, keys);
-        attention_load_values(of, w, k0, keys);
-        attention_scores(of, w, R, q0, k0, keys);
-        attention_softmax(of, w, R, q0, k0, keys);
-        attention_values(of, w, R, q0, k0, keys);
-    }
-    for (int r = 0; r < R; r++) {
-        float *out = att + r / G * ld_att + r % G * hd;
-        const __m512 inverse = _mm512_set1_ps(1 / w->sum[r]);
-        for (int d = 0; d < hd; d += 16) { /* + 0: a sum that underflowed to -0 is 0 */
-            const __m512 v = _mm512_loadu_ps(w->acc + (size_t)r * w->hdp + d);
-            store_first(out + d, _mm512_fmadd_ps(v, inverse, _mm512_setzero_ps()), hd - d);
-        }
-    }
-}
-
-AVX512 static void attention_f32(const attention_tile *w, float *att, size_t ld_att, int q0,
-                                 int n) {
-    attention_of(F32, w, att, ld_att, q0, n);
-}
-
-AVX512 static void attention_int16(const attention_tile *w, float *att, size_t ld_att, int q0,
-                                   int n) {
-    attention_of(INT16, w, att, ld_att, q0, n);
-}
-
 /* ---- the tables ------------------------------------------------------------------------------- */
 
 static int open_table(qemb_backend **be, const qemb_ops *ops, const cpu_kernels *kernels,
@@ -1266,7 +706,7 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const cpu_kernels 
 }
 
 /* attended: what attention multiplies in */
-#define TABLE(table, label, arithmetic, attended, placed, bytes)                                   \
+#define TABLE(table, label, arithmetic, attended, bytes)                                           \
     static int open_##table(qemb_backend **be, const qemb_config *c, const qemb_options *opt,      \
                             qemb_err *err) {                                                       \
         static const cpu_kernels kernels = {ATTENTION_ROWS, half_row,   rmsnorm_row,               \
@@ -1278,7 +718,7 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const cpu_kernels 
                             .act_size = sizeof(float),                                             \
                             .open = open_##table,                                                  \
                             .close = simd_close,                                                   \
-                            .place = placed,                                                       \
+                            .place = avx512_place,                                                 \
                             .converted = bytes,                                                    \
                             .arena = cpu_arena,                                                    \
                             .begin = cpu_begin,                                                    \
@@ -1292,8 +732,8 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const cpu_kernels 
                             .gather_last = cpu_gather_last,                                        \
                             .pool = simd_pool};
 
-TABLE(avx512_ops, "avx512", QEMB_MATH_F32, attention_f32, avx512_place, f32_converted)
-TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, attention_int16, avx512_place, bf16_converted)
-TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, attention_int16, avx512_place, int8_converted)
+TABLE(avx512_ops, "avx512", QEMB_MATH_F32, avx512_attention_f32, f32_converted)
+TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, avx512_attention_int16, bf16_converted)
+TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, avx512_attention_int16, int8_converted)
 
 #endif

@@ -1,0 +1,326 @@
+/* cpu_avx512_attention.c - attention with AVX-512, of floats and of 16 bit integers.
+ *
+ * As cpu_simd.c's: a block walks over the keys in tiles with a running maximum and sum, multiplying
+ * dwords as the matmul does; scores, their softmax and all sums are float. Keys of a tile are panels
+ * (NR keys, their d-th dwords together), queries tiles of MR rows (dwords, MR). Values are panels of
+ * NR dimensions, of one key or two per dword, and weights rows of CPU_KEYS numbers. What lies above
+ * the diagonal is skipped by whole register tiles: its weights are zeros, and adding those changes
+ * nothing.
+ *
+ * A dword is a float, or two integers of 16 bits: twice the speed, with more of a number's bits than
+ * bfloat16 keeps. Each query and key is scaled to a length of INT16_LENGTH, so that no product of
+ * two can pass 2^30 (Cauchy and Schwarz), and each value to a largest magnitude of INT16_MOST. A
+ * tile's weights, each times its value's scale, are scaled to a sum of INT16_MOST, so that no sum of
+ * values can pass 2^30 by more than the rounding of CPU_KEYS weights. */
+#include "cpu_avx512.h"
+
+#if defined(__x86_64__)
+
+/* Of queries packed (dwords, MR) times keys, and of weights in rows of CPU_KEYS numbers times values */
+TILE(scores_f32, F32, DWORDS, 1, MR)
+TILE(scores_int16, INT16, DWORDS, 1, MR)
+TILE(values_f32, F32, DWORDS, CPU_KEYS, 1)
+TILE(values_int16, INT16, DWORDS, CPU_KEYS, 1)
+
+enum { INT16_MOST = 32767, INT16_LENGTH = 32700 };
+
+TEMPLATE int per_dword(dword_of of) { return of == INT16 ? 2 : 1; }
+TEMPLATE int head_dwords(dword_of of, const attention_tile *w) {
+    return ceil_div(w->hd, per_dword(of));
+}
+
+/* Two vectors of floats, rounded to nearest even: dword i holds numbers 2i and 2i+1 of 32. */
+TEMPLATE __m512 to_int16(__m512 lo, __m512 hi) {
+    const __m512i lanes = _mm512_packs_epi32(_mm512_cvtps_epi32(lo), _mm512_cvtps_epi32(hi));
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi64(order, lanes));
+}
+
+/* Sums (16) of rows of which r has the lanewise ones */
+TEMPLATE __m512 sums_of(__m512 r[16]) {
+    transpose(r);
+    UNROLL for (int step = 8; step; step /= 2) UNROLL for (int i = 0; i < step; i++) r[i] =
+        _mm512_add_ps(r[i], r[i + step]);
+    return r[0];
+}
+
+/* Their maxima. A NaN may be lost: its own exp is NaN all the same. */
+TEMPLATE __m512 maxima_of(__m512 r[16]) {
+    transpose(r);
+    UNROLL for (int step = 8; step; step /= 2) UNROLL for (int i = 0; i < step; i++) r[i] =
+        _mm512_max_ps(r[i], r[i + step]);
+    return r[0];
+}
+
+/* Length / INT16_LENGTH (16), and inverse (16) its inverse, of rows (n) */
+TEMPLATE __m512 length_scales(float inverse[16], const float *const row[16], int rows, int n) {
+    __m512 r[16];
+    UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_setzero_ps();
+    UNROLL for (int i = 0; i < rows; i++) for (int d = 0; d < n; d += 16) {
+        const __m512 v = load_first(row[i] + d, n - d);
+        r[i] = _mm512_fmadd_ps(v, v, r[i]);
+    }
+    return scales(inverse, _mm512_sqrt_ps(sums_of(r)), INT16_LENGTH);
+}
+
+/* r = 16 dwords of each of the rows (n) from number k on, times inverse[i] or, floats, `scale`,
+ * transposed */
+TEMPLATE void head_rows(dword_of of, __m512 r[16], const float *const row[16], int rows, int k,
+                        int n, const float *inverse, __m512 scale) {
+    UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_setzero_ps();
+    UNROLL for (int i = 0; i < rows; i++) {
+        const __m512 v = load_first(row[i] + k, n - k);
+        if (of == INT16) {
+            const __m512 f = _mm512_set1_ps(inverse[i]),
+                         next = load_first(row[i] + k + 16, n - k - 16);
+            r[i] = to_int16(_mm512_mul_ps(v, f), _mm512_mul_ps(next, f));
+        } else {
+            r[i] = _mm512_mul_ps(v, scale);
+        }
+    }
+    transpose(r);
+}
+
+/* Pass 1: keys of positions k0 .. k0+n-1. Those that fill up 16 repeat the last; what else a panel
+ * holds nobody sees. */
+TEMPLATE void attention_load_keys(dword_of of, const attention_tile *w, int k0, int n) {
+    const int dwords = head_dwords(of, w);
+    for (int j = 0; j < n; j += 16) {
+        const float *row[16];
+        float *to = w->keys + j / NR * NR * dwords + j % NR, inverse[16];
+        for (int i = 0; i < 16; i++)
+            row[i] = simd_attention_row(w, k0 + min_int(j + i, n - 1)) + w->k_col;
+        if (of == INT16) _mm512_storeu_ps(w->key_scale + j, length_scales(inverse, row, 16, w->hd));
+        for (int d = 0; d < dwords; d += 16) {
+            __m512 r[16];
+            head_rows(of, r, row, 16, d * per_dword(of), w->hd, inverse, _mm512_set1_ps(1));
+            if (dwords - d >= 16) {
+                UNROLL for (int c = 0; c < 16; c++) _mm512_storeu_ps(to + (d + c) * NR, r[c]);
+            } else {
+                for (int c = 0; c < dwords - d; c++) _mm512_storeu_ps(to + (d + c) * NR, r[c]);
+            }
+        }
+    }
+}
+
+/* And values. The last of an odd number goes with itself, which gets no weight. */
+TEMPLATE void attention_load_values(dword_of of, const attention_tile *w, int k0, int n) {
+    const int hd = w->hd, per = per_dword(of);
+    for (int j = 0; j < n; j += 16) {
+        const float *row[16];
+        float inverse[16];
+        for (int i = 0; i < 16; i++)
+            row[i] = simd_attention_row(w, k0 + min_int(j + i, n - 1)) + w->v_col;
+        if (of == INT16) {
+            __m512 r[16];
+            for (int i = 0; i < 16; i++) {
+                __m512i most = _mm512_setzero_si512();
+                for (int d = 0; d < hd; d += 16)
+                    most = larger(most, load_first(row[i] + d, hd - d));
+                r[i] = _mm512_castsi512_ps(most);
+            }
+            _mm512_storeu_ps(w->value_scale + j, scales(inverse, largest_of(r), INT16_MOST));
+        }
+        for (int i = 0; i < min_int(16, n - j); i += per) {
+            float *to = w->values + (j + i) / per * NR;
+            for (int d = 0; d < w->hdp; d += 16) {
+                __m512 v = load_first(row[i] + d, hd - d);
+                if (of == INT16) {
+                    const __m512 next = load_first(row[i + 1] + d, hd - d);
+                    const __m512i a =
+                        _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse[i])));
+                    const __m512i b =
+                        _mm512_cvtps_epi32(_mm512_mul_ps(next, _mm512_set1_ps(inverse[i + 1])));
+                    v = _mm512_castsi512_ps(
+                        _mm512_mask_mov_epi16(_mm512_slli_epi32(b, 16), 0x55555555, a));
+                }
+                _mm512_storeu_ps(to + d / NR * (CPU_KEYS / per) * NR + d % NR, v);
+            }
+        }
+    }
+}
+
+/* The first of the block's rows (token q0 leads) that sees position p */
+static int first_seeing(const attention_tile *w, int q0, int p) {
+    return max_int(0, p - q0) * w->G;
+}
+
+/* Pass 2: s (R, n) = q k^T, of integers yet without their keys' scales, for whole tiles of rows: those
+ * that do not see a key are masked later */
+TEMPLATE void attention_scores(dword_of of, const attention_tile *w, int R, int q0, int k0, int n) {
+    const int dwords = head_dwords(of, w);
+    for (int j = 0; j < n; j += NR)
+        for (int r = first_seeing(w, q0, k0 + j) / MR * MR; r < R; r += MR) {
+            const tile_out o = {.y = w->s + (size_t)r * CPU_KEYS + j,
+                                .ldy = CPU_KEYS,
+                                .cols = NR,
+                                .factor = 1,
+                                .factors = w->query_scale + r};
+            const float *q = w->q + (size_t)r * dwords, *keys = w->keys + j * dwords;
+            if (of == INT16)
+                scores_int16(&o, min_int(MR, R - r), q, keys, dwords);
+            else
+                scores_f32(&o, min_int(MR, R - r), q, keys, dwords);
+        }
+}
+
+/* Scores j .. j+15 of a row; -inf where it does not see the key */
+TEMPLATE __m512 scores16(dword_of of, const attention_tile *w, const float *s, int j,
+                         __mmask16 visible) {
+    const __m512 low = _mm512_set1_ps(-INFINITY), v = _mm512_mask_loadu_ps(low, visible, s + j);
+    if (of != INT16) return v;
+    return _mm512_mask_mul_ps(low, visible, v, _mm512_loadu_ps(w->key_scale + j));
+}
+
+/* The tile's keys that row r of the block (token q0 leads) sees: those up to its own position */
+static int keys_seen(const attention_tile *w, int r, int q0, int k0) {
+    return min_int(CPU_KEYS, q0 + r / w->G - k0 + 1);
+}
+
+/* Pass 3: scores become weights exp(s - max), in dwords and in place; what was summed under an older
+ * maximum is scaled. 16 rows at a time, step by step: what a row waits for, the others make up for. */
+TEMPLATE void attention_softmax(dword_of of, const attention_tile *w, int R, int q0, int k0,
+                                int n) {
+    const int end = round_up(n, NR);
+    for (int first = first_seeing(w, q0, k0); first < R; first += 16) {
+        const int rows = min_int(16, R - first);
+        const __m512 low = _mm512_set1_ps(-INFINITY), zero = _mm512_setzero_ps();
+        float *s = w->s + (size_t)first * CPU_KEYS, *max = w->max + first, older[16];
+        __m512 m[16], sum[16], weighted[16];
+        for (int i = 0; i < rows; i++) {
+            const int seen = keys_seen(w, first + i, q0, k0);
+            m[i] = low;
+            for (int j = 0; j < seen; j += 16)
+                m[i] = _mm512_max_ps(m[i], scores16(of, w, s + i * CPU_KEYS, j, first16(seen - j)));
+        }
+        for (int i = rows; i < 16; i++) m[i] = zero;
+        const __m512 before = load_first(max, rows), most = _mm512_max_ps(maxima_of(m), before);
+        const __m512 factor = exp16(_mm512_sub_ps(before, most));
+        store_first(max, most, rows);
+        _mm512_storeu_ps(older, factor);
+        for (int i = 0; i < rows; i++) {
+            const int seen = keys_seen(w, first + i, q0, k0);
+            const __m512 mi = _mm512_set1_ps(max[i]);
+            float *e = s + i * CPU_KEYS;
+            sum[i] = weighted[i] = zero;
+            for (int j = 0; j < seen; j += 16) {
+                const __mmask16 some = first16(seen - j);
+                __m512 v = _mm512_sub_ps(scores16(of, w, e, j, some), mi);
+                v = of == INT16 ? _mm512_maskz_mov_ps(some, exp16_rough(v)) : exp16(v);
+                sum[i] = _mm512_add_ps(sum[i], v);
+                if (of == INT16) {
+                    v = _mm512_maskz_mul_ps(some, v, _mm512_loadu_ps(w->value_scale + j));
+                    weighted[i] = _mm512_add_ps(weighted[i], v);
+                }
+                _mm512_storeu_ps(e + j, v);
+            }
+            for (int j = round_up(seen, 16); j < end; j += 16) _mm512_storeu_ps(e + j, zero);
+        }
+        for (int i = rows; i < 16; i++) sum[i] = weighted[i] = zero;
+        const __m512 old = _mm512_mul_ps(load_first(w->sum + first, rows), factor);
+        store_first(w->sum + first, _mm512_add_ps(old, sums_of(sum)), rows);
+        if (of == INT16) {
+            float to[16];
+            store_first(w->weight_scale + first, scales(to, sums_of(weighted), INT16_MOST), rows);
+            for (int i = 0; i < rows; i++) {
+                float *e = s + i * CPU_KEYS;
+                const __m512 f = _mm512_set1_ps(to[i]);
+                for (int j = 0; j < end; j += 32) {
+                    const __m512 lo = _mm512_loadu_ps(e + j), hi = _mm512_loadu_ps(e + j + 16);
+                    _mm512_storeu_ps(e + j / 2,
+                                     to_int16(_mm512_mul_ps(lo, f), _mm512_mul_ps(hi, f)));
+                }
+            }
+        }
+        for (int i = 0; k0 && i < rows; i++) { /* at first there is nothing yet */
+            float *acc = w->acc + (size_t)(first + i) * w->hdp;
+            if (older[i] == 1) continue;
+            for (int d = 0; d < w->hdp; d += 16)
+                _mm512_storeu_ps(acc + d,
+                                 _mm512_mul_ps(_mm512_loadu_ps(acc + d), _mm512_set1_ps(older[i])));
+        }
+    }
+}
+
+/* Pass 4: acc (R, hdp) = (k0 ? acc : 0) + s v. Rows go together that see about as many keys: NR of
+ * them a step. */
+TEMPLATE void attention_values(dword_of of, const attention_tile *w, int R, int q0, int k0, int n) {
+    const int per = per_dword(of);
+    for (int r = first_seeing(w, q0, k0), end; r < R; r = end) {
+        const int t = q0 + r / w->G - k0; /* the row's own position in the tile */
+        const int depth = min_int(n, t / NR * NR + NR);
+        end = depth == n ? R : first_seeing(w, q0, k0 + depth);
+        for (int d = 0; d < w->hdp; d += NR)
+            for (int i = r; i < end; i += MR) {
+                const tile_out o = {.y = w->acc + (size_t)i * w->hdp + d,
+                                    .ldy = (size_t)w->hdp,
+                                    .cols = NR,
+                                    .add = k0,
+                                    .factor = 1,
+                                    .factors = w->weight_scale + i};
+                const float *s = w->s + (size_t)i * CPU_KEYS, *v = w->values + d * (CPU_KEYS / per);
+                if (of == INT16)
+                    values_int16(&o, min_int(MR, end - i), s, v, ceil_div(depth, 2));
+                else
+                    values_f32(&o, min_int(MR, end - i), s, v, depth);
+            }
+    }
+}
+
+TEMPLATE void attention_queries(dword_of of, const attention_tile *w, int R, int q0) {
+    const int G = w->G, dwords = head_dwords(of, w);
+    const __m512 scale = _mm512_set1_ps((float)(1 / sqrt(w->hd)));
+    for (int t = 0; t < R; t += MR) {
+        const float *q[16];
+        float inverse[16];
+        for (int i = 0; i < MR; i++) {
+            const int row = min_int(t + i, R - 1);
+            q[i] = simd_attention_row(w, q0 + row / G) + w->q_col + row % G * w->hd;
+        }
+        if (of == INT16)
+            store_first(w->query_scale + t,
+                        _mm512_mul_ps(length_scales(inverse, q, MR, w->hd), scale), MR);
+        for (int d = 0; d < dwords; d += 16) {
+            __m512 r[16];
+            head_rows(of, r, q, MR, d * per_dword(of), w->hd, inverse, scale);
+            float *to = w->q + (size_t)t * dwords + d * MR;
+            for (int c = 0; c < min_int(16, dwords - d); c++)
+                _mm512_mask_storeu_ps(to + c * MR, (1u << MR) - 1, r[c]);
+        }
+    }
+}
+
+TEMPLATE void attention_of(dword_of of, const attention_tile *w, float *att, size_t ld_att, int q0,
+                           int n) {
+    const int G = w->G, hd = w->hd, R = n * G;
+    attention_queries(of, w, R, q0);
+    for (int r = 0; r < R; r++) w->max[r] = -INFINITY, w->sum[r] = 0;
+    for (int k0 = 0; k0 < q0 + n; k0 += CPU_KEYS) {
+        const int keys = min_int(CPU_KEYS, q0 + n - k0);
+        attention_load_keys(of, w, k0, keys);
+        attention_load_values(of, w, k0, keys);
+        attention_scores(of, w, R, q0, k0, keys);
+        attention_softmax(of, w, R, q0, k0, keys);
+        attention_values(of, w, R, q0, k0, keys);
+    }
+    for (int r = 0; r < R; r++) {
+        float *out = att + r / G * ld_att + r % G * hd;
+        const __m512 inverse = _mm512_set1_ps(1 / w->sum[r]);
+        for (int d = 0; d < hd; d += 16) { /* + 0: a sum that underflowed to -0 is 0 */
+            const __m512 v = _mm512_loadu_ps(w->acc + (size_t)r * w->hdp + d);
+            store_first(out + d, _mm512_fmadd_ps(v, inverse, _mm512_setzero_ps()), hd - d);
+        }
+    }
+}
+
+AVX512 void avx512_attention_f32(const attention_tile *w, float *att, size_t ld_att, int q0,
+                                 int n) {
+    attention_of(F32, w, att, ld_att, q0, n);
+}
+
+AVX512 void avx512_attention_int16(const attention_tile *w, float *att, size_t ld_att, int q0,
+                                   int n) {
+    attention_of(INT16, w, att, ld_att, q0, n);
+}
+
+#endif
