@@ -591,8 +591,9 @@ typedef struct {
     void (*multiply)(const tile_out *o, int rows, const float *x, const float *panel, int n);
     const float *panel;
     const float *ahead; /* see tile_out */
-    float *sums; /* gate_up's: (MR, NR) of the tile at hand, or of all tiles where the columns
-                           do not come all at once */
+    /* gate_up's: (MR, NR) of the tile at hand, or of all tiles where the columns do not come all at
+     * once */
+    float *sums;
 } block;
 
 /* y, or gate_up's sums, of tile i of x: (k ? as they are : 0) + x W^T */
