@@ -8,7 +8,7 @@
  *   bench beside   MODEL LENGTH...  the forward in turns with one whose products are oneDNN's
  *   bench tokenizer MODEL TEXT...   MB of text per second
  *   bench print    MODEL            vectors per second, per output kind
- * with --threads N (all), --math f32|bf16|int8 (f32), --cpu NAME (the fastest table), --tokens N (a
+ * with --threads N (all), --math f32|bf16|int16|int8 (f32), --cpu NAME (the fastest table), --tokens N (a
  * batch of forward; 1024) and, where other programs keep the machine busy, --cpu-time: CPU time per
  * thread instead of the clock's.
  *
@@ -39,7 +39,7 @@ enum {
     VECTORS = 256
 };
 
-static const char *const math_names[] = {"f32", "bf16", "int8", "fp8"};
+static const char *const math_names[] = {"f32", "bf16", "int16", "int8", "fp8"};
 
 int threads;
 static const qemb_file *file;
@@ -137,8 +137,8 @@ static void row_read(const char *name, int n, quantiles s, double bytes) {
 
 static void row_math(const char *group, const char *name, int n, quantiles s, double flops) {
     const limit *l = limit_of(table->math);
-    row(group, name, n, s, flops, 1e9, table->math == QEMB_MATH_INT8 ? "GOP/s" : "GFLOP/s", l->name,
-        l->rate);
+    const int integers = table->math == QEMB_MATH_INT8 || table->math == QEMB_MATH_INT16;
+    row(group, name, n, s, flops, 1e9, integers ? "GOP/s" : "GFLOP/s", l->name, l->rate);
 }
 
 /* ---- ops -------------------------------------------------------------------------------------- */
@@ -239,9 +239,12 @@ static void run_op(void *arg, int i) {
  * truth. bf16: each of the two factors is off by at most 2^-9, and the errors of a sum's products
  * are independent. int8: a factor is off by at most half a step, the greatest of its row by 127;
  * the inputs here, even in -1 .. 1, and normal weights whose greatest lies at 4 deviations are off by
- * 0.0023 / 0.58 and 0.0091 of their size: 0.010 together, and as much again for rows less even. */
+ * 0.0023 / 0.58 and 0.0091 of their size: 0.010 together, and as much again for rows less even.
+ * int16: steps are a 46330th of a length of 64, for W up to two: 5e-5 and 1e-4 of even inputs' and
+ * normal weights' size; in attention 1.4e-4 for weights, whose sum is 8 x 32767, and 6e-5 for values:
+ * twice all that. */
 static double tolerance(int which) {
-    static const double of_math[] = {2e-5, 3e-3, 2e-2};
+    static const double of_math[] = {2e-5, 3e-3, 5e-4, 2e-2};
     const int product = which <= DOWN || which == ATTENTION;
     return of_math[product ? table->math : QEMB_MATH_F32];
 }
@@ -273,10 +276,11 @@ static double weights_of(const setup *s) { return (double)matrix(s, 0)->rows * m
 /* Cold, every call reads the next layer's weights from memory; warm, the same ones again. Up to 16
  * rows reading them is the limit, above it arithmetic. */
 static void bench_product(setup *s) {
-    /* int8's panels of an F16 matrix have the sums of a group's numbers beside its scales */
-    const double weight_bytes = matrix(s, 0)->dtype == QEMB_I8  ? 1 + 4.0 / QEMB_GROUP
-                                : s->op->math == QEMB_MATH_INT8 ? 1 + 8.0 / QEMB_GROUP
-                                                                : 2;
+    /* groups in panels of an F16 matrix have a scale, int8's the sum of their numbers beside it */
+    const double weight_bytes = matrix(s, 0)->dtype == QEMB_I8   ? 1 + 4.0 / QEMB_GROUP
+                                : s->op->math == QEMB_MATH_INT8  ? 1 + 8.0 / QEMB_GROUP
+                                : s->op->math == QEMB_MATH_INT16 ? 2 + 4.0 / QEMB_GROUP
+                                                                 : 2;
     for (s->cold = 1; s->cold >= 0; s->cold--) {
         char name[40];
         snprintf(name, sizeof name, "%s%s", op_names[s->which], s->cold ? "" : " warm");
@@ -592,7 +596,7 @@ static void bench_print(void) {
 static int math_by_name(const char *s) {
     for (int i = 0; i < (int)(sizeof math_names / sizeof *math_names); i++)
         if (!strcmp(s, math_names[i])) return i;
-    die("--math: unknown (want f32, bf16 or int8)");
+    die("--math: unknown (want f32, bf16, int16 or int8)");
     return -1;
 }
 
@@ -623,7 +627,7 @@ int main(int argc, char **argv) {
     if (n == 2 && !strcmp(argv[1], "tables")) return tables();
     if (n < 3)
         die("usage: bench tables | limits|ops|gemm|forward|beside|tokenizer|print MODEL "
-            "[OP...|LENGTH...|TEXT...] [--threads N] [--math f32|bf16|int8] [--cpu NAME] "
+            "[OP...|LENGTH...|TEXT...] [--threads N] [--math f32|bf16|int16|int8] [--cpu NAME] "
             "[--tokens N] [--cpu-time]");
     if (threads < 1) threads = omp_get_num_procs();
     if (!(table = qemb_cpu_choose(cpu, (qemb_math)math)))

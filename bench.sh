@@ -7,7 +7,7 @@
 #
 # Parts: ops, gemm, beside, forward, tokenizer, print (build/release/bench, see bench.c), run (the program
 # itself, lists of ids in, tokens per second out), latency (one line in, one vector out, the program
-# already running), peer. All but tokenizer and print once per arithmetic of MATHS ("f32 bf16 int8",
+# already running), peer. All but tokenizer and print once per arithmetic of MATHS ("f32 bf16 int16 int8",
 # as far as this CPU has them); beside, forward, run and peer once per length ("16 64 512 4096" tokens a text).
 #
 # --peer COMMAND is another program on the same texts: a text a line on its standard input, or in the
@@ -76,7 +76,7 @@ trap 'rm -rf "$tmp"' EXIT
 
 have=$("$bench" tables | awk '{ print $2 }' | sort -u)
 if [ -z "$maths" ]; then
-    for m in f32 bf16 int8; do grep -qx $m <<<"$have" && maths+="$m "; done
+    for m in f32 bf16 int16 int8; do grep -qx $m <<<"$have" && maths+="$m "; done
 fi
 for m in $maths; do grep -qx "$m" <<<"$have" || fail "--math: $m is not on this machine"; done
 most=$(./qemb info -m "$model" | awk '/^longest text/ { print $3 }')
@@ -222,7 +222,7 @@ fi
 } >"$out/bench.json"
 if command -v gnuplot >/dev/null && grep -q '^forward,tokens' "$csv"; then
     plots=''
-    for m in f32 bf16 int8; do
+    for m in f32 bf16 int16 int8; do
         grep "^forward,tokens,$m," "$csv" | awk -F, '{ row[$4] = $0 } END { for (n in row) print row[n] }' | sort -t , -k 4n >"$tmp/plot-$m"
         [ -s "$tmp/plot-$m" ] && plots+="${plots:+, }'$tmp/plot-$m' using 4:5:6:7 with yerrorlines title '$m' noenhanced"
     done

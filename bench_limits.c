@@ -15,6 +15,7 @@ enum { LOOPS = 1000000, REGISTERS = 12 };
 #define FMA256(r)     "vfmadd231ps %%ymm12,%%ymm12,%%ymm" #r "\n"
 #define FMA512(r)     "vfmadd231ps %%zmm12,%%zmm12,%%zmm" #r "\n"
 #define BF16_512(r)   "vdpbf16ps %%zmm12,%%zmm12,%%zmm" #r "\n"
+#define INT16_512(r)  "vpdpwssd %%zmm12,%%zmm12,%%zmm" #r "\n"
 #define INT8_512(r)   "vpdpbusd %%zmm12,%%zmm12,%%zmm" #r "\n"
 #define CONVERT256(r) "vcvtph2ps %%xmm12,%%ymm" #r "\n"
 #define CONVERT512(r) "vcvtph2ps %%ymm12,%%zmm" #r "\n"
@@ -36,18 +37,20 @@ enum { LOOPS = 1000000, REGISTERS = 12 };
 LOOP(fma256, FMA256)
 LOOP(fma512, FMA512)
 LOOP(bf16_512, BF16_512)
+LOOP(int16_512, INT16_512)
 LOOP(int8_512, INT8_512)
 LOOP(convert256, CONVERT256)
 LOOP(convert512, CONVERT512)
 #endif
 
-enum { FMA_256, FMA_512, BF16, INT8, CONVERT_256, CONVERT_512, READ, N_LIMITS };
-static limit limits[N_LIMITS] = {{"fma 256", 0},  {"fma 512", 0},       {"vdpbf16ps", 0},
-                                 {"vpdpbusd", 0}, {"vcvtph2ps 256", 0}, {"vcvtph2ps 512", 0},
-                                 {"read", 0}};
+enum { FMA_256, FMA_512, BF16, INT16, INT8, CONVERT_256, CONVERT_512, READ, N_LIMITS };
+static limit limits[N_LIMITS] = {{"fma 256", 0},       {"fma 512", 0},  {"vdpbf16ps", 0},
+                                 {"vpdpwssd", 0},      {"vpdpbusd", 0}, {"vcvtph2ps 256", 0},
+                                 {"vcvtph2ps 512", 0}, {"read", 0}};
 
 const limit *limit_of(qemb_math math) {
     if (math == QEMB_MATH_BF16) return &limits[BF16];
+    if (math == QEMB_MATH_INT16) return &limits[INT16];
     if (math == QEMB_MATH_INT8) return &limits[INT8];
     return &limits[limits[FMA_512].rate > limits[FMA_256].rate ? FMA_512 : FMA_256];
 }
@@ -89,6 +92,7 @@ void limits_measure(const qemb_file *f) {
     if (__builtin_cpu_supports("fma")) one(FMA_256, fma256, NULL, 16 * n, "GFLOP/s");
     if (__builtin_cpu_supports("avx512f")) one(FMA_512, fma512, NULL, 32 * n, "GFLOP/s");
     if (__builtin_cpu_supports("avx512bf16")) one(BF16, bf16_512, NULL, 64 * n, "GFLOP/s");
+    if (__builtin_cpu_supports("avx512vnni")) one(INT16, int16_512, NULL, 64 * n, "GOP/s");
     if (__builtin_cpu_supports("avx512vnni")) one(INT8, int8_512, NULL, 128 * n, "GOP/s");
     if (__builtin_cpu_supports("avx512f"))
         one(CONVERT_512, convert512, NULL, 16 * n, "Gnumbers/s");

@@ -11,7 +11,8 @@
 #define OPS_MATH  QEMB_MATH_F32
 #endif
 
-static const char *const math_names[] = {"f32", "bf16", "int8", "fp8", "f16"}; /* qemb_math */
+static const char *const math_names[] = {"f32",  "bf16", "int16",
+                                         "int8", "fp8",  "f16"}; /* qemb_math */
 
 /* Appends name to a list, unless it ends in it. */
 static void list(char *s, size_t size, const char *name) {

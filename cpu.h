@@ -33,14 +33,7 @@ typedef struct {
 } cpu_kernels;
 
 /* What a backend may map. */
-enum {
-    CPU_MAP_ROPE,
-    CPU_MAP_SCRATCH,
-    CPU_MAP_ARENA,
-    CPU_MAP_PACKED,
-    CPU_MAP_WEIGHTS,
-    CPU_MAPS
-};
+enum { CPU_MAP_ROPE, CPU_MAP_SCRATCH, CPU_MAP_ARENA, CPU_MAP_PACKED, CPU_MAP_WEIGHTS, CPU_MAPS };
 
 /* A CPU backend's state. On the CPU an activation is a float. */
 struct qemb_backend {
@@ -51,7 +44,7 @@ struct qemb_backend {
     float *scratch; /* (threads, scratch_floats): an op's tiles and panels, aligned to 64 bytes */
     size_t scratch_floats;
     void (*placed)(int layers, int of); /* the options' */
-    const qemb_ops *ops;        /* of an AVX-512 table: which of them */
+    const qemb_ops *ops;                /* of an AVX-512 table: which of them */
     const cpu_kernels *kernels; /* this and the next: NULL in a plain table, which has OpenMP */
     struct cpu_pool *pool;      /* NULL as well where there is one thread */
     float *packed;              /* a matmul's x as its tiles want it */
@@ -95,10 +88,10 @@ typedef struct attention_tile {
     int G, hd, hdp;          /* hdp: hd rounded up to CPU_PAD */
     float *keys;             /* (CPU_KEYS, hd)  in the kernel's order */
     float *values;           /* (CPU_KEYS, hdp) in the kernel's order */
-    float *q;                /* (R + 16, hd)    the block's queries, scaled, in the kernel's order */
-    float *s;                /* (R, CPU_KEYS)   scores, then weights */
-    float *acc;              /* (R, hdp)        weighted values so far */
-    float *max, *sum;        /* (R)             of the scores and the weights so far */
+    float *q;         /* (R + 16, hd)    the block's queries, scaled, in the kernel's order */
+    float *s;         /* (R, CPU_KEYS)   scores, then weights */
+    float *acc;       /* (R, hdp)        weighted values so far */
+    float *max, *sum; /* (R)             of the scores and the weights so far */
     /* Of integers: what one is worth of a key, a value (CPU_KEYS), a query (R + 16) and of the tile's
      * weights (R) */
     float *key_scale, *value_scale, *query_scale, *weight_scale;
@@ -123,8 +116,8 @@ void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
 void simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B);
 
 /* cpu_avx512.c: for CPUs with BMI2 and AVX-512 F, BW, DQ and VL; the second wants BF16 and VNNI as well,
- * the third VNNI. Their attention multiplies integers of 16 bits, the first one's floats. */
-extern const qemb_ops avx512_ops, avx512_bf16_ops, avx512_int8_ops;
+ * the others VNNI. Their attention multiplies integers of 16 bits, the first one's floats. */
+extern const qemb_ops avx512_ops, avx512_bf16_ops, avx512_int16_ops, avx512_int8_ops;
 
 /* y (n) = exp(x), a table's, for tests: needs a CPU that the table runs on. Error at most 1 ulp; x
  * above ln FLT_MAX gives Inf, below ln FLT_MIN 0, NaN NaN. */

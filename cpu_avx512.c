@@ -94,33 +94,40 @@ TILE(tile_f16, F32, HALVES, 1, MR)
 TILE(tile_f32, F32, DWORDS, 1, MR)
 TILE(tile_bf16, BF16, DWORDS, 1, MR)
 
-/* INT8 comes in groups of 64 columns, each with a scale per row. Of x: 16 dwords (16, MR), bytes
- * with 128 added, then scales (MR). Of W: scales (NR), -128 times the sums of the group's bytes
- * (NR), which takes x's 128 out again, then 16 dwords (16, NR). Sums of a group are exact. */
+/* Integers come in groups of 64 columns, each with a scale per row. Of x: dwords (n, MR), bytes with
+ * 128 added, then scales (MR). Of W: scales (NR), of bytes -128 times the sums of the group's (NR),
+ * which takes x's 128 out again, then dwords (n, NR). Sums of a group are exact. */
 enum {
-    INT8_ROWS = MR / 2, /* there are two sums for each, of integers and of floats */
-    X_GROUP = 17 * MR,
-    W_GROUP = 18 * NR,
-    PANEL_FLOATS = KC / 16 * W_GROUP, /* of the largest arithmetic's panel */
+    GROUP = 64,
+    GROUP_ROWS = MR / 2, /* there are two sums for each, of integers and of floats */
+    X_GROUP8 = (GROUP / 4 + 1) * MR,
+    X_GROUP16 = (GROUP / 2 + 1) * MR,
+    W_GROUP8 = (GROUP / 4 + 2) * NR,
+    W_GROUP16 = (GROUP / 2 + 1) * NR,
+    PANEL_FLOATS = KC / (GROUP / 4) * W_GROUP8, /* of the largest arithmetic's panel */
 };
 
-TEMPLATE void tile_rows_int8(const tile_out *o, int rows, const float *x, const float *panel,
-                             int groups) {
-    __m512 acc[INT8_ROWS][2];
+/* A group's dwords of a row */
+TEMPLATE int group_dwords(dword_of of) { return of == INT8 ? GROUP / 4 : GROUP / 2; }
+/* Floats of W before them */
+TEMPLATE int group_head(dword_of of) { return of == INT8 ? 2 * NR : NR; }
+
+TEMPLATE void tile_rows_groups(dword_of of, const tile_out *o, int rows, const float *x,
+                               const float *panel, int groups) {
+    __m512 acc[GROUP_ROWS][2];
     const float *ahead = o->ahead;
     tile_begin(o, rows, acc);
-    for (; groups; groups--, x += X_GROUP, panel += W_GROUP) {
-        __m512 sum[INT8_ROWS][2];
-        UNROLL for (int i = 0; i < rows; i++) {
-            sum[i][0] = _mm512_load_ps(panel + NR);
-            sum[i][1] = _mm512_load_ps(panel + NR + 16);
-        }
+    const int n = group_dwords(of), head = group_head(of);
+    for (; groups; groups--, x += (n + 1) * MR, panel += head + n * NR) {
+        __m512 sum[GROUP_ROWS][2];
+        UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < 2; h++) sum[i][h] =
+            of == INT8 ? _mm512_load_ps(panel + NR + 16 * h) : _mm512_setzero_ps();
         ahead = fetch(o, ahead);
-        tile(INT8, DWORDS, sum, rows, x, 1, MR, panel + 2 * NR, 16);
+        tile(of, DWORDS, sum, rows, x, 1, MR, panel + head, n);
         UNROLL for (int h = 0; h < 2; h++) {
             const __m512 w = _mm512_load_ps(panel + 16 * h);
             UNROLL for (int i = 0; i < rows; i++) {
-                const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(x[16 * MR + i]), w);
+                const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(x[n * MR + i]), w);
                 acc[i][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(sum[i][h])),
                                             factor, acc[i][h]);
             }
@@ -129,24 +136,27 @@ TEMPLATE void tile_rows_int8(const tile_out *o, int rows, const float *x, const 
     tile_end(o, 0, rows, acc);
 }
 
-/* rows <= MR, n dwords, of which a last group may not have all */
-AVX512 static void tile_int8(const tile_out *o, int rows, const float *x, const float *panel,
-                             int n) {
-    const int groups = ceil_div(n, 16);
-    tile_out to = *o;
-    for (int left = ceil_div(rows, INT8_ROWS); left; left--) {
-        const int m = ceil_div(rows, left);
-        switch (m) {
-            CASE(1, tile_rows_int8(&to, 1, x, panel, groups))
-            CASE(2, tile_rows_int8(&to, 2, x, panel, groups))
-            CASE(3, tile_rows_int8(&to, 3, x, panel, groups))
-            CASE(4, tile_rows_int8(&to, 4, x, panel, groups))
-            CASE(5, tile_rows_int8(&to, 5, x, panel, groups))
-            CASE(6, tile_rows_int8(&to, 6, x, panel, groups))
-        }
-        x += m, to.y += m * o->ldy, rows -= m, to.ahead = NULL;
+/* name: rows <= MR, n dwords, of which a last group may not have all */
+#define TILE_GROUPS(name, of)                                                                      \
+    AVX512 static void name(const tile_out *o, int rows, const float *x, const float *panel,       \
+                            int n) {                                                               \
+        const int groups = ceil_div(n, group_dwords(of));                                          \
+        tile_out to = *o;                                                                          \
+        for (int left = ceil_div(rows, GROUP_ROWS); left; left--) {                                \
+            const int m = ceil_div(rows, left);                                                    \
+            switch (m) {                                                                           \
+                CASE(1, tile_rows_groups(of, &to, 1, x, panel, groups))                            \
+                CASE(2, tile_rows_groups(of, &to, 2, x, panel, groups))                            \
+                CASE(3, tile_rows_groups(of, &to, 3, x, panel, groups))                            \
+                CASE(4, tile_rows_groups(of, &to, 4, x, panel, groups))                            \
+                CASE(5, tile_rows_groups(of, &to, 5, x, panel, groups))                            \
+                CASE(6, tile_rows_groups(of, &to, 6, x, panel, groups))                            \
+            }                                                                                      \
+            x += m, to.y += m * o->ldy, rows -= m, to.ahead = NULL;                                \
+        }                                                                                          \
     }
-}
+TILE_GROUPS(tile_int8, INT8)
+TILE_GROUPS(tile_int16, INT16)
 
 /* ---- matmul: y = alpha x W^T ------------------------------------------------------------------
  * x is packed in tiles of MR rows, in the arithmetic's dwords, all of them before the products. An
@@ -191,7 +201,8 @@ static w_panel panel_of(const qemb_mat *w, int p, int gated) {
 
 typedef struct { /* an arithmetic: how numbers become dwords, and what multiplies them */
     int per_dword;
-    int x_floats, w_floats; /* that 16 dwords of a tile of x and of a placed panel of W take */
+    int columns;            /* that come together */
+    int x_floats, w_floats; /* that they take of a tile of x and of a placed panel of W */
     void (*pack_x)(const matmul_job *j, int tile, float *to);
     struct { /* of F16, of I8 */
         int placed;
@@ -352,104 +363,178 @@ AVX512 static void pack_bf16_f16(float *panel, const w_panel *p, int k0, int k1,
     pack_w(BF16, QEMB_F16, panel, p, k0, k1, ahead);
 }
 
-/* ---- int8: a group is 64 numbers of a row, each an integer of -127 .. 127 times the group's scale,
- * the largest magnitude / 127. Scales of rows (of x or F16 weights) are found 16 rows at a time. */
+/* ---- int8, int16: a group's numbers are integers times its scale, which is found for 16 rows at a
+ * time. Of 8 bits the largest magnitude becomes 127. Of 16 bits it may become INT16_MOST, but the
+ * group's length only GROUP_LENGTH: no sum of x times W can pass 2^31 (Cauchy and Schwarz), rounding
+ * included, which adds 4 to a length. Of W the scale is a power of two then: a half whose integer is
+ * 1024 or more stays what it is. */
+
+enum { GROUP_LENGTH = 46330 };
+
+TEMPLATE void load_x64(__m512 v[4], const float *row, int n) {
+    UNROLL for (int i = 0; i < 4; i++) v[i] = load_first(row + 16 * i, n - 16 * i);
+}
+
+TEMPLATE void load_w64(qemb_dtype dtype, __m512 v[4], const uint8_t *row, float scale, int k,
+                       int n) {
+    UNROLL for (int i = 0; i < 4; i++) v[i] =
+        weights16(dtype, row, scale, k + 16 * i, first16(n - 16 * i));
+}
+
+/* Lanewise, of up to 16 rows' groups */
+typedef struct {
+    __m512 most[16], squares[16];
+} group_sizes;
+
+TEMPLATE void measure64(dword_of of, group_sizes *s, int i, const __m512 v[4]) {
+    __m512i most = _mm512_setzero_si512();
+    __m512 squares = _mm512_setzero_ps();
+    UNROLL for (int g = 0; g < 4; g++) {
+        most = larger(most, v[g]);
+        if (of == INT16) squares = _mm512_fmadd_ps(v[g], v[g], squares);
+    }
+    s->most[i] = _mm512_castsi512_ps(most), s->squares[i] = squares;
+}
+
+/* The scales (16), and inverse (16) theirs. What is not finite makes them not finite. Where squares
+ * vanish, below 1e-19, sums may pass 2^31 all the same: what that spoils is as small. */
+TEMPLATE __m512 group_scales(dword_of of, float inverse[16], group_sizes *s) {
+    const __m512 most = largest_of(s->most);
+    if (of == INT8) return scales(inverse, most, 127);
+    const __m512 share = _mm512_mul_ps(_mm512_sqrt_ps(sums_of(s->squares)),
+                                       _mm512_set1_ps((float)INT16_MOST / GROUP_LENGTH));
+    return scales(inverse, _mm512_max_ps(share, most), INT16_MOST);
+}
+
+/* The next powers of two; of 0 the least that has an inverse */
+TEMPLATE __m512 powers_above(float inverse[16], __m512 scale) {
+    const __m512 some = _mm512_max_ps(_mm512_set1_ps(0x1p-126f), scale); /* NaN passes */
+    const __m512 power = _mm512_scalef_ps(_mm512_set1_ps(2), _mm512_getexp_ps(some));
+    _mm512_storeu_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1), power));
+    return power;
+}
 
 /* 64 floats times inverse, rounded to nearest even, as bytes in their order */
-TEMPLATE __m512 to_int8(const __m512 v[4], float inverse) {
-    const __m512 f = _mm512_set1_ps(inverse);
+TEMPLATE __m512 to_int8(const __m512 v[4], __m512 inverse) {
     __m512i q[4];
-    UNROLL for (int i = 0; i < 4; i++) q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], f));
+    UNROLL for (int i = 0; i < 4; i++) q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], inverse));
     const __m512i lanes =
         _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_castsi512_ps(_mm512_permutexvar_epi32(order, lanes));
 }
 
-TEMPLATE void load_x64(__m512 v[4], const float *row, int n) {
-    UNROLL for (int i = 0; i < 4; i++) v[i] = load_first(row + 16 * i, n - 16 * i);
+/* Dwords 16h .. 16h+15 of a row's group */
+TEMPLATE __m512 integers(dword_of of, const __m512 v[4], float inverse, int h) {
+    const __m512 f = _mm512_set1_ps(inverse);
+    if (of == INT8) return to_int8(v, f);
+    return to_int16(_mm512_mul_ps(v[2 * h], f), _mm512_mul_ps(v[2 * h + 1], f));
 }
 
-TEMPLATE void load_w64(__m512 v[4], const uint8_t *row, int k, int n) {
-    UNROLL for (int i = 0; i < 4; i++) v[i] =
-        weights16(QEMB_F16, row, 1, k + 16 * i, first16(n - 16 * i));
-}
-
-TEMPLATE __m512 largest64(const __m512 v[4]) {
-    __m512i most = _mm512_setzero_si512();
-    UNROLL for (int i = 0; i < 4; i++) most = larger(most, v[i]);
-    return _mm512_castsi512_ps(most);
-}
-
-AVX512 static void pack_int8_x(const matmul_job *j, int tile, float *to) {
+TEMPLATE void pack_x_groups(dword_of of, const matmul_job *j, int tile, float *to) {
     const int K = j->w->cols, t = tile_start(j, tile), rows = tile_start(j, tile + 1) - t;
+    const int n = group_dwords(of);
     const __m512 offset = _mm512_castsi512_ps(_mm512_set1_epi8(-128));
-    for (int k = 0; k < K; k += 64, to += X_GROUP) {
+    for (int k = 0; k < K; k += GROUP, to += (n + 1) * MR) {
         const float *x = j->x + (size_t)t * K + k;
         float inverse[16];
         __m512 r[16], v[4];
+        group_sizes sizes;
         for (int i = 0; i < 16; i++) {
-            r[i] = _mm512_setzero_ps();
-            if (i < rows) load_x64(v, x + (size_t)i * K, K - k), r[i] = largest64(v);
+            UNROLL for (int g = 0; g < 4; g++) v[g] = _mm512_setzero_ps();
+            if (i < rows) load_x64(v, x + (size_t)i * K, K - k);
+            measure64(of, &sizes, i, v);
         }
-        const __m512 scale = scales(inverse, largest_of(r), 127);
-        for (int i = 0; i < 16; i++) {
-            r[i] = _mm512_setzero_ps();
-            if (i < rows) load_x64(v, x + (size_t)i * K, K - k), r[i] = to_int8(v, inverse[i]);
-            r[i] = _mm512_xor_ps(r[i], offset);
+        store_first(to + n * MR, group_scales(of, inverse, &sizes), MR);
+        for (int h = 0; h < n / 16; h++) {
+            for (int i = 0; i < 16; i++) {
+                r[i] = _mm512_setzero_ps();
+                if (i < rows)
+                    load_x64(v, x + (size_t)i * K, K - k), r[i] = integers(of, v, inverse[i], h);
+                if (of == INT8) r[i] = _mm512_xor_ps(r[i], offset);
+            }
+            store_x(to + 16 * h * MR, r);
         }
-        store_x(to, r);
-        store_first(to + 16 * MR, scale, MR);
     }
 }
 
-/* A group of 16 rows of W, of which r holds the bytes */
-TEMPLATE void store_w(float *to, __m512 r[16], __m512 scale) {
+/* to: dwords 16h .. 16h+15 of a group of 16 rows of W, of which r has the rows */
+TEMPLATE void store_w(dword_of of, float *to, __m512 r[16], int h) {
     const __m512 offset = _mm512_castsi512_ps(_mm512_set1_epi8(-128));
     __m512 sum = _mm512_setzero_ps();
     transpose(r);
     UNROLL for (int c = 0; c < 16; c++) {
-        _mm512_store_ps(to + (2 + c) * NR, r[c]);
-        sum = multiply_add(INT8, sum, offset, r[c]);
+        _mm512_store_ps(to + group_head(of) + (16 * h + c) * NR, r[c]);
+        if (of == INT8) sum = multiply_add(INT8, sum, offset, r[c]);
     }
-    _mm512_store_ps(to, scale);
-    _mm512_store_si512(to + NR, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_castps_si512(sum)));
+    if (of == INT8)
+        _mm512_store_si512(to + NR,
+                           _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_castps_si512(sum)));
 }
 
-AVX512 static void pack_int8_f16(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {
-    const qemb_mat *w = p->w;
-    for (int h = 0; h < 2; h++) {
+TEMPLATE void pack_w_groups(dword_of of, qemb_dtype dtype, float *panel, const w_panel *p, int k0,
+                            int k1, size_t ahead) {
+    const int bytes = dtype == QEMB_I8 ? 1 : 2, n = group_dwords(of);
+    for (int half = 0; half < 2; half++) {
         w_rows row;
-        find_rows(row, w, p->row[h], 2);
-        float *to = panel + 16 * h;
-        for (int k = k0; k < k1; k += 64, to += W_GROUP) {
+        find_rows(row, p->w, p->row[half], bytes);
+        float *to = panel + 16 * half, file_scale[16][16];
+        for (int k = k0; k < k1; k += GROUP, to += group_head(of) + n * NR) {
+            const float *s = file_scale[k / QEMB_GROUP % 16];
             float inverse[16];
             __m512 r[16], v[4];
-            prefetch_rows(row, (size_t)k * 2, ahead * 2);
-            prefetch_rows(row, (size_t)k * 2 + 64, ahead * 2);
-            for (int i = 0; i < 16; i++) load_w64(v, row[i], k, w->cols - k), r[i] = largest64(v);
-            const __m512 scale = scales(inverse, largest_of(r), 127);
-            for (int i = 0; i < 16; i++)
-                load_w64(v, row[i], k, w->cols - k), r[i] = to_int8(v, inverse[i]);
-            store_w(to, r, scale);
+            group_sizes sizes;
+            if (dtype == QEMB_I8) next_scales(file_scale, p->w, p->row[half], k, k0);
+            for (int b = 0; b < bytes; b++)
+                prefetch_rows(row, (size_t)k * bytes + 64 * b, ahead * bytes);
+            for (int i = 0; i < 16; i++) {
+                load_w64(dtype, v, row[i], dtype == QEMB_I8 ? s[i] : 1, k, p->w->cols - k);
+                measure64(of, &sizes, i, v);
+            }
+            __m512 scale = group_scales(of, inverse, &sizes);
+            if (of == INT16) scale = powers_above(inverse, scale);
+            _mm512_store_ps(to, scale);
+            for (int h = 0; h < n / 16; h++) {
+                for (int i = 0; i < 16; i++) {
+                    load_w64(dtype, v, row[i], dtype == QEMB_I8 ? s[i] : 1, k, p->w->cols - k);
+                    r[i] = integers(of, v, inverse[i], h);
+                }
+                store_w(of, to, r, h);
+            }
         }
     }
 }
 
+#define PACK_GROUPS(name, of)                                                                      \
+    AVX512 static void name##_x(const matmul_job *j, int tile, float *to) {                        \
+        pack_x_groups(of, j, tile, to);                                                            \
+    }                                                                                              \
+    AVX512 static void name##_f16(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {  \
+        pack_w_groups(of, QEMB_F16, panel, p, k0, k1, ahead);                                      \
+    }
+PACK_GROUPS(pack_int8, INT8)
+PACK_GROUPS(pack_int16, INT16)
+
+AVX512 static void pack_int16_i8(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {
+    pack_w_groups(INT16, QEMB_I8, panel, p, k0, k1, ahead);
+}
+
+/* An INT8 file's bytes and scales as they are */
 AVX512 static void pack_int8_i8(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {
     const qemb_mat *w = p->w;
     for (int h = 0; h < 2; h++) {
         w_rows row;
         float *to = panel + 16 * h, scale[16][16];
         find_rows(row, w, p->row[h], 1);
-        for (int k = k0; k < k1; k += 64, to += W_GROUP) {
+        for (int k = k0; k < k1; k += GROUP, to += W_GROUP8) {
             __m512 r[16];
             const __mmask64 some = w->cols - k >= 64 ? ~0ull : (1ull << (w->cols - k)) - 1;
             prefetch_rows(row, (size_t)k, ahead);
             UNROLL for (int i = 0; i < 16; i++) r[i] =
                 _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(some, row[i] + k));
             next_scales(scale, w, p->row[h], k, k0);
-            store_w(to, r, _mm512_loadu_ps(scale[k / QEMB_GROUP % 16]));
+            _mm512_store_ps(to, _mm512_loadu_ps(scale[k / QEMB_GROUP % 16]));
+            store_w(INT8, to, r, 0);
         }
     }
 }
@@ -477,6 +562,7 @@ AVX512 static void swiglu_8bit(const matmul_job *j, int t, int rows, int p, cons
 
 static const arithmetic arithmetics[] = {
     [QEMB_MATH_F32] = {.per_dword = 1,
+                       .columns = 16,
                        .x_floats = 16 * MR,
                        .w_floats = 16 * HALF_ROW,
                        .pack_x = pack_f32_x,
@@ -484,14 +570,23 @@ static const arithmetic arithmetics[] = {
                        .widen = widen,
                        .swiglu = swiglu_f32},
     [QEMB_MATH_BF16] = {.per_dword = 2,
+                        .columns = 32,
                         .x_floats = 16 * MR,
                         .w_floats = 16 * DWORD_ROW,
                         .pack_x = pack_bf16_x,
                         .of = {{1, pack_bf16_f16, tile_bf16}, {0, pack_bf16_i8, tile_bf16}},
                         .swiglu = swiglu_8bit},
+    [QEMB_MATH_INT16] = {.per_dword = 2,
+                         .columns = GROUP,
+                         .x_floats = X_GROUP16,
+                         .w_floats = W_GROUP16,
+                         .pack_x = pack_int16_x,
+                         .of = {{1, pack_int16_f16, tile_int16}, {0, pack_int16_i8, tile_int16}},
+                         .swiglu = swiglu_f32},
     [QEMB_MATH_INT8] = {.per_dword = 4,
-                        .x_floats = X_GROUP,
-                        .w_floats = W_GROUP,
+                        .columns = GROUP,
+                        .x_floats = X_GROUP8,
+                        .w_floats = W_GROUP8,
                         .pack_x = pack_int8_x,
                         .of = {{1, pack_int8_f16, tile_int8}, {1, pack_int8_i8, tile_int8}},
                         .swiglu = swiglu_8bit},
@@ -499,10 +594,10 @@ static const arithmetic arithmetics[] = {
 
 /* Floats of a tile of x, a placed panel of W, with the first K columns */
 static size_t x_floats(const arithmetic *a, int K) {
-    return (size_t)ceil_div(K, 16 * a->per_dword) * (size_t)a->x_floats;
+    return (size_t)ceil_div(K, a->columns) * (size_t)a->x_floats;
 }
 static size_t w_floats(const arithmetic *a, int K) {
-    return (size_t)ceil_div(K, 16 * a->per_dword) * (size_t)a->w_floats;
+    return (size_t)ceil_div(K, a->columns) * (size_t)a->w_floats;
 }
 
 /* ---- place: matrices become panels when they are given, one after the other, each with all its
@@ -565,6 +660,7 @@ static size_t place_layers(const arithmetic *a, qemb_layer *layers, int n_layers
     }
 CONVERTED(f32_converted, QEMB_MATH_F32)
 CONVERTED(bf16_converted, QEMB_MATH_BF16)
+CONVERTED(int16_converted, QEMB_MATH_INT16)
 CONVERTED(int8_converted, QEMB_MATH_INT8)
 
 static int avx512_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
@@ -735,6 +831,7 @@ static int open_table(qemb_backend **be, const qemb_ops *ops, const cpu_kernels 
 
 TABLE(avx512_ops, "avx512", QEMB_MATH_F32, avx512_attention_f32, f32_converted)
 TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, avx512_attention_int16, bf16_converted)
+TABLE(avx512_int16_ops, "avx512-int16", QEMB_MATH_INT16, avx512_attention_int16, int16_converted)
 TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, avx512_attention_int16, int8_converted)
 
 #endif

@@ -237,6 +237,14 @@ TEMPLATE void transpose(__m512 r[16]) {
 
 /* ---- scales */
 
+/* Sums (16) of rows of which r has the lanewise ones */
+TEMPLATE __m512 sums_of(__m512 r[16]) {
+    transpose(r);
+    UNROLL for (int step = 8; step; step /= 2) UNROLL for (int i = 0; i < step; i++) r[i] =
+        _mm512_add_ps(r[i], r[i + step]);
+    return r[0];
+}
+
 /* Magnitudes as integers: they compare as floats do, and NaN is the largest of all. */
 TEMPLATE __m512i larger(__m512i a, __m512 v) {
     return _mm512_max_epu32(
@@ -256,6 +264,17 @@ TEMPLATE __m512 scales(float inverse[16], __m512 v, float n) {
     const __mmask16 some = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
     _mm512_storeu_ps(inverse, _mm512_maskz_div_ps(some, _mm512_set1_ps(n), v));
     return _mm512_div_ps(v, _mm512_set1_ps(n));
+}
+
+/* ---- integers of 16 bits */
+
+enum { INT16_MOST = 32767 };
+
+/* Two vectors of floats, rounded to nearest even: dword i holds numbers 2i and 2i+1 of 32. */
+TEMPLATE __m512 to_int16(__m512 lo, __m512 hi) {
+    const __m512i lanes = _mm512_packs_epi32(_mm512_cvtps_epi32(lo), _mm512_cvtps_epi32(hi));
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi64(order, lanes));
 }
 
 /* ---- cpu_avx512_attention.c: cpu_kernels' attention, of floats and of 16 bit integers (VNNI) */

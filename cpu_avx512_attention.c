@@ -9,42 +9,28 @@
  *
  * A dword is a float, or two integers of 16 bits: twice the speed, with more of a number's bits than
  * bfloat16 keeps. Each query and key is scaled to a length of INT16_LENGTH, so that no product of
- * two can pass 2^30 (Cauchy and Schwarz), and each value to a largest magnitude of INT16_MOST. A
- * tile's weights, each times its value's scale, are scaled to a sum of INT16_MOST, so that no sum of
- * values can pass 2^30 by more than the rounding of CPU_KEYS weights. */
+ * two can pass 2^30 (Cauchy and Schwarz), and each value to a largest magnitude of VALUE_MOST. A
+ * tile's weights, each times its value's scale, are scaled to a largest of INT16_MOST and a sum of
+ * WEIGHTS_MOST at most, so that no sum of values can pass 2^31, rounding of CPU_KEYS weights
+ * included: where weights are even, both sides err alike. */
 #include "cpu_avx512.h"
 
 #if defined(__x86_64__)
 
-/* Of queries packed (dwords, MR) times keys, and of weights in rows of CPU_KEYS numbers times values */
+/* Queries packed (dwords, MR) times keys, weights in rows of CPU_KEYS numbers times values */
 TILE(scores_f32, F32, DWORDS, 1, MR)
 TILE(scores_int16, INT16, DWORDS, 1, MR)
 TILE(values_f32, F32, DWORDS, CPU_KEYS, 1)
 TILE(values_int16, INT16, DWORDS, CPU_KEYS, 1)
 
-enum { INT16_MOST = 32767, INT16_LENGTH = 32700 };
+enum { INT16_LENGTH = 32700, VALUE_MOST = 8187, WEIGHTS_MOST = 8 * INT16_MOST };
 
 TEMPLATE int per_dword(dword_of of) { return of == INT16 ? 2 : 1; }
 TEMPLATE int head_dwords(dword_of of, const attention_tile *w) {
     return ceil_div(w->hd, per_dword(of));
 }
 
-/* Two vectors of floats, rounded to nearest even: dword i holds numbers 2i and 2i+1 of 32. */
-TEMPLATE __m512 to_int16(__m512 lo, __m512 hi) {
-    const __m512i lanes = _mm512_packs_epi32(_mm512_cvtps_epi32(lo), _mm512_cvtps_epi32(hi));
-    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi64(order, lanes));
-}
-
-/* Sums (16) of rows of which r has the lanewise ones */
-TEMPLATE __m512 sums_of(__m512 r[16]) {
-    transpose(r);
-    UNROLL for (int step = 8; step; step /= 2) UNROLL for (int i = 0; i < step; i++) r[i] =
-        _mm512_add_ps(r[i], r[i + step]);
-    return r[0];
-}
-
-/* Their maxima. A NaN may be lost: its own exp is NaN all the same. */
+/* Maxima (16) of rows of which r has the lanewise ones. A NaN may be lost: its own exp is NaN all the same. */
 TEMPLATE __m512 maxima_of(__m512 r[16]) {
     transpose(r);
     UNROLL for (int step = 8; step; step /= 2) UNROLL for (int i = 0; i < step; i++) r[i] =
@@ -119,7 +105,7 @@ TEMPLATE void attention_load_values(dword_of of, const attention_tile *w, int k0
                     most = larger(most, load_first(row[i] + d, hd - d));
                 r[i] = _mm512_castsi512_ps(most);
             }
-            _mm512_storeu_ps(w->value_scale + j, scales(inverse, largest_of(r), INT16_MOST));
+            _mm512_storeu_ps(w->value_scale + j, scales(inverse, largest_of(r), VALUE_MOST));
         }
         for (int i = 0; i < min_int(16, n - j); i += per) {
             float *to = w->values + (j + i) / per * NR;
@@ -186,7 +172,7 @@ TEMPLATE void attention_softmax(dword_of of, const attention_tile *w, int R, int
         const int rows = min_int(16, R - first);
         const __m512 low = _mm512_set1_ps(-INFINITY), zero = _mm512_setzero_ps();
         float *s = w->s + (size_t)first * CPU_KEYS, *max = w->max + first, older[16];
-        __m512 m[16], sum[16], weighted[16];
+        __m512 m[16], sum[16], weighted[16], top[16];
         for (int i = 0; i < rows; i++) {
             const int seen = keys_seen(w, first + i, q0, k0);
             m[i] = low;
@@ -202,7 +188,7 @@ TEMPLATE void attention_softmax(dword_of of, const attention_tile *w, int R, int
             const int seen = keys_seen(w, first + i, q0, k0);
             const __m512 mi = _mm512_set1_ps(max[i]);
             float *e = s + i * CPU_KEYS;
-            sum[i] = weighted[i] = zero;
+            sum[i] = weighted[i] = top[i] = zero;
             for (int j = 0; j < seen; j += 16) {
                 const __mmask16 some = first16(seen - j);
                 __m512 v = _mm512_sub_ps(scores16(of, w, e, j, some), mi);
@@ -211,17 +197,21 @@ TEMPLATE void attention_softmax(dword_of of, const attention_tile *w, int R, int
                 if (of == INT16) {
                     v = _mm512_maskz_mul_ps(some, v, _mm512_loadu_ps(w->value_scale + j));
                     weighted[i] = _mm512_add_ps(weighted[i], v);
+                    top[i] = _mm512_max_ps(top[i], v);
                 }
                 _mm512_storeu_ps(e + j, v);
             }
             for (int j = round_up(seen, 16); j < end; j += 16) _mm512_storeu_ps(e + j, zero);
         }
-        for (int i = rows; i < 16; i++) sum[i] = weighted[i] = zero;
+        for (int i = rows; i < 16; i++) sum[i] = weighted[i] = top[i] = zero;
         const __m512 old = _mm512_mul_ps(load_first(w->sum + first, rows), factor);
         store_first(w->sum + first, _mm512_add_ps(old, sums_of(sum)), rows);
         if (of == INT16) {
             float to[16];
-            store_first(w->weight_scale + first, scales(to, sums_of(weighted), INT16_MOST), rows);
+            const __m512 share =
+                _mm512_mul_ps(sums_of(weighted), _mm512_set1_ps((float)INT16_MOST / WEIGHTS_MOST));
+            store_first(w->weight_scale + first,
+                        scales(to, _mm512_max_ps(maxima_of(top), share), INT16_MOST), rows);
             for (int i = 0; i < rows; i++) {
                 float *e = s + i * CPU_KEYS;
                 const __m512 f = _mm512_set1_ps(to[i]);

@@ -709,13 +709,13 @@ static int has_avx512_vnni(void) { return has_avx512() && __builtin_cpu_supports
 /* ---- the choice ------------------------------------------------------------------------------- */
 
 const qemb_ops *qemb_cpu_table(int i) {
-    const qemb_ops *tables[5] = {&qemb_cpu_ops};
+    const qemb_ops *tables[6] = {&qemb_cpu_ops};
     int n = 1;
 #if defined(__x86_64__)
     if (has_avx2()) tables[n++] = &avx2_ops;
     if (has_avx512()) tables[n++] = &avx512_ops;
     if (has_avx512_vnni() && has_avx512_bf16()) tables[n++] = &avx512_bf16_ops;
-    if (has_avx512_vnni()) tables[n++] = &avx512_int8_ops;
+    if (has_avx512_vnni()) tables[n++] = &avx512_int16_ops, tables[n++] = &avx512_int8_ops;
 #endif
     return i >= 0 && i < n ? tables[i] : NULL;
 }

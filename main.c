@@ -167,7 +167,7 @@ static const char help[] =
     "  --batch-tokens N     tokens that are computed together [1024; on a GPU 8192]\n"
     "  --threads N          CPU threads                                     [all]\n"
     "  --cpu NAME           plain, avx2 or avx512: the instructions    [the fastest]\n"
-    "  --math NAME          f32, bf16 or int8; on a GPU f16 or fp8      [f32; f16]\n"
+    "  --math NAME          f32, bf16, int16, int8; on a GPU f16, fp8   [f32; f16]\n"
     "  --vram MIB, --deterministic, --no-graphs, --hopper, --cache DIR  GPU: man qemb\n"
     "  --on-error WHAT      record, zero, skip, stop      [record; binary: stop]\n"
     "  --stats              a summary on stderr at the end\n"

@@ -230,11 +230,12 @@ typedef struct {
 
 /* What a table multiplies in. Sums, and all that is not a matrix product, are at least float. */
 typedef enum {
-    QEMB_MATH_F32,  /* weights as the file has them, activations in float */
-    QEMB_MATH_BF16, /* both rounded to bfloat16 */
-    QEMB_MATH_INT8, /* both scaled to 8 bit integers, 64 of a row at a time */
-    QEMB_MATH_FP8,  /* weights by row, activations by token, scaled to e4m3 */
-    QEMB_MATH_F16   /* both in half */
+    QEMB_MATH_F32,   /* weights as the file has them, activations in float */
+    QEMB_MATH_BF16,  /* both rounded to bfloat16 */
+    QEMB_MATH_INT16, /* both scaled to 16 bit integers, 64 of a row at a time */
+    QEMB_MATH_INT8,  /* both scaled to 8 bit integers, 64 of a row at a time */
+    QEMB_MATH_FP8,   /* weights by row, activations by token, scaled to e4m3 */
+    QEMB_MATH_F16    /* both in half */
 } qemb_math;
 
 /* One table per backend and arithmetic. Ops return void, assert on misuse, and read and write only what their
@@ -304,7 +305,8 @@ extern const qemb_ops qemb_cpu_ops; /* qemb.c: plain C, OpenMP; "plain" */
  * unknown here. */
 const qemb_ops *qemb_cpu_table(int i);
 const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math);
-const qemb_ops *qemb_cpu_mapped(void); /* the fastest in float that reads the map and copies nothing */
+const qemb_ops *
+qemb_cpu_mapped(void); /* the fastest in float that reads the map and copies nothing */
 
 /* ---- the engine ---------------------------------------------------------------------------- */
 

@@ -131,7 +131,7 @@ static const char help[] =
     "  --batch-tokens N       tokens that are computed together        [1024]\n"
     "  --threads N            CPU threads of the model                 [all]\n"
     "  --cpu NAME             plain, avx2 or avx512: the instructions  [the fastest]\n"
-    "  --math NAME            f32, bf16 or int8; on a GPU f16 or fp8   [f32; f16]\n"
+    "  --math NAME            f32, bf16, int16, int8; on a GPU f16, fp8 [f32; f16]\n"
     "  --vram MIB             on a GPU: memory to use at most          [free]\n"
     "  --deterministic        on a GPU: no bit depends on what else is computed\n"
     "  --no-graphs            on a GPU: no CUDA graphs for small batches\n"

@@ -102,22 +102,30 @@ Test(ops, rmsnorm) {
 }
 
 /* What a product errs by for its factors' rounding, summed over a row: x (K), row n of W. bfloat16
- * keeps 8 bits: each factor errs by 2^-8 of itself. INT8 rounds x to steps of its largest magnitude /
- * 127 in some part of the row or all of it, and W of halves likewise: half a step each, which a part's
- * own largest only makes smaller. W that is INT8 already stays what it is. */
+ * keeps 8 bits: each factor errs by 2^-8 of itself. Integers err by half a step, of a group of 64 of x
+ * and of W: of 8 bits its largest magnitude / 127, and W that is INT8 already stays what it is; of 16
+ * bits that / 32767 or the group's length / 46330, what is more, and of W up to twice as much, as its
+ * steps are powers of two. */
 static double rounding(qemb_math math, const float *x, const qemb_mat *w, int n) {
     const int K = w->cols;
-    double x_step = 0, w_step = 0, size = 0, err = 0;
-    for (int k = 0; k < K; k++) {
-        x_step = fmax(x_step, fabs((double)x[k]) / 127);
-        w_step = fmax(w_step, fabs(oracle_weight(w, n, k)) / 127);
-        size += fabs(x[k] * oracle_weight(w, n, k));
+    double err = 0;
+    for (int k0 = 0; k0 < K; k0 += 64) {
+        double most[2] = {0, 0}, square[2] = {0, 0}, step[2], size[2] = {0, 0};
+        for (int k = k0; k < K && k < k0 + 64; k++) {
+            const double v[2] = {x[k], oracle_weight(w, n, k)};
+            for (int i = 0; i < 2; i++)
+                most[i] = fmax(most[i], fabs(v[i])), square[i] += v[i] * v[i],
+                size[i] += fabs(v[i]);
+            if (math == QEMB_MATH_BF16) err += fabs(v[0] * v[1]) * (0x1p-7 + 0x1p-16);
+        }
+        for (int i = 0; i < 2; i++)
+            step[i] = math == QEMB_MATH_INT8 ? most[i] / 127
+                                             : fmax(most[i] / 32767, sqrt(square[i]) / 46330);
+        if (math == QEMB_MATH_INT16) step[1] *= 2;
+        if (math == QEMB_MATH_INT8 && w->dtype == QEMB_I8) step[1] = 0;
+        if (math == QEMB_MATH_INT8 || math == QEMB_MATH_INT16)
+            err += size[0] * step[1] / 2 + size[1] * step[0] / 2 + 64 * step[0] * step[1] / 4;
     }
-    if (math == QEMB_MATH_BF16) return size * (0x1p-7 + 0x1p-16);
-    if (w->dtype == QEMB_I8) w_step = 0;
-    for (int k = 0; math == QEMB_MATH_INT8 && k < K; k++)
-        err += (fabs((double)x[k]) + x_step / 2) * w_step / 2 +
-               fabs(oracle_weight(w, n, k)) * x_step / 2;
     return err;
 }
 
@@ -180,6 +188,47 @@ Test(ops, matmul) {
             check_matmul(qemb_cpu_table(o), dtype, 7, 33, 2100, 1, 0); /* blocks of up to 2,048 */
         }
     }
+}
+
+/* Sums as large as integers of 16 bits make them: x along W, groups of even numbers, of one number and
+ * of one among small ones. A sum that passed 2^31 would come back with another sign. */
+Test(ops, matmul_of_parallel_rows) {
+    enum { T = 5, N = 33, K = 200 };
+    const qemb_config c = {
+        .n_layers = 1, .hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+    const double large[] = {1, 1e10, 1e17, 1e-10, 1e-17};
+    static uint16_t W[N * K];
+    static float x[T * K], y[T * N];
+    for (int o = 0; qemb_cpu_table(o); o++)
+        for (int sign = -1; sign <= 1; sign += 2) {
+            qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
+            const qemb_mat m = {W, N, K, QEMB_F16, 1, NULL};
+            qemb_mat placed = m;
+            for (int n = 0; n < N; n++)
+                for (int k = 0; k < K;
+                     k++) /* 1 everywhere, in one column of 64, or 63 times 2^-4 */
+                    W[n * K + k] = k % 64 == n % 64 || n % 3 == 0 ? 0x3c00
+                                   : n % 3 == 1                   ? 0
+                                                                  : 0x2c00;
+            for (int t = 0; t < T; t++)
+                for (int k = 0; k < K; k++)
+                    x[t * K + k] = (float)(sign * large[t] * oracle_half(W[7 * t * K + k]));
+            place_matrices(qemb_cpu_table(o), be, &placed, NULL);
+            qemb_cpu_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &placed, T);
+            for (int t = 0; t < T; t++) {
+                double *xd = doubles(x + t * K, K), want[N], size[N];
+                oracle_matvec(want, size, xd, &m);
+                for (int n = 0; n < N; n++) {
+                    const double tol =
+                        (K + 4) * U * size[n] + rounding(qemb_cpu_table(o)->math, x + t * K, &m, n);
+                    cr_assert_not(far_off(y[t * N + n], want[n], SLACK * tol),
+                                  "%s (%d,%d): %g, want %g +- %g", qemb_cpu_table(o)->name, t, n,
+                                  (double)y[t * N + n], want[n], tol);
+                }
+                free(xd);
+            }
+            qemb_cpu_table(o)->close(be);
+        }
 }
 
 /* A head's norm errs 3U; a cos - b sin adds the table's U, the product's and the sum's. */
@@ -259,7 +308,7 @@ Test(ops, rope_reaches_the_last_position) {
  * Other arithmetics than float multiply integers. A number of q errs by half a step, |q| / 32700, one
  * of k likewise: a score by |q||k| / 32700 (Cauchy and Schwarz), for which exp is no longer a line,
  * and exp itself by 2^-14. Of up to 128 keys a weight times its value's scale errs by half of the sum
- * of those / 32767, a value by half of its row's largest / 32767. */
+ * of those / 32767, a value by half of its row's largest / 8187. */
 static void check_attention(const qemb_ops *op, const qemb_config *c, const int *lengths, int B,
                             int P, double scale, int last_only) {
     const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, ld = (H + 2 * K) * hd,
@@ -316,8 +365,9 @@ static void check_attention(const qemb_ops *op, const qemb_config *c, const int 
                 const double e = expm1(2 * score) + (2 * (t + 1) + 4 * (t / 64 + 1) + 5) * U +
                                  integers * 0x1p-14;
                 const double got = att[row * Q + k], w = want[(size_t)t * Q + k];
-                const double tol = 2 * e * size[(size_t)t * Q + k] +
-                                   integers * (128 + 1) / 2. / 32767 * span[(size_t)t * Q + k];
+                const double tol =
+                    2 * e * size[(size_t)t * Q + k] +
+                    integers * (128. / 32767 + 1. / 8187) / 2 * span[(size_t)t * Q + k];
                 cr_assert_not(far_off(got, w, SLACK * tol),
                               "%s B=%d P=%d text %d (%d,%d): %g, want %g", op->name, B, P, i, t, k,
                               got, w);
@@ -346,10 +396,45 @@ Test(ops, attention_with_large_scores) {
         check_attention(qemb_cpu_table(o), &small_configs[1], lengths, 2, 5, 8, 0);
 }
 
+/* Equal values under even weights, and one that takes all of it: what integers sum up to is largest
+ * here. The mean of equal numbers is that number, but for the weights' rounding. */
+Test(ops, attention_of_equal_values) {
+    const int T = 300;
+    for (int o = 0; qemb_cpu_table(o); o++)
+        for (int peak = 0; peak < 2; peak++) {
+            const qemb_ops *op = qemb_cpu_table(o);
+            const qemb_config *c = &small_configs[1];
+            const int Q = c->n_heads * c->head_dim, KV = c->n_kv_heads * c->head_dim;
+            float *qkv = calloc((size_t)T * (Q + 2 * KV), sizeof *qkv);
+            float *att = calloc((size_t)T * Q, sizeof *att);
+            int32_t cu[] = {0, T}, *pos = malloc((size_t)T * sizeof *pos);
+            for (int t = 0; t < T; t++) {
+                float *row = qkv + (size_t)t * (Q + 2 * KV);
+                pos[t] = t;
+                for (int i = 0; i < Q; i++) row[i] = 10;
+                for (int i = 0; peak && t == 0 && i < KV; i++) row[Q + i] = 10;
+                for (int i = 0; i < KV; i++) row[Q + KV + i] = -3;
+            }
+            qemb_backend *be = backend(op, c, T, 2);
+            const qemb_layout b = {1, T, 0, NULL, pos, cu};
+            op->begin(be, &b);
+            op->attention(be, (qemb_act *)att, (qemb_act *)qkv, &b, 0);
+            const double tol =
+                3 * (op->math == QEMB_MATH_F32 ? (2 * T + 5) * U
+                                               : 2 * 0x1p-14 + (128. / 32767 + 1. / 8187) / 2);
+            for (int i = 0; i < T * Q; i++)
+                cr_assert_not(far_off(att[i], -3, SLACK * tol), "%s (%d): %g", op->name, i,
+                              (double)att[i]);
+            free(qkv), free(att), free(pos);
+            op->close(be);
+        }
+}
+
 /* Relative, where the result is not below FLT_MIN: expf, 1 + e, the division, times up; what is rounded
  * to 8 bits next may have an exp of 2^-14.5 and an inverse of 2^-14. */
 static double swiglu_error(const qemb_ops *op) {
-    return 6 * SLACK * U + (op->math == QEMB_MATH_F32 ? 0 : 0x1p-13);
+    const int rough = op->math == QEMB_MATH_BF16 || op->math == QEMB_MATH_INT8;
+    return 6 * SLACK * U + (rough ? 0x1p-13 : 0);
 }
 
 /* W is the identity, so gate and up are x to the bit, or x as the arithmetic rounds it. */

@@ -920,7 +920,7 @@ def test_plan():
     assert longest(64) < longest(2048)
     assert "copied" not in out("plan", "--cpu", "plain").decode()
     # halves, or a byte for each of 688,128 weights and a half for each 64, in whole panels of 32 rows
-    for math, least, most in ("f32", 1.2, 1.5), ("int8", 0.6, 0.9):
+    for math, least, most in ("f32", 1.2, 1.5), ("int16", 1.2, 1.5), ("int8", 0.6, 0.9):
         if b"avx512" in qemb("--cpu", "roman").stderr and math.encode() in qemb("--math", "roman").stderr:
             copied = re.search(r"([0-9.]+) MiB  layers, copied", out("plan", "--math", math).decode())
             assert least < float(copied[1]) < most

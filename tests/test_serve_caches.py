@@ -143,7 +143,7 @@ def test_models_do_not_share_keys(redis, tmp_path):
 
 def test_arithmetics_share_no_vectors(redis):
     lists, stored = [[1, 2, 3], [4, 5]], 0
-    for math in ("f32", "bf16", "int8"):
+    for math in ("f32", "bf16", "int16", "int8"):
         command = [QEMB, "-m", MODEL, "--math", math, "--input", "jsonl", "--output", "base64"]
         records = "".join(json.dumps({"ids": ids}) + "\n" for ids in lists).encode()
         done = subprocess.run(command, input=records, stdout=subprocess.PIPE, timeout=GUARD)

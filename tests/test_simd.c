@@ -17,7 +17,7 @@ Test(simd, the_choice) {
     cr_assert_null(qemb_cpu_choose("", QEMB_MATH_F32));
     cr_assert_null(qemb_cpu_table(-1));
     int n = 0;
-    const qemb_ops *last[4] = {NULL};
+    const qemb_ops *last[5] = {NULL};
     for (; qemb_cpu_table(n); n++) {
         const qemb_ops *op = qemb_cpu_table(n);
         char name[32];
@@ -34,7 +34,7 @@ Test(simd, the_choice) {
         cr_assert_null(qemb_cpu_choose(name, op->math));
         last[op->math] = op;
     }
-    for (int m = 0; m < 4; m++) cr_assert_eq(qemb_cpu_choose(NULL, (qemb_math)m), last[m]);
+    for (int m = 0; m < 5; m++) cr_assert_eq(qemb_cpu_choose(NULL, (qemb_math)m), last[m]);
     const qemb_ops *avx2 = qemb_cpu_choose("avx2", QEMB_MATH_F32);
     cr_assert_eq(qemb_cpu_mapped(), avx2 ? avx2 : &qemb_cpu_ops);
     cr_assert_null(qemb_cpu_table(n + 1));
@@ -51,6 +51,10 @@ Test(simd, avx512_runs_here) {
 
 Test(simd, avx512_bf16_runs_here) {
     if (!qemb_cpu_choose("avx512", QEMB_MATH_BF16)) cr_skip_test("this CPU has no AVX512_BF16");
+}
+
+Test(simd, avx512_int16_runs_here) {
+    if (!qemb_cpu_choose("avx512", QEMB_MATH_INT16)) cr_skip_test("this CPU has no AVX512_VNNI");
 }
 
 Test(simd, avx512_int8_runs_here) {
