@@ -32,6 +32,8 @@ GUARD = 60  # seconds after which a hang is one; nothing here is timed
 BINARY = Path(QEMB).read_bytes() if os.path.exists(QEMB) else b""
 # OpenMP's threads would wait for each other spinning, which is slow on a machine with other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A job in the background may begin with SIGINT ignored, and would hand that on to every program here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 SANITIZED = b"__asan_init" in BINARY or b"__tsan_init" in BINARY
 
 TEXTS = [
