@@ -12,7 +12,12 @@ static inline int omp_get_thread_num(void) { return 0; }
 static inline int omp_get_num_procs(void) { return 1; }
 #endif
 
-/* The arithmetic of the vector tables' ops: one row, or one block of attention. Sizes are the
+static inline int min_int(int a, int b) { return a < b ? a : b; }
+static inline int max_int(int a, int b) { return a > b ? a : b; }
+static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+static inline int round_up(int a, int to) { return ceil_div(a, to) * to; }
+
+/* What the vector tables' ops do with their instructions: one row, or one block of attention. Sizes are the
  * model's and may be odd; nothing past them is read or written. */
 struct attention_tile;
 typedef struct {
@@ -43,8 +48,8 @@ struct qemb_backend {
     int rope_rows;
     float *scratch; /* (threads, scratch_floats): an op's tiles and panels, aligned to 64 bytes */
     size_t scratch_floats;
-    void (*placed)(int layers, int of); /* the options' */
-    const qemb_ops *ops;                /* of an AVX-512 table: which of them */
+    void (*placed)(int layers, int of);  /* the options' */
+    const struct arithmetic *arithmetic; /* of a table with panels: see cpu_panels.h */
     const cpu_kernels *kernels; /* this and the next: NULL in a plain table, which has OpenMP */
     struct cpu_pool *pool;      /* NULL as well where there is one thread */
     float *packed;              /* a matmul's x as its tiles want it */

@@ -3,26 +3,16 @@
  * has them.
  *
  * The promise is qemb.c's: a row's result depends on that row alone, bit for bit. Every sum has one
- * order: a matmul adds up columns one dword (see cpu_avx512.h) after the other within KC of them, in
- * however many rows a tile has.
+ * order.
  */
 #include "cpu_avx512.h"
 
 #if defined(__x86_64__)
 
-#include <assert.h>
-#include <string.h>
-
 enum {
-    KC = 3072,            /* dwords of a packed panel: KC x NR of them, 384 KiB of an L2 cache */
     ATTENTION_ROWS = 512, /* keys and values are brought in form once for so many */
-    ITEM_TILES = 24,      /* tiles of x times panels of W in a work item, or one panel */
-    FEW_TILES = 3,        /* up to so many tiles of x read a panel as it was placed */
-    X_ROWS = 86 * MR      /* rows of x that are packed at a time, and share one packing of W */
+    GROUP_ROWS = MR / 2,  /* of a tile of integers: there are two sums for each, floats too */
 };
-
-static float *f32(qemb_act *a) { return (float *)a; }
-static const float *cf32(const qemb_act *a) { return (const float *)a; }
 
 AVX512 void avx512_exp(float *y, const float *x, int n) {
     for (int i = 0; i < n; i += 16) store_first(y + i, exp16(load_first(x + i, n - i)), n - i);
@@ -94,19 +84,6 @@ TILE(tile_f16, F32, HALVES, 1, MR)
 TILE(tile_f32, F32, DWORDS, 1, MR)
 TILE(tile_bf16, BF16, DWORDS, 1, MR)
 
-/* Integers come in groups of 64 columns, each with a scale per row. Of x: dwords (n, MR), bytes with
- * 128 added, then scales (MR). Of W: scales (NR), of bytes -128 times the sums of the group's (NR),
- * which takes x's 128 out again, then dwords (n, NR). Sums of a group are exact. */
-enum {
-    GROUP = 64,
-    GROUP_ROWS = MR / 2, /* there are two sums for each, of integers and of floats */
-    X_GROUP8 = (GROUP / 4 + 1) * MR,
-    X_GROUP16 = (GROUP / 2 + 1) * MR,
-    W_GROUP8 = (GROUP / 4 + 2) * NR,
-    W_GROUP16 = (GROUP / 2 + 1) * NR,
-    PANEL_FLOATS = KC / (GROUP / 4) * W_GROUP8, /* of the largest arithmetic's panel */
-};
-
 /* A group's dwords of a row */
 TEMPLATE int group_dwords(dword_of of) { return of == INT8 ? GROUP / 4 : GROUP / 2; }
 /* Floats of W before them */
@@ -157,65 +134,6 @@ TEMPLATE void tile_rows_groups(dword_of of, const tile_out *o, int rows, const f
     }
 TILE_GROUPS(tile_int8, INT8)
 TILE_GROUPS(tile_int16, INT16)
-
-/* ---- matmul: y = alpha x W^T ------------------------------------------------------------------
- * x is packed in tiles of MR rows, in the arithmetic's dwords, all of them before the products. An
- * item is some panels of W and all tiles of x: every tile meets a panel, KC dwords of its columns at a
- * time, and fetches a share of the next. Dwords that a row ends within are filled up with zeros.
- *
- * Most matrices are placed as panels (below); where one is not, packing costs about 0.4 cycles a dword
- * of W, of which each row takes 1/16. In float, panels of F16 matrices are halves; as a conversion
- * takes the time of a multiplication, many tiles have the panel converted for all of them.
- *
- * gate_up's panels are 16 rows of gate's and the same 16 of up's, so that a tile's sums are all that
- * SwiGLU needs. They never reach memory outside a thread's scratch. */
-
-typedef struct {
-    const qemb_backend *be;
-    float *y; /* (T, N) */
-    const float *x;
-    const qemb_mat *w;
-    float *packed; /* (tiles, x_floats of a row) x */
-    int T, add, tiles;
-    int gated;  /* y (T, N/2) = silu of the first N/2 columns times the others */
-    int few;    /* at most FEW_TILES tiles */
-    int panels; /* of an item */
-} matmul_job;
-
-typedef struct {
-    const qemb_mat *w;
-    int row[2]; /* of W, where the panel's halves of 16 begin */
-} w_panel;
-
-static int panel_count(const qemb_mat *w, int gated) {
-    return gated ? ceil_div(w->rows / 2, 16) : ceil_div(w->rows, NR);
-}
-
-/* From a panel's rows on to the next one's */
-static int panel_rows(int gated) { return gated ? 16 : NR; }
-
-static w_panel panel_of(const qemb_mat *w, int p, int gated) {
-    const int first = p * panel_rows(gated);
-    return (w_panel){w, {first, first + (gated ? w->rows / 2 : 16)}};
-}
-
-typedef struct { /* an arithmetic: how numbers become dwords, and what multiplies them */
-    int per_dword;
-    int columns;            /* that come together */
-    int x_floats, w_floats; /* that they take of a tile of x and of a placed panel of W */
-    void (*pack_x)(const matmul_job *j, int tile, float *to);
-    struct { /* of F16, of I8 */
-        int placed;
-        /* `ahead`: how many numbers on those lie that will be packed next */
-        void (*pack_w)(float *panel, const w_panel *p, int k0, int k1, size_t ahead);
-        void (*multiply)(const tile_out *o, int rows, const float *x, const float *panel, int n);
-    } of[2];
-    /* Where an I8's panel suits many rows better: makes it of an F16's, n dwords. Or NULL */
-    void (*widen)(float *to, const float *panel, int n);
-    void (*swiglu)(const matmul_job *j, int t, int rows, int p, const float *sums);
-} arithmetic;
-
-static int tile_start(const matmul_job *j, int i) { return (int)((long)j->T * i / j->tiles); }
 
 /* Where 16 rows of W from row n on lie, those past the last repeating it */
 typedef const uint8_t *w_rows[16];
@@ -281,13 +199,11 @@ TEMPLATE void store_x(float *to, __m512 r[16]) {
     UNROLL for (int c = 0; c < 16; c++) _mm512_mask_storeu_ps(to + c * MR, (1u << MR) - 1, r[c]);
 }
 
-TEMPLATE void pack_x(dword_of of, const matmul_job *j, int tile, float *to) {
-    const int K = j->w->cols, step = of == F32 ? 16 : 32, t = tile_start(j, tile);
-    const int rows = tile_start(j, tile + 1) - t;
-    for (int k = 0; k < K; k += step, to += 16 * MR) {
+TEMPLATE void pack_x(dword_of of, float *to, const float *x, int rows, int K) {
+    for (int k = 0, step = of == F32 ? 16 : 32; k < K; k += step, to += 16 * MR) {
         __m512 r[16];
         UNROLL for (int i = 0; i < 16; i++) r[i] =
-            i < rows ? x_dwords(of, j->x + (size_t)(t + i) * K, k, K - k) : _mm512_setzero_ps();
+            i < rows ? x_dwords(of, x + (size_t)i * K, k, K - k) : _mm512_setzero_ps();
         store_x(to, r);
     }
 }
@@ -350,8 +266,8 @@ AVX512 static void widen(float *to, const float *panel, int n) {
 }
 
 #define PACK(name, of)                                                                             \
-    AVX512 static void name##_x(const matmul_job *j, int tile, float *to) {                        \
-        pack_x(of, j, tile, to);                                                                   \
+    AVX512 static void name##_x(float *to, const float *x, int rows, int K) {                      \
+        pack_x(of, to, x, rows, K);                                                                \
     }                                                                                              \
     AVX512 static void name##_i8(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {   \
         pack_w(of, QEMB_I8, panel, p, k0, k1, ahead);                                              \
@@ -363,13 +279,7 @@ AVX512 static void pack_bf16_f16(float *panel, const w_panel *p, int k0, int k1,
     pack_w(BF16, QEMB_F16, panel, p, k0, k1, ahead);
 }
 
-/* ---- int8, int16: a group's numbers are integers times its scale, which is found for 16 rows at a
- * time. Of 8 bits the largest magnitude becomes 127. Of 16 bits it may become INT16_MOST, but the
- * group's length only GROUP_LENGTH: no sum of x times W can pass 2^31 (Cauchy and Schwarz), rounding
- * included, which adds 4 to a length. Of W the scale is a power of two then: a half whose integer is
- * 1024 or more stays what it is. */
-
-enum { GROUP_LENGTH = 46330 };
+/* ---- int8, int16: a group's scale is found for 16 rows at a time */
 
 TEMPLATE void load_x64(__m512 v[4], const float *row, int n) {
     UNROLL for (int i = 0; i < 4; i++) v[i] = load_first(row + 16 * i, n - 16 * i);
@@ -431,12 +341,10 @@ TEMPLATE __m512 integers(dword_of of, const __m512 v[4], float inverse, int h) {
     return to_int16(_mm512_mul_ps(v[2 * h], f), _mm512_mul_ps(v[2 * h + 1], f));
 }
 
-TEMPLATE void pack_x_groups(dword_of of, const matmul_job *j, int tile, float *to) {
-    const int K = j->w->cols, t = tile_start(j, tile), rows = tile_start(j, tile + 1) - t;
+TEMPLATE void pack_x_groups(dword_of of, float *to, const float *x, int rows, int K) {
     const int n = group_dwords(of);
     const __m512 offset = _mm512_castsi512_ps(_mm512_set1_epi8(-128));
-    for (int k = 0; k < K; k += GROUP, to += (n + 1) * MR) {
-        const float *x = j->x + (size_t)t * K + k;
+    for (int k = 0; k < K; k += GROUP, x += GROUP, to += (n + 1) * MR) {
         float inverse[16];
         __m512 r[16], v[4];
         group_sizes sizes;
@@ -506,8 +414,8 @@ TEMPLATE void pack_w_groups(dword_of of, qemb_dtype dtype, float *panel, const w
 }
 
 #define PACK_GROUPS(name, of)                                                                      \
-    AVX512 static void name##_x(const matmul_job *j, int tile, float *to) {                        \
-        pack_x_groups(of, j, tile, to);                                                            \
+    AVX512 static void name##_x(float *to, const float *x, int rows, int K) {                      \
+        pack_x_groups(of, to, x, rows, K);                                                         \
     }                                                                                              \
     AVX512 static void name##_f16(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {  \
         pack_w_groups(of, QEMB_F16, panel, p, k0, k1, ahead);                                      \
@@ -541,21 +449,17 @@ AVX512 static void pack_int8_i8(float *panel, const w_panel *p, int k0, int k1, 
 
 /* ---- SwiGLU */
 
-/* Rows t .. of y from gate_up's sums (rows, NR), of panel p */
-TEMPLATE void swiglu_tile(int rough, const matmul_job *j, int t, int rows, int p,
-                          const float *sums) {
-    const int F = j->w->rows / 2, n = p * 16;
-    float *h = j->y + (size_t)t * F + n;
-    for (int i = 0; i < rows; i++, h += F, sums += NR)
-        store_first(h, swiglu16(rough, _mm512_load_ps(sums), _mm512_load_ps(sums + 16)), F - n);
+TEMPLATE void swiglu_tile(int rough, float *h, size_t ldh, int rows, int cols, const float *sums) {
+    for (int i = 0; i < rows; i++, h += ldh, sums += NR)
+        store_first(h, swiglu16(rough, _mm512_load_ps(sums), _mm512_load_ps(sums + 16)), cols);
 }
 
-AVX512 static void swiglu_f32(const matmul_job *j, int t, int rows, int p, const float *sums) {
-    swiglu_tile(0, j, t, rows, p, sums);
+AVX512 static void swiglu_f32(float *h, size_t ldh, int rows, int cols, const float *sums) {
+    swiglu_tile(0, h, ldh, rows, cols, sums);
 }
 
-AVX512 static void swiglu_8bit(const matmul_job *j, int t, int rows, int p, const float *sums) {
-    swiglu_tile(1, j, t, rows, p, sums);
+AVX512 static void swiglu_8bit(float *h, size_t ldh, int rows, int cols, const float *sums) {
+    swiglu_tile(1, h, ldh, rows, cols, sums);
 }
 
 /* ---- the arithmetics */
@@ -592,246 +496,16 @@ static const arithmetic arithmetics[] = {
                         .swiglu = swiglu_8bit},
 };
 
-/* Floats of a tile of x, a placed panel of W, with the first K columns */
-static size_t x_floats(const arithmetic *a, int K) {
-    return (size_t)ceil_div(K, a->columns) * (size_t)a->x_floats;
-}
-static size_t w_floats(const arithmetic *a, int K) {
-    return (size_t)ceil_div(K, a->columns) * (size_t)a->w_floats;
-}
-
-/* ---- place: matrices become panels when they are given, one after the other, each with all its
- * columns; their pages in the map are not read again. INT8 ones that would become bfloat16 or floats,
- * two and four times their size, are left in the map and packed when they are wanted. */
-
-static int is_placed(const qemb_backend *be, const qemb_mat *w) {
-    return (uintptr_t)w->data - (uintptr_t)be->maps[CPU_MAP_WEIGHTS] <
-           be->map_bytes[CPU_MAP_WEIGHTS];
-}
-
-typedef struct {
-    const arithmetic *a;
-    qemb_backend *be;
-    float *to;
-    const qemb_mat *w;
-    int gated, mapped;
-} placing;
-
-static void place_panel(const void *job, int item, int thread) {
-    const placing *p = job;
-    const w_panel panel = panel_of(p->w, item, p->gated);
-    (void)thread;
-    p->a->of[p->w->dtype == QEMB_I8].pack_w(p->to + item * w_floats(p->a, p->w->cols), &panel, 0,
-                                            p->w->cols, (size_t)panel_rows(p->gated) * p->w->cols);
-}
-
-static void place_matrix(qemb_mat *w, int gated, placing *p) {
-    const size_t rows = (size_t)w->rows, cols = (size_t)w->cols;
-    p->w = w, p->gated = gated;
-    cpu_parallel(p->be->pool, panel_count(w, gated), place_panel, p);
-    if (p->mapped) {
-        cpu_give_back(w->data, rows * cols * (w->dtype == QEMB_I8 ? 1 : sizeof(uint16_t)));
-        if (w->scale) cpu_give_back(w->scale, rows * QEMB_GROUPS(cols) * sizeof *w->scale);
-    }
-    w->data = p->to;
-}
-
-/* Floats of the panels of all the layers' matrices that are placed; p: makes them, too, at p->to on */
-static size_t place_layers(const arithmetic *a, qemb_layer *layers, int n_layers, placing *p) {
-    size_t floats = 0;
-    for (int l = 0; l < n_layers; l++) {
-        qemb_layer *y = &layers[l];
-        qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
-        for (int i = 0; i < 4; i++) {
-            if (!a->of[all[i]->dtype == QEMB_I8].placed) continue;
-            const int gated = all[i] == &y->wgu;
-            const size_t n = panel_count(all[i], gated) * w_floats(a, all[i]->cols);
-            if (p) place_matrix(all[i], gated, p), p->to += n;
-            floats += n;
-        }
-        if (p && p->be->placed) p->be->placed(l + 1, n_layers);
-    }
-    return floats;
-}
-
-#define CONVERTED(name, math)                                                                      \
-    static size_t name(const qemb_weights *w, int n_layers) {                                      \
-        return sizeof(float) * place_layers(&arithmetics[math], w->layers, n_layers, NULL);        \
-    }
-CONVERTED(f32_converted, QEMB_MATH_F32)
-CONVERTED(bf16_converted, QEMB_MATH_BF16)
-CONVERTED(int16_converted, QEMB_MATH_INT16)
-CONVERTED(int8_converted, QEMB_MATH_INT8)
-
-static int avx512_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
-    placing p = {.a = &arithmetics[be->ops->math], .be = be, .mapped = w->mapped};
-    const size_t bytes = be->ops->converted(w, be->c->n_layers);
-    if (!bytes) return 0;
-    if (!(p.to = cpu_map(be, CPU_MAP_WEIGHTS, bytes, err))) return -1;
-    place_layers(p.a, w->layers, be->c->n_layers, &p);
-    return 0;
-}
-
-/* ---- the products */
-
-static void pack_tile(const void *job, int item, int thread) {
-    const matmul_job *j = job;
-    (void)thread;
-    const arithmetic *a = &arithmetics[j->be->ops->math];
-    a->pack_x(j, item, j->packed + item * x_floats(a, j->w->cols));
-}
-
-/* Columns k .. end-1 of W's panel p */
-typedef struct {
-    int p, k, end;
-    void (*multiply)(const tile_out *o, int rows, const float *x, const float *panel, int n);
-    const float *panel;
-    const float *ahead; /* see tile_out */
-    /* gate_up's: (MR, NR) of the tile at hand, or of all tiles where the columns do not come all at
-     * once */
-    float *sums;
-} block;
-
-/* y, or gate_up's sums, of tile i of x: (k ? as they are : 0) + x W^T */
-static void multiply_tile(const matmul_job *j, const block *b, int i) {
-    const arithmetic *a = &arithmetics[j->be->ops->math];
-    const int t = tile_start(j, i), rows = tile_start(j, i + 1) - t, n = b->p * NR;
-    const int N = j->w->rows, K = j->w->cols;
-    const float *x = j->packed + i * x_floats(a, K) + x_floats(a, b->k);
-    tile_out o = {.y = j->y + (size_t)t * N + n,
-                  .ldy = (size_t)N,
-                  .cols = min_int(NR, N - n),
-                  .add = j->add || b->k,
-                  .factor = j->w->alpha,
-                  .ahead = b->ahead,
-                  .ahead_floats = a->w_floats,
-                  .share = i,
-                  .shares = j->tiles};
-    if (j->gated) {
-        o.y = b->sums + (b->end - b->k < K ? i * MR * NR : 0);
-        o.ldy = NR, o.cols = NR;
-    }
-    b->multiply(&o, rows, x, b->panel, ceil_div(b->end - b->k, a->per_dword));
-    if (j->gated && b->end == K) a->swiglu(j, t, rows, b->p, o.y);
-}
-
-/* The block's panel: as it was placed, or made in `room` */
-static void find_panel(const matmul_job *j, block *b, float *room) {
-    const arithmetic *a = &arithmetics[j->be->ops->math];
-    const int K = j->w->cols, i8 = j->w->dtype == QEMB_I8;
-    b->multiply = a->of[i8].multiply;
-    if (!a->of[i8].placed) {
-        const w_panel p = panel_of(j->w, b->p, j->gated);
-        /* next come the following columns; after the last, the following rows */
-        const size_t ahead =
-            b->end < K ? (size_t)(b->end - b->k) : (size_t)panel_rows(j->gated) * K - b->k;
-        a->of[i8].pack_w(room, &p, b->k, b->end, ahead);
-        b->panel = room;
-        return;
-    }
-    b->panel = (const float *)j->w->data + b->p * w_floats(a, K) + w_floats(a, b->k);
-    b->ahead = b->panel + w_floats(a, b->end - b->k);
-    if (a->widen && !j->few) {
-        a->widen(room, b->panel, b->end - b->k);
-        b->panel = room, b->multiply = a->of[1].multiply;
-    }
-}
-
-static void multiply_panels(const void *job, int item, int thread) {
-    const matmul_job *j = job;
-    const int columns = KC * arithmetics[j->be->ops->math].per_dword, K = j->w->cols;
-    const int last = min_int((item + 1) * j->panels, panel_count(j->w, j->gated));
-    float *room = j->be->scratch + (size_t)thread * j->be->scratch_floats;
-    block b = {.p = item * j->panels, .sums = room + PANEL_FLOATS};
-    for (; b.p < last; b.p++)
-        for (b.k = 0; b.k < K; b.k = b.end) {
-            b.end = min_int(K, b.k + columns);
-            find_panel(j, &b, room);
-            for (int i = 0; i < j->tiles; i++) multiply_tile(j, &b, i);
-        }
-}
-
-/* y (T, N) = (add ? y : 0) + alpha x W^T, or gated: y (T, N/2) */
-static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_mat *w, int T,
-                       int add, int gated) {
-    assert(w->dtype == QEMB_F16 || (w->dtype == QEMB_I8 && w->scale));
-    assert(!arithmetics[be->ops->math].of[w->dtype == QEMB_I8].placed || is_placed(be, w));
-    const int panels = panel_count(w, gated), chunks = ceil_div(T, X_ROWS);
-    matmul_job j = {.be = be, .w = w, .add = add, .gated = gated, .packed = be->packed};
-    for (int i = 0; i < chunks; i++) {
-        const int t = (int)((long)T * i / chunks);
-        j.T = (int)((long)T * (i + 1) / chunks) - t;
-        j.tiles = ceil_div(j.T, MR);
-        j.few = j.tiles <= FEW_TILES;
-        /* Small items, as one has to be last; but a panel is fetched by the tiles of the one before,
-         * which is worth it where they are few. */
-        j.panels =
-            max_int(1, min_int(j.few ? panels : ITEM_TILES / j.tiles, panels / (4 * be->threads)));
-        j.x = x + (size_t)t * w->cols;
-        j.y = y + (size_t)t * (gated ? w->rows / 2 : w->rows);
-        cpu_parallel(be->pool, j.tiles, pack_tile, &j);
-        cpu_parallel(be->pool, ceil_div(panels, j.panels), multiply_panels, &j);
-    }
-}
-
-static void avx512_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w,
-                          int T) {
-    matmul_all(be, f32(y), cf32(x), w, T, 0, 0);
-}
-
-static void avx512_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w,
-                              int T) {
-    matmul_all(be, x, cf32(a), w, T, 1, 0);
-}
-
-static void avx512_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
-                           const qemb_mat *w, int T) {
-    (void)gu;
-    matmul_all(be, f32(h), cf32(x), w, T, 0, 1);
-}
-
 /* ---- the tables ------------------------------------------------------------------------------- */
 
-static int open_table(qemb_backend **be, const qemb_ops *ops, const cpu_kernels *kernels,
-                      const qemb_config *c, const qemb_options *opt, qemb_err *err) {
-    const int widest = max_int(max_int(c->hidden, c->n_heads * c->head_dim), c->ffn);
-    if (simd_open(be, c, opt, kernels, PANEL_FLOATS + X_ROWS * NR,
-                  (size_t)X_ROWS * (size_t)round_up(widest, 64), err))
-        return -1;
-    (*be)->ops = ops;
-    return 0;
-}
+#define KERNELS(attention)                                                                         \
+    { ATTENTION_ROWS, half_row, rmsnorm_row, norm_rotate, swiglu_row, attention }
+static const cpu_kernels floats = KERNELS(avx512_attention_f32),
+                         mixed = KERNELS(avx512_attention_int16);
 
-/* attended: what attention multiplies in */
-#define TABLE(table, label, arithmetic, attended, bytes)                                           \
-    static int open_##table(qemb_backend **be, const qemb_config *c, const qemb_options *opt,      \
-                            qemb_err *err) {                                                       \
-        static const cpu_kernels kernels = {ATTENTION_ROWS, half_row,   rmsnorm_row,               \
-                                            norm_rotate,    swiglu_row, attended};                 \
-        return open_table(be, &table, &kernels, c, opt, err);                                      \
-    }                                                                                              \
-    const qemb_ops table = {.name = label,                                                         \
-                            .math = arithmetic,                                                    \
-                            .act_size = sizeof(float),                                             \
-                            .open = open_##table,                                                  \
-                            .close = simd_close,                                                   \
-                            .place = avx512_place,                                                 \
-                            .converted = bytes,                                                    \
-                            .arena = cpu_arena,                                                    \
-                            .begin = cpu_begin,                                                    \
-                            .embed = simd_embed,                                                   \
-                            .rmsnorm = simd_rmsnorm,                                               \
-                            .matmul = avx512_matmul,                                               \
-                            .matmul_add = avx512_matmul_add,                                       \
-                            .qknorm_rope = simd_qknorm_rope,                                       \
-                            .attention = simd_attention,                                           \
-                            .gate_up = avx512_gate_up,                                             \
-                            .gather_last = cpu_gather_last,                                        \
-                            .pool = simd_pool};
-
-TABLE(avx512_ops, "avx512", QEMB_MATH_F32, avx512_attention_f32, f32_converted)
-TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, avx512_attention_int16, bf16_converted)
-TABLE(avx512_int16_ops, "avx512-int16", QEMB_MATH_INT16, avx512_attention_int16, int16_converted)
-TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, avx512_attention_int16, int8_converted)
+PANELS_TABLE(avx512_ops, "avx512", QEMB_MATH_F32, arithmetics[QEMB_MATH_F32], floats)
+PANELS_TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, arithmetics[QEMB_MATH_BF16], mixed)
+PANELS_TABLE(avx512_int16_ops, "avx512-int16", QEMB_MATH_INT16, arithmetics[QEMB_MATH_INT16], mixed)
+PANELS_TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, arithmetics[QEMB_MATH_INT8], mixed)
 
 #endif

@@ -3,7 +3,7 @@
 #ifndef CPU_AVX512_H
 #define CPU_AVX512_H
 
-#include "cpu.h"
+#include "cpu_panels.h"
 
 #if defined(__x86_64__)
 
@@ -14,16 +14,6 @@
 /* A template: the caller passes constants, and loops over them unroll into registers. */
 #define TEMPLATE static inline __attribute__((always_inline)) AVX512
 #define UNROLL   _Pragma("GCC unroll 16")
-
-enum {
-    MR = 12, /* rows of x and ... */
-    NR = 32, /* ... rows of W in a register tile: 24 of 32 registers hold its sums */
-};
-
-static inline int min_int(int a, int b) { return a < b ? a : b; }
-static inline int max_int(int a, int b) { return a > b ? a : b; }
-static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
-static inline int round_up(int a, int to) { return ceil_div(a, to) * to; }
 
 /* The first n of 16 (32, 64) lanes; none for n below 1 */
 TEMPLATE __mmask16 first16(int n) {
@@ -119,27 +109,6 @@ TEMPLATE void tile(dword_of of, panel_kind kind, __m512 (*acc)[2], int rows, con
             acc[i][1] = multiply_add(of, acc[i][1], xi, w1);
         }
     }
-}
-
-typedef struct { /* what becomes of a tile's sums: y (rows, cols) = (add ? y : 0) + factor sum */
-    float *y;
-    size_t ldy;
-    int cols, add;
-    float factor;
-    const float *factors; /* integers' instead, one a row */
-    /* The panel that comes next: tile `share` of so many that meet this one fetches its share. NULL:
-     * nothing is to be fetched */
-    const float *ahead;
-    int ahead_floats; /* of 16 dwords */
-    int share, shares;
-} tile_out;
-
-/* For every 16 dwords of a panel */
-TEMPLATE const float *fetch(const tile_out *o, const float *ahead) {
-    if (!ahead) return NULL;
-    for (int i = 16 * o->share; i < o->ahead_floats; i += 16 * o->shares)
-        _mm_prefetch((const char *)(ahead + i), _MM_HINT_T1);
-    return ahead + o->ahead_floats;
 }
 
 /* No branch may depend on i: compilers would keep the sums in memory for it, throughout the tile. */
@@ -267,8 +236,6 @@ TEMPLATE __m512 scales(float inverse[16], __m512 v, float n) {
 }
 
 /* ---- integers of 16 bits */
-
-enum { INT16_MOST = 32767 };
 
 /* Two vectors of floats, rounded to nearest even: dword i holds numbers 2i and 2i+1 of 32. */
 TEMPLATE __m512 to_int16(__m512 lo, __m512 hi) {

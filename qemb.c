@@ -27,9 +27,6 @@ enum {
     QUERIES = 32, /* tokens per attention block */
 };
 
-static int min_int(int a, int b) { return a < b ? a : b; }
-static int max_int(int a, int b) { return a > b ? a : b; }
-
 static float *f32(qemb_act *a) { return (float *)a; }
 static const float *cf32(const qemb_act *a) { return (const float *)a; }
 
@@ -205,8 +202,6 @@ typedef struct {      /* the keys and values that a block may see, and the room 
     float *acc;              /* (QUERIES*G, hdp)  weighted values so far */
     float *m, *l;            /* (QUERIES*G)       maximum and sum so far */
 } attention_work;
-
-static int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 static size_t attention_scratch_floats(const qemb_config *c) {
     const size_t R = (size_t)QUERIES * (size_t)(c->n_heads / c->n_kv_heads);

@@ -1,0 +1,255 @@
+/* cpu_panels.c - y = alpha x W^T of panels, whatever its arithmetic.
+ *
+ * x is packed in tiles of MR rows, in the arithmetic's dwords, all of them before the products. An
+ * item is some panels of W and all tiles of x: every tile meets a panel, KC dwords of its columns at a
+ * time, and fetches a share of the next. Dwords that a row ends within are filled up with zeros.
+ *
+ * Most matrices are placed as panels (below); where one is not, packing costs about 0.4 cycles a dword
+ * of W, of which each row takes 1/16. In float, panels of F16 matrices are halves; as a conversion
+ * takes the time of a multiplication, many tiles have the panel converted for all of them.
+ *
+ * gate_up's panels are 16 rows of gate's and the same 16 of up's, so that a tile's sums are all that
+ * SwiGLU needs. They never reach memory outside a thread's scratch.
+ *
+ * A row's result depends on that row alone, bit for bit: a sum adds up columns one dword after the
+ * other within KC of them, in however many rows a tile has. */
+#include "cpu_panels.h"
+
+#include <assert.h>
+
+enum {
+    ITEM_TILES = 24,  /* tiles of x times panels of W in a work item, or one panel */
+    FEW_TILES = 3,    /* up to so many tiles of x read a panel as it was placed */
+    X_ROWS = 86 * MR, /* rows of x that are packed at a time, and share one packing of W */
+    PANEL_FLOATS = KC / (GROUP / 4) * W_GROUP8, /* of the largest arithmetic's panel */
+};
+
+typedef struct {
+    const qemb_backend *be;
+    float *y; /* (T, N) */
+    const float *x;
+    const qemb_mat *w;
+    float *packed; /* (tiles, x_floats of a row) x */
+    int T, add, tiles;
+    int gated;  /* y (T, N/2) = silu of the first N/2 columns times the others */
+    int few;    /* at most FEW_TILES tiles */
+    int panels; /* of an item */
+} matmul_job;
+
+static int panel_count(const qemb_mat *w, int gated) {
+    return gated ? ceil_div(w->rows / 2, 16) : ceil_div(w->rows, NR);
+}
+
+/* From a panel's rows on to the next one's */
+static int panel_rows(int gated) { return gated ? 16 : NR; }
+
+static w_panel panel_of(const qemb_mat *w, int p, int gated) {
+    const int first = p * panel_rows(gated);
+    return (w_panel){w, {first, first + (gated ? w->rows / 2 : 16)}};
+}
+
+static int tile_start(const matmul_job *j, int i) { return (int)((long)j->T * i / j->tiles); }
+
+/* Floats of a tile of x, a placed panel of W, with the first K columns */
+static size_t x_floats(const arithmetic *a, int K) {
+    return (size_t)ceil_div(K, a->columns) * (size_t)a->x_floats;
+}
+static size_t w_floats(const arithmetic *a, int K) {
+    return (size_t)ceil_div(K, a->columns) * (size_t)a->w_floats;
+}
+
+/* ---- place: matrices become panels when they are given, one after the other, each with all its
+ * columns; their pages in the map are not read again. INT8 ones that would become bfloat16 or floats,
+ * two and four times their size, are left in the map and packed when they are wanted. */
+
+static int is_placed(const qemb_backend *be, const qemb_mat *w) {
+    return (uintptr_t)w->data - (uintptr_t)be->maps[CPU_MAP_WEIGHTS] <
+           be->map_bytes[CPU_MAP_WEIGHTS];
+}
+
+typedef struct {
+    const arithmetic *a;
+    qemb_backend *be;
+    float *to;
+    const qemb_mat *w;
+    int gated, mapped;
+} placing;
+
+static void place_panel(const void *job, int item, int thread) {
+    const placing *p = job;
+    const w_panel panel = panel_of(p->w, item, p->gated);
+    (void)thread;
+    p->a->of[p->w->dtype == QEMB_I8].pack_w(p->to + item * w_floats(p->a, p->w->cols), &panel, 0,
+                                            p->w->cols, (size_t)panel_rows(p->gated) * p->w->cols);
+}
+
+static void place_matrix(qemb_mat *w, int gated, placing *p) {
+    const size_t rows = (size_t)w->rows, cols = (size_t)w->cols;
+    p->w = w, p->gated = gated;
+    cpu_parallel(p->be->pool, panel_count(w, gated), place_panel, p);
+    if (p->mapped) {
+        cpu_give_back(w->data, rows * cols * (w->dtype == QEMB_I8 ? 1 : sizeof(uint16_t)));
+        if (w->scale) cpu_give_back(w->scale, rows * QEMB_GROUPS(cols) * sizeof *w->scale);
+    }
+    w->data = p->to;
+}
+
+/* Floats of the panels of all the layers' matrices that are placed; p: makes them, too, at p->to on */
+static size_t place_layers(const arithmetic *a, qemb_layer *layers, int n_layers, placing *p) {
+    size_t floats = 0;
+    for (int l = 0; l < n_layers; l++) {
+        qemb_layer *y = &layers[l];
+        qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
+        for (int i = 0; i < 4; i++) {
+            if (!a->of[all[i]->dtype == QEMB_I8].placed) continue;
+            const int gated = all[i] == &y->wgu;
+            const size_t n = panel_count(all[i], gated) * w_floats(a, all[i]->cols);
+            if (p) place_matrix(all[i], gated, p), p->to += n;
+            floats += n;
+        }
+        if (p && p->be->placed) p->be->placed(l + 1, n_layers);
+    }
+    return floats;
+}
+
+size_t panels_bytes(const arithmetic *a, const qemb_weights *w, int n_layers) {
+    return sizeof(float) * place_layers(a, w->layers, n_layers, NULL);
+}
+
+int panels_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+    placing p = {.a = be->arithmetic, .be = be, .mapped = w->mapped};
+    const size_t bytes = panels_bytes(p.a, w, be->c->n_layers);
+    if (!bytes) return 0;
+    if (!(p.to = cpu_map(be, CPU_MAP_WEIGHTS, bytes, err))) return -1;
+    place_layers(p.a, w->layers, be->c->n_layers, &p);
+    return 0;
+}
+
+/* ---- the products */
+
+static void pack_tile(const void *job, int item, int thread) {
+    const matmul_job *j = job;
+    (void)thread;
+    const arithmetic *a = j->be->arithmetic;
+    const int K = j->w->cols, t = tile_start(j, item);
+    a->pack_x(j->packed + item * x_floats(a, K), j->x + (size_t)t * K, tile_start(j, item + 1) - t,
+              K);
+}
+
+/* Columns k .. end-1 of W's panel p */
+typedef struct {
+    int p, k, end;
+    multiply_fn *multiply;
+    const float *panel;
+    const float *ahead; /* see tile_out */
+    /* gate_up's: (MR, NR) of the tile at hand, or of all tiles where the columns do not come all at
+     * once */
+    float *sums;
+} block;
+
+/* y, or gate_up's sums, of tile i of x: (k ? as they are : 0) + x W^T */
+static void multiply_tile(const matmul_job *j, const block *b, int i) {
+    const arithmetic *a = j->be->arithmetic;
+    const int t = tile_start(j, i), rows = tile_start(j, i + 1) - t, n = b->p * NR;
+    const int N = j->w->rows, K = j->w->cols;
+    const float *x = j->packed + i * x_floats(a, K) + x_floats(a, b->k);
+    tile_out o = {.y = j->y + (size_t)t * N + n,
+                  .ldy = (size_t)N,
+                  .cols = min_int(NR, N - n),
+                  .add = j->add || b->k,
+                  .factor = j->w->alpha,
+                  .ahead = b->ahead,
+                  .ahead_floats = a->w_floats,
+                  .share = i,
+                  .shares = j->tiles};
+    if (j->gated) {
+        o.y = b->sums + (b->end - b->k < K ? i * MR * NR : 0);
+        o.ldy = NR, o.cols = NR;
+    }
+    b->multiply(&o, rows, x, b->panel, ceil_div(b->end - b->k, a->per_dword));
+    const int F = N / 2, h = b->p * 16;
+    if (j->gated && b->end == K) a->swiglu(j->y + (size_t)t * F + h, (size_t)F, rows, F - h, o.y);
+}
+
+/* The block's panel: as it was placed, or made in `room` */
+static void find_panel(const matmul_job *j, block *b, float *room) {
+    const arithmetic *a = j->be->arithmetic;
+    const int K = j->w->cols, i8 = j->w->dtype == QEMB_I8;
+    b->multiply = a->of[i8].multiply;
+    if (!a->of[i8].placed) {
+        const w_panel p = panel_of(j->w, b->p, j->gated);
+        /* next come the following columns; after the last, the following rows */
+        const size_t ahead =
+            b->end < K ? (size_t)(b->end - b->k) : (size_t)panel_rows(j->gated) * K - b->k;
+        a->of[i8].pack_w(room, &p, b->k, b->end, ahead);
+        b->panel = room;
+        return;
+    }
+    b->panel = (const float *)j->w->data + b->p * w_floats(a, K) + w_floats(a, b->k);
+    b->ahead = b->panel + w_floats(a, b->end - b->k);
+    if (a->widen && !j->few) {
+        a->widen(room, b->panel, b->end - b->k);
+        b->panel = room, b->multiply = a->of[1].multiply;
+    }
+}
+
+static void multiply_panels(const void *job, int item, int thread) {
+    const matmul_job *j = job;
+    const int columns = KC * j->be->arithmetic->per_dword, K = j->w->cols;
+    const int last = min_int((item + 1) * j->panels, panel_count(j->w, j->gated));
+    float *room = j->be->scratch + (size_t)thread * j->be->scratch_floats;
+    block b = {.p = item * j->panels, .sums = room + PANEL_FLOATS};
+    for (; b.p < last; b.p++)
+        for (b.k = 0; b.k < K; b.k = b.end) {
+            b.end = min_int(K, b.k + columns);
+            find_panel(j, &b, room);
+            for (int i = 0; i < j->tiles; i++) multiply_tile(j, &b, i);
+        }
+}
+
+/* y (T, N) = (add ? y : 0) + alpha x W^T, or gated: y (T, N/2) */
+static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_mat *w, int T,
+                       int add, int gated) {
+    assert(w->dtype == QEMB_F16 || (w->dtype == QEMB_I8 && w->scale));
+    assert(!be->arithmetic->of[w->dtype == QEMB_I8].placed || is_placed(be, w));
+    const int panels = panel_count(w, gated), chunks = ceil_div(T, X_ROWS);
+    matmul_job j = {.be = be, .w = w, .add = add, .gated = gated, .packed = be->packed};
+    for (int i = 0; i < chunks; i++) {
+        const int t = (int)((long)T * i / chunks);
+        j.T = (int)((long)T * (i + 1) / chunks) - t;
+        j.tiles = ceil_div(j.T, MR);
+        j.few = j.tiles <= FEW_TILES;
+        /* Small items, as one has to be last; but a panel is fetched by the tiles of the one before,
+         * which is worth it where they are few. */
+        j.panels =
+            max_int(1, min_int(j.few ? panels : ITEM_TILES / j.tiles, panels / (4 * be->threads)));
+        j.x = x + (size_t)t * w->cols;
+        j.y = y + (size_t)t * (gated ? w->rows / 2 : w->rows);
+        cpu_parallel(be->pool, j.tiles, pack_tile, &j);
+        cpu_parallel(be->pool, ceil_div(panels, j.panels), multiply_panels, &j);
+    }
+}
+
+void panels_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w, int T) {
+    matmul_all(be, (float *)y, (const float *)x, w, T, 0, 0);
+}
+
+void panels_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w, int T) {
+    matmul_all(be, x, (const float *)a, w, T, 1, 0);
+}
+
+void panels_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
+                    const qemb_mat *w, int T) {
+    (void)gu;
+    matmul_all(be, (float *)h, (const float *)x, w, T, 0, 1);
+}
+
+int panels_open(qemb_backend **be, const arithmetic *a, const cpu_kernels *kernels,
+                const qemb_config *c, const qemb_options *opt, qemb_err *err) {
+    const int widest = max_int(max_int(c->hidden, c->n_heads * c->head_dim), c->ffn);
+    if (simd_open(be, c, opt, kernels, PANEL_FLOATS + X_ROWS * NR,
+                  (size_t)X_ROWS * (size_t)round_up(widest, GROUP), err))
+        return -1;
+    (*be)->arithmetic = a;
+    return 0;
+}

@@ -1,0 +1,117 @@
+/* cpu_panels.h - matrix products of panels: how x and W are cut, packed and shared out among threads
+ * (cpu_panels.c), and what an arithmetic with its instructions adds to that. */
+#ifndef CPU_PANELS_H
+#define CPU_PANELS_H
+
+#include "cpu.h"
+
+enum {
+    MR = 12,   /* rows of x and ... */
+    NR = 32,   /* ... rows of W in a tile. A panel is NR rows of W, their k-th dwords together. */
+    KC = 3072, /* dwords of a panel that meet a tile at a time: KC x NR, 384 KiB of an L2 cache */
+};
+
+/* Integers come in groups of 64 columns, each with a scale per row. Of x: dwords (n, MR), bytes with
+ * 128 added, then scales (MR). Of W: scales (NR), of bytes -128 times the sums of the group's (NR),
+ * which takes x's 128 out again, then dwords (n, NR). Sums of a group are exact.
+ *
+ * Of 8 bits a group's largest magnitude becomes 127. Of 16 bits it may become INT16_MOST, but the
+ * group's length only GROUP_LENGTH: no sum of x times W can pass 2^31 (Cauchy and Schwarz), rounding
+ * included, which adds 4 to a length. Of W the scale is a power of two then: a half whose integer is
+ * 1024 or more stays what it is. */
+enum {
+    GROUP = 64,
+    INT16_MOST = 32767,
+    GROUP_LENGTH = 46330,
+    X_GROUP8 = (GROUP / 4 + 1) * MR,
+    X_GROUP16 = (GROUP / 2 + 1) * MR,
+    W_GROUP8 = (GROUP / 4 + 2) * NR,
+    W_GROUP16 = (GROUP / 2 + 1) * NR,
+};
+
+typedef struct { /* what becomes of a tile's sums: y (rows, cols) = (add ? y : 0) + factor sum */
+    float *y;
+    size_t ldy;
+    int cols, add;
+    float factor;
+    const float *factors; /* integers' instead, one a row */
+    /* The panel that comes next: tile `share` of so many that meet this one fetches its share. NULL:
+     * nothing is to be fetched */
+    const float *ahead;
+    int ahead_floats; /* of columns that come together */
+    int share, shares;
+} tile_out;
+
+/* For every so many columns of a panel; returns what is ahead of the next */
+static inline const float *fetch(const tile_out *o, const float *ahead) {
+    if (!ahead) return NULL;
+    for (int i = 16 * o->share; i < o->ahead_floats; i += 16 * o->shares)
+        __builtin_prefetch(ahead + i, 0, 2);
+    return ahead + o->ahead_floats;
+}
+
+typedef struct {
+    const qemb_mat *w;
+    int row[2]; /* of W, where the panel's halves of 16 begin */
+} w_panel;
+
+typedef void multiply_fn(const tile_out *o, int rows, const float *x, const float *panel, int n);
+
+/* An arithmetic: how numbers become dwords, and what multiplies them */
+typedef struct arithmetic {
+    int per_dword;
+    int columns;            /* that come together */
+    int x_floats, w_floats; /* that they take of a tile of x and of a placed panel of W */
+    /* A tile of `rows` rows of x (rows, K), MR at most; those that it is short of are zeros */
+    void (*pack_x)(float *to, const float *x, int rows, int K);
+    struct { /* of F16, of I8 */
+        int placed;
+        /* Columns k0 .. k1-1. `ahead`: how many numbers on those lie that will be packed next */
+        void (*pack_w)(float *panel, const w_panel *p, int k0, int k1, size_t ahead);
+        multiply_fn *multiply; /* rows <= MR of x, n dwords */
+    } of[2];
+    /* Where an I8's panel suits many rows better: makes it of an F16's, n dwords. Or NULL */
+    void (*widen)(float *to, const float *panel, int n);
+    /* h (rows, cols), ldh apart, = silu of sums' (rows, NR) first 16 columns times the others; cols
+     * may be more than 16 */
+    void (*swiglu)(float *h, size_t ldh, int rows, int cols, const float *sums);
+} arithmetic;
+
+/* A table's open, what it says of `converted`, and its ops */
+int panels_open(qemb_backend **be, const arithmetic *a, const cpu_kernels *kernels,
+                const qemb_config *c, const qemb_options *opt, qemb_err *err);
+size_t panels_bytes(const arithmetic *a, const qemb_weights *w, int n_layers);
+int panels_place(qemb_backend *be, qemb_weights *w, qemb_err *err);
+void panels_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w, int T);
+void panels_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w, int T);
+void panels_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
+                    const qemb_mat *w, int T);
+
+#define PANELS_TABLE(table, label, of_math, with, kernels)                                         \
+    static int open_##table(qemb_backend **be, const qemb_config *c, const qemb_options *opt,      \
+                            qemb_err *err) {                                                       \
+        return panels_open(be, &(with), &(kernels), c, opt, err);                                  \
+    }                                                                                              \
+    static size_t bytes_##table(const qemb_weights *w, int n_layers) {                             \
+        return panels_bytes(&(with), w, n_layers);                                                 \
+    }                                                                                              \
+    const qemb_ops table = {.name = label,                                                         \
+                            .math = of_math,                                                       \
+                            .act_size = sizeof(float),                                             \
+                            .open = open_##table,                                                  \
+                            .close = simd_close,                                                   \
+                            .place = panels_place,                                                 \
+                            .converted = bytes_##table,                                            \
+                            .arena = cpu_arena,                                                    \
+                            .begin = cpu_begin,                                                    \
+                            .embed = simd_embed,                                                   \
+                            .rmsnorm = simd_rmsnorm,                                               \
+                            .matmul = panels_matmul,                                               \
+                            .matmul_add = panels_matmul_add,                                       \
+                            .qknorm_rope = simd_qknorm_rope,                                       \
+                            .attention = simd_attention,                                           \
+                            .gate_up = panels_gate_up,                                             \
+                            .gather_last = cpu_gather_last,                                        \
+                            .pool = simd_pool};
+
+#endif
