@@ -15,6 +15,8 @@
  * other within KC of them, in however many rows a tile has. */
 #include "cpu_panels.h"
 
+#if defined(__x86_64__) /* as cpu_share.c */
+
 #include <assert.h>
 
 enum {
@@ -253,3 +255,5 @@ int panels_open(qemb_backend **be, const arithmetic *a, const cpu_kernels *kerne
     (*be)->arithmetic = a;
     return 0;
 }
+
+#endif
