@@ -8,9 +8,9 @@
  *   bench beside   MODEL LENGTH...  the forward in turns with one whose products are oneDNN's
  *   bench tokenizer MODEL TEXT...   MB of text per second
  *   bench print    MODEL            vectors per second, per output kind
- * with --threads N (all), --math f32|bf16|int16|int8 (f32), --cpu NAME (the fastest table), --tokens N (a
- * batch of forward; 1024) and, where other programs keep the machine busy, --cpu-time: CPU time per
- * thread instead of the clock's.
+ * with --threads N (all), --math f32|bf16|int16|int8 (f32), --cpu NAME (the fastest table),
+ * --tokens N (a batch of forward; 1024) and, where other programs keep the machine busy, --cpu-time:
+ * CPU time per thread instead of the clock's.
  *
  * Each row of the CSV on stdout: group, name, n, median, p10, p90, unit, percent of limit, limit.
  * A measurement runs once to warm up and then for at least MIN_SECONDS and MIN_ROUNDS, but what

@@ -17,8 +17,8 @@ static inline int max_int(int a, int b) { return a > b ? a : b; }
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 static inline int round_up(int a, int to) { return ceil_div(a, to) * to; }
 
-/* What the vector tables' ops do with their instructions: one row, or one block of attention. Sizes are the
- * model's and may be odd; nothing past them is read or written. */
+/* What the vector tables' ops do with their instructions: one row, or one block of attention. Sizes
+ * are the model's and may be odd; nothing past them is read or written. */
 struct attention_tile;
 typedef struct {
     int attention_rows; /* tokens x query heads of an attention block, or one token: what its memory
@@ -38,7 +38,14 @@ typedef struct {
 } cpu_kernels;
 
 /* What a backend may map. */
-enum { CPU_MAP_ROPE, CPU_MAP_SCRATCH, CPU_MAP_ARENA, CPU_MAP_PACKED, CPU_MAP_WEIGHTS, CPU_MAPS };
+enum {
+    CPU_MAP_ROPE,
+    CPU_MAP_SCRATCH,
+    CPU_MAP_ARENA,
+    CPU_MAP_PACKED,
+    CPU_MAP_WEIGHTS,
+    CPU_MAPS
+};
 
 /* A CPU backend's state. On the CPU an activation is a float. */
 struct qemb_backend {
@@ -48,7 +55,7 @@ struct qemb_backend {
     int rope_rows;
     float *scratch; /* (threads, scratch_floats): an op's tiles and panels, aligned to 64 bytes */
     size_t scratch_floats;
-    void (*placed)(int layers, int of);  /* the options' */
+    void (*placed)(int layers, int of); /* the options' */
     const struct arithmetic *arithmetic; /* of a table with panels: see cpu_panels.h */
     const cpu_kernels *kernels; /* this and the next: NULL in a plain table, which has OpenMP */
     struct cpu_pool *pool;      /* NULL as well where there is one thread */
@@ -93,10 +100,10 @@ typedef struct attention_tile {
     int G, hd, hdp;          /* hdp: hd rounded up to CPU_PAD */
     float *keys;             /* (CPU_KEYS, hd)  in the kernel's order */
     float *values;           /* (CPU_KEYS, hdp) in the kernel's order */
-    float *q;         /* (R + 16, hd)    the block's queries, scaled, in the kernel's order */
-    float *s;         /* (R, CPU_KEYS)   scores, then weights */
-    float *acc;       /* (R, hdp)        weighted values so far */
-    float *max, *sum; /* (R)             of the scores and the weights so far */
+    float *q;                /* (R + 16, hd)    the block's queries, scaled, in the kernel's order */
+    float *s;                /* (R, CPU_KEYS)   scores, then weights */
+    float *acc;              /* (R, hdp)        weighted values so far */
+    float *max, *sum;        /* (R)             of the scores and the weights so far */
     /* Of integers: what one is worth of a key, a value (CPU_KEYS), a query (R + 16) and of the tile's
      * weights (R) */
     float *key_scale, *value_scale, *query_scale, *weight_scale;

@@ -30,7 +30,7 @@ TEMPLATE int head_dwords(dword_of of, const attention_tile *w) {
     return ceil_div(w->hd, per_dword(of));
 }
 
-/* Maxima (16) of rows of which r has the lanewise ones. A NaN may be lost: its own exp is NaN all the same. */
+/* Maxima (16) likewise. A NaN may be lost: its own exp is NaN all the same. */
 TEMPLATE __m512 maxima_of(__m512 r[16]) {
     transpose(r);
     UNROLL for (int step = 8; step; step /= 2) UNROLL for (int i = 0; i < step; i++) r[i] =

@@ -305,8 +305,7 @@ extern const qemb_ops qemb_cpu_ops; /* qemb.c: plain C, OpenMP; "plain" */
  * unknown here. */
 const qemb_ops *qemb_cpu_table(int i);
 const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math);
-const qemb_ops *
-qemb_cpu_mapped(void); /* the fastest in float that reads the map and copies nothing */
+const qemb_ops *qemb_cpu_mapped(void); /* the fastest in float that reads the map and copies nothing */
 
 /* ---- the engine ---------------------------------------------------------------------------- */
 
