@@ -61,7 +61,7 @@ static size_t w_floats(const arithmetic *a, int K) {
 }
 
 /* ---- place: matrices become panels when they are given, one after the other, each with all its
- * columns; their pages in the map are not read again. INT8 ones that would become bfloat16 or floats,
+ * columns; their pages in the map are not read again. INT8 ones that would become 16 bits or floats,
  * two and four times their size, are left in the map and packed when they are wanted. */
 
 static int is_placed(const qemb_backend *be, const qemb_mat *w) {
