@@ -9,10 +9,7 @@
 
 #if defined(__x86_64__)
 
-enum {
-    ATTENTION_ROWS = 512, /* keys and values are brought in form once for so many */
-    GROUP_ROWS = MR / 2,  /* of a tile of integers: there are two sums for each, floats too */
-};
+enum { ATTENTION_ROWS = 512 }; /* keys and values are brought in form once for so many */
 
 AVX512 void avx512_exp(float *y, const float *x, int n) {
     for (int i = 0; i < n; i += 16) store_first(y + i, exp16(load_first(x + i, n - i)), n - i);
@@ -84,23 +81,38 @@ TILE(tile_f16, F32, HALVES, 1, MR)
 TILE(tile_f32, F32, DWORDS, 1, MR)
 TILE(tile_bf16, BF16, DWORDS, 1, MR)
 
-/* A group's dwords of a row */
-TEMPLATE int group_dwords(dword_of of) { return of == INT8 ? GROUP / 4 : GROUP / 2; }
-/* Floats of W before them */
-TEMPLATE int group_head(dword_of of) { return of == INT8 ? 2 * NR : NR; }
+/* Integers come in groups of 64 columns, each with a scale per row. Of x: dwords (n, MR), bytes with
+ * 128 added, then scales (MR). Of W: scales (NR), of bytes -128 times the sums of the group's (NR),
+ * which takes x's 128 out again, then dwords (n, NR). Sums of a group are exact.
+ *
+ * Of 8 bits a group's largest magnitude becomes 127. Of 16 bits it may become INT16_MOST, but the
+ * group's length only GROUP_LENGTH: no sum of x times W can pass 2^31 (Cauchy and Schwarz), rounding
+ * included, which adds 4 to a length. Of W the scale is a power of two then: a half whose integer is
+ * 1024 or more stays what it is. */
+enum {
+    GROUP = 64,
+    GROUP_LENGTH = 46330,
+    GROUP_ROWS = MR / 2, /* of a tile: there are two sums for each, of integers and of floats */
+};
+
+/* A group's dwords of a row, what stands before W's, a group of x and of W, in floats */
+#define GROUP_DWORDS(of) ((of) == INT8 ? GROUP / 4 : GROUP / 2)
+#define GROUP_HEAD(of)   ((of) == INT8 ? 2 * NR : NR)
+#define X_GROUP(of)      ((GROUP_DWORDS(of) + 1) * MR)
+#define W_GROUP(of)      (GROUP_HEAD(of) + GROUP_DWORDS(of) * NR)
 
 TEMPLATE void tile_rows_groups(dword_of of, const tile_out *o, int rows, const float *x,
                                const float *panel, int groups) {
     __m512 acc[GROUP_ROWS][2];
     const float *ahead = o->ahead;
     tile_begin(o, rows, acc);
-    const int n = group_dwords(of), head = group_head(of);
-    for (; groups; groups--, x += (n + 1) * MR, panel += head + n * NR) {
+    const int n = GROUP_DWORDS(of);
+    for (; groups; groups--, x += X_GROUP(of), panel += W_GROUP(of)) {
         __m512 sum[GROUP_ROWS][2];
         UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < 2; h++) sum[i][h] =
             of == INT8 ? _mm512_load_ps(panel + NR + 16 * h) : _mm512_setzero_ps();
         ahead = fetch(o, ahead);
-        tile(of, DWORDS, sum, rows, x, 1, MR, panel + head, n);
+        tile(of, DWORDS, sum, rows, x, 1, MR, panel + GROUP_HEAD(of), n);
         UNROLL for (int h = 0; h < 2; h++) {
             const __m512 w = _mm512_load_ps(panel + 16 * h);
             UNROLL for (int i = 0; i < rows; i++) {
@@ -117,7 +129,7 @@ TEMPLATE void tile_rows_groups(dword_of of, const tile_out *o, int rows, const f
 #define TILE_GROUPS(name, of)                                                                      \
     AVX512 static void name(const tile_out *o, int rows, const float *x, const float *panel,       \
                             int n) {                                                               \
-        const int groups = ceil_div(n, group_dwords(of));                                          \
+        const int groups = ceil_div(n, GROUP_DWORDS(of));                                          \
         tile_out to = *o;                                                                          \
         for (int left = ceil_div(rows, GROUP_ROWS); left; left--) {                                \
             const int m = ceil_div(rows, left);                                                    \
@@ -265,20 +277,6 @@ AVX512 static void widen(float *to, const float *panel, int n) {
     }
 }
 
-#define PACK(name, of)                                                                             \
-    AVX512 static void name##_x(float *to, const float *x, int rows, int K) {                      \
-        pack_x(of, to, x, rows, K);                                                                \
-    }                                                                                              \
-    AVX512 static void name##_i8(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {   \
-        pack_w(of, QEMB_I8, panel, p, k0, k1, ahead);                                              \
-    }
-PACK(pack_f32, F32)
-PACK(pack_bf16, BF16)
-
-AVX512 static void pack_bf16_f16(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {
-    pack_w(BF16, QEMB_F16, panel, p, k0, k1, ahead);
-}
-
 /* ---- int8, int16: a group's scale is found for 16 rows at a time */
 
 TEMPLATE void load_x64(__m512 v[4], const float *row, int n) {
@@ -342,9 +340,9 @@ TEMPLATE __m512 integers(dword_of of, const __m512 v[4], float inverse, int h) {
 }
 
 TEMPLATE void pack_x_groups(dword_of of, float *to, const float *x, int rows, int K) {
-    const int n = group_dwords(of);
+    const int n = GROUP_DWORDS(of);
     const __m512 offset = _mm512_castsi512_ps(_mm512_set1_epi8(-128));
-    for (int k = 0; k < K; k += GROUP, x += GROUP, to += (n + 1) * MR) {
+    for (int k = 0; k < K; k += GROUP, x += GROUP, to += X_GROUP(of)) {
         float inverse[16];
         __m512 r[16], v[4];
         group_sizes sizes;
@@ -372,7 +370,7 @@ TEMPLATE void store_w(dword_of of, float *to, __m512 r[16], int h) {
     __m512 sum = _mm512_setzero_ps();
     transpose(r);
     UNROLL for (int c = 0; c < 16; c++) {
-        _mm512_store_ps(to + group_head(of) + (16 * h + c) * NR, r[c]);
+        _mm512_store_ps(to + GROUP_HEAD(of) + (16 * h + c) * NR, r[c]);
         if (of == INT8) sum = multiply_add(INT8, sum, offset, r[c]);
     }
     if (of == INT8)
@@ -382,12 +380,12 @@ TEMPLATE void store_w(dword_of of, float *to, __m512 r[16], int h) {
 
 TEMPLATE void pack_w_groups(dword_of of, qemb_dtype dtype, float *panel, const w_panel *p, int k0,
                             int k1, size_t ahead) {
-    const int bytes = dtype == QEMB_I8 ? 1 : 2, n = group_dwords(of);
+    const int bytes = dtype == QEMB_I8 ? 1 : 2, n = GROUP_DWORDS(of);
     for (int half = 0; half < 2; half++) {
         w_rows row;
         find_rows(row, p->w, p->row[half], bytes);
         float *to = panel + 16 * half, file_scale[16][16];
-        for (int k = k0; k < k1; k += GROUP, to += group_head(of) + n * NR) {
+        for (int k = k0; k < k1; k += GROUP, to += W_GROUP(of)) {
             const float *s = file_scale[k / QEMB_GROUP % 16];
             float inverse[16];
             __m512 r[16], v[4];
@@ -413,19 +411,25 @@ TEMPLATE void pack_w_groups(dword_of of, qemb_dtype dtype, float *panel, const w
     }
 }
 
-#define PACK_GROUPS(name, of)                                                                      \
-    AVX512 static void name##_x(float *to, const float *x, int rows, int K) {                      \
-        pack_x_groups(of, to, x, rows, K);                                                         \
-    }                                                                                              \
-    AVX512 static void name##_f16(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {  \
-        pack_w_groups(of, QEMB_F16, panel, p, k0, k1, ahead);                                      \
+#define PACK_X(name, with, of)                                                                     \
+    AVX512 static void name(float *to, const float *x, int rows, int K) {                          \
+        with(of, to, x, rows, K);                                                                  \
     }
-PACK_GROUPS(pack_int8, INT8)
-PACK_GROUPS(pack_int16, INT16)
+PACK_X(pack_f32_x, pack_x, F32)
+PACK_X(pack_bf16_x, pack_x, BF16)
+PACK_X(pack_int16_x, pack_x_groups, INT16)
+PACK_X(pack_int8_x, pack_x_groups, INT8)
 
-AVX512 static void pack_int16_i8(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {
-    pack_w_groups(INT16, QEMB_I8, panel, p, k0, k1, ahead);
-}
+#define PACK_W(name, with, of, dtype)                                                              \
+    AVX512 static void name(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {        \
+        with(of, dtype, panel, p, k0, k1, ahead);                                                  \
+    }
+PACK_W(pack_f32_i8, pack_w, F32, QEMB_I8)
+PACK_W(pack_bf16_f16, pack_w, BF16, QEMB_F16)
+PACK_W(pack_bf16_i8, pack_w, BF16, QEMB_I8)
+PACK_W(pack_int16_f16, pack_w_groups, INT16, QEMB_F16)
+PACK_W(pack_int16_i8, pack_w_groups, INT16, QEMB_I8)
+PACK_W(pack_int8_f16, pack_w_groups, INT8, QEMB_F16)
 
 /* An INT8 file's bytes and scales as they are */
 AVX512 static void pack_int8_i8(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {
@@ -434,7 +438,7 @@ AVX512 static void pack_int8_i8(float *panel, const w_panel *p, int k0, int k1, 
         w_rows row;
         float *to = panel + 16 * h, scale[16][16];
         find_rows(row, w, p->row[h], 1);
-        for (int k = k0; k < k1; k += GROUP, to += W_GROUP8) {
+        for (int k = k0; k < k1; k += GROUP, to += W_GROUP(INT8)) {
             __m512 r[16];
             const __mmask64 some = w->cols - k >= 64 ? ~0ull : (1ull << (w->cols - k)) - 1;
             prefetch_rows(row, (size_t)k, ahead);
@@ -464,48 +468,48 @@ AVX512 static void swiglu_8bit(float *h, size_t ldh, int rows, int cols, const f
 
 /* ---- the arithmetics */
 
-static const arithmetic arithmetics[] = {
-    [QEMB_MATH_F32] = {.per_dword = 1,
-                       .columns = 16,
-                       .x_floats = 16 * MR,
-                       .w_floats = 16 * HALF_ROW,
-                       .pack_x = pack_f32_x,
-                       .of = {{1, pack_halves, tile_f16}, {0, pack_f32_i8, tile_f32}},
-                       .widen = widen,
-                       .swiglu = swiglu_f32},
-    [QEMB_MATH_BF16] = {.per_dword = 2,
-                        .columns = 32,
-                        .x_floats = 16 * MR,
-                        .w_floats = 16 * DWORD_ROW,
-                        .pack_x = pack_bf16_x,
-                        .of = {{1, pack_bf16_f16, tile_bf16}, {0, pack_bf16_i8, tile_bf16}},
-                        .swiglu = swiglu_8bit},
-    [QEMB_MATH_INT16] = {.per_dword = 2,
-                         .columns = GROUP,
-                         .x_floats = X_GROUP16,
-                         .w_floats = W_GROUP16,
-                         .pack_x = pack_int16_x,
-                         .of = {{1, pack_int16_f16, tile_int16}, {0, pack_int16_i8, tile_int16}},
-                         .swiglu = swiglu_f32},
-    [QEMB_MATH_INT8] = {.per_dword = 4,
-                        .columns = GROUP,
-                        .x_floats = X_GROUP8,
-                        .w_floats = W_GROUP8,
-                        .pack_x = pack_int8_x,
-                        .of = {{1, pack_int8_f16, tile_int8}, {1, pack_int8_i8, tile_int8}},
-                        .swiglu = swiglu_8bit},
-};
+static const arithmetic f32 = {.per_dword = 1,
+                               .columns = 16,
+                               .x_floats = 16 * MR,
+                               .w_floats = 16 * HALF_ROW,
+                               .pack_x = pack_f32_x,
+                               .of = {{1, pack_halves, tile_f16}, {0, pack_f32_i8, tile_f32}},
+                               .widen = widen,
+                               .swiglu = swiglu_f32};
+static const arithmetic bf16 = {.per_dword = 2,
+                                .columns = 32,
+                                .x_floats = 16 * MR,
+                                .w_floats = 16 * DWORD_ROW,
+                                .pack_x = pack_bf16_x,
+                                .of = {{1, pack_bf16_f16, tile_bf16}, {0, pack_bf16_i8, tile_bf16}},
+                                .swiglu = swiglu_8bit};
+static const arithmetic int16 = {
+    .per_dword = 2,
+    .columns = GROUP,
+    .x_floats = X_GROUP(INT16),
+    .w_floats = W_GROUP(INT16),
+    .pack_x = pack_int16_x,
+    .of = {{1, pack_int16_f16, tile_int16}, {0, pack_int16_i8, tile_int16}},
+    .swiglu = swiglu_f32};
+static const arithmetic int8 = {.per_dword = 4,
+                                .columns = GROUP,
+                                .x_floats = X_GROUP(INT8),
+                                .w_floats = W_GROUP(INT8),
+                                .pack_x = pack_int8_x,
+                                .of = {{1, pack_int8_f16, tile_int8}, {1, pack_int8_i8, tile_int8}},
+                                .swiglu = swiglu_8bit};
 
 /* ---- the tables ------------------------------------------------------------------------------- */
 
-#define KERNELS(attention)                                                                         \
-    { ATTENTION_ROWS, half_row, rmsnorm_row, norm_rotate, swiglu_row, attention }
-static const cpu_kernels floats = KERNELS(avx512_attention_f32),
-                         mixed = KERNELS(avx512_attention_int16);
+#define KERNELS(name, attention)                                                                   \
+    static const cpu_kernels name = {ATTENTION_ROWS, half_row,   rmsnorm_row,                      \
+                                     norm_rotate,    swiglu_row, attention};
+KERNELS(with_floats, avx512_attention_f32)
+KERNELS(with_int16, avx512_attention_int16)
 
-PANELS_TABLE(avx512_ops, "avx512", QEMB_MATH_F32, arithmetics[QEMB_MATH_F32], floats)
-PANELS_TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, arithmetics[QEMB_MATH_BF16], mixed)
-PANELS_TABLE(avx512_int16_ops, "avx512-int16", QEMB_MATH_INT16, arithmetics[QEMB_MATH_INT16], mixed)
-PANELS_TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, arithmetics[QEMB_MATH_INT8], mixed)
+PANELS_TABLE(avx512_ops, "avx512", QEMB_MATH_F32, f32, with_floats)
+PANELS_TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, bf16, with_int16)
+PANELS_TABLE(avx512_int16_ops, "avx512-int16", QEMB_MATH_INT16, int16, with_int16)
+PANELS_TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, int8, with_int16)
 
 #endif

@@ -237,6 +237,8 @@ TEMPLATE __m512 scales(float inverse[16], __m512 v, float n) {
 
 /* ---- integers of 16 bits */
 
+enum { INT16_MOST = 32767 };
+
 /* Two vectors of floats, rounded to nearest even: dword i holds numbers 2i and 2i+1 of 32. */
 TEMPLATE __m512 to_int16(__m512 lo, __m512 hi) {
     const __m512i lanes = _mm512_packs_epi32(_mm512_cvtps_epi32(lo), _mm512_cvtps_epi32(hi));

@@ -20,10 +20,9 @@
 #include <assert.h>
 
 enum {
-    ITEM_TILES = 24,  /* tiles of x times panels of W in a work item, or one panel */
-    FEW_TILES = 3,    /* up to so many tiles of x read a panel as it was placed */
-    X_ROWS = 86 * MR, /* rows of x that are packed at a time, and share one packing of W */
-    PANEL_FLOATS = KC / (GROUP / 4) * W_GROUP8, /* of the largest arithmetic's panel */
+    ITEM_TILES = 24, /* tiles of x times panels of W in a work item, or one panel */
+    FEW_TILES = 3,   /* up to so many tiles of x read a panel as it was placed */
+    X_TILES = 86,    /* tiles of x that are packed at a time, and share one packing of W */
 };
 
 typedef struct {
@@ -58,6 +57,12 @@ static size_t x_floats(const arithmetic *a, int K) {
 }
 static size_t w_floats(const arithmetic *a, int K) {
     return (size_t)ceil_div(K, a->columns) * (size_t)a->w_floats;
+}
+
+/* And of a panel that a thread makes for itself: as it would be placed, or of whole dwords */
+static size_t room_floats(const arithmetic *a) {
+    const size_t placed = w_floats(a, KC * a->per_dword), dwords = (size_t)KC * NR;
+    return placed > dwords ? placed : dwords;
 }
 
 /* ---- place: matrices become panels when they are given, one after the other, each with all its
@@ -200,7 +205,7 @@ static void multiply_panels(const void *job, int item, int thread) {
     const int columns = KC * j->be->arithmetic->per_dword, K = j->w->cols;
     const int last = min_int((item + 1) * j->panels, panel_count(j->w, j->gated));
     float *room = j->be->scratch + (size_t)thread * j->be->scratch_floats;
-    block b = {.p = item * j->panels, .sums = room + PANEL_FLOATS};
+    block b = {.p = item * j->panels, .sums = room + room_floats(j->be->arithmetic)};
     for (; b.p < last; b.p++)
         for (b.k = 0; b.k < K; b.k = b.end) {
             b.end = min_int(K, b.k + columns);
@@ -214,7 +219,7 @@ static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_ma
                        int add, int gated) {
     assert(w->dtype == QEMB_F16 || (w->dtype == QEMB_I8 && w->scale));
     assert(!be->arithmetic->of[w->dtype == QEMB_I8].placed || is_placed(be, w));
-    const int panels = panel_count(w, gated), chunks = ceil_div(T, X_ROWS);
+    const int panels = panel_count(w, gated), chunks = ceil_div(T, X_TILES * MR);
     matmul_job j = {.be = be, .w = w, .add = add, .gated = gated, .packed = be->packed};
     for (int i = 0; i < chunks; i++) {
         const int t = (int)((long)T * i / chunks);
@@ -249,8 +254,8 @@ void panels_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act 
 int panels_open(qemb_backend **be, const arithmetic *a, const cpu_kernels *kernels,
                 const qemb_config *c, const qemb_options *opt, qemb_err *err) {
     const int widest = max_int(max_int(c->hidden, c->n_heads * c->head_dim), c->ffn);
-    if (simd_open(be, c, opt, kernels, PANEL_FLOATS + X_ROWS * NR,
-                  (size_t)X_ROWS * (size_t)round_up(widest, GROUP), err))
+    if (simd_open(be, c, opt, kernels, room_floats(a) + X_TILES * MR * NR,
+                  X_TILES * x_floats(a, widest), err))
         return -1;
     (*be)->arithmetic = a;
     return 0;

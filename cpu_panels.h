@@ -11,24 +11,6 @@ enum {
     KC = 3072, /* dwords of a panel that meet a tile at a time: KC x NR, 384 KiB of an L2 cache */
 };
 
-/* Integers come in groups of 64 columns, each with a scale per row. Of x: dwords (n, MR), bytes with
- * 128 added, then scales (MR). Of W: scales (NR), of bytes -128 times the sums of the group's (NR),
- * which takes x's 128 out again, then dwords (n, NR). Sums of a group are exact.
- *
- * Of 8 bits a group's largest magnitude becomes 127. Of 16 bits it may become INT16_MOST, but the
- * group's length only GROUP_LENGTH: no sum of x times W can pass 2^31 (Cauchy and Schwarz), rounding
- * included, which adds 4 to a length. Of W the scale is a power of two then: a half whose integer is
- * 1024 or more stays what it is. */
-enum {
-    GROUP = 64,
-    INT16_MOST = 32767,
-    GROUP_LENGTH = 46330,
-    X_GROUP8 = (GROUP / 4 + 1) * MR,
-    X_GROUP16 = (GROUP / 2 + 1) * MR,
-    W_GROUP8 = (GROUP / 4 + 2) * NR,
-    W_GROUP16 = (GROUP / 2 + 1) * NR,
-};
-
 typedef struct { /* what becomes of a tile's sums: y (rows, cols) = (add ? y : 0) + factor sum */
     float *y;
     size_t ldy;
