@@ -89,7 +89,7 @@ build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$(SERVE) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
 build/$(1)/test_%: build/$(1)/tests/test_%.o $$(patsubst %,build/$(1)/%.o,tests/oracle tests/support $(TESTED) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
-build/$(1)/bench: $$(patsubst %,build/$(1)/%.o,bench bench_limits bench_gemm format $(ENGINE))
+build/$(1)/bench: $$(patsubst %,build/$(1)/%.o,bench bench_limits bench_gemm choose format $(ENGINE))
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/accuracy tests/oracle tests/support $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@

@@ -19,6 +19,7 @@
  * rates. Other programs on the machine show in p10..p90.
  */
 #include "bench.h"
+#include "cli.h"
 #include "cpu.h"
 #include "format.h"
 
@@ -39,8 +40,6 @@ enum {
     VECTORS = 256
 };
 
-static const char *const math_names[] = {"f32", "bf16", "int16", "int8", "fp8"};
-
 int threads;
 static const qemb_file *file;
 static const qemb_ops *table;
@@ -51,7 +50,7 @@ void die(const char *what) {
     exit(1);
 }
 
-void *need(size_t bytes) {
+void *zeroed(size_t bytes) {
     void *p = aligned_alloc(256, (bytes + 255) / 256 * 256);
     if (!p) die("out of memory");
     return memset(p, 0, bytes); /* so that the pages are there */
@@ -174,12 +173,12 @@ static void setup_open(setup *s, const qemb_ops *op) {
     memset(s, 0, sizeof *s);
     s->op = op;
     s->w = file->weights;
-    s->w.layers = need(sizeof *s->w.layers * (size_t)file->config.n_layers);
+    s->w.layers = zeroed(sizeof *s->w.layers * (size_t)file->config.n_layers);
     memcpy(s->w.layers, file->weights.layers, sizeof *s->w.layers * (size_t)file->config.n_layers);
     if (op->open(&s->be, &file->config, &opt, &err) || op->place(s->be, &s->w, &err)) die(err.msg);
-    s->in = need(sizeof(float) * n), s->out = need(sizeof(float) * n);
-    s->gu = need(sizeof(float) * n);
-    s->ones = need(sizeof(float) * (size_t)file->config.head_dim);
+    s->in = zeroed(sizeof(float) * n), s->out = zeroed(sizeof(float) * n);
+    s->gu = zeroed(sizeof(float) * n);
+    s->ones = zeroed(sizeof(float) * (size_t)file->config.head_dim);
     for (int i = 0; i < file->config.head_dim; i++) s->ones[i] = 1;
     for (size_t i = 0; i < n; i++) s->in[i] = (float)(i * 2654435761u % 2001) / 1000 - 1;
 }
@@ -296,9 +295,9 @@ static void bench_product(setup *s) {
 float *floats_of(const qemb_mat *w) {
     const qemb_config c = {.hidden = w->cols};
     qemb_backend be = {.c = &c, .threads = 1};
-    int32_t *ids = need(sizeof *ids * (size_t)w->rows);
+    int32_t *ids = zeroed(sizeof *ids * (size_t)w->rows);
     const qemb_layout all = {1, w->rows, 0, ids, NULL, NULL};
-    float *W = need(sizeof(float) * (size_t)w->rows * (size_t)w->cols);
+    float *W = zeroed(sizeof(float) * (size_t)w->rows * (size_t)w->cols);
     for (int i = 0; i < w->rows; i++) ids[i] = i;
     if (w->dtype == QEMB_F16) qemb_cpu_ops.embed(&be, W, w, &all);
     free(ids);
@@ -442,10 +441,10 @@ static double attention_flops(int B, int n) {
 static void forward_open(forward *f, const qemb_ops *ops, int B, int n) {
     const qemb_options opt = {.batch_tokens = B * n, .max_tokens = n, .threads = threads};
     qemb_err err;
-    f->ids = need(sizeof *f->ids * (size_t)B * (size_t)n);
+    f->ids = zeroed(sizeof *f->ids * (size_t)B * (size_t)n);
     if (qemb_open(&f->m, file, ops, &opt, &err)) die(err.msg);
     if (!(f->b = qemb_batch_new(f->m))) die("out of memory");
-    f->out = need(sizeof(float) * (size_t)B * (size_t)file->config.hidden);
+    f->out = zeroed(sizeof(float) * (size_t)B * (size_t)file->config.hidden);
     for (int i = 0; i < B * n; i++)
         f->ids[i] = (int32_t)((unsigned)i * 7919u % (unsigned)file->config.eos_id);
     for (int i = 0; i < B; i++)
@@ -543,7 +542,7 @@ static void bench_tokenizer(const char *path) {
     qemb_err err;
     double start;
     FILE *in = fopen(path, "rb");
-    char *text = need(64 << 20);
+    char *text = zeroed(64 << 20);
     if (!in || !(c.bytes = fread(text, 1, 64 << 20, in))) die("a text cannot be read");
     fclose(in);
     if (tokenizer_open(&t, file->merges, file->n_merges, file->added, file->added_bytes, &err))
@@ -579,36 +578,29 @@ static void run_print(void *arg, int i) {
 static void bench_print(void) {
     static const char *const kinds[] = {"json", "tsv", "base64", "f16", "f32"};
     const int dim = file->config.hidden;
-    float *v = need(sizeof *v * VECTORS * (size_t)dim);
+    float *v = zeroed(sizeof *v * VECTORS * (size_t)dim);
     uint64_t seed = 1;
     for (int i = 0; i < VECTORS * dim; i++) /* about a unit vector's numbers */
         seed = seed * 6364136223846793005u + 1442695040888963407u,
         v[i] = (float)((double)(seed >> 11) * 0x1p-53 * 0.1 - 0.05);
     for (int k = 0; k < 5; k++) {
         printing p = {(format_kind)format_by_name(kinds[k]), dim, v, NULL};
-        p.room = need(format_vector_room(p.kind, dim));
+        p.room = zeroed(format_vector_room(p.kind, dim));
         row("print", kinds[k], dim, measure(run_print, &p), VECTORS, 1, "vectors/s", "", 0);
         free(p.room);
     }
     free(v);
 }
 
-static int math_by_name(const char *s) {
-    for (int i = 0; i < (int)(sizeof math_names / sizeof *math_names); i++)
-        if (!strcmp(s, math_names[i])) return i;
-    die("--math: unknown (want f32, bf16, int16 or int8)");
-    return -1;
-}
-
 static int tables(void) {
     for (int i = 0; qemb_cpu_table(i); i++)
-        printf("%s %s\n", qemb_cpu_table(i)->name, math_names[qemb_cpu_table(i)->math]);
+        printf("%s %s\n", qemb_cpu_table(i)->name, math_name(qemb_cpu_table(i)->math));
     return 0;
 }
 
 int main(int argc, char **argv) {
-    const char *cpu = NULL;
-    int n = 1, math = QEMB_MATH_F32;
+    const char *cpu = NULL, *math = NULL;
+    int n = 1;
     qemb_err err;
     for (int i = 1; i < argc; i++) { /* options out of the way */
         if (i + 1 < argc && !strcmp(argv[i], "--threads"))
@@ -618,7 +610,7 @@ int main(int argc, char **argv) {
         else if (i + 1 < argc && !strcmp(argv[i], "--cpu"))
             cpu = argv[++i];
         else if (i + 1 < argc && !strcmp(argv[i], "--math"))
-            math = math_by_name(argv[++i]);
+            math = argv[++i];
         else if (!strcmp(argv[i], "--cpu-time"))
             cpu_time = 1;
         else
@@ -630,8 +622,7 @@ int main(int argc, char **argv) {
             "[OP...|LENGTH...|TEXT...] [--threads N] [--math f32|bf16|int16|int8] [--cpu NAME] "
             "[--tokens N] [--cpu-time]");
     if (threads < 1) threads = omp_get_num_procs();
-    if (!(table = qemb_cpu_choose(cpu, (qemb_math)math)))
-        die("--cpu, --math: no such table on this machine (bench tables lists them)");
+    if (!(table = choose_ops(cpu, math, &err))) die(err.msg);
     if (qemb_file_open((qemb_file **)&file, argv[2], &err)) die(err.msg);
     const char *what = argv[1];
     if (strcmp(what, "tokenizer") && strcmp(what, "print")) limits_measure(file);

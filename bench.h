@@ -7,7 +7,7 @@
 extern int threads; /* of the limits, the ops and the others' GEMM alike */
 
 void die(const char *what); /* ends the program */
-void *need(size_t bytes);   /* zeroed, its pages there, aligned to 256; or dies */
+void *zeroed(size_t bytes); /* its pages there, aligned to 256; or dies */
 
 typedef struct {
     double median, p10, p90;

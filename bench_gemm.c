@@ -354,9 +354,9 @@ other_gemm *other_gemm_open(int which, qemb_math math, int T, int N, int K, cons
     other_gemm *g = calloc(1, sizeof *g);
     if (!g) die("out of memory");
     g->T = T, g->N = N, g->K = K;
-    g->x = need(sizeof(float) * (size_t)T * (size_t)K);
-    g->W = need(sizeof(float) * (size_t)N * (size_t)K);
-    g->y = need(sizeof(float) * (size_t)T * (size_t)N);
+    g->x = zeroed(sizeof(float) * (size_t)T * (size_t)K);
+    g->W = zeroed(sizeof(float) * (size_t)N * (size_t)K);
+    g->y = zeroed(sizeof(float) * (size_t)T * (size_t)N);
     fill(g, math, W);
     *name = names[which];
     int bad = -1;

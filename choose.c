@@ -14,6 +14,8 @@
 static const char *const math_names[] = {"f32",  "bf16", "int16",
                                          "int8", "fp8",  "f16"}; /* qemb_math */
 
+const char *math_name(qemb_math math) { return math_names[math]; }
+
 /* Appends name to a list, unless it ends in it. */
 static void list(char *s, size_t size, const char *name) {
     const size_t n = strlen(s), m = strlen(name);

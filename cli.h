@@ -69,6 +69,7 @@ typedef struct {
 /* The table that --cpu and --math name; of what is NULL, the program's own default. NULL, with code
  * "usage", where this program or machine has no such table. */
 const qemb_ops *choose_ops(const char *cpu, const char *math, qemb_err *err);
+const char *math_name(qemb_math math); /* as --math has it */
 
 /* ---- encode.c -------------------------------------------------------------------------------- */
 

@@ -204,9 +204,9 @@ Test(ops, matmul_of_parallel_rows) {
             qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
             const qemb_mat m = {W, N, K, QEMB_F16, 1, NULL};
             qemb_mat placed = m;
+            /* 1 everywhere, in one column of 64, or 63 times 2^-4 */
             for (int n = 0; n < N; n++)
-                for (int k = 0; k < K;
-                     k++) /* 1 everywhere, in one column of 64, or 63 times 2^-4 */
+                for (int k = 0; k < K; k++)
                     W[n * K + k] = k % 64 == n % 64 || n % 3 == 0 ? 0x3c00
                                    : n % 3 == 1                   ? 0
                                                                   : 0x2c00;
@@ -397,7 +397,8 @@ Test(ops, attention_with_large_scores) {
 }
 
 /* Equal values under even weights, and one that takes all of it: what integers sum up to is largest
- * here. The mean of equal numbers is that number, but for the weights' rounding. */
+ * here. The mean of equal numbers is that number, but for n U in either sum and the division; of
+ * integers, for the rounding of weights and values as above. */
 Test(ops, attention_of_equal_values) {
     const int T = 300;
     for (int o = 0; qemb_cpu_table(o); o++)
