@@ -17,7 +17,7 @@ DEBIAN_TEST    := clang libclang-rt-dev libcriterion-dev xz-utils curl redis-ser
 
 WARNINGS := -Wall -Wextra -Wpedantic -Werror
 # Products may be fused into sums (more exact, twice as fast); nothing else is relaxed.
-BASE     := -std=c11 -D_GNU_SOURCE $(WARNINGS) -ffp-contract=fast -pthread -MMD -MP
+BASE     := -std=c11 -D_GNU_SOURCE -I. $(WARNINGS) -ffp-contract=fast -pthread -MMD -MP
 SERVE_LIBS := -lmicrohttpd -lhiredis
 LIBS     := -ljansson -lcrypto -lm
 # bench has oneDNN beside the matmul if its headers are there when bench is built (bench_gemm.c).
@@ -80,9 +80,6 @@ define variant
 build/$(1)/%.o: %.c | need-build
 	@mkdir -p $$(@D)
 	$(2) $(BASE) $(3) -c $$< -o $$@
-build/$(1)/tests/%.o: tests/%.c | need-build
-	@mkdir -p $$(@D)
-	$(2) $(BASE) $(3) -c $$< -o $$@
 build/$(1)/qemb: $$(patsubst %,build/$(1)/%.o,$(FRONT) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$(SERVE) $(ENGINE))
@@ -95,7 +92,7 @@ build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/accuracy tests/oracle te
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/fuzz_%: build/$(1)/tests/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/support serve_api serve_metrics format input $$(ENGINE))
 	$(2) $(3) $$^ $(LIBS) -o $$@
--include $$(wildcard build/$(1)/*.d build/$(1)/tests/*.d)
+-include $$(wildcard $$(foreach d,* */* */*/* */*/*/*,build/$(1)/$$(d).d))
 endef
 .SECONDARY:
 

@@ -9,12 +9,12 @@ GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 
 EMU_SOURCES := tests/emu/emu_fibers.cpp tests/emu/emu_runtime.cpp tests/emu/emu_race.cpp tests/emu/emu_hopper.cpp tests/emu/emu_cublaslt.cpp
 EMU_HEADERS := $(wildcard tests/emu/*.h) tests/cuda_test.h tests/cuda_model.h tests/cuda_attention.h tests/oracle.h tests/support.h $(CUDA_ROOM)
-C_HEADERS   := $(wildcard *.h) # of all C files: a stale object is one of another layout
+C_HEADERS   := $(wildcard *.h */*.h */*/*.h) # of all C files: a stale object is one of another layout
 EMU_TESTS   := tests/cuda_main.cu tests/test_cuda_ops.cu tests/test_cuda_hopper.cu tests/test_cuda_model.cu tests/test_cuda_eight.cu
 EMU_C       := qemb.c cpu_share.c cpu_panels.c cpu_simd.c cpu_avx512.c cpu_avx512_attention.c file.c tests/oracle.c tests/support.c
 EMU_WARN    := -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas
 EMU_CXX     := -std=c++20 -g $(EMU_WARN) -Wno-psabi -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/emu
-EMU_CC      := -std=c11 -D_GNU_SOURCE -g $(EMU_WARN)
+EMU_CC      := -std=c11 -D_GNU_SOURCE -I. -g $(EMU_WARN)
 CXX         ?= g++
 comma       := ,
 
@@ -79,16 +79,16 @@ mutants: ## drop every barrier, wait and guard of the CUDA code in turn: the tes
 ifneq ($(wildcard $(NVCC)),)
 define CHECKED_CUBIN
 @mkdir -p $(@D)
-$(NVCC) -std=c++20 -O3 -Werror all-warnings -Xptxas -v -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@ 2> $@.log || { cat $@.log; exit 1; }
+$(NVCC) -I. -std=c++20 -O3 -Werror all-warnings -Xptxas -v -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@ 2> $@.log || { cat $@.log; exit 1; }
 endef
 # One object per architecture, so that a spill is reported with its place.
 build/cuda/qemb_%.o: qemb.cu $(CUDA_ROOM)
 	@mkdir -p $(@D)
-	$(NVCC) -std=c++20 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra,-fopenmp -Xptxas -v \
+	$(NVCC) -I. -std=c++20 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra,-fopenmp -Xptxas -v \
 	    -gencode arch=compute_$*,code=sm_$* -c $< -o $@ 2> $@.log || { cat $@.log; exit 1; }
 build/cuda/qemb_%.cubin: qemb.cu $(CUDA_ROOM)
 	@mkdir -p $(@D)
-	$(NVCC) -std=c++20 -O3 -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@
+	$(NVCC) -I. -std=c++20 -O3 -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@
 build/cuda/tests_%.cubin: tests/test_cuda_ops.cu $(CUDA_ROOM) tests/cuda_test.h tests/cuda_attention.h
 	$(CHECKED_CUBIN)
 build/cuda/hopper_%.cubin: tests/test_cuda_hopper.cu $(CUDA_ROOM) tests/cuda_test.h tests/cuda_attention.h tests/cuda_model.h
@@ -99,7 +99,7 @@ cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o build/cuda/qemb_$(a
 
 build/cuda/%.cu.o: %.cu $(CUDA_ROOM) tests/cuda_test.h
 	@mkdir -p $(@D)
-	$(NVCC) -std=c++20 -O3 -Xcompiler -fopenmp $(GENCODE) -c $< -o $@
+	$(NVCC) -I. -std=c++20 -O3 -Xcompiler -fopenmp $(GENCODE) -c $< -o $@
 build/cuda/%.o: %.c $(C_HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(EMU_CC) -O3 -fopenmp -c $< -o $@
