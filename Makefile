@@ -24,7 +24,7 @@ LIBS     := -ljansson -lcrypto -lm
 BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-ENGINE  := qemb cpu_share cpu_panels cpu_simd cpu_avx512 cpu_avx512_attention file tokenizer
+ENGINE  := qemb cpu_share cpu_panels cpu_simd cpu_avx512 cpu_avx512_attention tokenizer lib/model_file lib/error
 FRONT   := main choose encode output pipeline format input
 SERVE   := serve serve_http serve_listen serve_api serve_lane serve_queue serve_cache serve_redis serve_metrics choose encode format input
 TESTS   := file format input model ops serve_cache serve_queue simd tokenizer

@@ -74,7 +74,7 @@ def parse(folder, name, read, *args):
 
 # ---- config.json -------------------------------------------------------------------------------
 
-# The header's names and order, Hugging Face's names, and the ranges that file.c accepts.
+# The header's names and order, Hugging Face's names, and the ranges that lib/model_file.c accepts.
 FIELDS = (
     ("n_layers", "num_hidden_layers", 1, 1024),
     ("hidden", "hidden_size", 1, 1 << 16),

@@ -7,7 +7,7 @@
 
 #if defined(QEMB_EMU)
 
-#include "emu.h"
+#include "tests/emu/emu.h"
 
 typedef char *shared_addr;
 inline shared_addr shared_address(void *p) { return (char *)p; }

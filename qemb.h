@@ -1,6 +1,6 @@
 /* qemb.h - what the rooms of qemb agree on.
  *
- *   main.c ──> file.c (map and validate a .qemb)  ──> qemb_file
+ *   main.c ──> model_file.c (map and validate a .qemb)  ──> qemb_file
  *          ──> tokenizer.c (text to token ids)    ──> tokenizer
  *          ──> qemb.c (pack, forward, vectors)    ──> qemb_model over a qemb_ops table
  *
@@ -116,7 +116,7 @@ typedef struct {
  * In an INT8 file the four matrices of every layer are i8, in -127 .. 127, and each is followed by
  * a section of its name and ".scale", f32 (rows, cols / 64 rounded up), a scale for each 64 weights of
  * a row: W[r][c] = scale[r][c / 64] * data[r][c].
- * convert_weights.py writes it, file.c reads it.
+ * convert_weights.py writes it, model_file.c reads it.
  */
 typedef struct {
     const char *name; /* a prompt's name: "query", "document" */

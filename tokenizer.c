@@ -22,7 +22,7 @@
  * Nothing depends on the locale; a tokenizer is immutable once open, all scratch is in the state.
  */
 #include "qemb.h"
-#include "unicode.h"
+#include "lib/unicode.h"
 
 #include <limits.h>
 #include <stdlib.h>

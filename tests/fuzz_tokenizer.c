@@ -7,7 +7,7 @@
  *   - without added tokens, the ids' bytes are the text in NFC: they encode to the same ids again,
  *     and they are the text itself where all of it is below U+0300.
  */
-#include "../qemb.h"
+#include "qemb.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -187,7 +187,7 @@ FLAGS = {  # per net: flags of the code under test; objects that the mutants sha
     "emu-race": "-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie -DEMU_RACE".split(),
 }
 SHARED = [f"tests/emu/emu_{x}.o" for x in ("fibers", "runtime", "race", "hopper", "cublaslt")] + \
-         ["qemb.o", "cpu_share.o", "cpu_panels.o", "cpu_simd.o", "cpu_avx512.o", "cpu_avx512_attention.o", "file.o", "tests/oracle.o", "tests/support.o", "tests/cuda_main.cu.o"]
+         ["qemb.o", "cpu_share.o", "cpu_panels.o", "cpu_simd.o", "cpu_avx512.o", "cpu_avx512_attention.o", "lib/model_file.o", "lib/error.o", "tests/oracle.o", "tests/support.o", "tests/cuda_main.cu.o"]
 
 
 def find_cuda():

@@ -5,7 +5,7 @@
 #ifndef ORACLE_H
 #define ORACLE_H
 
-#include "../qemb.h"
+#include "qemb.h"
 
 double oracle_half(uint16_t h);
 /* y (n) */

@@ -1,4 +1,4 @@
-/* support.c - see support.h. The .qemb writer follows the layout in qemb.h and nothing in file.c. */
+/* support.c - see support.h. The .qemb writer follows the layout in qemb.h and nothing in model_file.c. */
 #include "support.h"
 
 #include <stdlib.h>

@@ -2,7 +2,7 @@
 #ifndef SUPPORT_H
 #define SUPPORT_H
 
-#include "../qemb.h"
+#include "qemb.h"
 
 #include <math.h>
 #include <stdio.h>

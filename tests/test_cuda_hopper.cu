@@ -3,7 +3,7 @@
 #include "cuda_attention.h"
 #include "cuda_model.h"
 
-#include "../hopper.cuh"
+#include "hopper.cuh"
 
 static bool hopper_here() {
     int major = 0;

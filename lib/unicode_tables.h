@@ -1,4 +1,4 @@
-/* unicode_tables.h - written by tests/make_unicode_tables.py; do not edit.
+/* unicode_tables.h - written by make_unicode_tables.py; do not edit.
  *
  * Letters and numbers: Unicode 16.0. Normalization: Unicode 9.0, as the reference tokenizer
  * has it. Hangul composes and decomposes by arithmetic and is only marked here. */

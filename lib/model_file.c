@@ -1,4 +1,4 @@
-/* file.c - the .qemb file: map it, prove it, bind it.
+/* model_file.c - the .qemb file: map it, prove it, bind it.
  *
  * The layout stands in qemb.h. There is one canonical layout for a given config and given table
  * sizes, so proving a file is computing that layout again and asking for equality: nothing in the
@@ -35,17 +35,6 @@ enum {
 };
 
 static const uint8_t MAGIC[8] = {'q', 'e', 'm', 'b', '\r', '\n', 0x1a, '\n'};
-
-int qemb_fail(qemb_err *err, const char *code, const char *fmt, ...) {
-    if (err) {
-        va_list ap;
-        va_start(ap, fmt);
-        vsnprintf(err->msg, sizeof err->msg, fmt, ap);
-        va_end(ap);
-        err->code = code;
-    }
-    return -1;
-}
 
 /* Every message about a file names the file first. */
 #define REFUSE(...) refuse(path, err, __VA_ARGS__)

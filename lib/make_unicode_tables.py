@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes unicode_tables.h from the tokenizer's unicode_tables.json.
+"""Writes lib/unicode_tables.h from the tokenizer's unicode_tables.json.
 
-    tests/make_unicode_tables.py > unicode_tables.h
+    lib/make_unicode_tables.py > lib/unicode_tables.h
 
 The JSON file holds, for every code point, what the reference tokenizer does with it: \\p{L} and
 \\p{N} (Unicode 16.0), White_Space, and the normalization data of Unicode 9.0. It is looked for in
@@ -123,7 +123,7 @@ def main():
     pairs = [f"{{0x{a:X}, 0x{b:X}, 0x{c:X}}}" for (a, b), c in sorted(comp.items())]
 
     out = [
-        "/* unicode_tables.h - written by tests/make_unicode_tables.py; do not edit.",
+        "/* unicode_tables.h - written by make_unicode_tables.py; do not edit.",
         " *",
         " * Letters and numbers: Unicode 16.0. Normalization: Unicode 9.0, as the reference tokenizer",
         " * has it. Hangul composes and decomposes by arithmetic and is only marked here. */",
