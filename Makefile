@@ -24,7 +24,8 @@ LIBS     := -ljansson -lcrypto -lm
 BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-ENGINE  := qemb cpu_share cpu_panels cpu_simd cpu_avx512 cpu_avx512_attention tokenizer lib/model_file lib/error
+CPU     := $(patsubst %,backends/cpu/%,row_ops packed_gemm avx2 avx512 avx512_attention)
+ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error
 FRONT   := main choose encode output pipeline format input
 SERVE   := serve serve_http serve_listen serve_api serve_lane serve_queue serve_cache serve_redis serve_metrics choose encode format input
 TESTS   := file format input model ops serve_cache serve_queue simd tokenizer
@@ -102,7 +103,7 @@ $(eval $(call variant,asan,$(CC),-O2 -g -fopenmp $(ASAN)))
 $(eval $(call variant,tsan,$(CC),-O1 -g -fsanitize=thread -Wno-unknown-pragmas))
 $(eval $(call variant,fuzz,$(CLANG),-O1 -g -Wno-unknown-pragmas $(ASAN) -fsanitize=fuzzer))
 # What the fuzzers feed never reaches the vector ops, and their intrinsics take clang minutes to instrument.
-build/fuzz/cpu_%.o: cpu_%.c | need-build
+build/fuzz/backends/cpu/%.o: backends/cpu/%.c | need-build
 	@mkdir -p $(@D)
 	$(CLANG) $(BASE) -O1 -g -Wno-unknown-pragmas -c $< -o $@
 # The other compiler's warnings.
@@ -114,7 +115,7 @@ qemb: build/release/qemb
 qemb-serve: need-serve build/release/qemb-serve ## the OpenAI-compatible server over the same engine
 	cp build/release/qemb-serve qemb-serve
 
--include cuda.mk
+include cuda.mk
 
 # ---- for users ------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@
  */
 #include "bench.h"
 #include "cli.h"
-#include "cpu.h"
+#include "backends/cpu/cpu.h"
 #include "format.h"
 
 #include <math.h>

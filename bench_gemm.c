@@ -5,7 +5,7 @@
  * it asks for and activations already in the format of the product; OpenBLAS is loaded where it is
  * installed. */
 #include "bench.h"
-#include "cpu.h"
+#include "backends/cpu/cpu.h"
 
 #include <assert.h>
 #include <dlfcn.h>

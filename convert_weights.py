@@ -342,7 +342,7 @@ def encode_f16(w, t, row, rounding):
 
 def encode_i8(w, t, row, rounding):
     """A group's largest number becomes 127 or -127, so no number is off by more than half a step. Of
-    the numbers that an F16 file has, by the operations of cpu_avx512.c's pack_int8_f16: the two
+    the numbers that an F16 file has, by the operations of backends/cpu/avx512.c's pack_int8_f16: the two
     files give --math int8 the same bits."""
     check_range(w, 65504, t, row)
     n, cols = w.shape

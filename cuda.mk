@@ -11,16 +11,13 @@ EMU_SOURCES := tests/emu/emu_fibers.cpp tests/emu/emu_runtime.cpp tests/emu/emu_
 EMU_HEADERS := $(wildcard tests/emu/*.h) tests/cuda_test.h tests/cuda_model.h tests/cuda_attention.h tests/oracle.h tests/support.h $(CUDA_ROOM)
 C_HEADERS   := $(wildcard *.h */*.h */*/*.h) # of all C files: a stale object is one of another layout
 EMU_TESTS   := tests/cuda_main.cu tests/test_cuda_ops.cu tests/test_cuda_hopper.cu tests/test_cuda_model.cu tests/test_cuda_eight.cu
-EMU_C       := qemb.c cpu_share.c cpu_panels.c cpu_simd.c cpu_avx512.c cpu_avx512_attention.c lib/model_file.c lib/error.c tests/oracle.c tests/support.c
+EMU_C       := $(patsubst %,%.c,$(filter-out tokenizer,$(ENGINE))) tests/oracle.c tests/support.c
 EMU_WARN    := -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas
 EMU_CXX     := -std=c++20 -g $(EMU_WARN) -Wno-psabi -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/emu
 EMU_CC      := -std=c11 -D_GNU_SOURCE -I. -g $(EMU_WARN)
 CXX         ?= g++
 comma       := ,
 
-# The program's other parts; the Makefile's lists where it includes this.
-FRONT  ?= main choose encode output pipeline format input
-ENGINE ?= qemb cpu_share cpu_panels cpu_simd cpu_avx512 cpu_avx512_attention tokenizer lib/model_file lib/error
 CUDA_CHOICE := -include qemb_cuda.h -DOPS_TABLE=qemb_cuda_table -DOPS_MATH=QEMB_MATH_F16
 CUDA_PROGRAM = $(filter-out choose,$(FRONT)) $(ENGINE)
 CUDA_SERVE   = $(filter-out choose,$(SERVE)) $(ENGINE)

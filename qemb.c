@@ -8,7 +8,7 @@
  * same order, whatever T is and however the rows are shared among threads. That is why a text's
  * vector has the same bits alone, in any batch and on any number of threads.
  */
-#include "cpu.h"
+#include "backends/cpu/cpu.h"
 
 #include <assert.h>
 #include <float.h>

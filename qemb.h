@@ -300,7 +300,7 @@ typedef struct qemb_ops {
 } qemb_ops;
 
 extern const qemb_ops qemb_cpu_ops; /* qemb.c: plain C, OpenMP; "plain" */
-/* cpu_simd.c: the tables that this machine's CPU can run, "plain" first, the fastest of each
+/* avx2.c: the tables that this machine's CPU can run, "plain" first, the fastest of each
  * arithmetic last; NULL past the end. By name and arithmetic; a name of NULL is the fastest. NULL:
  * unknown here. */
 const qemb_ops *qemb_cpu_table(int i);

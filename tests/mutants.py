@@ -187,7 +187,7 @@ FLAGS = {  # per net: flags of the code under test; objects that the mutants sha
     "emu-race": "-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie -DEMU_RACE".split(),
 }
 SHARED = [f"tests/emu/emu_{x}.o" for x in ("fibers", "runtime", "race", "hopper", "cublaslt")] + \
-         ["qemb.o", "cpu_share.o", "cpu_panels.o", "cpu_simd.o", "cpu_avx512.o", "cpu_avx512_attention.o", "lib/model_file.o", "lib/error.o", "tests/oracle.o", "tests/support.o", "tests/cuda_main.cu.o"]
+         ["qemb.o", *(f"backends/cpu/{x}.o" for x in ("row_ops", "packed_gemm", "avx2", "avx512", "avx512_attention")), "lib/model_file.o", "lib/error.o", "tests/oracle.o", "tests/support.o", "tests/cuda_main.cu.o"]
 
 
 def find_cuda():
@@ -278,7 +278,7 @@ def main(args):
     if not cuda:
         print("skipped: no CUDA toolkit")
         return 0
-    make = subprocess.run(["make", "-s", "-f", "cuda.mk", "build/emu/test_cuda", "build/emu-race/test_cuda"], cwd=ROOT, check=False)
+    make = subprocess.run(["make", "-s", "build/emu/test_cuda", "build/emu-race/test_cuda"], cwd=ROOT, check=False)
     if make.returncode:
         return 1
     names = [a for a in args if not a.startswith("-")]

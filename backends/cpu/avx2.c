@@ -1,4 +1,4 @@
-/* cpu_simd.c - the CPU's ops with vector instructions, and the choice among the tables.
+/* avx2.c - the CPU's ops with vector instructions, and the choice among the tables.
  *
  * One binary runs anywhere: a function says for which instructions it is compiled, and a table of
  * them is handed out only where the CPU has those. Here: AVX2 with FMA and F16C (x86 since 2013).

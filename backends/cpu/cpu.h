@@ -1,5 +1,5 @@
-/* cpu.h - what the CPU's ops tables share: qemb.c's plain one, AVX2's of cpu_simd.c, AVX-512's of
- * cpu_avx512.c. */
+/* cpu.h - what the CPU's ops tables share: qemb.c's plain one, AVX2's of avx2.c, AVX-512's of
+ * avx512.c. */
 #ifndef CPU_H
 #define CPU_H
 
@@ -56,7 +56,7 @@ struct qemb_backend {
     float *scratch; /* (threads, scratch_floats): an op's tiles and panels, aligned to 64 bytes */
     size_t scratch_floats;
     void (*placed)(int layers, int of); /* the options' */
-    const struct arithmetic *arithmetic; /* of a table with panels: see cpu_panels.h */
+    const struct arithmetic *arithmetic; /* of a table with panels: see packed_gemm.h */
     const cpu_kernels *kernels; /* this and the next: NULL in a plain table, which has OpenMP */
     struct cpu_pool *pool;      /* NULL as well where there is one thread */
     float *packed;              /* a matmul's x as its tiles want it */
@@ -76,7 +76,7 @@ void *cpu_arena(qemb_backend *be, size_t bytes, qemb_err *err);
 void cpu_begin(qemb_backend *be, const qemb_layout *b);
 void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_layout *b);
 
-/* ---- cpu_share.c: what the vector tables share ------------------------------------------------ */
+/* ---- row_ops.c: what the vector tables share ------------------------------------------------ */
 
 /* run(job, 0 .. items-1, ...), each once, in this thread (number 0) and its helpers (1, 2, ...) */
 typedef void (*cpu_item)(const void *job, int item, int thread);
@@ -127,7 +127,7 @@ void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const 
 void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
 void simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B);
 
-/* cpu_avx512.c: for CPUs with BMI2 and AVX-512 F, BW, DQ and VL; the second wants BF16 and VNNI as well,
+/* avx512.c: for CPUs with BMI2 and AVX-512 F, BW, DQ and VL; the second wants BF16 and VNNI as well,
  * the others VNNI. Their attention multiplies integers of 16 bits, the first one's floats. */
 extern const qemb_ops avx512_ops, avx512_bf16_ops, avx512_int16_ops, avx512_int8_ops;
 

@@ -1,9 +1,9 @@
-/* cpu_avx512.h - what the rooms of AVX-512's tables share: lanes, exp, the register tiles that products
+/* avx512.h - what the rooms of AVX-512's tables share: lanes, exp, the register tiles that products
  * and attention multiply in, a transposition, scales. All of it becomes part of its caller. */
 #ifndef CPU_AVX512_H
 #define CPU_AVX512_H
 
-#include "cpu_panels.h"
+#include "packed_gemm.h"
 
 #if defined(__x86_64__)
 
@@ -23,7 +23,7 @@ TEMPLATE __m512 load_first(const float *p, int n) { return _mm512_maskz_loadu_ps
 TEMPLATE void store_first(float *p, __m512 v, int n) { _mm512_mask_storeu_ps(p, first16(n), v); }
 
 /* ---- exp --------------------------------------------------------------------------------------
- * As cpu_simd.c's, with its bound of one ulp: exp(x) = 2^n exp(r), a polynomial of degree 7. */
+ * As avx2.c's, with its bound of one ulp: exp(x) = 2^n exp(r), a polynomial of degree 7. */
 
 /* p 2^n, both normal. On Zen 4 scalef takes the time of two multiplications, this of none. */
 TEMPLATE __m512 times_2_to(__m512 p, __m512i n) {
@@ -246,7 +246,7 @@ TEMPLATE __m512 to_int16(__m512 lo, __m512 hi) {
     return _mm512_castsi512_ps(_mm512_permutexvar_epi64(order, lanes));
 }
 
-/* ---- cpu_avx512_attention.c: cpu_kernels' attention, of floats and of 16 bit integers (VNNI) */
+/* ---- avx512_attention.c: cpu_kernels' attention, of floats and of 16 bit integers (VNNI) */
 void avx512_attention_f32(const attention_tile *w, float *att, size_t ld_att, int q0, int n);
 void avx512_attention_int16(const attention_tile *w, float *att, size_t ld_att, int q0, int n);
 

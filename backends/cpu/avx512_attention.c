@@ -1,6 +1,6 @@
-/* cpu_avx512_attention.c - attention with AVX-512, of floats and of 16 bit integers.
+/* avx512_attention.c - attention with AVX-512, of floats and of 16 bit integers.
  *
- * As cpu_simd.c's: a block walks over the keys in tiles with a running maximum and sum, multiplying
+ * As avx2.c's: a block walks over the keys in tiles with a running maximum and sum, multiplying
  * dwords as the matmul does; scores, their softmax and all sums are float. Keys of a tile are panels
  * (NR keys, their d-th dwords together), queries tiles of MR rows (dwords, MR). Values are panels of
  * NR dimensions, of one key or two per dword, and weights rows of CPU_KEYS numbers. What lies above
@@ -13,7 +13,7 @@
  * tile's weights, each times its value's scale, are scaled to a largest of INT16_MOST and a sum of
  * WEIGHTS_MOST at most, so that no sum of values can pass 2^31, rounding of CPU_KEYS weights
  * included: where weights are even, both sides err alike. */
-#include "cpu_avx512.h"
+#include "avx512.h"
 
 #if defined(__x86_64__)
 

@@ -1,4 +1,4 @@
-/* cpu_panels.c - y = alpha x W^T of panels, whatever its arithmetic.
+/* packed_gemm.c - y = alpha x W^T of panels, whatever its arithmetic.
  *
  * x is packed in tiles of MR rows, in the arithmetic's dwords, all of them before the products. An
  * item is some panels of W and all tiles of x: every tile meets a panel, KC dwords of its columns at a
@@ -13,9 +13,9 @@
  *
  * A row's result depends on that row alone, bit for bit: a sum adds up columns one dword after the
  * other within KC of them, in however many rows a tile has. */
-#include "cpu_panels.h"
+#include "packed_gemm.h"
 
-#if defined(__x86_64__) /* as cpu_share.c */
+#if defined(__x86_64__) /* as row_ops.c */
 
 #include <assert.h>
 

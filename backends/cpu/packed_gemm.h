@@ -1,5 +1,5 @@
-/* cpu_panels.h - matrix products of panels: how x and W are cut, packed and shared out among threads
- * (cpu_panels.c), and what an arithmetic with its instructions adds to that. */
+/* packed_gemm.h - matrix products of panels: how x and W are cut, packed and shared out among threads
+ * (packed_gemm.c), and what an arithmetic with its instructions adds to that. */
 #ifndef CPU_PANELS_H
 #define CPU_PANELS_H
 

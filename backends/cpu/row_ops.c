@@ -1,4 +1,4 @@
-/* cpu_share.c - what the CPU's vector tables share: the threads, the ops that go row by row, and how
+/* row_ops.c - what the CPU's vector tables share: the threads, the ops that go row by row, and how
  * attention is cut into blocks. The arithmetic of one row or block is each table's: cpu_kernels.
  */
 #include "cpu.h"

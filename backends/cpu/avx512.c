@@ -1,11 +1,11 @@
-/* cpu_avx512.c - the CPU's ops with AVX-512 (F, BW, DQ and VL: servers since 2017, Zen 4) and BMI2. A
+/* avx512.c - the CPU's ops with AVX-512 (F, BW, DQ and VL: servers since 2017, Zen 4) and BMI2. A
  * function says for which instructions it is compiled; the tables are handed out only where the CPU
  * has them.
  *
  * The promise is qemb.c's: a row's result depends on that row alone, bit for bit. Every sum has one
  * order.
  */
-#include "cpu_avx512.h"
+#include "avx512.h"
 
 #if defined(__x86_64__)
 
