@@ -115,7 +115,7 @@ qemb: build/release/qemb
 qemb-serve: need-serve build/release/qemb-serve ## the OpenAI-compatible server over the same engine
 	cp build/release/qemb-serve qemb-serve
 
-include cuda.mk
+include backends/cuda/cuda.mk
 
 # ---- for users ------------------------------------------------------------------------------------
 

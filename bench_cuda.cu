@@ -9,7 +9,7 @@
  * Times are the median of RUNS runs of BATCH calls, after a warm-up, taken on the host: the ops run on
  * the backend's own stream. Device memory holds random numbers: zeros draw less power and clock higher.
  */
-#include "qemb_cuda.h"
+#include "backends/cuda/qemb_cuda.h"
 
 #include <algorithm>
 #include <cmath>

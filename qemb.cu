@@ -2,13 +2,13 @@
  * the matrix products in gemm.cuh; here are the device's memory, the way of a batch to it and back, and
  * the launches. One stream; host and device meet in the two staging slots and in pool.
  */
-#include "qemb_cuda.h"
+#include "backends/cuda/qemb_cuda.h"
 
-#include "attention.cuh"
-#include "eight.cuh"
-#include "gemm.cuh"
-#include "hopper.cuh"
-#include "kernels.cuh"
+#include "backends/cuda/attention.cuh"
+#include "backends/cuda/quantize.cuh"
+#include "backends/cuda/gemm.cuh"
+#include "backends/cuda/hopper.cuh"
+#include "backends/cuda/kernels.cuh"
 
 #include <algorithm>
 #include <cassert>

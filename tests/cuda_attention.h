@@ -4,7 +4,7 @@
 
 #include "cuda_test.h"
 
-#include "attention.cuh"
+#include "backends/cuda/attention.cuh"
 
 template <class A> struct attention_args {
     A *att;

@@ -10,9 +10,9 @@
 #ifndef CUDA_TEST_H
 #define CUDA_TEST_H
 
-#include "qemb_cuda.h"
+#include "backends/cuda/qemb_cuda.h"
 
-#include "ptx.cuh"
+#include "backends/cuda/ptx.cuh"
 
 extern "C" {
 #include "oracle.h"

@@ -5,7 +5,7 @@
 
 A mutant replaces text that occurs exactly once in its file. It is built twice (plain, and with the race
 detector) and is caught if a build or a run of the tests named for it fails. --sample: a few that cover
-each kind of net. Exit 1 if one survives or no longer applies. CUDA and CXX as in cuda.mk.
+each kind of net. Exit 1 if one survives or no longer applies. CUDA and CXX as in backends/cuda/cuda.mk.
 """
 import concurrent.futures
 import os
@@ -17,7 +17,8 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-A, K, E, Q, G, P = "attention.cuh", "kernels.cuh", "eight.cuh", "qemb.cu", "gemm.cuh", "hopper.cuh"
+A, K, E, G, P = (f"backends/cuda/{x}.cuh" for x in ("attention", "kernels", "quantize", "gemm", "hopper"))
+Q = "qemb.cu"
 
 # name, file, text, replacement, tests that must notice; * in front: in the sample
 MUTANTS = [
@@ -182,6 +183,8 @@ MUTANTS = [
 
 SOURCES = ("qemb.cu", "tests/cuda_main.cu", "tests/test_cuda_ops.cu", "tests/test_cuda_hopper.cu",
            "tests/test_cuda_model.cu", "tests/test_cuda_eight.cu")
+CODE = [f.relative_to(ROOT) for d in (".", "backends/cuda", "tests", "tests/emu") for f in (ROOT / d).glob("*.*")
+        if f.suffix in (".cu", ".cuh", ".h", ".cpp")]
 FLAGS = {  # per net: flags of the code under test; objects that the mutants share come from build/NET
     "emu": ["-O1", "-fopenmp"],
     "emu-race": "-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie -DEMU_RACE".split(),
@@ -262,9 +265,9 @@ def try_mutant(mutant, cuda):
         return name, False, f"the text occurs {len(found)} times in {file}"
     with tempfile.TemporaryDirectory() as tmp:
         work = pathlib.Path(tmp)
-        shutil.copytree(ROOT / "tests/emu", work / "tests/emu")
-        for f in [*ROOT.glob("*.cuh"), ROOT / "qemb.cu", *ROOT.glob("*.h"), *ROOT.glob("tests/*.cu"), *ROOT.glob("tests/*.h")]:
-            shutil.copy(f, work / f.relative_to(ROOT))
+        for f in CODE:
+            (work / f).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / f, work / f)
         (work / file).write_text(pattern.sub(lambda _: replacement, source))
         for net in FLAGS:
             caught = run_net(net, work, file, tests.split(), cuda)

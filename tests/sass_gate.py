@@ -44,7 +44,7 @@ def check_cubin(path):
         for op in ("STL", "LDL"):
             if OPCODES[op] & found:
                 problems.append(f"{path}: {name}: uses local memory ({op})")
-        # The 128-row attention tile is an empty kernel on sm_12x, where it would spill: see attention.cuh.
+        # The 128-row attention tile is an empty kernel on sm_12x, where it would spill: see backends/cuda/attention.cuh.
         empty = len([op for op in ops if op != 0x918]) < 16
         for kernel, want in {**WANT, **(WANT_SM90A if "_90a" in path else {})}.items():
             if kernel not in name or (empty and "sm_12" not in path and re.search(r"_12\d", path)):

@@ -7,7 +7,7 @@
  */
 #include "cuda_model.h"
 
-#include "eight.cuh"
+#include "backends/cuda/quantize.cuh"
 
 static double e4m3(uint8_t code) {
     const int e = code >> 3 & 15, m = code & 7;

@@ -3,7 +3,7 @@
 #include "cuda_attention.h"
 #include "cuda_model.h"
 
-#include "hopper.cuh"
+#include "backends/cuda/hopper.cuh"
 
 static bool hopper_here() {
     int major = 0;

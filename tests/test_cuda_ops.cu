@@ -2,7 +2,7 @@
  * precision. Each bound is derived where it stands; U is half an ulp of float. */
 #include "cuda_attention.h"
 
-#include "kernels.cuh"
+#include "backends/cuda/kernels.cuh"
 
 /* ---- ptx: one test per wrapper -------------------------------------------------------------------- */
 

@@ -1,4 +1,4 @@
-/* eight.cuh - numbers of 8 bits: INT8 weights back to halves, and rows as e4m3 with a scale each.
+/* quantize.cuh - numbers of 8 bits: INT8 weights back to halves, and rows as e4m3 with a scale each.
  *
  *   INT8  W[r][c] = scale[r][c / 64] * q[r][c], q in -127 .. 127: as the file stores it
  *   FP8   row[c] = scale * code[c], scale = max |row| / 448, code rounded to e4m3 (3 bits of fraction)

@@ -1,10 +1,10 @@
-# cuda.mk - the CUDA room's targets; the Makefile includes it. They need the CUDA toolkit's headers
+# backends/cuda/cuda.mk - the CUDA room's targets; the Makefile includes it. They need the CUDA toolkit's headers
 # (test-emu, mutants) or nvcc (the rest) under CUDA; without them each says so and succeeds.
 
 CUDA ?= $(firstword $(wildcard /usr/local/cuda /opt/cuda) $(patsubst %/bin/nvcc,%,$(shell command -v nvcc 2>/dev/null)) none)
 NVCC := $(CUDA)/bin/nvcc
 CUDA_ARCHS := 80 89 90a 120
-CUDA_ROOM := qemb.cu qemb_cuda.h kernels.cuh eight.cuh attention.cuh hopper.cuh gemm.cuh ptx.cuh ptx_hopper.cuh qemb.h
+CUDA_ROOM := qemb.cu $(wildcard backends/cuda/*.h backends/cuda/*.cuh) qemb.h
 GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 
 EMU_SOURCES := tests/emu/emu_fibers.cpp tests/emu/emu_runtime.cpp tests/emu/emu_race.cpp tests/emu/emu_hopper.cpp tests/emu/emu_cublaslt.cpp
@@ -18,7 +18,7 @@ EMU_CC      := -std=c11 -D_GNU_SOURCE -I. -g $(EMU_WARN)
 CXX         ?= g++
 comma       := ,
 
-CUDA_CHOICE := -include qemb_cuda.h -DOPS_TABLE=qemb_cuda_table -DOPS_MATH=QEMB_MATH_F16
+CUDA_CHOICE := -include backends/cuda/qemb_cuda.h -DOPS_TABLE=qemb_cuda_table -DOPS_MATH=QEMB_MATH_F16
 CUDA_PROGRAM = $(filter-out choose,$(FRONT)) $(ENGINE)
 CUDA_SERVE   = $(filter-out choose,$(SERVE)) $(ENGINE)
 

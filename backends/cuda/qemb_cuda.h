@@ -3,7 +3,7 @@
  * Numerics: FP16 weights and activations, FP32 sums, FP32 residual stream. SwiGLU's output is kept
  * times 2^-6 and clamped to the largest half; place() gives wdown the alpha that undoes it.
  *
- * FP8: layers' products of e4m3 with a scale per row of W and per token (eight.cuh), on sm_90 with cuBLAS
+ * FP8: layers' products of e4m3 with a scale per row of W and per token (quantize.cuh), on sm_90 with cuBLAS
  * 12.9 or newer; attention, norms and the residual as above.
  *
  * Takes FP16 and INT8 layer matrices; heads of 64 or 128; H/K a power of two up to 64; hidden and ffn multiples

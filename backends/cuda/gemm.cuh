@@ -3,7 +3,7 @@
  * Row-major y (T, N) = x (T, K) W^T with W (N, K) is, in the library's column-major terms, the TN
  * product y (N x T) = W (K x N, transposed) x (K x T). Inputs are FP16, sums FP32; the result is FP16,
  * or FP32 added to what is there (the residual), in the product itself: no overflow, no add kernel.
- * FP8: W and x are e4m3 with a scale per row of either (eight.cuh), which the library multiplies in; that
+ * FP8: W and x are e4m3 with a scale per row of either (quantize.cuh), which the library multiplies in; that
  * it does from version 12.9 on for sm_90, and for T, N and K that are multiples of 16: T is rounded up,
  * buffers have room for those rows and nobody looks at them.
  *
