@@ -26,11 +26,13 @@ ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 
 CPU     := $(patsubst %,backends/cpu/%,row_ops packed_gemm avx2 avx512 avx512_attention)
 ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error
-FRONT   := main choose encode output pipeline format input
-SERVE   := serve serve_http serve_listen serve_api serve_lane serve_queue serve_cache serve_redis serve_metrics choose encode format input
+SHARED  := $(patsubst %,frontends/%,select_ops record_tokenizer format input)
+CLI     := $(patsubst %,frontends/cli/%,main pipeline output)
+FRONT   := $(CLI) $(SHARED)
+SERVE   := serve serve_http serve_listen serve_api serve_lane serve_queue serve_cache serve_redis serve_metrics $(SHARED)
 TESTS   := file format input model ops serve_cache serve_queue simd tokenizer
 FUZZERS := file jsonl request tokenizer
-TESTED  := format input serve_queue serve_cache serve_metrics # what the unit tests link beside the engine
+TESTED  := frontends/format frontends/input serve_queue serve_cache serve_metrics # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
 
 VENV      := .venv
@@ -87,11 +89,11 @@ build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$(SERVE) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
 build/$(1)/test_%: build/$(1)/tests/test_%.o $$(patsubst %,build/$(1)/%.o,tests/oracle tests/support $(TESTED) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
-build/$(1)/bench: $$(patsubst %,build/$(1)/%.o,bench bench_limits bench_gemm choose format $(ENGINE))
+build/$(1)/bench: $$(patsubst %,build/$(1)/%.o,bench bench_limits bench_gemm frontends/select_ops frontends/format $(ENGINE))
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/accuracy tests/oracle tests/support $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
-build/$(1)/fuzz_%: build/$(1)/tests/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/support serve_api serve_metrics format input $$(ENGINE))
+build/$(1)/fuzz_%: build/$(1)/tests/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/support serve_api serve_metrics frontends/format frontends/input $$(ENGINE))
 	$(2) $(3) $$^ $(LIBS) -o $$@
 -include $$(wildcard $$(foreach d,* */* */*/* */*/*/*,build/$(1)/$$(d).d))
 endef

@@ -19,9 +19,9 @@
  * rates. Other programs on the machine show in p10..p90.
  */
 #include "bench.h"
-#include "cli.h"
+#include "frontends/frontend.h"
 #include "backends/cpu/cpu.h"
-#include "format.h"
+#include "frontends/format.h"
 
 #include <math.h>
 #include <stdio.h>

@@ -9,7 +9,7 @@
  *   serve_cache.c    vectors by key, in memory
  *   serve_redis.c    vectors by key, in a Redis
  *   serve_metrics.c  counters, histograms, the log
- * Below them the engine (qemb.h), encode.c and format.c, as under main.c.
+ * Below them the engine (qemb.h), record_tokenizer.c and format.c, as under main.c.
  *
  * Threads: a few of libmicrohttpd's, which parse, tokenize and format; one per model, which alone
  * calls qemb_embed; the main thread, which waits for signals and looks after time. A connection is
@@ -18,7 +18,7 @@
 #ifndef QEMB_SERVE_H
 #define QEMB_SERVE_H
 
-#include "cli.h"
+#include "frontends/frontend.h"
 
 #include <stdatomic.h>
 #include <stddef.h>
@@ -216,7 +216,7 @@ typedef enum { LANE_LOADING, LANE_READY, LANE_FAILING, LANE_DEAD } lane_state;
 typedef struct lane lane;
 
 typedef struct {
-    options cli; /* for encode.c: model, query, instruct, truncate, engine; and ops */
+    options cli; /* for record_tokenizer.c: model, query, instruct, truncate, engine; and ops */
     int max_queue_tokens, is_fallback;
     cache *cache; /* or NULL */
     redis *redis; /* or NULL */

@@ -1,5 +1,5 @@
 /* fuzz_jsonl.c - any bytes as a JSON line: no crash, and what is accepted keeps its promises. */
-#include "input.h"
+#include "frontends/input.h"
 
 #include <jansson.h>
 #include <stdlib.h>

@@ -1,5 +1,5 @@
 /* test_format.c - every printed number reads back to its bits, and so on for the other forms. */
-#include "format.h"
+#include "frontends/format.h"
 #include "support.h"
 
 #include <criterion/criterion.h>

@@ -1,5 +1,5 @@
 /* test_input.c - records off descriptors, however the bytes arrive; objects in JSON lines. */
-#include "input.h"
+#include "frontends/input.h"
 #include "support.h"
 
 #include <criterion/criterion.h>

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* What encode.c would want from a program. */
+/* What record_tokenizer.c would want from a program. */
 void *need(void *p) {
     if (!p) abort();
     return p;

@@ -1,7 +1,7 @@
-/* choose.c - --cpu and --math -> the ops table that computes, for every front end. The program of
+/* select_ops.c - --cpu and --math -> the ops table that computes, for every front end. The program of
  * another backend has its own tables and its own arithmetic here: it is built with OPS_TABLE and
  * OPS_MATH. */
-#include "cli.h"
+#include "frontend.h"
 
 #include <stdio.h>
 #include <string.h>

@@ -1,6 +1,6 @@
 /* pipeline.c - the run: records in, vectors out, everything at the same time.
  *
- *   stdin ──> reader thread: input.c, encode.c, qemb_pack_add ──> a batch
+ *   stdin ──> reader thread: input.c, record_tokenizer.c, qemb_pack_add ──> a batch
  *         ──> main thread: qemb_embed
  *         ──> writer thread: qemb_unit, format.c ──> stdout, flushed after every batch
  *
@@ -10,7 +10,7 @@
  * runs in full batches, a program that writes one line and waits gets its answer at once, and what
  * arrives during a computation shares the next one.
  */
-#include "cli.h"
+#include "frontends/frontend.h"
 
 #include <assert.h>
 #include <errno.h>

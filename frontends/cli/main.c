@@ -1,5 +1,5 @@
-/* main.c - options, commands, messages; see cli.h. This is the only file that ends the process. */
-#include "cli.h"
+/* main.c - options, commands, messages; see frontend.h. This is the only file that ends the process. */
+#include "frontends/frontend.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -1,5 +1,5 @@
-/* encode.c - a record of input -> token ids; see cli.h. */
-#include "cli.h"
+/* record_tokenizer.c - a record of input -> token ids; see frontend.h. */
+#include "frontend.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,8 +1,8 @@
-/* cli.h - what the files of the command line agree on.
+/* frontend.h - what the files of the command line agree on.
  *
  *   main.c      options, commands, messages; the only file that ends the process
- *   choose.c    --cpu and --math -> the ops table
- *   encode.c    a record of input -> token ids
+ *   select_ops.c    --cpu and --math -> the ops table
+ *   record_tokenizer.c    a record of input -> token ids
  *   pipeline.c  the window of batches: read, compute, write, all at once
  *   output.c    records -> standard output
  * Below them, knowing nothing of each other: input.c, format.c and the engine (qemb.h).
@@ -64,14 +64,14 @@ typedef struct {
     tokenizer *tokenizer;
 } source;
 
-/* ---- choose.c -------------------------------------------------------------------------------- */
+/* ---- select_ops.c -------------------------------------------------------------------------------- */
 
 /* The table that --cpu and --math name; of what is NULL, the program's own default. NULL, with code
  * "usage", where this program or machine has no such table. */
 const qemb_ops *choose_ops(const char *cpu, const char *math, qemb_err *err);
 const char *math_name(qemb_math math); /* as --math has it */
 
-/* ---- encode.c -------------------------------------------------------------------------------- */
+/* ---- record_tokenizer.c -------------------------------------------------------------------------------- */
 
 typedef struct {
     tokenizer_state *state;

@@ -1,5 +1,5 @@
-/* output.c - records -> standard output; see cli.h. */
-#include "cli.h"
+/* output.c - records -> standard output; see frontend.h. */
+#include "frontends/frontend.h"
 
 #include <errno.h>
 #include <fcntl.h>
