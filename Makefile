@@ -29,10 +29,10 @@ ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error
 SHARED  := $(patsubst %,frontends/%,select_ops record_tokenizer format input)
 CLI     := $(patsubst %,frontends/cli/%,main pipeline output)
 FRONT   := $(CLI) $(SHARED)
-SERVE   := serve serve_http serve_listen serve_api serve_lane serve_queue serve_cache serve_redis serve_metrics $(SHARED)
+SERVE   := $(patsubst %,frontends/server/%,main http listen api model_worker queue cache redis metrics) $(SHARED)
 TESTS   := file format input model ops serve_cache serve_queue simd tokenizer
 FUZZERS := file jsonl request tokenizer
-TESTED  := frontends/format frontends/input serve_queue serve_cache serve_metrics # what the unit tests link beside the engine
+TESTED  := frontends/format frontends/input $(patsubst %,frontends/server/%,queue cache metrics) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
 
 VENV      := .venv
@@ -93,7 +93,7 @@ build/$(1)/bench: $$(patsubst %,build/$(1)/%.o,bench bench_limits bench_gemm fro
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/accuracy tests/oracle tests/support $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
-build/$(1)/fuzz_%: build/$(1)/tests/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/support serve_api serve_metrics frontends/format frontends/input $$(ENGINE))
+build/$(1)/fuzz_%: build/$(1)/tests/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/support frontends/server/api frontends/server/metrics frontends/format frontends/input $$(ENGINE))
 	$(2) $(3) $$^ $(LIBS) -o $$@
 -include $$(wildcard $$(foreach d,* */* */*/* */*/*/*,build/$(1)/$$(d).d))
 endef

@@ -1,7 +1,7 @@
 /* fuzz_request.c - any bytes as the body of a request to qemb-serve: parsed or refused with an error
  * that is JSON itself. The first byte chooses the kind; a body that is a string is also given as the
  * input of a request, so that the fuzzer need not find the keys. */
-#include "serve.h"
+#include "frontends/server/server.h"
 
 #include <jansson.h>
 #include <stdlib.h>
@@ -12,7 +12,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 #define MAX_TEXTS 16
 #define CHECK(x)  ((x) ? (void)0 : abort())
 
-/* What serve_metrics.c and its like want from a program. */
+/* What metrics.c and its like want from a program. */
 void *need(void *p) {
     CHECK(p);
     return p;

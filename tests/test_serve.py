@@ -845,7 +845,7 @@ def test_manual_and_deployment_name_what_there_is(serve):
     manual = re.sub(r"\\f.|\\(?=-)", "", (ROOT / "qemb-serve.1").read_text())
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", manual)) | {"--help", "--version"} == options
     metrics = serve.request("GET", "/metrics").body.decode()
-    for path in (ROOT / "deploy").iterdir():
+    for path in (ROOT / "frontends/server/deploy").iterdir():
         deploy = path.read_text()
         own = re.sub(r"(apt-get|useradd|docker|make|--from).*|--no-install-recommends", "", deploy)
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", own)) <= options, path

@@ -1,5 +1,5 @@
-/* test_serve_cache.c - what stays in serve_cache.c, what goes, and what survives that. */
-#include "serve.h"
+/* test_serve_cache.c - what stays in cache.c, what goes, and what survives that. */
+#include "frontends/server/server.h"
 
 #include <criterion/criterion.h>
 #include <pthread.h>

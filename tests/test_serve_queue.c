@@ -1,5 +1,5 @@
-/* test_serve_queue.c - the order of batches, sharing, limits and ends of serve_queue.c. */
-#include "serve.h"
+/* test_serve_queue.c - the order of batches, sharing, limits and ends of queue.c. */
+#include "frontends/server/server.h"
 #include "support.h"
 
 #include <criterion/criterion.h>

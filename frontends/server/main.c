@@ -1,6 +1,6 @@
-/* serve.c - qemb-serve: options, start, signals, the clock's tick, the end; see serve.h. This is
+/* main.c - qemb-serve: options, start, signals, the clock's tick, the end; see server.h. This is
  * the only file that ends the process. */
-#include "serve.h"
+#include "server.h"
 
 #include <errno.h>
 #include <getopt.h>

@@ -1,14 +1,14 @@
-/* serve.h - what the files of qemb-serve agree on.
+/* server.h - what the files of qemb-serve agree on.
  *
- *   serve.c          options, start, signals, the clock's tick, the end
- *   serve_http.c     libmicrohttpd: connections, routes, limits, answers
- *   serve_listen.c   the socket, the keys
- *   serve_api.c      OpenAI's JSON: requests in, responses and errors out
- *   serve_lane.c     a model at work: texts -> token ids -> queue -> vectors
- *   serve_queue.c    what waits to be computed; batches out of it
- *   serve_cache.c    vectors by key, in memory
- *   serve_redis.c    vectors by key, in a Redis
- *   serve_metrics.c  counters, histograms, the log
+ *   main.c          options, start, signals, the clock's tick, the end
+ *   http.c     libmicrohttpd: connections, routes, limits, answers
+ *   listen.c   the socket, the keys
+ *   api.c      OpenAI's JSON: requests in, responses and errors out
+ *   model_worker.c     a model at work: texts -> token ids -> queue -> vectors
+ *   queue.c    what waits to be computed; batches out of it
+ *   cache.c    vectors by key, in memory
+ *   redis.c    vectors by key, in a Redis
+ *   metrics.c  counters, histograms, the log
  * Below them the engine (qemb.h), record_tokenizer.c and format.c, as under main.c.
  *
  * Threads: a few of libmicrohttpd's, which parse, tokenize and format; one per model, which alone
@@ -28,7 +28,7 @@
 
 double seconds_now(void); /* monotonic */
 
-/* ---- serve_queue.c --------------------------------------------------------------------------- */
+/* ---- queue.c --------------------------------------------------------------------------- */
 
 /* A text's vector as qemb_embed gave it, before cut and L2: good for every dimension. Shared by
  * reference, never changed. */
@@ -125,7 +125,7 @@ queue_depth queue_depth_of(queue *q);
 /* Seconds after which what waits now will have been computed, 1 at least. */
 int queue_retry_after(queue *q);
 
-/* ---- serve_api.c ----------------------------------------------------------------------------- */
+/* ---- api.c ----------------------------------------------------------------------------- */
 
 typedef struct {
     int status;       /* HTTP's */
@@ -185,7 +185,7 @@ int api_tokens(api_text *out, const slot *slots, int n, int max_tokens, const ch
 void api_models(api_text *out, const char *const *names, int n, long created);
 void api_error_json(api_text *out, const api_error *e);
 
-/* ---- serve_cache.c ---------------------------------------------------------------------------- */
+/* ---- cache.c ---------------------------------------------------------------------------- */
 
 typedef struct cache cache; /* for all threads */
 
@@ -195,7 +195,7 @@ vector *cache_get(cache *c, const uint8_t key[KEY_BYTES]); /* a reference, or NU
 void cache_put(cache *c, const uint8_t key[KEY_BYTES], vector *v);
 size_t cache_bytes(cache *c);
 
-/* ---- serve_redis.c ---------------------------------------------------------------------------- */
+/* ---- redis.c ---------------------------------------------------------------------------- */
 
 typedef struct redis redis; /* for all threads */
 
@@ -208,7 +208,7 @@ void redis_free(redis *r); /* r may be NULL */
 int redis_get(redis *r, ticket *t, int dim);
 void redis_put(redis *r, const uint8_t key[KEY_BYTES], vector *v); /* does not wait */
 
-/* ---- serve_lane.c ---------------------------------------------------------------------------- */
+/* ---- model_worker.c ---------------------------------------------------------------------------- */
 
 /* LANE_DEAD: its device has failed and its queue has ended; the process is to end. */
 typedef enum { LANE_LOADING, LANE_READY, LANE_FAILING, LANE_DEAD } lane_state;
@@ -247,7 +247,7 @@ int lane_encode(lane *l, const api_request *r, ticket *t, uint64_t *tokens, api_
 /* Vectors of t's texts that are known already: those slots wait for nothing. Returns how many. */
 int lane_lookup(lane *l, ticket *t);
 
-/* ---- serve_http.c ---------------------------------------------------------------------------- */
+/* ---- http.c ---------------------------------------------------------------------------- */
 
 #define MAX_NAMES 16
 
@@ -264,7 +264,7 @@ typedef struct {
 
 typedef struct http http;
 
-/* Listens and answers: 503 until the lane is ready. fallback may be NULL: see serve_http.c for when it
+/* Listens and answers: 503 until the lane is ready. fallback may be NULL: see http.c for when it
  * computes. Ends the process if that cannot be. */
 http *http_start(const http_options *o, lane *l, lane *fallback);
 int http_port(const http *h);
@@ -277,7 +277,7 @@ void http_drain(http *h);
 int http_idle(http *h, double now);
 void http_stop(http *h); /* after http_drain; no connection is suspended */
 
-/* ---- serve_listen.c -------------------------------------------------------------------------- */
+/* ---- listen.c -------------------------------------------------------------------------- */
 
 typedef struct keys keys;
 
@@ -294,7 +294,7 @@ int listen_open(const char *host, int port, int *bound_port);
  * `wanted`. */
 int listen_connections(int wanted);
 
-/* ---- serve_metrics.c ------------------------------------------------------------------------- */
+/* ---- metrics.c ------------------------------------------------------------------------- */
 
 typedef enum {
     ROUTE_EMBEDDINGS,

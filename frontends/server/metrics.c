@@ -1,5 +1,5 @@
-/* serve_metrics.c - counters, histograms, the log; see serve.h. */
-#include "serve.h"
+/* metrics.c - counters, histograms, the log; see server.h. */
+#include "server.h"
 
 #include <inttypes.h>
 #include <math.h>

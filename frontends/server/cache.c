@@ -1,5 +1,5 @@
-/* serve_cache.c - vectors by key, the least recently used one goes first; see serve.h. */
-#include "serve.h"
+/* cache.c - vectors by key, the least recently used one goes first; see server.h. */
+#include "server.h"
 
 #include <pthread.h>
 #include <stdlib.h>

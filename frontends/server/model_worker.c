@@ -1,5 +1,5 @@
-/* serve_lane.c - a model at work: texts -> token ids -> queue -> vectors; see serve.h. */
-#include "serve.h"
+/* model_worker.c - a model at work: texts -> token ids -> queue -> vectors; see server.h. */
+#include "server.h"
 
 #include <errno.h>
 #include <math.h>

@@ -1,11 +1,11 @@
-/* serve_api.c - OpenAI's JSON: requests in, responses and errors out; see serve.h.
+/* api.c - OpenAI's JSON: requests in, responses and errors out; see server.h.
  *
  * Request: {"input": text | [text...] | [id...] | [[id...]...], "model": name, and optionally
  * "dimensions", "encoding_format", "user" (ignored), and our own "instruct", "truncate" and
  * "fallback"}. null counts as not given. Other keys are errors, as with OpenAI: a misspelt
  * one would otherwise be ignored in silence.
  */
-#include "serve.h"
+#include "server.h"
 
 #include <jansson.h>
 #include <limits.h>

@@ -1,4 +1,4 @@
-/* serve_http.c - libmicrohttpd: connections, routes, limits, answers; see serve.h.
+/* http.c - libmicrohttpd: connections, routes, limits, answers; see server.h.
  *
  * A request is looked at when its header is there (path, method, key, type, announced length) and
  * what is wrong is answered after its body, which is read and thrown away: an answer in the middle
@@ -10,7 +10,7 @@
  * loading, failing, or has a full queue. Then the response's "model" is the second one's name, and
  * qemb_fallbacks_total counts. Token ids stay with the model that they were made for.
  */
-#include "serve.h"
+#include "server.h"
 
 #include <assert.h>
 #include <ctype.h>

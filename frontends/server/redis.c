@@ -1,11 +1,11 @@
-/* serve_redis.c - vectors in a Redis that several servers share; see serve.h.
+/* redis.c - vectors in a Redis that several servers share; see server.h.
  *
  * A reader's thread asks for a request's texts in one MGET and waits for a bounded time. What was
  * computed is set by a thread of its own, from a bounded list; what finds no room there is not
  * stored. After a failure nobody asks for PAUSE, so a Redis that is away or slow costs one timeout
  * now and then, and its hits. Values are the little-endian floats of the whole vector.
  */
-#include "serve.h"
+#include "server.h"
 
 #include <hiredis/hiredis.h>
 #include <pthread.h>

@@ -1,4 +1,4 @@
-/* serve_queue.c - what waits to be computed, and the batches made of it; see serve.h.
+/* queue.c - what waits to be computed, and the batches made of it; see server.h.
  *
  * A ticket's texts are taken in order. Tickets with texts left stand in a ring, from whose head
  * each batch takes:
@@ -9,7 +9,7 @@
  * thousand texts leaves room for the next one, a short text waits for one batch of a long one at
  * most, and a long text for one batch of short ones.
  */
-#include "serve.h"
+#include "server.h"
 
 #include <assert.h>
 #include <pthread.h>

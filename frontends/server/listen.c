@@ -1,5 +1,5 @@
-/* serve_listen.c - where the server listens and whom it listens to; see serve.h. */
-#include "serve.h"
+/* listen.c - where the server listens and whom it listens to; see server.h. */
+#include "server.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
