@@ -20,7 +20,7 @@ WARNINGS := -Wall -Wextra -Wpedantic -Werror
 BASE     := -std=c11 -D_GNU_SOURCE -I. $(WARNINGS) -ffp-contract=fast -pthread -MMD -MP
 SERVE_LIBS := -lmicrohttpd -lhiredis
 LIBS     := -ljansson -lcrypto -lm
-# bench has oneDNN beside the matmul if its headers are there when bench is built (bench_gemm.c).
+# bench has oneDNN beside the matmul if its headers are there when bench is built (bench/vendor_gemm.c).
 BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
@@ -89,7 +89,7 @@ build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$(SERVE) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
 build/$(1)/test_%: build/$(1)/tests/test_%.o $$(patsubst %,build/$(1)/%.o,tests/oracle tests/support $(TESTED) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
-build/$(1)/bench: $$(patsubst %,build/$(1)/%.o,bench bench_limits bench_gemm frontends/select_ops frontends/format $(ENGINE))
+build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/limits bench/vendor_gemm frontends/select_ops frontends/format $(ENGINE))
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/accuracy tests/oracle tests/support $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
@@ -146,9 +146,9 @@ install: qemb qemb-serve ## programs and man pages under PREFIX (/usr/local)
 	install -D -m 644 qemb-serve.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb-serve.1
 
 bench: need-bench qemb qemb-serve ## speed of every part and of whole runs, beside the machine's limits and peers (see bench.sh)
-	@$(SUBMAKE) build/release/bench
+	@$(SUBMAKE) build/release/qemb-bench
 	./bench.sh
-	./bench_serve.sh
+	bench/bench_serve.sh
 
 ACCURACY_MODELS ?= $(sort $(wildcard tests/golden/*.qemb))
 accuracy: build/release/accuracy ## what each arithmetic costs (ACCURACY_MODELS="a.qemb b.qemb", ACCURACY_FLAGS="--exact plain")
@@ -180,7 +180,7 @@ test: need-test $(VENV_TEST) ## install what is missing, run everything (C, sani
 	  "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) gpu-test"
 
 .PHONY: test-programs test-serve
-test-programs: qemb qemb-serve build/release/bench $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
+test-programs: qemb qemb-serve build/release/qemb-bench $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
   $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
 
 test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/tsan/qemb-serve ## the server's tests alone: real clients, attacks, sanitizers

@@ -5,7 +5,7 @@
 #              [--lengths LENGTHS] [--peer 'COMMAND']... [--peer-model PATH]... [--rounds N] [--cpu-time]
 #              [--append]
 #
-# Parts: ops, gemm, beside, forward, tokenizer, print (build/release/bench, see bench.c), run (the program
+# Parts: ops, gemm, beside, forward, tokenizer, print (build/release/qemb-bench, see bench/bench.c), run (the program
 # itself, lists of ids in, tokens per second out), latency (one line in, one vector out, the program
 # already running), peer. All but tokenizer and print once per arithmetic of MATHS ("f32 bf16 int16 int8",
 # as far as this CPU has them); beside, forward, run and peer once per length ("16 64 512 4096" tokens a text).
@@ -65,7 +65,7 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
-bench=build/release/bench
+bench=build/release/qemb-bench
 for f in "$model" "$bench" ./qemb; do
     [ -e "$f" ] || fail "$f: is not there (make bench builds the programs)"
 done

@@ -8,9 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "models/demo.qemb"
-BENCH = ROOT / "build/release/bench"
+BENCH = ROOT / "build/release/qemb-bench"
 
-pytestmark = pytest.mark.skipif(not BENCH.exists(), reason="build/release/bench is not built")
+pytestmark = pytest.mark.skipif(not BENCH.exists(), reason="build/release/qemb-bench is not built")
 
 
 def bench_sh(out, *args):

@@ -114,7 +114,7 @@ build/cuda/qemb-serve: $(patsubst %,build/cuda/%.o,$(CUDA_SERVE)) build/cuda/sel
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(SERVE_LIBS) -ljansson -lcrypto -lm -o $@
 qemb-serve-cuda: need-serve build/cuda/qemb-serve ## qemb-serve for NVIDIA GPUs: same options and requests
 	cp build/cuda/qemb-serve qemb-serve-cuda
-build/cuda/bench_cuda: build/cuda/bench_cuda.cu.o build/cuda/qemb.cu.o $(patsubst %.c,build/cuda/%.o,$(EMU_C))
+build/cuda/bench_cuda: build/cuda/bench/bench_cuda.cu.o build/cuda/qemb.cu.o $(patsubst %.c,build/cuda/%.o,$(EMU_C))
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -lcrypto -lm -o $@
 
 gpu-test: build/cuda/test_cuda ## the CUDA tests on this machine's GPU; a counted skip without one
@@ -124,7 +124,7 @@ gpu-check: build/cuda/test_cuda build/cuda/bench_cuda qemb-cuda build/release/qe
 	tests/gpu_check.sh
 
 gpu-bench: qemb-cuda build/cuda/bench_cuda build/release/qemb $(VENV)/.convert ## on a GPU: kernels, products, accuracy, whole runs, transformers beside; a table and bench/results/*.json
-	./bench_gpu.py
+	bench/bench_gpu.py
 else
 cuda-archs gpu-test gpu-check gpu-bench qemb-cuda qemb-serve-cuda:
 	@echo "skipped: no nvcc in $(CUDA)/bin"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# bench_serve.sh [MODEL [SECONDS [CONNECTIONS]]] - qemb-serve under many small requests against ./qemb
+# bench/bench_serve.sh [MODEL [SECONDS [CONNECTIONS]]] - qemb-serve under many small requests against ./qemb
 # on the same texts, in one run on one machine: tokens/s of both, and the requests' P50 and P99.
 # Each request has one text; nothing is cached; wrk, which asks, takes its share of the same cores. The
 # pipe runs before and after the server: if those two differ, the machine was not the benchmark's alone.

@@ -1,4 +1,4 @@
-/* bench_gemm.c - other libraries' matrix products: oneDNN with packed weights, OpenBLAS.
+/* vendor_gemm.c - other libraries' matrix products: oneDNN with packed weights, OpenBLAS.
  *
  * What a program could have instead of the table's own matmul, and that program. oneDNN is linked
  * where its headers are (see the Makefile), in f32, bf16 and u8 x s8, with weights in the layout that

@@ -1,4 +1,4 @@
-/* bench_limits.c - what the machine can do at most, measured beside what it does.
+/* limits.c - what the machine can do at most, measured beside what it does.
  *
  * Arithmetic: a thread repeats one instruction on 12 registers, which covers a latency of 4 to 6
  * cycles on two units; a multiply-add counts as two operations. Reading: the layers' weights where

@@ -27,7 +27,7 @@ void measure_turns(timed_call a, timed_call b, quantiles *ta, quantiles *tb, qua
 void row(const char *group, const char *name, int n, quantiles seconds, double work,
          double unit_size, const char *unit, const char *limit, double limit_rate);
 
-/* ---- bench_limits.c ---- */
+/* ---- limits.c ---- */
 
 typedef struct {
     const char *name;
@@ -39,7 +39,7 @@ void limits_measure(const qemb_file *f);
 const limit *limit_of(qemb_math math); /* multiply-adds, counted as two operations */
 const limit *limit_read(void);
 
-/* ---- bench_gemm.c ---- */
+/* ---- vendor_gemm.c ---- */
 
 enum { OTHER_GEMMS = 2 }; /* oneDNN, OpenBLAS */
 typedef struct other_gemm other_gemm;

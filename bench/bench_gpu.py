@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What qemb-cuda does on this machine's GPU: ceilings, kernels, products, accuracy, whole runs, memory.
 
-    bench_gpu.py [--shape 0.6B|4B|8B ...] [--out DIR]
+    bench/bench_gpu.py [--shape 0.6B|4B|8B ...] [--out DIR]
 
 Models of the real shapes with random weights are made on the spot and kept under build/bench (their
 speed is the real ones'). Prints tables and writes bench/results/GPU-COMMIT.json with GPU, driver,
@@ -21,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("QEMB_SHARED", ROOT.parent / "shared"))
 PYTHON = ROOT / ".venv/bin/python"
 LENGTHS = {16: 40000, 32: 20000, 64: 10000, 128: 5000, 512: 1200}  # tokens: texts of a run

@@ -15,7 +15,7 @@
  * Each row of the CSV on stdout: group, name, n, median, p10, p90, unit, percent of limit, limit.
  * A measurement runs once to warm up and then for at least MIN_SECONDS and MIN_ROUNDS, but what
  * takes MAX_SECONDS only FEW_ROUNDS times; what is computed is compared with the plain op first.
- * Limits (bench_limits.c) are measured in the same run, by all threads, and are the p90 of their
+ * Limits (limits.c) are measured in the same run, by all threads, and are the p90 of their
  * rates. Other programs on the machine show in p10..p90.
  */
 #include "bench.h"
