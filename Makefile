@@ -30,7 +30,7 @@ SHARED  := $(patsubst %,frontends/%,select_ops record_tokenizer format input)
 CLI     := $(patsubst %,frontends/cli/%,main pipeline output)
 FRONT   := $(CLI) $(SHARED)
 SERVE   := $(patsubst %,frontends/server/%,main http listen api model_worker queue cache redis metrics) $(SHARED)
-TESTS   := file format input model ops serve_cache serve_queue simd tokenizer
+TESTS   := model_file format input model ops serve_cache serve_queue simd tokenizer
 FUZZERS := file jsonl request tokenizer
 TESTED  := frontends/format frontends/input $(patsubst %,frontends/server/%,queue cache metrics) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
@@ -87,13 +87,13 @@ build/$(1)/qemb: $$(patsubst %,build/$(1)/%.o,$(FRONT) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$(SERVE) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
-build/$(1)/test_%: build/$(1)/tests/test_%.o $$(patsubst %,build/$(1)/%.o,tests/oracle tests/support $(TESTED) $(ENGINE))
+build/$(1)/test_%: build/$(1)/tests/unit/test_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/oracle tests/unit/support $(TESTED) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
 build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/limits bench/vendor_gemm frontends/select_ops frontends/format $(ENGINE))
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
-build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/accuracy tests/oracle tests/support $(ENGINE))
+build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
-build/$(1)/fuzz_%: build/$(1)/tests/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/support frontends/server/api frontends/server/metrics frontends/format frontends/input $$(ENGINE))
+build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support frontends/server/api frontends/server/metrics frontends/format frontends/input $$(ENGINE))
 	$(2) $(3) $$^ $(LIBS) -o $$@
 -include $$(wildcard $$(foreach d,* */* */*/* */*/*/*,build/$(1)/$$(d).d))
 endef
@@ -158,7 +158,7 @@ accuracy: build/release/accuracy ## what each arithmetic costs (ACCURACY_MODELS=
 
 # What the server's threads meet in; the rest of its tests ask one thing at a time.
 RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat or fallback
-SERVE_ROOMS := tests/test_serve.py tests/test_serve_caches.py
+SERVE_ROOMS := tests/e2e/test_serve.py tests/e2e/test_serve_caches.py
 SERVE_TESTS = "$(VENV)/bin/pytest -q -rs $(SERVE_ROOMS)" \
   "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_ROOMS)" \
   "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_ROOMS) -k '$(RACY)'"
@@ -173,10 +173,10 @@ test: need-test $(VENV_TEST) ## install what is missing, run everything (C, sani
 	@tests/run.sh \
 	  $(patsubst %,"% --tap",$(C_TESTS)) \
 	  $(patsubst %,"% -runs=$(FUZZ_RUNS) -seed=1 -max_len=4096 -verbosity=0",$(FUZZ_BINS)) \
-	  "$(VENV)/bin/pytest -q -rs tests $(SERVE_ROOMS:%=--ignore=%)" \
+	  "$(VENV)/bin/pytest -q -rs tests/e2e $(SERVE_ROOMS:%=--ignore=%)" \
 	  $(SERVE_TESTS) \
-	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/test_protocol.py" \
-	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/test_protocol.py" \
+	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py" \
+	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py" \
 	  "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) gpu-test"
 
 .PHONY: test-programs test-serve
@@ -196,7 +196,7 @@ fuzz: need-test $(FUZZ_BINS) ## fuzz for FUZZ_SECONDS (600) each, keeping the co
 golden: $(VENV)/.convert ## make tests/golden again with transformers (downloads torch, several GB)
 	python3 -m venv $(GOLDEN)
 	$(GOLDEN)/bin/pip install -q --disable-pip-version-check -r requirements.txt -r tests/requirements-golden.txt
-	$(GOLDEN)/bin/python tests/make_golden.py
+	$(GOLDEN)/bin/python tests/fixtures/make_golden.py
 
 clean: ## remove what make made, but for the Python environments
 	rm -rf build qemb qemb-serve qemb-cuda qemb-serve-cuda

@@ -53,7 +53,7 @@ def make_model(shape, dtype="f16"):
             return None
         source.parent.mkdir(parents=True, exist_ok=True)
         if not source.exists():
-            subprocess.run([PYTHON, ROOT / "tests/make_random_model.py", source, "--shape", shape, "--tokenizer", tokenizer],
+            subprocess.run([PYTHON, ROOT / "tests/fixtures/make_random_model.py", source, "--shape", shape, "--tokenizer", tokenizer],
                            check=True, timeout=LIMIT)
         convert = [PYTHON, ROOT / "convert_weights.py", source, "--out", out]
         subprocess.run(convert + (["--dtype", dtype] if dtype != "f16" else []), check=True, timeout=LIMIT)

@@ -7,13 +7,13 @@ CUDA_ARCHS := 80 89 90a 120
 CUDA_ROOM := qemb.cu $(wildcard backends/cuda/*.h backends/cuda/*.cuh) qemb.h
 GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 
-EMU_SOURCES := tests/emu/emu_fibers.cpp tests/emu/emu_runtime.cpp tests/emu/emu_race.cpp tests/emu/emu_hopper.cpp tests/emu/emu_cublaslt.cpp
-EMU_HEADERS := $(wildcard tests/emu/*.h) tests/cuda_test.h tests/cuda_model.h tests/cuda_attention.h tests/oracle.h tests/support.h $(CUDA_ROOM)
+EMU_SOURCES := tests/cuda/emu/emu_fibers.cpp tests/cuda/emu/emu_runtime.cpp tests/cuda/emu/emu_race.cpp tests/cuda/emu/emu_hopper.cpp tests/cuda/emu/emu_cublaslt.cpp
+EMU_HEADERS := $(wildcard tests/cuda/emu/*.h) tests/cuda/cuda_test.h tests/cuda/cuda_model.h tests/cuda/cuda_attention.h tests/unit/oracle.h tests/unit/support.h $(CUDA_ROOM)
 C_HEADERS   := $(wildcard *.h */*.h */*/*.h) # of all C files: a stale object is one of another layout
-EMU_TESTS   := tests/cuda_main.cu tests/test_cuda_ops.cu tests/test_cuda_hopper.cu tests/test_cuda_model.cu tests/test_cuda_eight.cu
-EMU_C       := $(patsubst %,%.c,$(filter-out tokenizer,$(ENGINE))) tests/oracle.c tests/support.c
+EMU_TESTS   := tests/cuda/cuda_main.cu tests/cuda/test_cuda_ops.cu tests/cuda/test_cuda_hopper.cu tests/cuda/test_cuda_model.cu tests/cuda/test_cuda_quantize.cu
+EMU_C       := $(patsubst %,%.c,$(filter-out tokenizer,$(ENGINE))) tests/unit/oracle.c tests/unit/support.c
 EMU_WARN    := -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas
-EMU_CXX     := -std=c++20 -g $(EMU_WARN) -Wno-psabi -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/emu
+EMU_CXX     := -std=c++20 -g $(EMU_WARN) -Wno-psabi -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/cuda/emu
 EMU_CC      := -std=c11 -D_GNU_SOURCE -I. -g $(EMU_WARN)
 CXX         ?= g++
 comma       := ,
@@ -65,13 +65,13 @@ emu-sanitizers: build/emu-asan/test_cuda
 emu-races: build/emu-race/test_cuda
 	build/emu-race/test_cuda ptx attention_ rmsnorm qknorm swiglu gate_up quantize op_fp8 op_matmul op_attention op_embed_b op_gather shapes
 emu-program: build/emu/qemb-cuda build/emu/qemb-cpu build/emu/qemb-serve
-	tests/test_cuda_program.py build/emu/qemb-cuda build/emu/qemb-cpu
-	tests/test_cuda_serve.py build/emu/qemb-serve build/emu/qemb-cpu
+	tests/cuda/test_cuda_program.py build/emu/qemb-cuda build/emu/qemb-cpu
+	tests/cuda/test_cuda_serve.py build/emu/qemb-serve build/emu/qemb-cpu
 emu-mutants: build/emu/test_cuda build/emu-race/test_cuda
-	tests/mutants.py --sample
+	tests/cuda/mutants.py --sample
 
 mutants: ## drop every barrier, wait and guard of the CUDA code in turn: the tests must notice each
-	tests/mutants.py
+	tests/cuda/mutants.py
 
 ifneq ($(wildcard $(NVCC)),)
 define CHECKED_CUBIN
@@ -86,15 +86,15 @@ build/cuda/qemb_%.o: qemb.cu $(CUDA_ROOM)
 build/cuda/qemb_%.cubin: qemb.cu $(CUDA_ROOM)
 	@mkdir -p $(@D)
 	$(NVCC) -I. -std=c++20 -O3 -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@
-build/cuda/tests_%.cubin: tests/test_cuda_ops.cu $(CUDA_ROOM) tests/cuda_test.h tests/cuda_attention.h
+build/cuda/tests_%.cubin: tests/cuda/test_cuda_ops.cu $(CUDA_ROOM) tests/cuda/cuda_test.h tests/cuda/cuda_attention.h
 	$(CHECKED_CUBIN)
-build/cuda/hopper_%.cubin: tests/test_cuda_hopper.cu $(CUDA_ROOM) tests/cuda_test.h tests/cuda_attention.h tests/cuda_model.h
+build/cuda/hopper_%.cubin: tests/cuda/test_cuda_hopper.cu $(CUDA_ROOM) tests/cuda/cuda_test.h tests/cuda/cuda_attention.h tests/cuda/cuda_model.h
 	$(CHECKED_CUBIN)
 
 cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin ## build the CUDA code for sm_80, 89, 90a, 120 and check it: no spills, tensor-core instructions
-	tests/sass_gate.py $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o.log build/cuda/tests_$(a).cubin.log build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin.log build/cuda/hopper_90a.cubin
+	tests/cuda/sass_gate.py $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o.log build/cuda/tests_$(a).cubin.log build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin.log build/cuda/hopper_90a.cubin
 
-build/cuda/%.cu.o: %.cu $(CUDA_ROOM) tests/cuda_test.h
+build/cuda/%.cu.o: %.cu $(CUDA_ROOM) tests/cuda/cuda_test.h
 	@mkdir -p $(@D)
 	$(NVCC) -I. -std=c++20 -O3 -Xcompiler -fopenmp $(GENCODE) -c $< -o $@
 build/cuda/%.o: %.c $(C_HEADERS)
@@ -121,7 +121,7 @@ gpu-test: build/cuda/test_cuda ## the CUDA tests on this machine's GPU; a counte
 	build/cuda/test_cuda
 
 gpu-check: build/cuda/test_cuda build/cuda/bench_cuda qemb-cuda build/release/qemb ## on a GPU: all CUDA tests, compute-sanitizer, the program against the CPU's
-	tests/gpu_check.sh
+	tests/cuda/gpu_check.sh
 
 gpu-bench: qemb-cuda build/cuda/bench_cuda build/release/qemb $(VENV)/.convert ## on a GPU: kernels, products, accuracy, whole runs, transformers beside; a table and bench/results/*.json
 	bench/bench_gpu.py

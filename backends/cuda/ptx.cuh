@@ -1,13 +1,13 @@
-/* ptx.cuh - the device text that exists twice: PTX under nvcc, the emulation of tests/emu in a plain
+/* ptx.cuh - the device text that exists twice: PTX under nvcc, the emulation of tests/cuda/emu in a plain
  * C++ build with -DQEMB_EMU. All other CUDA code is one source for both, so keep this page short and
- * give every wrapper a test of its own (tests/test_cuda.cu, "ptx").
+ * give every wrapper a test of its own (tests/cuda/test_cuda_ops.cu, "ptx").
  */
 #ifndef PTX_CUH
 #define PTX_CUH
 
 #if defined(QEMB_EMU)
 
-#include "tests/emu/emu.h"
+#include "tests/cuda/emu/emu.h"
 
 typedef char *shared_addr;
 inline shared_addr shared_address(void *p) { return (char *)p; }

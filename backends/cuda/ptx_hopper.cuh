@@ -1,6 +1,6 @@
 /* ptx_hopper.cuh - the instructions of sm_90a, as ptx.cuh has the others: PTX under nvcc, the emulation of
- * tests/emu with -DQEMB_EMU. wgmma is what only sm_90a has, so kernels that use this page have a body where
- * HOPPER_CODE is defined and a trap elsewhere. Each wrapper has a test, "ptx_" in tests/test_cuda_hopper.cu.
+ * tests/cuda/emu with -DQEMB_EMU. wgmma is what only sm_90a has, so kernels that use this page have a body where
+ * HOPPER_CODE is defined and a trap elsewhere. Each wrapper has a test, "ptx_" in tests/cuda/test_cuda_hopper.cu.
  */
 #ifndef PTX_HOPPER_CUH
 #define PTX_HOPPER_CUH

@@ -15,8 +15,8 @@
 #include "backends/cuda/ptx.cuh"
 
 extern "C" {
-#include "oracle.h"
-#include "support.h"
+#include "tests/unit/oracle.h"
+#include "tests/unit/support.h"
 }
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-"""locust -f tests/locustfile.py --host http://127.0.0.1:8080 --headless -u 50 -r 50 -t 10s
+"""locust -f tests/e2e/locustfile.py --host http://127.0.0.1:8080 --headless -u 50 -r 50 -t 10s
 
 One task: it posts one Chinese sentence. MODEL names the model (default demo)."""
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 A, K, E, G, P = (f"backends/cuda/{x}.cuh" for x in ("attention", "kernels", "quantize", "gemm", "hopper"))
 Q = "qemb.cu"
 
@@ -181,16 +181,16 @@ MUTANTS = [
     ("ah_filled_up", P, "if (w.t0 >= w.len) break; /* no tile", "/* no tile", "attention_hopper"),
 ]
 
-SOURCES = ("qemb.cu", "tests/cuda_main.cu", "tests/test_cuda_ops.cu", "tests/test_cuda_hopper.cu",
-           "tests/test_cuda_model.cu", "tests/test_cuda_eight.cu")
-CODE = [f.relative_to(ROOT) for d in (".", "backends/cuda", "tests", "tests/emu") for f in (ROOT / d).glob("*.*")
+SOURCES = ("qemb.cu", "tests/cuda/cuda_main.cu", "tests/cuda/test_cuda_ops.cu", "tests/cuda/test_cuda_hopper.cu",
+           "tests/cuda/test_cuda_model.cu", "tests/cuda/test_cuda_quantize.cu")
+CODE = [f.relative_to(ROOT) for d in (".", "backends/cuda", "tests/cuda", "tests/cuda/emu", "tests/unit") for f in (ROOT / d).glob("*.*")
         if f.suffix in (".cu", ".cuh", ".h", ".cpp")]
 FLAGS = {  # per net: flags of the code under test; objects that the mutants share come from build/NET
     "emu": ["-O1", "-fopenmp"],
     "emu-race": "-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie -DEMU_RACE".split(),
 }
-SHARED = [f"tests/emu/emu_{x}.o" for x in ("fibers", "runtime", "race", "hopper", "cublaslt")] + \
-         ["qemb.o", *(f"backends/cpu/{x}.o" for x in ("row_ops", "packed_gemm", "avx2", "avx512", "avx512_attention")), "lib/model_file.o", "lib/error.o", "tests/oracle.o", "tests/support.o", "tests/cuda_main.cu.o"]
+SHARED = [f"tests/cuda/emu/emu_{x}.o" for x in ("fibers", "runtime", "race", "hopper", "cublaslt")] + \
+         ["qemb.o", *(f"backends/cpu/{x}.o" for x in ("row_ops", "packed_gemm", "avx2", "avx512", "avx512_attention")), "lib/model_file.o", "lib/error.o", "tests/unit/oracle.o", "tests/unit/support.o", "tests/cuda/cuda_main.cu.o"]
 
 
 def find_cuda():
@@ -208,14 +208,14 @@ MODEL_TESTS = ("golden", "forward", "same", "device", "refuse", "hot", "timed", 
 def touched(file, tests):
     """Which objects a change of this file alters for these tests; the others are taken from build/NET."""
     if file == E and all(t in EIGHT_TESTS for t in tests):
-        return ["tests/test_cuda_eight.cu"]
+        return ["tests/cuda/test_cuda_quantize.cu"]
     if file == P and all("hopper" in t for t in tests):
-        return ["tests/test_cuda_hopper.cu"]
+        return ["tests/cuda/test_cuda_hopper.cu"]
     if file not in (A, K):
         return ["qemb.cu"]
     if all(t.startswith(KERNEL_TESTS) for t in tests):
-        return ["tests/test_cuda_ops.cu"]
-    return ["qemb.cu", "tests/test_cuda_ops.cu"]
+        return ["tests/cuda/test_cuda_ops.cu"]
+    return ["qemb.cu", "tests/cuda/test_cuda_ops.cu"]
 
 
 def run_net(net, work, file, tests, cuda):
@@ -234,7 +234,7 @@ def run_net(net, work, file, tests, cuda):
         out = work / net / (pathlib.Path(source).name + ".o")
         out.parent.mkdir(exist_ok=True)
         cmd = [os.environ.get("CXX", "g++"), "-std=c++20", "-g", "-w", "-DQEMB_EMU", "-isystem", cuda + "/include", f"-I{work}",
-               f"-I{work}/tests/emu", *FLAGS[net], "-x", "c++", "-c", str(work / source), "-o", str(out)]
+               f"-I{work}/tests/cuda/emu", *FLAGS[net], "-x", "c++", "-c", str(work / source), "-o", str(out)]
         if subprocess.run(cmd, capture_output=True, check=False).returncode:
             return "does not build"
         objects.append(str(out))

@@ -4,7 +4,7 @@
  * The input is a patch for a small valid model: { u16 offset, u8 byte } ..., applied to header,
  * directory and tables; then, unless the first byte is odd, size and checksum are made right again,
  * so that the checks behind them are reached. */
-#include "support.h"
+#include "tests/unit/support.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -64,7 +64,7 @@ TEST(forward_mlp_chunks) { /* more rows than QEMB_MLP_ROWS, one text, 128-row ti
 
 /* ---- against transformers ------------------------------------------------------------------------- */
 
-/* Reads ids and vectors of a golden (tests/make_golden.py describes it). */
+/* Reads ids and vectors of a golden (tests/fixtures/make_golden.py describes it). */
 static bool golden_case_compare(const char *name, double *max_swiglu) {
     const std::string base = std::string("tests/golden/") + name;
     qemb_file *f = nullptr;

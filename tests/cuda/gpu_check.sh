@@ -2,7 +2,7 @@
 # gpu_check.sh - everything that only a GPU can prove, each step under ten minutes. `make gpu-check`.
 # Prints a line per step and writes them to bench/results/gpu_check.txt; exit 1 if a step failed.
 set -u
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 mkdir -p bench/results
 out=bench/results/gpu_check.txt
 failed=0
@@ -29,7 +29,7 @@ step() { # NAME COMMAND...
 }
 
 step "CUDA tests" build/cuda/test_cuda
-step "program against the CPU's" tests/test_cuda_program.py ./qemb-cuda build/release/qemb
+step "program against the CPU's" tests/cuda/test_cuda_program.py ./qemb-cuda build/release/qemb
 if command -v compute-sanitizer >/dev/null; then
     small="ptx attention_ rmsnorm qknorm swiglu gate_up quantize op_matmul op_attention op_embed_back op_fp8 forward_shapes same_bits"
     for tool in memcheck racecheck synccheck initcheck; do

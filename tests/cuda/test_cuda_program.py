@@ -6,7 +6,7 @@
 QEMB-CUDA is the emulated build, or the real one on a machine with a GPU. Runs with the demo model: records
 of all kinds in, the same records out, vectors within the bound of test_cuda_model.cu; the options of a
 GPU; a model that overflows FP16. What needs another GPU than there is (none, an old one, a small one, one
-that fails) is asked of the emulated build alone, by the variable of tests/emu/emu.h.
+that fails) is asked of the emulated build alone, by the variable of tests/cuda/emu/emu.h.
 """
 import json
 import math
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models/demo.qemb"
 MIN_COSINE = 0.99998  # derived in test_cuda_model.cu
 MIN_COSINE_FP8 = 0.978  # in test_cuda_eight.cu

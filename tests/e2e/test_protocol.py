@@ -25,7 +25,7 @@ import hf_fixture as hf
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
 MODEL = str(ROOT / "models" / "demo.qemb")
 HIDDEN, MAX_TOKENS, EOS, VOCAB = 128, 2048, 2557, 2560
@@ -840,7 +840,7 @@ def test_math_names_the_arithmetic(alone):
         assert got not in seen  # the option is not ignored
         seen.add(got)
         for a, b in zip(got.splitlines(), alone):
-            # a sanity check: tests/accuracy.py has what an arithmetic costs
+            # a sanity check: tests/unit/accuracy.c has what an arithmetic costs
             assert np.dot(json.loads(a), json.loads(b)) > 0.99
     for name in ("plain", "avx2"):
         r = qemb("--cpu", name, "--math", "roman").stderr.decode()

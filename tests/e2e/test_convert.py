@@ -15,7 +15,7 @@ import hf_fixture as hf
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import convert_weights  # noqa: E402
 
@@ -230,7 +230,7 @@ def test_golden_is_reproduced(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["hf-tiny", "gqa1", "gqa2", "gqa4", "square", "massive"])
 def test_committed_goldens_are_sound(name):
-    """NAME.qemb, and NAME.vec in the form that tests/make_golden.py documents."""
+    """NAME.qemb, and NAME.vec in the form that tests/fixtures/make_golden.py documents."""
     q = Qemb(ROOT / f"tests/golden/{name}.qemb")
     assert "note: random weights\n" in q.provenance
     lines = (ROOT / f"tests/golden/{name}.vec").read_text().splitlines()
