@@ -128,11 +128,11 @@ Gravity is a force that attracts two bodies towards each other.
 endef
 export DEMO_TEXT
 
-demo: qemb ## install what is missing, build, embed three texts with the small model in models/
-	@echo '$$ ./qemb -m models/demo.qemb --dim 6 < texts     # a text per line in, a vector per line out'
-	@echo "$$DEMO_TEXT" | ./qemb -m models/demo.qemb --dim 6
-	@echo '$$ ./qemb -m models/demo.qemb --dim 4 --output jsonl --query --stats < texts'
-	@echo "$$DEMO_TEXT" | ./qemb -m models/demo.qemb --dim 4 --output jsonl --query --stats
+demo: qemb ## install what is missing, build, embed three texts with the small model in examples/
+	@echo '$$ ./qemb -m examples/demo.qemb --dim 6 < texts     # a text per line in, a vector per line out'
+	@echo "$$DEMO_TEXT" | ./qemb -m examples/demo.qemb --dim 6
+	@echo '$$ ./qemb -m examples/demo.qemb --dim 4 --output jsonl --query --stats < texts'
+	@echo "$$DEMO_TEXT" | ./qemb -m examples/demo.qemb --dim 4 --output jsonl --query --stats
 	@echo 'The demo model has random weights: the form is true, the numbers mean nothing.'
 
 convert: $(VENV)/.convert ## MODEL=directory-or-hub-name [OUT=file.qemb] [DTYPE=int8]: make a .qemb from a Hugging Face model
@@ -142,8 +142,8 @@ convert: $(VENV)/.convert ## MODEL=directory-or-hub-name [OUT=file.qemb] [DTYPE=
 install: qemb qemb-serve ## programs and man pages under PREFIX (/usr/local)
 	install -D -m 755 qemb $(DESTDIR)$(PREFIX)/bin/qemb
 	install -D -m 755 qemb-serve $(DESTDIR)$(PREFIX)/bin/qemb-serve
-	install -D -m 644 qemb.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb.1
-	install -D -m 644 qemb-serve.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb-serve.1
+	install -D -m 644 docs/man/qemb.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb.1
+	install -D -m 644 docs/man/qemb-serve.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb-serve.1
 
 bench: need-bench qemb qemb-serve ## speed of every part and of whole runs, beside the machine's limits and peers (see bench.sh)
 	@$(SUBMAKE) build/release/qemb-bench

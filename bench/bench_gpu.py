@@ -200,7 +200,7 @@ def transformers(directory):
 
 def sentence_transformers(directory, model):
     """The same texts through sentence-transformers and through qemb-cuda, start subtracted from either."""
-    words = (ROOT / "models/demo.txt").read_text(encoding="utf-8").split()
+    words = (ROOT / "examples/demo.txt").read_text(encoding="utf-8").split()
     rng = random.Random(4)
     texts = [" ".join(rng.choices(words, k=rng.randrange(5, 60))) for _ in range(4000)]
     code = ("import json,sys,time\nfrom sentence_transformers import SentenceTransformer\n"

@@ -18,13 +18,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "models/demo.qemb"
+MODEL = ROOT / "examples/demo.qemb"
 MIN_COSINE = 0.99998  # derived in test_cuda_model.cu
 MIN_COSINE_FP8 = 0.978  # in test_cuda_eight.cu
 
 
 def records():
-    texts = (ROOT / "models/demo.txt").read_text(encoding="utf-8").splitlines()[:12] + ["", "same", "same", "x" * 300]
+    texts = (ROOT / "examples/demo.txt").read_text(encoding="utf-8").splitlines()[:12] + ["", "same", "same", "x" * 300]
     for i, text in enumerate(texts):
         yield {"id": i, "text": text}
     yield {"id": "query", "text": "what?", "instruct": "Find an answer"}

@@ -19,7 +19,7 @@ import threading
 from test_cuda_program import MIN_COSINE, MODEL, ROOT, cosine, run
 
 OPTIONS = ("-m", str(MODEL), "--port", "0", "--batch-tokens", "256", "--threads", "1")
-TEXTS = (ROOT / "models/demo.txt").read_text(encoding="utf-8").splitlines()[:3] + ["", "same", "same"]
+TEXTS = (ROOT / "examples/demo.txt").read_text(encoding="utf-8").splitlines()[:3] + ["", "same", "same"]
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 ROOT = Path(__file__).resolve().parents[2]
 SERVE = os.path.abspath(os.environ.get("QEMB_SERVE_BIN", ROOT / "qemb-serve"))
 QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
-MODEL = str(ROOT / "models" / "demo.qemb")
+MODEL = str(ROOT / "examples" / "demo.qemb")
 HIDDEN, MAX_TOKENS, EOS, VOCAB = 128, 2048, 2557, 2560
 BINARY = Path(SERVE).read_bytes() if os.path.exists(SERVE) else b""
 SANITIZED = b"__asan_init" in BINARY or b"__tsan_init" in BINARY

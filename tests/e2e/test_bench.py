@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = "models/demo.qemb"
+MODEL = "examples/demo.qemb"
 BENCH = ROOT / "build/release/qemb-bench"
 
 pytestmark = pytest.mark.skipif(not BENCH.exists(), reason="build/release/qemb-bench is not built")

@@ -258,7 +258,7 @@ def test_committed_goldens_are_sound(name):
 
 
 def test_demo_model_says_that_it_is_random():
-    q = Qemb(ROOT / "models/demo.qemb")
+    q = Qemb(ROOT / "examples/demo.qemb")
     assert "note: random weights, untrained" in q.provenance
     assert q.prompts == {"query": hf.QUERY, "document": ""}
 

@@ -842,7 +842,7 @@ def test_memory_stays_flat():
 def test_manual_and_deployment_name_what_there_is(serve):
     text = subprocess.run([SERVE, "--help"], stdout=subprocess.PIPE, timeout=GUARD).stdout.decode()
     options = set(re.findall(r"--[a-z][a-z-]+", text))
-    manual = re.sub(r"\\f.|\\(?=-)", "", (ROOT / "qemb-serve.1").read_text())
+    manual = re.sub(r"\\f.|\\(?=-)", "", (ROOT / "docs/man/qemb-serve.1").read_text())
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", manual)) | {"--help", "--version"} == options
     metrics = serve.request("GET", "/metrics").body.decode()
     for path in (ROOT / "frontends/server/deploy").iterdir():
