@@ -8,7 +8,7 @@ PREFIX  ?= /usr/local
 # Optional test data (tokenizer vectors, the real tokenizer.json); tests that want it skip without.
 export QEMB_SHARED ?= $(abspath ../shared)
 
-# Debian packages, each named here and nowhere else. Python ones: requirements.txt, tests/*.txt.
+# Debian packages, each named here and nowhere else. Python ones: convert_weights.py, tests/*.txt.
 DEBIAN_BUILD   := gcc libc6-dev libjansson-dev libssl-dev
 DEBIAN_SERVE   := libmicrohttpd-dev libhiredis-dev
 DEBIAN_PYTHON  := python3 python3-venv
@@ -67,9 +67,12 @@ need-bench: need-build
 need-test: need-build need-serve need-python
 	$(call need,$(DEBIAN_TEST))
 
-$(VENV)/.convert: requirements.txt | need-python
-	python3 -m venv $(VENV)
-	$(VENV)/bin/pip install -q --disable-pip-version-check -r requirements.txt
+# What convert_weights.py needs, from its inline metadata (PEP 723).
+CONVERT_NEEDS = $(shell sed -n 's/^\#   \("[a-z_]*[<>=].*"\),$$/\1/p' convert_weights.py)
+
+$(VENV)/.convert: convert_weights.py | need-python
+	[ -d $(VENV) ] || python3 -m venv $(VENV)
+	$(VENV)/bin/pip install -q --disable-pip-version-check $(CONVERT_NEEDS)
 	touch $@
 
 $(VENV_TEST): tests/requirements.txt tests/requirements-serve.txt $(VENV)/.convert
@@ -195,7 +198,7 @@ fuzz: need-test $(FUZZ_BINS) ## fuzz for FUZZ_SECONDS (600) each, keeping the co
 
 golden: $(VENV)/.convert ## make tests/golden again with transformers (downloads torch, several GB)
 	python3 -m venv $(GOLDEN)
-	$(GOLDEN)/bin/pip install -q --disable-pip-version-check -r requirements.txt -r tests/requirements-golden.txt
+	$(GOLDEN)/bin/pip install -q --disable-pip-version-check $(CONVERT_NEEDS) -r tests/requirements-golden.txt
 	$(GOLDEN)/bin/python tests/fixtures/make_golden.py
 
 clean: ## remove what make made, but for the Python environments

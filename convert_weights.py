@@ -1,4 +1,13 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = [
+#   "numpy>=1.24,<3",
+#   "safetensors>=0.4.3,<1",
+#   "huggingface_hub>=0.23,<3",
+#   "tqdm>=4.60,<5",
+# ]
+# ///
 """convert_weights.py - a Qwen3-Embedding checkpoint in, one .qemb file out.
 
 The source is a Hugging Face directory or a name on the hub. Whatever qemb would not compute exactly
