@@ -362,7 +362,7 @@ static void cpu_pool(qemb_backend *be, float *out, const float *x, const float *
     cpu_rmsnorm(be, (qemb_act *)out, x, w, B);
 }
 
-int qemb_unit(float *dst, const float *src, int dim) {
+int qemb_l2_normalize(float *dst, const float *src, int dim) {
     double sum = 0;
     for (int i = 0; i < dim; i++) sum += (double)src[i] * src[i];
     if (!(sum > 0 && sum <= DBL_MAX)) return -1; /* NaN and Inf end here, and all zeros */

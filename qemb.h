@@ -354,7 +354,7 @@ void qemb_embed(qemb_model *m, const qemb_batch *b, float *out);
 
 /* dst (dim) = the first dim numbers of src, scaled to length 1. -1 if that has no finite, nonzero
  * length; then dst is left alone. Sums in double, in order: the same bits on every backend. */
-int qemb_unit(float *dst, const float *src, int dim);
+int qemb_l2_normalize(float *dst, const float *src, int dim);
 
 #ifdef __cplusplus
 }

@@ -672,7 +672,7 @@ static void check_scores(const source *s, const options *o, double score[4]) {
         ids[t.n] = e.eos;
         qemb_pack_add(b, ids, t.n + 1);
         qemb_embed(m, b, out);
-        if (qemb_unit(unit + (size_t)i * D, out, (int)D))
+        if (qemb_l2_normalize(unit + (size_t)i * D, out, (int)D))
             DIE(STATUS_MODEL, "%.128s: a vector without a finite length", o->model);
         qemb_batch_clear(b);
         free(ids);

@@ -2,7 +2,7 @@
  *
  *   stdin ──> reader thread: input.c, record_tokenizer.c, qemb_pack_add ──> a batch
  *         ──> main thread: qemb_embed
- *         ──> writer thread: qemb_unit, format.c ──> stdout, flushed after every batch
+ *         ──> writer thread: qemb_l2_normalize, format.c ──> stdout, flushed after every batch
  *
  * N_JOBS batches go round between the three: that is the window, and reading stops while all are in
  * use. A batch goes to the main thread when the next text does not fit in it, or when stdin has
@@ -462,7 +462,7 @@ static void write_record(writer *w, const job *j, record *r) {
     static const char not_finite[] = "vector: no finite length other than zero";
     const char *message = r->code ? j->notes + r->note : not_finite;
     const size_t len = r->code ? r->note_len : sizeof not_finite - 1;
-    if (!r->code && qemb_unit(w->unit, j->out + (size_t)r->row * w->p->hidden, r->dim)) {
+    if (!r->code && qemb_l2_normalize(w->unit, j->out + (size_t)r->row * w->p->hidden, r->dim)) {
         r->code = "non_finite";
         r->tokens = 0;
     }

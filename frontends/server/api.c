@@ -245,7 +245,7 @@ int api_embeddings(api_text *out, const slot *slots, int n, int dim, int base64,
         p = put(p, i ? ",{\"object\":\"embedding\",\"index\":"
                      : "{\"object\":\"embedding\",\"index\":");
         p = put(format_uint(p, (uint64_t)i), ",\"embedding\":");
-        if (slots[i].failed || qemb_unit(unit, slots[i].vector->v, dim)) {
+        if (slots[i].failed || qemb_l2_normalize(unit, slots[i].vector->v, dim)) {
             bad = api_fail(e, 422, "non_finite", "input",
                            "input[%d]: the model has no vector of finite length for it", i);
         } else if (base64) {

@@ -124,7 +124,7 @@ static int make_vectors(const float *out, float *unit, int D, vector **vectors, 
     int bad = 0;
     for (int i = 0; i < n; i++) {
         const float *row = out + (size_t)i * (size_t)D;
-        vectors[i] = qemb_unit(unit, row, D) ? NULL : vector_new(row, D);
+        vectors[i] = qemb_l2_normalize(unit, row, D) ? NULL : vector_new(row, D);
         bad += !vectors[i];
     }
     return bad;

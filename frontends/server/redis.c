@@ -83,12 +83,12 @@ static void make_name(char name[NAME_BYTES], const uint8_t *key) {
 
 /* ---- asking ----------------------------------------------------------------------------------- */
 
-/* A value as a vector of n numbers; NULL unless it is one that qemb_unit takes. */
+/* A value as a vector of n numbers; NULL unless it is one that qemb_l2_normalize takes. */
 static vector *read_value(const redisReply *v, int n) {
     if (v->type != REDIS_REPLY_STRING || v->len != (size_t)n * sizeof(float)) return NULL;
     vector *x = vector_new((const float *)(const void *)v->str, n);
     float *unit = x ? malloc((size_t)n * sizeof *unit) : NULL;
-    if (x && (!unit || qemb_unit(unit, x->v, n))) {
+    if (x && (!unit || qemb_l2_normalize(unit, x->v, n))) {
         vector_drop(x);
         x = NULL;
     }

@@ -404,7 +404,7 @@ static accuracy measure(const qemb_file *f, const qemb_ops *ops,
     const std::vector<std::vector<float>> got = m.embed(texts);
     for (size_t i = 0; i < texts.size(); i++) {
         std::vector<float> g(m.D), w(m.D);
-        check(!qemb_unit(g.data(), got[i].data(), m.D) && !qemb_unit(w.data(), want[i].data(), m.D),
+        check(!qemb_l2_normalize(g.data(), got[i].data(), m.D) && !qemb_l2_normalize(w.data(), want[i].data(), m.D),
               "text %zu has no length", i);
         a.cosine = std::min(a.cosine, cosine(g.data(), w.data(), m.D));
         for (int k = 0; k < m.D; k++) {

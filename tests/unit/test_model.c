@@ -133,7 +133,7 @@ static void check_goldens(const golden *g, const qemb_file *f) {
             cr_assert_eq(c->ids[r.n], f->config.eos_id);
         }
         embed_alone(m, c->ids, c->n, out);
-        cr_assert_eq(qemb_unit(out, out, D), 0);
+        cr_assert_eq(qemb_l2_normalize(out, out, D), 0);
         double dot = 0, a = 0, b = 0, worst = 0, off = 0;
         const int exact = ops->math == QEMB_MATH_F32;
         const double tol = exact ? 8 * g->f32_diff + c->n * U / sqrt(D) : 2;
@@ -228,7 +228,7 @@ static void check_oracle(qemb_dtype dtype, const qemb_config *c, int n, double g
     double *want = malloc((size_t)c->hidden * sizeof *want), length = 0;
     embed_alone(m, ids, n, out);
     oracle_embed(want, NULL, c, &f->weights, ids, n);
-    cr_assert_eq(qemb_unit(out, out, c->hidden), 0);
+    cr_assert_eq(qemb_l2_normalize(out, out, c->hidden), 0);
     /* gates of 30 times the size make a step of SwiGLU: what rounding did before it, doubles */
     const double all = allowed() * (gate_scale > 1 ? 2 : 1);
     const double tol = ops->math == QEMB_MATH_F32 ? 2e-5 : all;
@@ -422,7 +422,7 @@ Test(model, the_plan_is_what_is_asked_for) {
     qemb_file_close(f);
 }
 
-/* Weights that are not finite end in a vector that qemb_unit refuses, and only there. */
+/* Weights that are not finite end in a vector that qemb_l2_normalize refuses, and only there. */
 static void check_not_finite(void) {
     const qemb_config *c = &small_configs[0];
     size_t bytes;
@@ -441,10 +441,10 @@ static void check_not_finite(void) {
     qemb_pack_add(b, bad, 4);
     qemb_pack_add(b, good, 4);
     qemb_embed(m, b, out);
-    cr_assert_eq(qemb_unit(out, out, 64), -1);
+    cr_assert_eq(qemb_l2_normalize(out, out, 64), -1);
     embed_alone(m, good, 4, alone);
     cr_assert_arr_eq(out + 64, alone, sizeof alone, "its neighbour is untouched");
-    cr_assert_eq(qemb_unit(out + 64, out + 64, 64), 0);
+    cr_assert_eq(qemb_l2_normalize(out + 64, out + 64, 64), 0);
     free(data);
     qemb_batch_free(b);
     qemb_close(m);
@@ -494,7 +494,7 @@ static void check_narrow(void) {
             cr_assert(seen.pos[t] == 0 && seen.tokens[t] == c->eos_id);
         embed_alone(cpu, ids[spoiled_row], 4, alone);
         cr_assert_arr_eq(out + spoiled_row * 64, alone, sizeof alone, "not the CPU's vector");
-        for (int i = 0; i < 3; i++) cr_assert_eq(qemb_unit(alone, out + i * 64, 64), 0);
+        for (int i = 0; i < 3; i++) cr_assert_eq(qemb_l2_normalize(alone, out + i * 64, 64), 0);
         const qemb_health h = qemb_health_of(m);
         cr_assert(h.recomputed == (uint64_t)spoiled_row + 1 && h.clamped == 3 && !h.failure);
     }

@@ -535,15 +535,15 @@ Test(ops, gather_last_and_pool) {
 Test(ops, unit_cuts_then_scales) {
     const float v[] = {3, 4, 12, 84};
     float out[4];
-    cr_assert_eq(qemb_unit(out, v, 2), 0);
+    cr_assert_eq(qemb_l2_normalize(out, v, 2), 0);
     cr_assert(out[0] == 0.6f && out[1] == 0.8f);
-    cr_assert_eq(qemb_unit(out, v, 4), 0);
+    cr_assert_eq(qemb_l2_normalize(out, v, 4), 0);
     cr_assert(out[3] == (float)(84 / 85.0));
     const float huge[] = {3e38f, 3e38f}, bad[] = {1, NAN}, inf[] = {1, -INFINITY}, zero[] = {0, 0};
-    cr_assert_eq(qemb_unit(out, huge, 2), 0); /* its square is not a float */
+    cr_assert_eq(qemb_l2_normalize(out, huge, 2), 0); /* its square is not a float */
     cr_assert_not(far_off(out[1], sqrt(0.5), U));
-    cr_assert_eq(qemb_unit(out, bad, 2), -1);
-    cr_assert_eq(qemb_unit(out, inf, 2), -1);
-    cr_assert_eq(qemb_unit(out, zero, 2), -1);
-    cr_assert_eq(qemb_unit(out, bad, 1), 0);
+    cr_assert_eq(qemb_l2_normalize(out, bad, 2), -1);
+    cr_assert_eq(qemb_l2_normalize(out, inf, 2), -1);
+    cr_assert_eq(qemb_l2_normalize(out, zero, 2), -1);
+    cr_assert_eq(qemb_l2_normalize(out, bad, 1), 0);
 }
