@@ -46,7 +46,7 @@ INLINE float half_to_float(uint16_t h) {
 }
 
 /* x (T, D) = rows of tok_emb (V, D) */
-static void cpu_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_layout *b) {
+static void cpu_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_packed_batch *b) {
     const int D = be->c->hidden;
     for (int t = 0; t < b->T; t++) {
         assert(b->tokens[t] >= 0 && b->tokens[t] < tok_emb->rows);
@@ -168,7 +168,7 @@ static void rotate(float *head, const float *cosines, const float *sines, int ha
 }
 
 static void cpu_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm,
-                            const float *k_norm, const qemb_layout *b) {
+                            const float *k_norm, const qemb_packed_batch *b) {
     const qemb_config *c = be->c;
     const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim;
 #pragma omp parallel for num_threads(be->threads) if (b->T > 8)
@@ -312,7 +312,7 @@ static attention_work attention_setup(const qemb_backend *be, const float *qkv, 
 }
 
 static void cpu_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
-                          const qemb_layout *b, int last_only) {
+                          const qemb_packed_batch *b, int last_only) {
     const int K = be->c->n_kv_heads;
     const size_t ld_att = (size_t)be->c->n_heads * be->c->head_dim;
     /* Segment 0 is the shared prefix, which attends to itself; segment i is text i-1. */
@@ -353,7 +353,7 @@ static void cpu_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_
 
 /* ---- pool: a text's vector is its last token's row -------------------------------------------- */
 
-void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_layout *b) {
+void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b) {
     const size_t D = (size_t)be->c->hidden;
     for (int i = 0; i < b->B; i++) memcpy(y + i * D, x + (b->cu[i + 1] - 1) * D, D * sizeof *y);
 }
@@ -429,7 +429,7 @@ int cpu_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
     return 0;
 }
 
-void cpu_begin(qemb_backend *be, const qemb_layout *b) {
+void cpu_begin(qemb_backend *be, const qemb_packed_batch *b) {
     int longest = b->P;
     for (int i = 0; i < b->B; i++) longest = max_int(longest, b->P + b->cu[i + 1] - b->cu[i]);
     rope_extend(be, longest);
@@ -505,7 +505,7 @@ static size_t plan_activations(activations *a, const qemb_config *c, const qemb_
 /* clang-format off */
 
 /* The model, written once for every backend. Vectors come out of the first n texts. */
-static void qemb_forward(qemb_model *m, const qemb_layout *b, float *out, int n_out) {
+static void qemb_forward(qemb_model *m, const qemb_packed_batch *b, float *out, int n_out) {
     const qemb_config *c = &m->file->config;
     const qemb_ops *op = m->ops;
     qemb_backend *be = m->be;
@@ -728,7 +728,7 @@ size_t qemb_batch_tokens_saved(const qemb_batch *b) {
 }
 
 /* Lays b out in the model's arrays, filled up with rows of end-of-text to what the table likes. */
-static qemb_layout lay_out(qemb_model *m, const qemb_batch *b) {
+static qemb_packed_batch lay_out(qemb_model *m, const qemb_batch *b) {
     const int P = b->B > 1 ? b->prefix : 0; /* nothing to share with */
     int t = 0, B = b->B;
     for (; t < P; t++) m->tokens[t] = b->texts[0].ids[t], m->pos[t] = t;
@@ -741,7 +741,7 @@ static qemb_layout lay_out(qemb_model *m, const qemb_batch *b) {
     const int T = fit_rows(m->ops, t);
     if (T > t) m->cu[++B] = T;
     for (; t < T; t++) m->tokens[t] = m->file->config.eos_id, m->pos[t] = 0;
-    return (qemb_layout){B, T, P, m->tokens, m->pos, m->cu};
+    return (qemb_packed_batch){B, T, P, m->tokens, m->pos, m->cu};
 }
 
 static int all_finite(const float *x, size_t n) {
@@ -761,7 +761,7 @@ static void compute_again(qemb_model *m, const packed_text *text, float *out) {
 void qemb_embed(qemb_model *m, const qemb_batch *b, float *out) {
     if (!b->B) return;
     const size_t D = (size_t)m->file->config.hidden;
-    const qemb_layout layout = lay_out(m, b);
+    const qemb_packed_batch layout = lay_out(m, b);
     qemb_forward(m, &layout, out, b->B);
     if (!m->exact || qemb_health_of(m).failure) return; /* without its device a run has to end */
     for (int i = 0; i < b->B; i++)

@@ -661,7 +661,7 @@ static void sort_tiles(att_tile *t, int n) {
 /* Takes the batch's class up: its lists are filled up with empty tiles to sizes that depend on T and B
  * alone, since a graph's launches are as wide as they were when it was made. Every text and the prefix
  * begin a tile of their own, so there are at most T / tokens + B + 1 of either kind. */
-static void choose_graph(qemb_backend *be, const qemb_layout *b) {
+static void choose_graph(qemb_backend *be, const qemb_packed_batch *b) {
     const int *size = std::find(GRAPH_ROWS, GRAPH_ROWS + GRAPH_SIZES, b->T);
     be->mode = PLAIN;
     be->graph = nullptr;
@@ -676,7 +676,7 @@ static void choose_graph(qemb_backend *be, const qemb_layout *b) {
     if (be->wide && b->T >= WIDE_FROM) fill(be->wide_tiles, &be->n_wide, 128 >> be->lg);
 }
 
-static void list_unique(qemb_backend *be, int *slot, const qemb_layout *b) {
+static void list_unique(qemb_backend *be, int *slot, const qemb_packed_batch *b) {
     be->n_unique = 0;
     for (int t = 0; t < b->T; t++) {
         const int token = b->tokens[t];
@@ -690,7 +690,7 @@ static void list_unique(qemb_backend *be, int *slot, const qemb_layout *b) {
     }
 }
 
-static void cuda_begin(qemb_backend *be, const qemb_layout *b) {
+static void cuda_begin(qemb_backend *be, const qemb_packed_batch *b) {
     assert(b->T <= be->max_rows && b->B >= 1 && b->cu[0] == b->P && b->cu[b->B] == b->T);
     be->n_narrow = be->n_wide = 0;
     if (b->P) list_tiles(be, 0, b->P, 0);
@@ -723,7 +723,7 @@ static void cuda_begin(qemb_backend *be, const qemb_layout *b) {
 
 /* ---- the ops, in the forward's order ---------------------------------------------------------- */
 
-static void cuda_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_layout *b) {
+static void cuda_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_packed_batch *b) {
     const int D = be->c->hidden, rows = (int)(SLOT_BYTES / (D * sizeof(act)));
     assert(tok_emb->dtype == QEMB_F16 && tok_emb->cols == D);
     const act *table = (const act *)tok_emb->data;
@@ -836,7 +836,7 @@ static void launch_rope(qemb_backend *be, act *qkv, const float *q_norm, const f
          "qknorm_rope");
 }
 static void cuda_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm,
-                             const float *k_norm, const qemb_layout *b) {
+                             const float *k_norm, const qemb_packed_batch *b) {
     if (be->mode == REPLAY) return;
     if (be->c->head_dim == 64)
         launch_rope<64>(be, (act *)qkv, q_norm, k_norm, b->T);
@@ -875,7 +875,7 @@ static void any_attention(qemb_backend *be, act *att, const act *qkv, int B, int
     launch_attention<HD, 1>(be, att, qkv, narrow, be->n_narrow);
 }
 static void cuda_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
-                           const qemb_layout *b, int last_only) {
+                           const qemb_packed_batch *b, int last_only) {
     if (be->mode == REPLAY) return;
     if (be->c->head_dim == 64)
         any_attention<64>(be, (act *)att, (const act *)qkv, b->B, last_only);
@@ -914,7 +914,7 @@ static void cuda_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb
          "gate_up");
 }
 
-static void cuda_gather_last(qemb_backend *be, float *y, const float *x, const qemb_layout *b) {
+static void cuda_gather_last(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b) {
     if (be->mode == REPLAY) return;
     good(be,
          launch(gather_last_kernel<float4>, dim3((unsigned)b->B), dim3(GATHER_THREADS), 0, be->st,

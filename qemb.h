@@ -188,7 +188,7 @@ typedef struct {
     const int32_t *tokens; /* (T) */
     const int32_t *pos;    /* (T) */
     const int32_t *cu;     /* (B+1) */
-} qemb_layout;
+} qemb_packed_batch;
 
 /* ---- backends ------------------------------------------------------------------------------ */
 
@@ -271,10 +271,10 @@ typedef struct qemb_ops {
     /* Activation memory of that many bytes, aligned to 256, freed by close. Called once. */
     void *(*arena)(qemb_backend *be, size_t bytes, qemb_err *err);
     /* Announces the batch that the calls up to pool belong to; b is host memory. */
-    void (*begin)(qemb_backend *be, const qemb_layout *b);
+    void (*begin)(qemb_backend *be, const qemb_packed_batch *b);
 
     /* x (T, D) = rows tokens[t] of tok_emb (V, D) */
-    void (*embed)(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_layout *b);
+    void (*embed)(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_packed_batch *b);
     /* y (T, D) = x / sqrt(mean(x^2) + eps) * w,  x (T, D), w (D) */
     void (*rmsnorm)(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T);
     /* y (T, out) = alpha * x W^T,  x (T, in), W (out, in) */
@@ -284,17 +284,17 @@ typedef struct qemb_ops {
     /* qkv (T, (H+2K)*hd) in place: every q and k head is RMS-normed with q_norm or k_norm (hd),
      * then rotated by its position (RoPE, halves); v is left alone */
     void (*qknorm_rope)(qemb_backend *be, qemb_act *qkv, const float *q_norm, const float *k_norm,
-                        const qemb_layout *b);
+                        const qemb_packed_batch *b);
     /* Causal grouped-query attention, scale 1/sqrt(hd). last_only = 0: att (T, H*hd) for every
      * row; 1: att (B, H*hd) for each text's last row. qkv (T, (H+2K)*hd). */
-    void (*attention)(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const qemb_layout *b,
+    void (*attention)(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const qemb_packed_batch *b,
                       int last_only);
     /* h (T, F) = silu(gate) * up,  gate and up (T, F) the two halves of x W^T,  x (T, in),
      * W (2F, in): gate's rows, then up's. gu (T, 2F) is scratch, for tables that want both first. */
     void (*gate_up)(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
                     const qemb_mat *w, int T);
     /* y (B, D) = rows cu[b+1]-1 of x (T, D) */
-    void (*gather_last)(qemb_backend *be, float *y, const float *x, const qemb_layout *b);
+    void (*gather_last)(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
     /* out (B, D), host memory = rmsnorm of x (B, D) with w (D). Returns when out is written. */
     void (*pool)(qemb_backend *be, float *out, const float *x, const float *w, int B);
 } qemb_ops;

@@ -151,7 +151,7 @@ typedef struct { /* a table, the op that runs next, its batch and buffers */
     const qemb_ops *op;
     qemb_backend *be;
     qemb_weights w; /* as the table has placed them */
-    qemb_layout b;
+    qemb_packed_batch b;
     int32_t tokens[MAX_ROWS], pos[MAX_ROWS], cu[MAX_ROWS + 1];
     float *in, *out, *gu; /* (MAX_ROWS, widest row) */
     float *ones;          /* (hd): qknorm_rope works in place, again and again, and with a model's
@@ -190,7 +190,7 @@ static void setup_close(setup *s) {
 
 /* B texts of n tokens, B n rows */
 static void lay(setup *s, int B, int n) {
-    s->b = (qemb_layout){B, B * n, 0, s->tokens, s->pos, s->cu};
+    s->b = (qemb_packed_batch){B, B * n, 0, s->tokens, s->pos, s->cu};
     for (int t = 0; t < s->b.T; t++) {
         s->tokens[t] = (int32_t)((unsigned)t * 7919u % (unsigned)file->config.vocab);
         s->pos[t] = t % n;
@@ -296,7 +296,7 @@ float *floats_of(const qemb_mat *w) {
     const qemb_config c = {.hidden = w->cols};
     qemb_backend be = {.c = &c, .threads = 1};
     int32_t *ids = zeroed(sizeof *ids * (size_t)w->rows);
-    const qemb_layout all = {1, w->rows, 0, ids, NULL, NULL};
+    const qemb_packed_batch all = {1, w->rows, 0, ids, NULL, NULL};
     float *W = zeroed(sizeof(float) * (size_t)w->rows * (size_t)w->cols);
     for (int i = 0; i < w->rows; i++) ids[i] = i;
     if (w->dtype == QEMB_F16) qemb_cpu_ops.embed(&be, W, w, &all);
@@ -391,7 +391,7 @@ static const char *const spent_names[7] = {"embed",       "rmsnorm",   "matmul",
         table->op args;                                                                            \
         spent[i] += now() - start;                                                                 \
     }
-TIMED(0, embed, (qemb_backend * be, float *x, const qemb_mat *m, const qemb_layout *b),
+TIMED(0, embed, (qemb_backend * be, float *x, const qemb_mat *m, const qemb_packed_batch *b),
       (be, x, m, b))
 TIMED(1, rmsnorm, (qemb_backend * be, qemb_act *y, const float *x, const float *w, int T),
       (be, y, x, w, T))
@@ -400,10 +400,10 @@ TIMED(2, matmul, (qemb_backend * be, qemb_act *y, const qemb_act *x, const qemb_
 TIMED(3, matmul_add, (qemb_backend * be, float *x, const qemb_act *a, const qemb_mat *w, int T),
       (be, x, a, w, T))
 TIMED(4, qknorm_rope,
-      (qemb_backend * be, qemb_act *v, const float *q, const float *k, const qemb_layout *b),
+      (qemb_backend * be, qemb_act *v, const float *q, const float *k, const qemb_packed_batch *b),
       (be, v, q, k, b))
 TIMED(5, attention,
-      (qemb_backend * be, qemb_act *o, const qemb_act *v, const qemb_layout *b, int last),
+      (qemb_backend * be, qemb_act *o, const qemb_act *v, const qemb_packed_batch *b, int last),
       (be, o, v, b, last))
 TIMED(6, gate_up,
       (qemb_backend * be, qemb_act *h, qemb_act *gu, const qemb_act *x, const qemb_mat *w, int T),

@@ -40,7 +40,7 @@ struct bench {
     bool hopper; /* be runs Hopper's own kernels where it has them */
     int T;
     std::vector<int32_t> tokens, pos, cu;
-    qemb_layout b;
+    qemb_packed_batch b;
 };
 
 /* n halves or floats of device memory, random in -1 .. 1. */
@@ -118,7 +118,7 @@ static void layout(bench *s, int T, int n) {
         s->pos.push_back(t % n);
     }
     s->cu.push_back(T);
-    s->b = qemb_layout{(int)s->cu.size() - 1, T, 0, s->tokens.data(), s->pos.data(), s->cu.data()};
+    s->b = qemb_packed_batch{(int)s->cu.size() - 1, T, 0, s->tokens.data(), s->pos.data(), s->cu.data()};
     s->T = T;
     s->ops->begin(s->be, &s->b);
 }

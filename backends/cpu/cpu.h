@@ -73,8 +73,8 @@ void cpu_close(qemb_backend *be);
 void *cpu_map(qemb_backend *be, int slot, size_t bytes, qemb_err *err);
 int cpu_place(qemb_backend *be, qemb_weights *w, qemb_err *err);
 void *cpu_arena(qemb_backend *be, size_t bytes, qemb_err *err);
-void cpu_begin(qemb_backend *be, const qemb_layout *b);
-void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_layout *b);
+void cpu_begin(qemb_backend *be, const qemb_packed_batch *b);
+void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
 
 /* ---- row_ops.c: what the vector tables share ------------------------------------------------ */
 
@@ -118,11 +118,11 @@ int simd_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
               const cpu_kernels *kernels, size_t scratch_floats, size_t packed_floats,
               qemb_err *err);
 void simd_close(qemb_backend *be);
-void simd_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_layout *b);
+void simd_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_packed_batch *b);
 void simd_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T);
 void simd_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm, const float *k_norm,
-                      const qemb_layout *b);
-void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const qemb_layout *b,
+                      const qemb_packed_batch *b);
+void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const qemb_packed_batch *b,
                     int last_only);
 void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
 void simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B);

@@ -130,7 +130,7 @@ typedef struct {
     float *y;
     const float *x, *w, *w2;
     const qemb_mat *table;
-    const qemb_layout *b;
+    const qemb_packed_batch *b;
     int T, chunk;
 } rows_job;
 
@@ -154,7 +154,7 @@ static void embed_rows(const void *job, int item, int thread) {
     }
 }
 
-void simd_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_layout *b) {
+void simd_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_packed_batch *b) {
     for_rows(&(rows_job){.be = be, .y = x, .table = tok_emb, .b = b, .T = b->T, .chunk = 64},
              embed_rows);
 }
@@ -195,7 +195,7 @@ static void qknorm_rope_rows(const void *job, int item, int thread) {
 }
 
 void simd_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm, const float *k_norm,
-                      const qemb_layout *b) {
+                      const qemb_packed_batch *b) {
     for_rows(
         &(rows_job){
             .be = be, .y = f32(qkv), .w = q_norm, .w2 = k_norm, .b = b, .T = b->T, .chunk = 8},
@@ -255,7 +255,7 @@ typedef struct {
     const qemb_backend *be;
     float *att;
     const float *qkv;
-    const qemb_layout *b;
+    const qemb_packed_batch *b;
     int last_only, windows;
 } attention_job;
 
@@ -264,7 +264,7 @@ typedef struct {
  * long text they have the most keys, and what is begun late should be short. */
 static void attention_part(const void *job, int item, int thread) {
     const attention_job *j = job;
-    const qemb_layout *b = j->b;
+    const qemb_packed_batch *b = j->b;
     const int K = j->be->c->n_kv_heads, tokens = block_tokens(j->be->c, j->be->kernels);
     const size_t ld_att = (size_t)j->be->c->n_heads * j->be->c->head_dim;
     const int begin = (j->windows - 1 - item / K) * tokens, end = begin + tokens;
@@ -294,7 +294,7 @@ static void attention_part(const void *job, int item, int thread) {
     }
 }
 
-void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const qemb_layout *b,
+void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const qemb_packed_batch *b,
                     int last_only) {
     const int windows = last_only ? b->B : ceil_div(b->T, block_tokens(be->c, be->kernels));
     const attention_job j = {be, f32(att), cf32(qkv), b, last_only, windows};

@@ -327,7 +327,7 @@ struct bench_backend {
     qemb_config c;
     qemb_backend *be = nullptr;
     std::vector<int32_t> tokens, pos, cu;
-    qemb_layout b = {};
+    qemb_packed_batch b = {};
 
     bench_backend(int D, int H, int K, int hd, int F, int V, int rows, qemb_options opt = {}) {
         c = qemb_config{1, D, H, K, hd, F, V, rows, 0, 1e6f, 1e-6f};
@@ -347,7 +347,7 @@ struct bench_backend {
         cu.push_back((int)pos.size());
         for (size_t t = 0; t < pos.size(); t++)
             tokens.push_back((int)(rng_u64(r) % (uint64_t)c.vocab));
-        b = qemb_layout{(int)lens.size(), (int)pos.size(), P, tokens.data(), pos.data(), cu.data()};
+        b = qemb_packed_batch{(int)lens.size(), (int)pos.size(), P, tokens.data(), pos.data(), cu.data()};
         qemb_cuda_ops.begin(be, &b);
     }
 };

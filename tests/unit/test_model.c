@@ -263,10 +263,10 @@ Test(model, oracle) { FOR_TABLES check_shapes(); }
 
 /* ---- the packer, watched through the layouts that it hands to the ops ---------------------------- */
 
-static qemb_layout seen;
+static qemb_packed_batch seen;
 static size_t arena_asked;
 
-static void spy_begin(qemb_backend *be, const qemb_layout *b) {
+static void spy_begin(qemb_backend *be, const qemb_packed_batch *b) {
     seen = *b;
     ops->begin(be, b);
 }

@@ -53,7 +53,7 @@ Test(ops, embed_converts_every_half) {
         qemb_backend *be = backend(qemb_cpu_table(o), &c, V, 1);
         int32_t tokens[V], pos[V], cu[] = {0, V};
         for (int t = 0; t < V; t++) tokens[t] = V - 1 - t, pos[t] = t;
-        const qemb_layout b = {1, V, 0, tokens, pos, cu};
+        const qemb_packed_batch b = {1, V, 0, tokens, pos, cu};
         float *x = malloc(V * D * sizeof *x);
         qemb_cpu_table(o)->begin(be, &b);
         qemb_cpu_table(o)->embed(be, x, &m, &b);
@@ -246,7 +246,7 @@ Test(ops, qknorm_rope) {
             /* a prefix of 10, a text of 10 more, one of 20, the last position of all in between */
             int32_t pos[40], cu[] = {P, 20, T};
             for (int t = 0; t < T; t++) pos[t] = t < 20 ? t : t - 10;
-            const qemb_layout b = {2, T, P, NULL, pos, cu};
+            const qemb_packed_batch b = {2, T, P, NULL, pos, cu};
             qemb_cpu_table(o)->begin(be, &b);
             qemb_cpu_table(o)->qknorm_rope(be, (qemb_act *)qkv, qn, kn, &b);
             for (int t = 0; t < T; t++)
@@ -289,7 +289,7 @@ Test(ops, rope_reaches_the_last_position) {
         oracle_rmsnorm(want, want, ones, hd, c.rms_eps);
         memcpy(normed, want, sizeof want);
         oracle_rope(want, hd, n - 1, c.rope_theta);
-        const qemb_layout b = {1, n, 0, NULL, pos, cu};
+        const qemb_packed_batch b = {1, n, 0, NULL, pos, cu};
         qemb_cpu_table(o)->begin(be, &b);
         qemb_cpu_table(o)->qknorm_rope(be, (qemb_act *)qkv, ones, ones, &b);
         for (int i = 0; i < hd; i++)
@@ -326,7 +326,7 @@ static void check_attention(const qemb_ops *op, const qemb_config *c, const int 
     qemb_backend *be = backend(op, c, T + P, 2);
     float *qkv = numbers(&r, (size_t)T * ld, scale);
     float *att = numbers(&r, (size_t)T * Q, 1);
-    const qemb_layout b = {B, T, P, NULL, pos, cu};
+    const qemb_packed_batch b = {B, T, P, NULL, pos, cu};
     op->begin(be, &b);
     op->attention(be, (qemb_act *)att, (qemb_act *)qkv, &b, last_only);
     const int integers = op->math != QEMB_MATH_F32;
@@ -417,7 +417,7 @@ Test(ops, attention_of_equal_values) {
                 for (int i = 0; i < KV; i++) row[Q + KV + i] = -3;
             }
             qemb_backend *be = backend(op, c, T, 2);
-            const qemb_layout b = {1, T, 0, NULL, pos, cu};
+            const qemb_packed_batch b = {1, T, 0, NULL, pos, cu};
             op->begin(be, &b);
             op->attention(be, (qemb_act *)att, (qemb_act *)qkv, &b, 0);
             const double tol =
@@ -510,7 +510,7 @@ Test(ops, gather_last_and_pool) {
     const qemb_config c = {
         .hidden = D, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .rms_eps = 1e-6f};
     const int32_t pos[T] = {0, 1, 2, 3, 2, 2, 3, 4, 5}, cu[] = {2, 4, 5, T};
-    const qemb_layout b = {B, T, 2, NULL, pos, cu};
+    const qemb_packed_batch b = {B, T, 2, NULL, pos, cu};
     for (int o = 0; qemb_cpu_table(o); o++) {
         rng r = {6};
         qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
