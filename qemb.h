@@ -148,35 +148,36 @@ const char *qemb_file_prompt(const qemb_file *f, const char *name);
 
 /* ---- tokenizer.c: byte-level BPE, exactly Hugging Face's ----------------------------------- */
 
-typedef struct tokenizer tokenizer;             /* immutable, shared by threads */
-typedef struct tokenizer_state tokenizer_state; /* scratch and pre-token cache of one thread */
+typedef struct qemb_tokenizer qemb_tokenizer; /* immutable, shared by threads */
+typedef struct qemb_tokenizer_state
+    qemb_tokenizer_state; /* scratch and pre-token cache of one thread */
 
 /* Builds the tables. merges (n_merges, 2) and added (the section of that name) must stay alive.
  * Refuses, with code "model_file", a merge that names an id not yet made or repeats a pair, tokens
  * over 1,024 bytes, and malformed added tokens (ids below 256 + n_merges too). The caller closes. */
-int tokenizer_open(tokenizer **t, const uint32_t *merges, uint32_t n_merges, const uint8_t *added,
-                   size_t added_bytes, qemb_err *err);
-void tokenizer_close(tokenizer *t);
-tokenizer_state *tokenizer_state_new(const tokenizer *t); /* NULL: out of memory */
-void tokenizer_state_free(tokenizer_state *s);
+int qemb_tokenizer_open(qemb_tokenizer **t, const uint32_t *merges, uint32_t n_merges,
+                        const uint8_t *added, size_t added_bytes, qemb_err *err);
+void qemb_tokenizer_close(qemb_tokenizer *t);
+qemb_tokenizer_state *qemb_tokenizer_state_new(const qemb_tokenizer *t); /* NULL: out of memory */
+void qemb_tokenizer_state_free(qemb_tokenizer_state *s);
 /* One more than the largest id that can come out. */
-uint32_t tokenizer_n_ids(const tokenizer *t);
+uint32_t qemb_tokenizer_n_ids(const qemb_tokenizer *t);
 
 typedef struct {
     const int32_t *ids; /* (n), owned by the state, valid until its next call */
     size_t n;
     size_t bytes_left; /* bytes of text that no id covers, above 0 exactly when `limit` cut ids off;
                           where NFC changes the text, counted in its NFC */
-} tokenizer_result;
+} qemb_tokenizer_result;
 
 /* text, len bytes of UTF-8 (NUL is a character like any other) -> ids, without end-of-text.
  * At most `limit` ids come out: always the first `limit` of the whole text's ids; work stops soon
  * after they are found, and what lies behind is not validated. Time is linear in len.
  * Codes: "invalid_utf8" (the message names the byte offset), "out_of_memory". */
-int tokenizer_encode(tokenizer_state *s, const char *text, size_t len, size_t limit,
-                     tokenizer_result *r, qemb_err *err);
+int qemb_tokenizer_encode(qemb_tokenizer_state *s, const char *text, size_t len, size_t limit,
+                          qemb_tokenizer_result *r, qemb_err *err);
 /* The bytes of token id (not an added token), appended to buf up to cap; returns its full length. */
-size_t tokenizer_token_bytes(const tokenizer *t, uint32_t id, uint8_t *buf, size_t cap);
+size_t qemb_tokenizer_token_bytes(const qemb_tokenizer *t, uint32_t id, uint8_t *buf, size_t cap);
 
 /* ---- a batch: texts laid end to end, nothing padded ---------------------------------------- */
 
@@ -287,8 +288,8 @@ typedef struct qemb_ops {
                         const qemb_packed_batch *b);
     /* Causal grouped-query attention, scale 1/sqrt(hd). last_only = 0: att (T, H*hd) for every
      * row; 1: att (B, H*hd) for each text's last row. qkv (T, (H+2K)*hd). */
-    void (*attention)(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const qemb_packed_batch *b,
-                      int last_only);
+    void (*attention)(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
+                      const qemb_packed_batch *b, int last_only);
     /* h (T, F) = silu(gate) * up,  gate and up (T, F) the two halves of x W^T,  x (T, in),
      * W (2F, in): gate's rows, then up's. gu (T, 2F) is scratch, for tables that want both first. */
     void (*gate_up)(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
@@ -305,7 +306,8 @@ extern const qemb_ops qemb_cpu_ops; /* qemb.c: plain C, OpenMP; "plain" */
  * unknown here. */
 const qemb_ops *qemb_cpu_table(int i);
 const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math);
-const qemb_ops *qemb_cpu_mapped(void); /* the fastest in float that reads the map and copies nothing */
+const qemb_ops *
+qemb_cpu_mapped(void); /* the fastest in float that reads the map and copies nothing */
 
 /* ---- the engine ---------------------------------------------------------------------------- */
 

@@ -65,7 +65,7 @@ typedef struct {
     uint32_t len, id;
 } added_token;
 
-struct tokenizer {
+struct qemb_tokenizer {
     const uint32_t *merges; /* (n_merges, 2), the caller's */
     uint32_t n_merges;
     uint32_t n_ids;
@@ -96,8 +96,8 @@ typedef struct {
 
 /* 3 MiB of caches, and arrays that grow with the longest chunk: 16 KiB of ordinary text takes half
  * a MiB. A single pre-token of n bytes takes about 30 n while it is in work. */
-struct tokenizer_state {
-    const tokenizer *t;
+struct qemb_tokenizer_state {
+    const qemb_tokenizer *t;
     uint32_t *ids; /* what came out so far */
     size_t ids_cap;
     uint8_t *text; /* the piece in work, in NFC, then PAD zeros */
@@ -204,7 +204,7 @@ static int find_chunk(const uint8_t *text, size_t pos, size_t len, size_t want, 
 
 /* The first of added[lo..hi), which are all longer than n and begin alike, whose byte n is at least
  * b; or hi. */
-static size_t added_bound(const tokenizer *t, size_t lo, size_t hi, size_t n, unsigned b) {
+static size_t added_bound(const qemb_tokenizer *t, size_t lo, size_t hi, size_t n, unsigned b) {
     while (lo < hi) {
         size_t mid = lo + (hi - lo) / 2;
         if (t->added[mid].bytes[n] < b)
@@ -216,7 +216,7 @@ static size_t added_bound(const tokenizer *t, size_t lo, size_t hi, size_t n, un
 }
 
 /* The longest added token at text[pos], or NULL. */
-static const added_token *added_at(const tokenizer *t, const uint8_t *text, size_t pos,
+static const added_token *added_at(const qemb_tokenizer *t, const uint8_t *text, size_t pos,
                                    size_t len) {
     const added_token *found = NULL;
     size_t lo = t->added_from[text[pos]], hi = t->added_from[text[pos] + 1];
@@ -230,7 +230,7 @@ static const added_token *added_at(const tokenizer *t, const uint8_t *text, size
 }
 
 /* Where the first added token that begins in text[pos, end) begins, and which; or end and NULL. */
-static size_t added_find(const tokenizer *t, const uint8_t *text, size_t pos, size_t end,
+static size_t added_find(const qemb_tokenizer *t, const uint8_t *text, size_t pos, size_t end,
                          size_t len, const added_token **found) {
     *found = NULL;
     if (!t->n_added) return end;
@@ -252,7 +252,7 @@ static size_t added_find(const tokenizer *t, const uint8_t *text, size_t pos, si
 
 /* NFC of src (n), a stretch with nothing before or after it that could join in. Writes at most 3n
  * bytes to out and returns how many; SIZE_MAX: out of memory. */
-static size_t nfc_stretch(tokenizer_state *s, const uint8_t *src, size_t n, uint8_t *out) {
+static size_t nfc_stretch(qemb_tokenizer_state *s, const uint8_t *src, size_t n, uint8_t *out) {
     size_t n_cps = 0, n_out = 0;
     unsigned len;
     /* A character of k bytes has at most 2k code points in its decomposition; twice for sorting. */
@@ -270,7 +270,7 @@ static size_t nfc_stretch(tokenizer_state *s, const uint8_t *src, size_t n, uint
 /* NFC of src (n) into s->text, which holds 3n bytes. Copies what is NFC already; from the last
  * stable character before a place that may not be, up to the next stable one, does it in full.
  * Returns the bytes written; SIZE_MAX: out of memory. */
-static size_t nfc_copy(tokenizer_state *s, const uint8_t *src, size_t n) {
+static size_t nfc_copy(qemb_tokenizer_state *s, const uint8_t *src, size_t n) {
     size_t copied = 0, safe = 0, out = 0, i = 0, k;
     nfc_check q = {0, 0};
     unsigned len;
@@ -380,7 +380,7 @@ static inline size_t pretoken_end(const uint8_t *s, size_t i, size_t n) {
 
 /* The rank of the merge that joins l and r, or NO_RANK. Most pairs have none, and most of those
  * end at the filter, an eighth of the table's size. */
-static inline uint32_t pair_rank(const tokenizer *t, uint32_t l, uint32_t r) {
+static inline uint32_t pair_rank(const qemb_tokenizer *t, uint32_t l, uint32_t r) {
     uint64_t key = (uint64_t)l << ID_BITS | r, hash = key * GOLDEN;
     const uint64_t *slot = t->pair + (hash >> t->pair_shift);
     if (!get_bit(t->filter, hash >> (t->pair_shift - 1))) return NO_RANK;
@@ -396,14 +396,15 @@ static inline size_t seam_hash(unsigned kind, uint32_t c, uint8_t b) {
 }
 
 /* Whether a merge may join part of a character across the boundary at p, between l and r. */
-static inline int unsafe_seam(const tokenizer *t, const uint8_t *p, uint32_t l, uint32_t r) {
+static inline int unsafe_seam(const qemb_tokenizer *t, const uint8_t *p, uint32_t l, uint32_t r) {
     return get_bit(t->seam, seam_hash(0, l, p[0])) | get_bit(t->seam, seam_hash(1, r, p[-1])) |
            get_bit(t->seam, seam_hash(2, p[-1], p[0]));
 }
 
 /* The symbols that merging may start from: bytes, or whole characters where that is the same (see
  * find_whole_chars). Writes at most n ids to out and returns how many. */
-static inline size_t first_symbols(const tokenizer *t, const uint8_t *p, size_t n, uint32_t *out) {
+static inline size_t first_symbols(const qemb_tokenizer *t, const uint8_t *p, size_t n,
+                                   uint32_t *out) {
     size_t i = 0, k = 0;
     int unsafe = 0; /* the boundary at i */
     while (i < n) {
@@ -431,7 +432,7 @@ static inline size_t first_symbols(const tokenizer *t, const uint8_t *p, size_t 
 }
 
 /* Merges ids (0 < n <= SHORT_SYMBOLS) in place: the lowest rank, leftmost, until none is left. */
-static size_t merge_short(const tokenizer *t, uint32_t *ids, size_t n) {
+static size_t merge_short(const qemb_tokenizer *t, uint32_t *ids, size_t n) {
     /* Rank of the merge with the right neighbour, then id. Equal ranks have equal ids, so that the
      * first of the smallest words is the lowest rank, leftmost. */
     uint64_t v[SHORT_SYMBOLS];
@@ -462,7 +463,7 @@ static size_t merge_short(const tokenizer *t, uint32_t *ids, size_t n) {
 }
 
 /* Puts the pair of the symbols at place p and q (the next symbol's) at the end of its list. */
-static void list_add(tokenizer_state *s, uint32_t p, uint32_t q) {
+static void list_add(qemb_tokenizer_state *s, uint32_t p, uint32_t q) {
     merge_node *v = &s->node[p];
     merge_list *list;
     v->rank = pair_rank(s->t, v->symbol, s->node[q].symbol);
@@ -480,7 +481,7 @@ static void list_add(tokenizer_state *s, uint32_t p, uint32_t q) {
 }
 
 /* Takes place p's pair, if it has one that merges, out of its list. */
-static void list_drop(tokenizer_state *s, uint32_t p) {
+static void list_drop(qemb_tokenizer_state *s, uint32_t p) {
     const merge_node *v = &s->node[p];
     if (v->rank == NO_RANK) return;
     if (v->prev != NO_RANK)
@@ -494,7 +495,7 @@ static void list_drop(tokenizer_state *s, uint32_t p) {
 }
 
 /* Applies merge `rank` to all its places in a pre-token of n bytes, left to right. */
-static void merge_all(tokenizer_state *s, uint32_t rank, size_t n) {
+static void merge_all(qemb_tokenizer_state *s, uint32_t rank, size_t n) {
     const token_info *token = s->t->token;
     const uint32_t *pair = s->t->merges + 2 * (size_t)rank;
     uint32_t p;
@@ -517,7 +518,7 @@ static void merge_all(tokenizer_state *s, uint32_t rank, size_t n) {
  * it joins, so what it makes possible has a higher rank and the sweep never turns back; and, as it
  * starts from bytes, all places of a pair come to be during one rank, left to right, so that every
  * list is in order. Steps: n, plus the ranks' summary (n_merges / 4096). */
-static size_t merge_long(tokenizer_state *s, const uint8_t *p, size_t n, uint32_t *out) {
+static size_t merge_long(qemb_tokenizer_state *s, const uint8_t *p, size_t n, uint32_t *out) {
     size_t words64 = ((s->t->n_merges + 63) / 64 + 63) / 64, k = 0;
     for (size_t i = 0; i < n; i++) s->node[i].symbol = s->t->id_of[p[i]];
     for (size_t i = 0; i + 1 < n; i++) list_add(s, (uint32_t)i, (uint32_t)i + 1);
@@ -537,7 +538,7 @@ static size_t merge_long(tokenizer_state *s, const uint8_t *p, size_t n, uint32_
 }
 
 /* Memory for merge_long on a pre-token of n bytes. */
-static int reserve_long(tokenizer_state *s, size_t n, qemb_err *err) {
+static int reserve_long(qemb_tokenizer_state *s, size_t n, qemb_err *err) {
     size_t n_merges = s->t->n_merges, words = (n_merges + 63) / 64;
     if (n >= NO_RANK || reserve(&s->node, &s->node_cap, n, sizeof *s->node))
         return out_of_memory(err, "a long word");
@@ -557,7 +558,8 @@ static int reserve_long(tokenizer_state *s, size_t n, qemb_err *err) {
 }
 
 /* The ids of a pre-token p (n > 0) into out, which has room for n. Returns how many; 0: failed. */
-static size_t bpe(tokenizer_state *s, const uint8_t *p, size_t n, uint32_t *out, qemb_err *err) {
+static size_t bpe(qemb_tokenizer_state *s, const uint8_t *p, size_t n, uint32_t *out,
+                  qemb_err *err) {
     size_t k = first_symbols(s->t, p, n, out);
     if (k <= SHORT_SYMBOLS) return merge_short(s->t, out, k);
     if (reserve_long(s, n, err)) return 0;
@@ -595,8 +597,8 @@ static inline void find_bucket(word *w, uint64_t *cache, const unsigned W, const
 
 /* The ids of w into out, which has room for max(n, 2 W); from the bucket, or put there. Returns
  * how many; 0: failed. */
-static inline size_t bpe_cached(tokenizer_state *s, const word *w, const unsigned W, uint32_t *out,
-                                qemb_err *err) {
+static inline size_t bpe_cached(qemb_tokenizer_state *s, const word *w, const unsigned W,
+                                uint32_t *out, qemb_err *err) {
     uint64_t *bucket = w->bucket;
     size_t k;
     for (uint64_t *e = bucket; e <= bucket + 2 * W; e += 2 * W) {
@@ -622,7 +624,7 @@ static inline size_t bpe_cached(tokenizer_state *s, const word *w, const unsigne
 /* Steps 3 and 4 for s->text (n bytes); ids go to out, which has room for n + 8. Pre-tokens are
  * found some way ahead of their ids, so that the caches answer without a wait. Returns the end of
  * the ids, or NULL. */
-static uint32_t *encode_words(tokenizer_state *s, size_t n, uint32_t *out, qemb_err *err) {
+static uint32_t *encode_words(qemb_tokenizer_state *s, size_t n, uint32_t *out, qemb_err *err) {
     const uint8_t *text = s->text;
     word words[AHEAD];
     for (size_t i = 0; i < n;) {
@@ -660,7 +662,7 @@ static uint32_t *encode_words(tokenizer_state *s, size_t n, uint32_t *out, qemb_
 
 /* Steps 2 to 4 for a valid piece of text. Appends to s->ids, of which *n_ids are there; *bytes is
  * the piece's length in NFC. */
-static int encode_piece(tokenizer_state *s, const uint8_t *piece, size_t n, int is_nfc,
+static int encode_piece(qemb_tokenizer_state *s, const uint8_t *piece, size_t n, int is_nfc,
                         size_t *n_ids, size_t *bytes, qemb_err *err) {
     size_t grow = is_nfc ? 1 : 3;
     uint32_t *out;
@@ -683,8 +685,8 @@ static int encode_piece(tokenizer_state *s, const uint8_t *piece, size_t n, int 
     return 0;
 }
 
-int tokenizer_encode(tokenizer_state *s, const char *text_, size_t len, size_t limit,
-                     tokenizer_result *r, qemb_err *err) {
+int qemb_tokenizer_encode(qemb_tokenizer_state *s, const char *text_, size_t len, size_t limit,
+                          qemb_tokenizer_result *r, qemb_err *err) {
     const uint8_t *text = (const uint8_t *)text_;
     size_t n = 0, pos = 0, cut = 0;
     trim(&s->ids, &s->ids_cap, sizeof *s->ids);
@@ -722,7 +724,7 @@ int tokenizer_encode(tokenizer_state *s, const char *text_, size_t len, size_t l
     return 0;
 }
 
-size_t tokenizer_token_bytes(const tokenizer *t, uint32_t id, uint8_t *buf, size_t cap) {
+size_t qemb_tokenizer_token_bytes(const qemb_tokenizer *t, uint32_t id, uint8_t *buf, size_t cap) {
     uint32_t todo[TOKEN_MAX]; /* each stands for a byte or more */
     size_t n_todo = 0, n = 0;
     if (id >= 256 + t->n_merges) return 0;
@@ -740,22 +742,22 @@ size_t tokenizer_token_bytes(const tokenizer *t, uint32_t id, uint8_t *buf, size
     return n;
 }
 
-uint32_t tokenizer_n_ids(const tokenizer *t) { return t->n_ids; }
+uint32_t qemb_tokenizer_n_ids(const qemb_tokenizer *t) { return t->n_ids; }
 
-tokenizer_state *tokenizer_state_new(const tokenizer *t) {
-    tokenizer_state *s = calloc(1, sizeof *s);
+qemb_tokenizer_state *qemb_tokenizer_state_new(const qemb_tokenizer *t) {
+    qemb_tokenizer_state *s = calloc(1, sizeof *s);
     if (!s) return NULL;
     s->t = t;
     s->short_cache = calloc((size_t)1 << SHORT_CACHE_BITS, 4 * sizeof *s->short_cache);
     s->long_cache = calloc((size_t)1 << LONG_CACHE_BITS, 8 * sizeof *s->long_cache);
     if (!s->short_cache || !s->long_cache) {
-        tokenizer_state_free(s);
+        qemb_tokenizer_state_free(s);
         return NULL;
     }
     return s;
 }
 
-void tokenizer_state_free(tokenizer_state *s) {
+void qemb_tokenizer_state_free(qemb_tokenizer_state *s) {
     if (!s) return;
     free(s->ids);
     free(s->text);
@@ -771,7 +773,7 @@ void tokenizer_state_free(tokenizer_state *s) {
 /* ---- opening -------------------------------------------------------------------------------- */
 
 /* The byte alphabet of GPT-2: the printable bytes of Latin-1 first, then the others. */
-static void number_bytes(tokenizer *t) {
+static void number_bytes(qemb_tokenizer *t) {
     uint32_t id = 0;
     for (int printable = 1; printable >= 0; printable--) {
         for (unsigned b = 0; b < 256; b++) {
@@ -792,7 +794,7 @@ static token_info join(token_info l, token_info r) {
 }
 
 /* Checks the merges one by one; fills token and the pair table. */
-static int read_merges(tokenizer *t, qemb_err *err) {
+static int read_merges(qemb_tokenizer *t, qemb_err *err) {
     for (uint32_t id = 0; id < 256; id++)
         t->token[id] = (token_info){t->byte_of[id], (uint32_t)t->byte_of[id] << 24, 1};
     for (uint32_t i = 0; i < t->n_merges; i++) {
@@ -831,7 +833,7 @@ static int read_merges(tokenizer *t, qemb_err *err) {
 }
 
 /* The one token that merging makes of a character's bytes alone, two or three, or NO_RANK. */
-static uint32_t merge_char(const tokenizer *t, token_info c) {
+static uint32_t merge_char(const qemb_tokenizer *t, token_info c) {
     uint32_t x = t->id_of[c.head & 0xFF], y = t->id_of[c.head >> 8 & 0xFF], z, yz;
     uint32_t xy = pair_rank(t, x, y), rank;
     if (c.len == 2) return xy == NO_RANK ? NO_RANK : 256 + xy;
@@ -875,7 +877,7 @@ static uint32_t last_char(token_info l) {
  * ends inside its first one. Each is remembered by what it needs to see at the boundary: the whole
  * character on one side, where the token has it, and the nearest byte on the other. Characters
  * beside a boundary where some merge could see what it needs start as bytes. */
-static void find_whole_chars(tokenizer *t) {
+static void find_whole_chars(qemb_tokenizer *t) {
     for (uint32_t i = 0; i < t->n_merges; i++) {
         token_info l = t->token[t->merges[2 * (size_t)i]];
         token_info r = t->token[t->merges[2 * (size_t)i + 1]], whole = t->token[256 + i];
@@ -908,7 +910,7 @@ static int by_id(const void *a_, const void *b_) {
 }
 
 /* Reads one entry of the section at *at. */
-static int read_added_token(const tokenizer *t, const uint8_t *added, size_t bytes, size_t *at,
+static int read_added_token(const qemb_tokenizer *t, const uint8_t *added, size_t bytes, size_t *at,
                             added_token *a, qemb_err *err) {
     const uint8_t *p = added + *at;
     size_t left = bytes - *at, padded;
@@ -946,7 +948,7 @@ static int read_added_token(const tokenizer *t, const uint8_t *added, size_t byt
 }
 
 /* Reads the section; sorts the tokens and indexes their first bytes. */
-static int read_added(tokenizer *t, const uint8_t *added, size_t bytes, qemb_err *err) {
+static int read_added(qemb_tokenizer *t, const uint8_t *added, size_t bytes, qemb_err *err) {
     size_t cap = bytes / 12, i = 0; /* the shortest entry has 12 bytes */
     t->added = malloc((cap + 1) * sizeof *t->added);
     if (!t->added) return out_of_memory(err, "the added tokens");
@@ -987,9 +989,9 @@ static int read_added(tokenizer *t, const uint8_t *added, size_t bytes, qemb_err
     return 0;
 }
 
-int tokenizer_open(tokenizer **t_, const uint32_t *merges, uint32_t n_merges, const uint8_t *added,
-                   size_t added_bytes, qemb_err *err) {
-    tokenizer *t;
+int qemb_tokenizer_open(qemb_tokenizer **t_, const uint32_t *merges, uint32_t n_merges,
+                        const uint8_t *added, size_t added_bytes, qemb_err *err) {
+    qemb_tokenizer *t;
     unsigned bits = 8;
     size_t slots;
     *t_ = NULL;
@@ -1008,13 +1010,13 @@ int tokenizer_open(tokenizer **t_, const uint32_t *merges, uint32_t n_merges, co
     t->filter = calloc((size_t)2 << bits >> 6, sizeof *t->filter);
     t->char_token = calloc(0x10000, sizeof *t->char_token);
     if (!t->token || !t->pair || !t->filter || !t->char_token) {
-        tokenizer_close(t);
+        qemb_tokenizer_close(t);
         return out_of_memory(err, "the tokenizer");
     }
     memset(t->pair, 0xFF, slots * sizeof *t->pair); /* all NO_SLOT */
     number_bytes(t);
     if (read_merges(t, err) || read_added(t, added, added_bytes, err)) {
-        tokenizer_close(t);
+        qemb_tokenizer_close(t);
         return -1;
     }
     find_whole_chars(t);
@@ -1022,7 +1024,7 @@ int tokenizer_open(tokenizer **t_, const uint32_t *merges, uint32_t n_merges, co
     return 0;
 }
 
-void tokenizer_close(tokenizer *t) {
+void qemb_tokenizer_close(qemb_tokenizer *t) {
     if (!t) return;
     free(t->token);
     free(t->pair);

@@ -517,8 +517,8 @@ static void bench_beside(int n) {
 
 enum { DOCUMENT = 3000 }; /* bytes that are encoded at a time, as a service sees them */
 typedef struct {
-    const tokenizer *t;
-    tokenizer_state *s;
+    const qemb_tokenizer *t;
+    qemb_tokenizer_state *s;
     const char *text;
     size_t bytes;
 } corpus;
@@ -527,27 +527,27 @@ static void run_tokenizer(void *arg, int i) {
     corpus *c = arg;
     (void)i;
     for (size_t at = 0, end; at < c->bytes; at = end) {
-        tokenizer_result r;
+        qemb_tokenizer_result r;
         qemb_err err;
         end = c->bytes - at > DOCUMENT ? at + DOCUMENT : c->bytes;
         while (end < c->bytes && ((unsigned char)c->text[end] & 0xC0) == 0x80) end--;
-        if (tokenizer_encode(c->s, c->text + at, end - at, SIZE_MAX, &r, &err)) die(err.msg);
+        if (qemb_tokenizer_encode(c->s, c->text + at, end - at, SIZE_MAX, &r, &err)) die(err.msg);
     }
 }
 
 /* `first` sees every document for the first time, with a new cache; `again` knows its words. */
 static void bench_tokenizer(const char *path) {
     corpus c = {0};
-    tokenizer *t;
+    qemb_tokenizer *t;
     qemb_err err;
     double start;
     FILE *in = fopen(path, "rb");
     char *text = zeroed(64 << 20);
     if (!in || !(c.bytes = fread(text, 1, 64 << 20, in))) die("a text cannot be read");
     fclose(in);
-    if (tokenizer_open(&t, file->merges, file->n_merges, file->added, file->added_bytes, &err))
+    if (qemb_tokenizer_open(&t, file->merges, file->n_merges, file->added, file->added_bytes, &err))
         die(err.msg);
-    if (!(c.s = tokenizer_state_new(t))) die("out of memory");
+    if (!(c.s = qemb_tokenizer_state_new(t))) die("out of memory");
     c.text = text;
     start = now();
     run_tokenizer(&c, 0);
@@ -556,8 +556,8 @@ static void bench_tokenizer(const char *path) {
     row("tokenizer first", path, 1, first, (double)c.bytes, 1e6, "MB/s", "", 0);
     row("tokenizer again", path, 1, measure(run_tokenizer, &c), (double)c.bytes, 1e6, "MB/s", "",
         0);
-    tokenizer_state_free(c.s);
-    tokenizer_close(t);
+    qemb_tokenizer_state_free(c.s);
+    qemb_tokenizer_close(t);
     free(text);
 }
 

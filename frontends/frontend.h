@@ -50,10 +50,10 @@ typedef struct {
     int query, truncate, jsonl, stats, verify;
     char separator;
     format_kind output;
-    on_error on_error;   /* not ON_ERROR_DEFAULT after parse_options */
-    int progress;        /* 1 always, -1 never, 0 when it makes sense */
-    int dim;             /* 0: hidden */
-    qemb_options engine; /* 0: the engine's default */
+    on_error on_error;      /* not ON_ERROR_DEFAULT after parse_options */
+    int progress;           /* 1 always, -1 never, 0 when it makes sense */
+    int dim;                /* 0: hidden */
+    qemb_options engine;    /* 0: the engine's default */
     const char *cpu, *math; /* as given; NULL: not */
     const qemb_ops *ops;    /* what they choose */
 } options;
@@ -61,7 +61,7 @@ typedef struct {
 /* The model file with its tokenizer. */
 typedef struct {
     qemb_file *file;
-    tokenizer *tokenizer;
+    qemb_tokenizer *tokenizer;
 } source;
 
 /* ---- select_ops.c -------------------------------------------------------------------------------- */
@@ -74,7 +74,7 @@ const char *math_name(qemb_math math); /* as --math has it */
 /* ---- record_tokenizer.c -------------------------------------------------------------------------------- */
 
 typedef struct {
-    tokenizer_state *state;
+    qemb_tokenizer_state *state;
     input_parser *parser; /* NULL: records are bare texts */
     const char *prompt;   /* (prompt_len) before every text that does not say otherwise */
     size_t prompt_len;

@@ -30,17 +30,18 @@ int encoder_open(encoder *e, const source *s, const options *o, qemb_err *err) {
         snprintf(e->own_prompt, room, "%s%s%s", query_start, o->instruct, query_end);
     }
     e->prompt_len = strlen(e->prompt);
-    e->state = need(tokenizer_state_new(s->tokenizer));
-    tokenizer_result r; /* a prompt that is no UTF-8 should not be the fault of every text */
+    e->state = need(qemb_tokenizer_state_new(s->tokenizer));
+    qemb_tokenizer_result r; /* a prompt that is no UTF-8 should not be the fault of every text */
     qemb_err why;
-    if (o->instruct && tokenizer_encode(e->state, e->prompt, e->prompt_len, SIZE_MAX, &r, &why))
+    if (o->instruct &&
+        qemb_tokenizer_encode(e->state, e->prompt, e->prompt_len, SIZE_MAX, &r, &why))
         return qemb_fail(err, "usage", "--instruct: %s", why.msg);
     if (o->jsonl) e->parser = need(input_parser_new(c->vocab, c->hidden));
     return 0;
 }
 
 void encoder_close(encoder *e) {
-    tokenizer_state_free(e->state);
+    qemb_tokenizer_state_free(e->state);
     input_parser_free(e->parser);
     free(e->own_prompt);
     free(e->joined);
@@ -86,10 +87,10 @@ int encode_text(encoder *e, const char *text, size_t len, const char *instruct, 
         whole = e->joined;
         whole_len = (size_t)(end - whole);
     }
-    tokenizer_result r;
-    if (tokenizer_encode(e->state, whole, whole_len, (size_t)e->max_tokens - 1, &r, err)) {
+    qemb_tokenizer_result r;
+    if (qemb_tokenizer_encode(e->state, whole, whole_len, (size_t)e->max_tokens - 1, &r, err)) {
         /* The byte that the message names should be counted from where the user's text begins. */
-        if (whole != text) tokenizer_encode(e->state, text, len, SIZE_MAX, &r, err);
+        if (whole != text) qemb_tokenizer_encode(e->state, text, len, SIZE_MAX, &r, err);
         return -1;
     }
     if (r.bytes_left && !e->truncate) return too_long(e, err);

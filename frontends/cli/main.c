@@ -362,9 +362,9 @@ static void source_open(source *s, const char *path) {
     qemb_err err;
     if (qemb_file_open(&s->file, path, &err)) DIE(STATUS_MODEL, "%s", err.msg);
     const qemb_file *f = s->file;
-    if (tokenizer_open(&s->tokenizer, f->merges, f->n_merges, f->added, f->added_bytes, &err))
+    if (qemb_tokenizer_open(&s->tokenizer, f->merges, f->n_merges, f->added, f->added_bytes, &err))
         DIE(STATUS_MODEL, "%.128s: %s", path, err.msg);
-    const uint32_t n = tokenizer_n_ids(s->tokenizer);
+    const uint32_t n = qemb_tokenizer_n_ids(s->tokenizer);
     if (n > (uint32_t)f->config.vocab)
         DIE(STATUS_MODEL,
             "%.128s: tokenizer: more ids than rows of the embedding table "
@@ -373,7 +373,7 @@ static void source_open(source *s, const char *path) {
 }
 
 static void source_close(source *s) {
-    tokenizer_close(s->tokenizer);
+    qemb_tokenizer_close(s->tokenizer);
     qemb_file_close(s->file);
 }
 

@@ -98,14 +98,14 @@ lane *lane_open(const lane_options *o) {
     const char *path = o->cli.model;
     if (qemb_file_open(&l->source.file, path, &err)) DIE(STATUS_MODEL, "%s", err.msg);
     const qemb_file *f = l->source.file;
-    if (tokenizer_open(&l->source.tokenizer, f->merges, f->n_merges, f->added, f->added_bytes,
-                       &err))
+    if (qemb_tokenizer_open(&l->source.tokenizer, f->merges, f->n_merges, f->added, f->added_bytes,
+                            &err))
         DIE(STATUS_MODEL, "%.128s: %s", path, err.msg);
-    if (tokenizer_n_ids(l->source.tokenizer) > (uint32_t)f->config.vocab)
+    if (qemb_tokenizer_n_ids(l->source.tokenizer) > (uint32_t)f->config.vocab)
         DIE(STATUS_MODEL,
             "%.128s: tokenizer: more ids than rows of the embedding table (got %u, want at most "
             "%d)",
-            path, (unsigned)tokenizer_n_ids(l->source.tokenizer), f->config.vocab);
+            path, (unsigned)qemb_tokenizer_n_ids(l->source.tokenizer), f->config.vocab);
     l->sha256 = EVP_MD_fetch(NULL, "SHA256", NULL);
     if (!l->sha256) DIE(STATUS_MODEL, "SHA-256: not available");
     make_fingerprint(l);
@@ -236,7 +236,7 @@ void lane_free(lane *l) {
     queue_free(l->queue);
     qemb_close(l->model);
     EVP_MD_free(l->sha256);
-    tokenizer_close(l->source.tokenizer);
+    qemb_tokenizer_close(l->source.tokenizer);
     qemb_file_close(l->source.file);
     pthread_mutex_destroy(&l->lock);
     free(l);

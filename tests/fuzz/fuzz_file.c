@@ -38,14 +38,14 @@ static void walk(const qemb_file *f) {
 }
 
 static void try_tokenizer(const qemb_file *f) {
-    tokenizer *t;
+    qemb_tokenizer *t;
     qemb_err err;
-    if (tokenizer_open(&t, f->merges, f->n_merges, f->added, f->added_bytes, &err)) return;
-    tokenizer_state *s = tokenizer_state_new(t);
-    tokenizer_result r;
-    if (!s || tokenizer_encode(s, "abba <eos> ab", 13, SIZE_MAX, &r, &err)) abort();
-    tokenizer_state_free(s);
-    tokenizer_close(t);
+    if (qemb_tokenizer_open(&t, f->merges, f->n_merges, f->added, f->added_bytes, &err)) return;
+    qemb_tokenizer_state *s = qemb_tokenizer_state_new(t);
+    qemb_tokenizer_result r;
+    if (!s || qemb_tokenizer_encode(s, "abba <eos> ab", 13, SIZE_MAX, &r, &err)) abort();
+    qemb_tokenizer_state_free(s);
+    qemb_tokenizer_close(t);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {

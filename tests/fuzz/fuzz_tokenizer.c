@@ -1,6 +1,6 @@
 /* fuzz_tokenizer.c - libFuzzer entry: hostile tables and hostile text.
  *
- * The first byte of an input picks what the rest is: tables for tokenizer_open, or a text for one
+ * The first byte of an input picks what the rest is: tables for qemb_tokenizer_open, or a text for one
  * of two fixed tokenizers and a limit. Beside not crashing, on every text:
  *   - a young state and one warm from all texts before give the same ids;
  *   - a limit gives the first ids and says whether some are missing;
@@ -51,14 +51,14 @@ static uint32_t make_merges(uint32_t (*merges)[2]) {
         "\xC2\xA0",
     };
     uint32_t n = 0, id_of[256];
-    tokenizer *bytes;
-    CHECK(!tokenizer_open(&bytes, NULL, 0, NULL, 0, NULL));
+    qemb_tokenizer *bytes;
+    CHECK(!qemb_tokenizer_open(&bytes, NULL, 0, NULL, 0, NULL));
     for (uint32_t id = 0; id < 256; id++) {
         uint8_t b;
-        CHECK(tokenizer_token_bytes(bytes, id, &b, 1) == 1);
+        CHECK(qemb_tokenizer_token_bytes(bytes, id, &b, 1) == 1);
         id_of[b] = id;
     }
-    tokenizer_close(bytes);
+    qemb_tokenizer_close(bytes);
     for (size_t w = 0; w < sizeof words / sizeof *words; w++) {
         const uint8_t *p = (const uint8_t *)words[w];
         uint32_t id = id_of[*p];
@@ -75,40 +75,41 @@ static uint32_t make_merges(uint32_t (*merges)[2]) {
 }
 
 /* Two tokenizers that live as long as the program: without and with added tokens. */
-static const tokenizer *fixed_tokenizer(int with_added) {
+static const qemb_tokenizer *fixed_tokenizer(int with_added) {
     static const uint8_t added[] = "\x00\x04\0\0\x05\0\0\0<|a|>\0\0\0"
                                    "\x01\x04\0\0\x02\0\0\0<|\0\0"
                                    "\x07\x04\0\0\x02\0\0\0\xC3\xA9\0\0"
                                    "\x05\x04\0\0\x01\0\0\0~\0\0";
     static uint32_t merges[MERGES_MAX][2];
-    static tokenizer *t[2];
+    static qemb_tokenizer *t[2];
     if (!t[0]) {
         uint32_t n = make_merges(merges);
-        CHECK(!tokenizer_open(&t[0], merges[0], n, NULL, 0, NULL));
-        CHECK(!tokenizer_open(&t[1], merges[0], n, added, sizeof added, NULL));
+        CHECK(!qemb_tokenizer_open(&t[0], merges[0], n, NULL, 0, NULL));
+        CHECK(!qemb_tokenizer_open(&t[1], merges[0], n, added, sizeof added, NULL));
     }
     return t[with_added];
 }
 
 /* The bytes of ids, malloc'ed. */
-static char *bytes_of(const tokenizer *t, const int32_t *ids, size_t n_ids, size_t *n) {
+static char *bytes_of(const qemb_tokenizer *t, const int32_t *ids, size_t n_ids, size_t *n) {
     size_t cap = 1;
     char *text;
-    for (size_t i = 0; i < n_ids; i++) cap += tokenizer_token_bytes(t, (uint32_t)ids[i], NULL, 0);
+    for (size_t i = 0; i < n_ids; i++)
+        cap += qemb_tokenizer_token_bytes(t, (uint32_t)ids[i], NULL, 0);
     text = malloc(cap);
     CHECK(text);
     *n = 0;
     for (size_t i = 0; i < n_ids; i++)
-        *n += tokenizer_token_bytes(t, (uint32_t)ids[i], (uint8_t *)text + *n, cap - *n);
+        *n += qemb_tokenizer_token_bytes(t, (uint32_t)ids[i], (uint8_t *)text + *n, cap - *n);
     return text;
 }
 
 /* Encodes with s; the ids are copied, the caller frees them. 0 if the text is invalid. */
-static int32_t *encode(tokenizer_state *s, const char *text, size_t len, size_t limit,
-                       tokenizer_result *r) {
+static int32_t *encode(qemb_tokenizer_state *s, const char *text, size_t len, size_t limit,
+                       qemb_tokenizer_result *r) {
     qemb_err err;
     int32_t *ids;
-    if (tokenizer_encode(s, text, len, limit, r, &err)) {
+    if (qemb_tokenizer_encode(s, text, len, limit, r, &err)) {
         CHECK(!strcmp(err.code, "invalid_utf8"));
         return NULL;
     }
@@ -119,17 +120,17 @@ static int32_t *encode(tokenizer_state *s, const char *text, size_t len, size_t 
 }
 
 static void fuzz_text(int with_added, size_t limit, const char *text, size_t len) {
-    static tokenizer_state *both[2][2]; /* with added tokens or not; young, old */
+    static qemb_tokenizer_state *both[2][2]; /* with added tokens or not; young, old */
     static unsigned long calls;
-    const tokenizer *t = fixed_tokenizer(with_added);
-    tokenizer_state *fresh = both[with_added][0], *warm = both[with_added][1];
-    tokenizer_result whole, r;
+    const qemb_tokenizer *t = fixed_tokenizer(with_added);
+    qemb_tokenizer_state *fresh = both[with_added][0], *warm = both[with_added][1];
+    qemb_tokenizer_result whole, r;
     int32_t *ids, *other;
     if (calls++ % 64 < 2 || !fresh) { /* a new state is megabytes of cache: not every time */
-        tokenizer_state_free(fresh);
-        fresh = both[with_added][0] = tokenizer_state_new(t);
+        qemb_tokenizer_state_free(fresh);
+        fresh = both[with_added][0] = qemb_tokenizer_state_new(t);
     }
-    if (!warm) warm = both[with_added][1] = tokenizer_state_new(t);
+    if (!warm) warm = both[with_added][1] = qemb_tokenizer_state_new(t);
     CHECK(fresh && warm);
     ids = encode(fresh, text, len, SIZE_MAX, &whole);
     other = encode(warm, text, len, SIZE_MAX, &r);
@@ -161,9 +162,9 @@ static void fuzz_text(int with_added, size_t limit, const char *text, size_t len
 static void fuzz_tables(const uint8_t *data, size_t size) {
     static const char text[] = "a <|endoftext|> the e\xCC\x81 \xE4\xB8\x80\xE4\xB8\x81 aaaaaaaa";
     uint32_t merges[256][2], n = size ? data[0] : 0;
-    tokenizer *t;
-    tokenizer_state *s;
-    tokenizer_result r;
+    qemb_tokenizer *t;
+    qemb_tokenizer_state *s;
+    qemb_tokenizer_result r;
     qemb_err err;
     uint8_t *added;
     if (!size || size < 1 + 4 * (size_t)n) return;
@@ -174,17 +175,17 @@ static void fuzz_tables(const uint8_t *data, size_t size) {
     added = malloc(size + !size); /* of its own, so that a read behind it shows */
     CHECK(added);
     memcpy(added, data, size);
-    if (tokenizer_open(&t, merges[0], n, added, size, &err)) {
+    if (qemb_tokenizer_open(&t, merges[0], n, added, size, &err)) {
         CHECK(!strcmp(err.code, "model_file") && !t);
         free(added);
         return;
     }
-    s = tokenizer_state_new(t);
-    CHECK(s && !tokenizer_encode(s, text, sizeof text, SIZE_MAX, &r, &err));
+    s = qemb_tokenizer_state_new(t);
+    CHECK(s && !qemb_tokenizer_encode(s, text, sizeof text, SIZE_MAX, &r, &err));
     for (size_t i = 0; i < r.n; i++)
-        CHECK(r.ids[i] >= 0 && (uint32_t)r.ids[i] < tokenizer_n_ids(t));
-    tokenizer_state_free(s);
-    tokenizer_close(t);
+        CHECK(r.ids[i] >= 0 && (uint32_t)r.ids[i] < qemb_tokenizer_n_ids(t));
+    qemb_tokenizer_state_free(s);
+    qemb_tokenizer_close(t);
     free(added);
 }
 

@@ -116,18 +116,18 @@ static void check_goldens(const golden *g, const qemb_file *f) {
     const int D = f->config.hidden;
     int on_threshold = 0;
     float out[4096];
-    tokenizer *t;
+    qemb_tokenizer *t;
     qemb_err err;
-    cr_assert_eq(tokenizer_open(&t, f->merges, f->n_merges, f->added, f->added_bytes, &err), 0,
+    cr_assert_eq(qemb_tokenizer_open(&t, f->merges, f->n_merges, f->added, f->added_bytes, &err), 0,
                  "%s", err.msg);
-    tokenizer_state *s = tokenizer_state_new(t);
+    qemb_tokenizer_state *s = qemb_tokenizer_state_new(t);
     for (int i = 0; i < g->n; i++) {
         const golden_case *c = &g->cases[i];
         cr_assert_eq(c->dim, D);
         if (c->text) {
-            tokenizer_result r;
-            cr_assert_eq(tokenizer_encode(s, c->text, (size_t)c->text_bytes, SIZE_MAX, &r, &err),
-                         0);
+            qemb_tokenizer_result r;
+            cr_assert_eq(
+                qemb_tokenizer_encode(s, c->text, (size_t)c->text_bytes, SIZE_MAX, &r, &err), 0);
             cr_assert_eq((int)r.n + 1, c->n, "%s %s", g->model, c->label);
             cr_assert_arr_eq(r.ids, c->ids, r.n * sizeof *c->ids, "%s %s", g->model, c->label);
             cr_assert_eq(c->ids[r.n], f->config.eos_id);
@@ -154,8 +154,8 @@ static void check_goldens(const golden *g, const qemb_file *f) {
     }
     cr_assert_leq(on_threshold, strcmp(g->model, "massive") ? 0 : 2, "%s %s: %d texts are off",
                   ops->name, g->model, on_threshold);
-    tokenizer_state_free(s);
-    tokenizer_close(t);
+    qemb_tokenizer_state_free(s);
+    qemb_tokenizer_close(t);
     qemb_close(m);
 }
 

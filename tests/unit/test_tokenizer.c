@@ -11,8 +11,8 @@
 /* A tokenizer in the making: merges and added tokens, by their text. */
 typedef struct {
     tokenizer_data d;
-    tokenizer *t;
-    tokenizer_state *s;
+    qemb_tokenizer *t;
+    qemb_tokenizer_state *s;
 } small;
 
 /* The place of a byte in GPT-2's alphabet: first the bytes that Latin-1 prints, then the rest. */
@@ -66,38 +66,39 @@ static uint32_t add_word(small *k, const char *text, size_t n) {
 
 static void open_small(small *k) {
     qemb_err err;
-    int rc = tokenizer_open(&k->t, k->d.merges, k->d.n_merges, k->d.added, k->d.added_bytes, &err);
+    int rc =
+        qemb_tokenizer_open(&k->t, k->d.merges, k->d.n_merges, k->d.added, k->d.added_bytes, &err);
     cr_assert_eq(rc, 0, "%s", rc ? err.msg : "");
-    k->s = tokenizer_state_new(k->t);
+    k->s = qemb_tokenizer_state_new(k->t);
     cr_assert_not_null(k->s);
 }
 
 static void close_small(small *k) {
-    tokenizer_state_free(k->s);
-    tokenizer_close(k->t);
+    qemb_tokenizer_state_free(k->s);
+    qemb_tokenizer_close(k->t);
     tokenizer_data_free(&k->d);
     *k = (small){0};
 }
 
-static tokenizer_result encode_n(const small *k, const char *text, size_t n, size_t limit) {
-    tokenizer_result r = {0};
+static qemb_tokenizer_result encode_n(const small *k, const char *text, size_t n, size_t limit) {
+    qemb_tokenizer_result r = {0};
     qemb_err err;
-    int rc = tokenizer_encode(k->s, text, n, limit, &r, &err);
+    int rc = qemb_tokenizer_encode(k->s, text, n, limit, &r, &err);
     cr_assert_eq(rc, 0, "%s", rc ? err.msg : "");
     return r;
 }
 
 /* The bytes of ids, NUL-terminated, malloc'ed. */
-static char *bytes_of(const small *k, tokenizer_result r, size_t *n) {
+static char *bytes_of(const small *k, qemb_tokenizer_result r, size_t *n) {
     size_t cap = 1;
     char *text;
     for (size_t i = 0; i < r.n; i++)
-        cap += tokenizer_token_bytes(k->t, (uint32_t)r.ids[i], NULL, 0);
+        cap += qemb_tokenizer_token_bytes(k->t, (uint32_t)r.ids[i], NULL, 0);
     text = malloc(cap);
     cr_assert_not_null(text);
     *n = 0;
     for (size_t i = 0; i < r.n; i++)
-        *n += tokenizer_token_bytes(k->t, (uint32_t)r.ids[i], (uint8_t *)text + *n, cap - *n);
+        *n += qemb_tokenizer_token_bytes(k->t, (uint32_t)r.ids[i], (uint8_t *)text + *n, cap - *n);
     text[*n] = 0;
     return text;
 }
@@ -111,7 +112,7 @@ static void check_split(const char *want) {
     uint32_t ids[64], n = 0;
     char text[256];
     size_t len = 0;
-    tokenizer_result r;
+    qemb_tokenizer_result r;
     for (const char *p = want, *end; *p; p = end + (*end == '|')) {
         end = strchr(p, '|') ? strchr(p, '|') : p + strlen(p);
         ids[n++] = add_word(&k, p, (size_t)(end - p));
@@ -270,7 +271,7 @@ Test(tokenizer, orders_long_runs_of_marks) {
 /* ---- step 1: added tokens ------------------------------------------------------------------- */
 
 static void check_ids(const small *k, const char *text, const int32_t *want, size_t n) {
-    tokenizer_result r = encode_n(k, text, strlen(text), SIZE_MAX);
+    qemb_tokenizer_result r = encode_n(k, text, strlen(text), SIZE_MAX);
     cr_expect_eq(r.n, n, "%s: got %zu ids, want %zu", text, r.n, n);
     for (size_t i = 0; i < r.n && i < n; i++)
         cr_expect_eq(r.ids[i], want[i], "%s: id %zu: got %d, want %d", text, i, r.ids[i], want[i]);
@@ -295,7 +296,7 @@ Test(tokenizer, finds_added_tokens_leftmost_longest) {
     add_token(&k, 310, "\xC3\xA9");
     add_token(&k, 305, "bc");
     open_small(&k);
-    cr_expect_eq(tokenizer_n_ids(k.t), 311);
+    cr_expect_eq(qemb_tokenizer_n_ids(k.t), 311);
     CHECK_IDS(&k, "<a>", 300);
     CHECK_IDS(&k, "<a><b>", 301);
     CHECK_IDS(&k, "<a><b", 300, B('<'), B('b'));
@@ -307,7 +308,7 @@ Test(tokenizer, finds_added_tokens_leftmost_longest) {
     CHECK_IDS(&k, "e<a>\xCC\x81", B('e'), 300, B(0xCC), B(0x81));
     CHECK_IDS(&k, "\xC3\xA9", 310);               /* in the raw text ... */
     CHECK_IDS(&k, "e\xCC\x81", B(0xC3), B(0xA9)); /* ... not in what NFC makes of it */
-    cr_expect_eq(tokenizer_token_bytes(k.t, 300, NULL, 0), 0);
+    cr_expect_eq(qemb_tokenizer_token_bytes(k.t, 300, NULL, 0), 0);
     close_small(&k);
 
     add_token(&k, 256, "<"); /* one first byte, one byte long */
@@ -335,7 +336,7 @@ Test(tokenizer, does_not_depend_on_chunks) {
     rng random = {7};
     small k = {0};
     size_t n = 0, at = 0;
-    tokenizer_result r;
+    qemb_tokenizer_result r;
     for (size_t i = 0; i < sizeof words / sizeof *words; i++)
         if (i != 2 && i != 3 && i != 5) add_word(&k, words[i], strlen(words[i]));
     add_token(&k, 1000, "<a>");
@@ -350,7 +351,7 @@ Test(tokenizer, does_not_depend_on_chunks) {
     cr_assert_gt(n, 5 << 14);
     /* Chunks are as long as the limit wants: ask for the ids a few at a time. */
     for (size_t limit = 1; limit < r.n; limit += 1 + limit / 3) {
-        tokenizer_result part = encode_n(&k, text, n, limit);
+        qemb_tokenizer_result part = encode_n(&k, text, n, limit);
         cr_assert_eq(part.n, limit);
         cr_assert_arr_eq(part.ids, whole, limit * sizeof *whole, "limit %zu", limit);
     }
@@ -402,7 +403,7 @@ Test(tokenizer, cuts_only_where_nothing_shows) {
             for (size_t shift = 0; shift < 3; shift++) { /* " ab" fill times, then LFs */
                 int32_t want[64];
                 size_t n, n_fill = 0;
-                tokenizer_result r;
+                qemb_tokenizer_result r;
                 for (size_t j = 0; j < fill; j++) memcpy(text + 3 * j, " ab", 3);
                 memset(text + 3 * fill, '\n', 1 + shift);
                 memcpy(text + 3 * fill + 1 + shift, rests[i], len);
@@ -469,7 +470,7 @@ Test(tokenizer, merges_by_rank_then_leftmost) {
             uint32_t want[2048];
             size_t n = 0, n_want, n_letters = lengths[c % (sizeof lengths / sizeof *lengths)];
             size_t few = 1 + rng_u64(&random) % N_LETTERS; /* long runs of the same, too */
-            tokenizer_result r;
+            qemb_tokenizer_result r;
             for (size_t i = 0; i < n_letters; i++)
                 n += (size_t)sprintf(text + n, "%s", letters[rng_u64(&random) % few]);
             n_want = slow_bpe(&k, text, n, want);
@@ -490,14 +491,14 @@ Test(tokenizer, cache_tells_words_apart) {
     char text[64] = {0};
     open_small(&k);
     for (size_t n = 0; n <= sizeof text; n++) { /* NULs: one pre-token, one id a byte */
-        tokenizer_result r = encode_n(&k, text, n, SIZE_MAX);
+        qemb_tokenizer_result r = encode_n(&k, text, n, SIZE_MAX);
         cr_assert_eq(r.n, n);
         for (size_t i = 0; i < n; i++) cr_assert_eq(r.ids[i], B(0));
     }
     memset(text, 'a', sizeof text);
     for (size_t n = 1; n <= sizeof text; n++) {
         for (size_t at = 0; at < n; at++) {
-            tokenizer_result r;
+            qemb_tokenizer_result r;
             text[at] = 'b';
             r = encode_n(&k, text, n, SIZE_MAX);
             cr_assert_eq(r.n, n);
@@ -514,7 +515,7 @@ Test(tokenizer, limit_gives_the_first_ids) {
     static const char text[] = "ab ab\xC3\xA9 12  e\xCC\x81!! <a>ab \xE4\xBD\xA0 abab";
     small k = {0};
     int32_t whole[64];
-    tokenizer_result r;
+    qemb_tokenizer_result r;
     size_t n;
     add_word(&k, " ab", 3);
     add_word(&k, "ab", 2);
@@ -532,7 +533,7 @@ Test(tokenizer, limit_gives_the_first_ids) {
         cr_assert_eq(r.bytes_left > 0, limit < n, "limit %zu: %zu bytes left", limit, r.bytes_left);
         for (size_t i = 0; i < r.n; i++)
             covered +=
-                r.ids[i] == 1000 ? 3 : tokenizer_token_bytes(k.t, (uint32_t)r.ids[i], NULL, 0);
+                r.ids[i] == 1000 ? 3 : qemb_tokenizer_token_bytes(k.t, (uint32_t)r.ids[i], NULL, 0);
         if (limit) covered++; /* NFC makes the text one byte shorter, once it is looked at */
         cr_assert_eq(r.bytes_left, sizeof text - 1 - covered, "limit %zu", limit);
     }
@@ -544,7 +545,7 @@ Test(tokenizer, limit_stops_early) {
     small k = {0};
     enum { N = 1 << 20 };
     char *text = malloc(N);
-    tokenizer_result r;
+    qemb_tokenizer_result r;
     cr_assert_not_null(text);
     for (size_t i = 0; i < N; i++) text[i] = "ab "[i % 3];
     text[4096] = '\xFF';
@@ -559,7 +560,7 @@ Test(tokenizer, limit_stops_early) {
 Test(tokenizer, takes_empty_text_and_nul) {
     small k = {0};
     int32_t ab = (int32_t)add_word(&k, "ab", 2);
-    tokenizer_result r;
+    qemb_tokenizer_result r;
     open_small(&k);
     r = encode_n(&k, NULL, 0, SIZE_MAX);
     cr_expect_eq(r.n, 0);
@@ -610,16 +611,16 @@ Test(tokenizer, refuses_invalid_utf8) {
             for (int more = 0; more < 2; more++) {
                 size_t at = offsets[j], n = strlen(bad[i].bytes);
                 char where[32];
-                tokenizer_result r;
+                qemb_tokenizer_result r;
                 qemb_err err = {0};
                 for (size_t c = 0; c < sizeof text; c++) text[c] = "word "[c % 5];
                 memcpy(text + at, bad[i].bytes, n);
                 n += at + (size_t)more * 50;
                 sprintf(where, "byte %zu ", at);
-                cr_assert_eq(tokenizer_encode(k.s, text, n, SIZE_MAX, &r, &err), -1, "%zu", i);
+                cr_assert_eq(qemb_tokenizer_encode(k.s, text, n, SIZE_MAX, &r, &err), -1, "%zu", i);
                 cr_expect_str_eq(err.code, "invalid_utf8");
                 cr_expect(strstr(err.msg, where), "%s, want %s", err.msg, where);
-                cr_assert_eq(tokenizer_encode(k.s, text, at, SIZE_MAX, &r, &err), 0);
+                cr_assert_eq(qemb_tokenizer_encode(k.s, text, at, SIZE_MAX, &r, &err), 0);
             }
         }
     }
@@ -636,13 +637,13 @@ Test(tokenizer, refuses_invalid_utf8) {
 static void check_flood(const small *k, const char *pattern, size_t n, size_t want) {
     size_t len = strlen(pattern), times = n / len, covered = 0;
     char *text = malloc(times * len);
-    tokenizer_result r;
+    qemb_tokenizer_result r;
     cr_assert_not_null(text);
     for (size_t i = 0; i < times; i++) memcpy(text + i * len, pattern, len);
     r = encode_n(k, text, times * len, SIZE_MAX);
     for (size_t i = 0; i < r.n; i++)
         covered +=
-            r.ids[i] == 60000 ? 13 : tokenizer_token_bytes(k->t, (uint32_t)r.ids[i], NULL, 0);
+            r.ids[i] == 60000 ? 13 : qemb_tokenizer_token_bytes(k->t, (uint32_t)r.ids[i], NULL, 0);
     cr_expect_eq(covered, times * want, "%s: got %zu bytes, want %zu", pattern, covered,
                  times * want);
     free(text);
@@ -692,9 +693,10 @@ Test(tokenizer, is_linear_on_hostile_text, .timeout = 300) {
 /* ---- opening -------------------------------------------------------------------------------- */
 
 static void check_refused(const small *k, const char *why) {
-    tokenizer *t = NULL;
+    qemb_tokenizer *t = NULL;
     qemb_err err = {0};
-    int rc = tokenizer_open(&t, k->d.merges, k->d.n_merges, k->d.added, k->d.added_bytes, &err);
+    int rc =
+        qemb_tokenizer_open(&t, k->d.merges, k->d.n_merges, k->d.added, k->d.added_bytes, &err);
     cr_assert_eq(rc, -1, "not refused: %s", why);
     cr_expect_null(t);
     cr_expect_str_eq(err.code, "model_file");
@@ -721,7 +723,7 @@ Test(tokenizer, refuses_bad_merges) {
     check_refused(&k, "merge 10 makes a token too long (got 2048 bytes, want at most 1024)");
     k.d.n_merges = 10;
     open_small(&k);
-    cr_expect_eq(tokenizer_token_bytes(k.t, 265, NULL, 0), 1024);
+    cr_expect_eq(qemb_tokenizer_token_bytes(k.t, 265, NULL, 0), 1024);
     close_small(&k);
     k.d.n_merges = (1 << 20) + 1;
     check_refused(&k, "merges: too many (got 1048577, want at most 1048576)");
@@ -818,7 +820,7 @@ static void check_vectors(const small *k, const char *path, const char *key, int
         json_t *j = json_loads(line, JSON_ALLOW_NUL, NULL);
         const json_t *pair = json_object_get(j, "pair"), *text = json_object_get(j, "text");
         const json_t *ids = json_object_get(j, key);
-        tokenizer_result r;
+        qemb_tokenizer_result r;
         bool same = false;
         cr_assert(text && ids, "%s: case %zu has no text or ids", path, cases);
         if (!pair) {
@@ -842,7 +844,7 @@ Test(tokenizer, agrees_with_reference_vectors, .timeout = 300) {
     small k;
     NEED(path, "qwen3-embedding-0.6b.tokenizer.json.xz");
     k = open_real(path);
-    cr_expect_eq(tokenizer_n_ids(k.t), 151669);
+    cr_expect_eq(qemb_tokenizer_n_ids(k.t), 151669);
     NEED(path, "vectors_public.jsonl");
     check_vectors(&k, path, "ids", -1, 1276);
     check_vectors(&k, path, "ids", -1, 1276); /* from a warm cache */
@@ -869,7 +871,7 @@ typedef struct {
 static void digest(sweep *w, uint32_t id) { w->h = (w->h ^ id) * UINT64_C(0x100000001b3); }
 
 static void sweep_case(sweep *w, const char *text, size_t n) {
-    tokenizer_result r = encode_n(w->k, text, n, SIZE_MAX);
+    qemb_tokenizer_result r = encode_n(w->k, text, n, SIZE_MAX);
     for (size_t i = 0; i < r.n; i++) digest(w, (uint32_t)r.ids[i]);
     digest(w, 0xFFFFFFFF);
 }
@@ -930,8 +932,8 @@ static void sweep_vocabulary(sweep *w) {
     size_t valid = 0, same = 0;
     for (id = 0; id < n_tokens; id++) {
         char text[1024];
-        size_t n = tokenizer_token_bytes(w->k->t, id, (uint8_t *)text, sizeof text);
-        tokenizer_result r;
+        size_t n = qemb_tokenizer_token_bytes(w->k->t, id, (uint8_t *)text, sizeof text);
+        qemb_tokenizer_result r;
         sweep_block(w, id, false);
         if (!valid_utf8(text, n)) continue;
         sweep_case(w, text, n);

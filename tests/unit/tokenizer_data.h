@@ -1,5 +1,5 @@
 /* tokenizer_data.h - reads a Hugging Face tokenizer.json (or .json.xz, through the xz program) into
- * what tokenizer_open takes. For tests and benchmarks; the product reads a .qemb. */
+ * what qemb_tokenizer_open takes. For tests and benchmarks; the product reads a .qemb. */
 #ifndef TOKENIZER_DATA_H
 #define TOKENIZER_DATA_H
 
