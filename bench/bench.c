@@ -515,7 +515,7 @@ static void bench_beside(int n) {
 
 /* ---- tokenizer and printing, one thread ------------------------------------------------------- */
 
-enum { DOCUMENT = 3000 }; /* bytes that are encoded at a time, as a service sees them */
+enum { DOCUMENT = 3000 }; /* bytes that are record_ids at a time, as a service sees them */
 typedef struct {
     const qemb_tokenizer *t;
     qemb_tokenizer_state *s;

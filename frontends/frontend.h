@@ -83,7 +83,7 @@ typedef struct {
     int dim, one_dim; /* the vectors' dim; 1: every record's */
     char *joined;     /* (joined_cap) prompt and text side by side */
     size_t joined_cap;
-} encoder;
+} record_tokenizer;
 
 typedef struct {
     const char *id; /* as in input_object */
@@ -91,21 +91,22 @@ typedef struct {
     const int32_t *ids; /* (n), without the end-of-text, which is always to be appended */
     int n, dim;
     size_t cut_bytes, cut_tokens; /* not 0: truncated by so much */
-} encoded;
+} record_ids;
 
-/* An encoder as the options say, over s, which outlives it. 0, or -1 with err->code "usage" or
+/* An record_tokenizer as the options say, over s, which outlives it. 0, or -1 with err->code "usage" or
  * "model_file". The caller closes. */
-int encoder_open(encoder *e, const source *s, const options *o, qemb_err *err);
-void encoder_close(encoder *e);
+int record_tokenizer_open(record_tokenizer *e, const source *s, const options *o, qemb_err *err);
+void record_tokenizer_close(record_tokenizer *e);
 /* The token ids of a record. What *out points to lives until the next call. -1: out->id and id_len
  * are set all the same; err->code is what the error record says. */
-int encode_record(encoder *e, const input_record *r, encoded *out, qemb_err *err);
+int tokenize_record(record_tokenizer *e, const input_record *r, record_ids *out, qemb_err *err);
 /* The same for a text (len) after the prompt of task instruct (instruct_len), or after the run's
  * if instruct is NULL. */
-int encode_text(encoder *e, const char *text, size_t len, const char *instruct, size_t instruct_len,
-                encoded *out, qemb_err *err);
+int tokenize_text(record_tokenizer *e, const char *text, size_t len, const char *instruct,
+                  size_t instruct_len, record_ids *out, qemb_err *err);
 /* The same for token ids (n), which lie in 0..vocab-1 and may end in the end-of-text. */
-int encode_ids(const encoder *e, const int32_t *ids, size_t n, encoded *out, qemb_err *err);
+int tokenize_ids(const record_tokenizer *e, const int32_t *ids, size_t n, record_ids *out,
+                 qemb_err *err);
 
 /* ---- output.c -------------------------------------------------------------------------------- */
 
@@ -136,6 +137,6 @@ void output_close(output *o); /* and standard output with it */
 
 /* The run itself: standard input to standard output through m, to the end of input, an error or a
  * signal. Returns the exit status; does not return if a signal ended the run. */
-int embed_stream(const options *o, qemb_model *m, int hidden, encoder *e);
+int embed_stream(const options *o, qemb_model *m, int hidden, record_tokenizer *e);
 
 #endif

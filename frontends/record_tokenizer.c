@@ -7,9 +7,9 @@
 
 static const char query_start[] = "Instruct: ", query_end[] = "\nQuery:";
 
-int encoder_open(encoder *e, const source *s, const options *o, qemb_err *err) {
+int record_tokenizer_open(record_tokenizer *e, const source *s, const options *o, qemb_err *err) {
     const qemb_config *c = &s->file->config;
-    *e = (encoder){.eos = c->eos_id, .truncate = o->truncate, .prompt = ""};
+    *e = (record_tokenizer){.eos = c->eos_id, .truncate = o->truncate, .prompt = ""};
     if (o->engine.max_tokens > c->max_positions)
         return qemb_fail(err, "usage", "--max-tokens: more than the model can (got %d, want 1..%d)",
                          o->engine.max_tokens, c->max_positions);
@@ -40,7 +40,7 @@ int encoder_open(encoder *e, const source *s, const options *o, qemb_err *err) {
     return 0;
 }
 
-void encoder_close(encoder *e) {
+void record_tokenizer_close(record_tokenizer *e) {
     qemb_tokenizer_state_free(e->state);
     input_parser_free(e->parser);
     free(e->own_prompt);
@@ -48,7 +48,7 @@ void encoder_close(encoder *e) {
 }
 
 /* The parts one after another at e->joined. Returns their end; NULL: out of memory. */
-static char *join(encoder *e, const char *const part[], const size_t len[], int n) {
+static char *join(record_tokenizer *e, const char *const part[], const size_t len[], int n) {
     size_t total = 0;
     for (int i = 0; i < n; i++) total += len[i];
     if (total > e->joined_cap || e->joined_cap > (size_t)4 << 20) { /* a rare long one: not kept */
@@ -65,7 +65,7 @@ static char *join(encoder *e, const char *const part[], const size_t len[], int 
     return p;
 }
 
-static int too_long(const encoder *e, qemb_err *err) {
+static int too_long(const record_tokenizer *e, qemb_err *err) {
     return qemb_fail(err, "too_long",
                      "text: too long (got more than %d tokens, want at most %d "
                      "with the end-of-text)",
@@ -73,8 +73,8 @@ static int too_long(const encoder *e, qemb_err *err) {
 }
 
 /* text (len) after the prompt of instruct (instruct_len), or the run's if instruct is NULL. */
-int encode_text(encoder *e, const char *text, size_t len, const char *instruct, size_t instruct_len,
-                encoded *out, qemb_err *err) {
+int tokenize_text(record_tokenizer *e, const char *text, size_t len, const char *instruct,
+                  size_t instruct_len, record_ids *out, qemb_err *err) {
     const char *whole = text;
     size_t whole_len = len;
     const char *const run[] = {e->prompt, text};
@@ -100,7 +100,8 @@ int encode_text(encoder *e, const char *text, size_t len, const char *instruct, 
     return 0;
 }
 
-int encode_ids(const encoder *e, const int32_t *ids, size_t n, encoded *out, qemb_err *err) {
+int tokenize_ids(const record_tokenizer *e, const int32_t *ids, size_t n, record_ids *out,
+                 qemb_err *err) {
     const int ends = n && ids[n - 1] == e->eos;
     const size_t most = (size_t)e->max_tokens, body = n - (size_t)ends;
     if (body + 1 > most && !e->truncate) return too_long(e, err);
@@ -112,11 +113,11 @@ int encode_ids(const encoder *e, const int32_t *ids, size_t n, encoded *out, qem
 
 /* The token ids of a record. What *out points to lives until the next call. -1: out->id and id_len
  * are set all the same. */
-int encode_record(encoder *e, const input_record *r, encoded *out, qemb_err *err) {
-    *out = (encoded){.dim = e->dim};
+int tokenize_record(record_tokenizer *e, const input_record *r, record_ids *out, qemb_err *err) {
+    *out = (record_ids){.dim = e->dim};
     if (r->too_large)
         return qemb_fail(err, "out_of_memory", "record: no memory for a line so long");
-    if (!e->parser) return encode_text(e, r->text, r->len, NULL, 0, out, err);
+    if (!e->parser) return tokenize_text(e, r->text, r->len, NULL, 0, out, err);
     input_object in;
     const int bad = input_parse(e->parser, r->text, r->len, &in, err);
     out->id = in.id, out->id_len = in.id_len;
@@ -127,6 +128,6 @@ int encode_record(encoder *e, const input_record *r, encoded *out, qemb_err *err
                          "(got %d, want %d)",
                          in.dim, e->dim);
     if (in.dim) out->dim = in.dim;
-    if (in.ids) return encode_ids(e, in.ids, in.n_ids, out, err);
-    return encode_text(e, in.text, in.text_len, in.instruct, in.instruct_len, out, err);
+    if (in.ids) return tokenize_ids(e, in.ids, in.n_ids, out, err);
+    return tokenize_text(e, in.text, in.text_len, in.instruct, in.instruct_len, out, err);
 }

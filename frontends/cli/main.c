@@ -390,30 +390,30 @@ static void open_model(qemb_model **m, const source *s, const options *o) {
     if (qemb_open(m, s->file, o->ops, &opt, &err)) DIE(STATUS_MODEL, "%s", err.msg);
 }
 
-static void open_encoder(encoder *e, const source *s, const options *o) {
+static void open_record_tokenizer(record_tokenizer *e, const source *s, const options *o) {
     qemb_err err;
-    if (!encoder_open(e, s, o, &err)) return;
+    if (!record_tokenizer_open(e, s, o, &err)) return;
     if (strcmp(err.code, "usage")) DIE(STATUS_MODEL, "%s", err.msg);
     USAGE("%s", err.msg);
 }
 
 static int embed(const options *o) {
     source s;
-    encoder e;
+    record_tokenizer e;
     qemb_model *m;
     source_open(&s, o->model);
-    open_encoder(&e, &s, o);
+    open_record_tokenizer(&e, &s, o);
     open_model(&m, &s, o);
     const int status = embed_stream(o, m, s.file->config.hidden, &e);
     qemb_close(m);
-    encoder_close(&e);
+    record_tokenizer_close(&e);
     source_close(&s);
     return status;
 }
 
 /* ---- tokenize -------------------------------------------------------------------------------- */
 
-static void write_ids(output *out, const encoded *t, int eos) {
+static void write_ids(output *out, const record_ids *t, int eos) {
     char *p = output_room(out, ((size_t)t->n + 1) * 11 + 2 + FORMAT_UINT_ROOM);
     *p++ = '[';
     for (int i = 0; i < t->n; i++) {
@@ -428,16 +428,16 @@ static void write_ids(output *out, const encoded *t, int eos) {
 
 static int tokenize(const options *o) {
     source s;
-    encoder e;
+    record_tokenizer e;
     output out;
     int status = STATUS_GOOD;
     source_open(&s, o->model);
-    open_encoder(&e, &s, o);
+    open_record_tokenizer(&e, &s, o);
     output_open(&out, FORMAT_JSON, 0);
     input *in = need(input_new(STDIN_FILENO, -1, o->separator));
     for (;;) {
         input_record r;
-        encoded t;
+        record_ids t;
         qemb_err err;
         input_status got = input_next(in, 0, &r);
         if (got == INPUT_WAIT) {
@@ -450,7 +450,7 @@ static int tokenize(const options *o) {
             DIE(STATUS_USAGE, "standard input: cannot read (%s)", strerror(error));
         }
         if (got != INPUT_RECORD) break;
-        if (encode_record(&e, &r, &t, &err)) {
+        if (tokenize_record(&e, &r, &t, &err)) {
             output_error(&out, t.id, t.id_len, r.line, err.code, err.msg, strlen(err.msg));
             status = STATUS_RECORDS;
         } else {
@@ -460,7 +460,7 @@ static int tokenize(const options *o) {
     output_flush(&out);
     output_close(&out);
     input_free(in);
-    encoder_close(&e);
+    record_tokenizer_close(&e);
     source_close(&s);
     return status;
 }
@@ -654,18 +654,18 @@ static const known_model *find_known(const qemb_config *c) {
 /* score[2 q + d] of the four texts, queries first. */
 static void check_scores(const source *s, const options *o, double score[4]) {
     const size_t D = (size_t)s->file->config.hidden;
-    encoder e;
+    record_tokenizer e;
     qemb_model *m;
-    open_encoder(&e, s, o);
+    open_record_tokenizer(&e, s, o);
     open_model(&m, s, o);
     qemb_batch *b = need(qemb_batch_new(m));
     float *out = need(malloc(D * sizeof *out)), *unit = need(malloc(4 * D * sizeof *unit));
     for (int i = 0; i < 4; i++) {
         const int query = i < 2;
-        encoded t;
+        record_ids t;
         qemb_err err;
-        if (encode_text(&e, check_texts[i], strlen(check_texts[i]), query ? check_task : "",
-                        query ? sizeof check_task - 1 : 0, &t, &err))
+        if (tokenize_text(&e, check_texts[i], strlen(check_texts[i]), query ? check_task : "",
+                          query ? sizeof check_task - 1 : 0, &t, &err))
             DIE(STATUS_MODEL, "%s", err.msg);
         int32_t *ids = need(malloc(((size_t)t.n + 1) * sizeof *ids));
         memcpy(ids, t.ids, (size_t)t.n * sizeof *ids);
@@ -686,7 +686,7 @@ static void check_scores(const source *s, const options *o, double score[4]) {
     free(out);
     qemb_batch_free(b);
     qemb_close(m);
-    encoder_close(&e);
+    record_tokenizer_close(&e);
 }
 
 static int check(const options *o) {

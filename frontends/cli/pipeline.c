@@ -130,7 +130,7 @@ static int job_full(const job *j) {
 }
 
 /* The row of the text's vector, or -1: it does not fit beside what is there. */
-static int job_add_text(job *j, const encoded *t, int eos) {
+static int job_add_text(job *j, const record_ids *t, int eos) {
     const size_t n = (size_t)t->n + 1;
     int32_t *ids = job_ids(j, n);
     if (t->n) memcpy(ids, t->ids, (size_t)t->n * sizeof *ids);
@@ -167,7 +167,7 @@ typedef struct {
     qemb_model *model;
     size_t hidden;
     input *in;
-    encoder *encoder;
+    record_tokenizer *record_tokenizer;
     job jobs[N_JOBS];
     int read_errno; /* of standard input; 0: all was read */
 } pipeline;
@@ -240,23 +240,23 @@ static job *close_batch(pipeline *p, job *j) {
 
 /* Puts a record into the batch j, or into the next one. Returns the batch that fills now. */
 static job *add_record(pipeline *p, job *j, const input_record *in) {
-    encoded t;
+    record_ids t;
     qemb_err err;
-    const int bad = encode_record(p->encoder, in, &t, &err);
+    const int bad = tokenize_record(p->record_tokenizer, in, &t, &err);
     record r = {.line = in->line, .dim = t.dim};
     if (job_full(j)) j = close_batch(p, j);
     if (bad) {
         r.code = err.code;
         r.note_len = strlen(err.msg);
         r.note = job_note(j, err.msg, r.note_len);
-        r.dim = p->encoder->dim;
+        r.dim = p->record_tokenizer->dim;
     } else {
         r.tokens = t.n + 1;
         r.cut_bytes = t.cut_bytes, r.cut_tokens = t.cut_tokens;
-        r.row = job_add_text(j, &t, p->encoder->eos);
+        r.row = job_add_text(j, &t, p->record_tokenizer->eos);
         if (r.row < 0) {
             j = close_batch(p, j);
-            r.row = job_add_text(j, &t, p->encoder->eos);
+            r.row = job_add_text(j, &t, p->record_tokenizer->eos);
             assert(r.row == 0);
         }
     }
@@ -415,7 +415,7 @@ static void print_progress(writer *w, uint64_t bytes) {
 
 /* --on-error stop: what came before is flushed and whole, nothing comes after. */
 static void stop_run(writer *w) {
-    output_finish(&w->out, w->p->opt->output, w->rows, w->p->encoder->dim);
+    output_finish(&w->out, w->p->opt->output, w->rows, w->p->record_tokenizer->dim);
     print_summary(w);
     leave(STATUS_RECORDS);
 }
@@ -503,7 +503,7 @@ static void writer_open(writer *w, pipeline *p) {
     w->input_start = lseek(STDIN_FILENO, 0, SEEK_CUR);
     if (w->input_start >= 0 && !fstat(STDIN_FILENO, &st) && S_ISREG(st.st_mode))
         w->input_size = st.st_size;
-    output_open(&w->out, o->output, p->encoder->dim);
+    output_open(&w->out, o->output, p->record_tokenizer->dim);
 }
 
 /* ---- all of it ------------------------------------------------------------------------------- */
@@ -513,7 +513,7 @@ static void start_thread(pthread_t *t, void *(*main)(void *), void *arg) {
     if (error) DIE(STATUS_MODEL, "thread: cannot start it (%s)", strerror(error));
 }
 
-int embed_stream(const options *o, qemb_model *m, int hidden, encoder *e) {
+int embed_stream(const options *o, qemb_model *m, int hidden, record_tokenizer *e) {
     writer w;
     pthread_t reader_thread, writer_thread;
     pipeline p = {.lock = PTHREAD_MUTEX_INITIALIZER,
@@ -521,7 +521,7 @@ int embed_stream(const options *o, qemb_model *m, int hidden, encoder *e) {
                   .opt = o,
                   .model = m,
                   .hidden = (size_t)hidden,
-                  .encoder = e};
+                  .record_tokenizer = e};
     for (int i = 0; i < N_JOBS; i++) {
         job_open(&p.jobs[i], m);
         push(&p.free, &p.jobs[i]);

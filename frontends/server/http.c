@@ -218,7 +218,7 @@ static int check_body(request *r) {
     if ((type && !json_type(type)) || (encoding && strcasecmp(encoding, "identity")))
         return api_fail(&r->error, 415, "unsupported_media_type", NULL,
                         "Content-Type: not one that is understood (want application/json in "
-                        "UTF-8, not encoded)");
+                        "UTF-8, not record_ids)");
     if (length && strtoull(length, NULL, 10) > r->h->opt.max_body)
         return api_fail(&r->error, 413, "body_too_large", NULL,
                         "body: too large (got %.20s bytes, want at most %zu)", length,

@@ -14,7 +14,7 @@
 /* What a thread needs to encode; lanes keep those that nobody uses. */
 typedef struct worker {
     struct worker *next;
-    encoder encoder;
+    record_tokenizer record_tokenizer;
     EVP_MD_CTX *digest;
 } worker;
 
@@ -62,7 +62,7 @@ static void make_fingerprint(lane *l) {
 static worker *worker_new(lane *l) {
     qemb_err err;
     worker *w = need(calloc(1, sizeof *w));
-    if (encoder_open(&w->encoder, &l->source, &l->opt.cli, &err))
+    if (record_tokenizer_open(&w->record_tokenizer, &l->source, &l->opt.cli, &err))
         DIE(strcmp(err.code, "usage") ? STATUS_MODEL : STATUS_USAGE, "%s", err.msg);
     w->digest = need(EVP_MD_CTX_new());
     return w;
@@ -83,7 +83,7 @@ static void give_worker(lane *l, worker *w) {
     pthread_mutex_unlock(&l->lock);
 }
 
-static int make_key(lane *l, worker *w, uint8_t *key, const encoded *t) {
+static int make_key(lane *l, worker *w, uint8_t *key, const record_ids *t) {
     return EVP_DigestInit_ex(w->digest, l->sha256, NULL) &&
            EVP_DigestUpdate(w->digest, l->fingerprint, sizeof l->fingerprint) &&
            EVP_DigestUpdate(w->digest, t->ids, (size_t)t->n * sizeof *t->ids) &&
@@ -110,7 +110,8 @@ lane *lane_open(const lane_options *o) {
     if (!l->sha256) DIE(STATUS_MODEL, "SHA-256: not available");
     make_fingerprint(l);
     worker *w = take_worker(l); /* now, so that wrong options are seen */
-    if (!make_key(l, w, l->probe_key, &(encoded){0})) DIE(STATUS_MODEL, "SHA-256: not available");
+    if (!make_key(l, w, l->probe_key, &(record_ids){0}))
+        DIE(STATUS_MODEL, "SHA-256: not available");
     give_worker(l, w);
     const int batch = o->cli.engine.batch_tokens;
     l->queue = need(queue_new(o->max_queue_tokens, batch ? batch : qemb_batch_tokens(o->cli.ops)));
@@ -229,7 +230,7 @@ int lane_join(lane *l, double seconds) {
 void lane_free(lane *l) {
     for (worker *w = l->workers, *next; w; w = next) {
         next = w->next;
-        encoder_close(&w->encoder);
+        record_tokenizer_close(&w->record_tokenizer);
         EVP_MD_CTX_free(w->digest);
         free(w);
     }
@@ -304,21 +305,23 @@ static int encode_failed(const qemb_err *err, int i, api_error *e) {
 
 static int encode_input(lane *l, worker *w, const api_request *r, int i, slot *s, api_error *e) {
     const api_input *in = &r->inputs[i];
-    encoded t = {0};
+    record_ids t = {0};
     qemb_err err;
     uint8_t key[KEY_BYTES];
     if (in->text) {
-        if (encode_text(&w->encoder, in->text, in->len, r->instruct, r->instruct_len, &t, &err))
+        if (tokenize_text(&w->record_tokenizer, in->text, in->len, r->instruct, r->instruct_len, &t,
+                          &err))
             return encode_failed(&err, i, e);
     } else {
         const int32_t *ids = r->ids + in->first_id;
         if (check_ids(l, ids, in->len, i, e)) return -1;
-        if (encode_ids(&w->encoder, ids, in->len, &t, &err)) return encode_failed(&err, i, e);
+        if (tokenize_ids(&w->record_tokenizer, ids, in->len, &t, &err))
+            return encode_failed(&err, i, e);
     }
     if (!make_key(l, w, key, &t) || !(s->text = text_new(key, t.n + 1)))
         return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
     if (t.n) memcpy(s->text->ids, t.ids, (size_t)t.n * sizeof *t.ids);
-    s->text->ids[t.n] = w->encoder.eos;
+    s->text->ids[t.n] = w->record_tokenizer.eos;
     return 0;
 }
 
@@ -328,7 +331,7 @@ int lane_encode(lane *l, const api_request *r, ticket *t, uint64_t *tokens, api_
     t->n = r->n;
     *tokens = 0;
     worker *w = take_worker(l);
-    w->encoder.truncate = r->truncate >= 0 ? r->truncate : l->opt.cli.truncate;
+    w->record_tokenizer.truncate = r->truncate >= 0 ? r->truncate : l->opt.cli.truncate;
     int bad = 0;
     for (int i = 0; i < r->n && !bad; i++) {
         bad = encode_input(l, w, r, i, &t->slots[i], e);
