@@ -46,7 +46,8 @@ INLINE float half_to_float(uint16_t h) {
 }
 
 /* x (T, D) = rows of tok_emb (V, D) */
-static void cpu_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_packed_batch *b) {
+static void cpu_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb,
+                      const qemb_packed_batch *b) {
     const int D = be->c->hidden;
     for (int t = 0; t < b->T; t++) {
         assert(b->tokens[t] >= 0 && b->tokens[t] < tok_emb->rows);
@@ -404,7 +405,7 @@ int cpu_open_scratch(qemb_backend **out, const qemb_config *c, const qemb_option
     if (!be) return qemb_fail(err, "out_of_memory", "backend: out of memory");
     be->c = c;
     be->threads = opt->threads;
-    be->placed = opt->placed;
+    be->on_layer_loaded = opt->on_layer_loaded;
     be->scratch_floats = (scratch_floats + 15) / 16 * 16;
     be->rope =
         cpu_map(be, CPU_MAP_ROPE, (size_t)opt->max_tokens * c->head_dim * sizeof(float), err);
@@ -424,7 +425,7 @@ static int cpu_open(qemb_backend **out, const qemb_config *c, const qemb_options
     return cpu_open_scratch(out, c, opt, attention_scratch_floats(c), 0, err);
 }
 
-int cpu_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+int cpu_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
     (void)be, (void)w, (void)err; /* the CPU reads the file's map */
     return 0;
 }
@@ -440,7 +441,7 @@ const qemb_ops qemb_cpu_ops = {
     .act_size = sizeof(float),
     .open = cpu_open,
     .close = cpu_close,
-    .place = cpu_place,
+    .load_weights = cpu_load_weights,
     .arena = cpu_arena,
     .begin = cpu_begin,
     .embed = cpu_embed,
@@ -602,7 +603,7 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
         qemb_fail(err, "out_of_memory", "model: out of memory");
     else
         memcpy(m->w.layers, f->weights.layers, layers_bytes);
-    bad = bad || ops->open(&m->be, c, &m->opt, err) || ops->place(m->be, &m->w, err);
+    bad = bad || ops->open(&m->be, c, &m->opt, err) || ops->load_weights(m->be, &m->w, err);
     if (!bad) {
         size_t bytes = plan_activations(NULL, c, ops, (int)rows, m->opt.batch_tokens, NULL);
         char *base = ops->arena(m->be, bytes, err);

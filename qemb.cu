@@ -73,7 +73,7 @@ struct qemb_backend {
     bool wide;            /* 128-row attention tiles fit this GPU */
     bool fp8;
     hopper_state hopper;
-    void (*placed)(int layers, int of); /* the options' */
+    void (*on_layer_loaded)(int layers, int of); /* the options' */
     gemm_state gemm;
     size_t used, budget;      /* device bytes allocated; allowed (0: all there is) */
     void *device[QEMB_PARTS]; /* what close frees */
@@ -462,7 +462,7 @@ static int open_math(qemb_backend **out, const qemb_config *c, const qemb_option
     be->fp8 = fp8;
     be->graphs_off = opt->no_graphs;
     be->hopper.on = opt->hopper && !opt->deterministic;
-    be->placed = opt->placed;
+    be->on_layer_loaded = opt->on_layer_loaded;
     while (1 << be->lg < c->n_heads / c->n_kv_heads) be->lg++;
     if (check_device(be, err) || open_device(be, opt, err) || open_buffers(be, opt, err) ||
         (fp8 && check_fp8(be, err))) {
@@ -576,7 +576,7 @@ static bool place_vector(qemb_backend *be, const float **v, int n, char **at, in
     return ok;
 }
 
-static int cuda_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+static int cuda_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
     const qemb_config *c = be->c;
     const qemb_options opt = {}; /* sizes of weights do not depend on them */
     const device_sizes s = size_parts(c, &opt, &w->layers[0], be->fp8);
@@ -597,7 +597,7 @@ static int cuda_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
         for (qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown})
             ok = ok && place_matrix(be, m, &at, &turn);
         if (!be->fp8) y->wdown.alpha *= 1 << SWIGLU_SHIFT;
-        if (ok && be->placed) be->placed(l + 1, c->n_layers);
+        if (ok && be->on_layer_loaded) be->on_layer_loaded(l + 1, c->n_layers);
     }
     ok = ok && place_vector(be, &w->final_norm, c->hidden, &at, &turn);
     if (!ok) return qemb_fail(err, "device", "%s", be->failure);
@@ -723,7 +723,8 @@ static void cuda_begin(qemb_backend *be, const qemb_packed_batch *b) {
 
 /* ---- the ops, in the forward's order ---------------------------------------------------------- */
 
-static void cuda_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_packed_batch *b) {
+static void cuda_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb,
+                       const qemb_packed_batch *b) {
     const int D = be->c->hidden, rows = (int)(SLOT_BYTES / (D * sizeof(act)));
     assert(tok_emb->dtype == QEMB_F16 && tok_emb->cols == D);
     const act *table = (const act *)tok_emb->data;
@@ -914,7 +915,8 @@ static void cuda_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb
          "gate_up");
 }
 
-static void cuda_gather_last(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b) {
+static void cuda_gather_last(qemb_backend *be, float *y, const float *x,
+                             const qemb_packed_batch *b) {
     if (be->mode == REPLAY) return;
     good(be,
          launch(gather_last_kernel<float4>, dim3((unsigned)b->B), dim3(GATHER_THREADS), 0, be->st,
@@ -985,9 +987,9 @@ static int cuda_fp8_plan(qemb_part *p, const qemb_file *f, const qemb_options *o
     {                                                                                              \
         .name = NAME, .math = MATH, .act_size = sizeof(act), .batch_tokens = 8192,                 \
         .mlp_rows = MLP_ROWS, .narrow = 1, .fit = fit, .plan = PLAN, .converted = nullptr,         \
-        .health = cuda_health, .open = OPEN, .close = cuda_close, .place = cuda_place,             \
-        .arena = cuda_arena,                                                                       \
-        .begin = cuda_begin, .embed = cuda_embed, .rmsnorm = cuda_rmsnorm, .matmul = cuda_matmul,  \
+        .health = cuda_health, .open = OPEN, .close = cuda_close,                                  \
+        .load_weights = cuda_load_weights, .arena = cuda_arena, .begin = cuda_begin,               \
+        .embed = cuda_embed, .rmsnorm = cuda_rmsnorm, .matmul = cuda_matmul,                       \
         .matmul_add = cuda_matmul_add, .qknorm_rope = cuda_qknorm_rope,                            \
         .attention = cuda_attention, .gate_up = cuda_gate_up, .gather_last = cuda_gather_last,     \
         .pool = cuda_pool,                                                                         \

@@ -205,7 +205,7 @@ typedef struct {
     const char
         *cache_dir; /* directory for algorithm timings; NULL: no timing, the library chooses */
     /* Called after each layer whose weights a table copies before it can start; NULL: not */
-    void (*placed)(int layers, int of);
+    void (*on_layer_loaded)(int layers, int of);
 } qemb_options;
 
 #define QEMB_BATCH_TOKENS 1024
@@ -268,7 +268,7 @@ typedef struct qemb_ops {
     void (*close)(qemb_backend *be);
     /* Makes w usable by the ops: replaces layer pointers by the backend's copies where it needs
      * them (plain ops read the map). Called once. */
-    int (*place)(qemb_backend *be, qemb_weights *w, qemb_err *err);
+    int (*load_weights)(qemb_backend *be, qemb_weights *w, qemb_err *err);
     /* Activation memory of that many bytes, aligned to 256, freed by close. Called once. */
     void *(*arena)(qemb_backend *be, size_t bytes, qemb_err *err);
     /* Announces the batch that the calls up to pool belong to; b is host memory. */

@@ -175,7 +175,8 @@ static void setup_open(setup *s, const qemb_ops *op) {
     s->w = file->weights;
     s->w.layers = zeroed(sizeof *s->w.layers * (size_t)file->config.n_layers);
     memcpy(s->w.layers, file->weights.layers, sizeof *s->w.layers * (size_t)file->config.n_layers);
-    if (op->open(&s->be, &file->config, &opt, &err) || op->place(s->be, &s->w, &err)) die(err.msg);
+    if (op->open(&s->be, &file->config, &opt, &err) || op->load_weights(s->be, &s->w, &err))
+        die(err.msg);
     s->in = zeroed(sizeof(float) * n), s->out = zeroed(sizeof(float) * n);
     s->gu = zeroed(sizeof(float) * n);
     s->ones = zeroed(sizeof(float) * (size_t)file->config.head_dim);

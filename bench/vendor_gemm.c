@@ -249,7 +249,7 @@ static const weights_form *form_of(int N, int K) {
     return f;
 }
 
-static int lib_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+static int lib_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
     (void)err;
     for (int l = 0; l < be->c->n_layers; l++) {
         qemb_layer *y = &w->layers[l];
@@ -332,7 +332,8 @@ const qemb_ops *table_with_onednn(const qemb_ops *own) {
     if (own->math > QEMB_MATH_BF16 || own == &qemb_cpu_ops) return NULL;
     if (!lib.engine && dnnl_start(&lib.engine, &lib.stream)) die("oneDNN: does not start");
     lib.own = own, lib.table = *own;
-    lib.table.converted = NULL, lib.table.place = lib_place, lib.table.matmul = lib_matmul;
+    lib.table.converted = NULL, lib.table.load_weights = lib_load_weights,
+    lib.table.matmul = lib_matmul;
     lib.table.matmul_add = lib_matmul_add, lib.table.gate_up = lib_gate_up;
     return &lib.table;
 }

@@ -38,14 +38,7 @@ typedef struct {
 } cpu_kernels;
 
 /* What a backend may map. */
-enum {
-    CPU_MAP_ROPE,
-    CPU_MAP_SCRATCH,
-    CPU_MAP_ARENA,
-    CPU_MAP_PACKED,
-    CPU_MAP_WEIGHTS,
-    CPU_MAPS
-};
+enum { CPU_MAP_ROPE, CPU_MAP_SCRATCH, CPU_MAP_ARENA, CPU_MAP_PACKED, CPU_MAP_WEIGHTS, CPU_MAPS };
 
 /* A CPU backend's state. On the CPU an activation is a float. */
 struct qemb_backend {
@@ -55,8 +48,8 @@ struct qemb_backend {
     int rope_rows;
     float *scratch; /* (threads, scratch_floats): an op's tiles and panels, aligned to 64 bytes */
     size_t scratch_floats;
-    void (*placed)(int layers, int of); /* the options' */
-    const struct arithmetic *arithmetic; /* of a table with panels: see packed_gemm.h */
+    void (*on_layer_loaded)(int layers, int of); /* the options' */
+    const struct arithmetic *arithmetic;         /* of a table with panels: see packed_gemm.h */
     const cpu_kernels *kernels; /* this and the next: NULL in a plain table, which has OpenMP */
     struct cpu_pool *pool;      /* NULL as well where there is one thread */
     float *packed;              /* a matmul's x as its tiles want it */
@@ -71,7 +64,7 @@ int cpu_open_scratch(qemb_backend **be, const qemb_config *c, const qemb_options
 void cpu_close(qemb_backend *be);
 /* Zeros, aligned to a page, that close unmaps; NULL: out of memory */
 void *cpu_map(qemb_backend *be, int slot, size_t bytes, qemb_err *err);
-int cpu_place(qemb_backend *be, qemb_weights *w, qemb_err *err);
+int cpu_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err);
 void *cpu_arena(qemb_backend *be, size_t bytes, qemb_err *err);
 void cpu_begin(qemb_backend *be, const qemb_packed_batch *b);
 void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
@@ -100,10 +93,10 @@ typedef struct attention_tile {
     int G, hd, hdp;          /* hdp: hd rounded up to CPU_PAD */
     float *keys;             /* (CPU_KEYS, hd)  in the kernel's order */
     float *values;           /* (CPU_KEYS, hdp) in the kernel's order */
-    float *q;                /* (R + 16, hd)    the block's queries, scaled, in the kernel's order */
-    float *s;                /* (R, CPU_KEYS)   scores, then weights */
-    float *acc;              /* (R, hdp)        weighted values so far */
-    float *max, *sum;        /* (R)             of the scores and the weights so far */
+    float *q;         /* (R + 16, hd)    the block's queries, scaled, in the kernel's order */
+    float *s;         /* (R, CPU_KEYS)   scores, then weights */
+    float *acc;       /* (R, hdp)        weighted values so far */
+    float *max, *sum; /* (R)             of the scores and the weights so far */
     /* Of integers: what one is worth of a key, a value (CPU_KEYS), a query (R + 16) and of the tile's
      * weights (R) */
     float *key_scale, *value_scale, *query_scale, *weight_scale;
@@ -122,8 +115,8 @@ void simd_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_
 void simd_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T);
 void simd_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm, const float *k_norm,
                       const qemb_packed_batch *b);
-void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv, const qemb_packed_batch *b,
-                    int last_only);
+void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
+                    const qemb_packed_batch *b, int last_only);
 void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
 void simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B);
 

@@ -114,7 +114,7 @@ static size_t place_layers(const arithmetic *a, qemb_layer *layers, int n_layers
             if (p) place_matrix(all[i], gated, p), p->to += n;
             floats += n;
         }
-        if (p && p->be->placed) p->be->placed(l + 1, n_layers);
+        if (p && p->be->on_layer_loaded) p->be->on_layer_loaded(l + 1, n_layers);
     }
     return floats;
 }
@@ -123,7 +123,7 @@ size_t panels_bytes(const arithmetic *a, const qemb_weights *w, int n_layers) {
     return sizeof(float) * place_layers(a, w->layers, n_layers, NULL);
 }
 
-int panels_place(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+int panels_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
     placing p = {.a = be->arithmetic, .be = be, .mapped = w->mapped};
     const size_t bytes = panels_bytes(p.a, w, be->c->n_layers);
     if (!bytes) return 0;

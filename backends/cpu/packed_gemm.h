@@ -63,7 +63,7 @@ typedef struct arithmetic {
 int panels_open(qemb_backend **be, const arithmetic *a, const cpu_kernels *kernels,
                 const qemb_config *c, const qemb_options *opt, qemb_err *err);
 size_t panels_bytes(const arithmetic *a, const qemb_weights *w, int n_layers);
-int panels_place(qemb_backend *be, qemb_weights *w, qemb_err *err);
+int panels_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err);
 void panels_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w, int T);
 void panels_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w, int T);
 void panels_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
@@ -82,7 +82,7 @@ void panels_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act 
                             .act_size = sizeof(float),                                             \
                             .open = open_##table,                                                  \
                             .close = simd_close,                                                   \
-                            .place = panels_place,                                                 \
+                            .load_weights = panels_load_weights,                                   \
                             .converted = bytes_##table,                                            \
                             .arena = cpu_arena,                                                    \
                             .begin = cpu_begin,                                                    \

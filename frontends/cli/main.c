@@ -377,7 +377,7 @@ static void source_close(source *s) {
     qemb_file_close(s->file);
 }
 
-static void show_placed(int layers, int of) {
+static void show_loaded(int layers, int of) {
     char line[64] = "";
     if (layers < of) snprintf(line, sizeof line, "weights: layer %d of %d", layers + 1, of);
     say_progress(line);
@@ -386,7 +386,8 @@ static void show_placed(int layers, int of) {
 static void open_model(qemb_model **m, const source *s, const options *o) {
     qemb_err err;
     qemb_options opt = o->engine;
-    if (o->progress > 0 || (!o->progress && isatty(STDERR_FILENO))) opt.placed = show_placed;
+    if (o->progress > 0 || (!o->progress && isatty(STDERR_FILENO)))
+        opt.on_layer_loaded = show_loaded;
     if (qemb_open(m, s->file, o->ops, &opt, &err)) DIE(STATUS_MODEL, "%s", err.msg);
 }
 

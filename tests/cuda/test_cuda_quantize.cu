@@ -288,7 +288,8 @@ TEST_SCHEDULES(op_fp8_products) {
  * qemb_file_close. */
 struct int8_file {
     qemb_file f;
-    qemb_layer *layers; /* not a vector: nvcc 13.0 cannot name the destructor of an unnamed struct */
+    qemb_layer
+        *layers; /* not a vector: nvcc 13.0 cannot name the destructor of an unnamed struct */
     std::vector<std::vector<int8_t>> data;
     std::vector<std::vector<float>> scales;
     explicit int8_file(const qemb_file *from) : f(*from) {
@@ -353,7 +354,7 @@ TEST(int8_placed_in_pieces) {
     qemb_backend *be = nullptr;
     qemb_err err = {};
     if (check(!qemb_cuda_fp8_ops.open(&be, &c, &opt, &err) &&
-                  !qemb_cuda_fp8_ops.place(be, &w, &err),
+                  !qemb_cuda_fp8_ops.load_weights(be, &w, &err),
               "%s", err.msg)) {
         const qemb_mat *m = &f->weights.layers[0].wgu;
         std::vector<float> got(m->rows);
@@ -404,7 +405,8 @@ static accuracy measure(const qemb_file *f, const qemb_ops *ops,
     const std::vector<std::vector<float>> got = m.embed(texts);
     for (size_t i = 0; i < texts.size(); i++) {
         std::vector<float> g(m.D), w(m.D);
-        check(!qemb_l2_normalize(g.data(), got[i].data(), m.D) && !qemb_l2_normalize(w.data(), want[i].data(), m.D),
+        check(!qemb_l2_normalize(g.data(), got[i].data(), m.D) &&
+                  !qemb_l2_normalize(w.data(), want[i].data(), m.D),
               "text %zu has no length", i);
         a.cosine = std::min(a.cosine, cosine(g.data(), w.data(), m.D));
         for (int k = 0; k < m.D; k++) {

@@ -153,12 +153,12 @@ uint8_t *make_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, do
     return w.data;
 }
 
-void place_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *gated) {
+void load_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *gated) {
     qemb_layer layer = {.wo = *w};
     qemb_weights weights = {.layers = &layer};
     qemb_err err;
     if (gated) layer.wgu = *gated;
-    if (op->place(be, &weights, &err)) {
+    if (op->load_weights(be, &weights, &err)) {
         fprintf(stderr, "%s\n", err.msg);
         abort();
     }

@@ -150,7 +150,7 @@ static void check_matmul(const qemb_ops *op, qemb_dtype dtype, int T, int N, int
     const qemb_mat m = {dtype == QEMB_I8 ? (void *)Q : W,        N, K, dtype, alpha,
                         dtype == QEMB_I8 ? scale : (float *)NULL};
     qemb_mat placed = m;
-    place_matrices(op, be, &placed, NULL);
+    load_matrices(op, be, &placed, NULL);
     if (add)
         op->matmul_add(be, y, (qemb_act *)x, &placed, T);
     else
@@ -213,7 +213,7 @@ Test(ops, matmul_of_parallel_rows) {
             for (int t = 0; t < T; t++)
                 for (int k = 0; k < K; k++)
                     x[t * K + k] = (float)(sign * large[t] * oracle_half(W[7 * t * K + k]));
-            place_matrices(qemb_cpu_table(o), be, &placed, NULL);
+            load_matrices(qemb_cpu_table(o), be, &placed, NULL);
             qemb_cpu_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &placed, T);
             for (int t = 0; t < T; t++) {
                 double *xd = doubles(x + t * K, K), want[N], size[N];
@@ -454,7 +454,7 @@ Test(ops, gate_up) {
         float *gu = numbers(&r, (size_t)T * 2 * F, 4), h[T * F];
         for (int i = 0; i < F; i++) gu[i] = (float)(i - F / 2) * 0.25f; /* -125 .. 125 */
         qemb_mat w = m, wgu = m;
-        place_matrices(qemb_cpu_table(o), be, &w, &wgu);
+        load_matrices(qemb_cpu_table(o), be, &w, &wgu);
         qemb_cpu_table(o)->matmul(be, (qemb_act *)product, (qemb_act *)gu, &w, T);
         qemb_cpu_table(o)->gate_up(be, (qemb_act *)h, (qemb_act *)scratch, (qemb_act *)gu, &wgu, T);
         for (int t = 0; t < T; t++)
@@ -489,7 +489,7 @@ Test(ops, gate_up_of_many_columns) {
     for (int o = 0; qemb_cpu_table(o); o++) {
         qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
         qemb_mat w = m, wgu = m;
-        place_matrices(qemb_cpu_table(o), be, &w, &wgu);
+        load_matrices(qemb_cpu_table(o), be, &w, &wgu);
         qemb_cpu_table(o)->matmul(be, (qemb_act *)product, (qemb_act *)x, &w, T);
         qemb_cpu_table(o)->gate_up(be, (qemb_act *)h, (qemb_act *)scratch, (qemb_act *)x, &wgu, T);
         for (int i = 0; i < T * F; i++) {

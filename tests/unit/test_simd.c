@@ -136,7 +136,7 @@ static void check_paths(const qemb_ops *op, qemb_dtype dtype, int N, int K) {
         cr_assert_eq(op->open(&be, &c, &opt, NULL), 0);
         /* of INT8: the bytes of halves */
         qemb_mat m = {W, N, K, dtype, 0.3f, dtype == QEMB_I8 ? scale : NULL};
-        place_matrices(op, be, &m, NULL);
+        load_matrices(op, be, &m, NULL);
         if (threads == 1)
             for (int t = 0; t < T; t++)
                 op->matmul(be, (qemb_act *)(want + (size_t)t * N), (qemb_act *)(x + (size_t)t * K),
@@ -239,7 +239,7 @@ Test(simd, int8_weights_are_what_halves_become) {
     for (int i = 0; i < 2; i++) {
         qemb_backend *be;
         cr_assert_eq(op->open(&be, &c, &opt, NULL), 0);
-        place_matrices(op, be, &m[i], NULL);
+        load_matrices(op, be, &m[i], NULL);
         op->matmul(be, (qemb_act *)(i ? got : want), (qemb_act *)x, &m[i], T);
         op->close(be);
     }
