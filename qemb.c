@@ -573,7 +573,7 @@ void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
     mem->weights = (size_t)c->n_layers * (matrix_bytes(&w->wqkv) + matrix_bytes(&w->wo) +
                                           matrix_bytes(&w->wgu) + matrix_bytes(&w->wdown));
     mem->table = matrix_bytes(&f->weights.tok_emb);
-    mem->converted = ops->converted ? ops->converted(&f->weights, c->n_layers) : 0;
+    mem->repacked_bytes = ops->repacked_bytes ? ops->repacked_bytes(&f->weights, c->n_layers) : 0;
     const size_t arena = plan_activations(NULL, c, ops, max_rows(&o), o.batch_tokens, NULL);
     mem->n_parts = ops->plan ? ops->plan(mem->parts, f, &o, arena) : 0;
 }

@@ -259,7 +259,7 @@ typedef struct qemb_ops {
      * QEMB_PARTS. NULL: it has none, and the options of a GPU mean nothing to it. */
     int (*plan)(qemb_part *parts, const qemb_file *f, const qemb_options *opt, size_t arena);
     /* Bytes of memory that place takes for matrices in a form of its own. NULL: none. */
-    size_t (*converted)(const qemb_weights *w, int n_layers);
+    size_t (*repacked_bytes)(const qemb_weights *w, int n_layers);
     /* Adds what be knows to h. NULL: nothing goes wrong. */
     void (*health)(const qemb_backend *be, qemb_health *h);
 
@@ -320,7 +320,7 @@ typedef struct {
     size_t arena_text;  /* activations when one text of max_tokens comes */
     size_t weights;     /* bytes of the layers in the map: every batch reads them, or their copy */
     size_t table;       /* bytes of the embedding table, of which rows in use are read */
-    size_t converted;   /* the layers' matrices as the table copies them; 0: no copy */
+    size_t repacked_bytes;       /* the layers' matrices as the table copies them; 0: no copy */
     qemb_part parts[QEMB_PARTS]; /* (n_parts) the backend's own memory, activations included */
     int n_parts;
 } qemb_memory;

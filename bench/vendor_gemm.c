@@ -332,7 +332,7 @@ const qemb_ops *table_with_onednn(const qemb_ops *own) {
     if (own->math > QEMB_MATH_BF16 || own == &qemb_cpu_ops) return NULL;
     if (!lib.engine && dnnl_start(&lib.engine, &lib.stream)) die("oneDNN: does not start");
     lib.own = own, lib.table = *own;
-    lib.table.converted = NULL, lib.table.load_weights = lib_load_weights,
+    lib.table.repacked_bytes = NULL, lib.table.load_weights = lib_load_weights,
     lib.table.matmul = lib_matmul;
     lib.table.matmul_add = lib_matmul_add, lib.table.gate_up = lib_gate_up;
     return &lib.table;

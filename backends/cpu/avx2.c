@@ -725,7 +725,7 @@ static int is_named(const qemb_ops *ops, const char *name) {
 const qemb_ops *qemb_cpu_mapped(void) {
     const qemb_ops *found = NULL;
     for (int i = 0; qemb_cpu_table(i); i++)
-        if (qemb_cpu_table(i)->math == QEMB_MATH_F32 && !qemb_cpu_table(i)->converted)
+        if (qemb_cpu_table(i)->math == QEMB_MATH_F32 && !qemb_cpu_table(i)->repacked_bytes)
             found = qemb_cpu_table(i);
     return found;
 }

@@ -59,7 +59,7 @@ typedef struct arithmetic {
     void (*swiglu)(float *h, size_t ldh, int rows, int cols, const float *sums);
 } arithmetic;
 
-/* A table's open, what it says of `converted`, and its ops */
+/* A table's open, what it says of `repacked_bytes`, and its ops */
 int panels_open(qemb_backend **be, const arithmetic *a, const cpu_kernels *kernels,
                 const qemb_config *c, const qemb_options *opt, qemb_err *err);
 size_t panels_bytes(const arithmetic *a, const qemb_weights *w, int n_layers);
@@ -83,7 +83,7 @@ void panels_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act 
                             .open = open_##table,                                                  \
                             .close = simd_close,                                                   \
                             .load_weights = panels_load_weights,                                   \
-                            .converted = bytes_##table,                                            \
+                            .repacked_bytes = bytes_##table,                                       \
                             .arena = cpu_arena,                                                    \
                             .begin = cpu_begin,                                                    \
                             .embed = simd_embed,                                                   \

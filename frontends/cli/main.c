@@ -573,10 +573,10 @@ static int plan(const options *o) {
     if (!opt.max_tokens) opt.max_tokens = f->config.max_positions;
     qemb_plan(f, o->ops, &opt, &mem);
     printf("%10.1f MiB  layers, mapped: %s\n", mib(mem.weights),
-           mem.converted ? "read once, not kept in memory" : "every batch reads them");
-    if (mem.converted)
+           mem.repacked_bytes ? "read once, not kept in memory" : "every batch reads them");
+    if (mem.repacked_bytes)
         printf("%10.1f MiB  layers, copied for this CPU and --math: every batch reads them\n",
-               mib(mem.converted));
+               mib(mem.repacked_bytes));
     printf("%10.1f MiB  embedding table, mapped: rows in use are read\n", mib(mem.table));
     printf("%10.1f MiB  activations: one text of --max-tokens %d\n", mib(mem.arena_text),
            opt.max_tokens);

@@ -191,7 +191,7 @@ Test(simd, copied_weights_leave_the_map) {
         float out[512];
         qemb_pack_add(b, ids, 3);
         qemb_embed(m, b, out);
-        if (op->converted)
+        if (op->repacked_bytes)
             cr_assert_lt(resident(f->map), matrices / 2, "%s", op->name);
         else
             cr_assert_gt(resident(f->map), matrices * 3 / 4, "%s", op->name);
