@@ -480,12 +480,12 @@ struct qemb_model {
 };
 
 static int mlp_rows(const qemb_ops *ops) { return ops->mlp_rows ? ops->mlp_rows : QEMB_MLP_ROWS; }
-static int fit_rows(const qemb_ops *ops, int T) { return ops->fit ? ops->fit(T) : T; }
+static int padded_rows(const qemb_ops *ops, int T) { return ops->pad_rows ? ops->pad_rows(T) : T; }
 
 /* Lays the buffers for that many rows and texts end to end from base on; returns their bytes. */
 static size_t plan_activations(activations *a, const qemb_config *c, const qemb_ops *ops, int rows,
                                int texts, char *base) {
-    const size_t R = (size_t)fit_rows(ops, rows), B = (size_t)fit_rows(ops, texts);
+    const size_t R = (size_t)padded_rows(ops, rows), B = (size_t)padded_rows(ops, texts);
     const size_t C = (size_t)min_int((int)R, mlp_rows(ops)), D = (size_t)c->hidden;
     const size_t act = ops->act_size;
     const size_t Q = (size_t)c->n_heads * c->head_dim, KV = (size_t)c->n_kv_heads * c->head_dim;
@@ -592,7 +592,7 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
     qemb_model *m = calloc(1, sizeof *m);
     if (!m) return qemb_fail(err, "out_of_memory", "model: out of memory");
     m->file = f, m->ops = ops, m->opt = fill_options(c, ops, opt), m->w = f->weights;
-    const size_t rows = (size_t)fit_rows(ops, max_rows(&m->opt));
+    const size_t rows = (size_t)padded_rows(ops, max_rows(&m->opt));
     const size_t layers_bytes = c->n_layers * sizeof *m->w.layers;
     m->w.layers = malloc(layers_bytes);
     m->tokens = malloc(rows * sizeof *m->tokens);
@@ -739,7 +739,7 @@ static qemb_packed_batch lay_out(qemb_model *m, const qemb_batch *b) {
             m->tokens[t] = b->texts[i].ids[p], m->pos[t] = p;
     }
     m->cu[B] = t;
-    const int T = fit_rows(m->ops, t);
+    const int T = padded_rows(m->ops, t);
     if (T > t) m->cu[++B] = T;
     for (; t < T; t++) m->tokens[t] = m->file->config.eos_id, m->pos[t] = 0;
     return (qemb_packed_batch){B, T, P, m->tokens, m->pos, m->cu};

@@ -33,7 +33,7 @@ enum { BLOCKS_PER_SM = 8 }; /* of grid-stride kernels */
 constexpr double MIB = 1 << 20;
 
 /* Small batches run as CUDA graphs: 400 launches (4B) cost the host about as long as a short text costs
- * the GPU. A graph's sizes are fixed, so the engine fills a batch up to one of these numbers of rows (fit)
+ * the GPU. A graph's sizes are fixed, so the engine fills a batch up to one of these numbers of rows (pad_rows)
  * and each (rows, texts) has a graph of its own: a server of single queries lives on a dozen. Longer
  * batches keep the GPU busy for longer than their launches take, and rounding them up would cost more. */
 constexpr int GRAPH_ROWS[] = {16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024};
@@ -118,7 +118,7 @@ static void cuda_health(const qemb_backend *be, qemb_health *h) {
 }
 
 /* Rows that a batch is filled up to: a graph's, later a multiple of 16, which FP8 products want. */
-static int fit(int T) {
+static int pad_rows(int T) {
     for (int rows : GRAPH_ROWS)
         if (T <= rows) return rows;
     return (T + 15) / 16 * 16;
@@ -192,7 +192,7 @@ static size_t scale_bytes(const qemb_mat *m, bool fp8) {
 /* What the backend will take for layers like y (NULL: not told yet, nothing for them). */
 static device_sizes size_parts(const qemb_config *c, const qemb_options *opt, const qemb_layer *y,
                                bool fp8) {
-    const size_t R = (size_t)fit(std::max(opt->batch_tokens, opt->max_tokens));
+    const size_t R = (size_t)pad_rows(std::max(opt->batch_tokens, opt->max_tokens));
     const size_t D = (size_t)c->hidden, hd = (size_t)c->head_dim, Q = c->n_heads * hd;
     device_sizes s = {};
     s.staging = SLOTS * SLOT_BYTES;
@@ -457,7 +457,7 @@ static int open_math(qemb_backend **out, const qemb_config *c, const qemb_option
     if (!be) return qemb_fail(err, "out_of_memory", "backend: out of memory");
     be->c = c;
     be->threads = std::max(opt->threads, 1);
-    be->max_rows = fit(std::max(opt->batch_tokens, opt->max_tokens));
+    be->max_rows = pad_rows(std::max(opt->batch_tokens, opt->max_tokens));
     be->budget = opt->vram;
     be->fp8 = fp8;
     be->graphs_off = opt->no_graphs;
@@ -986,8 +986,8 @@ static int cuda_fp8_plan(qemb_part *p, const qemb_file *f, const qemb_options *o
 #define TABLE(NAME, MATH, OPEN, PLAN)                                                              \
     {                                                                                              \
         .name = NAME, .math = MATH, .act_size = sizeof(act), .batch_tokens = 8192,                 \
-        .mlp_rows = MLP_ROWS, .narrow = 1, .fit = fit, .plan = PLAN, .repacked_bytes = nullptr,    \
-        .health = cuda_health, .open = OPEN, .close = cuda_close,                                  \
+        .mlp_rows = MLP_ROWS, .narrow = 1, .pad_rows = pad_rows, .plan = PLAN,                     \
+        .repacked_bytes = nullptr, .health = cuda_health, .open = OPEN, .close = cuda_close,       \
         .load_weights = cuda_load_weights, .arena = cuda_arena, .begin = cuda_begin,               \
         .embed = cuda_embed, .rmsnorm = cuda_rmsnorm, .matmul = cuda_matmul,                       \
         .matmul_add = cuda_matmul_add, .qknorm_rope = cuda_qknorm_rope,                            \

@@ -252,8 +252,8 @@ typedef struct qemb_ops {
                          computed again by qemb_cpu_mapped's table */
 
     /* Rows that a batch of T rows is filled up to, by one more text that is not pooled; at least T,
-     * never less for a larger T, fit(fit(T)) = fit(T). Buffers have room for that many. NULL: T. */
-    int (*fit)(int T);
+     * never less for a larger T, pad_rows(pad_rows(T)) = pad_rows(T). Buffers have room for that many. NULL: T. */
+    int (*pad_rows)(int T);
     /* The backend's own memory (a GPU's), part by part, as open, place and arena will take it for f
      * with opt filled in and `arena` bytes of activations. Returns the number of parts, at most
      * QEMB_PARTS. NULL: it has none, and the options of a GPU mean nothing to it. */

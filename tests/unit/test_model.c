@@ -469,14 +469,14 @@ static void spy_health(const qemb_backend *be, qemb_health *h) {
     h->clamped += 3;
     h->failure = spy_failure;
 }
-static int fit_to_16(int T) { return (T + 15) / 16 * 16; }
+static int pad_to_16(int T) { return (T + 15) / 16 * 16; }
 
 static void check_narrow(void) {
     const qemb_config *c = &small_configs[0];
     qemb_file *f = open_model(c, 4, 1);
     qemb_ops spy = *ops;
     spy.begin = spy_begin, spy.pool = spoiling_pool, spy.health = spy_health, spy.narrow = 1;
-    spy.fit = fit_to_16;
+    spy.pad_rows = pad_to_16;
     qemb_model *m, *cpu;
     qemb_err err;
     const qemb_options opt = {.batch_tokens = 100, .threads = 2};
