@@ -24,11 +24,12 @@ LIBS     := -ljansson -lcrypto -lm
 BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-CPU     := $(patsubst %,backends/cpu/%,row_ops packed_gemm avx2 avx512 avx512_attention)
+CPU     := $(patsubst %,backends/cpu/%,memory threads row_ops packed_gemm avx2 avx512 avx512_attention dispatch)
 ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error
 SHARED  := $(patsubst %,frontends/%,select_ops record_tokenizer format input)
 CLI     := $(patsubst %,frontends/cli/%,main pipeline output)
 FRONT   := $(CLI) $(SHARED)
+BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main http listen api model_worker queue cache redis metrics) $(SHARED)
 TESTS   := model_file format input model ops serve_cache serve_queue simd tokenizer
 FUZZERS := file jsonl request tokenizer
@@ -86,13 +87,13 @@ define variant
 build/$(1)/%.o: %.c | need-build
 	@mkdir -p $$(@D)
 	$(2) $(BASE) $(3) -c $$< -o $$@
-build/$(1)/qemb: $$(patsubst %,build/$(1)/%.o,$(FRONT) $(ENGINE))
+build/$(1)/qemb: $$(patsubst %,build/$(1)/%.o,$(FRONT) $(BACKEND) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
-build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$(SERVE) $(ENGINE))
+build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$(SERVE) $(BACKEND) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
 build/$(1)/test_%: build/$(1)/tests/unit/test_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/oracle tests/unit/support $(TESTED) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
-build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/limits bench/vendor_gemm frontends/select_ops frontends/format $(ENGINE))
+build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/limits bench/vendor_gemm frontends/select_ops frontends/format $(BACKEND) $(ENGINE))
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
@@ -169,7 +170,7 @@ JOBS     := $(shell nproc)
 SUBMAKE   = $(MAKE) -s -j$(JOBS)
 C_TESTS   = $(TESTS:%=build/release/test_%) $(TESTS:%=build/asan/test_%)
 FUZZ_BINS = $(FUZZERS:%=build/fuzz/fuzz_%)
-CLANG_OBJ = $(patsubst %,build/clang/%.o,$(sort $(FRONT) $(SERVE) $(ENGINE)))
+CLANG_OBJ = $(patsubst %,build/clang/%.o,$(sort $(FRONT) $(SERVE) $(BACKEND) $(ENGINE)))
 
 test: need-test $(VENV_TEST) ## install what is missing, run everything (C, sanitizers, fuzzers, Python, the server, emulated CUDA)
 	@echo "building"; $(SUBMAKE) test-programs

@@ -15,7 +15,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -374,60 +373,9 @@ int qemb_l2_normalize(float *dst, const float *src, int dim) {
 
 /* ---- the CPU backend: threads and memory ------------------------------------------------------ */
 
-/* Address space: pages become memory when they are first written. */
-void *cpu_map(qemb_backend *be, int slot, size_t bytes, qemb_err *err) {
-    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                   -1, 0);
-    if (p == MAP_FAILED) {
-        qemb_fail(err, "out_of_memory", "memory: cannot map %zu bytes", bytes);
-        return NULL;
-    }
-    madvise(p, bytes, MADV_HUGEPAGE); /* where it may: a matmul's rows lie many small pages apart */
-    be->maps[slot] = p;
-    be->map_bytes[slot] = bytes;
-    return p;
-}
-
-void *cpu_arena(qemb_backend *be, size_t bytes, qemb_err *err) {
-    return cpu_map(be, CPU_MAP_ARENA, bytes, err);
-}
-
-void cpu_close(qemb_backend *be) {
-    if (!be) return;
-    for (int i = 0; i < CPU_MAPS; i++)
-        if (be->maps[i]) munmap(be->maps[i], be->map_bytes[i]);
-    free(be);
-}
-
-int cpu_open_scratch(qemb_backend **out, const qemb_config *c, const qemb_options *opt,
-                     size_t scratch_floats, size_t packed_floats, qemb_err *err) {
-    qemb_backend *be = calloc(1, sizeof *be);
-    if (!be) return qemb_fail(err, "out_of_memory", "backend: out of memory");
-    be->c = c;
-    be->threads = opt->threads;
-    be->on_layer_loaded = opt->on_layer_loaded;
-    be->scratch_floats = (scratch_floats + 15) / 16 * 16;
-    be->rope =
-        cpu_map(be, CPU_MAP_ROPE, (size_t)opt->max_tokens * c->head_dim * sizeof(float), err);
-    be->scratch =
-        cpu_map(be, CPU_MAP_SCRATCH, be->threads * be->scratch_floats * sizeof(float), err);
-    if (packed_floats) be->packed = cpu_map(be, CPU_MAP_PACKED, packed_floats * sizeof(float), err);
-    if (!be->rope || !be->scratch || (packed_floats && !be->packed)) {
-        cpu_close(be);
-        return -1;
-    }
-    *out = be;
-    return 0;
-}
-
 static int cpu_open(qemb_backend **out, const qemb_config *c, const qemb_options *opt,
                     qemb_err *err) {
     return cpu_open_scratch(out, c, opt, attention_scratch_floats(c), 0, err);
-}
-
-int cpu_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
-    (void)be, (void)w, (void)err; /* the CPU reads the file's map */
-    return 0;
 }
 
 void cpu_begin(qemb_backend *be, const qemb_packed_batch *b) {
@@ -475,7 +423,7 @@ struct qemb_model {
     qemb_weights w; /* as the backend placed them; w.layers is owned */
     activations a;
     int32_t *tokens, *pos, *cu; /* the layout of the batch that computes */
-    qemb_model *exact;          /* the same model on the CPU, if ops is narrow */
+    qemb_model *fallback;       /* the same model over ops->fallback, or NULL */
     uint64_t recomputed;
 };
 
@@ -578,12 +526,12 @@ void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
     mem->n_parts = ops->plan ? ops->plan(mem->parts, f, &o, arena) : 0;
 }
 
-/* A narrow table's stand-in: one text at a time, opened now so that nothing can be missing then. Its
+/* Computes vectors again that overflowed: one text at a time, opened now so that nothing can be missing then. Its
  * memory is address space until it is used. */
-static int open_exact(qemb_model *m, qemb_err *err) {
+static int open_fallback(qemb_model *m, qemb_err *err) {
     qemb_options o = m->opt;
     o.batch_tokens = 1;
-    return qemb_open(&m->exact, m->file, qemb_cpu_mapped(), &o, err);
+    return qemb_open(&m->fallback, m->file, m->ops->fallback(), &o, err);
 }
 
 int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
@@ -610,7 +558,7 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
         bad = !base;
         if (base) plan_activations(&m->a, c, ops, (int)rows, m->opt.batch_tokens, base);
     }
-    bad = bad || (ops->narrow && open_exact(m, err));
+    bad = bad || (ops->fallback && open_fallback(m, err));
     if (bad) {
         qemb_close(m);
         return -1;
@@ -622,7 +570,7 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
 void qemb_close(qemb_model *m) {
     if (!m) return;
     m->ops->close(m->be);
-    qemb_close(m->exact);
+    qemb_close(m->fallback);
     free(m->w.layers);
     free(m->tokens);
     free(m->pos);
@@ -755,7 +703,7 @@ static int all_finite(const float *x, size_t n) {
 static void compute_again(qemb_model *m, const packed_text *text, float *out) {
     packed_text texts[1] = {*text};
     const qemb_batch alone = {.B = 1, .texts = texts};
-    qemb_embed(m->exact, &alone, out);
+    qemb_embed(m->fallback, &alone, out);
     m->recomputed++;
 }
 
@@ -764,7 +712,7 @@ void qemb_embed(qemb_model *m, const qemb_batch *b, float *out) {
     const size_t D = (size_t)m->file->config.hidden;
     const qemb_packed_batch layout = lay_out(m, b);
     qemb_forward(m, &layout, out, b->B);
-    if (!m->exact || qemb_health_of(m).failure) return; /* without its device a run has to end */
+    if (!m->fallback || qemb_health_of(m).failure) return; /* without its device a run has to end */
     for (int i = 0; i < b->B; i++)
         if (!all_finite(out + (size_t)i * D, D))
             compute_again(m, &b->texts[i], out + (size_t)i * D);

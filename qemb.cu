@@ -986,7 +986,7 @@ static int cuda_fp8_plan(qemb_part *p, const qemb_file *f, const qemb_options *o
 #define TABLE(NAME, MATH, OPEN, PLAN)                                                              \
     {                                                                                              \
         .name = NAME, .math = MATH, .act_size = sizeof(act), .batch_tokens = 8192,                 \
-        .mlp_rows = MLP_ROWS, .narrow = 1, .pad_rows = pad_rows, .plan = PLAN,                     \
+        .mlp_rows = MLP_ROWS, .fallback = qemb_cpu_mapped, .pad_rows = pad_rows, .plan = PLAN,     \
         .repacked_bytes = nullptr, .health = cuda_health, .open = OPEN, .close = cuda_close,       \
         .load_weights = cuda_load_weights, .arena = cuda_arena, .begin = cuda_begin,               \
         .embed = cuda_embed, .rmsnorm = cuda_rmsnorm, .matmul = cuda_matmul,                       \

@@ -248,9 +248,10 @@ typedef struct qemb_ops {
     size_t act_size;  /* bytes of one qemb_act */
     int batch_tokens; /* rows of a bulk batch unless the options say; 0: QEMB_BATCH_TOKENS */
     int mlp_rows;     /* rows that the MLP works on at a time; 0: QEMB_MLP_ROWS */
-    int narrow;       /* activations overflow where floats do not: a vector that is not finite is
-                         computed again by qemb_cpu_mapped's table */
 
+    /* The table that computes a vector again if this one's is not finite, for tables whose activations
+     * overflow where floats do not. It reads the map and copies no weights. NULL: cannot overflow. */
+    const struct qemb_ops *(*fallback)(void);
     /* Rows that a batch of T rows is filled up to, by one more text that is not pooled; at least T,
      * never less for a larger T, pad_rows(pad_rows(T)) = pad_rows(T). Buffers have room for that many. NULL: T. */
     int (*pad_rows)(int T);
@@ -300,14 +301,20 @@ typedef struct qemb_ops {
     void (*pool)(qemb_backend *be, float *out, const float *x, const float *w, int B);
 } qemb_ops;
 
-extern const qemb_ops qemb_cpu_ops; /* qemb.c: plain C, OpenMP; "plain" */
-/* avx2.c: the tables that this machine's CPU can run, "plain" first, the fastest of each
- * arithmetic last; NULL past the end. By name and arithmetic; a name of NULL is the fastest. NULL:
- * unknown here. */
+/* qemb.c: plain C, OpenMP; "plain" */
+extern const qemb_ops qemb_cpu_ops;
+/* backends/cpu/dispatch.c: the tables that this machine's CPU can run, "plain" first, the fastest of
+ * each arithmetic last; NULL past the end. */
 const qemb_ops *qemb_cpu_table(int i);
+/* By name and arithmetic; a name of NULL is the fastest. NULL: unknown here. */
 const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math);
-const qemb_ops *
-qemb_cpu_mapped(void); /* the fastest in float that reads the map and copies nothing */
+/* The fastest in float that reads the map and copies nothing. */
+const qemb_ops *qemb_cpu_mapped(void);
+
+/* The backend that a program is linked with, backends/cpu/backend.c or backends/cuda/backend.c: its
+ * tables, the fastest of each arithmetic last, NULL past the end, and its default arithmetic. */
+const qemb_ops *qemb_backend_table(int i);
+extern const qemb_math qemb_backend_math;
 
 /* ---- the engine ---------------------------------------------------------------------------- */
 

@@ -1,15 +1,9 @@
-/* select_ops.c - --cpu and --math -> the ops table that computes, for every front end. The program of
- * another backend has its own tables and its own arithmetic here: it is built with OPS_TABLE and
- * OPS_MATH. */
+/* select_ops.c - --cpu and --math -> the ops table that computes. The tables are those of the backend
+ * that the program is linked with, and with --cpu the CPU's in every program. */
 #include "frontend.h"
 
 #include <stdio.h>
 #include <string.h>
-
-#ifndef OPS_TABLE
-#define OPS_TABLE qemb_cpu_table
-#define OPS_MATH  QEMB_MATH_F32
-#endif
 
 static const char *const math_names[] = {"f32",  "bf16", "int16",
                                          "int8", "fp8",  "f16"}; /* qemb_math */
@@ -35,9 +29,9 @@ static const qemb_ops *no_such_cpu(const char *cpu, qemb_err *err) {
 static const qemb_ops *no_such_math(const char *cpu, const char *math, qemb_err *err) {
     char want[80] = "";
     for (int m = 0; m < LENGTH(math_names); m++)
-        for (int i = 0; OPS_TABLE(i); i++)
+        for (int i = 0; qemb_backend_table(i); i++)
             if (cpu ? qemb_cpu_choose(cpu, (qemb_math)m) != NULL
-                    : OPS_TABLE(i)->math == (qemb_math)m)
+                    : qemb_backend_table(i)->math == (qemb_math)m)
                 list(want, sizeof want, math_names[m]);
     qemb_fail(err, "usage", "--math: not with this %s (got %.40s, want %s)",
               cpu ? "--cpu" : "program on this machine", math, want);
@@ -46,13 +40,13 @@ static const qemb_ops *no_such_math(const char *cpu, const char *math, qemb_err 
 
 const qemb_ops *choose_ops(const char *cpu, const char *math, qemb_err *err) {
     const qemb_ops *found = NULL;
-    int m = cpu ? QEMB_MATH_F32 : OPS_MATH;
+    int m = cpu ? QEMB_MATH_F32 : qemb_backend_math;
     if (cpu && !qemb_cpu_choose(cpu, QEMB_MATH_F32)) return no_such_cpu(cpu, err);
     if (math)
         for (m = 0; m < LENGTH(math_names) && strcmp(math, math_names[m]);) m++;
     if (m == LENGTH(math_names)) return no_such_math(cpu, math, err);
     if (cpu) found = qemb_cpu_choose(cpu, (qemb_math)m);
-    for (int i = 0; !cpu && OPS_TABLE(i); i++) /* the last one is the fastest */
-        if (OPS_TABLE(i)->math == (qemb_math)m) found = OPS_TABLE(i);
+    for (int i = 0; !cpu && qemb_backend_table(i); i++) /* the last one is the fastest */
+        if (qemb_backend_table(i)->math == (qemb_math)m) found = qemb_backend_table(i);
     return found ? found : no_such_math(cpu, math, err);
 }

@@ -1,4 +1,4 @@
-/* avx2.c - the CPU's ops with vector instructions, and the choice among the tables.
+/* avx2.c - the CPU's ops with AVX2.
  *
  * One binary runs anywhere: a function says for which instructions it is compiled, and a table of
  * them is handed out only where the CPU has those. Here: AVX2 with FMA and F16C (x86 since 2013).
@@ -14,7 +14,6 @@
 #if defined(__x86_64__)
 
 #include <assert.h>
-#include <cpuid.h>
 #include <immintrin.h>
 #include <math.h>
 
@@ -658,7 +657,7 @@ static int avx2_open(qemb_backend **be, const qemb_config *c, const qemb_options
     return simd_open(be, c, opt, &kernels, 0, 0, err);
 }
 
-static const qemb_ops avx2_ops = {
+const qemb_ops avx2_ops = {
     .name = "avx2",
     .act_size = sizeof(float),
     .open = avx2_open,
@@ -677,63 +676,4 @@ static const qemb_ops avx2_ops = {
     .pool = simd_pool,
 };
 
-/* The builtin knows whether the system saves the wide registers, but not of F16C in every compiler:
- * that is bit 29 of ECX in leaf 1. */
-static int has_avx2(void) {
-    unsigned eax, ebx, ecx = 0, edx;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx >> 29 & 1;
-}
-
-/* The builtin knows what the system saves of AVX-512's registers. Not every compiler's knows BF16:
- * bit 5 of EAX in leaf 7, 1. */
-static int has_avx512(void) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("bmi2");
-}
-
-static int has_avx512_bf16(void) {
-    unsigned eax, ebx, ecx, edx;
-    return has_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1;
-}
-
-static int has_avx512_vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
-
 #endif
-
-/* ---- the choice ------------------------------------------------------------------------------- */
-
-const qemb_ops *qemb_cpu_table(int i) {
-    const qemb_ops *tables[6] = {&qemb_cpu_ops};
-    int n = 1;
-#if defined(__x86_64__)
-    if (has_avx2()) tables[n++] = &avx2_ops;
-    if (has_avx512()) tables[n++] = &avx512_ops;
-    if (has_avx512_vnni() && has_avx512_bf16()) tables[n++] = &avx512_bf16_ops;
-    if (has_avx512_vnni()) tables[n++] = &avx512_int16_ops, tables[n++] = &avx512_int8_ops;
-#endif
-    return i >= 0 && i < n ? tables[i] : NULL;
-}
-
-/* Names are those of the instructions, and for other arithmetic than float, with that: avx512-bf16. */
-static int is_named(const qemb_ops *ops, const char *name) {
-    const size_t n = strlen(name);
-    return !strcmp(ops->name, name) || (n && !strncmp(ops->name, name, n) && ops->name[n] == '-');
-}
-
-const qemb_ops *qemb_cpu_mapped(void) {
-    const qemb_ops *found = NULL;
-    for (int i = 0; qemb_cpu_table(i); i++)
-        if (qemb_cpu_table(i)->math == QEMB_MATH_F32 && !qemb_cpu_table(i)->repacked_bytes)
-            found = qemb_cpu_table(i);
-    return found;
-}
-
-const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math) {
-    const qemb_ops *found = NULL;
-    for (int i = 0; qemb_cpu_table(i); i++)
-        if (qemb_cpu_table(i)->math == math && (!name || is_named(qemb_cpu_table(i), name)))
-            found = qemb_cpu_table(i);
-    return found;
-}

@@ -74,6 +74,9 @@ void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_pack
 /* run(job, 0 .. items-1, ...), each once, in this thread (number 0) and its helpers (1, 2, ...) */
 typedef void (*cpu_item)(const void *job, int item, int thread);
 void cpu_parallel(struct cpu_pool *p, int items, cpu_item run, const void *job);
+/* threads - 1 helpers; 0, or -1 with err filled. The caller closes; NULL may be closed. */
+int cpu_pool_open(struct cpu_pool **p, int threads, qemb_err *err);
+void cpu_pool_close(struct cpu_pool *p);
 
 /* Takes a file's mapped pages within [p, p + bytes) out of this process's memory */
 void cpu_give_back(const void *p, size_t bytes);
@@ -120,6 +123,8 @@ void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
 void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
 void simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B);
 
+/* avx2.c: for CPUs with AVX2, FMA and F16C. */
+extern const qemb_ops avx2_ops;
 /* avx512.c: for CPUs with BMI2 and AVX-512 F, BW, DQ and VL; the second wants BF16 and VNNI as well,
  * the others VNNI. Their attention multiplies integers of 16 bits, the first one's floats. */
 extern const qemb_ops avx512_ops, avx512_bf16_ops, avx512_int16_ops, avx512_int8_ops;

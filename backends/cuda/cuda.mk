@@ -18,9 +18,8 @@ EMU_CC      := -std=c11 -D_GNU_SOURCE -I. -g $(EMU_WARN)
 CXX         ?= g++
 comma       := ,
 
-CUDA_CHOICE := -include backends/cuda/qemb_cuda.h -DOPS_TABLE=qemb_cuda_table -DOPS_MATH=QEMB_MATH_F16
-CUDA_PROGRAM = $(filter-out %/select_ops,$(FRONT)) $(ENGINE)
-CUDA_SERVE   = $(filter-out %/select_ops,$(SERVE)) $(ENGINE)
+CUDA_PROGRAM = $(FRONT) backends/cuda/backend $(ENGINE)
+CUDA_SERVE   = $(SERVE) backends/cuda/backend $(ENGINE)
 
 .PHONY: test-emu emu-values emu-sanitizers emu-races emu-program emu-mutants cuda-archs mutants gpu-test gpu-check gpu-bench
 ifeq ($(wildcard $(CUDA)/include/cuda_fp16.h),)
@@ -42,19 +41,16 @@ build/$(1)/%.o: %.c $$(C_HEADERS)
 	$$(CC) $$(EMU_CC) -O3 -fopenmp $(3) -c $$< -o $$@
 build/$(1)/test_cuda: $$(patsubst %.cu,build/$(1)/%.cu.o,qemb.cu $$(EMU_TESTS)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES)) $$(patsubst %.c,build/$(1)/%.o,$$(EMU_C))
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -lcrypto -lm -o $$@
-build/$(1)/select_ops-cuda.o: frontends/select_ops.c $$(C_HEADERS)
-	@mkdir -p $$(@D)
-	$$(CC) $$(EMU_CC) -O2 $$(CUDA_CHOICE) $(3) -c $$< -o $$@
-build/$(1)/qemb-cuda: build/$(1)/select_ops-cuda.o build/$(1)/qemb.cu.o $$(patsubst %,build/$(1)/%.o,$$(CUDA_PROGRAM)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
+build/$(1)/qemb-cuda: build/$(1)/qemb.cu.o $$(patsubst %,build/$(1)/%.o,$$(CUDA_PROGRAM)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -ljansson -lcrypto -lm -o $$@
-build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$$(CUDA_SERVE)) build/$(1)/select_ops-cuda.o build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
+build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$$(CUDA_SERVE)) build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ $$(SERVE_LIBS) -ljansson -lcrypto -lm -o $$@
 endef
 $(eval $(call emu,emu,-O2 -fopenmp,))
 $(eval $(call emu,emu-asan,-O1 -fopenmp,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all))
 $(eval $(call emu,emu-race,-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie,-DEMU_RACE))
 
-build/emu/qemb-cpu: $(patsubst %,build/emu/%.o,$(CUDA_PROGRAM) frontends/select_ops)
+build/emu/qemb-cpu: $(patsubst %,build/emu/%.o,$(FRONT) $(BACKEND) $(ENGINE))
 	$(CC) $(EMU_CC) -O2 -fopenmp $^ -ljansson -lcrypto -lm -o $@
 
 test-emu: emu-values emu-sanitizers emu-races emu-program emu-mutants ## CUDA kernels and the CUDA program on the CPU (make -j2): values, sanitizers, races, mutants
@@ -103,14 +99,11 @@ build/cuda/%.o: %.c $(C_HEADERS)
 build/cuda/test_cuda: $(patsubst %.cu,build/cuda/%.cu.o,qemb.cu $(EMU_TESTS)) $(patsubst %.c,build/cuda/%.o,$(EMU_C))
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -lcrypto -lm -o $@
 
-build/cuda/select_ops-cuda.o: frontends/select_ops.c $(C_HEADERS)
-	@mkdir -p $(@D)
-	$(CC) $(EMU_CC) -O2 $(CUDA_CHOICE) -c $< -o $@
-build/cuda/qemb-cuda: build/cuda/select_ops-cuda.o build/cuda/qemb.cu.o $(patsubst %,build/cuda/%.o,$(CUDA_PROGRAM))
+build/cuda/qemb-cuda: build/cuda/qemb.cu.o $(patsubst %,build/cuda/%.o,$(CUDA_PROGRAM))
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -ljansson -lcrypto -lm -o $@
 qemb-cuda: build/cuda/qemb-cuda ## qemb for NVIDIA GPUs: same options, same protocol
 	cp build/cuda/qemb-cuda qemb-cuda
-build/cuda/qemb-serve: $(patsubst %,build/cuda/%.o,$(CUDA_SERVE)) build/cuda/select_ops-cuda.o build/cuda/qemb.cu.o
+build/cuda/qemb-serve: $(patsubst %,build/cuda/%.o,$(CUDA_SERVE)) build/cuda/qemb.cu.o
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(SERVE_LIBS) -ljansson -lcrypto -lm -o $@
 qemb-serve-cuda: need-serve build/cuda/qemb-serve ## qemb-serve for NVIDIA GPUs: same options and requests
 	cp build/cuda/qemb-serve qemb-serve-cuda

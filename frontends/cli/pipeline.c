@@ -392,7 +392,7 @@ static void print_summary(const writer *w) {
         " truncated, %" PRIu64 " errors, peak memory %.1f MiB",
         w->batches, w->distinct, w->saved, w->truncated, w->errors, peak_mib());
     const qemb_health h = qemb_health_of(w->p->model);
-    if (w->p->opt->ops->narrow)
+    if (w->p->opt->ops->fallback)
         say("%" PRIu64 " vectors recomputed on the CPU, %" PRIu64 " numbers clamped", h.recomputed,
             h.clamped);
 }

@@ -190,7 +190,7 @@ FLAGS = {  # per net: flags of the code under test; objects that the mutants sha
     "emu-race": "-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie -DEMU_RACE".split(),
 }
 SHARED = [f"tests/cuda/emu/emu_{x}.o" for x in ("fibers", "runtime", "race", "hopper", "cublaslt")] + \
-         ["qemb.o", *(f"backends/cpu/{x}.o" for x in ("row_ops", "packed_gemm", "avx2", "avx512", "avx512_attention")), "lib/model_file.o", "lib/error.o", "tests/unit/oracle.o", "tests/unit/support.o", "tests/cuda/cuda_main.cu.o"]
+         ["qemb.o", *(f"backends/cpu/{x}.o" for x in ("memory", "threads", "row_ops", "packed_gemm", "avx2", "avx512", "avx512_attention", "dispatch")), "lib/model_file.o", "lib/error.o", "tests/unit/oracle.o", "tests/unit/support.o", "tests/cuda/cuda_main.cu.o"]
 
 
 def find_cuda():

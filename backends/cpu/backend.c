@@ -1,0 +1,6 @@
+/* backend.c - linked into a program, makes the CPU its backend. */
+#include "qemb.h"
+
+const qemb_math qemb_backend_math = QEMB_MATH_F32;
+
+const qemb_ops *qemb_backend_table(int i) { return qemb_cpu_table(i); }

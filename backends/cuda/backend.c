@@ -1,0 +1,6 @@
+/* backend.c - linked into a program, makes the GPU its backend. */
+#include "qemb_cuda.h"
+
+const qemb_math qemb_backend_math = QEMB_MATH_F16;
+
+const qemb_ops *qemb_backend_table(int i) { return qemb_cuda_table(i); }
