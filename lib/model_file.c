@@ -37,7 +37,6 @@ enum {
 static const uint8_t MAGIC[8] = {'q', 'e', 'm', 'b', '\r', '\n', 0x1a, '\n'};
 
 /* Every message about a file names the file first. */
-#define REFUSE(...) refuse(path, err, __VA_ARGS__)
 __attribute__((format(printf, 3, 4))) static int refuse(const char *path, qemb_err *err,
                                                         const char *fmt, ...) {
     char what[256];
@@ -95,32 +94,38 @@ static int read_config(qemb_config *c, const uint8_t *map, const char *path, qem
     for (int i = 0; i < N_CONFIG; i++) {
         uint32_t v = get_u32(map + 72 + 4 * i);
         if (v < fields[i].min || v > fields[i].max)
-            return REFUSE("%s: out of range (got %" PRIu32 ", want %" PRIu32 "..%" PRIu32 ")",
+            return refuse(path, err,
+                          "%s: out of range (got %" PRIu32 ", want %" PRIu32 "..%" PRIu32 ")",
                           fields[i].name, v, fields[i].min, fields[i].max);
         *fields[i].value = (int32_t)v;
     }
     c->rope_theta = get_f32(map + 108);
     c->rms_eps = get_f32(map + 112);
     if (c->n_heads % c->n_kv_heads)
-        return REFUSE("n_heads: not a multiple of n_kv_heads (got %d, want a multiple of %d)",
+        return refuse(path, err,
+                      "n_heads: not a multiple of n_kv_heads (got %d, want a multiple of %d)",
                       c->n_heads, c->n_kv_heads);
-    if (c->head_dim % 2) return REFUSE("head_dim: odd (got %d, want even)", c->head_dim);
+    if (c->head_dim % 2) return refuse(path, err, "head_dim: odd (got %d, want even)", c->head_dim);
     if (c->eos_id >= c->vocab)
-        return REFUSE("eos_id: outside the vocabulary (got %d, want 0..%d)", c->eos_id,
+        return refuse(path, err, "eos_id: outside the vocabulary (got %d, want 0..%d)", c->eos_id,
                       c->vocab - 1);
     if (!(c->rope_theta >= 1 && c->rope_theta <= 1e12f))
-        return REFUSE("rope_theta: out of range (got %g, want 1..1e12)", (double)c->rope_theta);
+        return refuse(path, err, "rope_theta: out of range (got %g, want 1..1e12)",
+                      (double)c->rope_theta);
     if (!(c->rms_eps > 0 && c->rms_eps < 1))
-        return REFUSE("rms_eps: out of range (got %g, want 0..1)", (double)c->rms_eps);
+        return refuse(path, err, "rms_eps: out of range (got %g, want 0..1)", (double)c->rms_eps);
     return 0;
 }
 
-/* ---- the layout that a config implies -------------------------------------------------------- */
+/* ---- the sections that a config implies ------------------------------------------------------ */
 
+/* What the directory has to say of a section, and where its pointer goes. */
 typedef struct {
     char name[NAME_BYTES];
     qemb_dtype dtype;
     uint64_t rows, cols;
+    qemb_mat *matrix;     /* bound to the section, or NULL */
+    const float **vector; /* bound to the section, or NULL */
 } section;
 
 static uint64_t dtype_bytes(qemb_dtype d) {
@@ -138,37 +143,50 @@ put(section *s, qemb_dtype dtype, uint64_t rows, uint64_t cols, const char *fmt,
     return s + 1;
 }
 
-/* A layer's matrix, with its scales behind it if it is INT8. */
-static section *put_matrix(section *s, qemb_dtype dtype, uint64_t rows, uint64_t cols, int layer,
+static section *put_vector(section *s, const float **vector, uint64_t n, int layer,
                            const char *name) {
-    s = put(s, dtype, rows, cols, "layers.%d.%s", layer, name);
-    return dtype == QEMB_I8
-               ? put(s, QEMB_F32, rows, QEMB_GROUPS(cols), "layers.%d.%s.scale", layer, name)
-               : s;
+    section *next = put(s, QEMB_F32, 1, n, "layers.%d.%s", layer, name);
+    s->vector = vector;
+    return next;
 }
 
-/* The sections of a file with this config and layers' matrices of that dtype, in order. The sizes
- * of the four tables are the file's own business: their entries say 0 rows (merges) or 0 cols
- * (blobs) here. */
-static void expected_sections(section *s, const qemb_config *c, qemb_dtype matrix) {
+/* A layer's matrix. The scales of an INT8 matrix are the section that follows. */
+static section *put_matrix(section *s, qemb_mat *matrix, qemb_dtype dtype, uint64_t rows,
+                           uint64_t cols, int layer, const char *name) {
+    section *next = put(s, dtype, rows, cols, "layers.%d.%s", layer, name);
+    s->matrix = matrix;
+    if (dtype != QEMB_I8) return next;
+    s = next;
+    next = put(s, QEMB_F32, rows, QEMB_GROUPS(cols), "layers.%d.%s.scale", layer, name);
+    s->vector = &matrix->scale;
+    return next;
+}
+
+/* The one list of sections, in the order of the file, for this config and this dtype of the layers'
+ * matrices. The file itself decides the sizes of the four tables: 0 rows (merges) or 0 cols (the
+ * others) stand for them here. */
+static void expected_sections(section *s, const qemb_config *c, qemb_dtype dtype, qemb_weights *w) {
     const uint64_t D = c->hidden, F = c->ffn, hd = c->head_dim;
     const uint64_t Q = c->n_heads * hd, KV = c->n_kv_heads * hd;
     s = put(s, QEMB_U32, 0, 2, "merges");
     s = put(s, QEMB_U8, 1, 0, "added_tokens");
     s = put(s, QEMB_U8, 1, 0, "prompts");
     s = put(s, QEMB_U8, 1, 0, "provenance");
-    s = put(s, QEMB_F16, c->vocab, D, "tok_emb");
+    put(s, QEMB_F16, c->vocab, D, "tok_emb");
+    s++->matrix = &w->tok_emb;
     for (int l = 0; l < c->n_layers; l++) {
-        s = put(s, QEMB_F32, 1, D, "layers.%d.attn_norm", l);
-        s = put_matrix(s, matrix, Q + 2 * KV, D, l, "wqkv");
-        s = put(s, QEMB_F32, 1, hd, "layers.%d.q_norm", l);
-        s = put(s, QEMB_F32, 1, hd, "layers.%d.k_norm", l);
-        s = put_matrix(s, matrix, D, Q, l, "wo");
-        s = put(s, QEMB_F32, 1, D, "layers.%d.mlp_norm", l);
-        s = put_matrix(s, matrix, 2 * F, D, l, "wgu");
-        s = put_matrix(s, matrix, D, F, l, "wdown");
+        qemb_layer *y = &w->layers[l];
+        s = put_vector(s, &y->attn_norm, D, l, "attn_norm");
+        s = put_matrix(s, &y->wqkv, dtype, Q + 2 * KV, D, l, "wqkv");
+        s = put_vector(s, &y->q_norm, hd, l, "q_norm");
+        s = put_vector(s, &y->k_norm, hd, l, "k_norm");
+        s = put_matrix(s, &y->wo, dtype, D, Q, l, "wo");
+        s = put_vector(s, &y->mlp_norm, D, l, "mlp_norm");
+        s = put_matrix(s, &y->wgu, dtype, 2 * F, D, l, "wgu");
+        s = put_matrix(s, &y->wdown, dtype, D, F, l, "wdown");
     }
     put(s, QEMB_F32, 1, D, "final_norm");
+    s->vector = &w->final_norm;
 }
 
 /* Compares the directory with the layout; on success offset[i] is where section i lies. want's
@@ -183,24 +201,27 @@ static int check_directory(const qemb_file *f, section *want, uint64_t *offset, 
             char got[NAME_BYTES + 1] = {0};
             for (int k = 0; k < NAME_BYTES && e[k]; k++)
                 got[k] = e[k] < 32 || e[k] > 126 ? '?' : e[k];
-            return REFUSE("section %" PRIu32 ": name (got \"%s\", want \"%s\")", i, got, w->name);
+            return refuse(path, err, "section %" PRIu32 ": name (got \"%s\", want \"%s\")", i, got,
+                          w->name);
         }
         uint32_t dtype = get_u32(e + 48);
         uint64_t rows = get_u64(e + 56), cols = get_u64(e + 64);
         uint64_t at = get_u64(e + 72), bytes = get_u64(e + 80);
         if (dtype != w->dtype)
-            return REFUSE("%s: dtype (got %" PRIu32 ", want %d)", w->name, dtype, w->dtype);
+            return refuse(path, err, "%s: dtype (got %" PRIu32 ", want %d)", w->name, dtype,
+                          w->dtype);
         if (get_u32(e + 52) || get_u64(e + 88))
-            return REFUSE("%s: reserved fields (got a number, want 0)", w->name);
+            return refuse(path, err, "%s: reserved fields (got a number, want 0)", w->name);
         if (i < BLOBS) { /* sizes of its own, within the file */
             if (rows > f->map_bytes || cols > f->map_bytes)
-                return REFUSE("%s: larger than the file (got %" PRIu64 " x %" PRIu64 ")", w->name,
-                              rows, cols);
+                return refuse(path, err, "%s: larger than the file (got %" PRIu64 " x %" PRIu64 ")",
+                              w->name, rows, cols);
             if (w->rows == 0) w->rows = rows;
             if (w->cols == 0) w->cols = cols;
         }
         if (rows != w->rows || cols != w->cols) /* INT8 files once had a scale per row */
-            return REFUSE("%s: shape (got %" PRIu64 " x %" PRIu64 ", want %" PRIu64 " x %" PRIu64
+            return refuse(path, err,
+                          "%s: shape (got %" PRIu64 " x %" PRIu64 ", want %" PRIu64 " x %" PRIu64
                           ")%s",
                           w->name, rows, cols, w->rows, w->cols,
                           rows == 1 && cols == w->rows
@@ -208,66 +229,47 @@ static int check_directory(const qemb_file *f, section *want, uint64_t *offset, 
                               : "");
         uint64_t want_bytes = rows * cols * dtype_bytes(w->dtype);
         if (bytes != want_bytes)
-            return REFUSE("%s: bytes (got %" PRIu64 ", want %" PRIu64 ")", w->name, bytes,
-                          want_bytes);
+            return refuse(path, err, "%s: bytes (got %" PRIu64 ", want %" PRIu64 ")", w->name,
+                          bytes, want_bytes);
         uint64_t want_at = (end + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
         if (at != want_at)
-            return REFUSE("%s: offset (got %" PRIu64 ", want %" PRIu64 ")", w->name, at, want_at);
+            return refuse(path, err, "%s: offset (got %" PRIu64 ", want %" PRIu64 ")", w->name, at,
+                          want_at);
         end = at + bytes;
         if (end > f->map_bytes)
-            return REFUSE("%s: ends after the file (got byte %" PRIu64 ", want at most %zu)",
+            return refuse(path, err,
+                          "%s: ends after the file (got byte %" PRIu64 ", want at most %zu)",
                           w->name, end, f->map_bytes);
         offset[i] = at;
     }
     if (end != f->map_bytes)
-        return REFUSE("size: bytes after the last section (got %zu, want %" PRIu64 ")",
+        return refuse(path, err, "size: bytes after the last section (got %zu, want %" PRIu64 ")",
                       f->map_bytes, end);
     return 0;
 }
 
 /* ---- binding --------------------------------------------------------------------------------- */
 
-/* Walks the proven sections in order. */
-typedef struct {
-    const uint8_t *map;
-    const section *s;
-    const uint64_t *offset;
-} cursor;
-
-static const void *next(cursor *c) {
-    c->s++;
-    return c->map + *c->offset++;
-}
-
-static qemb_mat next_matrix(cursor *c) {
-    const section *s = c->s;
-    qemb_mat m = {next(c), (int32_t)s->rows, (int32_t)s->cols, s->dtype, 1, NULL};
-    if (m.dtype == QEMB_I8) m.scale = next(c);
-    return m;
-}
-
-static void bind_weights(qemb_weights *w, int n_layers, cursor c) {
-    w->tok_emb = next_matrix(&c);
-    for (int l = 0; l < n_layers; l++) {
-        qemb_layer *y = &w->layers[l];
-        y->attn_norm = next(&c);
-        y->wqkv = next_matrix(&c);
-        y->q_norm = next(&c);
-        y->k_norm = next(&c);
-        y->wo = next_matrix(&c);
-        y->mlp_norm = next(&c);
-        y->wgu = next_matrix(&c);
-        y->wdown = next_matrix(&c);
+static void bind_weights(qemb_file *f, const section *s, const uint64_t *offset, uint32_t n) {
+    for (uint32_t i = 0; i < n; i++) {
+        const void *data = f->map + offset[i];
+        if (s[i].matrix)
+            *s[i].matrix = (qemb_mat){.data = data,
+                                      .rows = (int32_t)s[i].rows,
+                                      .cols = (int32_t)s[i].cols,
+                                      .dtype = s[i].dtype,
+                                      .alpha = 1};
+        if (s[i].vector) *s[i].vector = data;
     }
-    w->final_norm = next(&c);
-    w->mapped = 1;
+    f->weights.mapped = 1;
 }
 
 static int bind_prompts(qemb_file *f, const char *p, size_t n, const char *path, qemb_err *err) {
     size_t ends = 0;
     for (size_t i = 0; i < n; i++) ends += p[i] == 0;
     if ((n && p[n - 1]) || ends % 2 || ends / 2 > MAX_PROMPTS)
-        return REFUSE("prompts: malformed (got %zu strings in %zu bytes, want up to %d pairs)",
+        return refuse(path, err,
+                      "prompts: malformed (got %zu strings in %zu bytes, want up to %d pairs)",
                       ends, n, MAX_PROMPTS);
     qemb_prompt *prompts = calloc(MAX_PROMPTS, sizeof *prompts);
     if (!prompts) return qemb_fail(err, "out_of_memory", "prompts: out of memory");
@@ -280,12 +282,11 @@ static int bind_prompts(qemb_file *f, const char *p, size_t n, const char *path,
     return 0;
 }
 
-static int bind(qemb_file *f, const section *s, const uint64_t *offset, const char *path,
-                qemb_err *err) {
-    f->weights.layers = calloc((size_t)f->config.n_layers, sizeof *f->weights.layers);
-    if (!f->weights.layers) return qemb_fail(err, "out_of_memory", "layers: out of memory");
+static int bind(qemb_file *f, const section *s, const uint64_t *offset, uint32_t n,
+                const char *path, qemb_err *err) {
     if (s[0].rows + 256 > (uint64_t)f->config.vocab)
-        return REFUSE("merges: more tokens than rows of tok_emb (got %" PRIu64 ", want at most %d)",
+        return refuse(path, err,
+                      "merges: more tokens than rows of tok_emb (got %" PRIu64 ", want at most %d)",
                       s[0].rows + 256, f->config.vocab);
     f->merges = (const uint32_t *)(const void *)(f->map + offset[0]);
     f->n_merges = (uint32_t)s[0].rows;
@@ -293,7 +294,7 @@ static int bind(qemb_file *f, const section *s, const uint64_t *offset, const ch
     f->added_bytes = s[1].cols;
     f->provenance = (const char *)(f->map + offset[3]);
     f->provenance_bytes = s[3].cols;
-    bind_weights(&f->weights, f->config.n_layers, (cursor){f->map, s + BLOBS, offset + BLOBS});
+    bind_weights(f, s, offset, n);
     return bind_prompts(f, (const char *)(f->map + offset[2]), s[2].cols, path, err);
 }
 
@@ -307,17 +308,17 @@ const char *qemb_file_prompt(const qemb_file *f, const char *name) {
 
 static int map_file(qemb_file *f, const char *path, qemb_err *err) {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO must not hang the open */
-    if (fd < 0) return REFUSE("%s", strerror(errno));
+    if (fd < 0) return refuse(path, err, "%s", strerror(errno));
     struct stat st;
-    int bad = fstat(fd, &st) ? REFUSE("%s", strerror(errno)) : 0;
-    if (!bad && !S_ISREG(st.st_mode)) bad = REFUSE("not a regular file");
+    int bad = fstat(fd, &st) ? refuse(path, err, "%s", strerror(errno)) : 0;
+    if (!bad && !S_ISREG(st.st_mode)) bad = refuse(path, err, "not a regular file");
     if (!bad && st.st_size < HEADER_BYTES)
-        bad = REFUSE("size: too short for a model (got %lld bytes, want at least %d)",
+        bad = refuse(path, err, "size: too short for a model (got %lld bytes, want at least %d)",
                      (long long)st.st_size, HEADER_BYTES);
     if (!bad) {
         void *map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
         if (map == MAP_FAILED)
-            bad = REFUSE("cannot be mapped: %s", strerror(errno));
+            bad = refuse(path, err, "cannot be mapped: %s", strerror(errno));
         else
             f->map = map, f->map_bytes = (size_t)st.st_size;
     }
@@ -328,27 +329,30 @@ static int map_file(qemb_file *f, const char *path, qemb_err *err) {
 /* The header's own claims, before anything is read through them. */
 static int check_header(const qemb_file *f, uint32_t *n_sections, const char *path, qemb_err *err) {
     const uint8_t *h = f->map;
-    if (memcmp(h, MAGIC, sizeof MAGIC)) return REFUSE("magic: not a .qemb file");
+    if (memcmp(h, MAGIC, sizeof MAGIC)) return refuse(path, err, "magic: not a .qemb file");
     if (get_u32(h + 8) != 1)
-        return REFUSE("version: not known (got %" PRIu32 ", want 1)", get_u32(h + 8));
+        return refuse(path, err, "version: not known (got %" PRIu32 ", want 1)", get_u32(h + 8));
     uint32_t order;
     memcpy(&order, h + 12, sizeof order);
     if (order != 0x01020304)
-        return REFUSE("byte order: not this machine's (got %08" PRIx32 ", want 01020304)", order);
+        return refuse(path, err,
+                      "byte order: not this machine's (got %08" PRIx32 ", want 01020304)", order);
     if (get_u64(h + 16) != f->map_bytes)
-        return REFUSE("size: not what the header says, truncated? (got %zu bytes, want %" PRIu64
+        return refuse(path, err,
+                      "size: not what the header says, truncated? (got %zu bytes, want %" PRIu64
                       ")",
                       f->map_bytes, get_u64(h + 16));
     uint32_t n = *n_sections = get_u32(h + 32);
     if (n <= FIRST_MATRIX || n > BLOBS + 2 + (LAYER_TENSORS + LAYER_SCALES) * MAX_LAYERS ||
         HEADER_BYTES + (uint64_t)n * ENTRY_BYTES > f->map_bytes)
-        return REFUSE("directory: does not fit the file (got %" PRIu32 " sections)", n);
+        return refuse(path, err, "directory: does not fit the file (got %" PRIu32 " sections)", n);
     if (get_u64(h + CHECKSUM_AT) != header_checksum(h, n))
-        return REFUSE("header checksum: damaged (got %016" PRIx64 ", want %016" PRIx64 ")",
+        return refuse(path, err,
+                      "header checksum: damaged (got %016" PRIx64 ", want %016" PRIx64 ")",
                       header_checksum(h, n), get_u64(h + CHECKSUM_AT));
     int used = get_u32(h + 36) != 0;
     for (int i = 116; i < HEADER_BYTES; i++) used |= h[i] != 0;
-    if (used) return REFUSE("header: reserved fields (got a number, want 0)");
+    if (used) return refuse(path, err, "header: reserved fields (got a number, want 0)");
     return 0;
 }
 
@@ -362,16 +366,18 @@ static int prove_and_bind(qemb_file *f, const char *path, qemb_err *err) {
     const uint32_t tensors = LAYER_TENSORS + (matrix == QEMB_I8 ? LAYER_SCALES : 0);
     const uint32_t want_n = BLOBS + 2 + tensors * (uint32_t)f->config.n_layers;
     if (n != want_n)
-        return REFUSE("directory: sections (got %" PRIu32 ", want %" PRIu32 ")", n, want_n);
+        return refuse(path, err, "directory: sections (got %" PRIu32 ", want %" PRIu32 ")", n,
+                      want_n);
     memcpy(f->sha256, f->map + 40, sizeof f->sha256);
     section *want = calloc(n, sizeof *want);
     uint64_t *offset = calloc(n, sizeof *offset);
+    f->weights.layers = calloc((size_t)f->config.n_layers, sizeof *f->weights.layers);
     int bad = -1;
-    if (!want || !offset)
+    if (!want || !offset || !f->weights.layers)
         qemb_fail(err, "out_of_memory", "directory: out of memory");
     else {
-        expected_sections(want, &f->config, matrix);
-        bad = check_directory(f, want, offset, n, path, err) || bind(f, want, offset, path, err);
+        expected_sections(want, &f->config, matrix, &f->weights);
+        bad = check_directory(f, want, offset, n, path, err) || bind(f, want, offset, n, path, err);
     }
     free(want);
     free(offset);
