@@ -1,12 +1,13 @@
 /* qemb.c - the model: Qwen3-Embedding from token ids to vectors, in plain C.
  *
  * Top to bottom: the ops in the order in which a token meets them (embed, rmsnorm, matmul,
- * qknorm_rope, attention, gate_up, pool), the table of them, the memory they work in, the forward
- * that calls them, and the packer that lays many texts end to end so that nothing is padded.
+ * qknorm_rope, attention, gate_up, pool); the table of these ops; the forward, qemb_forward, which
+ * calls them and is the same for every backend; opening and closing; and the packer, which lays
+ * many texts end to end so that nothing is padded.
  *
- * Every op computes a row from that row's inputs alone, always by the same instructions in the
- * same order, whatever T is and however the rows are shared among threads. That is why a text's
- * vector has the same bits alone, in any batch and on any number of threads.
+ * Every op computes a row from that row's inputs alone, with the same instructions in the same
+ * order whatever T is and however threads divide the rows. Therefore a text's vector has the same
+ * bits alone, in any batch and with any number of threads.
  */
 #include "backends/cpu/cpu.h"
 
@@ -19,11 +20,11 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum {
-    MR = 6,    /* rows of x and ... */
-    NR = 16,   /* ... rows of W that one register tile multiplies: 6 x 16 sums stay in registers */
-    KC = 256,  /* columns of a packed panel: KC x NR floats, half of a 32 KiB L1 cache */
-    KEYS = 64, /* keys per attention tile, aligned to absolute positions */
-    QUERIES = 32, /* tokens per attention block */
+    MR = 6,    /* rows of x in a register tile, and */
+    NR = 16,   /* rows of W: the tile's MR x NR sums stay in registers */
+    KC = 256,  /* columns of a packed panel: KC x NR floats are half of a 32 KiB L1 cache */
+    KEYS = 64, /* keys of an attention tile; tiles begin at multiples of it in absolute position */
+    QUERIES = 32, /* tokens of an attention block */
 };
 
 static float *f32(qemb_act *a) { return (float *)a; }
@@ -31,8 +32,9 @@ static const float *cf32(const qemb_act *a) { return (const float *)a; }
 
 /* ---- embed: rows of a table ------------------------------------------------------------------ */
 
-/* IEEE half to float. Shifting exponent and mantissa into place leaves the value 2^112 too small,
- * subnormal halves included; one exact multiplication mends both. Inf and NaN get their exponent. */
+/* IEEE half to float. Exponent and mantissa, shifted into place, give the value times 2^-112, for
+ * subnormal halves too; one exact multiplication corrects that. Inf and NaN get float's
+ * exponent. */
 INLINE float half_to_float(uint16_t h) {
     union {
         uint32_t u;
@@ -57,7 +59,8 @@ static void cpu_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb,
 
 /* ---- rmsnorm: y = x / sqrt(mean(x^2) + eps) * w  (Zhang and Sennrich 2019) ------------------- */
 
-/* One row of n numbers; y may be x. The sum runs in double: no order of summation to argue over. */
+/* One row of n numbers; y may be x. The sum is in double, so its order does not matter to a
+ * float. */
 static void rmsnorm_row(float *y, const float *x, const float *w, int n, float eps) {
     double sum = 0;
     for (int i = 0; i < n; i++) sum += (double)x[i] * x[i];
@@ -72,11 +75,12 @@ static void cpu_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const flo
         rmsnorm_row(f32(y) + (size_t)t * D, x + (size_t)t * D, w, D, be->c->rms_eps);
 }
 
-/* ---- matmul: y = x W^T ------------------------------------------------------------------------
- * All but a few per cent of the model's time. NR rows of W are converted to float and packed so
- * that the k-th numbers of all NR rows lie together; then MR rows of x sweep over the panel, and
- * each of the MR x NR sums has a register. Sums run over KC columns, and those sums are added up:
- * the error grows with KC + K/KC terms instead of K. */
+/* ---- matmul: y = x W^T --------------------------------------------------------------------------
+ * Nearly all of the model's time. matmul_panel converts NR rows of W to float and packs them into a
+ * panel, in which the k-th numbers of all NR rows are neighbours. Then MR rows of x at a time pass
+ * over the panel, and each of the MR x NR sums has a register. A sum covers KC columns; then it is
+ * added to y. The rounding error grows with KC + K/KC terms instead of K. docs/matmul.md explains
+ * this product and the faster ones. */
 
 /* acc (MR, NR) += x (MR, n) w (n, NR): row i of x starts at x[i], row k of w at w + k*ldw. */
 INLINE void tile(float acc[MR][NR], const float *const x[MR], const float *w, size_t ldw, int n) {
@@ -85,8 +89,8 @@ INLINE void tile(float acc[MR][NR], const float *const x[MR], const float *w, si
             for (int j = 0; j < NR; j++) acc[i][j] += x[i][k] * w[(size_t)k * ldw + j];
 }
 
-/* Points at rows t .. t+MR-1 of x (T, ld). Rows past the end repeat the last: a tile is always
- * whole, so each row meets the same instructions wherever it stands. */
+/* rows (MR) = pointers to rows t .. t+MR-1 of x (T, ld). Past the end the last row is repeated: a
+ * tile is always whole, so that a row meets the same instructions wherever it stands. */
 INLINE void tile_rows(const float *rows[MR], const float *x, size_t ld, int t, int T) {
     for (int i = 0; i < MR; i++) rows[i] = x + (size_t)min_int(t + i, T - 1) * ld;
 }
@@ -135,15 +139,15 @@ static void cpu_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const q
     matmul_all(be, f32(y), cf32(x), w, T, 0);
 }
 
-/* x (T, out) += alpha a W^T: the projection and its residual connection in one */
+/* x (T, out) += alpha a W^T: a projection with its residual connection */
 static void cpu_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w,
                            int T) {
     matmul_all(be, x, cf32(a), w, T, 1);
 }
 
-/* ---- qknorm_rope: normalise every query and key head, then rotate it by its position ---------- */
+/* ---- qknorm_rope: normalise every query and key head, then rotate it by its position --------- */
 
-/* Fills the table up to position n-1. Angles as transformers has them: the frequency
+/* Extends the table of cosines and sines to n positions. As in transformers, the frequency
  * theta^(-2i/hd) and its product with the position are rounded to float (Su et al. 2021). */
 static void rope_extend(qemb_backend *be, int n) {
     const int half = be->c->head_dim / 2;
@@ -175,21 +179,28 @@ static void cpu_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm
     for (int t = 0; t < b->T; t++) {
         const float *cosines = be->rope + (size_t)b->pos[t] * hd, *sines = cosines + hd / 2;
         float *head = f32(qkv) + (size_t)t * (H + 2 * K) * hd;
-        for (int h = 0; h < H + K; h++, head += hd) { /* the K value heads that follow stay */
+        for (int h = 0; h < H + K; h++, head += hd) { /* the K value heads stay as they are */
             rmsnorm_row(head, head, h < H ? q_norm : k_norm, hd, c->rms_eps);
             rotate(head, cosines, sines, hd / 2);
         }
     }
 }
 
-/* ---- attention: causal, grouped queries, softmax computed online ------------------------------
+/* ---- attention: causal, grouped queries, softmax computed online --------------------------------
  * Each of the K key/value heads serves G = H/K query heads. A block is QUERIES tokens x G heads of
- * one kv head: its rows walk over the keys in tiles of KEYS and keep a running maximum m, sum l
- * and weighted values (Milakov and Gimelshein 2018; Dao et al. 2022), so that memory does not grow
- * with the text. Tiles begin at multiples of KEYS in absolute position, whether a key lies in the
- * shared prefix or in the text's own rows: that the prefix is shared changes no bit. */
+ * one kv head. Its rows walk over the keys in tiles of KEYS. A row keeps a running maximum m, a sum
+ * l and weighted values O. A tile with scores s_j and values v_j updates them:
+ *
+ *   m' = max(m, max_j s_j)
+ *   l' = exp(m - m') l + sum_j exp(s_j - m')
+ *   O' = exp(m - m') O + sum_j exp(s_j - m') v_j
+ *
+ * from m = -inf, l = 0, O = 0; in the end the row's output is O / l (Milakov and Gimelshein 2018;
+ * Dao et al. 2022). Memory does not grow with the text. Tiles begin at multiples of KEYS in
+ * absolute position, whether a key lies in the shared prefix or in the text's own rows: sharing the
+ * prefix changes no bit. */
 
-typedef struct {      /* the keys and values that a block may see, and the room it works in */
+typedef struct {      /* the keys and values that a block may see, and its scratch memory */
     const float *qkv; /* (T, ld) */
     size_t ld;
     int prefix, own; /* position p is row p of qkv if p < prefix, else row own + p - prefix */
@@ -199,8 +210,8 @@ typedef struct {      /* the keys and values that a block may see, and the room 
     float *v;                /* (KEYS, hdp)       its values */
     float *q;                /* (QUERIES*G, hd)   the block's queries, scaled */
     float *s;                /* (QUERIES*G, KEYS) scores, then weights */
-    float *acc;              /* (QUERIES*G, hdp)  weighted values so far */
-    float *m, *l;            /* (QUERIES*G)       maximum and sum so far */
+    float *acc;              /* (QUERIES*G, hdp)  O */
+    float *m, *l;            /* (QUERIES*G) */
 } attention_work;
 
 static size_t attention_scratch_floats(const qemb_config *c) {
@@ -213,7 +224,7 @@ static const float *attention_row(const attention_work *w, int p) {
     return w->qkv + (size_t)(p < w->prefix ? p : w->own + p - w->prefix) * w->ld;
 }
 
-/* Pass 1: the tile's keys and values, positions k0 .. k0+n-1; missing keys are zeros. */
+/* Pass 1: load the tile's keys and values, positions k0 .. k0+n-1, and zeros for missing keys. */
 INLINE void attention_load(const attention_work *w, int k0, int n) {
     for (int j = 0; j < KEYS; j++) {
         const float *row = attention_row(w, k0 + min_int(j, n - 1));
@@ -237,8 +248,8 @@ INLINE void attention_scores(const attention_work *w, int R) {
     }
 }
 
-/* Pass 3: scores become weights exp(s - m); what was summed under an older maximum is scaled. A
- * row sees `visible` keys of the tile: those up to its own position. */
+/* Pass 3: m, l and O as above; scores become weights. A row sees `visible` keys of the tile: those
+ * at positions up to its own. */
 INLINE void attention_softmax(const attention_work *w, int R, int q0, int k0) {
     for (int r = 0; r < R; r++) {
         float *s = w->s + (size_t)r * KEYS, *acc = w->acc + (size_t)r * w->hdp;
@@ -254,7 +265,7 @@ INLINE void attention_softmax(const attention_work *w, int R, int q0, int k0) {
     }
 }
 
-/* Pass 4: acc (R, hdp) += s v */
+/* Pass 4: O (R, hdp) += s v */
 INLINE void attention_values(const attention_work *w, int R) {
     for (int r = 0; r < R; r += MR) {
         const float *rows[MR];
@@ -270,8 +281,8 @@ INLINE void attention_values(const attention_work *w, int R) {
     }
 }
 
-/* Tokens at positions q0 .. q0+n-1 (n <= QUERIES); token i's output goes to att + i*ld_att, G heads
- * of hd numbers. */
+/* Attention of the tokens at positions q0 .. q0+n-1, n <= QUERIES. Token i's output, G heads of hd
+ * numbers, goes to att + i*ld_att. */
 static void attention_block(const attention_work *w, float *att, size_t ld_att, int q0, int n) {
     const int G = w->G, hd = w->hd, R = n * G;
     const float scale = (float)(1 / sqrt(hd));
@@ -289,7 +300,7 @@ static void attention_block(const attention_work *w, float *att, size_t ld_att, 
         attention_values(w, R);
     }
     for (int r = 0; r < R; r++)
-        for (int d = 0; d < hd; d++) /* + 0: a sum that underflowed to -0 is 0 */
+        for (int d = 0; d < hd; d++) /* + 0 turns -0, an underflow, into 0 */
             att[r / G * ld_att + r % G * hd + d] = w->acc[r * w->hdp + d] / w->l[r] + 0.0f;
 }
 
@@ -337,7 +348,7 @@ static void cpu_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
     }
 }
 
-/* ---- gate_up: h = silu(gate) * up  (Shazeer 2020) --------------------------------------------- */
+/* ---- gate_up: h = silu(gate) * up  (Shazeer 2020) -------------------------------------------- */
 
 static void cpu_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
                         const qemb_mat *w, int T) {
@@ -351,7 +362,7 @@ static void cpu_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_
     }
 }
 
-/* ---- pool: a text's vector is its last token's row -------------------------------------------- */
+/* ---- pool: a text's vector is its last token's row ------------------------------------------- */
 
 void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b) {
     const size_t D = (size_t)be->c->hidden;
@@ -371,7 +382,7 @@ int qemb_l2_normalize(float *dst, const float *src, int dim) {
     return 0;
 }
 
-/* ---- the CPU backend: threads and memory ------------------------------------------------------ */
+/* ---- the table ------------------------------------------------------------------------------- */
 
 static int cpu_open(qemb_backend **out, const qemb_config *c, const qemb_options *opt,
                     qemb_err *err) {
@@ -403,9 +414,9 @@ const qemb_ops qemb_cpu_ops = {
     .pool = cpu_pool,
 };
 
-/* ---- the model --------------------------------------------------------------------------------- */
+/* ---- the model ------------------------------------------------------------------------------- */
 
-typedef struct {   /* R rows at most, C of them at a time in the MLP */
+typedef struct {   /* for at most R rows, C of them at a time in the MLP */
     float *x;      /* (R, D)          the residual stream */
     float *x_last; /* (B, D)          its rows that go on after the last attention */
     qemb_act *xn;  /* (R, D)          normed rows */
@@ -420,9 +431,9 @@ struct qemb_model {
     const qemb_ops *ops;
     qemb_backend *be;
     qemb_options opt;
-    qemb_weights w; /* as the backend placed them; w.layers is owned */
+    qemb_weights w; /* as load_weights left them; w.layers is owned */
     activations a;
-    int32_t *tokens, *pos, *cu; /* the layout of the batch that computes */
+    int32_t *tokens, *pos, *cu; /* of the batch being computed */
     qemb_model *fallback;       /* the same model over ops->fallback, or NULL */
     uint64_t recomputed;
 };
@@ -430,7 +441,8 @@ struct qemb_model {
 static int mlp_rows(const qemb_ops *ops) { return ops->mlp_rows ? ops->mlp_rows : QEMB_MLP_ROWS; }
 static int padded_rows(const qemb_ops *ops, int T) { return ops->pad_rows ? ops->pad_rows(T) : T; }
 
-/* Lays the buffers for that many rows and texts end to end from base on; returns their bytes. */
+/* Lays buffers for that many rows and texts end to end from base; returns their bytes. a: NULL to
+ * count only. */
 static size_t plan_activations(activations *a, const qemb_config *c, const qemb_ops *ops, int rows,
                                int texts, char *base) {
     const size_t R = (size_t)padded_rows(ops, rows), B = (size_t)padded_rows(ops, texts);
@@ -453,7 +465,8 @@ static size_t plan_activations(activations *a, const qemb_config *c, const qemb_
 
 /* clang-format off */
 
-/* The model, written once for every backend. Vectors come out of the first n texts. */
+/* The model, written once for every backend. out (n_out, D) = the vectors of the first n_out
+ * texts. */
 static void qemb_forward(qemb_model *m, const qemb_packed_batch *b, float *out, int n_out) {
     const qemb_config *c = &m->file->config;
     const qemb_ops *op = m->ops;
@@ -466,7 +479,7 @@ static void qemb_forward(qemb_model *m, const qemb_packed_batch *b, float *out, 
     for (int l = 0; l < c->n_layers; l++) {
         const qemb_layer *w = &m->w.layers[l];
         const int last = l == c->n_layers - 1;
-        const int rows = last ? b->B : b->T; /* after the last keys and values only last tokens count */
+        const int rows = last ? b->B : b->T; /* the last layer computes the texts' last rows only */
 
         op->rmsnorm(be, a->xn, x, w->attn_norm, b->T);                      /* xn  (T, D)         */
         op->matmul(be, a->qkv, a->xn, &w->wqkv, b->T);                      /* qkv (T, (H+2K)*hd) */
@@ -488,7 +501,7 @@ static void qemb_forward(qemb_model *m, const qemb_packed_batch *b, float *out, 
 
 /* clang-format on */
 
-/* ---- opening ----------------------------------------------------------------------------------- */
+/* ---- opening --------------------------------------------------------------------------------- */
 
 int qemb_batch_tokens(const qemb_ops *ops) {
     return ops->batch_tokens ? ops->batch_tokens : QEMB_BATCH_TOKENS;
@@ -503,7 +516,7 @@ static qemb_options fill_options(const qemb_config *c, const qemb_ops *ops,
     return o;
 }
 
-/* Rows that a batch may have: the budget, or one text that is longer. */
+/* Rows of the largest batch: batch_tokens, or one longer text. */
 static int max_rows(const qemb_options *o) { return max_int(o->batch_tokens, o->max_tokens); }
 
 static size_t matrix_bytes(const qemb_mat *m) {
@@ -515,19 +528,21 @@ static size_t matrix_bytes(const qemb_mat *m) {
 void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt, qemb_memory *mem) {
     const qemb_config *c = &f->config;
     const qemb_options o = fill_options(c, ops, opt);
-    const qemb_layer *w = &f->weights.layers[0]; /* all layers are alike */
+    qemb_mat *m[QEMB_LAYER_MATRICES];
+    qemb_layer_matrices(&f->weights.layers[0], m); /* all layers are alike */
     mem->arena_batch = plan_activations(NULL, c, ops, o.batch_tokens, o.batch_tokens, NULL);
     mem->arena_text = plan_activations(NULL, c, ops, o.max_tokens, 1, NULL);
-    mem->weights = (size_t)c->n_layers * (matrix_bytes(&w->wqkv) + matrix_bytes(&w->wo) +
-                                          matrix_bytes(&w->wgu) + matrix_bytes(&w->wdown));
+    mem->weights = 0;
+    for (int i = 0; i < QEMB_LAYER_MATRICES; i++)
+        mem->weights += (size_t)c->n_layers * matrix_bytes(m[i]);
     mem->table = matrix_bytes(&f->weights.tok_emb);
     mem->repacked_bytes = ops->repacked_bytes ? ops->repacked_bytes(&f->weights, c->n_layers) : 0;
     const size_t arena = plan_activations(NULL, c, ops, max_rows(&o), o.batch_tokens, NULL);
     mem->n_parts = ops->plan ? ops->plan(mem->parts, f, &o, arena) : 0;
 }
 
-/* Computes vectors again that overflowed: one text at a time, opened now so that nothing can be missing then. Its
- * memory is address space until it is used. */
+/* The fallback takes one text at a time. It is opened at the start, so that nothing can be missing
+ * when a vector overflows; until then its memory is only address space. */
 static int open_fallback(qemb_model *m, qemb_err *err) {
     qemb_options o = m->opt;
     o.batch_tokens = 1;
@@ -545,7 +560,7 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
     m->w.layers = malloc(layers_bytes);
     m->tokens = malloc(rows * sizeof *m->tokens);
     m->pos = malloc(rows * sizeof *m->pos);
-    m->cu = malloc((rows + 1) * sizeof *m->cu); /* a text has a row */
+    m->cu = malloc((rows + 1) * sizeof *m->cu); /* a text has at least one row */
     int bad = !m->w.layers || !m->tokens || !m->pos || !m->cu;
     if (bad)
         qemb_fail(err, "out_of_memory", "model: out of memory");
@@ -586,7 +601,7 @@ qemb_health qemb_health_of(const qemb_model *m) {
     return h;
 }
 
-/* ---- the packer --------------------------------------------------------------------------------- */
+/* ---- the packer ------------------------------------------------------------------------------ */
 
 typedef struct {
     const int32_t *ids; /* the caller's */
@@ -595,11 +610,11 @@ typedef struct {
 } packed_text;
 
 struct qemb_batch {
-    int max_texts, max_rows; /* a bulk batch holds at most max_rows rows, max_texts = max_rows */
-    int vocab, longest;      /* what may be added: ids below vocab, texts up to longest */
+    int max_texts, max_rows; /* of a bulk batch; max_texts = max_rows */
+    int vocab, longest;      /* what may be added: ids below vocab, texts of up to longest ids */
     int B;                   /* distinct texts */
-    int prefix;              /* longest common prefix of them all, shorter than any of them */
-    size_t sum;              /* of their lengths */
+    int prefix;              /* ids of their longest common prefix, fewer than any of them has */
+    size_t sum;              /* ids of all texts */
     packed_text *texts;      /* (max_texts) */
     int32_t *slots;          /* (n_slots, a power of two) hash table of indices into texts, or -1 */
     uint32_t n_slots;
@@ -655,13 +670,13 @@ int qemb_pack_add(qemb_batch *b, const int32_t *ids, int n) {
             return b->slots[slot];
     }
 
-    int prefix =
-        n - 1; /* the last token stays each text's own, and the first text shares all else */
+    /* The last token stays the text's own, since its row is pooled. */
+    int prefix = n - 1;
     if (b->B) {
         const int limit = min_int(prefix, b->B == 1 ? b->texts[0].n - 1 : b->prefix);
         for (prefix = 0; prefix < limit && ids[prefix] == b->texts[0].ids[prefix];) prefix++;
         const size_t rows = b->sum + (size_t)n - (size_t)b->B * (size_t)prefix;
-        if (rows > (size_t)b->max_rows) return -1; /* rows >= texts: there is a place for each */
+        if (rows > (size_t)b->max_rows) return -1; /* each text has a row: B < max_texts */
     }
     b->texts[b->B] = (packed_text){ids, n, hash};
     b->slots[slot] = b->B;
@@ -676,9 +691,10 @@ size_t qemb_batch_tokens_saved(const qemb_batch *b) {
     return b->B > 1 ? (size_t)b->prefix * (size_t)(b->B - 1) : 0;
 }
 
-/* Lays b out in the model's arrays, filled up with rows of end-of-text to what the table likes. */
-static qemb_packed_batch lay_out(qemb_model *m, const qemb_batch *b) {
-    const int P = b->B > 1 ? b->prefix : 0; /* nothing to share with */
+/* Packs b into m's arrays and pads it with a text of end-of-text tokens to the rows that the table
+ * wants. */
+static qemb_packed_batch pack(qemb_model *m, const qemb_batch *b) {
+    const int P = b->B > 1 ? b->prefix : 0; /* one text has nothing to share */
     int t = 0, B = b->B;
     for (; t < P; t++) m->tokens[t] = b->texts[0].ids[t], m->pos[t] = t;
     for (int i = 0; i < B; i++) {
@@ -699,7 +715,7 @@ static int all_finite(const float *x, size_t n) {
     return 1;
 }
 
-/* out (D) = the vector of one text, by the CPU's table */
+/* out (D) = the vector of one text, computed by the fallback */
 static void compute_again(qemb_model *m, const packed_text *text, float *out) {
     packed_text texts[1] = {*text};
     const qemb_batch alone = {.B = 1, .texts = texts};
@@ -710,9 +726,9 @@ static void compute_again(qemb_model *m, const packed_text *text, float *out) {
 void qemb_embed(qemb_model *m, const qemb_batch *b, float *out) {
     if (!b->B) return;
     const size_t D = (size_t)m->file->config.hidden;
-    const qemb_packed_batch layout = lay_out(m, b);
-    qemb_forward(m, &layout, out, b->B);
-    if (!m->fallback || qemb_health_of(m).failure) return; /* without its device a run has to end */
+    const qemb_packed_batch packed = pack(m, b);
+    qemb_forward(m, &packed, out, b->B);
+    if (!m->fallback || qemb_health_of(m).failure) return; /* a failed device ends the run */
     for (int i = 0; i < b->B; i++)
         if (!all_finite(out + (size_t)i * D, D))
             compute_again(m, &b->texts[i], out + (size_t)i * D);

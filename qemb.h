@@ -1,14 +1,20 @@
-/* qemb.h - what the rooms of qemb agree on.
+/* qemb.h - qemb's C interface, and what its modules agree on.
  *
- *   main.c ──> model_file.c (map and validate a .qemb)  ──> qemb_file
- *          ──> tokenizer.c (text to token ids)    ──> tokenizer
- *          ──> qemb.c (pack, forward, vectors)    ──> qemb_model over a qemb_ops table
+ * A program that wants vectors of texts needs the first two parts, errors and embedders. The others
+ * are for programs that batch, and for who changes qemb. From text to vector:
  *
- * Conventions. Sizes: B texts, T rows (tokens) of a batch, P rows of a shared prefix, D hidden size,
- * H query heads, K key/value heads, hd head size, F feed-forward size, L layers, V vocabulary rows.
- * A matrix is (out, in), row-major; shapes stand at every tensor. A function that can fail because
- * of something outside the program returns 0, or -1 with a filled qemb_err and nothing half done.
- * Whatever opens also closes: each *_open / *_new says who frees. Strings are pointer and length.
+ *   lib/model_file.c  a .qemb file, mapped and validated           qemb_file
+ *   tokenizer.c       text -> token ids                            qemb_tokenizer
+ *   qemb.c            token ids -> batch -> forward -> vectors     qemb_model
+ *   backends/         what the forward calls                       qemb_ops
+ *
+ * Sizes: B texts, T rows (tokens) of a batch, P rows of a shared prefix, D hidden size, H query
+ * heads, K key/value heads, hd head size, F feed-forward size, L layers, V vocabulary rows. A
+ * matrix is (out, in), row-major. Comments give the shape of every tensor.
+ *
+ * A function that can fail for a reason outside the program returns 0, or -1 with a filled
+ * qemb_err; then it has changed nothing. What *_open or *_new returns, the caller closes or frees.
+ * A text is a pointer and a length.
  */
 #ifndef QEMB_H
 #define QEMB_H
@@ -22,7 +28,7 @@ extern "C" {
 
 #define QEMB_VERSION "0.1.0"
 
-/* ---- errors -------------------------------------------------------------------------------- */
+/* ---- errors ---------------------------------------------------------------------------------- */
 
 /* code: a short name that stays the same from version to version ("invalid_utf8", "model_file").
  * msg: one line, "<object>: <what> (got X, want Y)", without the program's name. */
@@ -35,7 +41,30 @@ typedef struct {
 int qemb_fail(qemb_err *err, const char *code, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 
-/* ---- the model, as the file describes it --------------------------------------------------- */
+/* ---- embedders: one text, one vector (lib/embed_text.c) -------------------------------------- */
+
+typedef struct qemb_ops qemb_ops;
+typedef struct qemb_options qemb_options;
+/* A model file with its tokenizer and a model over one table of ops. One thread at a time. */
+typedef struct qemb_embedder qemb_embedder;
+
+/* Opens the .qemb file path. ops: the table that computes, NULL for the fastest in float that this
+ * CPU has. opt: NULL for the defaults. Codes: "model_file", "device", "out_of_memory". */
+int qemb_embedder_open(qemb_embedder **e, const char *path, const qemb_ops *ops,
+                       const qemb_options *opt, qemb_err *err);
+void qemb_embedder_close(qemb_embedder *e); /* NULL may be closed */
+/* D: the numbers of a whole vector. */
+int qemb_embedder_dim(const qemb_embedder *e);
+/* The model's prompt of that name ("query", "document"), or NULL. It lives as long as e. */
+const char *qemb_embedder_prompt(const qemb_embedder *e, const char *name);
+/* out (dim) = the vector of text, len bytes of UTF-8, cut to dim numbers and scaled to length 1,
+ * 1 <= dim <= D. prompt is put before the text; NULL for none, which is right for documents. The
+ * end-of-text token is appended here. Codes: "invalid_utf8", "too_long" (more tokens than the model
+ * takes), "non_finite" (no length to scale to 1), "out_of_memory", "device". */
+int qemb_embed_text(qemb_embedder *e, const char *prompt, const char *text, size_t len, float *out,
+                    int dim, qemb_err *err);
+
+/* ---- the model, as the file describes it ----------------------------------------------------- */
 
 typedef struct {
     int32_t n_layers;      /* L */
@@ -53,12 +82,13 @@ typedef struct {
 
 typedef enum { QEMB_U8 = 0, QEMB_U32 = 1, QEMB_F32 = 2, QEMB_F16 = 3, QEMB_I8 = 4 } qemb_dtype;
 
-/* So many consecutive weights of a row share a scale in an INT8 matrix; a row's last ones may be fewer. */
+/* Consecutive weights of a row that share a scale in an INT8 matrix; the last group of a row may be
+ * shorter. */
 #define QEMB_GROUP        64
 #define QEMB_GROUPS(cols) (((cols) + QEMB_GROUP - 1) / QEMB_GROUP)
 
-/* A weight matrix W (rows = out, cols = in). y = alpha * x W^T. A backend may set alpha where it
- * hands W a scaled input (the CUDA table's SwiGLU guard); it is 1 in a file. */
+/* A weight matrix W (rows = out, cols = in), for products y = alpha * x W^T. alpha is 1 in a file;
+ * a backend that scales x sets alpha to undo it (the CUDA table scales SwiGLU's output). */
 typedef struct {
     const void *data; /* (rows, cols) of dtype */
     int32_t rows, cols;
@@ -83,10 +113,16 @@ typedef struct {
     qemb_mat tok_emb;        /* (V, D); stays in the file's map on every backend */
     qemb_layer *layers;      /* (L) */
     const float *final_norm; /* (D) */
-    int mapped; /* all of this lies in a file's map: a page that is given back can be read again */
+    int mapped; /* all of this lies in a file's map: pages dropped from memory can be read again */
 } qemb_weights;
 
-/* ---- the .qemb file ------------------------------------------------------------------------
+enum { QEMB_LAYER_MATRICES = 4 };
+/* m[0..3] = the layer's matrices in the order in which the forward uses them. */
+static inline void qemb_layer_matrices(qemb_layer *w, qemb_mat *m[QEMB_LAYER_MATRICES]) {
+    m[0] = &w->wqkv, m[1] = &w->wo, m[2] = &w->wgu, m[3] = &w->wdown;
+}
+
+/* ---- the .qemb file -----------------------------------------------------------------------------
  *
  * All little-endian. Version 1:
  *   0     u8[8]  magic "qemb\r\n\x1a\n"
@@ -114,8 +150,8 @@ typedef struct {
  *   .mlp_norm f32 (1, D), .wgu f16, .wdown f16           for I = 0 .. L-1
  *   final_norm     f32 (1, D)
  * In an INT8 file the four matrices of every layer are i8, in -127 .. 127, and each is followed by
- * a section of its name and ".scale", f32 (rows, cols / 64 rounded up), a scale for each 64 weights of
- * a row: W[r][c] = scale[r][c / 64] * data[r][c].
+ * a section of its name and ".scale", f32 (rows, cols / 64 rounded up), a scale for each 64 weights
+ * of a row: W[r][c] = scale[r][c / 64] * data[r][c].
  * convert_weights.py writes it, model_file.c reads it.
  */
 typedef struct {
@@ -139,51 +175,53 @@ typedef struct {
     size_t map_bytes;
 } qemb_file;
 
-/* Maps and validates path. Nothing of the weights is read. The caller closes with qemb_file_close;
- * pointers taken from *f end with it. error codes: "model_file" */
+/* Maps and validates path; reads no weights. The caller closes; pointers taken from *f end with it.
+ * Codes: "model_file", "out_of_memory". */
 int qemb_file_open(qemb_file **f, const char *path, qemb_err *err);
 void qemb_file_close(qemb_file *f);
 /* The text of the prompt `name`, or NULL. */
 const char *qemb_file_prompt(const qemb_file *f, const char *name);
 
-/* ---- tokenizer.c: byte-level BPE, exactly Hugging Face's ----------------------------------- */
+/* ---- tokenizer.c: byte-level BPE with the ids of Hugging Face's tokenizers ------------------- */
 
 typedef struct qemb_tokenizer qemb_tokenizer; /* immutable, shared by threads */
 typedef struct qemb_tokenizer_state
     qemb_tokenizer_state; /* scratch and pre-token cache of one thread */
 
-/* Builds the tables. merges (n_merges, 2) and added (the section of that name) must stay alive.
- * Refuses, with code "model_file", a merge that names an id not yet made or repeats a pair, tokens
- * over 1,024 bytes, and malformed added tokens (ids below 256 + n_merges too). The caller closes. */
+/* Builds the tables. merges (n_merges, 2) and added (the file's section added_tokens) must outlive
+ * t. Refuses with code "model_file": a merge of an id that no earlier merge makes, a pair that
+ * occurs twice, a token over 1,024 bytes, malformed added tokens, an added token's id below 256 +
+ * n_merges. The caller closes. */
 int qemb_tokenizer_open(qemb_tokenizer **t, const uint32_t *merges, uint32_t n_merges,
                         const uint8_t *added, size_t added_bytes, qemb_err *err);
 void qemb_tokenizer_close(qemb_tokenizer *t);
 qemb_tokenizer_state *qemb_tokenizer_state_new(const qemb_tokenizer *t); /* NULL: out of memory */
 void qemb_tokenizer_state_free(qemb_tokenizer_state *s);
-/* One more than the largest id that can come out. */
+/* The largest id that can come out, plus 1. */
 uint32_t qemb_tokenizer_n_ids(const qemb_tokenizer *t);
 
 typedef struct {
     const int32_t *ids; /* (n), owned by the state, valid until its next call */
     size_t n;
-    size_t bytes_left; /* bytes of text that no id covers, above 0 exactly when `limit` cut ids off;
-                          where NFC changes the text, counted in its NFC */
+    size_t bytes_left; /* bytes of the text, after NFC, that the ids do not cover: above 0 exactly
+                          when `limit` cut ids off */
 } qemb_tokenizer_result;
 
-/* text, len bytes of UTF-8 (NUL is a character like any other) -> ids, without end-of-text.
- * At most `limit` ids come out: always the first `limit` of the whole text's ids; work stops soon
- * after they are found, and what lies behind is not validated. Time is linear in len.
- * Codes: "invalid_utf8" (the message names the byte offset), "out_of_memory". */
+/* text, len bytes of UTF-8 (NUL is a character like any other) -> ids, without end-of-text. At most
+ * `limit` ids come out: the first ones of the whole text's ids. The rest of the text is then
+ * neither tokenized nor validated. Time is linear in len. Codes: "invalid_utf8" (the message names
+ * the byte offset), "out_of_memory". */
 int qemb_tokenizer_encode(qemb_tokenizer_state *s, const char *text, size_t len, size_t limit,
                           qemb_tokenizer_result *r, qemb_err *err);
-/* The bytes of token id (not an added token), appended to buf up to cap; returns its full length. */
+/* Writes the bytes of token id, not an added token, to buf, at most cap of them. Returns how many
+ * the token has. */
 size_t qemb_tokenizer_token_bytes(const qemb_tokenizer *t, uint32_t id, uint8_t *buf, size_t cap);
 
-/* ---- a batch: texts laid end to end, nothing padded ---------------------------------------- */
+/* ---- a packed batch: texts laid end to end, nothing padded ----------------------------------- */
 
-/* What the ops see. The longest common prefix of all texts' ids is laid down once, in rows 0..P-1,
- * at positions 0..P-1; text b's other ids lie in rows cu[b]..cu[b+1]-1 at positions P, P+1, ...
- * and attend to the prefix rows, then to their own. cu[0] = P, cu[B] = T. */
+/* A batch as the ops see it. Rows 0..P-1 hold the longest common prefix of all texts' ids, once, at
+ * positions 0..P-1. Rows cu[b]..cu[b+1]-1 hold the other ids of text b, at positions P, P+1, ...;
+ * they attend to the prefix's rows and to the text's own. cu[0] = P, cu[B] = T. */
 typedef struct {
     int B, T, P;
     const int32_t *tokens; /* (T) */
@@ -191,88 +229,92 @@ typedef struct {
     const int32_t *cu;     /* (B+1) */
 } qemb_packed_batch;
 
-/* ---- backends ------------------------------------------------------------------------------ */
+/* ---- backends -------------------------------------------------------------------------------- */
 
-typedef struct {
-    int batch_tokens; /* rows of a bulk batch; 0: the table's */
+struct qemb_options {
+    int batch_tokens; /* rows of a bulk batch; 0: the table's default */
     int max_tokens;   /* longest text, end-of-text included; 0: the model's max_positions */
-    int threads;      /* CPU threads; 0: all this process may use */
-    /* The CUDA backend's; the CPU's ignore them. */
+    int threads;      /* CPU threads; 0: as many as this process may use */
+    /* For the CUDA backend; the CPU's tables ignore them. */
     int deterministic; /* a vector's bits do not depend on its batch (always so on a CPU) */
-    int hopper;        /* its kernels for sm_90, where they fit; not in deterministic runs */
-    int no_graphs;     /* small batches are launched op by op, not replayed as CUDA graphs */
+    int hopper;        /* the kernels for sm_90, where the shapes allow; off if deterministic */
+    int no_graphs;     /* launches small batches op by op instead of replaying CUDA graphs */
     size_t vram;       /* bytes of GPU memory to use at most; 0: what is free */
-    const char
-        *cache_dir; /* directory for algorithm timings; NULL: no timing, the library chooses */
-    /* Called after each layer whose weights a table copies before it can start; NULL: not */
+    /* Directory for timings of cuBLASLt's algorithms; NULL: none are timed, cuBLASLt chooses. */
+    const char *cache_dir;
+    /* Called after each layer that load_weights has copied; NULL: not called. */
     void (*on_layer_loaded)(int layers, int of);
-} qemb_options;
+};
 
+/* Rows of a bulk batch, unless the table or the options say otherwise. */
 #define QEMB_BATCH_TOKENS 1024
-/* Rows that the MLP works on at a time: its buffers do not grow with the longest text. */
+/* Rows that the MLP computes at a time, so that its buffers do not grow with the longest text. */
 #define QEMB_MLP_ROWS 1024
 
 typedef struct qemb_backend qemb_backend; /* a table's own state: device, stream, threads */
 typedef struct qemb_act qemb_act;         /* an activation: float on the CPU, half on CUDA */
 
-/* A part of a backend's own memory. */
+/* A part of the memory that a backend allocates for itself. */
 typedef struct {
     const char *what; /* static string */
     size_t bytes;
 } qemb_part;
 #define QEMB_PARTS 16
 
-/* What has gone wrong so far without ending the run. */
+/* Faults that did not end the run. */
 typedef struct {
     uint64_t recomputed; /* vectors that were not finite and were computed again on the CPU */
-    uint64_t clamped;    /* numbers cut to the largest that an activation can be */
-    const char *failure; /* why the device stopped, one line of the backend's; NULL: it works */
+    uint64_t clamped;    /* numbers clamped to the largest value of the activations' type */
+    const char *failure; /* one line that says why the device stopped; NULL: it works */
 } qemb_health;
 
-/* What a table multiplies in. Sums, and all that is not a matrix product, are at least float. */
+/* The arithmetic of matrix products. Sums, and all other operations, are at least float. */
 typedef enum {
     QEMB_MATH_F32,   /* weights as the file has them, activations in float */
     QEMB_MATH_BF16,  /* both rounded to bfloat16 */
-    QEMB_MATH_INT16, /* both scaled to 16 bit integers, 64 of a row at a time */
-    QEMB_MATH_INT8,  /* both scaled to 8 bit integers, 64 of a row at a time */
-    QEMB_MATH_FP8,   /* weights by row, activations by token, scaled to e4m3 */
-    QEMB_MATH_F16    /* both in half */
+    QEMB_MATH_INT16, /* both scaled to 16-bit integers, a scale for 64 numbers of a row */
+    QEMB_MATH_INT8,  /* both scaled to 8-bit integers, a scale for 64 numbers of a row */
+    QEMB_MATH_FP8,   /* both scaled to e4m3, a scale for a row of weights and for a token */
+    QEMB_MATH_F16    /* both in half precision */
 } qemb_math;
 
-/* One table per backend and arithmetic. Ops return void, assert on misuse, and read and write only what their
- * shapes say. The residual stream x is float everywhere. The forward calls them in order, from one
- * thread; a row's result depends on that row's inputs alone, never on T or on other rows. */
-typedef struct qemb_ops {
+/* One table per backend and arithmetic. Ops return void, assert on misuse, and read and write only
+ * what their shapes say. The forward calls them in order, from one thread. The residual stream x is
+ * float everywhere. A row's result depends on that row's inputs alone, never on T or on other
+ * rows. */
+struct qemb_ops {
     const char *name;
     qemb_math math;
     size_t act_size;  /* bytes of one qemb_act */
-    int batch_tokens; /* rows of a bulk batch unless the options say; 0: QEMB_BATCH_TOKENS */
-    int mlp_rows;     /* rows that the MLP works on at a time; 0: QEMB_MLP_ROWS */
+    int batch_tokens; /* rows of a bulk batch by default; 0: QEMB_BATCH_TOKENS */
+    int mlp_rows;     /* rows that the MLP computes at a time; 0: QEMB_MLP_ROWS */
 
-    /* The table that computes a vector again if this one's is not finite, for tables whose activations
-     * overflow where floats do not. It reads the map and copies no weights. NULL: cannot overflow. */
-    const struct qemb_ops *(*fallback)(void);
-    /* Rows that a batch of T rows is filled up to, by one more text that is not pooled; at least T,
-     * never less for a larger T, pad_rows(pad_rows(T)) = pad_rows(T). Buffers have room for that many. NULL: T. */
+    /* The table that computes a vector again that came out not finite, for tables whose activations
+     * can overflow where floats do not. It must read the map without copying weights. NULL: this
+     * table's activations cannot overflow. */
+    const qemb_ops *(*fallback)(void);
+    /* Rows to which a batch of T rows is padded with one more text, which is not pooled. At least
+     * T; not less for a larger T; pad_rows(pad_rows(T)) = pad_rows(T). Buffers have that many rows.
+     * NULL: T. */
     int (*pad_rows)(int T);
-    /* The backend's own memory (a GPU's), part by part, as open, place and arena will take it for f
-     * with opt filled in and `arena` bytes of activations. Returns the number of parts, at most
-     * QEMB_PARTS. NULL: it has none, and the options of a GPU mean nothing to it. */
+    /* The memory that the backend allocates itself (on a GPU), part by part, as open, load_weights
+     * and arena will for f, opt without zeros, and `arena` bytes of activations. Returns the number
+     * of parts, at most QEMB_PARTS. NULL: none, and the options for GPUs do not apply. */
     int (*plan)(qemb_part *parts, const qemb_file *f, const qemb_options *opt, size_t arena);
-    /* Bytes of memory that place takes for matrices in a form of its own. NULL: none. */
+    /* Bytes that load_weights allocates for repacked copies of matrices. NULL: none. */
     size_t (*repacked_bytes)(const qemb_weights *w, int n_layers);
-    /* Adds what be knows to h. NULL: nothing goes wrong. */
+    /* Adds the faults of be to h. NULL: there are none to count. */
     void (*health)(const qemb_backend *be, qemb_health *h);
 
-    /* State for config c (which outlives it). Codes: "device", "out_of_memory". */
+    /* Opens a backend for config c, which outlives it. Codes: "device", "out_of_memory". */
     int (*open)(qemb_backend **be, const qemb_config *c, const qemb_options *opt, qemb_err *err);
     void (*close)(qemb_backend *be);
-    /* Makes w usable by the ops: replaces layer pointers by the backend's copies where it needs
-     * them (plain ops read the map). Called once. */
+    /* Makes w usable by the ops: replaces pointers into the map by pointers to the backend's copies
+     * where it makes some (the plain table makes none). Called once. */
     int (*load_weights)(qemb_backend *be, qemb_weights *w, qemb_err *err);
-    /* Activation memory of that many bytes, aligned to 256, freed by close. Called once. */
+    /* Memory for the activations, aligned to 256 bytes, freed by close. Called once. */
     void *(*arena)(qemb_backend *be, size_t bytes, qemb_err *err);
-    /* Announces the batch that the calls up to pool belong to; b is host memory. */
+    /* Announces the batch of the following calls, up to pool. b lies in host memory. */
     void (*begin)(qemb_backend *be, const qemb_packed_batch *b);
 
     /* x (T, D) = rows tokens[t] of tok_emb (V, D) */
@@ -284,85 +326,87 @@ typedef struct qemb_ops {
     /* x (T, out) += alpha * a W^T,  a (T, in), W (out, in) */
     void (*matmul_add)(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w, int T);
     /* qkv (T, (H+2K)*hd) in place: every q and k head is RMS-normed with q_norm or k_norm (hd),
-     * then rotated by its position (RoPE, halves); v is left alone */
+     * then rotated by its position (RoPE on halves); v is not changed */
     void (*qknorm_rope)(qemb_backend *be, qemb_act *qkv, const float *q_norm, const float *k_norm,
                         const qemb_packed_batch *b);
-    /* Causal grouped-query attention, scale 1/sqrt(hd). last_only = 0: att (T, H*hd) for every
-     * row; 1: att (B, H*hd) for each text's last row. qkv (T, (H+2K)*hd). */
+    /* Causal grouped-query attention with scale 1/sqrt(hd), qkv (T, (H+2K)*hd). last_only = 0:
+     * att (T, H*hd) of every row; 1: att (B, H*hd) of each text's last row. */
     void (*attention)(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
                       const qemb_packed_batch *b, int last_only);
-    /* h (T, F) = silu(gate) * up,  gate and up (T, F) the two halves of x W^T,  x (T, in),
-     * W (2F, in): gate's rows, then up's. gu (T, 2F) is scratch, for tables that want both first. */
+    /* h (T, F) = silu(gate) * up; gate and up (T, F) are the two halves of x W^T,  x (T, in), W
+     * (2F, in): gate's rows, then up's. gu (T, 2F) is scratch for tables that do not fuse the
+     * two. */
     void (*gate_up)(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
                     const qemb_mat *w, int T);
     /* y (B, D) = rows cu[b+1]-1 of x (T, D) */
     void (*gather_last)(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
-    /* out (B, D), host memory = rmsnorm of x (B, D) with w (D). Returns when out is written. */
+    /* out (B, D), in host memory = rmsnorm of x (B, D) with w (D). Returns when out is written. */
     void (*pool)(qemb_backend *be, float *out, const float *x, const float *w, int B);
-} qemb_ops;
+};
 
-/* qemb.c: plain C, OpenMP; "plain" */
+/* The table "plain" of qemb.c: portable C, threads by OpenMP. */
 extern const qemb_ops qemb_cpu_ops;
-/* backends/cpu/dispatch.c: the tables that this machine's CPU can run, "plain" first, the fastest of
- * each arithmetic last; NULL past the end. */
+/* backends/cpu/dispatch.c: the tables that this CPU can run, "plain" first, the fastest of each
+ * arithmetic last; NULL past the end. */
 const qemb_ops *qemb_cpu_table(int i);
-/* By name and arithmetic; a name of NULL is the fastest. NULL: unknown here. */
+/* The table of that name (NULL: the fastest) and arithmetic, or NULL. */
 const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math);
-/* The fastest in float that reads the map and copies nothing. */
+/* The fastest table in float that reads the map and copies no weights. */
 const qemb_ops *qemb_cpu_mapped(void);
 
 /* The backend that a program is linked with, backends/cpu/backend.c or backends/cuda/backend.c: its
- * tables, the fastest of each arithmetic last, NULL past the end, and its default arithmetic. */
+ * tables, the fastest of each arithmetic last, NULL past the end; and its default arithmetic. */
 const qemb_ops *qemb_backend_table(int i);
 extern const qemb_math qemb_backend_math;
 
-/* ---- the engine ---------------------------------------------------------------------------- */
+/* ---- the engine ------------------------------------------------------------------------------ */
 
-typedef struct qemb_model qemb_model; /* one forward at a time */
-typedef struct qemb_batch qemb_batch; /* texts on their way into a forward */
+typedef struct qemb_model qemb_model; /* computes one batch at a time */
+typedef struct qemb_batch qemb_batch; /* texts that one forward will compute */
 
-/* Memory a model takes beside the file's map, in bytes. */
+/* Memory of a model, in bytes. */
 typedef struct {
     size_t arena_batch; /* activations of a bulk batch of batch_tokens rows */
-    size_t arena_text;  /* activations when one text of max_tokens comes */
-    size_t weights;     /* bytes of the layers in the map: every batch reads them, or their copy */
-    size_t table;       /* bytes of the embedding table, of which rows in use are read */
-    size_t repacked_bytes;       /* the layers' matrices as the table copies them; 0: no copy */
+    size_t arena_text;  /* activations of one text of max_tokens */
+    size_t weights;     /* the layers' matrices in the map: every batch reads them, or their copy */
+    size_t table;       /* the embedding table in the map: only the rows in use are read */
+    size_t repacked_bytes;       /* the table's repacked copies of matrices; 0: it makes none */
     qemb_part parts[QEMB_PARTS]; /* (n_parts) the backend's own memory, activations included */
     int n_parts;
 } qemb_memory;
 
-/* What qemb_open would plan, without opening anything. */
+/* The memory that qemb_open would use, without opening anything. */
 void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt, qemb_memory *mem);
 
-/* The model over f (which outlives it) and a backend. opt may be NULL. The caller closes. */
+/* A model over f, which outlives it, and ops. opt may be NULL. The caller closes. Codes:
+ * "device", "out_of_memory". */
 int qemb_open(qemb_model **m, const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
               qemb_err *err);
 void qemb_close(qemb_model *m);
 const qemb_options *qemb_options_of(const qemb_model *m); /* with the defaults filled in */
 int qemb_batch_tokens(const qemb_ops *ops); /* rows of a bulk batch where the options say 0 */
-/* For the thread that embeds, or after it. */
+/* To be called by the thread that calls qemb_embed. */
 qemb_health qemb_health_of(const qemb_model *m);
 
-/* An empty batch for m; any number may exist, so one can be filled while another computes. */
+/* An empty batch for m. There may be several, so that one is filled while another computes. */
 qemb_batch *qemb_batch_new(const qemb_model *m); /* NULL: out of memory */
 void qemb_batch_free(qemb_batch *b);
 void qemb_batch_clear(qemb_batch *b);
-/* Adds a text: ids (n), 1 <= n <= max_tokens, every id in 0..V-1, end-of-text included; the
- * memory stays the caller's and must live until qemb_embed returns. Returns the row of out that
- * will hold its vector (equal texts share one), or -1 if it does not fit beside what is there.
- * An empty batch takes every text. */
+/* Adds a text: ids (n), end-of-text included, 1 <= n <= max_tokens, every id in 0..V-1. The caller
+ * owns ids and keeps them until qemb_embed returns. Returns the row of out for the text's vector,
+ * the same row for equal texts, or -1 if the batch has no room for it. An empty batch has room for
+ * every text. */
 int qemb_pack_add(qemb_batch *b, const int32_t *ids, int n);
-int qemb_batch_rows(const qemb_batch *b); /* vectors that come out: distinct texts */
-/* Tokens that are not computed because all texts share them: the prefix, but once. */
+int qemb_batch_rows(const qemb_batch *b); /* rows of out: distinct texts */
+/* Tokens that need not be computed because the texts share a prefix. */
 size_t qemb_batch_tokens_saved(const qemb_batch *b);
 
-/* The model's one forward. out (qemb_batch_rows, D): final-normed last rows, before cut and L2. A
- * device that fails leaves NaN here and its reason in qemb_health_of. */
+/* out (qemb_batch_rows, D) = the texts' last rows after the final norm, neither cut nor scaled. If
+ * the device fails, out holds NaN and qemb_health_of says why. */
 void qemb_embed(qemb_model *m, const qemb_batch *b, float *out);
 
-/* dst (dim) = the first dim numbers of src, scaled to length 1. -1 if that has no finite, nonzero
- * length; then dst is left alone. Sums in double, in order: the same bits on every backend. */
+/* dst (dim) = the first dim numbers of src, scaled to length 1. Returns -1 and leaves dst alone if
+ * their length is zero or not finite. Sums in double, in order: the same bits on every backend. */
 int qemb_l2_normalize(float *dst, const float *src, int dim);
 
 #ifdef __cplusplus
