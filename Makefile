@@ -9,11 +9,11 @@ PREFIX  ?= /usr/local
 export QEMB_SHARED ?= $(abspath ../shared)
 
 # Debian packages, each named here and nowhere else. Python ones: convert_weights.py, tests/*.txt.
-DEBIAN_BUILD   := gcc libc6-dev libjansson-dev libssl-dev
+DEBIAN_BUILD   := gcc binutils libc6-dev libjansson-dev libssl-dev
 DEBIAN_SERVE   := libmicrohttpd-dev libhiredis-dev
 DEBIAN_PYTHON  := python3 python3-venv
 DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread wrk apache2-utils # a plot, products to compare with, load
-DEBIAN_TEST    := clang libclang-rt-dev libcriterion-dev xz-utils curl redis-server
+DEBIAN_TEST    := g++ pkgconf clang libclang-rt-dev libcriterion-dev xz-utils curl redis-server
 
 WARNINGS := -Wall -Wextra -Wpedantic -Werror
 # Products may be fused into sums (more exact, twice as fast); nothing else is relaxed.
@@ -25,13 +25,13 @@ BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
 CPU     := $(patsubst %,backends/cpu/%,memory threads row_ops packed_gemm avx2 avx512 avx512_attention dispatch)
-ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error
+ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error lib/embed_text
 SHARED  := $(patsubst %,frontends/%,select_ops record_tokenizer format input)
 CLI     := $(patsubst %,frontends/cli/%,main pipeline output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main http listen api model_worker queue cache redis metrics) $(SHARED)
-TESTS   := model_file format input model ops serve_cache serve_queue simd tokenizer
+TESTS   := embed_text model_file format input model ops serve_cache serve_queue simd tokenizer
 FUZZERS := file jsonl request tokenizer
 TESTED  := frontends/format frontends/input $(patsubst %,frontends/server/%,queue cache metrics) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
@@ -115,6 +115,29 @@ build/fuzz/backends/cpu/%.o: backends/cpu/%.c | need-build
 # The other compiler's warnings.
 $(eval $(call variant,clang,$(CLANG),-O1 -Wno-unknown-pragmas))
 
+# libqemb.a has one object, in which only the names that begin with qemb_ are visible.
+build/lib/%.o: %.c | need-build
+	@mkdir -p $(@D)
+	$(CC) $(BASE) -O3 -g -fopenmp -fPIC -c $< -o $@
+build/lib/libqemb.a: $(patsubst %,build/lib/%.o,$(ENGINE))
+	$(LD) -r $^ -o build/lib/libqemb.o
+	objcopy --wildcard --keep-global-symbol='qemb_*' build/lib/libqemb.o
+	rm -f $@ && $(AR) rcs $@ build/lib/libqemb.o
+-include $(wildcard $(foreach d,* */* */*/*,build/lib/$(d).d))
+
+define PKG_CONFIG
+prefix=$(PREFIX)
+libdir=$${prefix}/lib
+includedir=$${prefix}/include
+
+Name: qemb
+Description: Qwen3-Embedding vectors of texts, on the CPU
+Version: $(shell sed -n 's/.*QEMB_VERSION "\(.*\)"/\1/p' qemb.h)
+Cflags: -I$${includedir}
+Libs: -L$${libdir} -lqemb -lgomp -pthread -lm
+endef
+export PKG_CONFIG
+
 qemb: build/release/qemb
 	cp build/release/qemb qemb
 
@@ -143,11 +166,15 @@ convert: $(VENV)/.convert ## MODEL=directory-or-hub-name [OUT=file.qemb] [DTYPE=
 	@test -n "$(MODEL)" || { echo "usage: make convert MODEL=directory-or-hub-name [OUT=file.qemb] [DTYPE=int8]"; exit 1; }
 	$(VENV)/bin/python convert_weights.py "$(MODEL)" $(if $(OUT),--out "$(OUT)") $(if $(DTYPE),--dtype "$(DTYPE)")
 
-install: qemb qemb-serve ## programs and man pages under PREFIX (/usr/local)
+install: qemb qemb-serve build/lib/libqemb.a ## programs, manuals and the C library under PREFIX (/usr/local)
 	install -D -m 755 qemb $(DESTDIR)$(PREFIX)/bin/qemb
 	install -D -m 755 qemb-serve $(DESTDIR)$(PREFIX)/bin/qemb-serve
 	install -D -m 644 docs/man/qemb.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb.1
 	install -D -m 644 docs/man/qemb-serve.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb-serve.1
+	install -D -m 644 build/lib/libqemb.a $(DESTDIR)$(PREFIX)/lib/libqemb.a
+	install -D -m 644 qemb.h $(DESTDIR)$(PREFIX)/include/qemb.h
+	install -d $(DESTDIR)$(PREFIX)/lib/pkgconfig
+	printf '%s\n' "$$PKG_CONFIG" >$(DESTDIR)$(PREFIX)/lib/pkgconfig/qemb.pc
 
 bench: need-bench qemb qemb-serve ## speed of every part and of whole runs, beside the machine's limits and peers (see bench.sh)
 	@$(SUBMAKE) build/release/qemb-bench
@@ -184,7 +211,7 @@ test: need-test $(VENV_TEST) ## install what is missing, run everything (C, sani
 	  "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) gpu-test"
 
 .PHONY: test-programs test-serve
-test-programs: qemb qemb-serve build/release/qemb-bench $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
+test-programs: qemb qemb-serve build/lib/libqemb.a build/release/qemb-bench $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
   $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
 
 test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/tsan/qemb-serve ## the server's tests alone: real clients, attacks, sanitizers

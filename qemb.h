@@ -60,7 +60,7 @@ const char *qemb_embedder_prompt(const qemb_embedder *e, const char *name);
 /* out (dim) = the vector of text, len bytes of UTF-8, cut to dim numbers and scaled to length 1,
  * 1 <= dim <= D. prompt is put before the text; NULL for none, which is right for documents. The
  * end-of-text token is appended here. Codes: "invalid_utf8", "too_long" (more tokens than the model
- * takes), "non_finite" (no length to scale to 1), "out_of_memory", "device". */
+ * takes), "bad_dim", "non_finite" (no length to scale to 1), "out_of_memory", "device". */
 int qemb_embed_text(qemb_embedder *e, const char *prompt, const char *text, size_t len, float *out,
                     int dim, qemb_err *err);
 
@@ -353,11 +353,6 @@ const qemb_ops *qemb_cpu_table(int i);
 const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math);
 /* The fastest table in float that reads the map and copies no weights. */
 const qemb_ops *qemb_cpu_mapped(void);
-
-/* The backend that a program is linked with, backends/cpu/backend.c or backends/cuda/backend.c: its
- * tables, the fastest of each arithmetic last, NULL past the end; and its default arithmetic. */
-const qemb_ops *qemb_backend_table(int i);
-extern const qemb_math qemb_backend_math;
 
 /* ---- the engine ------------------------------------------------------------------------------ */
 

@@ -1,5 +1,6 @@
 /* select_ops.c - --cpu and --math -> the ops table that computes. The tables are those of the backend
  * that the program is linked with, and with --cpu the CPU's in every program. */
+#include "backends/backend.h"
 #include "frontend.h"
 
 #include <stdio.h>

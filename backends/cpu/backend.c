@@ -1,5 +1,5 @@
 /* backend.c - linked into a program, makes the CPU its backend. */
-#include "qemb.h"
+#include "backends/backend.h"
 
 const qemb_math qemb_backend_math = QEMB_MATH_F32;
 

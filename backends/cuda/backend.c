@@ -1,4 +1,5 @@
 /* backend.c - linked into a program, makes the GPU its backend. */
+#include "backends/backend.h"
 #include "qemb_cuda.h"
 
 const qemb_math qemb_backend_math = QEMB_MATH_F16;

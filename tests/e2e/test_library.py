@@ -1,0 +1,85 @@
+"""What `make install` gives a C or C++ program: qemb.h, libqemb.a, qemb.pc; examples/embed.c."""
+import os
+import re
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "examples/demo.qemb"
+EXAMPLE = ROOT / "examples/embed.c"
+STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+
+
+def run(*args, **kwargs):
+    return subprocess.run([str(a) for a in args], capture_output=True, text=True, check=True,
+                          **kwargs).stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("prefix")
+    run("make", "-s", "install", f"PREFIX={prefix}", cwd=ROOT)
+    return prefix
+
+
+def flags(prefix):
+    env = os.environ | {"PKG_CONFIG_PATH": str(prefix / "lib/pkgconfig")}
+    return run("pkg-config", "--cflags", "--libs", "qemb", env=env).split()
+
+
+def vectors(*args, text):
+    out = subprocess.run([ROOT / "qemb", "-m", MODEL, "--output", "f32", *args], input=text.encode(),
+                         capture_output=True, check=True).stdout
+    n = len(text.splitlines())
+    return [struct.unpack(f"<{len(out) // n // 4}f", part) for part in
+            (out[i * len(out) // n:(i + 1) * len(out) // n] for i in range(n))]
+
+
+@pytest.mark.parametrize("compiler", [["gcc", "-std=c11"], ["clang", "-std=c17"],
+                                      ["g++", "-std=c++17", "-x", "c++"]])
+def test_example_prints_the_cosines_of_the_programs_vectors(installed, tmp_path, compiler):
+    run(*compiler, *STRICT, EXAMPLE, "-x", "none", "-o", tmp_path / "embed", *flags(installed))
+    documents = ["Beijing is a city.", "Gravity attracts bodies."]
+    out = run(tmp_path / "embed", MODEL, "capital of China", *documents)
+    (query,) = vectors("--query", text="capital of China\n")
+    want = [f"{sum(a * b for a, b in zip(query, d)):.4f}  {text}"
+            for d, text in zip(vectors(text="\n".join(documents) + "\n"), documents)]
+    assert out.splitlines() == want
+
+
+def test_example_is_short_and_names_what_is_wrong(installed, tmp_path):
+    assert len(EXAMPLE.read_text().splitlines()) <= 50
+    run("cc", EXAMPLE, "-o", tmp_path / "embed", *flags(installed))
+    r = subprocess.run([tmp_path / "embed", "no-such.qemb", "a", "b"], capture_output=True,
+                       text=True, check=False)
+    assert r.returncode == 1 and re.fullmatch("embed: no-such.qemb: .*\n", r.stderr) and not r.stdout
+    r = subprocess.run([tmp_path / "embed"], capture_output=True, text=True, check=False)
+    assert r.returncode == 1 and r.stderr.startswith("usage: ")
+
+
+def symbols(prefix):
+    """(type, name) of each global symbol of the library."""
+    table = run("nm", "-g", "--defined-only", prefix / "lib/libqemb.a")
+    return re.findall(r"^[0-9a-f]+ ([A-Z]) (\S+)$", table, re.M)
+
+
+def test_library_shows_only_names_that_begin_with_qemb(installed):
+    names = [name for _, name in symbols(installed)]
+    assert "qemb_embed_text" in names
+    assert [n for n in names if not n.startswith("qemb_")] == []
+
+
+def test_every_function_of_the_header_is_in_the_library(installed):
+    header = (installed / "include/qemb.h").read_text()
+    declared = set(re.findall(r"^[a-z].*?\b\*?(qemb_\w+)\(", header, re.M)) - {"qemb_layer_matrices"}
+    assert declared == {name for kind, name in symbols(installed) if kind == "T"}
+
+
+def test_manual_pages_and_version_are_installed(installed):
+    assert (installed / "share/man/man1/qemb.1").read_text() == (ROOT / "docs/man/qemb.1").read_text()
+    version = re.search(r'QEMB_VERSION "(.*)"', (installed / "include/qemb.h").read_text())[1]
+    assert f"Version: {version}\n" in (installed / "lib/pkgconfig/qemb.pc").read_text()
+    assert version in run(installed / "bin/qemb", "--version")
