@@ -1,6 +1,6 @@
 /* tokenizer.c - text to token ids, exactly as Hugging Face `tokenizers` does for Qwen3-Embedding.
  *
- * The definition has five steps. The first four are here, in this order, each under its heading:
+ * The definition has five steps. This file does the first four, each under its heading:
  *   1. Added tokens ("<|im_start|>") are found in the raw text: leftmost, then longest. Each
  *      piece between two of them goes through 2 to 4 on its own.
  *   2. NFC, with the data of Unicode 9.0.
@@ -8,18 +8,18 @@
  *      single digits, white space).
  *   4. Byte-level BPE inside each pre-token: bytes become ids 0..255, then merge 0 is applied
  *      wherever it fits, then merge 1, and so on; merge i makes id 256 + i.
- *   5. End-of-text is appended; that is the caller's.
+ *   5. The caller appends end-of-text.
  *
- * How it is made fast without changing one id:
- *   - Text goes through in chunks that stay in the first caches. A chunk ends where neither NFC
- *     nor the split can see across, so chunks are independent (find_chunk).
+ * What makes it fast and changes no id:
+ *   - Text is processed in chunks that fit the first caches. A chunk ends at a place across which
+ *     neither NFC nor the split looks, so chunks are independent (find_chunk).
  *   - Validation and the NFC quick check are one pass; only text that needs it is normalized.
  *   - A pre-token of up to 31 bytes is looked up in a cache of earlier results.
  *   - Inside a pre-token, most characters outside ASCII start as one symbol instead of two or
  *     three bytes, where the merges provably allow it (find_whole_chars).
- *   - Short pre-tokens merge in a small array; long ones in one sweep over the ranks with a list
- *     of places for each rank, so that a pre-token of any length takes linear time.
- * Nothing depends on the locale; a tokenizer is immutable once open, all scratch is in the state.
+ *   - Short pre-tokens merge in a small array. Long ones merge in one sweep over the ranks, with a
+ *     list of places for each rank, so that a pre-token of any length takes linear time.
+ * Nothing depends on the locale. An open tokenizer is immutable; all scratch is in the state.
  */
 #include "qemb.h"
 #include "lib/unicode.h"
@@ -34,19 +34,19 @@
 
 enum {
     TOKEN_MAX = 1024,       /* longest token in bytes; real vocabularies stay under 256 */
-    MERGES_MAX = 1 << 20,   /* so that two ids and a rank fit one 64-bit slot */
-    ID_BITS = 21,           /* of an id or rank in a slot of the pair table */
+    MERGES_MAX = 1 << 20,   /* two ids and a rank must fit a 64-bit slot of the pair table */
+    ID_BITS = 21,           /* bits of an id or a rank in such a slot */
     PROBE_MAX = 128,        /* longest search in the pair table; the real merges take 12 */
-    CHUNK = 1 << 14,        /* bytes of text in work at a time, when it has a place to cut */
-    PAD = 32,               /* zero bytes after s->text, so that words may be read past its end */
-    SHORT_SYMBOLS = 64,     /* up to here merging scans an array */
+    CHUNK = 1 << 14,        /* bytes of a chunk, if the text can be cut there */
+    PAD = 32,               /* zero bytes after s->text: 8 bytes may be read at any place of it */
+    SHORT_SYMBOLS = 64,     /* longest pre-token, in symbols, that merges in an array */
     AHEAD = 32,             /* pre-tokens found before the first of them is looked up */
     KEEP_BYTES = 4 << 20,   /* of each array in a state, from one text to the next */
     SHORT_CACHED = 15,      /* bytes of a pre-token for the first cache, with up to 4 ids */
     SHORT_CACHE_BITS = 16,  /* entries of 32 bytes: 2 MiB */
     LONG_CACHED = 31,       /* for the second cache, with up to 8 ids */
     LONG_CACHE_BITS = 14,   /* entries of 64 bytes: 1 MiB */
-    CACHE_COUNT_SHIFT = 24, /* a cache entry's first id carries the number of ids up there */
+    CACHE_COUNT_SHIFT = 24, /* bits of a cache entry's first id from here on: the number of ids */
 };
 
 #define NO_RANK   UINT32_MAX
@@ -56,7 +56,8 @@ enum {
 #define GOLDEN    UINT64_C(0x9E3779B97F4A7C15) /* 2^64 / golden ratio: spreads a multiplied key */
 
 typedef struct {
-    uint32_t head, tail; /* up to four bytes at its ends: the first is lowest, the last highest */
+    uint32_t head,
+        tail; /* its first and last bytes, up to four: the first is lowest, the last highest */
     uint16_t len;
 } token_info;
 
@@ -74,8 +75,8 @@ struct qemb_tokenizer {
     uint32_t id_of[256];  /* byte -> id */
     uint64_t *pair;       /* hash table: left << 42 | right << 21 | rank, or NO_SLOT */
     unsigned pair_shift;  /* 64 - log2(slots) */
-    uint64_t *filter;     /* two bits a slot: whether a pair with such a hash exists */
-    uint32_t *char_token; /* (65536) code point -> its one token where usable, or 0 */
+    uint64_t *filter;     /* two bits for each slot: whether a pair with such a hash exists */
+    uint32_t *char_token; /* (65536) code point -> the token that is this character, or 0 */
     uint64_t seam[1024];  /* bit seam_hash(...): see find_whole_chars */
     added_token *added;   /* (n_added), ascending by bytes */
     size_t n_added;
@@ -94,15 +95,15 @@ typedef struct {
     uint32_t first, last; /* places, or NO_RANK */
 } merge_list;
 
-/* 3 MiB of caches, and arrays that grow with the longest chunk: 16 KiB of ordinary text takes half
- * a MiB. A single pre-token of n bytes takes about 30 n while it is in work. */
+/* 3 MiB of caches, and arrays that grow with the longest chunk: half a MiB for 16 KiB of ordinary
+ * text. A single pre-token of n bytes takes about 30 n bytes. */
 struct qemb_tokenizer_state {
     const qemb_tokenizer *t;
-    uint32_t *ids; /* what came out so far */
+    uint32_t *ids; /* the ids found so far */
     size_t ids_cap;
-    uint8_t *text; /* the piece in work, in NFC, then PAD zeros */
+    uint8_t *text; /* the piece being tokenized, in NFC, then PAD zeros */
     size_t text_cap;
-    uint32_t *cps; /* a stretch that NFC changes: combining class << 24 | code point */
+    uint32_t *cps; /* characters that NFC changes: combining class << 24 | code point */
     size_t cps_cap;
     merge_node *node; /* one for each byte of a long pre-token */
     size_t node_cap;
@@ -111,7 +112,7 @@ struct qemb_tokenizer_state {
     uint64_t *short_cache, *long_cache;
 };
 
-/* ---- small helpers -------------------------------------------------------------------------- */
+/* ---- small helpers --------------------------------------------------------------------------- */
 
 static inline uint64_t load64(const void *p) {
     uint64_t v;
@@ -147,7 +148,7 @@ static int reserve(void *array, size_t *cap, size_t need, size_t size) {
     return 0;
 }
 
-/* Gives back an array that a giant of a text has left behind. */
+/* Frees an array that has grown over KEEP_BYTES for an unusually long text. */
 static void trim(void *array, size_t *cap, size_t size) {
     void *old, *none = NULL;
     if (*cap <= KEEP_BYTES / size) return;
@@ -157,17 +158,17 @@ static void trim(void *array, size_t *cap, size_t size) {
     *cap = 0;
 }
 
-/* ---- chunks --------------------------------------------------------------------------------- */
+/* ---- chunks ---------------------------------------------------------------------------------- */
 
 typedef struct {
     size_t end;
     int is_nfc;
 } chunk;
 
-/* Validates text from pos until a place at or after pos + want where it can be cut: behind a
- * letter or number, before something that cannot continue a run of letters, both left alone by
- * NFC. There step 3 always ends a pre-token, and no pre-token before it looks any further (only
- * white space does). Where such a place does not come, the chunk goes on. */
+/* Validates text from pos to the first place at or after pos + want where it can be cut: between a
+ * letter or number and a character that cannot continue a run of letters, both unchanged by NFC.
+ * There step 3 always ends a pre-token, and no earlier pre-token looks further (only white space
+ * does). A chunk without such a place goes on to the end of the text. */
 static int find_chunk(const uint8_t *text, size_t pos, size_t len, size_t want, chunk *c,
                       qemb_err *err) {
     size_t goal = len - pos > want ? pos + want : len, i = pos;
@@ -200,10 +201,10 @@ static int find_chunk(const uint8_t *text, size_t pos, size_t len, size_t want, 
     return 0;
 }
 
-/* ---- step 1: added tokens ------------------------------------------------------------------- */
+/* ---- step 1: added tokens -------------------------------------------------------------------- */
 
-/* The first of added[lo..hi), which are all longer than n and begin alike, whose byte n is at least
- * b; or hi. */
+/* added[lo..hi) are longer than n bytes and have the same first n. Returns the first whose byte n
+ * is at least b, or hi. */
 static size_t added_bound(const qemb_tokenizer *t, size_t lo, size_t hi, size_t n, unsigned b) {
     while (lo < hi) {
         size_t mid = lo + (hi - lo) / 2;
@@ -229,7 +230,8 @@ static const added_token *added_at(const qemb_tokenizer *t, const uint8_t *text,
     return found;
 }
 
-/* Where the first added token that begins in text[pos, end) begins, and which; or end and NULL. */
+/* The place of the first added token that begins in text[pos, end), and which token it is; or end
+ * and NULL. */
 static size_t added_find(const qemb_tokenizer *t, const uint8_t *text, size_t pos, size_t end,
                          size_t len, const added_token **found) {
     *found = NULL;
@@ -248,14 +250,14 @@ static size_t added_find(const qemb_tokenizer *t, const uint8_t *text, size_t po
     return end;
 }
 
-/* ---- step 2: NFC ---------------------------------------------------------------------------- */
+/* ---- step 2: NFC ----------------------------------------------------------------------------- */
 
-/* NFC of src (n), a stretch with nothing before or after it that could join in. Writes at most 3n
- * bytes to out and returns how many; SIZE_MAX: out of memory. */
+/* NFC of src (n), which interacts with no character before or after it. Writes at most 3n bytes to
+ * out and returns how many; SIZE_MAX: out of memory. */
 static size_t nfc_stretch(qemb_tokenizer_state *s, const uint8_t *src, size_t n, uint8_t *out) {
     size_t n_cps = 0, n_out = 0;
     unsigned len;
-    /* A character of k bytes has at most 2k code points in its decomposition; twice for sorting. */
+    /* A character of k bytes decomposes to at most 2k code points; sorting needs as many again. */
     if (n > SIZE_MAX / 8 || reserve(&s->cps, &s->cps_cap, 4 * n, sizeof *s->cps)) return SIZE_MAX;
     for (size_t i = 0; i < n; i += len) {
         size_t k = decompose(utf8_decode(src + i, &len), s->cps + n_cps);
@@ -267,8 +269,8 @@ static size_t nfc_stretch(qemb_tokenizer_state *s, const uint8_t *src, size_t n,
     return n_out;
 }
 
-/* NFC of src (n) into s->text, which holds 3n bytes. Copies what is NFC already; from the last
- * stable character before a place that may not be, up to the next stable one, does it in full.
+/* NFC of src (n) into s->text, which holds 3n bytes. Text that is NFC already is copied. Around a
+ * character that may not be, the text from the last stable character to the next one is normalized.
  * Returns the bytes written; SIZE_MAX: out of memory. */
 static size_t nfc_copy(qemb_tokenizer_state *s, const uint8_t *src, size_t n) {
     size_t copied = 0, safe = 0, out = 0, i = 0, k;
@@ -293,11 +295,11 @@ static size_t nfc_copy(qemb_tokenizer_state *s, const uint8_t *src, size_t n) {
     return out + (n - copied);
 }
 
-/* ---- step 3: pre-tokens --------------------------------------------------------------------- */
+/* ---- step 3: pre-tokens ---------------------------------------------------------------------- */
 
-/* The functions below get s, a text of n bytes followed by PAD zeros, and a place i in it. The
- * zeros are NUL characters, neither letter nor number nor space, so a search for the end of one of
- * those needs no look at n. */
+/* The functions below get a text s of n bytes, followed by PAD zeros, and a place i in it. The
+ * zeros are NUL characters, which are neither letters, numbers nor spaces: a search for the end of
+ * a run of those needs no comparison with n. */
 
 static inline unsigned class_at(const uint8_t *s, unsigned *len) {
     return UNICODE_CLASS(word_at(s, len));
@@ -329,7 +331,8 @@ static inline size_t letters_end(const uint8_t *s, size_t i) {
     }
 }
 
-/* The end of the run of characters that are no space, letter or number, then of CR and LF. */
+/* The end of the run of characters that are neither space, letter nor number, and of the run of CR
+ * and LF after it. */
 static inline size_t others_end(const uint8_t *s, size_t i, size_t n) {
     unsigned len;
     while (i < n && class_at(s + i, &len) == CLASS_OTHER) i += len;
@@ -337,8 +340,9 @@ static inline size_t others_end(const uint8_t *s, size_t i, size_t n) {
     return i;
 }
 
-/* White space at i: through its last CR or LF; else less its last character if more text follows
- * and something is left; else all of it. */
+/* The end of the pre-token of white space at i. It ends after the last CR or LF of the run, if
+ * there is one; else before the last character of the run, if more text follows and that leaves
+ * something; else at the end of the run. */
 static inline size_t spaces_end(const uint8_t *s, size_t i, size_t n) {
     size_t from = i, last = i, line = 0;
     unsigned len;
@@ -376,21 +380,22 @@ static inline size_t pretoken_end(const uint8_t *s, size_t i, size_t n) {
     return spaces_end(s, i, n);
 }
 
-/* ---- step 4: BPE ---------------------------------------------------------------------------- */
+/* ---- step 4: BPE ----------------------------------------------------------------------------- */
 
-/* The rank of the merge that joins l and r, or NO_RANK. Most pairs have none, and most of those
- * end at the filter, an eighth of the table's size. */
+/* The rank of the merge that joins l and r, or NO_RANK. Most pairs have none; the filter, an eighth
+ * of the table's size, answers for most of those. */
 static inline uint32_t pair_rank(const qemb_tokenizer *t, uint32_t l, uint32_t r) {
     uint64_t key = (uint64_t)l << ID_BITS | r, hash = key * GOLDEN;
     const uint64_t *slot = t->pair + (hash >> t->pair_shift);
     if (!get_bit(t->filter, hash >> (t->pair_shift - 1))) return NO_RANK;
-    while (*slot >> ID_BITS != key) /* PROBE_MAX empty slots stand behind the table */
+    while (*slot >> ID_BITS != key) /* the table ends with PROBE_MAX empty slots */
         if (*slot++ == NO_SLOT) return NO_RANK;
     return (uint32_t)(*slot & RANK_MASK);
 }
 
-/* Where t->seam says whether character c meets byte b at an unsafe boundary. kind 0: c ends and b
- * begins there; 1: b ends and c begins; 2: byte c ends and b begins. */
+/* The bit of t->seam that says whether a boundary between character c and byte b is unsafe. kind 0:
+ * c is left of the boundary, b right of it; 1: b left, c right; 2: c is a byte, left, and b
+ * right. */
 static inline size_t seam_hash(unsigned kind, uint32_t c, uint8_t b) {
     return (((uint64_t)c << 8 | b) << 2 | kind) * GOLDEN >> 48;
 }
@@ -401,8 +406,8 @@ static inline int unsafe_seam(const qemb_tokenizer *t, const uint8_t *p, uint32_
            get_bit(t->seam, seam_hash(2, p[-1], p[0]));
 }
 
-/* The symbols that merging may start from: bytes, or whole characters where that is the same (see
- * find_whole_chars). Writes at most n ids to out and returns how many. */
+/* The symbols that merging starts from: bytes, or whole characters where the result is the same
+ * (see find_whole_chars). Writes at most n ids to out and returns how many. */
 static inline size_t first_symbols(const qemb_tokenizer *t, const uint8_t *p, size_t n,
                                    uint32_t *out) {
     size_t i = 0, k = 0;
@@ -433,8 +438,8 @@ static inline size_t first_symbols(const qemb_tokenizer *t, const uint8_t *p, si
 
 /* Merges ids (0 < n <= SHORT_SYMBOLS) in place: the lowest rank, leftmost, until none is left. */
 static size_t merge_short(const qemb_tokenizer *t, uint32_t *ids, size_t n) {
-    /* Rank of the merge with the right neighbour, then id. Equal ranks have equal ids, so that the
-     * first of the smallest words is the lowest rank, leftmost. */
+    /* Each word: the rank of the merge with the right neighbour, then the id. Equal ranks have
+     * equal ids, so the first of the smallest words is the leftmost of the lowest rank. */
     uint64_t v[SHORT_SYMBOLS];
     for (size_t i = 0; i + 1 < n; i++)
         v[i] = (uint64_t)pair_rank(t, ids[i], ids[i + 1]) << 32 | ids[i];
@@ -462,7 +467,7 @@ static size_t merge_short(const qemb_tokenizer *t, uint32_t *ids, size_t n) {
     return n;
 }
 
-/* Puts the pair of the symbols at place p and q (the next symbol's) at the end of its list. */
+/* Adds the pair of the symbol at place p and the next one, at q, to the end of its rank's list. */
 static void list_add(qemb_tokenizer_state *s, uint32_t p, uint32_t q) {
     merge_node *v = &s->node[p];
     merge_list *list;
@@ -480,7 +485,7 @@ static void list_add(qemb_tokenizer_state *s, uint32_t p, uint32_t q) {
     set_bit(s->ranks64, v->rank >> 6);
 }
 
-/* Takes place p's pair, if it has one that merges, out of its list. */
+/* Removes the pair at place p from its list, if a merge joins that pair. */
 static void list_drop(qemb_tokenizer_state *s, uint32_t p) {
     const merge_node *v = &s->node[p];
     if (v->rank == NO_RANK) return;
@@ -514,10 +519,11 @@ static void merge_all(qemb_tokenizer_state *s, uint32_t rank, size_t n) {
     }
 }
 
-/* The ids of p (n), a pre-token, into out: one sweep over the ranks. A merge makes an id above both
- * it joins, so what it makes possible has a higher rank and the sweep never turns back; and, as it
- * starts from bytes, all places of a pair come to be during one rank, left to right, so that every
- * list is in order. Steps: n, plus the ranks' summary (n_merges / 4096). */
+/* The ids of a pre-token p (n) into out, by one sweep over the ranks. A merge makes an id above the
+ * two that it joins, so the merges that it makes possible have higher ranks: the sweep never goes
+ * back. Since merging starts from bytes, all places of a pair appear while one rank is applied,
+ * from left to right: every list is in order. Steps: n, plus n_merges / 4096 for the summary of
+ * ranks. */
 static size_t merge_long(qemb_tokenizer_state *s, const uint8_t *p, size_t n, uint32_t *out) {
     size_t words64 = ((s->t->n_merges + 63) / 64 + 63) / 64, k = 0;
     for (size_t i = 0; i < n; i++) s->node[i].symbol = s->t->id_of[p[i]];
@@ -566,7 +572,7 @@ static size_t bpe(qemb_tokenizer_state *s, const uint8_t *p, size_t n, uint32_t 
     return merge_long(s, p, n, out);
 }
 
-/* A pre-token on its way through a cache. */
+/* A pre-token to be looked up in a cache. */
 typedef struct {
     const uint8_t *p;
     size_t n;
@@ -574,11 +580,11 @@ typedef struct {
     uint64_t key[4];
 } word;
 
-/* The caches. An entry is W words of key, the pre-token's bytes and in the last byte its length,
- * then 2 W ids, of which the first carries their number. An empty entry's length is 0. Two entries
- * make a bucket; a new one goes to the front and pushes the other back. */
+/* The caches. An entry has a key of W words, which are the pre-token's bytes and, in the last byte,
+ * its length; then 2 W ids, the first of which carries their number. An empty entry's length is 0.
+ * Two entries make a bucket; a new entry goes to the front and replaces the one at the back. */
 
-/* Finds w's key and bucket, and asks memory for the bucket. */
+/* Finds w's key and bucket, and prefetches the bucket. */
 static inline void find_bucket(word *w, uint64_t *cache, const unsigned W, const unsigned bits) {
     /* 32 bytes of ones, then 32 of zeros: at 32 - n begin n ones */
     static const uint64_t ones[8] = {~UINT64_C(0), ~UINT64_C(0), ~UINT64_C(0), ~UINT64_C(0)};
@@ -595,8 +601,8 @@ static inline void find_bucket(word *w, uint64_t *cache, const unsigned W, const
     if (W == 4) __builtin_prefetch(w->bucket + 2 * W);
 }
 
-/* The ids of w into out, which has room for max(n, 2 W); from the bucket, or put there. Returns
- * how many; 0: failed. */
+/* The ids of w into out, which has room for max(n, 2 W): taken from the bucket, or computed and put
+ * there. Returns how many; 0: failed. */
 static inline size_t bpe_cached(qemb_tokenizer_state *s, const word *w, const unsigned W,
                                 uint32_t *out, qemb_err *err) {
     uint64_t *bucket = w->bucket;
@@ -621,9 +627,9 @@ static inline size_t bpe_cached(qemb_tokenizer_state *s, const word *w, const un
     return k;
 }
 
-/* Steps 3 and 4 for s->text (n bytes); ids go to out, which has room for n + 8. Pre-tokens are
- * found some way ahead of their ids, so that the caches answer without a wait. Returns the end of
- * the ids, or NULL. */
+/* Steps 3 and 4 for s->text (n bytes); ids go to out, which has room for n + 8. Up to AHEAD
+ * pre-tokens are found before the first is looked up, so that the caches' entries have arrived.
+ * Returns the end of the ids, or NULL. */
 static uint32_t *encode_words(qemb_tokenizer_state *s, size_t n, uint32_t *out, qemb_err *err) {
     const uint8_t *text = s->text;
     word words[AHEAD];
@@ -658,10 +664,10 @@ static uint32_t *encode_words(qemb_tokenizer_state *s, size_t n, uint32_t *out, 
     return out;
 }
 
-/* ---- one text ------------------------------------------------------------------------------- */
+/* ---- one text -------------------------------------------------------------------------------- */
 
-/* Steps 2 to 4 for a valid piece of text. Appends to s->ids, of which *n_ids are there; *bytes is
- * the piece's length in NFC. */
+/* Steps 2 to 4 for a valid piece of text. Appends to the *n_ids ids in s->ids; *bytes is the
+ * piece's length in NFC. */
 static int encode_piece(qemb_tokenizer_state *s, const uint8_t *piece, size_t n, int is_nfc,
                         size_t *n_ids, size_t *bytes, qemb_err *err) {
     size_t grow = is_nfc ? 1 : 3;
@@ -695,7 +701,7 @@ int qemb_tokenizer_encode(qemb_tokenizer_state *s, const char *text_, size_t len
     trim(&s->node, &s->node_cap, sizeof *s->node);
     if (reserve(&s->ids, &s->ids_cap, 64, sizeof *s->ids)) return out_of_memory(err, "the ids");
     while (pos < len && n < limit) {
-        /* Near the limit, chunks shrink: few tokens are shorter than two bytes on average. */
+        /* Near the limit chunks shrink, so that little is tokenized past it. */
         size_t want = limit - n < CHUNK / 8 ? (limit - n) * 8 + 64 : CHUNK;
         chunk c = {pos, 1};
         if (find_chunk(text, pos, len, want, &c, err)) return -1;
@@ -770,7 +776,7 @@ void qemb_tokenizer_state_free(qemb_tokenizer_state *s) {
     free(s);
 }
 
-/* ---- opening -------------------------------------------------------------------------------- */
+/* ---- opening --------------------------------------------------------------------------------- */
 
 /* The byte alphabet of GPT-2: the printable bytes of Latin-1 first, then the others. */
 static void number_bytes(qemb_tokenizer *t) {
@@ -785,7 +791,7 @@ static void number_bytes(qemb_tokenizer *t) {
     }
 }
 
-/* What two tokens side by side make. */
+/* The token that two neighbours make. */
 static token_info join(token_info l, token_info r) {
     token_info both = {l.head, r.tail, (uint16_t)(l.len + r.len)};
     if (l.len < 4) both.head |= r.head << 8 * l.len;
@@ -793,7 +799,7 @@ static token_info join(token_info l, token_info r) {
     return both;
 }
 
-/* Checks the merges one by one; fills token and the pair table. */
+/* Checks the merges; fills t->token and the pair table. */
 static int read_merges(qemb_tokenizer *t, qemb_err *err) {
     for (uint32_t id = 0; id < 256; id++)
         t->token[id] = (token_info){t->byte_of[id], (uint32_t)t->byte_of[id] << 24, 1};
@@ -832,7 +838,7 @@ static int read_merges(qemb_tokenizer *t, qemb_err *err) {
     return 0;
 }
 
-/* The one token that merging makes of a character's bytes alone, two or three, or NO_RANK. */
+/* The token that a character's two or three bytes merge to on their own, or NO_RANK. */
 static uint32_t merge_char(const qemb_tokenizer *t, token_info c) {
     uint32_t x = t->id_of[c.head & 0xFF], y = t->id_of[c.head >> 8 & 0xFF], z, yz;
     uint32_t xy = pair_rank(t, x, y), rank;
@@ -844,7 +850,7 @@ static uint32_t merge_char(const qemb_tokenizer *t, token_info c) {
     return rank == NO_RANK ? NO_RANK : 256 + rank;
 }
 
-/* What stands for a character of which a token has only a part, or that no text can contain. */
+/* In place of a code point: the token has only a part of the character; no text can contain it. */
 enum { PART = 0x110000, NEVER };
 
 /* The character that token r begins with. */
@@ -868,15 +874,15 @@ static uint32_t last_char(token_info l) {
     return n < 4 ? PART : NEVER;
 }
 
-/* Finds the characters that merging may start from as one symbol. Merging is the same as applying
- * merge 0 everywhere, then merge 1, and so on. If a character's bytes alone end up as one token,
- * and no merge joins a proper part of the character with a neighbour, then its own merges happen
- * whatever stands around it, and happen before any merge that uses the whole, which has a higher
- * rank. So the whole may as well be there from the start.
- *   Few merges join a part: their left token begins inside its last character, or their right token
- * ends inside its first one. Each is remembered by what it needs to see at the boundary: the whole
- * character on one side, where the token has it, and the nearest byte on the other. Characters
- * beside a boundary where some merge could see what it needs start as bytes. */
+/* Finds the characters that may be one symbol when merging starts. BPE applies merge 0 everywhere,
+ * then merge 1, and so on. Suppose that a character's bytes merge to one token on their own, and
+ * that no merge joins a proper part of the character with a neighbour. Then its own merges happen
+ * whatever its neighbours are, and before any merge of the whole character, which has a higher
+ * rank. So starting from the whole character gives the same ids.
+ *   Few merges join a part: those whose left token begins inside its last character, or whose right
+ * token ends inside its first one. t->seam records each by what it needs at the boundary: the whole
+ * character on one side, if the token has it, and the nearest byte on the other. A character beside
+ * a boundary that t->seam knows starts as bytes. */
 static void find_whole_chars(qemb_tokenizer *t) {
     for (uint32_t i = 0; i < t->n_merges; i++) {
         token_info l = t->token[t->merges[2 * (size_t)i]];

@@ -1,4 +1,4 @@
-/* embed_text.c - one text, one vector: a model file, its tokenizer and a model behind one pointer. */
+/* embed_text.c - one text, one vector: a model file, tokenizer and model behind one pointer. */
 #include "qemb.h"
 
 #include <stdlib.h>
@@ -76,8 +76,7 @@ static int tokenize(qemb_embedder *e, const char *text, size_t len, qemb_err *er
     return (int)r.n + 1;
 }
 
-/* Prompt and text are tokenized as one string: the end of the one and the beginning of the other may
- * be one token. */
+/* Prompt and text are tokenized as one string: a token may reach from the one into the other. */
 static int tokenize_after(qemb_embedder *e, const char *prompt, const char *text, size_t len,
                           qemb_err *err) {
     const size_t prompt_len = strlen(prompt);

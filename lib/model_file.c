@@ -47,7 +47,7 @@ __attribute__((format(printf, 3, 4))) static int refuse(const char *path, qemb_e
     return qemb_fail(err, "model_file", "%.128s: %s", path, what);
 }
 
-/* ---- little-endian fields, read byte by byte on every machine ------------------------------------ */
+/* ---- little-endian fields, read byte by byte on every machine -------------------------------- */
 
 static uint32_t get_u32(const uint8_t *p) {
     return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;

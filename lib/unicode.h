@@ -1,7 +1,7 @@
 /* unicode.h - UTF-8, character properties and the parts of NFC, for tokenizer.c.
  *
- * In a list of code points on its way through NFC, every element carries its combining class in the
- * bits from 24 on ("cps" below). */
+ * In the lists of code points below ("cps"), bits 24 and up of an element are its combining
+ * class. */
 #ifndef UNICODE_H
 #define UNICODE_H
 
@@ -10,17 +10,17 @@
 #include <stddef.h>
 #include <string.h>
 
-/* ---- UTF-8 and properties ------------------------------------------------------------------- */
+/* ---- UTF-8 and properties -------------------------------------------------------------------- */
 
 static inline int is_continuation(uint8_t b) { return (b & 0xC0) == 0x80; }
 
-/* Length of the character that b begins, if it begins one. */
+/* Length of the character whose first byte is b. */
 static inline unsigned utf8_len(uint8_t b) {
     return b < 0x80 ? 1 : b < 0xE0 ? 2 : b < 0xF0 ? 3 : 4;
 }
 
-/* Length of the well-formed character at s, of which n bytes exist; 0 if there is none. Overlong
- * forms, surrogates and what lies beyond U+10FFFF show in the second byte's range. */
+/* Length of the well-formed character at s (n bytes); 0 if there is none. The range of the second
+ * byte excludes overlong forms, surrogates and code points above U+10FFFF. */
 static inline unsigned utf8_valid(const uint8_t *s, size_t n) {
     unsigned b = s[0], lo = 0x80, hi = 0xBF;
     if (b < 0x80) return 1;
@@ -81,10 +81,11 @@ static inline unsigned word_at(const uint8_t *s, unsigned *len) {
     return word_of(utf8_decode(s, len));
 }
 
-/* A starter that NFC keeps and that joins nothing before it: NFC never sees across its left. */
+/* Whether the character is a starter that NFC keeps and that joins nothing before it. No step of
+ * NFC looks across the boundary before it. */
 static inline int is_stable(unsigned word) { return !(word & (0xFF | NFC_NO | NFC_MAYBE)); }
 
-/* ---- NFC ------------------------------------------------------------------------------------ */
+/* ---- NFC ------------------------------------------------------------------------------------- */
 
 /* The NFC quick check (Unicode Standard Annex #15, section 9), one character at a time. */
 typedef struct {
@@ -92,8 +93,8 @@ typedef struct {
     unsigned joins; /* whether the last starter may be joined by something after it */
 } nfc_check;
 
-/* Whether the character with this property word may not be in NFC where it stands. A character
- * that can only join something before it is fine after a starter that nothing joins. */
+/* Whether the character with this property word may have to change at this place. A character that
+ * can join one before it need not, after a starter that nothing joins. */
 static inline int nfc_breaks(nfc_check *q, unsigned word) {
     unsigned ccc = UNICODE_CCC(word);
     int breaks = (word & NFC_NO) || (ccc && q->ccc > ccc) || ((word & NFC_MAYBE) && q->joins);
@@ -158,8 +159,8 @@ static inline uint32_t compose(uint32_t a, uint32_t b) {
     return 0;
 }
 
-/* Canonical ordering: sorts each run of marks by combining class, stably. By counting, because a
- * run may be a million marks long. spare (n) is scratch. */
+/* Canonical ordering: sorts each run of marks by combining class, stably. A counting sort, because
+ * a run may have a million marks. spare (n) is scratch. */
 static inline void order_marks(uint32_t *cps, size_t n, uint32_t *spare) {
     for (size_t i = 0, j; i < n; i = j) {
         size_t at[257] = {0};
