@@ -1,7 +1,7 @@
 /* unicode_tables.h - written by make_unicode_tables.py; do not edit.
  *
- * Letters and numbers: Unicode 16.0. Normalization: Unicode 9.0, as the reference tokenizer
- * has it. Hangul composes and decomposes by arithmetic and is only marked here. */
+ * Letters and numbers: Unicode 16.0. Normalization: Unicode 9.0, as in the reference
+ * tokenizer. Hangul is composed and decomposed by arithmetic and only marked here. */
 #ifndef UNICODE_TABLES_H
 #define UNICODE_TABLES_H
 
