@@ -44,7 +44,7 @@ typedef struct conn {
 
 struct http {
     http_options opt;
-    lane *lane, *fallback; /* fallback may be NULL */
+    model_worker *model_worker, *fallback; /* fallback may be NULL */
     struct MHD_Daemon *daemon;
     int listen_fd, port;
     keys *keys; /* NULL: everybody may ask */
@@ -73,7 +73,7 @@ typedef struct {
     char *body;
     size_t len, cap, held, thrown;
     api_request api;
-    lane *lane; /* whose the ticket's texts are; NULL: none yet */
+    model_worker *model_worker; /* whose the ticket's texts are; NULL: none yet */
     int dim, base64, texts, shared, cached, status;
     uint64_t tokens;
 } request;
@@ -91,7 +91,7 @@ static int hold(request *r, size_t n) {
     atomic_fetch_sub(&h->held, n);
     api_fail(&r->error, 429, "server_overloaded", NULL,
              "server: no memory left for this request now");
-    r->error.retry_after = queue_retry_after(lane_queue(h->lane));
+    r->error.retry_after = queue_retry_after(model_worker_queue(h->worker));
     return -1;
 }
 
@@ -297,20 +297,20 @@ static int departed(ticket *t) {
     return poll(&p, 1, 0) == 1 && p.revents & (POLLRDHUP | POLLHUP | POLLERR);
 }
 
-static int choose_lane(request *r) {
+static int choose_worker(request *r) {
     const http_options *o = &r->h->opt;
-    r->lane = r->h->lane;
+    r->worker = r->h->worker;
     if (!r->api.model) return 0;
     for (int i = 0; i < o->n_names; i++)
         if (!strcmp(r->api.model, o->names[i])) return 0;
-    r->lane = r->h->fallback;
-    if (r->lane && !strcmp(r->api.model, o->fallback_name)) return 0;
+    r->worker = r->h->fallback;
+    if (r->worker && !strcmp(r->api.model, o->fallback_name)) return 0;
     return api_fail(&r->error, 404, "model_not_found", "model",
                     "model: not served here (got %.80s, want %.80s)", r->api.model, o->names[0]);
 }
 
 static int check_dimensions(request *r) {
-    const int hidden = lane_hidden(r->lane);
+    const int hidden = model_worker_hidden(r->worker);
     r->dim = r->api.dimensions ? r->api.dimensions : hidden;
     r->base64 = r->api.base64;
     if (r->dim <= hidden) return 0;
@@ -319,7 +319,7 @@ static int check_dimensions(request *r) {
 }
 
 static const char *model_name(const request *r) {
-    return r->lane == r->h->lane ? r->h->opt.names[0] : r->h->opt.fallback_name;
+    return r->worker == r->h->worker ? r->h->opt.names[0] : r->h->opt.fallback_name;
 }
 
 /* From body to texts in the ticket. The body is not needed any more. */
@@ -328,11 +328,11 @@ static int read_request(request *r) {
     const api_kind kind = r->route == ROUTE_EMBEDDINGS ? API_EMBEDDINGS : API_TOKENIZE;
     int bad =
         api_parse(&r->api, kind, r->body ? r->body : "", r->len, h->opt.max_texts, &r->error) ||
-        choose_lane(r) || check_dimensions(r);
+        choose_worker(r) || check_dimensions(r);
     r->texts = r->api.n;
     if (!bad && kind == API_EMBEDDINGS)
         bad = hold(r, api_embeddings_room(r->texts, r->dim, r->base64, strlen(model_name(r))));
-    bad = bad || lane_encode(r->lane, &r->api, &r->ticket, &r->tokens, &r->error);
+    bad = bad || model_worker_tokenize(r->worker, &r->api, &r->ticket, &r->tokens, &r->error);
     drop_body(r);
     return bad ? -1 : 0;
 }
@@ -354,7 +354,7 @@ static enum MHD_Result finish_embeddings(request *r) {
     case TICKET_EXPIRED:
         api_fail(&r->error, 503, "deadline_exceeded", NULL,
                  "server: no vectors after %g s, the most a request may take", r->h->opt.deadline);
-        r->error.retry_after = queue_retry_after(lane_queue(r->lane));
+        r->error.retry_after = queue_retry_after(model_worker_queue(r->worker));
         break;
     case TICKET_STOPPED:
         api_fail(&r->error, 503, "shutting_down", NULL, "server: it is being stopped");
@@ -367,28 +367,28 @@ static enum MHD_Result finish_embeddings(request *r) {
     return answer_error(r);
 }
 
-/* 0: r waits in its lane's queue; it may be resumed from now on. */
+/* 0: r waits in its model_worker's queue; it may be resumed from now on. */
 static int submit(request *r) {
-    if (!queue_submit(lane_queue(r->lane), &r->ticket, &r->shared)) return 0;
+    if (!queue_submit(model_worker_queue(r->worker), &r->ticket, &r->shared)) return 0;
     api_fail(&r->error, 429, "queue_full", NULL, "server: too many tokens wait already");
-    r->error.retry_after = queue_retry_after(lane_queue(r->lane));
+    r->error.retry_after = queue_retry_after(model_worker_queue(r->worker));
     return -1;
 }
 
 /* 0: r is the fallback's, with its texts, and waits there or is done. -1: r is as it was. */
 static int fall_back(request *r) {
-    lane *l = r->h->fallback;
+    model_worker *l = r->h->fallback;
     const request before = *r;
-    int bad = !r->api.fallback || !l || r->lane == l || lane_state_of(l) != LANE_READY;
+    int bad = !r->api.fallback || !l || r->worker == l || model_worker_state_of(l) != WORKER_READY;
     for (int i = 0; i < r->texts && !bad; i++) bad = !r->api.inputs[i].text;
     if (bad) return -1;
-    r->lane = l;
+    r->worker = l;
     r->ticket.slots = NULL; /* they are `before`'s */
     r->ticket.n = 0;
-    bad = check_dimensions(r) || lane_encode(l, &r->api, &r->ticket, &r->tokens, &r->error);
+    bad = check_dimensions(r) || model_worker_tokenize(l, &r->api, &r->ticket, &r->tokens, &r->error);
     const size_t room = api_embeddings_room(r->texts, r->dim, r->base64, strlen(model_name(r)));
     if (!bad) bad = hold(r, room);
-    if (!bad) r->cached = lane_lookup(l, &r->ticket);
+    if (!bad) r->cached = model_worker_lookup(l, &r->ticket);
     const int known = !bad && r->cached == r->texts;
     if (known) r->ticket.state = TICKET_DONE;
     if (!known && (bad || submit(r))) {
@@ -406,15 +406,15 @@ static int fall_back(request *r) {
 /* 0: r waits. 1: it has all its vectors. -1: its error says why neither. */
 static int submit_or_fall_back(request *r) {
     int fallen;
-    switch (lane_state_of(r->lane)) {
-    case LANE_READY:
+    switch (model_worker_state_of(r->worker)) {
+    case WORKER_READY:
         return submit(r) ? fall_back(r) : 0;
-    case LANE_FAILING:
+    case WORKER_FAILING:
         fallen = fall_back(r);
         return fallen < 0 ? submit(r) : fallen;
-    case LANE_DEAD:
+    case WORKER_DEAD:
         return api_fail(&r->error, 503, "shutting_down", NULL, "server: its device has failed");
-    case LANE_LOADING:
+    case WORKER_LOADING:
         break;
     }
     api_fail(&r->error, 503, "loading", NULL, "server: the model is being loaded");
@@ -424,7 +424,7 @@ static int submit_or_fall_back(request *r) {
 
 static enum MHD_Result start_embeddings(request *r) {
     if (read_request(r)) return answer_error(r);
-    r->cached = lane_lookup(r->lane, &r->ticket);
+    r->cached = model_worker_lookup(r->worker, &r->ticket);
     r->phase = WAITING;
     if (r->cached == r->texts) {
         r->ticket.state = TICKET_DONE;
@@ -445,19 +445,19 @@ static enum MHD_Result start_embeddings(request *r) {
 
 static enum MHD_Result tokenize(request *r) {
     api_text body = {0};
-    if (read_request(r) || api_tokens(&body, r->ticket.slots, r->texts, lane_max_tokens(r->lane),
+    if (read_request(r) || api_tokens(&body, r->ticket.slots, r->texts, model_worker_max_tokens(r->worker),
                                       model_name(r), r->tokens, &r->error))
         return answer_error(r);
     return answer(r, 200, &body, JSON);
 }
 
-static const char *state_name(lane *l) {
+static const char *state_name(model_worker *l) {
     static const char *const names[] = {"loading", "ok", "failing", "failing"};
-    return names[lane_state_of(l)];
+    return names[model_worker_state_of(l)];
 }
 
 static const char *health_of(const http *h) {
-    return atomic_load(&h->draining) ? "draining" : state_name(h->lane);
+    return atomic_load(&h->draining) ? "draining" : state_name(h->worker);
 }
 
 static enum MHD_Result tell_health(request *r) {
@@ -473,13 +473,13 @@ static enum MHD_Result tell_metrics(request *r) {
     http *h = r->h;
     api_text body = {0};
     gauges g = {.healthy = !strcmp(health_of(h), "ok"),
-                .cache_bytes = lane_cache_bytes(h->lane),
-                .lane = {{h->opt.names[0], lane_fingerprint(h->lane),
-                          queue_depth_of(lane_queue(h->lane))}}};
+                .cache_bytes = model_worker_cache_bytes(h->worker),
+                .worker = {{h->opt.names[0], model_worker_fingerprint(h->worker),
+                          queue_depth_of(model_worker_queue(h->worker))}}};
     if (h->fallback) {
-        g.lane[1].model = h->opt.fallback_name;
-        g.lane[1].fingerprint = lane_fingerprint(h->fallback);
-        g.lane[1].queue = queue_depth_of(lane_queue(h->fallback));
+        g.worker[1].model = h->opt.fallback_name;
+        g.worker[1].fingerprint = model_worker_fingerprint(h->fallback);
+        g.worker[1].queue = queue_depth_of(model_worker_queue(h->fallback));
     }
     pthread_mutex_lock(&h->lock);
     g.connections = h->n_accepted;
@@ -555,7 +555,7 @@ static void on_completed(void *cls, struct MHD_Connection *c, void **cookie,
              "\"request_id\":\"%s\",\"path\":\"%s\",\"status\":%d,\"code\":\"%s\",\"texts\":%d,"
              "\"tokens\":%" PRIu64 ",\"shared\":%d,\"cached\":%d,\"fallback\":%s,\"ms\":%.3f",
              r->id, route_path(r->route), r->status, r->error.status ? r->error.code : "", r->texts,
-             r->tokens, r->shared, r->cached, r->lane && r->lane == h->fallback ? "true" : "false",
+             r->tokens, r->shared, r->cached, r->worker && r->worker == h->fallback ? "true" : "false",
              1e3 * seconds);
     ticket_clear(&r->ticket);
     api_request_free(&r->api);
@@ -654,10 +654,10 @@ static void *accept_main(void *arg) {
 
 /* ---- start, tick, end ------------------------------------------------------------------------- */
 
-http *http_start(const http_options *o, lane *l, lane *fallback) {
+http *http_start(const http_options *o, model_worker *l, model_worker *fallback) {
     http *h = need(calloc(1, sizeof *h));
     h->opt = *o;
-    h->lane = l;
+    h->worker = l;
     h->fallback = fallback;
     h->created = time(NULL);
     pthread_mutex_init(&h->lock, NULL);

@@ -155,7 +155,7 @@ static const char help[] =
 #define USAGE(...) (say(__VA_ARGS__), DIE(STATUS_USAGE, "hint: qemb-serve --help"))
 
 typedef struct {
-    lane_options lane;
+    model_worker_options model_worker;
     http_options http;
     int cache_mib, redis_timeout;
     const char *redis;    /* NULL: none */
@@ -183,7 +183,7 @@ static void add_name(http_options *o, const char *name) {
 }
 
 static void set_option(serve_options *o, int opt, const char *name, const char *arg) {
-    options *cli = &o->lane.cli;
+    options *cli = &o->worker.cli;
     http_options *h = &o->http;
     const int hours = 24 * 3600;
     switch (opt) {
@@ -257,7 +257,7 @@ static void set_option(serve_options *o, int opt, const char *name, const char *
         h->max_texts = parse_int(name, arg, 1, 1 << 20);
         break;
     case OPT_MAX_QUEUE:
-        o->lane.max_queue_tokens = parse_int(name, arg, 1, 1 << 28);
+        o->worker.max_queue_tokens = parse_int(name, arg, 1, 1 << 28);
         break;
     case OPT_MAX_MEMORY:
         h->max_memory = (size_t)parse_int(name, arg, 1, 1 << 24) << 20;
@@ -305,7 +305,7 @@ static const char *name_by_file(char name[256], const char *path) {
 
 static void check_names(serve_options *o) {
     http_options *h = &o->http;
-    if (!h->n_names) add_name(h, name_by_file(o->name[0], o->lane.cli.model));
+    if (!h->n_names) add_name(h, name_by_file(o->name[0], o->worker.cli.model));
     if (h->fallback_name && !o->fallback) USAGE("--fallback-name: of no model (want --fallback)");
     if (o->fallback && !h->fallback_name)
         h->fallback_name = checked_name("fallback-name", name_by_file(o->name[1], o->fallback));
@@ -319,7 +319,7 @@ static void parse_options(serve_options *o, int argc, char **argv) {
     int opt;
     *o = (serve_options){.cache_mib = 64,
                          .redis_timeout = 50,
-                         .lane = {.max_queue_tokens = 262144},
+                         .worker = {.max_queue_tokens = 262144},
                          .http = {.host = "127.0.0.1",
                                   .port = 8080,
                                   .http_threads = 2,
@@ -340,7 +340,7 @@ static void parse_options(serve_options *o, int argc, char **argv) {
         set_option(o, opt, option_name(opt), optarg);
     }
     if (optind < argc) USAGE("%.80s: an operand that means nothing", argv[optind]);
-    options *cli = &o->lane.cli;
+    options *cli = &o->worker.cli;
     qemb_err err;
     cli->ops = choose_ops(cli->cpu, cli->math, &err);
     if (!cli->ops) USAGE("%s", err.msg);
@@ -365,16 +365,16 @@ static int wait_signal(const sigset_t *set) {
 }
 
 /* The model's, and the fallback's or NULL. */
-typedef lane *lanes[2];
+typedef model_worker *model_workers[2];
 
-static void tick(lanes l, http *h) {
+static void tick(model_workers l, http *h) {
     const double now = seconds_now();
-    for (int i = 0; i < 2 && l[i]; i++) lane_tick(l[i], now);
+    for (int i = 0; i < 2 && l[i]; i++) model_worker_tick(l[i], now);
     http_tick(h, now);
 }
 
 /* What is on its way is answered, for o->drain seconds at most; then every wait ends, with 503. */
-static void drain(const http_options *o, const sigset_t *set, lanes l, http *h) {
+static void drain(const http_options *o, const sigset_t *set, model_workers l, http *h) {
     const double start = seconds_now();
     http_drain(h);
     log_line("info", "draining", "\"seconds\":%g", o->drain); /* from here on it is true */
@@ -382,34 +382,34 @@ static void drain(const http_options *o, const sigset_t *set, lanes l, http *h) 
         if (wait_signal(set)) break; /* a second signal: no more patience */
         tick(l, h);
     }
-    for (int i = 0; i < 2 && l[i]; i++) lane_stop(l[i]);
+    for (int i = 0; i < 2 && l[i]; i++) model_worker_stop(l[i]);
     const double stopped = seconds_now();
     while (!http_idle(h, seconds_now()) && seconds_now() - stopped < LAST_ANSWERS) wait_signal(set);
 }
 
 static void open_caches(serve_options *o) {
-    if (o->cache_mib) o->lane.cache = need(cache_new((size_t)o->cache_mib << 20));
+    if (o->cache_mib) o->worker.cache = need(cache_new((size_t)o->cache_mib << 20));
     if (!o->redis) return;
-    o->lane.redis = redis_new(o->redis, o->redis_timeout);
-    if (!o->lane.redis) USAGE("--redis: no address (got %.80s, want HOST:PORT)", o->redis);
+    o->worker.redis = redis_new(o->redis, o->redis_timeout);
+    if (!o->worker.redis) USAGE("--redis: no address (got %.80s, want HOST:PORT)", o->redis);
 }
 
-static void open_lanes(const serve_options *o, lanes l) {
-    l[0] = lane_open(&o->lane);
+static void open_workers(const serve_options *o, model_workers l) {
+    l[0] = model_worker_open(&o->worker);
     l[1] = NULL;
     if (!o->fallback) return;
-    lane_options other = o->lane;
+    model_worker_options other = o->worker;
     other.cli.model = o->fallback;
     other.is_fallback = 1;
     other.cli.engine.max_tokens =
         0; /* what the model itself can: the first one has been asked before */
-    l[1] = lane_open(&other);
+    l[1] = model_worker_open(&other);
 }
 
 int main(int argc, char **argv) {
     serve_options o;
     sigset_t set;
-    lanes l;
+    model_workers l;
     signal(SIGPIPE, SIG_IGN);
     sigemptyset(&set);
     sigaddset(&set, SIGINT);
@@ -417,22 +417,22 @@ int main(int argc, char **argv) {
     pthread_sigmask(SIG_BLOCK, &set, NULL); /* in every thread: this one waits for them */
     parse_options(&o, argc, argv);
     open_caches(&o);
-    open_lanes(&o, l);
+    open_workers(&o, l);
     http *h = http_start(&o.http, l[0], l[1]);
     log_line("info", "listening", "\"port\":%d,\"pid\":%ld", http_port(h), (long)getpid());
-    for (int i = 0; i < 2 && l[i]; i++) lane_start(l[i]);
+    for (int i = 0; i < 2 && l[i]; i++) model_worker_start(l[i]);
     int sig, dead = 0;
     for (; !(sig = wait_signal(&set)) && !dead; tick(l, h))
-        for (int i = 0; i < 2 && l[i]; i++) dead |= lane_state_of(l[i]) == LANE_DEAD;
+        for (int i = 0; i < 2 && l[i]; i++) dead |= model_worker_state_of(l[i]) == WORKER_DEAD;
     drain(&o.http, &set, l, h);
     int joined = 1; /* first: then they resume no connection any more */
-    for (int i = 0; i < 2 && l[i]; i++) joined &= lane_join(l[i], LAST_BATCH);
+    for (int i = 0; i < 2 && l[i]; i++) joined &= model_worker_join(l[i], LAST_BATCH);
     http_stop(h);
     log_line("info", "stopped", "\"signal\":%d", sig);
     const int status = dead ? STATUS_MODEL : STATUS_GOOD;
     if (!joined) leave(status); /* in the middle of a long batch that nobody waits for */
-    for (int i = 0; i < 2 && l[i]; i++) lane_free(l[i]);
-    redis_free(o.lane.redis);
-    cache_free(o.lane.cache);
+    for (int i = 0; i < 2 && l[i]; i++) model_worker_free(l[i]);
+    redis_free(o.worker.redis);
+    cache_free(o.worker.cache);
     return status;
 }

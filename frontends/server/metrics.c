@@ -195,7 +195,7 @@ void metrics_text(api_text *out, const gauges *g) {
                     (uint64_t)atomic_load(&counts[c]));
     gauge_text(out, "healthy", "1 when /health says 200.", (size_t)g->healthy);
     gauge_text(out, "connections", "Open connections.", (size_t)g->connections);
-    const queue_depth q = g->lane[0].queue, f = g->lane[1].queue;
+    const queue_depth q = g->worker[0].queue, f = g->worker[1].queue;
     gauge_text(out, "queue_texts", "Distinct texts that wait for a batch.", (size_t)q.texts);
     gauge_text(out, "queue_tokens", "Their tokens.", (size_t)q.tokens);
     gauge_text(out, "queue_requests", "Requests that wait for vectors.", (size_t)q.tickets);
@@ -204,10 +204,10 @@ void metrics_text(api_text *out, const gauges *g) {
     gauge_text(out, "cache_bytes", "Memory that the cache takes.", g->cache_bytes);
     text_printf(out, "# HELP qemb_model_info The models that are served.\n"
                      "# TYPE qemb_model_info gauge\n");
-    for (int i = 0; i < 2 && g->lane[i].model; i++) {
+    for (int i = 0; i < 2 && g->worker[i].model; i++) {
         text_printf(out, "qemb_model_info{role=\"%s\",model=\"", i ? "fallback" : "main");
-        label_text(out, g->lane[i].model);
-        text_printf(out, "\",fingerprint=\"%s\",version=\"%s\"} 1\n", g->lane[i].fingerprint,
+        label_text(out, g->worker[i].model);
+        text_printf(out, "\",fingerprint=\"%s\",version=\"%s\"} 1\n", g->worker[i].fingerprint,
                     QEMB_VERSION);
     }
     for (int h = 0; h < N_HISTOGRAMS; h++) histogram_text(out, (histogram)h);

@@ -11,21 +11,21 @@
 #include <string.h>
 #include <time.h>
 
-/* What a thread needs to encode; lanes keep those that nobody uses. */
+/* What a thread needs to encode; model_workers keep those that nobody uses. */
 typedef struct worker {
     struct worker *next;
     record_tokenizer record_tokenizer;
     EVP_MD_CTX *digest;
 } worker;
 
-struct lane {
-    lane_options opt;
+struct model_worker {
+    model_worker_options opt;
     source source;
     qemb_model *model;
     queue *queue;
     pthread_t thread;
     int started;
-    atomic_int state; /* lane_state */
+    atomic_int state; /* model_worker_state */
     pthread_mutex_t lock;
     worker *workers; /* under lock */
     EVP_MD *sha256;
@@ -44,7 +44,7 @@ struct lane {
  * differently, so they do not share vectors. */
 #define HEADER_BYTES 4096
 
-static void make_fingerprint(lane *l) {
+static void make_fingerprint(model_worker *l) {
     const char *backend = l->opt.cli.ops->name;
     const uint8_t math = (uint8_t)l->opt.cli.ops->math;
     EVP_MD_CTX *c = need(EVP_MD_CTX_new());
@@ -59,7 +59,7 @@ static void make_fingerprint(lane *l) {
         snprintf(l->fingerprint_hex + 2 * i, 3, "%02x", l->fingerprint[i]);
 }
 
-static worker *worker_new(lane *l) {
+static worker *worker_new(model_worker *l) {
     qemb_err err;
     worker *w = need(calloc(1, sizeof *w));
     if (record_tokenizer_open(&w->record_tokenizer, &l->source, &l->opt.cli, &err))
@@ -68,7 +68,7 @@ static worker *worker_new(lane *l) {
     return w;
 }
 
-static worker *take_worker(lane *l) {
+static worker *take_worker(model_worker *l) {
     pthread_mutex_lock(&l->lock);
     worker *w = l->workers;
     if (w) l->workers = w->next;
@@ -76,22 +76,22 @@ static worker *take_worker(lane *l) {
     return w ? w : worker_new(l);
 }
 
-static void give_worker(lane *l, worker *w) {
+static void give_worker(model_worker *l, worker *w) {
     pthread_mutex_lock(&l->lock);
     w->next = l->workers;
     l->workers = w;
     pthread_mutex_unlock(&l->lock);
 }
 
-static int make_key(lane *l, worker *w, uint8_t *key, const record_ids *t) {
+static int make_key(model_worker *l, worker *w, uint8_t *key, const record_ids *t) {
     return EVP_DigestInit_ex(w->digest, l->sha256, NULL) &&
            EVP_DigestUpdate(w->digest, l->fingerprint, sizeof l->fingerprint) &&
            EVP_DigestUpdate(w->digest, t->ids, (size_t)t->n * sizeof *t->ids) &&
            EVP_DigestFinal_ex(w->digest, key, NULL);
 }
 
-lane *lane_open(const lane_options *o) {
-    lane *l = need(calloc(1, sizeof *l));
+model_worker *model_worker_open(const model_worker_options *o) {
+    model_worker *l = need(calloc(1, sizeof *l));
     qemb_err err;
     l->opt = *o;
     pthread_mutex_init(&l->lock, NULL);
@@ -137,12 +137,12 @@ static int count_tokens(text *const *taken, int n) {
     return sum;
 }
 
-static void remember(lane *l, const uint8_t *key, vector *v) {
+static void remember(model_worker *l, const uint8_t *key, vector *v) {
     if (l->opt.cache) cache_put(l->opt.cache, key, v);
     if (l->opt.redis) redis_put(l->opt.redis, key, v);
 }
 
-static void load(lane *l) {
+static void load(model_worker *l) {
     qemb_err err;
     if (qemb_open(&l->model, l->source.file, l->opt.cli.ops, &l->opt.cli.engine, &err))
         DIE(STATUS_MODEL, "%s", err.msg);
@@ -152,17 +152,17 @@ static void load(lane *l) {
 
 /* It gives NaN from now on, and only a new process gets it back. Whoever waits is told to come again:
  * the texts are not to blame. */
-static void device_failed(lane *l, const char *why) {
+static void device_failed(model_worker *l, const char *why) {
     char quoted[6 * 256 + 3];
     const size_t n = strlen(why);
     *format_json_string(quoted, why, n < 256 ? n : 256) = 0;
     log_line("error", "device_failed", "\"message\":%s", quoted);
-    atomic_store(&l->state, LANE_DEAD);
+    atomic_store(&l->state, WORKER_DEAD);
     queue_stop(l->queue);
 }
 
 static void *compute_main(void *arg) {
-    lane *l = arg;
+    model_worker *l = arg;
     load(l);
     const size_t D = (size_t)l->source.file->config.hidden;
     const size_t most = (size_t)qemb_options_of(l->model)->batch_tokens;
@@ -195,7 +195,7 @@ static void *compute_main(void *arg) {
         metrics_add(COUNT_NON_FINITE, (uint64_t)bad);
         for (int i = 0; i < n; i++) /* first: whoever misses them in flight finds them there */
             if (vectors[i]) remember(l, taken[i]->key, vectors[i]);
-        const int state = now.failure ? LANE_DEAD : bad ? LANE_FAILING : LANE_READY;
+        const int state = now.failure ? WORKER_DEAD : bad ? WORKER_FAILING : WORKER_READY;
         if (!now.failure && atomic_exchange(&l->state, state) != state)
             log_line(bad ? "error" : "info", bad ? "failing" : "ready",
                      "\"texts\":%d,\"non_finite\":%d", n, bad);
@@ -210,15 +210,15 @@ static void *compute_main(void *arg) {
     return NULL;
 }
 
-void lane_start(lane *l) {
+void model_worker_start(model_worker *l) {
     const int error = pthread_create(&l->thread, NULL, compute_main, l);
     if (error) DIE(STATUS_MODEL, "thread: cannot start it (%s)", strerror(error));
     l->started = 1;
 }
 
-void lane_stop(lane *l) { queue_stop(l->queue); }
+void model_worker_stop(model_worker *l) { queue_stop(l->queue); }
 
-int lane_join(lane *l, double seconds) {
+int model_worker_join(model_worker *l, double seconds) {
     struct timespec t;
     clock_gettime(CLOCK_REALTIME, &t);
     const double until = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec + seconds;
@@ -227,7 +227,7 @@ int lane_join(lane *l, double seconds) {
     return !l->started || !pthread_timedjoin_np(l->thread, NULL, &t);
 }
 
-void lane_free(lane *l) {
+void model_worker_free(model_worker *l) {
     for (worker *w = l->workers, *next; w; w = next) {
         next = w->next;
         record_tokenizer_close(&w->record_tokenizer);
@@ -245,19 +245,19 @@ void lane_free(lane *l) {
 
 /* ---- health ----------------------------------------------------------------------------------- */
 
-lane_state lane_state_of(lane *l) { return (lane_state)atomic_load(&l->state); }
+model_worker_state model_worker_state_of(model_worker *l) { return (model_worker_state)atomic_load(&l->state); }
 
 static void probe_done(ticket *t) {
-    lane *l = (lane *)((char *)t - offsetof(lane, probe));
+    model_worker *l = (model_worker *)((char *)t - offsetof(model_worker, probe));
     vector_drop(l->probe_slot.vector);
     free(l->probe_slot.text);
     l->probe_slot = (slot){0};
     atomic_store(&l->probing, 0);
 }
 
-/* A lane that has not shown to be good computes something until it has: no client will ask a server
+/* A model_worker that has not shown to be good computes something until it has: no client will ask a server
  * that says it is ill, so its next good batch has to be its own. */
-static void probe(lane *l, double now) {
+static void probe(model_worker *l, double now) {
     int shared;
     if (atomic_exchange(&l->probing, 1)) return;
     text *t = text_new(l->probe_key, 1);
@@ -267,26 +267,26 @@ static void probe(lane *l, double now) {
     if (!t || queue_submit(l->queue, &l->probe, &shared)) probe_done(&l->probe);
 }
 
-void lane_tick(lane *l, double now) {
+void model_worker_tick(model_worker *l, double now) {
     queue_tick(l->queue, now);
-    const lane_state s = lane_state_of(l);
-    if (l->started && s != LANE_READY && s != LANE_DEAD) probe(l, now);
+    const model_worker_state s = model_worker_state_of(l);
+    if (l->started && s != WORKER_READY && s != WORKER_DEAD) probe(l, now);
 }
 
-int lane_hidden(const lane *l) { return l->source.file->config.hidden; }
-queue *lane_queue(lane *l) { return l->queue; }
-const char *lane_fingerprint(const lane *l) { return l->fingerprint_hex; }
+int model_worker_hidden(const model_worker *l) { return l->source.file->config.hidden; }
+queue *model_worker_queue(model_worker *l) { return l->queue; }
+const char *model_worker_fingerprint(const model_worker *l) { return l->fingerprint_hex; }
 
-size_t lane_cache_bytes(const lane *l) { return l->opt.cache ? cache_bytes(l->opt.cache) : 0; }
+size_t model_worker_cache_bytes(const model_worker *l) { return l->opt.cache ? cache_bytes(l->opt.cache) : 0; }
 
-int lane_max_tokens(const lane *l) {
+int model_worker_max_tokens(const model_worker *l) {
     const int n = l->opt.cli.engine.max_tokens;
     return n ? n : l->source.file->config.max_positions;
 }
 
 /* ---- encoding --------------------------------------------------------------------------------- */
 
-static int check_ids(const lane *l, const int32_t *ids, size_t n, int i, api_error *e) {
+static int check_ids(const model_worker *l, const int32_t *ids, size_t n, int i, api_error *e) {
     for (size_t k = 0; k < n; k++)
         if (ids[k] >= l->source.file->config.vocab)
             return api_fail(e, 400, "invalid_token", "input",
@@ -295,7 +295,7 @@ static int check_ids(const lane *l, const int32_t *ids, size_t n, int i, api_err
     return 0;
 }
 
-static int encode_failed(const qemb_err *err, int i, api_error *e) {
+static int tokenize_failed(const qemb_err *err, int i, api_error *e) {
     if (!strcmp(err->code, "too_long"))
         return api_fail(e, 400, "context_length_exceeded", "input", "input[%d]: %s", i, err->msg);
     if (!strcmp(err->code, "out_of_memory"))
@@ -303,7 +303,7 @@ static int encode_failed(const qemb_err *err, int i, api_error *e) {
     return api_fail(e, 400, err->code, "input", "input[%d]: %s", i, err->msg);
 }
 
-static int encode_input(lane *l, worker *w, const api_request *r, int i, slot *s, api_error *e) {
+static int tokenize_input(model_worker *l, worker *w, const api_request *r, int i, slot *s, api_error *e) {
     const api_input *in = &r->inputs[i];
     record_ids t = {0};
     qemb_err err;
@@ -311,12 +311,12 @@ static int encode_input(lane *l, worker *w, const api_request *r, int i, slot *s
     if (in->text) {
         if (tokenize_text(&w->record_tokenizer, in->text, in->len, r->instruct, r->instruct_len, &t,
                           &err))
-            return encode_failed(&err, i, e);
+            return tokenize_failed(&err, i, e);
     } else {
         const int32_t *ids = r->ids + in->first_id;
         if (check_ids(l, ids, in->len, i, e)) return -1;
         if (tokenize_ids(&w->record_tokenizer, ids, in->len, &t, &err))
-            return encode_failed(&err, i, e);
+            return tokenize_failed(&err, i, e);
     }
     if (!make_key(l, w, key, &t) || !(s->text = text_new(key, t.n + 1)))
         return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
@@ -325,7 +325,7 @@ static int encode_input(lane *l, worker *w, const api_request *r, int i, slot *s
     return 0;
 }
 
-int lane_encode(lane *l, const api_request *r, ticket *t, uint64_t *tokens, api_error *e) {
+int model_worker_tokenize(model_worker *l, const api_request *r, ticket *t, uint64_t *tokens, api_error *e) {
     t->slots = calloc((size_t)r->n, sizeof *t->slots);
     if (!t->slots) return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
     t->n = r->n;
@@ -334,7 +334,7 @@ int lane_encode(lane *l, const api_request *r, ticket *t, uint64_t *tokens, api_
     w->record_tokenizer.truncate = r->truncate >= 0 ? r->truncate : l->opt.cli.truncate;
     int bad = 0;
     for (int i = 0; i < r->n && !bad; i++) {
-        bad = encode_input(l, w, r, i, &t->slots[i], e);
+        bad = tokenize_input(l, w, r, i, &t->slots[i], e);
         if (!bad) *tokens += (uint64_t)t->slots[i].text->n;
         /* One request's texts must not be able to take all memory as ids. */
         if (!bad && *tokens > (uint64_t)l->opt.max_queue_tokens)
@@ -347,7 +347,7 @@ int lane_encode(lane *l, const api_request *r, ticket *t, uint64_t *tokens, api_
     return bad;
 }
 
-int lane_lookup(lane *l, ticket *t) {
+int model_worker_lookup(model_worker *l, ticket *t) {
     int hits = 0, redis_hits = 0;
     for (int i = 0; l->opt.cache && i < t->n; i++) {
         slot *s = &t->slots[i];
@@ -357,7 +357,7 @@ int lane_lookup(lane *l, ticket *t) {
         s->text = NULL;
         hits++;
     }
-    if (l->opt.redis) redis_hits = redis_get(l->opt.redis, t, lane_hidden(l));
+    if (l->opt.redis) redis_hits = redis_get(l->opt.redis, t, model_worker_hidden(l));
     for (int i = 0; redis_hits && i < t->n; i++) {
         slot *s = &t->slots[i];
         if (!s->text || !s->vector) continue;

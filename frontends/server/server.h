@@ -210,42 +210,42 @@ void redis_put(redis *r, const uint8_t key[KEY_BYTES], vector *v); /* does not w
 
 /* ---- model_worker.c ---------------------------------------------------------------------------- */
 
-/* LANE_DEAD: its device has failed and its queue has ended; the process is to end. */
-typedef enum { LANE_LOADING, LANE_READY, LANE_FAILING, LANE_DEAD } lane_state;
+/* WORKER_DEAD: its device has failed and its queue has ended; the process is to end. */
+typedef enum { WORKER_LOADING, WORKER_READY, WORKER_FAILING, WORKER_DEAD } model_worker_state;
 
-typedef struct lane lane;
+typedef struct model_worker model_worker;
 
 typedef struct {
     options cli; /* for record_tokenizer.c: model, query, instruct, truncate, engine; and ops */
     int max_queue_tokens, is_fallback;
     cache *cache; /* or NULL */
     redis *redis; /* or NULL */
-} lane_options;
+} model_worker_options;
 
 /* Opens the file and the tokenizer; ends the process with a message if that fails. */
-lane *lane_open(const lane_options *o);
+model_worker *model_worker_open(const model_worker_options *o);
 /* Starts the thread that opens the model, which may take long, and computes. Ends the process likewise. */
-void lane_start(lane *l);
-/* Ends every wait. After lane_join nothing computes; it returns 0 if that took too long. */
-void lane_stop(lane *l);
-int lane_join(lane *l, double seconds);
-void lane_free(lane *l); /* after lane_join returned 1 */
+void model_worker_start(model_worker *l);
+/* Ends every wait. After model_worker_join nothing computes; it returns 0 if that took too long. */
+void model_worker_stop(model_worker *l);
+int model_worker_join(model_worker *l, double seconds);
+void model_worker_free(model_worker *l); /* after model_worker_join returned 1 */
 
-lane_state lane_state_of(lane *l);
-void lane_tick(lane *l, double now); /* a few times a second */
-int lane_hidden(const lane *l);
-int lane_max_tokens(const lane *l);
-size_t lane_cache_bytes(const lane *l);
-queue *lane_queue(lane *l);
+model_worker_state model_worker_state_of(model_worker *l);
+void model_worker_tick(model_worker *l, double now); /* a few times a second */
+int model_worker_hidden(const model_worker *l);
+int model_worker_max_tokens(const model_worker *l);
+size_t model_worker_cache_bytes(const model_worker *l);
+queue *model_worker_queue(model_worker *l);
 /* "ab12..." (64 digits): what vectors depend on beside the ids: the file and the backend. */
-const char *lane_fingerprint(const lane *l);
+const char *model_worker_fingerprint(const model_worker *l);
 
 /* Token ids and keys of the inputs of r into t->slots (r->n), which is made; *tokens gets their
  * sum. -1: *e says why; t holds nothing. */
-int lane_encode(lane *l, const api_request *r, ticket *t, uint64_t *tokens, api_error *e);
+int model_worker_tokenize(model_worker *l, const api_request *r, ticket *t, uint64_t *tokens, api_error *e);
 
 /* Vectors of t's texts that are known already: those slots wait for nothing. Returns how many. */
-int lane_lookup(lane *l, ticket *t);
+int model_worker_lookup(model_worker *l, ticket *t);
 
 /* ---- http.c ---------------------------------------------------------------------------- */
 
@@ -264,9 +264,9 @@ typedef struct {
 
 typedef struct http http;
 
-/* Listens and answers: 503 until the lane is ready. fallback may be NULL: see http.c for when it
+/* Listens and answers: 503 until the model_worker is ready. fallback may be NULL: see http.c for when it
  * computes. Ends the process if that cannot be. */
-http *http_start(const http_options *o, lane *l, lane *fallback);
+http *http_start(const http_options *o, model_worker *l, model_worker *fallback);
 int http_port(const http *h);
 /* Closes connections that have taken too long to send a request or to read an answer. */
 void http_tick(http *h, double now);
@@ -344,7 +344,7 @@ typedef struct {
     struct {
         const char *model, *fingerprint; /* NULL: there is no such model */
         queue_depth queue;
-    } lane[2]; /* the model, the fallback */
+    } worker[2]; /* the model, the fallback */
 } gauges;
 
 void metrics_add(count c, uint64_t n);
