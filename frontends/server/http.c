@@ -44,7 +44,7 @@ typedef struct conn {
 
 struct http {
     http_options opt;
-    model_worker *model_worker, *fallback; /* fallback may be NULL */
+    model_worker *worker, *fallback; /* fallback may be NULL */
     struct MHD_Daemon *daemon;
     int listen_fd, port;
     keys *keys; /* NULL: everybody may ask */
@@ -61,7 +61,7 @@ struct http {
 };
 
 typedef struct {
-    ticket ticket; /* first: a ticket is its request */
+    pending_request pending; /* first: a request is its pending_request */
     http *h;
     struct MHD_Connection *connection;
     conn *conn;
@@ -73,7 +73,7 @@ typedef struct {
     char *body;
     size_t len, cap, held, thrown;
     api_request api;
-    model_worker *model_worker; /* whose the ticket's texts are; NULL: none yet */
+    model_worker *worker; /* whose the request's texts are; NULL: none yet */
     int dim, base64, texts, shared, cached, status;
     uint64_t tokens;
 } request;
@@ -288,11 +288,11 @@ static enum MHD_Result on_body(request *r, const char *data, size_t n) {
 
 /* ---- the work --------------------------------------------------------------------------------- */
 
-static void resume(ticket *t) { MHD_resume_connection(((request *)t)->connection); }
+static void resume(pending_request *t) { MHD_resume_connection(((request *)t)->connection); }
 
 /* A client that has closed its sending half counts as gone, as with other servers: nothing tells
  * it from one that has closed everything. */
-static int departed(ticket *t) {
+static int departed(pending_request *t) {
     struct pollfd p = {.fd = ((request *)t)->conn->fd, .events = POLLRDHUP};
     return poll(&p, 1, 0) == 1 && p.revents & (POLLRDHUP | POLLHUP | POLLERR);
 }
@@ -322,7 +322,7 @@ static const char *model_name(const request *r) {
     return r->worker == r->h->worker ? r->h->opt.names[0] : r->h->opt.fallback_name;
 }
 
-/* From body to texts in the ticket. The body is not needed any more. */
+/* From body to texts in the request. The body is not needed any more. */
 static int read_request(request *r) {
     http *h = r->h;
     const api_kind kind = r->route == ROUTE_EMBEDDINGS ? API_EMBEDDINGS : API_TOKENIZE;
@@ -332,36 +332,36 @@ static int read_request(request *r) {
     r->texts = r->api.n;
     if (!bad && kind == API_EMBEDDINGS)
         bad = hold(r, api_embeddings_room(r->texts, r->dim, r->base64, strlen(model_name(r))));
-    bad = bad || model_worker_tokenize(r->worker, &r->api, &r->ticket, &r->tokens, &r->error);
+    bad = bad || model_worker_tokenize(r->worker, &r->api, &r->pending, &r->tokens, &r->error);
     drop_body(r);
     return bad ? -1 : 0;
 }
 
 static enum MHD_Result finish_embeddings(request *r) {
     api_text body = {0};
-    switch (r->ticket.state) {
-    case TICKET_DONE:
-        if (api_embeddings(&body, r->ticket.slots, r->texts, r->dim, r->base64, model_name(r),
+    switch (r->pending.state) {
+    case REQUEST_DONE:
+        if (api_embeddings(&body, r->pending.slots, r->texts, r->dim, r->base64, model_name(r),
                            r->tokens, &r->error))
             break;
         metrics_add(COUNT_TEXTS, (uint64_t)r->texts);
         metrics_add(COUNT_TOKENS, r->tokens);
         metrics_add(COUNT_DEDUP, (uint64_t)r->shared);
         return answer(r, 200, &body, JSON);
-    case TICKET_GONE:
+    case REQUEST_GONE:
         r->status = 499;
         return MHD_NO;
-    case TICKET_EXPIRED:
+    case REQUEST_EXPIRED:
         api_fail(&r->error, 503, "deadline_exceeded", NULL,
                  "server: no vectors after %g s, the most a request may take", r->h->opt.deadline);
         r->error.retry_after = queue_retry_after(model_worker_queue(r->worker));
         break;
-    case TICKET_STOPPED:
+    case REQUEST_STOPPED:
         api_fail(&r->error, 503, "shutting_down", NULL, "server: it is being stopped");
         r->error.retry_after = 1;
         break;
-    case TICKET_NEW:
-    case TICKET_WAITING: /* refused: error says it */
+    case REQUEST_NEW:
+    case REQUEST_WAITING: /* refused: error says it */
         break;
     }
     return answer_error(r);
@@ -369,7 +369,7 @@ static enum MHD_Result finish_embeddings(request *r) {
 
 /* 0: r waits in its model_worker's queue; it may be resumed from now on. */
 static int submit(request *r) {
-    if (!queue_submit(model_worker_queue(r->worker), &r->ticket, &r->shared)) return 0;
+    if (!queue_submit(model_worker_queue(r->worker), &r->pending, &r->shared)) return 0;
     api_fail(&r->error, 429, "queue_full", NULL, "server: too many tokens wait already");
     r->error.retry_after = queue_retry_after(model_worker_queue(r->worker));
     return -1;
@@ -383,22 +383,23 @@ static int fall_back(request *r) {
     for (int i = 0; i < r->texts && !bad; i++) bad = !r->api.inputs[i].text;
     if (bad) return -1;
     r->worker = l;
-    r->ticket.slots = NULL; /* they are `before`'s */
-    r->ticket.n = 0;
-    bad = check_dimensions(r) || model_worker_tokenize(l, &r->api, &r->ticket, &r->tokens, &r->error);
+    r->pending.slots = NULL; /* they are `before`'s */
+    r->pending.n = 0;
+    bad = check_dimensions(r) ||
+          model_worker_tokenize(l, &r->api, &r->pending, &r->tokens, &r->error);
     const size_t room = api_embeddings_room(r->texts, r->dim, r->base64, strlen(model_name(r)));
     if (!bad) bad = hold(r, room);
-    if (!bad) r->cached = model_worker_lookup(l, &r->ticket);
+    if (!bad) r->cached = model_worker_lookup(l, &r->pending);
     const int known = !bad && r->cached == r->texts;
-    if (known) r->ticket.state = TICKET_DONE;
+    if (known) r->pending.state = REQUEST_DONE;
     if (!known && (bad || submit(r))) {
-        ticket_clear(&r->ticket);
+        pending_request_clear(&r->pending);
         release(r, r->held - before.held);
         *r = before;
         return -1;
     }
     r->error = (api_error){0};
-    ticket_clear(&(ticket){.slots = before.ticket.slots, .n = before.ticket.n});
+    pending_request_clear(&(pending_request){.slots = before.pending.slots, .n = before.pending.n});
     metrics_add(COUNT_FALLBACKS, 1);
     return known;
 }
@@ -424,19 +425,19 @@ static int submit_or_fall_back(request *r) {
 
 static enum MHD_Result start_embeddings(request *r) {
     if (read_request(r)) return answer_error(r);
-    r->cached = model_worker_lookup(r->worker, &r->ticket);
+    r->cached = model_worker_lookup(r->worker, &r->pending);
     r->phase = WAITING;
     if (r->cached == r->texts) {
-        r->ticket.state = TICKET_DONE;
+        r->pending.state = REQUEST_DONE;
         return finish_embeddings(r);
     }
-    r->ticket.deadline = r->start + r->h->opt.deadline;
-    r->ticket.done = resume;
-    r->ticket.departed = departed;
+    r->pending.deadline = r->start + r->h->opt.deadline;
+    r->pending.done = resume;
+    r->pending.departed = departed;
     pthread_mutex_lock(&r->h->lock);
     r->conn->timed = 0; /* it is the server's turn */
     pthread_mutex_unlock(&r->h->lock);
-    /* Before the ticket is out of our hands: it may be done at once. */
+    /* Before the request is out of our hands: it may be done at once. */
     MHD_suspend_connection(r->connection);
     if (submit_or_fall_back(r)) MHD_resume_connection(r->connection);
     api_request_free(&r->api); /* also resumed, r is this thread's: it has not ended yet */
@@ -445,8 +446,9 @@ static enum MHD_Result start_embeddings(request *r) {
 
 static enum MHD_Result tokenize(request *r) {
     api_text body = {0};
-    if (read_request(r) || api_tokens(&body, r->ticket.slots, r->texts, model_worker_max_tokens(r->worker),
-                                      model_name(r), r->tokens, &r->error))
+    if (read_request(r) ||
+        api_tokens(&body, r->pending.slots, r->texts, model_worker_max_tokens(r->worker),
+                   model_name(r), r->tokens, &r->error))
         return answer_error(r);
     return answer(r, 200, &body, JSON);
 }
@@ -475,7 +477,7 @@ static enum MHD_Result tell_metrics(request *r) {
     gauges g = {.healthy = !strcmp(health_of(h), "ok"),
                 .cache_bytes = model_worker_cache_bytes(h->worker),
                 .worker = {{h->opt.names[0], model_worker_fingerprint(h->worker),
-                          queue_depth_of(model_worker_queue(h->worker))}}};
+                            queue_depth_of(model_worker_queue(h->worker))}}};
     if (h->fallback) {
         g.worker[1].model = h->opt.fallback_name;
         g.worker[1].fingerprint = model_worker_fingerprint(h->fallback);
@@ -555,9 +557,9 @@ static void on_completed(void *cls, struct MHD_Connection *c, void **cookie,
              "\"request_id\":\"%s\",\"path\":\"%s\",\"status\":%d,\"code\":\"%s\",\"texts\":%d,"
              "\"tokens\":%" PRIu64 ",\"shared\":%d,\"cached\":%d,\"fallback\":%s,\"ms\":%.3f",
              r->id, route_path(r->route), r->status, r->error.status ? r->error.code : "", r->texts,
-             r->tokens, r->shared, r->cached, r->worker && r->worker == h->fallback ? "true" : "false",
-             1e3 * seconds);
-    ticket_clear(&r->ticket);
+             r->tokens, r->shared, r->cached,
+             r->worker && r->worker == h->fallback ? "true" : "false", 1e3 * seconds);
+    pending_request_clear(&r->pending);
     api_request_free(&r->api);
     drop_body(r);
     release(r, r->held);

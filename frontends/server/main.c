@@ -155,7 +155,7 @@ static const char help[] =
 #define USAGE(...) (say(__VA_ARGS__), DIE(STATUS_USAGE, "hint: qemb-serve --help"))
 
 typedef struct {
-    model_worker_options model_worker;
+    model_worker_options worker;
     http_options http;
     int cache_mib, redis_timeout;
     const char *redis;    /* NULL: none */

@@ -198,7 +198,7 @@ void metrics_text(api_text *out, const gauges *g) {
     const queue_depth q = g->worker[0].queue, f = g->worker[1].queue;
     gauge_text(out, "queue_texts", "Distinct texts that wait for a batch.", (size_t)q.texts);
     gauge_text(out, "queue_tokens", "Their tokens.", (size_t)q.tokens);
-    gauge_text(out, "queue_requests", "Requests that wait for vectors.", (size_t)q.tickets);
+    gauge_text(out, "queue_requests", "Requests that wait for vectors.", (size_t)q.requests);
     gauge_text(out, "fallback_queue_tokens", "Tokens that wait for the fallback.",
                (size_t)f.tokens);
     gauge_text(out, "cache_bytes", "Memory that the cache takes.", g->cache_bytes);

@@ -32,7 +32,7 @@ struct model_worker {
     uint8_t fingerprint[KEY_BYTES];
     char fingerprint_hex[2 * KEY_BYTES + 1];
     /* The probe: the empty text, computed to see whether the model works. A client's is the same. */
-    ticket probe;
+    pending_request probe;
     slot probe_slot;
     uint8_t probe_key[KEY_BYTES];
     atomic_int probing;
@@ -245,9 +245,11 @@ void model_worker_free(model_worker *l) {
 
 /* ---- health ----------------------------------------------------------------------------------- */
 
-model_worker_state model_worker_state_of(model_worker *l) { return (model_worker_state)atomic_load(&l->state); }
+model_worker_state model_worker_state_of(model_worker *l) {
+    return (model_worker_state)atomic_load(&l->state);
+}
 
-static void probe_done(ticket *t) {
+static void probe_done(pending_request *t) {
     model_worker *l = (model_worker *)((char *)t - offsetof(model_worker, probe));
     vector_drop(l->probe_slot.vector);
     free(l->probe_slot.text);
@@ -262,7 +264,8 @@ static void probe(model_worker *l, double now) {
     if (atomic_exchange(&l->probing, 1)) return;
     text *t = text_new(l->probe_key, 1);
     l->probe_slot = (slot){.text = t};
-    l->probe = (ticket){.slots = &l->probe_slot, .n = 1, .deadline = now + 1e6, .done = probe_done};
+    l->probe = (pending_request){
+        .slots = &l->probe_slot, .n = 1, .deadline = now + 1e6, .done = probe_done};
     if (t) t->ids[0] = l->source.file->config.eos_id;
     if (!t || queue_submit(l->queue, &l->probe, &shared)) probe_done(&l->probe);
 }
@@ -277,7 +280,9 @@ int model_worker_hidden(const model_worker *l) { return l->source.file->config.h
 queue *model_worker_queue(model_worker *l) { return l->queue; }
 const char *model_worker_fingerprint(const model_worker *l) { return l->fingerprint_hex; }
 
-size_t model_worker_cache_bytes(const model_worker *l) { return l->opt.cache ? cache_bytes(l->opt.cache) : 0; }
+size_t model_worker_cache_bytes(const model_worker *l) {
+    return l->opt.cache ? cache_bytes(l->opt.cache) : 0;
+}
 
 int model_worker_max_tokens(const model_worker *l) {
     const int n = l->opt.cli.engine.max_tokens;
@@ -303,7 +308,8 @@ static int tokenize_failed(const qemb_err *err, int i, api_error *e) {
     return api_fail(e, 400, err->code, "input", "input[%d]: %s", i, err->msg);
 }
 
-static int tokenize_input(model_worker *l, worker *w, const api_request *r, int i, slot *s, api_error *e) {
+static int tokenize_input(model_worker *l, worker *w, const api_request *r, int i, slot *s,
+                          api_error *e) {
     const api_input *in = &r->inputs[i];
     record_ids t = {0};
     qemb_err err;
@@ -325,7 +331,8 @@ static int tokenize_input(model_worker *l, worker *w, const api_request *r, int 
     return 0;
 }
 
-int model_worker_tokenize(model_worker *l, const api_request *r, ticket *t, uint64_t *tokens, api_error *e) {
+int model_worker_tokenize(model_worker *l, const api_request *r, pending_request *t,
+                          uint64_t *tokens, api_error *e) {
     t->slots = calloc((size_t)r->n, sizeof *t->slots);
     if (!t->slots) return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
     t->n = r->n;
@@ -343,11 +350,11 @@ int model_worker_tokenize(model_worker *l, const api_request *r, ticket *t, uint
                            l->opt.max_queue_tokens);
     }
     give_worker(l, w);
-    if (bad) ticket_clear(t);
+    if (bad) pending_request_clear(t);
     return bad;
 }
 
-int model_worker_lookup(model_worker *l, ticket *t) {
+int model_worker_lookup(model_worker *l, pending_request *t) {
     int hits = 0, redis_hits = 0;
     for (int i = 0; l->opt.cache && i < t->n; i++) {
         slot *s = &t->slots[i];

@@ -1,11 +1,11 @@
 /* queue.c - what waits to be computed, and the batches made of it; see server.h.
  *
- * A ticket's texts are taken in order. Tickets with texts left stand in a ring, from whose head
+ * A request's texts are taken in order. Requests with texts left stand in a ring, from whose head
  * each batch takes:
  *   1. if the batch before was made without a long text that waited: one long text, the first;
- *   2. short texts: from each ticket in turn at most `share` tokens, round after round;
+ *   2. short texts: from each request in turn at most `share` tokens, round after round;
  *   3. when no short text is left: long texts that fit beside them.
- * A text is long if it has more than `share` tokens, an eighth of a batch. So a ticket of a
+ * A text is long if it has more than `share` tokens, an eighth of a batch. So a request of a
  * thousand texts leaves room for the next one, a short text waits for one batch of a long one at
  * most, and a long text for one batch of short ones.
  */
@@ -22,9 +22,9 @@ struct queue {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     text *index[INDEX_SLOTS]; /* texts in flight by key */
-    ticket *ring;             /* the next to give texts; circular, n_ring of them */
+    pending_request *ring;    /* the next to give texts; circular, n_ring of them */
     int n_ring;
-    ticket *oldest, *newest; /* live tickets */
+    pending_request *oldest, *newest; /* live requests */
     queue_depth depth;
     int max_tokens, share;
     int long_turn; /* the next batch begins with a long text */
@@ -33,7 +33,7 @@ struct queue {
     double taken_at, rate; /* rate: tokens per second, smoothed */
 };
 
-/* ---- vectors, texts, tickets ------------------------------------------------------------------ */
+/* ---- vectors, texts, requests ------------------------------------------------------------------ */
 
 vector *vector_new(const float *v, int n) {
     vector *x = malloc(sizeof *x + (size_t)n * sizeof *x->v);
@@ -62,8 +62,8 @@ text *text_new(const uint8_t key[KEY_BYTES], int n) {
     return t;
 }
 
-void ticket_clear(ticket *t) {
-    assert(t->state != TICKET_WAITING);
+void pending_request_clear(pending_request *t) {
+    assert(t->state != REQUEST_WAITING);
     for (int i = 0; i < t->n; i++) {
         free(t->slots[i].text);
         vector_drop(t->slots[i].vector);
@@ -91,7 +91,7 @@ static void index_remove(queue *q, text *t) {
 
 /* ---- rings, lists, waiters ------------------------------------------------------------------------ */
 
-static void ring_add(queue *q, ticket *t) {
+static void ring_add(queue *q, pending_request *t) {
     q->n_ring++;
     if (!q->ring) {
         q->ring = t->ring_next = t->ring_prev = t;
@@ -102,7 +102,7 @@ static void ring_add(queue *q, ticket *t) {
     }
 }
 
-static void ring_remove(queue *q, ticket *t) {
+static void ring_remove(queue *q, pending_request *t) {
     if (!t->ring_next) return;
     q->n_ring--;
     t->ring_next->ring_prev = t->ring_prev;
@@ -111,18 +111,18 @@ static void ring_remove(queue *q, ticket *t) {
     t->ring_prev = t->ring_next = NULL;
 }
 
-static void live_add(queue *q, ticket *t) {
+static void live_add(queue *q, pending_request *t) {
     t->live_prev = q->newest;
     t->live_next = NULL;
     *(q->newest ? &q->newest->live_next : &q->oldest) = t;
     q->newest = t;
-    q->depth.tickets++;
+    q->depth.requests++;
 }
 
-static void live_remove(queue *q, ticket *t) {
+static void live_remove(queue *q, pending_request *t) {
     *(t->live_prev ? &t->live_prev->live_next : &q->oldest) = t->live_next;
     *(t->live_next ? &t->live_next->live_prev : &q->newest) = t->live_prev;
-    q->depth.tickets--;
+    q->depth.requests--;
 }
 
 static void wait_for(slot *s, text *t) {
@@ -146,7 +146,8 @@ static void stop_waiting(queue *q, slot *s) {
 }
 
 /* Takes t out of the queue in its final state and puts it on the list of those to be told. */
-static void end_ticket(queue *q, ticket *t, ticket_state state, ticket **ended) {
+static void end_request(queue *q, pending_request *t, request_state state,
+                        pending_request **ended) {
     for (int i = 0; i < t->n; i++)
         if (t->slots[i].text) stop_waiting(q, &t->slots[i]);
     ring_remove(q, t);
@@ -156,9 +157,9 @@ static void end_ticket(queue *q, ticket *t, ticket_state state, ticket **ended) 
     *ended = t;
 }
 
-static void tell(ticket *ended) {
-    for (ticket *next; ended; ended = next) {
-        next = ended->next_done; /* done gives the ticket away */
+static void tell(pending_request *ended) {
+    for (pending_request *next; ended; ended = next) {
+        next = ended->next_done; /* done gives the request away */
         ended->done(ended);
     }
 }
@@ -184,13 +185,13 @@ void queue_free(queue *q) {
 }
 
 /* Puts new texts into the index and lets slots whose text is there already wait for that one. */
-static int link_slots(queue *q, ticket *t) {
+static int link_slots(queue *q, pending_request *t) {
     int shared = 0;
     for (int i = 0; i < t->n; i++) {
         slot *s = &t->slots[i];
         if (!s->text) continue;
         text **place = index_place(q, s->text->key), *own = s->text;
-        s->ticket = t;
+        s->request = t;
         t->pending++;
         if (*place) {
             free(own);
@@ -206,8 +207,8 @@ static int link_slots(queue *q, ticket *t) {
     return shared;
 }
 
-int queue_submit(queue *q, ticket *t, int *shared) {
-    ticket *ended = NULL;
+int queue_submit(queue *q, pending_request *t, int *shared) {
+    pending_request *ended = NULL;
     long long tokens = 0; /* texts that occur twice in t count twice here: no harm */
     pthread_mutex_lock(&q->lock);
     for (int i = 0; i < t->n; i++)
@@ -218,13 +219,13 @@ int queue_submit(queue *q, ticket *t, int *shared) {
         return -1;
     }
     t->pending = t->cursor = 0;
-    t->state = TICKET_WAITING;
+    t->state = REQUEST_WAITING;
     *shared = link_slots(q, t);
     live_add(q, t);
     if (t->pending)
         ring_add(q, t);
     else
-        end_ticket(q, t, TICKET_DONE, &ended);
+        end_request(q, t, REQUEST_DONE, &ended);
     pthread_cond_signal(&q->changed);
     pthread_mutex_unlock(&q->lock);
     tell(ended);
@@ -238,11 +239,11 @@ typedef struct {
     qemb_batch *batch;
     text **taken;
     int n, full, has_long;
-    ticket *ended;
+    pending_request *ended;
 } builder;
 
 /* The next text of t that no batch has taken, or NULL: then t has left the ring. */
-static text *next_text(queue *q, ticket *t) {
+static text *next_text(queue *q, pending_request *t) {
     for (; t->cursor < t->n; t->cursor++) {
         text *x = t->slots[t->cursor].text;
         if (x && !x->computing) return x;
@@ -252,7 +253,7 @@ static text *next_text(queue *q, ticket *t) {
 }
 
 /* 1 if the text x, the next one of t, is in the batch now. */
-static int take(builder *b, ticket *t, text *x) {
+static int take(builder *b, pending_request *t, text *x) {
     const int row = qemb_pack_add(b->batch, x->ids, x->n);
     if (row < 0) return 0;
     assert(row == b->n);
@@ -269,10 +270,10 @@ static int take(builder *b, ticket *t, text *x) {
 /* Long texts in the ring's order: the first one only, or all that fit. Returns 1 if one waits. */
 static int take_long(builder *b, int only_first) {
     queue *q = b->q;
-    ticket *t = q->ring;
+    pending_request *t = q->ring;
     int left = 0;
     for (int i = q->n_ring; i; i--) {
-        ticket *next = t->ring_next; /* t may leave the ring */
+        pending_request *next = t->ring_next; /* t may leave the ring */
         text *x = next_text(q, t);
         if (x && x->n > q->share) {
             if (take(b, t, x)) {
@@ -288,7 +289,7 @@ static int take_long(builder *b, int only_first) {
 }
 
 /* Short texts of t, its share at most. Returns 1 if it gave some. */
-static int take_share(builder *b, ticket *t) {
+static int take_share(builder *b, pending_request *t) {
     int got = 0;
     for (text *x; (x = next_text(b->q, t)) && got + x->n <= b->q->share; got += x->n) {
         if (take(b, t, x)) continue;
@@ -305,18 +306,18 @@ static void take_short(builder *b) {
     for (int some = 1; some && !b->full;) {
         some = 0;
         for (int i = q->n_ring; i && !b->full; i--) {
-            ticket *t = q->ring;
+            pending_request *t = q->ring;
             some |= take_share(b, t);
             if (t->ring_next && !b->full) q->ring = t->ring_next;
         }
     }
 }
 
-static void drop_departed(queue *q, ticket **ended) {
-    for (ticket *t = q->oldest, *next; t; t = next) {
+static void drop_departed(queue *q, pending_request **ended) {
+    for (pending_request *t = q->oldest, *next; t; t = next) {
         next = t->live_next;
         if (!t->departed || !t->departed(t)) continue;
-        end_ticket(q, t, TICKET_GONE, ended);
+        end_request(q, t, REQUEST_GONE, ended);
         metrics_add(COUNT_DEPARTED, 1);
     }
 }
@@ -347,7 +348,7 @@ int queue_take(queue *q, qemb_batch *batch, text **taken) {
 }
 
 void queue_finish(queue *q, text **taken, vector **vectors, int n) {
-    ticket *ended = NULL;
+    pending_request *ended = NULL;
     pthread_mutex_lock(&q->lock);
     const double seconds = seconds_now() - q->taken_at;
     const double rate = q->taken_tokens / (seconds > 1e-6 ? seconds : 1e-6);
@@ -361,7 +362,7 @@ void queue_finish(queue *q, text **taken, vector **vectors, int n) {
                 s->vector = vector_take(vectors[i]);
             else
                 s->failed = 1;
-            if (!--s->ticket->pending) end_ticket(q, s->ticket, TICKET_DONE, &ended);
+            if (!--s->request->pending) end_request(q, s->request, REQUEST_DONE, &ended);
         }
         index_remove(q, t);
         free(t);
@@ -373,12 +374,12 @@ void queue_finish(queue *q, text **taken, vector **vectors, int n) {
 /* ---- time, the end ---------------------------------------------------------------------------- */
 
 void queue_tick(queue *q, double now) {
-    ticket *ended = NULL;
+    pending_request *ended = NULL;
     pthread_mutex_lock(&q->lock);
-    for (ticket *t = q->oldest, *next; t; t = next) {
+    for (pending_request *t = q->oldest, *next; t; t = next) {
         next = t->live_next;
         if (now < t->deadline) continue;
-        end_ticket(q, t, TICKET_EXPIRED, &ended);
+        end_request(q, t, REQUEST_EXPIRED, &ended);
         metrics_add(COUNT_EXPIRED, 1);
     }
     drop_departed(q, &ended);
@@ -387,10 +388,10 @@ void queue_tick(queue *q, double now) {
 }
 
 void queue_stop(queue *q) {
-    ticket *ended = NULL;
+    pending_request *ended = NULL;
     pthread_mutex_lock(&q->lock);
     q->stopped = 1;
-    while (q->oldest) end_ticket(q, q->oldest, TICKET_STOPPED, &ended);
+    while (q->oldest) end_request(q, q->oldest, REQUEST_STOPPED, &ended);
     pthread_cond_broadcast(&q->changed);
     pthread_mutex_unlock(&q->lock);
     tell(ended);

@@ -97,7 +97,7 @@ static vector *read_value(const redisReply *v, int n) {
 }
 
 /* MGET of the slots' texts (n of them have one). */
-static redisReply *ask(redisContext *c, const ticket *t, int n) {
+static redisReply *ask(redisContext *c, const pending_request *t, int n) {
     const char **argv = malloc(((size_t)n + 1) * sizeof *argv);
     size_t *lengths = malloc(((size_t)n + 1) * sizeof *lengths);
     char(*names)[NAME_BYTES] = malloc((size_t)n * sizeof *names);
@@ -119,7 +119,7 @@ static redisReply *ask(redisContext *c, const ticket *t, int n) {
     return reply;
 }
 
-int redis_get(redis *r, ticket *t, int dim) {
+int redis_get(redis *r, pending_request *t, int dim) {
     int n = 0, hits = 0;
     for (int i = 0; i < t->n; i++) n += t->slots[i].text != NULL;
     redisContext *c = n ? take(r) : NULL;

@@ -43,7 +43,7 @@ vector *vector_take(vector *v);            /* one more */
 void vector_drop(vector *v);               /* one less; v may be NULL */
 
 typedef struct slot slot;
-typedef struct ticket ticket;
+typedef struct pending_request pending_request;
 
 /* A distinct text in flight. Its key stands for model and ids: two texts of a queue have equal keys
  * if and only if they have equal ids, or else the batch would give both the same row. */
@@ -60,7 +60,7 @@ text *text_new(const uint8_t key[KEY_BYTES], int n); /* ids are to be filled. NU
 
 /* One text of a request: it waits for `text`, or has its `vector`, or has failed. */
 struct slot {
-    ticket *ticket;
+    pending_request *request;
     text *text;
     vector *vector;
     slot *prev, *next; /* among the text's waiters */
@@ -68,56 +68,57 @@ struct slot {
 };
 
 typedef enum {
-    TICKET_NEW,     /* never submitted */
-    TICKET_WAITING, /* in the queue: nobody else touches it */
-    TICKET_DONE,    /* every slot has its vector or has failed */
-    TICKET_EXPIRED, /* the deadline came first */
-    TICKET_GONE,    /* the client has left */
-    TICKET_STOPPED  /* the queue has ended */
-} ticket_state;
+    REQUEST_NEW,     /* never submitted */
+    REQUEST_WAITING, /* in the queue: nobody else touches it */
+    REQUEST_DONE,    /* every slot has its vector or has failed */
+    REQUEST_EXPIRED, /* the deadline came first */
+    REQUEST_GONE,    /* the client has left */
+    REQUEST_STOPPED  /* the queue has ended */
+} request_state;
 
 /* A request in the queue. The caller fills slots (n of them, with text or vector), deadline and
  * functions. */
-struct ticket {
+struct pending_request {
     slot *slots;
     int n;
     double deadline; /* as seconds_now */
     /* Called once, when the state is final, from any thread and without locks. From then on the
-     * ticket is the caller's again. */
-    void (*done)(ticket *t);
-    int (*departed)(ticket *t); /* 1: nobody waits any more. May be NULL; must not block. */
-    ticket_state state;
+     * request is the caller's again. */
+    void (*done)(pending_request *t);
+    int (*departed)(
+        pending_request *t); /* 1: nobody waits any more. May be NULL; must not block. */
+    request_state state;
     /* the queue's own */
     int pending, cursor;
-    ticket *ring_prev, *ring_next; /* has texts that no batch has taken */
-    ticket *live_prev, *live_next; /* waits, by age */
-    ticket *next_done;
+    pending_request *ring_prev, *ring_next; /* has texts that no batch has taken */
+    pending_request *live_prev, *live_next; /* waits, by age */
+    pending_request *next_done;
 };
 
-/* Gives back what the slots hold. Not while the ticket waits. */
-void ticket_clear(ticket *t);
+/* Gives back what the slots hold. Not while the request waits. */
+void pending_request_clear(pending_request *t);
 
 typedef struct queue queue;
 
 typedef struct {
     int texts, tokens; /* distinct ones that no batch has taken */
-    int tickets;       /* that wait */
+    int requests;      /* that wait */
 } queue_depth;
 
 /* A queue that holds max_tokens and makes batches of about batch_tokens. NULL: out of memory */
 queue *queue_new(int max_tokens, int batch_tokens);
 void queue_free(queue *q); /* nothing waits in it */
 
-/* Hands t over if its texts fit beside what waits (an empty queue takes every ticket), with texts
+/* Hands t over if its texts fit beside what waits (an empty queue takes every request), with texts
  * that are in flight already shared. 0; or -1, nothing done: full, or ended. Texts that wait are
  * the queue's from then on. *shared gets the number of texts that were in flight already. */
-int queue_submit(queue *q, ticket *t, int *shared);
+int queue_submit(queue *q, pending_request *t, int *shared);
 /* Waits for texts, puts a batch of them into b (empty) and names them in taken (room for
  * batch_tokens), row by row. Returns their number; 0 when the queue has ended. */
 int queue_take(queue *q, qemb_batch *b, text **taken);
 /* The vectors (n; NULL: none that is finite) of the last taken texts: they are the waiters' now. */
 void queue_finish(queue *q, text **taken, vector **vectors, int n);
-/* Ends the wait of tickets whose deadline has passed, and of those whose client has left. */
+/* Ends the wait of requests whose deadline has passed, and of those whose client has left. */
 void queue_tick(queue *q, double now);
 /* Ends every wait and the queue: queue_take returns 0, queue_submit refuses. */
 void queue_stop(queue *q);
@@ -205,7 +206,7 @@ redis *redis_new(const char *address, int timeout_ms);
 void redis_free(redis *r); /* r may be NULL */
 /* Vectors of dim numbers into those slots of t that have a text and whose key is there. Returns how
  * many; takes two timeouts at most, nothing while a failure is fresh. */
-int redis_get(redis *r, ticket *t, int dim);
+int redis_get(redis *r, pending_request *t, int dim);
 void redis_put(redis *r, const uint8_t key[KEY_BYTES], vector *v); /* does not wait */
 
 /* ---- model_worker.c ---------------------------------------------------------------------------- */
@@ -242,10 +243,11 @@ const char *model_worker_fingerprint(const model_worker *l);
 
 /* Token ids and keys of the inputs of r into t->slots (r->n), which is made; *tokens gets their
  * sum. -1: *e says why; t holds nothing. */
-int model_worker_tokenize(model_worker *l, const api_request *r, ticket *t, uint64_t *tokens, api_error *e);
+int model_worker_tokenize(model_worker *l, const api_request *r, pending_request *t,
+                          uint64_t *tokens, api_error *e);
 
 /* Vectors of t's texts that are known already: those slots wait for nothing. Returns how many. */
-int model_worker_lookup(model_worker *l, ticket *t);
+int model_worker_lookup(model_worker *l, pending_request *t);
 
 /* ---- http.c ---------------------------------------------------------------------------- */
 

@@ -17,7 +17,7 @@ void *need(void *p) {
 #define MAX_TEXTS 16
 
 typedef struct {
-    ticket ticket; /* first */
+    request pending_request; /* first */
     int told, gone;
 } client;
 
@@ -47,20 +47,20 @@ static void teardown(void) {
 
 TestSuite(serve_queue, .init = setup, .fini = teardown);
 
-static void told(ticket *t) { ((client *)t)->told++; }
-static int departed(ticket *t) { return ((client *)t)->gone; }
+static void told(pending_request *t) { ((client *)t)->told++; }
+static int departed(pending_request *t) { return ((client *)t)->gone; }
 
 /* A client that has texts of these lengths; name tells them from all others'. */
 static client *client_new(char name, const int *lengths, int n) {
     client *c = calloc(1, sizeof *c);
-    c->ticket = (ticket){.slots = calloc((size_t)n, sizeof(slot)),
-                         .n = n,
-                         .deadline = 100,
-                         .done = told,
-                         .departed = departed};
+    c->request = (pending_request){.slots = calloc((size_t)n, sizeof(slot)),
+                                   .n = n,
+                                   .deadline = 100,
+                                   .done = told,
+                                   .departed = departed};
     for (int i = 0; i < n; i++) {
         uint8_t key[KEY_BYTES] = {(uint8_t)name, (uint8_t)i};
-        text *t = c->ticket.slots[i].text = text_new(key, lengths[i]);
+        text *t = c->request.slots[i].text = text_new(key, lengths[i]);
         /* one id tells the texts of a test apart, as their keys do: with 26 names and seven texts of
          * one token each, 182 of the 300 ids */
         for (int k = 0; k < lengths[i]; k++) t->ids[k] = k ? i : name - 'a' + 26 * (i % 7);
@@ -69,13 +69,13 @@ static client *client_new(char name, const int *lengths, int n) {
 }
 
 static void client_free(client *c) {
-    ticket_clear(&c->ticket);
+    pending_request_clear(&c->request);
     free(c);
 }
 
 static int submit(client *c) {
     int shared = 0;
-    return queue_submit(q, &c->ticket, &shared) ? -1 : shared;
+    return queue_submit(q, &c->request, &shared) ? -1 : shared;
 }
 
 /* Takes a batch and compares "a0 b1 ..." */
@@ -108,19 +108,19 @@ static client *ask(char name, int n, const int *lengths) {
 Test(serve_queue, what_waits_goes_together) {
     client *a = ASK('a', 4, 5), *b = ASK('b', 3);
     const queue_depth d = queue_depth_of(q);
-    cr_expect(d.texts == 3 && d.tokens == 12 && d.tickets == 2);
+    cr_expect(d.texts == 3 && d.tokens == 12 && d.requests == 2);
     finish(take("a0 b0 a1"));
     cr_expect(a->told == 1 && b->told == 1);
-    cr_expect_eq(a->ticket.state, TICKET_DONE);
-    cr_expect_eq(a->ticket.slots[0].vector->v[0], 0);
-    cr_expect_eq(a->ticket.slots[1].vector->v[0], 2);
-    cr_expect_eq(b->ticket.slots[0].vector->v[0], 1);
+    cr_expect_eq(a->request.state, REQUEST_DONE);
+    cr_expect_eq(a->request.slots[0].vector->v[0], 0);
+    cr_expect_eq(a->request.slots[1].vector->v[0], 2);
+    cr_expect_eq(b->request.slots[0].vector->v[0], 1);
     cr_expect_eq(queue_depth_of(q).tokens, 0);
     client_free(a);
     client_free(b);
 }
 
-Test(serve_queue, tickets_take_turns) {
+Test(serve_queue, requests_take_turns) {
     /* Each gives a share of eight tokens; the batch is full before a's last. */
     client *a = ASK('a', 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4), *b = ASK('b', 8, 8), *c = ASK('c', 4);
     int n = take("a0 a1 b0 c0 a2 a3 b1 a4 a5 a6 a7 a8 a9 a10");
@@ -171,33 +171,33 @@ Test(serve_queue, equal_texts_are_computed_once) {
     cr_expect_eq(queue_depth_of(q).tokens, 0);
     finish(n);
     cr_expect(a->told == 1 && b->told == 1 && late->told == 1);
-    cr_expect_eq(a->ticket.slots[1].vector, b->ticket.slots[1].vector);
-    cr_expect_eq(a->ticket.slots[0].vector, late->ticket.slots[0].vector);
+    cr_expect_eq(a->request.slots[1].vector, b->request.slots[1].vector);
+    cr_expect_eq(a->request.slots[0].vector, late->request.slots[0].vector);
     client_free(a);
     client_free(b);
     client_free(late);
 }
 
-Test(serve_queue, one_text_twice_in_a_ticket) {
+Test(serve_queue, one_text_twice_in_a_request) {
     client *a = client_new('a', (int[]){4, 4}, 2);
-    memset(a->ticket.slots[1].text->key, 0, KEY_BYTES);
-    memcpy(a->ticket.slots[1].text->key, a->ticket.slots[0].text->key, KEY_BYTES);
+    memset(a->request.slots[1].text->key, 0, KEY_BYTES);
+    memcpy(a->request.slots[1].text->key, a->request.slots[0].text->key, KEY_BYTES);
     cr_expect_eq(submit(a), 1);
     finish(take("a0"));
     cr_expect_eq(a->told, 1);
-    cr_expect_eq(a->ticket.slots[0].vector, a->ticket.slots[1].vector);
+    cr_expect_eq(a->request.slots[0].vector, a->request.slots[1].vector);
     client_free(a);
 }
 
 Test(serve_queue, slots_with_vectors_wait_for_nothing) {
     client *a = client_new('a', (int[]){4, 5}, 2);
     for (int i = 0; i < 2; i++) {
-        free(a->ticket.slots[i].text);
-        a->ticket.slots[i].text = NULL;
-        a->ticket.slots[i].vector = vector_new(&(float){7}, 1);
+        free(a->request.slots[i].text);
+        a->request.slots[i].text = NULL;
+        a->request.slots[i].vector = vector_new(&(float){7}, 1);
     }
     cr_expect_eq(submit(a), 0);
-    cr_expect(a->told == 1 && a->ticket.state == TICKET_DONE);
+    cr_expect(a->told == 1 && a->request.state == REQUEST_DONE);
     client_free(a);
 }
 
@@ -207,7 +207,7 @@ Test(serve_queue, a_text_without_a_vector) {
     vector *v[2] = {vector_new(&(float){1}, 1), NULL};
     queue_finish(q, taken, v, n);
     vector_drop(v[0]);
-    cr_expect(a->told && !a->ticket.slots[0].failed && a->ticket.slots[1].failed);
+    cr_expect(a->told && !a->request.slots[0].failed && a->request.slots[1].failed);
     client_free(a);
 }
 
@@ -216,7 +216,7 @@ Test(serve_queue, bounded_in_tokens) {
     cr_expect_eq(submit(a), 0);
     client *b = client_new('b', (int[]){11}, 1), *c = client_new('c', (int[]){10}, 1);
     cr_expect_eq(submit(b), -1);
-    cr_expect_eq(b->ticket.state, TICKET_NEW);
+    cr_expect_eq(b->request.state, REQUEST_NEW);
     cr_expect_eq(submit(c), 0);
     cr_expect_geq(queue_retry_after(q), 1);
     queue_stop(q);
@@ -225,7 +225,7 @@ Test(serve_queue, bounded_in_tokens) {
     client_free(c);
 }
 
-Test(serve_queue, an_empty_queue_takes_every_ticket) {
+Test(serve_queue, an_empty_queue_takes_every_request) {
     client *a = ASK('a', 200, 200, 200, 200, 200, 200);
     queue_stop(q);
     client_free(a);
@@ -236,16 +236,16 @@ Test(serve_queue, departed_clients_are_dropped) {
     submit(b);
     a->gone = c->gone = 1;
     finish(take("a0")); /* b still wants it */
-    cr_expect(a->told == 1 && a->ticket.state == TICKET_GONE);
-    cr_expect(c->told == 1 && c->ticket.state == TICKET_GONE);
-    cr_expect(b->told == 1 && b->ticket.state == TICKET_DONE);
+    cr_expect(a->told == 1 && a->request.state == REQUEST_GONE);
+    cr_expect(c->told == 1 && c->request.state == REQUEST_GONE);
+    cr_expect(b->told == 1 && b->request.state == REQUEST_DONE);
     cr_expect_eq(queue_depth_of(q).texts, 0);
     client_free(a);
     client_free(b);
     client_free(c);
 }
 
-static void stop_queue(ticket *t) {
+static void stop_queue(pending_request *t) {
     told(t);
     queue_stop(q);
 }
@@ -253,10 +253,10 @@ static void stop_queue(ticket *t) {
 /* The thread that computes has nothing else to do: the departed are told before it waits again. */
 Test(serve_queue, departed_clients_are_told_at_once, .timeout = 60) {
     client *a = ASK('a', 4);
-    a->ticket.done = stop_queue; /* or queue_take would wait for ever */
+    a->request.done = stop_queue; /* or queue_take would wait for ever */
     a->gone = 1;
     cr_expect_eq(queue_take(q, batch, taken), 0);
-    cr_expect(a->told == 1 && a->ticket.state == TICKET_GONE);
+    cr_expect(a->told == 1 && a->request.state == REQUEST_GONE);
     client_free(a);
 }
 
@@ -265,7 +265,7 @@ Test(serve_queue, leaving_while_it_is_computed) {
     const int n = take("a0");
     a->gone = 1;
     queue_tick(q, 0);
-    cr_expect(a->told == 1 && a->ticket.state == TICKET_GONE);
+    cr_expect(a->told == 1 && a->request.state == REQUEST_GONE);
     client_free(a);
     finish(n);
     client *b = ASK('a', 4); /* it is not in flight any more */
@@ -275,15 +275,15 @@ Test(serve_queue, leaving_while_it_is_computed) {
 
 Test(serve_queue, deadlines) {
     client *a = ASK('a', 4), *b = client_new('b', (int[]){5}, 1);
-    b->ticket.deadline = 50;
+    b->request.deadline = 50;
     submit(b);
     queue_tick(q, 49);
     cr_expect(!a->told && !b->told);
     queue_tick(q, 50);
-    cr_expect(!a->told && b->told == 1 && b->ticket.state == TICKET_EXPIRED);
+    cr_expect(!a->told && b->told == 1 && b->request.state == REQUEST_EXPIRED);
     const int n = take("a0");
     queue_tick(q, 100); /* also in the middle of a batch */
-    cr_expect(a->told == 1 && a->ticket.state == TICKET_EXPIRED);
+    cr_expect(a->told == 1 && a->request.state == REQUEST_EXPIRED);
     finish(n);
     cr_expect_eq(a->told, 1);
     client_free(a);
@@ -293,7 +293,7 @@ Test(serve_queue, deadlines) {
 Test(serve_queue, the_end) {
     client *a = ASK('a', 4), *b = client_new('b', (int[]){5}, 1);
     queue_stop(q);
-    cr_expect(a->told == 1 && a->ticket.state == TICKET_STOPPED);
+    cr_expect(a->told == 1 && a->request.state == REQUEST_STOPPED);
     cr_expect_eq(submit(b), -1);
     cr_expect_eq(queue_take(q, batch, taken), 0);
     client_free(a);
@@ -311,7 +311,7 @@ static void *computer(void *arg) {
 }
 
 static atomic_int n_told;
-static void told_counting(ticket *t) {
+static void told_counting(pending_request *t) {
     ((client *)t)->told++;
     atomic_fetch_add(&n_told, 1);
 }
@@ -326,19 +326,19 @@ static void *asker(void *arg) {
         for (int k = 0; k < 3; k++) lengths[k] = 1 + (int)(rng_u64(&r) % (k ? 8 : 100));
         c[i] = client_new((char)(rng_u64(&r) % 20 + 'a'), lengths, 3);
         /* a key stands for one text: give every length its own */
-        for (int k = 0; k < 3; k++) c[i]->ticket.slots[k].text->key[2] = (uint8_t)lengths[k];
+        for (int k = 0; k < 3; k++) c[i]->request.slots[k].text->key[2] = (uint8_t)lengths[k];
         c[i]->gone = !(rng_u64(&r) % 8);
-        c[i]->ticket.deadline = rng_u64(&r) % 8 ? 100 : 0;
-        c[i]->ticket.done = told_counting;
+        c[i]->request.deadline = rng_u64(&r) % 8 ? 100 : 0;
+        c[i]->request.done = told_counting;
         while (submit(c[i]) < 0) sched_yield();
         if (!(i % 16)) queue_tick(q, 1);
     }
     queue_tick(q, 1);
-    while (queue_depth_of(q).tickets) sched_yield(); /* some may not have been told yet */
+    while (queue_depth_of(q).requests) sched_yield(); /* some may not have been told yet */
     return NULL;
 }
 
-Test(serve_queue, every_ticket_ends_once) {
+Test(serve_queue, every_request_ends_once) {
     pthread_t compute, ask_thread[2];
     pthread_create(&compute, NULL, computer, NULL);
     for (int i = 0; i < 2; i++) pthread_create(&ask_thread[i], NULL, asker, asked[i]);
@@ -349,9 +349,9 @@ Test(serve_queue, every_ticket_ends_once) {
     for (int i = 0; i < 2 * N_CLIENTS; i++) {
         client *c = asked[i / N_CLIENTS][i % N_CLIENTS];
         int vectors = 0; /* one that did not wait to the end may have some, but not all */
-        for (int k = 0; k < 3; k++) vectors += c->ticket.slots[k].vector != NULL;
+        for (int k = 0; k < 3; k++) vectors += c->request.slots[k].vector != NULL;
         cr_expect_eq(c->told, 1);
-        cr_expect_eq(c->ticket.state == TICKET_DONE, vectors == 3);
+        cr_expect_eq(c->request.state == REQUEST_DONE, vectors == 3);
         client_free(c);
     }
 }
