@@ -232,8 +232,8 @@ size_t api_embeddings_room(int n, int dim, int base64, size_t name_len) {
            6 * name_len + FRAME_ROOM;
 }
 
-int api_embeddings(api_text *out, const slot *slots, int n, int dim, int base64, const char *model,
-                   uint64_t tokens, api_error *e) {
+int api_embeddings(api_text *out, const pending_text *texts, int n, int dim, int base64,
+                   const char *model, uint64_t tokens, api_error *e) {
     float *unit = malloc((size_t)dim * sizeof *unit);
     if (open_text(out, api_embeddings_room(n, dim, base64, strlen(model)), e)) {
         free(unit);
@@ -245,7 +245,7 @@ int api_embeddings(api_text *out, const slot *slots, int n, int dim, int base64,
         p = put(p, i ? ",{\"object\":\"embedding\",\"index\":"
                      : "{\"object\":\"embedding\",\"index\":");
         p = put(format_uint(p, (uint64_t)i), ",\"embedding\":");
-        if (slots[i].failed || qemb_l2_normalize(unit, slots[i].vector->v, dim)) {
+        if (texts[i].failed || qemb_l2_normalize(unit, texts[i].vector->v, dim)) {
             bad = api_fail(e, 422, "non_finite", "input",
                            "input[%d]: the model has no vector of finite length for it", i);
         } else if (base64) {
@@ -265,13 +265,13 @@ int api_embeddings(api_text *out, const slot *slots, int n, int dim, int base64,
     return 0;
 }
 
-int api_tokens(api_text *out, const slot *slots, int n, int max_tokens, const char *model,
+int api_tokens(api_text *out, const pending_text *texts, int n, int max_tokens, const char *model,
                uint64_t tokens, api_error *e) {
     if (open_text(out, (size_t)n * ITEM_ROOM + tokens * 11 + 6 * strlen(model) + FRAME_ROOM, e))
         return -1;
     char *p = put(out->data, "{\"object\":\"list\",\"data\":[");
     for (int i = 0; i < n; i++) {
-        const text *t = slots[i].text;
+        const text *t = texts[i].text;
         p = put(p, i ? ",{\"object\":\"tokens\",\"index\":" : "{\"object\":\"tokens\",\"index\":");
         p = put(format_uint(p, (uint64_t)i), ",\"tokens\":[");
         for (int k = 0; k < t->n; k++) {

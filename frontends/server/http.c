@@ -218,7 +218,7 @@ static int check_body(request *r) {
     if ((type && !json_type(type)) || (encoding && strcasecmp(encoding, "identity")))
         return api_fail(&r->error, 415, "unsupported_media_type", NULL,
                         "Content-Type: not one that is understood (want application/json in "
-                        "UTF-8, not record_ids)");
+                        "UTF-8, not encoded)");
     if (length && strtoull(length, NULL, 10) > r->h->opt.max_body)
         return api_fail(&r->error, 413, "body_too_large", NULL,
                         "body: too large (got %.20s bytes, want at most %zu)", length,
@@ -341,7 +341,7 @@ static enum MHD_Result finish_embeddings(request *r) {
     api_text body = {0};
     switch (r->pending.state) {
     case REQUEST_DONE:
-        if (api_embeddings(&body, r->pending.slots, r->texts, r->dim, r->base64, model_name(r),
+        if (api_embeddings(&body, r->pending.texts, r->texts, r->dim, r->base64, model_name(r),
                            r->tokens, &r->error))
             break;
         metrics_add(COUNT_TEXTS, (uint64_t)r->texts);
@@ -383,7 +383,7 @@ static int fall_back(request *r) {
     for (int i = 0; i < r->texts && !bad; i++) bad = !r->api.inputs[i].text;
     if (bad) return -1;
     r->worker = l;
-    r->pending.slots = NULL; /* they are `before`'s */
+    r->pending.texts = NULL; /* they are `before`'s */
     r->pending.n = 0;
     bad = check_dimensions(r) ||
           model_worker_tokenize(l, &r->api, &r->pending, &r->tokens, &r->error);
@@ -399,7 +399,7 @@ static int fall_back(request *r) {
         return -1;
     }
     r->error = (api_error){0};
-    pending_request_clear(&(pending_request){.slots = before.pending.slots, .n = before.pending.n});
+    pending_request_clear(&(pending_request){.texts = before.pending.texts, .n = before.pending.n});
     metrics_add(COUNT_FALLBACKS, 1);
     return known;
 }
@@ -447,7 +447,7 @@ static enum MHD_Result start_embeddings(request *r) {
 static enum MHD_Result tokenize(request *r) {
     api_text body = {0};
     if (read_request(r) ||
-        api_tokens(&body, r->pending.slots, r->texts, model_worker_max_tokens(r->worker),
+        api_tokens(&body, r->pending.texts, r->texts, model_worker_max_tokens(r->worker),
                    model_name(r), r->tokens, &r->error))
         return answer_error(r);
     return answer(r, 200, &body, JSON);

@@ -33,7 +33,7 @@ struct model_worker {
     char fingerprint_hex[2 * KEY_BYTES + 1];
     /* The probe: the empty text, computed to see whether the model works. A client's is the same. */
     pending_request probe;
-    slot probe_slot;
+    pending_text probe_text;
     uint8_t probe_key[KEY_BYTES];
     atomic_int probing;
 };
@@ -251,9 +251,9 @@ model_worker_state model_worker_state_of(model_worker *l) {
 
 static void probe_done(pending_request *t) {
     model_worker *l = (model_worker *)((char *)t - offsetof(model_worker, probe));
-    vector_drop(l->probe_slot.vector);
-    free(l->probe_slot.text);
-    l->probe_slot = (slot){0};
+    vector_drop(l->probe_text.vector);
+    free(l->probe_text.text);
+    l->probe_text = (pending_text){0};
     atomic_store(&l->probing, 0);
 }
 
@@ -263,9 +263,9 @@ static void probe(model_worker *l, double now) {
     int shared;
     if (atomic_exchange(&l->probing, 1)) return;
     text *t = text_new(l->probe_key, 1);
-    l->probe_slot = (slot){.text = t};
+    l->probe_text = (pending_text){.text = t};
     l->probe = (pending_request){
-        .slots = &l->probe_slot, .n = 1, .deadline = now + 1e6, .done = probe_done};
+        .texts = &l->probe_text, .n = 1, .deadline = now + 1e6, .done = probe_done};
     if (t) t->ids[0] = l->source.file->config.eos_id;
     if (!t || queue_submit(l->queue, &l->probe, &shared)) probe_done(&l->probe);
 }
@@ -308,7 +308,7 @@ static int tokenize_failed(const qemb_err *err, int i, api_error *e) {
     return api_fail(e, 400, err->code, "input", "input[%d]: %s", i, err->msg);
 }
 
-static int tokenize_input(model_worker *l, worker *w, const api_request *r, int i, slot *s,
+static int tokenize_input(model_worker *l, worker *w, const api_request *r, int i, pending_text *s,
                           api_error *e) {
     const api_input *in = &r->inputs[i];
     record_ids t = {0};
@@ -333,16 +333,16 @@ static int tokenize_input(model_worker *l, worker *w, const api_request *r, int 
 
 int model_worker_tokenize(model_worker *l, const api_request *r, pending_request *t,
                           uint64_t *tokens, api_error *e) {
-    t->slots = calloc((size_t)r->n, sizeof *t->slots);
-    if (!t->slots) return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
+    t->texts = calloc((size_t)r->n, sizeof *t->texts);
+    if (!t->texts) return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
     t->n = r->n;
     *tokens = 0;
     worker *w = take_worker(l);
     w->record_tokenizer.truncate = r->truncate >= 0 ? r->truncate : l->opt.cli.truncate;
     int bad = 0;
     for (int i = 0; i < r->n && !bad; i++) {
-        bad = tokenize_input(l, w, r, i, &t->slots[i], e);
-        if (!bad) *tokens += (uint64_t)t->slots[i].text->n;
+        bad = tokenize_input(l, w, r, i, &t->texts[i], e);
+        if (!bad) *tokens += (uint64_t)t->texts[i].text->n;
         /* One request's texts must not be able to take all memory as ids. */
         if (!bad && *tokens > (uint64_t)l->opt.max_queue_tokens)
             bad = api_fail(e, 413, "too_many_tokens", "input",
@@ -357,7 +357,7 @@ int model_worker_tokenize(model_worker *l, const api_request *r, pending_request
 int model_worker_lookup(model_worker *l, pending_request *t) {
     int hits = 0, redis_hits = 0;
     for (int i = 0; l->opt.cache && i < t->n; i++) {
-        slot *s = &t->slots[i];
+        pending_text *s = &t->texts[i];
         s->vector = cache_get(l->opt.cache, s->text->key);
         if (!s->vector) continue;
         free(s->text);
@@ -366,7 +366,7 @@ int model_worker_lookup(model_worker *l, pending_request *t) {
     }
     if (l->opt.redis) redis_hits = redis_get(l->opt.redis, t, model_worker_hidden(l));
     for (int i = 0; redis_hits && i < t->n; i++) {
-        slot *s = &t->slots[i];
+        pending_text *s = &t->texts[i];
         if (!s->text || !s->vector) continue;
         if (l->opt.cache) cache_put(l->opt.cache, s->text->key, s->vector);
         free(s->text);

@@ -65,11 +65,11 @@ text *text_new(const uint8_t key[KEY_BYTES], int n) {
 void pending_request_clear(pending_request *t) {
     assert(t->state != REQUEST_WAITING);
     for (int i = 0; i < t->n; i++) {
-        free(t->slots[i].text);
-        vector_drop(t->slots[i].vector);
+        free(t->texts[i].text);
+        vector_drop(t->texts[i].vector);
     }
-    free(t->slots);
-    t->slots = NULL;
+    free(t->texts);
+    t->texts = NULL;
     t->n = 0;
 }
 
@@ -125,7 +125,7 @@ static void live_remove(queue *q, pending_request *t) {
     q->depth.requests--;
 }
 
-static void wait_for(slot *s, text *t) {
+static void wait_for(pending_text *s, text *t) {
     s->text = t;
     s->prev = NULL;
     s->next = t->waiters;
@@ -133,7 +133,7 @@ static void wait_for(slot *s, text *t) {
     t->waiters = s;
 }
 
-static void stop_waiting(queue *q, slot *s) {
+static void stop_waiting(queue *q, pending_text *s) {
     text *t = s->text;
     *(s->prev ? &s->prev->next : &t->waiters) = s->next;
     if (s->next) s->next->prev = s->prev;
@@ -149,7 +149,7 @@ static void stop_waiting(queue *q, slot *s) {
 static void end_request(queue *q, pending_request *t, request_state state,
                         pending_request **ended) {
     for (int i = 0; i < t->n; i++)
-        if (t->slots[i].text) stop_waiting(q, &t->slots[i]);
+        if (t->texts[i].text) stop_waiting(q, &t->texts[i]);
     ring_remove(q, t);
     live_remove(q, t);
     t->state = state;
@@ -184,11 +184,11 @@ void queue_free(queue *q) {
     free(q);
 }
 
-/* Puts new texts into the index and lets slots whose text is there already wait for that one. */
-static int link_slots(queue *q, pending_request *t) {
+/* Puts new texts into the index and lets texts whose text is there already wait for that one. */
+static int link_texts(queue *q, pending_request *t) {
     int shared = 0;
     for (int i = 0; i < t->n; i++) {
-        slot *s = &t->slots[i];
+        pending_text *s = &t->texts[i];
         if (!s->text) continue;
         text **place = index_place(q, s->text->key), *own = s->text;
         s->request = t;
@@ -212,15 +212,15 @@ int queue_submit(queue *q, pending_request *t, int *shared) {
     long long tokens = 0; /* texts that occur twice in t count twice here: no harm */
     pthread_mutex_lock(&q->lock);
     for (int i = 0; i < t->n; i++)
-        if (t->slots[i].text && !*index_place(q, t->slots[i].text->key))
-            tokens += t->slots[i].text->n;
+        if (t->texts[i].text && !*index_place(q, t->texts[i].text->key))
+            tokens += t->texts[i].text->n;
     if (q->stopped || (q->depth.tokens && q->depth.tokens + tokens > q->max_tokens)) {
         pthread_mutex_unlock(&q->lock);
         return -1;
     }
     t->pending = t->cursor = 0;
     t->state = REQUEST_WAITING;
-    *shared = link_slots(q, t);
+    *shared = link_texts(q, t);
     live_add(q, t);
     if (t->pending)
         ring_add(q, t);
@@ -245,7 +245,7 @@ typedef struct {
 /* The next text of t that no batch has taken, or NULL: then t has left the ring. */
 static text *next_text(queue *q, pending_request *t) {
     for (; t->cursor < t->n; t->cursor++) {
-        text *x = t->slots[t->cursor].text;
+        text *x = t->texts[t->cursor].text;
         if (x && !x->computing) return x;
     }
     ring_remove(q, t);
@@ -355,7 +355,7 @@ void queue_finish(queue *q, text **taken, vector **vectors, int n) {
     q->rate = q->rate > 0 ? 0.8 * q->rate + 0.2 * rate : rate;
     for (int i = 0; i < n; i++) {
         text *t = taken[i];
-        for (slot *s = t->waiters, *next; s; s = next) {
+        for (pending_text *s = t->waiters, *next; s; s = next) {
             next = s->next;
             s->text = NULL;
             if (vectors[i])

@@ -96,7 +96,7 @@ static vector *read_value(const redisReply *v, int n) {
     return x;
 }
 
-/* MGET of the slots' texts (n of them have one). */
+/* MGET of the texts' texts (n of them have one). */
 static redisReply *ask(redisContext *c, const pending_request *t, int n) {
     const char **argv = malloc(((size_t)n + 1) * sizeof *argv);
     size_t *lengths = malloc(((size_t)n + 1) * sizeof *lengths);
@@ -106,8 +106,8 @@ static redisReply *ask(redisContext *c, const pending_request *t, int n) {
         argv[0] = "MGET";
         lengths[0] = 4;
         for (int i = 0, k = 0; i < t->n; i++) {
-            if (!t->slots[i].text) continue;
-            make_name(names[k], t->slots[i].text->key);
+            if (!t->texts[i].text) continue;
+            make_name(names[k], t->texts[i].text->key);
             argv[k + 1] = names[k];
             lengths[++k] = NAME_BYTES;
         }
@@ -121,7 +121,7 @@ static redisReply *ask(redisContext *c, const pending_request *t, int n) {
 
 int redis_get(redis *r, pending_request *t, int dim) {
     int n = 0, hits = 0;
-    for (int i = 0; i < t->n; i++) n += t->slots[i].text != NULL;
+    for (int i = 0; i < t->n; i++) n += t->texts[i].text != NULL;
     redisContext *c = n ? take(r) : NULL;
     if (!c) return 0;
     redisReply *reply = ask(c, t, n);
@@ -131,7 +131,7 @@ int redis_get(redis *r, pending_request *t, int dim) {
         return 0;
     }
     for (int i = 0, k = 0; i < t->n; i++) {
-        slot *s = &t->slots[i];
+        pending_text *s = &t->texts[i];
         if (!s->text) continue;
         s->vector = read_value(reply->element[k++], dim);
         hits += s->vector != NULL;

@@ -42,16 +42,16 @@ vector *vector_new(const float *v, int n); /* one reference, the caller's. NULL:
 vector *vector_take(vector *v);            /* one more */
 void vector_drop(vector *v);               /* one less; v may be NULL */
 
-typedef struct slot slot;
+typedef struct pending_text pending_text;
 typedef struct pending_request pending_request;
 
 /* A distinct text in flight. Its key stands for model and ids: two texts of a queue have equal keys
  * if and only if they have equal ids, or else the batch would give both the same row. */
 typedef struct text {
     uint8_t key[KEY_BYTES];
-    struct text *next; /* in the queue's index */
-    slot *waiters;     /* whose text it is */
-    int computing;     /* it is in a batch: stays until that is done */
+    struct text *next;     /* in the queue's index */
+    pending_text *waiters; /* whose text it is */
+    int computing;         /* it is in a batch: stays until that is done */
     int n;
     int32_t ids[]; /* (n), end-of-text included */
 } text;
@@ -59,27 +59,27 @@ typedef struct text {
 text *text_new(const uint8_t key[KEY_BYTES], int n); /* ids are to be filled. NULL: no memory */
 
 /* One text of a request: it waits for `text`, or has its `vector`, or has failed. */
-struct slot {
+struct pending_text {
     pending_request *request;
     text *text;
     vector *vector;
-    slot *prev, *next; /* among the text's waiters */
-    int failed;        /* the model has no finite vector for it */
+    pending_text *prev, *next; /* among the text's waiters */
+    int failed;                /* the model has no finite vector for it */
 };
 
 typedef enum {
     REQUEST_NEW,     /* never submitted */
     REQUEST_WAITING, /* in the queue: nobody else touches it */
-    REQUEST_DONE,    /* every slot has its vector or has failed */
+    REQUEST_DONE,    /* every text has its vector or has failed */
     REQUEST_EXPIRED, /* the deadline came first */
     REQUEST_GONE,    /* the client has left */
     REQUEST_STOPPED  /* the queue has ended */
 } request_state;
 
-/* A request in the queue. The caller fills slots (n of them, with text or vector), deadline and
+/* A request in the queue. The caller fills texts (n of them, with text or vector), deadline and
  * functions. */
 struct pending_request {
-    slot *slots;
+    pending_text *texts;
     int n;
     double deadline; /* as seconds_now */
     /* Called once, when the state is final, from any thread and without locks. From then on the
@@ -95,7 +95,7 @@ struct pending_request {
     pending_request *next_done;
 };
 
-/* Gives back what the slots hold. Not while the request waits. */
+/* Gives back what the texts hold. Not while the request waits. */
 void pending_request_clear(pending_request *t);
 
 typedef struct queue queue;
@@ -178,10 +178,10 @@ typedef struct {
 
 /* Upper bound of the bytes of an embeddings response. */
 size_t api_embeddings_room(int n, int dim, int base64, size_t name_len);
-/* 0; or -1 and *e: a slot's vector has no finite length at dim (422), or out of memory. */
-int api_embeddings(api_text *out, const slot *slots, int n, int dim, int base64, const char *model,
-                   uint64_t tokens, api_error *e);
-int api_tokens(api_text *out, const slot *slots, int n, int max_tokens, const char *model,
+/* 0; or -1 and *e: a text's vector has no finite length at dim (422), or out of memory. */
+int api_embeddings(api_text *out, const pending_text *texts, int n, int dim, int base64,
+                   const char *model, uint64_t tokens, api_error *e);
+int api_tokens(api_text *out, const pending_text *texts, int n, int max_tokens, const char *model,
                uint64_t tokens, api_error *e);
 void api_models(api_text *out, const char *const *names, int n, long created);
 void api_error_json(api_text *out, const api_error *e);
@@ -204,7 +204,7 @@ typedef struct redis redis; /* for all threads */
  * connection, and for an answer. */
 redis *redis_new(const char *address, int timeout_ms);
 void redis_free(redis *r); /* r may be NULL */
-/* Vectors of dim numbers into those slots of t that have a text and whose key is there. Returns how
+/* Vectors of dim numbers into those texts of t that have a text and whose key is there. Returns how
  * many; takes two timeouts at most, nothing while a failure is fresh. */
 int redis_get(redis *r, pending_request *t, int dim);
 void redis_put(redis *r, const uint8_t key[KEY_BYTES], vector *v); /* does not wait */
@@ -241,12 +241,12 @@ queue *model_worker_queue(model_worker *l);
 /* "ab12..." (64 digits): what vectors depend on beside the ids: the file and the backend. */
 const char *model_worker_fingerprint(const model_worker *l);
 
-/* Token ids and keys of the inputs of r into t->slots (r->n), which is made; *tokens gets their
+/* Token ids and keys of the inputs of r into t->texts (r->n), which is made; *tokens gets their
  * sum. -1: *e says why; t holds nothing. */
 int model_worker_tokenize(model_worker *l, const api_request *r, pending_request *t,
                           uint64_t *tokens, api_error *e);
 
-/* Vectors of t's texts that are known already: those slots wait for nothing. Returns how many. */
+/* Vectors of t's texts that are known already: those texts wait for nothing. Returns how many. */
 int model_worker_lookup(model_worker *l, pending_request *t);
 
 /* ---- http.c ---------------------------------------------------------------------------- */

@@ -17,7 +17,7 @@ void *need(void *p) {
 #define MAX_TEXTS 16
 
 typedef struct {
-    request pending_request; /* first */
+    pending_request request; /* first */
     int told, gone;
 } client;
 
@@ -53,14 +53,14 @@ static int departed(pending_request *t) { return ((client *)t)->gone; }
 /* A client that has texts of these lengths; name tells them from all others'. */
 static client *client_new(char name, const int *lengths, int n) {
     client *c = calloc(1, sizeof *c);
-    c->request = (pending_request){.slots = calloc((size_t)n, sizeof(slot)),
+    c->request = (pending_request){.texts = calloc((size_t)n, sizeof(pending_text)),
                                    .n = n,
                                    .deadline = 100,
                                    .done = told,
                                    .departed = departed};
     for (int i = 0; i < n; i++) {
         uint8_t key[KEY_BYTES] = {(uint8_t)name, (uint8_t)i};
-        text *t = c->request.slots[i].text = text_new(key, lengths[i]);
+        text *t = c->request.texts[i].text = text_new(key, lengths[i]);
         /* one id tells the texts of a test apart, as their keys do: with 26 names and seven texts of
          * one token each, 182 of the 300 ids */
         for (int k = 0; k < lengths[i]; k++) t->ids[k] = k ? i : name - 'a' + 26 * (i % 7);
@@ -112,9 +112,9 @@ Test(serve_queue, what_waits_goes_together) {
     finish(take("a0 b0 a1"));
     cr_expect(a->told == 1 && b->told == 1);
     cr_expect_eq(a->request.state, REQUEST_DONE);
-    cr_expect_eq(a->request.slots[0].vector->v[0], 0);
-    cr_expect_eq(a->request.slots[1].vector->v[0], 2);
-    cr_expect_eq(b->request.slots[0].vector->v[0], 1);
+    cr_expect_eq(a->request.texts[0].vector->v[0], 0);
+    cr_expect_eq(a->request.texts[1].vector->v[0], 2);
+    cr_expect_eq(b->request.texts[0].vector->v[0], 1);
     cr_expect_eq(queue_depth_of(q).tokens, 0);
     client_free(a);
     client_free(b);
@@ -171,8 +171,8 @@ Test(serve_queue, equal_texts_are_computed_once) {
     cr_expect_eq(queue_depth_of(q).tokens, 0);
     finish(n);
     cr_expect(a->told == 1 && b->told == 1 && late->told == 1);
-    cr_expect_eq(a->request.slots[1].vector, b->request.slots[1].vector);
-    cr_expect_eq(a->request.slots[0].vector, late->request.slots[0].vector);
+    cr_expect_eq(a->request.texts[1].vector, b->request.texts[1].vector);
+    cr_expect_eq(a->request.texts[0].vector, late->request.texts[0].vector);
     client_free(a);
     client_free(b);
     client_free(late);
@@ -180,21 +180,21 @@ Test(serve_queue, equal_texts_are_computed_once) {
 
 Test(serve_queue, one_text_twice_in_a_request) {
     client *a = client_new('a', (int[]){4, 4}, 2);
-    memset(a->request.slots[1].text->key, 0, KEY_BYTES);
-    memcpy(a->request.slots[1].text->key, a->request.slots[0].text->key, KEY_BYTES);
+    memset(a->request.texts[1].text->key, 0, KEY_BYTES);
+    memcpy(a->request.texts[1].text->key, a->request.texts[0].text->key, KEY_BYTES);
     cr_expect_eq(submit(a), 1);
     finish(take("a0"));
     cr_expect_eq(a->told, 1);
-    cr_expect_eq(a->request.slots[0].vector, a->request.slots[1].vector);
+    cr_expect_eq(a->request.texts[0].vector, a->request.texts[1].vector);
     client_free(a);
 }
 
-Test(serve_queue, slots_with_vectors_wait_for_nothing) {
+Test(serve_queue, texts_with_vectors_wait_for_nothing) {
     client *a = client_new('a', (int[]){4, 5}, 2);
     for (int i = 0; i < 2; i++) {
-        free(a->request.slots[i].text);
-        a->request.slots[i].text = NULL;
-        a->request.slots[i].vector = vector_new(&(float){7}, 1);
+        free(a->request.texts[i].text);
+        a->request.texts[i].text = NULL;
+        a->request.texts[i].vector = vector_new(&(float){7}, 1);
     }
     cr_expect_eq(submit(a), 0);
     cr_expect(a->told == 1 && a->request.state == REQUEST_DONE);
@@ -207,7 +207,7 @@ Test(serve_queue, a_text_without_a_vector) {
     vector *v[2] = {vector_new(&(float){1}, 1), NULL};
     queue_finish(q, taken, v, n);
     vector_drop(v[0]);
-    cr_expect(a->told && !a->request.slots[0].failed && a->request.slots[1].failed);
+    cr_expect(a->told && !a->request.texts[0].failed && a->request.texts[1].failed);
     client_free(a);
 }
 
@@ -326,7 +326,7 @@ static void *asker(void *arg) {
         for (int k = 0; k < 3; k++) lengths[k] = 1 + (int)(rng_u64(&r) % (k ? 8 : 100));
         c[i] = client_new((char)(rng_u64(&r) % 20 + 'a'), lengths, 3);
         /* a key stands for one text: give every length its own */
-        for (int k = 0; k < 3; k++) c[i]->request.slots[k].text->key[2] = (uint8_t)lengths[k];
+        for (int k = 0; k < 3; k++) c[i]->request.texts[k].text->key[2] = (uint8_t)lengths[k];
         c[i]->gone = !(rng_u64(&r) % 8);
         c[i]->request.deadline = rng_u64(&r) % 8 ? 100 : 0;
         c[i]->request.done = told_counting;
@@ -349,7 +349,7 @@ Test(serve_queue, every_request_ends_once) {
     for (int i = 0; i < 2 * N_CLIENTS; i++) {
         client *c = asked[i / N_CLIENTS][i % N_CLIENTS];
         int vectors = 0; /* one that did not wait to the end may have some, but not all */
-        for (int k = 0; k < 3; k++) vectors += c->request.slots[k].vector != NULL;
+        for (int k = 0; k < 3; k++) vectors += c->request.texts[k].vector != NULL;
         cr_expect_eq(c->told, 1);
         cr_expect_eq(c->request.state == REQUEST_DONE, vectors == 3);
         client_free(c);
