@@ -26,14 +26,14 @@ ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 
 CPU     := $(patsubst %,backends/cpu/%,memory threads row_ops packed_gemm avx2 avx512 avx512_attention dispatch)
 ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error lib/embed_text
-SHARED  := $(patsubst %,frontends/%,select_ops record_tokenizer format input)
+SHARED  := $(patsubst %,frontends/%,console options model_options select_ops open_model record_tokenizer format input)
 CLI     := $(patsubst %,frontends/cli/%,main pipeline output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
-SERVE   := $(patsubst %,frontends/server/%,main http listen api model_worker queue cache redis metrics) $(SHARED)
+SERVE   := $(patsubst %,frontends/server/%,main http listen api model_worker queue cache redis metrics log buffer vector) $(SHARED)
 TESTS   := embed_text model_file format input model ops serve_cache serve_queue simd tokenizer
 FUZZERS := file jsonl request tokenizer
-TESTED  := frontends/format frontends/input $(patsubst %,frontends/server/%,queue cache metrics) # what the unit tests link beside the engine
+TESTED  := $(patsubst %,frontends/%,console format input server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
 
 VENV      := .venv
@@ -97,7 +97,7 @@ build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/limits ben
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
-build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support frontends/server/api frontends/server/metrics frontends/format frontends/input $$(ENGINE))
+build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support $(patsubst %,frontends/%,console format input server/api server/buffer) $$(ENGINE))
 	$(2) $(3) $$^ $(LIBS) -o $$@
 -include $$(wildcard $$(foreach d,* */* */*/* */*/*/*,build/$(1)/$$(d).d))
 endef

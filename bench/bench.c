@@ -19,7 +19,8 @@
  * rates. Other programs on the machine show in p10..p90.
  */
 #include "bench.h"
-#include "frontends/frontend.h"
+#include "frontends/console.h"
+#include "frontends/select_ops.h"
 #include "backends/cpu/cpu.h"
 #include "frontends/format.h"
 
@@ -516,7 +517,7 @@ static void bench_beside(int n) {
 
 /* ---- tokenizer and printing, one thread ------------------------------------------------------- */
 
-enum { DOCUMENT = 3000 }; /* bytes that are record_ids at a time, as a service sees them */
+enum { DOCUMENT = 3000 }; /* bytes that are encoded at a time, as a service sees them */
 typedef struct {
     const qemb_tokenizer *t;
     qemb_tokenizer_state *s;
@@ -577,17 +578,18 @@ static void run_print(void *arg, int i) {
 }
 
 static void bench_print(void) {
-    static const char *const kinds[] = {"json", "tsv", "base64", "f16", "f32"};
+    static const format_kind kinds[] = {FORMAT_JSON, FORMAT_TSV, FORMAT_BASE64, FORMAT_F16,
+                                        FORMAT_F32};
     const int dim = file->config.hidden;
     float *v = zeroed(sizeof *v * VECTORS * (size_t)dim);
     uint64_t seed = 1;
     for (int i = 0; i < VECTORS * dim; i++) /* about a unit vector's numbers */
         seed = seed * 6364136223846793005u + 1442695040888963407u,
         v[i] = (float)((double)(seed >> 11) * 0x1p-53 * 0.1 - 0.05);
-    for (int k = 0; k < 5; k++) {
-        printing p = {(format_kind)format_by_name(kinds[k]), dim, v, NULL};
+    for (int k = 0; k < LENGTH(kinds); k++) {
+        printing p = {kinds[k], dim, v, NULL};
         p.room = zeroed(format_vector_room(p.kind, dim));
-        row("print", kinds[k], dim, measure(run_print, &p), VECTORS, 1, "vectors/s", "", 0);
+        row("print", format_names[kinds[k]], dim, measure(run_print, &p), VECTORS, 1, "vectors/s", "", 0);
         free(p.room);
     }
     free(v);
@@ -623,7 +625,7 @@ int main(int argc, char **argv) {
             "[OP...|LENGTH...|TEXT...] [--threads N] [--math f32|bf16|int16|int8] [--cpu NAME] "
             "[--tokens N] [--cpu-time]");
     if (threads < 1) threads = omp_get_num_procs();
-    if (!(table = choose_ops(cpu, math, &err))) die(err.msg);
+    if (!(table = select_ops(cpu, math, &err))) die(err.msg);
     if (qemb_file_open((qemb_file **)&file, argv[2], &err)) die(err.msg);
     const char *what = argv[1];
     if (strcmp(what, "tokenizer") && strcmp(what, "print")) limits_measure(file);

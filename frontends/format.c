@@ -5,13 +5,7 @@
 #include <math.h>
 #include <string.h>
 
-static const char *const kind_names[] = {"json", "jsonl", "tsv", "base64", "f32", "f16", "npy"};
-
-int format_by_name(const char *name) {
-    for (int k = 0; k < (int)(sizeof kind_names / sizeof *kind_names); k++)
-        if (!strcmp(name, kind_names[k])) return k;
-    return -1;
-}
+const char *const format_names[] = {"json", "jsonl", "tsv", "base64", "f32", "f16", "npy", NULL};
 
 int format_is_text(format_kind kind) { return kind <= FORMAT_BASE64; }
 

@@ -25,8 +25,7 @@ typedef enum {
     FORMAT_NPY     /* one NumPy file: a header, then FORMAT_F32 */
 } format_kind;
 
-/* The kind of that name ("json", "jsonl", "tsv", "base64", "f32", "f16", "npy"), or -1. */
-int format_by_name(const char *name);
+extern const char *const format_names[]; /* of the kinds, in their order; ends with NULL */
 /* 1 for the kinds whose records are lines, 0 for f32, f16 and npy. */
 int format_is_text(format_kind kind);
 

@@ -1,7 +1,9 @@
 /* select_ops.c - --cpu and --math -> the ops table that computes. The tables are those of the backend
  * that the program is linked with, and with --cpu the CPU's in every program. */
+#include "select_ops.h"
+
 #include "backends/backend.h"
-#include "frontend.h"
+#include "console.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -39,7 +41,7 @@ static const qemb_ops *no_such_math(const char *cpu, const char *math, qemb_err 
     return NULL;
 }
 
-const qemb_ops *choose_ops(const char *cpu, const char *math, qemb_err *err) {
+const qemb_ops *select_ops(const char *cpu, const char *math, qemb_err *err) {
     const qemb_ops *found = NULL;
     int m = cpu ? QEMB_MATH_F32 : qemb_backend_math;
     if (cpu && !qemb_cpu_choose(cpu, QEMB_MATH_F32)) return no_such_cpu(cpu, err);

@@ -1,5 +1,7 @@
-/* output.c - records -> standard output; see frontend.h. */
-#include "frontends/frontend.h"
+/* output.c - records -> standard output; see cli.h. */
+#include "cli.h"
+
+#include "frontends/console.h"
 
 #include <errno.h>
 #include <fcntl.h>

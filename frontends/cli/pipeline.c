@@ -10,7 +10,9 @@
  * runs in full batches, a program that writes one line and waits gets its answer at once, and what
  * arrives during a computation shares the next one.
  */
-#include "frontends/frontend.h"
+#include "cli.h"
+
+#include "frontends/console.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -24,7 +26,6 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 /* ---- the window: batches on their way ------------------------------------------------------- */
@@ -129,13 +130,12 @@ static int job_full(const job *j) {
     return j->n == j->max_records || j->n_ids >= JOB_IDS || j->notes_len >= JOB_NOTES;
 }
 
-/* The row of the text's vector, or -1: it does not fit beside what is there. */
-static int job_add_text(job *j, const record_ids *t, int eos) {
-    const size_t n = (size_t)t->n + 1;
+/* The row of the text's vector, or -1: the batch has no room for the text. */
+static int job_add_text(job *j, const record_ids *t) {
+    const size_t n = (size_t)t->n;
     int32_t *ids = job_ids(j, n);
-    if (t->n) memcpy(ids, t->ids, (size_t)t->n * sizeof *ids);
-    ids[t->n] = eos;
-    const int row = qemb_pack_add(j->batch, ids, (int)n);
+    memcpy(ids, t->ids, n * sizeof *ids);
+    const int row = qemb_pack_add(j->batch, ids, t->n);
     if (row < 0) return -1;
     j->ids->used += n;
     j->n_ids += n;
@@ -251,12 +251,12 @@ static job *add_record(pipeline *p, job *j, const input_record *in) {
         r.note = job_note(j, err.msg, r.note_len);
         r.dim = p->record_tokenizer->dim;
     } else {
-        r.tokens = t.n + 1;
+        r.tokens = t.n;
         r.cut_bytes = t.cut_bytes, r.cut_tokens = t.cut_tokens;
-        r.row = job_add_text(j, &t, p->record_tokenizer->eos);
+        r.row = job_add_text(j, &t);
         if (r.row < 0) {
             j = close_batch(p, j);
-            r.row = job_add_text(j, &t, p->record_tokenizer->eos);
+            r.row = job_add_text(j, &t);
             assert(r.row == 0);
         }
     }
@@ -332,12 +332,6 @@ static void compute_all(pipeline *p) {
 
 /* ---- the writer ---------------------------------------------------------------------------- */
 
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 /* Errors that zero, skip and stop name on stderr before they are only counted. */
 #define ERRORS_SHOWN 10
 
@@ -385,20 +379,20 @@ static void print_summary(const writer *w) {
     if (w->errors)
         say("%" PRIu64 " of %" PRIu64 " records failed", w->errors, w->texts + w->errors);
     if (!w->p->opt->stats) return;
-    const double seconds = now() - w->start;
+    const double seconds = seconds_now() - w->start;
     say("%" PRIu64 " texts, %" PRIu64 " tokens in %.3f s (%.1f texts/s, %.1f tokens/s)", w->texts,
         w->tokens, seconds, per_second(w->texts, seconds), per_second(w->tokens, seconds));
     say("%" PRIu64 " batches, %" PRIu64 " distinct texts, %" PRIu64 " prefix tokens saved, %" PRIu64
         " truncated, %" PRIu64 " errors, peak memory %.1f MiB",
         w->batches, w->distinct, w->saved, w->truncated, w->errors, peak_mib());
     const qemb_health h = qemb_health_of(w->p->model);
-    if (w->p->opt->ops->fallback)
+    if (w->p->opt->model.ops->fallback)
         say("%" PRIu64 " vectors recomputed on the CPU, %" PRIu64 " numbers clamped", h.recomputed,
             h.clamped);
 }
 
 static void print_progress(writer *w, uint64_t bytes) {
-    const double t = now(), seconds = t - w->start;
+    const double t = seconds_now(), seconds = t - w->start;
     if (!w->progress || t - w->last_progress < 0.1) return;
     w->last_progress = t;
     char line[160];
@@ -496,7 +490,7 @@ static void *writer_main(void *arg) {
 static void writer_open(writer *w, pipeline *p) {
     struct stat st;
     const options *o = p->opt;
-    *w = (writer){.p = p, .start = now()};
+    *w = (writer){.p = p, .start = seconds_now()};
     w->unit = need(malloc(p->hidden * sizeof *w->unit));
     w->progress =
         o->progress > 0 || (!o->progress && isatty(STDERR_FILENO) && !isatty(STDOUT_FILENO));
@@ -513,7 +507,7 @@ static void start_thread(pthread_t *t, void *(*main)(void *), void *arg) {
     if (error) DIE(STATUS_MODEL, "thread: cannot start it (%s)", strerror(error));
 }
 
-int embed_stream(const options *o, qemb_model *m, int hidden, record_tokenizer *e) {
+int embed_stream(const options *o, qemb_model *m, int hidden, record_tokenizer *t) {
     writer w;
     pthread_t reader_thread, writer_thread;
     pipeline p = {.lock = PTHREAD_MUTEX_INITIALIZER,
@@ -521,13 +515,13 @@ int embed_stream(const options *o, qemb_model *m, int hidden, record_tokenizer *
                   .opt = o,
                   .model = m,
                   .hidden = (size_t)hidden,
-                  .record_tokenizer = e};
+                  .record_tokenizer = t};
     for (int i = 0; i < N_JOBS; i++) {
         job_open(&p.jobs[i], m);
         push(&p.free, &p.jobs[i]);
     }
     catch_signals();
-    p.in = need(input_new(STDIN_FILENO, wake_pipe[0], o->separator));
+    p.in = need(input_new(STDIN_FILENO, wake_pipe[0], o->null_separated ? '\0' : '\n'));
     writer_open(&w, &p);
     start_thread(&reader_thread, reader_main, &p);
     start_thread(&writer_thread, writer_main, &w);
@@ -537,11 +531,11 @@ int embed_stream(const options *o, qemb_model *m, int hidden, record_tokenizer *
         pthread_join(reader_thread, NULL); /* else it may wait for input: leave it there */
     pthread_join(writer_thread, NULL);     /* what was computed is out */
     if (failure) {
-        output_finish(&w.out, o->output, w.rows, e->dim);
+        output_finish(&w.out, o->output, w.rows, t->dim);
         print_summary(&w);
         DIE(STATUS_MODEL, "%s", failure);
     }
-    output_finish(&w.out, o->output, w.rows, e->dim);
+    output_finish(&w.out, o->output, w.rows, t->dim);
     output_close(&w.out);
     say_progress("");
     print_summary(&w);

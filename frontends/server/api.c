@@ -1,11 +1,13 @@
-/* api.c - OpenAI's JSON: requests in, responses and errors out; see server.h.
+/* api.c - OpenAI's JSON: requests in, responses and errors out; see api.h.
  *
  * Request: {"input": text | [text...] | [id...] | [[id...]...], "model": name, and optionally
  * "dimensions", "encoding_format", "user" (ignored), and our own "instruct", "truncate" and
  * "fallback"}. null counts as not given. Other keys are errors, as with OpenAI: a misspelt
  * one would otherwise be ignored in silence.
  */
-#include "server.h"
+#include "api.h"
+
+#include "frontends/format.h"
 
 #include <jansson.h>
 #include <limits.h>
@@ -222,8 +224,8 @@ static char *put_tail(char *p, const char *model, uint64_t tokens) {
     return put(format_uint(put(p, ",\"total_tokens\":"), tokens), "}");
 }
 
-static int open_text(api_text *out, size_t room, api_error *e) {
-    *out = (api_text){.data = malloc(room), .cap = room};
+static int open_text(buffer *out, size_t room, api_error *e) {
+    *out = (buffer){.data = malloc(room), .cap = room};
     return out->data ? 0 : api_fail(e, 503, "out_of_memory", NULL, "response: out of memory");
 }
 
@@ -232,7 +234,7 @@ size_t api_embeddings_room(int n, int dim, int base64, size_t name_len) {
            6 * name_len + FRAME_ROOM;
 }
 
-int api_embeddings(api_text *out, const pending_text *texts, int n, int dim, int base64,
+int api_embeddings(buffer *out, const pending_text *texts, int n, int dim, int base64,
                    const char *model, uint64_t tokens, api_error *e) {
     float *unit = malloc((size_t)dim * sizeof *unit);
     if (open_text(out, api_embeddings_room(n, dim, base64, strlen(model)), e)) {
@@ -258,14 +260,14 @@ int api_embeddings(api_text *out, const pending_text *texts, int n, int dim, int
     free(unit);
     if (bad) {
         free(out->data);
-        *out = (api_text){0};
+        *out = (buffer){0};
         return -1;
     }
     out->len = (size_t)(put(put_tail(p, model, tokens), "}") - out->data);
     return 0;
 }
 
-int api_tokens(api_text *out, const pending_text *texts, int n, int max_tokens, const char *model,
+int api_tokens(buffer *out, const pending_text *texts, int n, int max_tokens, const char *model,
                uint64_t tokens, api_error *e) {
     if (open_text(out, (size_t)n * ITEM_ROOM + tokens * 11 + 6 * strlen(model) + FRAME_ROOM, e))
         return -1;
@@ -285,25 +287,26 @@ int api_tokens(api_text *out, const pending_text *texts, int n, int max_tokens, 
     return 0;
 }
 
-void api_models(api_text *out, const char *const *names, int n, long created) {
-    text_printf(out, "{\"object\":\"list\",\"data\":[");
+void api_models(buffer *out, const char *const *names, int n, long created) {
+    buffer_printf(out, "{\"object\":\"list\",\"data\":[");
     for (int i = 0; i < n; i++) {
         char name[6 * 256 + 2];
         const size_t len = strlen(names[i]);
         *format_json_string(name, names[i], len < 255 ? len : 255) = 0;
-        text_printf(out, "%s{\"id\":%s,\"object\":\"model\",\"created\":%ld,\"owned_by\":\"qemb\"}",
-                    i ? "," : "", name, created);
+        buffer_printf(out,
+                      "%s{\"id\":%s,\"object\":\"model\",\"created\":%ld,\"owned_by\":\"qemb\"}",
+                      i ? "," : "", name, created);
     }
-    text_printf(out, "]}");
+    buffer_printf(out, "]}");
 }
 
-void api_error_json(api_text *out, const api_error *e) {
+void api_error_json(buffer *out, const api_error *e) {
     const char *type = e->status == 429   ? "rate_limit_error"
                        : e->status >= 500 ? "server_error"
                                           : "invalid_request_error";
     char msg[6 * sizeof e->msg + 3], param[6 * sizeof e->param + 3];
     *format_json_string(msg, e->msg, strlen(e->msg)) = 0;
     *format_json_string(param, e->param, strlen(e->param)) = 0;
-    text_printf(out, "{\"error\":{\"message\":%s,\"type\":\"%s\",\"param\":%s,\"code\":\"%s\"}}",
-                msg, type, *e->param ? param : "null", e->code);
+    buffer_printf(out, "{\"error\":{\"message\":%s,\"type\":\"%s\",\"param\":%s,\"code\":\"%s\"}}",
+                  msg, type, *e->param ? param : "null", e->code);
 }

@@ -1,5 +1,7 @@
-/* cache.c - vectors by key, the least recently used one goes first; see server.h. */
-#include "server.h"
+/* cache.c - vectors by key, the least recently used one goes first; see cache.h. */
+#include "cache.h"
+
+#include "frontends/console.h"
 
 #include <pthread.h>
 #include <stdlib.h>

@@ -1,4 +1,4 @@
-/* http.c - libmicrohttpd: connections, routes, limits, answers; see server.h.
+/* http.c - libmicrohttpd: connections, routes, limits, answers; see http.h.
  *
  * A request is looked at when its header is there (path, method, key, type, announced length) and
  * what is wrong is answered after its body, which is read and thrown away: an answer in the middle
@@ -10,7 +10,12 @@
  * loading, failing, or has a full queue. Then the response's "model" is the second one's name, and
  * qemb_fallbacks_total counts. Token ids stay with the model that they were made for.
  */
-#include "server.h"
+#include "http.h"
+
+#include "frontends/console.h"
+#include "frontends/format.h"
+#include "listen.h"
+#include "log.h"
 
 #include <assert.h>
 #include <ctype.h>
@@ -60,8 +65,17 @@ struct http {
     double last_change;
 };
 
+/* A request as one worker computes it. */
 typedef struct {
-    pending_request pending; /* first: a request is its pending_request */
+    pending_request pending;
+    model_worker *worker; /* NULL: none yet */
+    int dim, cached, shared;
+    uint64_t tokens;
+    size_t held; /* bytes held for the answer */
+} work;
+
+typedef struct {
+    work work; /* first: a pending_request is the first member of its request */
     http *h;
     struct MHD_Connection *connection;
     conn *conn;
@@ -73,15 +87,13 @@ typedef struct {
     char *body;
     size_t len, cap, held, thrown;
     api_request api;
-    model_worker *worker; /* whose the request's texts are; NULL: none yet */
-    int dim, base64, texts, shared, cached, status;
-    uint64_t tokens;
+    int base64, texts, status;
 } request;
 
 /* ---- memory ----------------------------------------------------------------------------------- */
 
-/* Counts n bytes more for r. Memory is bounded: what does not fit is refused, unless it is alone. */
-static int hold(request *r, size_t n) {
+/* Counts n bytes more for r. Refuses what would pass the bound on memory, unless r is alone. */
+static int hold(request *r, size_t n, api_error *e) {
     http *h = r->h;
     const size_t before = atomic_fetch_add(&h->held, n);
     if (before == r->held || before + n <= h->opt.max_memory) {
@@ -89,9 +101,8 @@ static int hold(request *r, size_t n) {
         return 0;
     }
     atomic_fetch_sub(&h->held, n);
-    api_fail(&r->error, 429, "server_overloaded", NULL,
-             "server: no memory left for this request now");
-    r->error.retry_after = queue_retry_after(model_worker_queue(h->worker));
+    api_fail(e, 429, "server_overloaded", NULL, "server: no memory left for this request now");
+    e->retry_after = model_worker_retry_after(h->worker);
     return -1;
 }
 
@@ -111,7 +122,7 @@ static void drop_body(request *r) {
 
 /* Queues the answer; body's memory is taken over. body->data NULL: out of memory, the connection
  * is closed. */
-static enum MHD_Result answer(request *r, int status, api_text *body, const char *type) {
+static enum MHD_Result answer(request *r, int status, buffer *body, const char *type) {
     http *h = r->h;
     r->phase = ANSWERED;
     r->status = status;
@@ -146,7 +157,7 @@ static enum MHD_Result answer(request *r, int status, api_text *body, const char
 #define JSON "application/json"
 
 static enum MHD_Result answer_error(request *r) {
-    api_text body = {0};
+    buffer body = {0};
     api_error_json(&body, &r->error);
     return answer(r, r->error.status, &body, JSON);
 }
@@ -264,7 +275,7 @@ static int grow_body(request *r, size_t n) {
     if (r->len + n <= r->cap) return 0;
     size_t cap = 2 * (r->len + n) > 4096 ? 2 * (r->len + n) : 4096;
     if (cap > r->h->opt.max_body) cap = r->h->opt.max_body;
-    if (hold(r, cap - r->cap)) return -1;
+    if (hold(r, cap - r->cap, &r->error)) return -1;
     char *body = realloc(r->body, cap);
     if (!body) {
         release(r, cap - r->cap);
@@ -297,56 +308,72 @@ static int departed(pending_request *t) {
     return poll(&p, 1, 0) == 1 && p.revents & (POLLRDHUP | POLLHUP | POLLERR);
 }
 
-static int choose_worker(request *r) {
+/* The worker of the model that the request names, or NULL. */
+static model_worker *choose_worker(request *r) {
     const http_options *o = &r->h->opt;
-    r->worker = r->h->worker;
-    if (!r->api.model) return 0;
+    if (!r->api.model) return r->h->worker;
     for (int i = 0; i < o->n_names; i++)
-        if (!strcmp(r->api.model, o->names[i])) return 0;
-    r->worker = r->h->fallback;
-    if (r->worker && !strcmp(r->api.model, o->fallback_name)) return 0;
-    return api_fail(&r->error, 404, "model_not_found", "model",
-                    "model: not served here (got %.80s, want %.80s)", r->api.model, o->names[0]);
+        if (!strcmp(r->api.model, o->names[i])) return r->h->worker;
+    if (r->h->fallback && !strcmp(r->api.model, o->fallback_name)) return r->h->fallback;
+    api_fail(&r->error, 404, "model_not_found", "model",
+             "model: not served here (got %.80s, want %.80s)", r->api.model, o->names[0]);
+    return NULL;
 }
 
-static int check_dimensions(request *r) {
-    const int hidden = model_worker_hidden(r->worker);
-    r->dim = r->api.dimensions ? r->api.dimensions : hidden;
-    r->base64 = r->api.base64;
-    if (r->dim <= hidden) return 0;
-    return api_fail(&r->error, 400, "invalid_dimensions", "dimensions",
-                    "dimensions: out of range (got %d, want 1..%d)", r->dim, hidden);
+static const char *name_of(const http *h, const model_worker *w) {
+    return w == h->worker ? h->opt.names[0] : h->opt.fallback_name;
 }
 
-static const char *model_name(const request *r) {
-    return r->worker == r->h->worker ? r->h->opt.names[0] : r->h->opt.fallback_name;
+/* Ends work that nobody waits for. */
+static void work_clear(request *r, work *w) {
+    pending_request_clear(&w->pending);
+    release(r, w->held);
+    w->held = 0;
 }
 
-/* From body to texts in the request. The body is not needed any more. */
+/* *w = the request's texts as ids for worker, with memory held for the answer. -1: *e says why not,
+ * and there is nothing to clear. */
+static int prepare(request *r, model_worker *worker, work *w, api_error *e) {
+    const int hidden = model_worker_hidden(worker);
+    *w = (work){.worker = worker, .dim = r->api.dimensions ? r->api.dimensions : hidden};
+    if (w->dim > hidden)
+        return api_fail(e, 400, "invalid_dimensions", "dimensions",
+                        "dimensions: out of range (got %d, want 1..%d)", w->dim, hidden);
+    if (r->route == ROUTE_EMBEDDINGS) {
+        const size_t room =
+            api_embeddings_room(r->texts, w->dim, r->base64, strlen(name_of(r->h, worker)));
+        if (hold(r, room, e)) return -1;
+        w->held = room;
+    }
+    if (!model_worker_tokenize(worker, &r->api, &w->pending, &w->tokens, e)) return 0;
+    work_clear(r, w);
+    return -1;
+}
+
+/* From the body to ids. The body is freed. */
 static int read_request(request *r) {
-    http *h = r->h;
     const api_kind kind = r->route == ROUTE_EMBEDDINGS ? API_EMBEDDINGS : API_TOKENIZE;
+    model_worker *worker = NULL;
     int bad =
-        api_parse(&r->api, kind, r->body ? r->body : "", r->len, h->opt.max_texts, &r->error) ||
-        choose_worker(r) || check_dimensions(r);
+        api_parse(&r->api, kind, r->body ? r->body : "", r->len, r->h->opt.max_texts, &r->error) ||
+        !(worker = choose_worker(r));
     r->texts = r->api.n;
-    if (!bad && kind == API_EMBEDDINGS)
-        bad = hold(r, api_embeddings_room(r->texts, r->dim, r->base64, strlen(model_name(r))));
-    bad = bad || model_worker_tokenize(r->worker, &r->api, &r->pending, &r->tokens, &r->error);
+    r->base64 = r->api.base64;
+    bad = bad || prepare(r, worker, &r->work, &r->error);
     drop_body(r);
     return bad ? -1 : 0;
 }
 
 static enum MHD_Result finish_embeddings(request *r) {
-    api_text body = {0};
-    switch (r->pending.state) {
+    buffer body = {0};
+    switch (r->work.pending.state) {
     case REQUEST_DONE:
-        if (api_embeddings(&body, r->pending.texts, r->texts, r->dim, r->base64, model_name(r),
-                           r->tokens, &r->error))
+        if (api_embeddings(&body, r->work.pending.texts, r->texts, r->work.dim, r->base64,
+                           name_of(r->h, r->work.worker), r->work.tokens, &r->error))
             break;
-        metrics_add(COUNT_TEXTS, (uint64_t)r->texts);
-        metrics_add(COUNT_TOKENS, r->tokens);
-        metrics_add(COUNT_DEDUP, (uint64_t)r->shared);
+        metrics_add(r->h->opt.metrics, COUNT_TEXTS, (uint64_t)r->texts);
+        metrics_add(r->h->opt.metrics, COUNT_TOKENS, r->work.tokens);
+        metrics_add(r->h->opt.metrics, COUNT_DEDUP, (uint64_t)r->work.shared);
         return answer(r, 200, &body, JSON);
     case REQUEST_GONE:
         r->status = 499;
@@ -354,7 +381,7 @@ static enum MHD_Result finish_embeddings(request *r) {
     case REQUEST_EXPIRED:
         api_fail(&r->error, 503, "deadline_exceeded", NULL,
                  "server: no vectors after %g s, the most a request may take", r->h->opt.deadline);
-        r->error.retry_after = queue_retry_after(model_worker_queue(r->worker));
+        r->error.retry_after = model_worker_retry_after(r->work.worker);
         break;
     case REQUEST_STOPPED:
         api_fail(&r->error, 503, "shutting_down", NULL, "server: it is being stopped");
@@ -367,52 +394,60 @@ static enum MHD_Result finish_embeddings(request *r) {
     return answer_error(r);
 }
 
-/* 0: r waits in its model_worker's queue; it may be resumed from now on. */
-static int submit(request *r) {
-    if (!queue_submit(model_worker_queue(r->worker), &r->pending, &r->shared)) return 0;
-    api_fail(&r->error, 429, "queue_full", NULL, "server: too many tokens wait already");
-    r->error.retry_after = queue_retry_after(model_worker_queue(r->worker));
+/* 0: the texts wait in the worker's queue, and r may be resumed from now on. */
+static int submit(request *r, api_error *e) {
+    if (!model_worker_submit(r->work.worker, &r->work.pending, &r->work.shared)) return 0;
+    api_fail(e, 429, "queue_full", NULL, "server: too many tokens wait already");
+    e->retry_after = model_worker_retry_after(r->work.worker);
     return -1;
 }
 
-/* 0: r is the fallback's, with its texts, and waits there or is done. -1: r is as it was. */
+static void start_waiting(request *r, work *w) {
+    w->pending.deadline = r->start + r->h->opt.deadline;
+    w->pending.done = resume;
+    w->pending.departed = departed;
+}
+
+/* Gives r to the fallback, if r allows it and the fallback can take it. 0: r waits there. 1: r has all
+ * its vectors. -1: r is as it was. */
 static int fall_back(request *r) {
-    model_worker *l = r->h->fallback;
-    const request before = *r;
-    int bad = !r->api.fallback || !l || r->worker == l || model_worker_state_of(l) != WORKER_READY;
-    for (int i = 0; i < r->texts && !bad; i++) bad = !r->api.inputs[i].text;
-    if (bad) return -1;
-    r->worker = l;
-    r->pending.texts = NULL; /* they are `before`'s */
-    r->pending.n = 0;
-    bad = check_dimensions(r) ||
-          model_worker_tokenize(l, &r->api, &r->pending, &r->tokens, &r->error);
-    const size_t room = api_embeddings_room(r->texts, r->dim, r->base64, strlen(model_name(r)));
-    if (!bad) bad = hold(r, room);
-    if (!bad) r->cached = model_worker_lookup(l, &r->pending);
-    const int known = !bad && r->cached == r->texts;
-    if (known) r->pending.state = REQUEST_DONE;
-    if (!known && (bad || submit(r))) {
-        pending_request_clear(&r->pending);
-        release(r, r->held - before.held);
-        *r = before;
+    model_worker *worker = r->h->fallback;
+    api_error ignored; /* r's own error says why it needed a fallback */
+    work other;
+    if (!r->api.fallback || !worker || r->work.worker == worker ||
+        model_worker_state_of(worker) != WORKER_READY)
+        return -1;
+    for (int i = 0; i < r->texts; i++) /* ids are those of the model that they were made for */
+        if (!r->api.inputs[i].text) return -1;
+    if (prepare(r, worker, &other, &ignored)) return -1;
+    other.cached = model_worker_lookup(worker, &other.pending);
+    start_waiting(r, &other);
+    work own = r->work;
+    const api_error error = r->error;
+    r->work = other; /* the queue keeps a pointer to it: it must be in its final place */
+    r->error = (api_error){0};
+    const int known = other.cached == r->texts;
+    if (known) r->work.pending.state = REQUEST_DONE;
+    if (!known && submit(r, &ignored)) {
+        work_clear(r, &r->work);
+        r->work = own;
+        r->error = error;
         return -1;
     }
-    r->error = (api_error){0};
-    pending_request_clear(&(pending_request){.texts = before.pending.texts, .n = before.pending.n});
-    metrics_add(COUNT_FALLBACKS, 1);
+    work_clear(r, &own);
+    metrics_add(r->h->opt.metrics, COUNT_FALLBACKS, 1);
     return known;
 }
 
 /* 0: r waits. 1: it has all its vectors. -1: its error says why neither. */
 static int submit_or_fall_back(request *r) {
     int fallen;
-    switch (model_worker_state_of(r->worker)) {
+    switch (model_worker_state_of(r->work.worker)) {
     case WORKER_READY:
-        return submit(r) ? fall_back(r) : 0;
+        return submit(r, &r->error) ? fall_back(r) : 0;
     case WORKER_FAILING:
         fallen = fall_back(r);
-        return fallen < 0 ? submit(r) : fallen;
+        return fallen < 0 ? submit(r, &r->error) : fallen;
     case WORKER_DEAD:
         return api_fail(&r->error, 503, "shutting_down", NULL, "server: its device has failed");
     case WORKER_LOADING:
@@ -425,30 +460,28 @@ static int submit_or_fall_back(request *r) {
 
 static enum MHD_Result start_embeddings(request *r) {
     if (read_request(r)) return answer_error(r);
-    r->cached = model_worker_lookup(r->worker, &r->pending);
+    r->work.cached = model_worker_lookup(r->work.worker, &r->work.pending);
     r->phase = WAITING;
-    if (r->cached == r->texts) {
-        r->pending.state = REQUEST_DONE;
+    if (r->work.cached == r->texts) {
+        r->work.pending.state = REQUEST_DONE;
         return finish_embeddings(r);
     }
-    r->pending.deadline = r->start + r->h->opt.deadline;
-    r->pending.done = resume;
-    r->pending.departed = departed;
+    start_waiting(r, &r->work);
     pthread_mutex_lock(&r->h->lock);
-    r->conn->timed = 0; /* it is the server's turn */
+    r->conn->timed = 0; /* the client waits for the server */
     pthread_mutex_unlock(&r->h->lock);
-    /* Before the request is out of our hands: it may be done at once. */
+    /* Before submitting: from then on another thread may resume the connection. */
     MHD_suspend_connection(r->connection);
     if (submit_or_fall_back(r)) MHD_resume_connection(r->connection);
-    api_request_free(&r->api); /* also resumed, r is this thread's: it has not ended yet */
+    api_request_free(&r->api); /* resumed or not, r is this thread's until it returns */
     return MHD_YES;
 }
 
 static enum MHD_Result tokenize(request *r) {
-    api_text body = {0};
+    buffer body = {0};
     if (read_request(r) ||
-        api_tokens(&body, r->pending.texts, r->texts, model_worker_max_tokens(r->worker),
-                   model_name(r), r->tokens, &r->error))
+        api_tokens(&body, r->work.pending.texts, r->texts, model_worker_max_tokens(r->work.worker),
+                   name_of(r->h, r->work.worker), r->work.tokens, &r->error))
         return answer_error(r);
     return answer(r, 200, &body, JSON);
 }
@@ -463,37 +496,39 @@ static const char *health_of(const http *h) {
 }
 
 static enum MHD_Result tell_health(request *r) {
-    api_text body = {0};
+    buffer body = {0};
     const char *health = health_of(r->h);
-    text_printf(&body, "{\"status\":\"%s\"", health);
-    if (r->h->fallback) text_printf(&body, ",\"fallback\":\"%s\"", state_name(r->h->fallback));
-    text_printf(&body, "}");
+    buffer_printf(&body, "{\"status\":\"%s\"", health);
+    if (r->h->fallback) buffer_printf(&body, ",\"fallback\":\"%s\"", state_name(r->h->fallback));
+    buffer_printf(&body, "}");
     return answer(r, strcmp(health, "ok") ? 503 : 200, &body, JSON);
 }
 
 static enum MHD_Result tell_metrics(request *r) {
     http *h = r->h;
-    api_text body = {0};
+    buffer body = {0};
     gauges g = {.healthy = !strcmp(health_of(h), "ok"),
-                .cache_bytes = model_worker_cache_bytes(h->worker),
-                .worker = {{h->opt.names[0], model_worker_fingerprint(h->worker),
-                            queue_depth_of(model_worker_queue(h->worker))}}};
-    if (h->fallback) {
-        g.worker[1].model = h->opt.fallback_name;
-        g.worker[1].fingerprint = model_worker_fingerprint(h->fallback);
-        g.worker[1].queue = queue_depth_of(model_worker_queue(h->fallback));
+                .cache_bytes = model_worker_cache_bytes(h->worker)};
+    model_worker *const workers[] = {h->worker, h->fallback};
+    for (int i = 0; i < 2 && workers[i]; i++) {
+        const queue_depth d = model_worker_depth(workers[i]);
+        g.worker[i].model = name_of(h, workers[i]);
+        g.worker[i].fingerprint = model_worker_fingerprint(workers[i]);
+        g.worker[i].queue_texts = d.texts;
+        g.worker[i].queue_tokens = d.tokens;
+        g.worker[i].queue_requests = d.requests;
     }
     pthread_mutex_lock(&h->lock);
     g.connections = h->n_accepted;
     pthread_mutex_unlock(&h->lock);
-    metrics_text(&body, &g);
+    metrics_text(h->opt.metrics, &body, &g);
     return answer(r, 200, &body, "text/plain; version=0.0.4; charset=utf-8");
 }
 
 static enum MHD_Result tell_models(request *r) {
     const http_options *o = &r->h->opt;
     const char *names[MAX_NAMES + 1];
-    api_text body = {0};
+    buffer body = {0};
     memcpy(names, o->names, sizeof o->names);
     names[o->n_names] = o->fallback_name;
     api_models(&body, names, o->n_names + (o->fallback_name != NULL), (long)r->h->created);
@@ -551,15 +586,16 @@ static void on_completed(void *cls, struct MHD_Connection *c, void **cookie,
     const double seconds = seconds_now() - r->start;
     const int sent = how == MHD_REQUEST_TERMINATED_COMPLETED_OK && r->phase == ANSWERED;
     if (!sent && r->status != 499) r->status = 499;
-    metrics_request(r->route, r->status);
-    if (r->route == ROUTE_EMBEDDINGS) metrics_observe(HISTOGRAM_REQUEST_SECONDS, seconds);
+    metrics_request(h->opt.metrics, r->route, r->status);
+    if (r->route == ROUTE_EMBEDDINGS)
+        metrics_observe(h->opt.metrics, HISTOGRAM_REQUEST_SECONDS, seconds);
     log_line(r->status >= 500 ? "error" : "info", "request",
              "\"request_id\":\"%s\",\"path\":\"%s\",\"status\":%d,\"code\":\"%s\",\"texts\":%d,"
              "\"tokens\":%" PRIu64 ",\"shared\":%d,\"cached\":%d,\"fallback\":%s,\"ms\":%.3f",
              r->id, route_path(r->route), r->status, r->error.status ? r->error.code : "", r->texts,
-             r->tokens, r->shared, r->cached,
-             r->worker && r->worker == h->fallback ? "true" : "false", 1e3 * seconds);
-    pending_request_clear(&r->pending);
+             r->work.tokens, r->work.shared, r->work.cached,
+             r->work.worker && r->work.worker == h->fallback ? "true" : "false", 1e3 * seconds);
+    work_clear(r, &r->work);
     api_request_free(&r->api);
     drop_body(r);
     release(r, r->held);
@@ -691,7 +727,7 @@ void http_tick(http *h, double now) {
         if (!k->timed || now - k->since < h->opt.receive_timeout) continue;
         shutdown(k->fd, SHUT_RDWR); /* its thread sees the end and cleans up */
         k->timed = 0;
-        metrics_add(COUNT_REAPED, 1);
+        metrics_add(h->opt.metrics, COUNT_REAPED, 1);
     }
     pthread_mutex_unlock(&h->lock);
 }

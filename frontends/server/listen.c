@@ -1,5 +1,7 @@
-/* listen.c - where the server listens and whom it listens to; see server.h. */
-#include "server.h"
+/* listen.c - where the server listens and whom it listens to; see listen.h. */
+#include "listen.h"
+
+#include "frontends/console.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -14,10 +16,11 @@
 
 /* ---- API keys --------------------------------------------------------------------------------- */
 
-#define MAX_KEYS 64
+#define MAX_KEYS     64
+#define DIGEST_BYTES 32 /* of SHA-256 */
 
 struct keys {
-    uint8_t digest[MAX_KEYS][KEY_BYTES]; /* SHA-256 */
+    uint8_t digest[MAX_KEYS][DIGEST_BYTES]; /* SHA-256 */
     int n;
 };
 
@@ -51,7 +54,7 @@ void keys_free(keys *k) { free(k); }
 
 /* Digests are compared, all of them and whole: the time tells nothing about the keys. */
 int keys_match(const keys *k, const char *given) {
-    uint8_t d[KEY_BYTES];
+    uint8_t d[DIGEST_BYTES];
     int good = 0;
     if (digest(d, given, strlen(given))) return 0;
     for (int i = 0; i < k->n; i++) good |= !CRYPTO_memcmp(d, k->digest[i], sizeof d);

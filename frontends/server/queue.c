@@ -1,4 +1,4 @@
-/* queue.c - what waits to be computed, and the batches made of it; see server.h.
+/* queue.c - what waits to be computed, and the batches made of it; see queue.h.
  *
  * A request's texts are taken in order. Requests with texts left stand in a ring, from whose head
  * each batch takes:
@@ -9,7 +9,9 @@
  * thousand texts leaves room for the next one, a short text waits for one batch of a long one at
  * most, and a long text for one batch of short ones.
  */
-#include "server.h"
+#include "queue.h"
+
+#include "frontends/console.h"
 
 #include <assert.h>
 #include <pthread.h>
@@ -19,6 +21,7 @@
 #define INDEX_SLOTS 16384 /* a power of two */
 
 struct queue {
+    metrics *metrics;
     pthread_mutex_t lock;
     pthread_cond_t changed;
     text *index[INDEX_SLOTS]; /* texts in flight by key */
@@ -33,25 +36,7 @@ struct queue {
     double taken_at, rate; /* rate: tokens per second, smoothed */
 };
 
-/* ---- vectors, texts, requests ------------------------------------------------------------------ */
-
-vector *vector_new(const float *v, int n) {
-    vector *x = malloc(sizeof *x + (size_t)n * sizeof *x->v);
-    if (!x) return NULL;
-    atomic_init(&x->refs, 1);
-    x->n = n;
-    memcpy(x->v, v, (size_t)n * sizeof *x->v);
-    return x;
-}
-
-vector *vector_take(vector *v) {
-    atomic_fetch_add_explicit(&v->refs, 1, memory_order_relaxed);
-    return v;
-}
-
-void vector_drop(vector *v) {
-    if (v && atomic_fetch_sub_explicit(&v->refs, 1, memory_order_acq_rel) == 1) free(v);
-}
+/* ---- texts, requests ------------------------------------------------------------------ */
 
 text *text_new(const uint8_t key[KEY_BYTES], int n) {
     text *t = malloc(sizeof *t + (size_t)n * sizeof *t->ids);
@@ -166,11 +151,12 @@ static void tell(pending_request *ended) {
 
 /* ---- in --------------------------------------------------------------------------------------- */
 
-queue *queue_new(int max_tokens, int batch_tokens) {
+queue *queue_new(int max_tokens, int batch_tokens, metrics *m) {
     queue *q = calloc(1, sizeof *q);
     if (!q) return NULL;
     pthread_mutex_init(&q->lock, NULL);
     pthread_cond_init(&q->changed, NULL);
+    q->metrics = m;
     q->max_tokens = max_tokens;
     q->share = batch_tokens / 8 > 0 ? batch_tokens / 8 : 1;
     return q;
@@ -318,7 +304,7 @@ static void drop_departed(queue *q, pending_request **ended) {
         next = t->live_next;
         if (!t->departed || !t->departed(t)) continue;
         end_request(q, t, REQUEST_GONE, ended);
-        metrics_add(COUNT_DEPARTED, 1);
+        metrics_add(q->metrics, COUNT_DEPARTED, 1);
     }
 }
 
@@ -380,7 +366,7 @@ void queue_tick(queue *q, double now) {
         next = t->live_next;
         if (now < t->deadline) continue;
         end_request(q, t, REQUEST_EXPIRED, &ended);
-        metrics_add(COUNT_EXPIRED, 1);
+        metrics_add(q->metrics, COUNT_EXPIRED, 1);
     }
     drop_departed(q, &ended);
     pthread_mutex_unlock(&q->lock);

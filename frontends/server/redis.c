@@ -1,11 +1,14 @@
-/* redis.c - vectors in a Redis that several servers share; see server.h.
+/* redis.c - vectors in a Redis that several servers share; see redis.h.
  *
  * A reader's thread asks for a request's texts in one MGET and waits for a bounded time. What was
  * computed is set by a thread of its own, from a bounded list; what finds no room there is not
  * stored. After a failure nobody asks for PAUSE, so a Redis that is away or slow costs one timeout
  * now and then, and its hits. Values are the little-endian floats of the whole vector.
  */
-#include "server.h"
+#include "redis.h"
+
+#include "frontends/console.h"
+#include "log.h"
 
 #include <hiredis/hiredis.h>
 #include <pthread.h>
@@ -26,6 +29,7 @@ typedef struct {
 } pending;
 
 struct redis {
+    metrics *metrics;
     char host[256];
     int port;
     struct timeval timeout;
@@ -43,7 +47,7 @@ struct redis {
 
 static void failed(redis *r, redisContext *c) {
     if (c) redisFree(c);
-    metrics_add(COUNT_REDIS_ERRORS, 1);
+    metrics_add(r->metrics, COUNT_REDIS_ERRORS, 1);
     pthread_mutex_lock(&r->lock);
     r->not_before = seconds_now() + PAUSE;
     while (r->n_idle) redisFree(r->idle[--r->n_idle]); /* of the same server: broken too */
@@ -153,7 +157,7 @@ void redis_put(redis *r, const uint8_t key[KEY_BYTES], vector *v) {
         pthread_cond_signal(&r->changed);
     }
     pthread_mutex_unlock(&r->lock);
-    if (!room) metrics_add(COUNT_REDIS_DROPPED, 1);
+    if (!room) metrics_add(r->metrics, COUNT_REDIS_DROPPED, 1);
 }
 
 /* The next ones to set, PIPELINE at most; 0 at the end. */
@@ -196,14 +200,14 @@ static void *setter_main(void *arg) {
         else if (c)
             give(r, c);
         for (int i = 0; i < n; i++) vector_drop(p[i].vector);
-        if (!c) metrics_add(COUNT_REDIS_DROPPED, (uint64_t)n);
+        if (!c) metrics_add(r->metrics, COUNT_REDIS_DROPPED, (uint64_t)n);
     }
     return NULL;
 }
 
 /* ---- start, end ------------------------------------------------------------------------------- */
 
-redis *redis_new(const char *address, int timeout_ms) {
+redis *redis_new(const char *address, int timeout_ms, metrics *m) {
     redis *r = need(calloc(1, sizeof *r));
     const char *colon = strrchr(address, ':');
     char *end = NULL;
@@ -214,6 +218,7 @@ redis *redis_new(const char *address, int timeout_ms) {
         return NULL;
     }
     memcpy(r->host, address, (size_t)(colon - address));
+    r->metrics = m;
     r->port = (int)port;
     r->timeout = (struct timeval){timeout_ms / 1000, timeout_ms % 1000 * 1000};
     pthread_mutex_init(&r->lock, NULL);

@@ -1,7 +1,7 @@
 /* fuzz_request.c - any bytes as the body of a request to qemb-serve: parsed or refused with an error
  * that is JSON itself. The first byte chooses the kind; a body that is a string is also given as the
  * input of a request, so that the fuzzer need not find the keys. */
-#include "frontends/server/server.h"
+#include "frontends/server/api.h"
 
 #include <jansson.h>
 #include <stdlib.h>
@@ -11,12 +11,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 #define MAX_TEXTS 16
 #define CHECK(x)  ((x) ? (void)0 : abort())
-
-/* What metrics.c and its like want from a program. */
-void *need(void *p) {
-    CHECK(p);
-    return p;
-}
 
 static void check_request(const api_request *r, api_kind kind) {
     CHECK(r->n >= 1 && r->n <= MAX_TEXTS && (r->model || kind == API_TOKENIZE));
@@ -35,7 +29,7 @@ static void check_request(const api_request *r, api_kind kind) {
 }
 
 static void check_error(const api_error *e) {
-    api_text out = {0};
+    buffer out = {0};
     CHECK(e->status >= 400 && e->status < 600 && *e->code && *e->msg);
     api_error_json(&out, e);
     json_t *v = json_loadb(out.data, out.len, 0, NULL);

@@ -1,16 +1,10 @@
 /* test_serve_cache.c - what stays in cache.c, what goes, and what survives that. */
-#include "frontends/server/server.h"
+#include "frontends/server/cache.h"
 
 #include <criterion/criterion.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* What the linked files want from a program. */
-void *need(void *p) {
-    if (!p) abort();
-    return p;
-}
 
 /* A key whose bucket is that of all keys with the same i % 1024. */
 static const uint8_t *key(int i) {

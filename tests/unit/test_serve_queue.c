@@ -1,17 +1,12 @@
 /* test_serve_queue.c - the order of batches, sharing, limits and ends of queue.c. */
-#include "frontends/server/server.h"
+#include "frontends/server/queue.h"
+#include "frontends/console.h"
 #include "support.h"
 
 #include <criterion/criterion.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* What record_tokenizer.c would want from a program. */
-void *need(void *p) {
-    if (!p) abort();
-    return p;
-}
 
 #define BATCH     64 /* tokens: short texts have up to 8 */
 #define MAX_TEXTS 16
@@ -25,6 +20,7 @@ static qemb_file *file;
 static qemb_model *model;
 static qemb_batch *batch;
 static queue *q;
+static metrics *counters;
 static text *taken[BATCH];
 
 static void setup(void) {
@@ -35,11 +31,13 @@ static void setup(void) {
     file = open_model(&c, 1, 1);
     cr_assert(!qemb_open(&model, file, &qemb_cpu_ops, &opt, &err), "%s", err.msg);
     batch = qemb_batch_new(model);
-    q = queue_new(1000, BATCH);
+    counters = metrics_new();
+    q = queue_new(1000, BATCH, counters);
 }
 
 static void teardown(void) {
     queue_free(q);
+    metrics_free(counters);
     qemb_batch_free(batch);
     qemb_close(model);
     qemb_file_close(file);

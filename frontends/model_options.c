@@ -1,0 +1,55 @@
+/* model_options.c - the rows of the options that both programs have; see model_options.h. */
+#include "model_options.h"
+
+#include "console.h"
+#include "select_ops.h"
+
+#include <limits.h>
+
+#define TEXTS   (FOR_EMBED | FOR_TOKENIZE)
+#define COMPUTE (FOR_EMBED | FOR_PLAN | FOR_CHECK)
+#define AT(m)   .at = offsetof(model_options, m)
+
+/* clang-format off */
+const option_row model_option_rows[] = {
+    {"model", "FILE", "the model, made by convert_weights.py", NULL,
+     OPTION_STRING, AT(model), .letter = 'm'},
+    {"query", NULL, "the texts are queries: the model's own prompt", NULL,
+     OPTION_FLAG, AT(query), .value = 1, .commands = TEXTS},
+    {"instruct", "TASK", "the texts are queries for TASK", NULL,
+     OPTION_STRING, AT(instruct), .commands = TEXTS},
+    {"truncate", NULL, "cut longer texts; else they are errors", NULL,
+     OPTION_FLAG, AT(truncate), .value = 1, .commands = TEXTS},
+    {"max-tokens", "N", "longest text, end-of-text included", "the model's",
+     OPTION_INT, AT(engine.max_tokens), .min = 1, .max = INT_MAX, .commands = TEXTS | FOR_PLAN},
+    {"batch-tokens", "N", "tokens that are computed together", "1024; GPU: 8192",
+     OPTION_INT, AT(engine.batch_tokens), .min = 1, .max = 1 << 24,
+     .commands = FOR_EMBED | FOR_PLAN},
+    {"threads", "N", "CPU threads of the model", "all",
+     OPTION_INT, AT(engine.threads), .min = 1, .max = 4096, .commands = COMPUTE},
+    {"cpu", "NAME", "instructions: plain, avx2 or avx512", "the fastest",
+     OPTION_STRING, AT(cpu), .commands = COMPUTE},
+    {"math", "NAME", "f32, bf16, int16, int8; GPU: f16, fp8", "f32; GPU: f16",
+     OPTION_STRING, AT(math), .commands = COMPUTE},
+    {"vram", "MIB", "GPU: memory to use at most", "what is free",
+     OPTION_SIZE, AT(engine.vram), .min = 1, .max = 1 << 30, .shift = 20, .commands = COMPUTE,
+     .gpu = 1},
+    {"deterministic", NULL, "GPU: a vector does not depend on its batch", NULL,
+     OPTION_FLAG, AT(engine.deterministic), .value = 1, .commands = COMPUTE, .gpu = 1},
+    {"no-graphs", NULL, "GPU: no CUDA graphs for small batches", NULL,
+     OPTION_FLAG, AT(engine.no_graphs), .value = 1, .commands = COMPUTE, .gpu = 1},
+    {"hopper", NULL, "GPU: the kernels for compute capability 9.0", NULL,
+     OPTION_FLAG, AT(engine.hopper), .value = 1, .commands = COMPUTE, .gpu = 1},
+};
+/* clang-format on */
+const int n_model_option_rows = LENGTH(model_option_rows);
+
+void model_options_check(model_options *o) {
+    qemb_err err;
+    o->ops = select_ops(o->cpu, o->math, &err);
+    if (!o->ops) usage("%s", err.msg);
+    if (!o->model) usage("no model (want -m MODEL.qemb)");
+    if (o->query && o->instruct) usage("--query and --instruct: only one of them");
+    if (o->instruct && !*o->instruct)
+        usage("--instruct: an empty task (leave it out for documents)");
+}

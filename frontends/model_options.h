@@ -1,0 +1,26 @@
+/* model_options.h - what both programs ask about a model: the file, the prompt, the engine. */
+#ifndef QEMB_MODEL_OPTIONS_H
+#define QEMB_MODEL_OPTIONS_H
+
+#include "options.h"
+#include "qemb.h"
+
+typedef struct {
+    const char *model;
+    const char *instruct; /* NULL: none */
+    int query, truncate;
+    const char *cpu, *math; /* NULL: not given */
+    qemb_options engine;    /* 0: the engine's default */
+    const qemb_ops *ops;    /* the table that cpu and math name, after model_options_check */
+} model_options;
+
+/* The commands of qemb, as the rows' `commands` name them. qemb-serve has no commands. */
+enum { FOR_EMBED = 1, FOR_INFO = 2, FOR_TOKENIZE = 4, FOR_PLAN = 8, FOR_CHECK = 16 };
+
+extern const option_row model_option_rows[];
+extern const int n_model_option_rows;
+
+/* Finds ops. Ends with STATUS_USAGE if the options contradict each other or the machine. */
+void model_options_check(model_options *o);
+
+#endif

@@ -1,0 +1,66 @@
+/* options.h - command-line options from a table.
+ *
+ * A program's options are rows. Parsing, --help and the tests of the manuals read the same rows, so
+ * an option is added in one place: its row. (Its paragraph in the manual is demanded by a test.)
+ */
+#ifndef QEMB_OPTIONS_H
+#define QEMB_OPTIONS_H
+
+#include <stddef.h>
+
+typedef enum {
+    OPTION_FLAG,   /* takes no value; sets an int to `value` */
+    OPTION_INT,    /* min..max, into an int */
+    OPTION_DOUBLE, /* a whole number min..max, into a double */
+    OPTION_SIZE,   /* min..max, shifted left by `shift` bits, into a size_t */
+    OPTION_STRING, /* kept as it is, in a const char * */
+    OPTION_CHOICE, /* one of `choices`; its index into an int or an enum */
+    OPTION_CALL    /* given to `call` */
+} option_kind;
+
+typedef struct {
+    const char *name;     /* without the dashes */
+    const char *argument; /* what --help calls the value; NULL: the option takes none */
+    const char *help;     /* one line */
+    const char *standard; /* the default as --help shows it, or NULL */
+    option_kind kind;
+    size_t at;                  /* offset of the member that is set */
+    char letter;                /* the short form, or 0 */
+    int value;                  /* of OPTION_FLAG */
+    int min, max;               /* of OPTION_INT, OPTION_DOUBLE, OPTION_SIZE */
+    int shift;                  /* of OPTION_SIZE */
+    unsigned commands;          /* the commands that the option applies to, as bits; 0: all */
+    int gpu;                    /* 1: only for a program that computes on a GPU */
+    const char *const *choices; /* ends with NULL */
+    void (*call)(void *options, const char *name, const char *value);
+} option_row;
+
+/* Rows that set members of one struct. */
+typedef struct {
+    const option_row *rows;
+    int n;
+    void *options;
+} option_section;
+
+enum { OPTION_SECTIONS = 2, OPTION_ROWS = 64 };
+
+typedef struct {
+    const char *synopsis; /* the first lines of --help */
+    const char *ending;   /* its last lines */
+    option_section sections[OPTION_SECTIONS];
+    /* Called for each argument that is no option, with n = 0 for the first; NULL: there may be
+     * none. */
+    void (*operand)(void *options, const char *value, int n);
+    void *operand_options;
+    const option_row *seen[OPTION_ROWS]; /* (n_seen) the rows that were given, each once */
+    int n_seen;
+} option_table;
+
+/* Sets the options that argv gives, and fills seen. Prints --help and --version and ends the process;
+ * ends it with STATUS_USAGE if argv is wrong. */
+void options_parse(option_table *t, int argc, char **argv);
+/* Ends with STATUS_USAGE if an option was given that does not apply: to the command of bit `command`,
+ * called `name`, or to a program without a GPU. */
+void options_check(const option_table *t, unsigned command, const char *name, int has_gpu);
+
+#endif

@@ -1,0 +1,60 @@
+/* api.h - OpenAI's JSON: requests in, responses and errors out. */
+#ifndef QEMB_API_H
+#define QEMB_API_H
+
+#include "buffer.h"
+#include "queue.h"
+
+typedef struct {
+    int status;       /* HTTP's */
+    const char *code; /* static string */
+    char param[32];   /* "": null */
+    char msg[480];
+    int retry_after; /* seconds, 0: not said */
+} api_error;
+
+/* Fills *e and returns -1. param may be NULL. */
+int api_fail(api_error *e, int status, const char *code, const char *param, const char *fmt, ...)
+    __attribute__((format(printf, 5, 6)));
+
+/* A text, or token ids if text is NULL. */
+typedef struct {
+    const char *text; /* (len) */
+    size_t len;
+    int first_id; /* ids[first_id .. first_id + len) of the request */
+} api_input;
+
+typedef struct {
+    void *json; /* owns the strings */
+    const char *model;
+    api_input *inputs; /* (n) */
+    int n;
+    int32_t *ids; /* of all inputs that are ids */
+    int n_ids;
+    int dimensions; /* 0: not given */
+    int base64;
+    const char *instruct; /* (instruct_len) or NULL: the server's default */
+    size_t instruct_len;
+    int truncate; /* -1: the server's default */
+    int fallback; /* 1: another model may answer */
+} api_request;
+
+typedef enum { API_EMBEDDINGS, API_TOKENIZE } api_kind;
+
+/* The request in body (len). *r is to be freed in any case. Checks form, not what depends on a
+ * model (ids and dimensions need only be positive numbers of 31 bits). */
+int api_parse(api_request *r, api_kind kind, const char *body, size_t len, int max_texts,
+              api_error *e);
+void api_request_free(api_request *r);
+
+/* Upper bound of the bytes of an embeddings response. */
+size_t api_embeddings_room(int n, int dim, int base64, size_t name_len);
+/* 0; or -1 and *e: a text's vector has no finite length at dim (422), or out of memory. */
+int api_embeddings(buffer *out, const pending_text *texts, int n, int dim, int base64,
+                   const char *model, uint64_t tokens, api_error *e);
+int api_tokens(buffer *out, const pending_text *texts, int n, int max_tokens, const char *model,
+               uint64_t tokens, api_error *e);
+void api_models(buffer *out, const char *const *names, int n, long created);
+void api_error_json(buffer *out, const api_error *e);
+
+#endif

@@ -1,0 +1,15 @@
+/* cache.h - vectors by key, in memory. */
+#ifndef QEMB_CACHE_H
+#define QEMB_CACHE_H
+
+#include "queue.h"
+
+typedef struct cache cache; /* for all threads */
+
+cache *cache_new(size_t max_bytes);                        /* NULL: out of memory */
+void cache_free(cache *c);                                 /* c may be NULL */
+vector *cache_get(cache *c, const uint8_t key[KEY_BYTES]); /* a reference, or NULL */
+void cache_put(cache *c, const uint8_t key[KEY_BYTES], vector *v);
+size_t cache_bytes(cache *c);
+
+#endif

@@ -1,0 +1,47 @@
+/* log.c - the log; see log.h. A process has one standard error: its lock and the count of lost lines are
+ * state of the process. */
+#include "log.h"
+
+#include <poll.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <time.h>
+#include <unistd.h>
+
+static atomic_ullong lost;
+
+uint64_t log_lines_lost(void) { return atomic_load(&lost); }
+
+void log_line(const char *level, const char *event, const char *fmt, ...) {
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    char line[2048]; /* less than PIPE_BUF: a pipe that is ready takes it whole */
+    struct timespec t;
+    struct tm tm;
+    clock_gettime(CLOCK_REALTIME, &t);
+    gmtime_r(&t.tv_sec, &tm);
+    size_t n = strftime(line, sizeof line, "{\"time\":\"%Y-%m-%dT%H:%M:%S", &tm);
+    n += (size_t)snprintf(line + n, sizeof line - n, ".%03ldZ\",\"level\":\"%s\",\"event\":\"%s\"",
+                          t.tv_nsec / 1000000, level, event);
+    if (*fmt) {
+        line[n++] = ',';
+        va_list ap;
+        va_start(ap, fmt);
+        const int m = vsnprintf(line + n, sizeof line - n, fmt, ap);
+        va_end(ap);
+        if (m < 0 || n + (size_t)m + 2 >= sizeof line) { /* half a line would be no JSON */
+            atomic_fetch_add(&lost, 1);
+            return;
+        }
+        n += (size_t)m;
+    }
+    line[n++] = '}';
+    line[n++] = '\n';
+    pthread_mutex_lock(&lock);
+    struct pollfd p = {.fd = STDERR_FILENO, .events = POLLOUT};
+    if (poll(&p, 1, 0) != 1 || !(p.revents & POLLOUT) ||
+        write(STDERR_FILENO, line, n) != (ssize_t)n)
+        atomic_fetch_add(&lost, 1);
+    pthread_mutex_unlock(&lock);
+}

@@ -1,0 +1,71 @@
+/* metrics.h - counters, histograms and gauges. */
+#ifndef QEMB_METRICS_H
+#define QEMB_METRICS_H
+
+#include "buffer.h"
+
+#include <stdint.h>
+
+typedef enum {
+    ROUTE_EMBEDDINGS,
+    ROUTE_TOKENIZE,
+    ROUTE_MODELS,
+    ROUTE_HEALTH,
+    ROUTE_METRICS,
+    ROUTE_OTHER,
+    N_ROUTES
+} route;
+
+const char *route_path(route r);
+
+typedef enum {
+    COUNT_TEXTS,
+    COUNT_TOKENS,
+    COUNT_COMPUTED_TEXTS,
+    COUNT_COMPUTED_TOKENS,
+    COUNT_DEDUP,
+    COUNT_NON_FINITE,
+    COUNT_CLAMPED,
+    COUNT_RECOMPUTED,
+    COUNT_FALLBACKS,
+    COUNT_DEPARTED,
+    COUNT_EXPIRED,
+    COUNT_REAPED,
+    COUNT_LOG_LOST,
+    COUNT_CACHE_HITS,
+    COUNT_CACHE_MISSES,
+    COUNT_REDIS_HITS,
+    COUNT_REDIS_ERRORS,
+    COUNT_REDIS_DROPPED,
+    N_COUNTS
+} count;
+
+typedef enum {
+    HISTOGRAM_BATCH_TEXTS,
+    HISTOGRAM_BATCH_TOKENS,
+    HISTOGRAM_BATCH_SECONDS,
+    HISTOGRAM_REQUEST_SECONDS,
+    N_HISTOGRAMS
+} histogram;
+
+typedef struct {
+    int healthy, connections;
+    size_t cache_bytes;
+    struct {
+        const char *model, *fingerprint;               /* NULL: there is no such model */
+        int queue_texts, queue_tokens, queue_requests; /* that wait */
+    } worker[2];                                       /* the model, the fallback */
+} gauges;
+
+/* Counters and histograms of one server. For all threads. */
+typedef struct metrics metrics;
+
+metrics *metrics_new(void); /* NULL: out of memory */
+void metrics_free(metrics *m);
+void metrics_add(metrics *m, count c, uint64_t n);
+void metrics_request(metrics *m, route r, int status);
+void metrics_observe(metrics *m, histogram h, double x);
+/* Prometheus' text format. */
+void metrics_text(metrics *m, buffer *out, const gauges *g);
+
+#endif
