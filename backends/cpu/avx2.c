@@ -148,11 +148,11 @@ typedef struct { /* how tiles write their sums */
     size_t ldy;
     int cols, add;
     float factor;
-} tile_out;
+} epilogue;
 
 /* y (rows, cols) = (add ? y : 0) + factor acc. No branch may depend on i or h: compilers would keep
  * the sums in memory for it, throughout the tile. */
-TEMPLATE void tile_write(const tile_out *o, int rows, __m256 acc[MR][2], int whole, int add) {
+TEMPLATE void tile_write(const epilogue *o, int rows, __m256 acc[MR][2], int whole, int add) {
     const __m256 factor = _mm256_set1_ps(o->factor);
     const __m256i mask[2] = {first(o->cols), first(o->cols - 8)};
     for (int i = 0; i < rows; i++)
@@ -169,7 +169,7 @@ TEMPLATE void tile_write(const tile_out *o, int rows, __m256 acc[MR][2], int who
         }
 }
 
-TEMPLATE void tile_store(const tile_out *o, int rows, __m256 acc[MR][2]) {
+TEMPLATE void tile_store(const epilogue *o, int rows, __m256 acc[MR][2]) {
     if (o->cols < NR) {
         if (o->add)
             tile_write(o, rows, acc, 0, 1);
@@ -183,7 +183,7 @@ TEMPLATE void tile_store(const tile_out *o, int rows, __m256 acc[MR][2]) {
     }
 }
 
-TEMPLATE void tile_rows(const tile_out *o, int rows, const float *x, size_t ldx, const float *panel,
+TEMPLATE void tile_rows(const epilogue *o, int rows, const float *x, size_t ldx, const float *panel,
                         int n) {
     __m256 acc[MR][2];
     for (int i = 0; i < rows; i++) acc[i][0] = acc[i][1] = _mm256_setzero_ps();
@@ -193,7 +193,7 @@ TEMPLATE void tile_rows(const tile_out *o, int rows, const float *x, size_t ldx,
 }
 
 /* All rows of x times one panel, in tiles of equal height: y (rows, cols) = (add ? y : 0) + ... */
-AVX2 static void sweep(tile_out o, int rows, const float *x, size_t ldx, const float *panel,
+AVX2 static void sweep(epilogue o, int rows, const float *x, size_t ldx, const float *panel,
                        int n) {
     for (int left = ceil_div(rows, MR); left; left--) {
         const int m = ceil_div(rows, left);
@@ -342,7 +342,7 @@ TEMPLATE void few_columns(qemb_dtype dtype, __m256 acc[MR][2], int rows, const f
 }
 
 /* Columns n0 .. n0+NR-1 of y for up to FEW_ROWS rows of x */
-TEMPLATE void few_rows(qemb_dtype dtype, tile_out o, int rows, const float *x, const qemb_mat *w,
+TEMPLATE void few_rows(qemb_dtype dtype, epilogue o, int rows, const float *x, const qemb_mat *w,
                        int n0) {
     const int K = w->cols;
     __m256 scale[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
@@ -370,7 +370,7 @@ TEMPLATE void few_rows(qemb_dtype dtype, tile_out o, int rows, const float *x, c
     }
 }
 
-TEMPLATE void few_of(qemb_dtype dtype, tile_out o, int T, const float *x, const qemb_mat *w,
+TEMPLATE void few_of(qemb_dtype dtype, epilogue o, int T, const float *x, const qemb_mat *w,
                      int n0) {
     switch (T) {
     case 5:
@@ -391,7 +391,7 @@ TEMPLATE void few_of(qemb_dtype dtype, tile_out o, int T, const float *x, const 
     }
 }
 
-AVX2 static void matmul_few(tile_out o, int T, const float *x, const qemb_mat *w, int n0) {
+AVX2 static void matmul_few(epilogue o, int T, const float *x, const qemb_mat *w, int n0) {
     if (w->dtype == QEMB_I8)
         few_of(QEMB_I8, o, T, x, w, n0);
     else
@@ -399,7 +399,7 @@ AVX2 static void matmul_few(tile_out o, int T, const float *x, const qemb_mat *w
 }
 
 /* Rows 0 .. rows-1 of x times `panels` panels of W from row n0 on */
-AVX2 static void matmul_item(tile_out o, int rows, const float *x, const qemb_mat *w, int n0,
+AVX2 static void matmul_item(epilogue o, int rows, const float *x, const qemb_mat *w, int n0,
                              int panels) {
     const int K = w->cols;
     float packed[GROUP][KC * NR] __attribute__((aligned(64)));
@@ -409,7 +409,7 @@ AVX2 static void matmul_item(tile_out o, int rows, const float *x, const qemb_ma
         const int n = min_int(KC, K - k0);
         for (int t = 0; t < rows; t += BLOCK_ROWS)
             for (int p = 0; p < panels; p++) {
-                tile_out to = o;
+                epilogue to = o;
                 to.y += (size_t)t * o.ldy + n0 + p * NR;
                 to.cols = w->rows - n0 - p * NR;
                 if (!t) pack_panel(w->dtype, packed[p], &r[p], k0, n, next_columns(k0, K));
@@ -431,7 +431,7 @@ static void matmul_part(const void *job, int item, int thread) {
     const matmul_job *j = job;
     const int t = item / j->groups * j->rows, N = j->w->rows, p = item % j->groups * j->panels;
     const int end = min_int(p + j->panels, ceil_div(N, NR));
-    tile_out o = {j->y + (size_t)t * N, (size_t)N, 0, j->add, j->w->alpha};
+    epilogue o = {j->y + (size_t)t * N, (size_t)N, 0, j->add, j->w->alpha};
     (void)thread;
     if (j->T > FEW_ROWS) {
         matmul_item(o, min_int(j->rows, j->T - t), j->x + (size_t)t * j->w->cols, j->w, p * NR,
@@ -541,7 +541,7 @@ static int first_seeing(const attention_tile *w, int q0, int p) {
 AVX2 static void attention_scores(const attention_tile *w, int R, int q0, int k0, int n) {
     for (int j = 0; j < n; j += NR) {
         const int r = first_seeing(w, q0, k0 + j);
-        const tile_out o = {w->s + (size_t)r * KEYS + j, KEYS, NR, 0, 1};
+        const epilogue o = {w->s + (size_t)r * KEYS + j, KEYS, NR, 0, 1};
         if (r < R)
             sweep(o, R - r, w->q + (size_t)r * w->hd, (size_t)w->hd, w->keys + j * w->hd, w->hd);
     }
@@ -594,7 +594,7 @@ AVX2 static void attention_values(const attention_tile *w, int R, int q0, int k0
         const int depth = min_int(n, t / NR * NR + NR);
         end = depth == n ? R : first_seeing(w, q0, k0 + depth);
         for (int d = 0; d < w->hdp; d += NR) {
-            const tile_out o = {w->acc + (size_t)r * w->hdp + d, (size_t)w->hdp, NR, 1, 1};
+            const epilogue o = {w->acc + (size_t)r * w->hdp + d, (size_t)w->hdp, NR, 1, 1};
             sweep(o, end - r, w->s + (size_t)r * KEYS, KEYS, w->values + d * KEYS, depth);
         }
     }

@@ -26,13 +26,14 @@ AVX512 static void half_row(float *y, const uint16_t *x, int n) {
 TEMPLATE __m512 rms_scale(const float *x, int n, float eps) {
     __m512d sum[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(),
                       _mm512_setzero_pd()};
-    for (int i = 0; i < n; i += 32) UNROLL for (int h = 0; h < 2; h++) {
-            const __m512 v = load_first(x + i + 16 * h, n - i - 16 * h);
-            const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-            const __m512d b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
-            sum[2 * h] = _mm512_fmadd_pd(a, a, sum[2 * h]);
-            sum[2 * h + 1] = _mm512_fmadd_pd(b, b, sum[2 * h + 1]);
-        }
+    for (int i = 0; i < n; i += 32) UNROLL
+    for (int h = 0; h < 2; h++) {
+        const __m512 v = load_first(x + i + 16 * h, n - i - 16 * h);
+        const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+        const __m512d b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+        sum[2 * h] = _mm512_fmadd_pd(a, a, sum[2 * h]);
+        sum[2 * h + 1] = _mm512_fmadd_pd(b, b, sum[2 * h + 1]);
+    }
     const double all = _mm512_reduce_add_pd(
         _mm512_add_pd(_mm512_add_pd(sum[0], sum[1]), _mm512_add_pd(sum[2], sum[3])));
     return _mm512_set1_ps((float)(1 / sqrt(all / n + eps)));
@@ -101,21 +102,25 @@ enum {
 #define X_GROUP(of)      ((GROUP_DWORDS(of) + 1) * MR)
 #define W_GROUP(of)      (GROUP_HEAD(of) + GROUP_DWORDS(of) * NR)
 
-TEMPLATE void tile_rows_groups(dword_of of, const tile_out *o, int rows, const float *x,
+TEMPLATE void tile_rows_groups(dword_of of, const epilogue *o, int rows, const float *x,
                                const float *panel, int groups) {
     __m512 acc[GROUP_ROWS][2];
-    const float *ahead = o->ahead;
+    const float *next = o->prefetch;
     tile_begin(o, rows, acc);
     const int n = GROUP_DWORDS(of);
     for (; groups; groups--, x += X_GROUP(of), panel += W_GROUP(of)) {
         __m512 sum[GROUP_ROWS][2];
-        UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < 2; h++) sum[i][h] =
-            of == INT8 ? _mm512_load_ps(panel + NR + 16 * h) : _mm512_setzero_ps();
-        ahead = fetch(o, ahead);
+        UNROLL
+        for (int i = 0; i < rows; i++) UNROLL
+        for (int h = 0; h < 2; h++)
+            sum[i][h] = of == INT8 ? _mm512_load_ps(panel + NR + 16 * h) : _mm512_setzero_ps();
+        next = prefetch_part(o, next);
         tile(of, DWORDS, sum, rows, x, 1, MR, panel + GROUP_HEAD(of), n);
-        UNROLL for (int h = 0; h < 2; h++) {
+        UNROLL
+        for (int h = 0; h < 2; h++) {
             const __m512 w = _mm512_load_ps(panel + 16 * h);
-            UNROLL for (int i = 0; i < rows; i++) {
+            UNROLL
+            for (int i = 0; i < rows; i++) {
                 const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(x[n * MR + i]), w);
                 acc[i][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(sum[i][h])),
                                             factor, acc[i][h]);
@@ -127,10 +132,10 @@ TEMPLATE void tile_rows_groups(dword_of of, const tile_out *o, int rows, const f
 
 /* name: rows <= MR, n dwords, of which a last group may not have all */
 #define TILE_GROUPS(name, of)                                                                      \
-    AVX512 static void name(const tile_out *o, int rows, const float *x, const float *panel,       \
+    AVX512 static void name(const epilogue *o, int rows, const float *x, const float *panel,       \
                             int n) {                                                               \
         const int groups = ceil_div(n, GROUP_DWORDS(of));                                          \
-        tile_out to = *o;                                                                          \
+        epilogue to = *o;                                                                          \
         for (int left = ceil_div(rows, GROUP_ROWS); left; left--) {                                \
             const int m = ceil_div(rows, left);                                                    \
             switch (m) {                                                                           \
@@ -141,7 +146,7 @@ TEMPLATE void tile_rows_groups(dword_of of, const tile_out *o, int rows, const f
                 CASE(5, tile_rows_groups(of, &to, 5, x, panel, groups))                            \
                 CASE(6, tile_rows_groups(of, &to, 6, x, panel, groups))                            \
             }                                                                                      \
-            x += m, to.y += m * o->ldy, rows -= m, to.ahead = NULL;                                \
+            x += m, to.y += m * o->ldy, rows -= m, to.prefetch = NULL;                             \
         }                                                                                          \
     }
 TILE_GROUPS(tile_int8, INT8)
@@ -156,9 +161,10 @@ static void find_rows(w_rows row, const qemb_mat *w, int n, int bytes) {
 }
 
 /* 64 bytes of each row are worked on; those that come next, `ahead` bytes on, are fetched. */
-TEMPLATE void prefetch_rows(const w_rows row, size_t at, size_t ahead) {
-    UNROLL for (int i = 0; i < 16; i++)
-        _mm_prefetch((const char *)row[i] + at + ahead, _MM_HINT_T1);
+TEMPLATE void prefetch_rows(const w_rows row, size_t at, size_t prefetch_distance) {
+    UNROLL
+    for (int i = 0; i < 16; i++)
+        _mm_prefetch((const char *)row[i] + at + prefetch_distance, _MM_HINT_T1);
 }
 
 /* ---- float, bfloat16 */
@@ -176,10 +182,13 @@ TEMPLATE void next_scales(float scale[16][16], const qemb_mat *w, int n, int k, 
     const int groups = QEMB_GROUPS(w->cols), g = k / QEMB_GROUP / 16 * 16;
     if (k > k0 && k % (16 * QEMB_GROUP)) return;
     __m512 r[16];
-    UNROLL for (int i = 0; i < 16; i++) r[i] =
-        load_first(w->scale + (size_t)min_int(n + i, w->rows - 1) * (size_t)groups + g, groups - g);
+    UNROLL
+    for (int i = 0; i < 16; i++)
+        r[i] = load_first(w->scale + (size_t)min_int(n + i, w->rows - 1) * (size_t)groups + g,
+                          groups - g);
     transpose(r);
-    UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_ps(scale[i], r[i]);
+    UNROLL
+    for (int i = 0; i < 16; i++) _mm512_storeu_ps(scale[i], r[i]);
 }
 
 /* Columns k .. k+15 of a row of W, `some` of them */
@@ -208,21 +217,23 @@ TEMPLATE __m512 x_dwords(dword_of of, const float *row, int k, int n) {
 /* to (16, MR) = columns; the MR rows that a tile is short of are zeros */
 TEMPLATE void store_x(float *to, __m512 r[16]) {
     transpose(r);
-    UNROLL for (int c = 0; c < 16; c++) _mm512_mask_storeu_ps(to + c * MR, (1u << MR) - 1, r[c]);
+    UNROLL
+    for (int c = 0; c < 16; c++) _mm512_mask_storeu_ps(to + c * MR, (1u << MR) - 1, r[c]);
 }
 
-TEMPLATE void pack_x(dword_of of, float *to, const float *x, int rows, int K) {
+TEMPLATE void pack_x_dwords(dword_of of, float *to, const float *x, int rows, int K) {
     for (int k = 0, step = of == F32 ? 16 : 32; k < K; k += step, to += 16 * MR) {
         __m512 r[16];
-        UNROLL for (int i = 0; i < 16; i++) r[i] =
-            i < rows ? x_dwords(of, x + (size_t)i * K, k, K - k) : _mm512_setzero_ps();
+        UNROLL
+        for (int i = 0; i < 16; i++)
+            r[i] = i < rows ? x_dwords(of, x + (size_t)i * K, k, K - k) : _mm512_setzero_ps();
         store_x(to, r);
     }
 }
 
 /* panel (dwords, NR) = columns k0 .. k1-1 of W's rows n0 .. n0+NR-1 */
-TEMPLATE void pack_w(dword_of of, qemb_dtype dtype, float *panel, const w_panel *p, int k0, int k1,
-                     size_t ahead) {
+TEMPLATE void pack_w_dwords(dword_of of, qemb_dtype dtype, float *panel, const w_panel *p, int k0,
+                            int k1, size_t prefetch_distance) {
     const int step = of == F32 ? 16 : 32, bytes = dtype == QEMB_I8 ? 1 : 2;
     for (int h = 0; h < 2; h++) {
         w_rows row;
@@ -233,17 +244,21 @@ TEMPLATE void pack_w(dword_of of, qemb_dtype dtype, float *panel, const w_panel 
             __m512 r[16];
             const float *s = scale[k / QEMB_GROUP % 16];
             if (dtype == QEMB_I8) next_scales(scale, p->w, p->row[h], k, k0);
-            if (k * bytes % 64 == 0) prefetch_rows(row, (size_t)k * bytes, ahead * bytes);
-            UNROLL for (int i = 0; i < 16; i++) r[i] =
-                weight_dwords(of, dtype, row[i], dtype == QEMB_I8 ? s[i] : 1, k, some);
+            if (k * bytes % 64 == 0)
+                prefetch_rows(row, (size_t)k * bytes, prefetch_distance * bytes);
+            UNROLL
+            for (int i = 0; i < 16; i++)
+                r[i] = weight_dwords(of, dtype, row[i], dtype == QEMB_I8 ? s[i] : 1, k, some);
             transpose(r);
-            UNROLL for (int c = 0; c < 16; c++) _mm512_store_ps(to + c * NR, r[c]);
+            UNROLL
+            for (int c = 0; c < 16; c++) _mm512_store_ps(to + c * NR, r[c]);
         }
     }
 }
 
 /* The same of F16 weights, as they are: pairs of 32 columns are transposed, then parted. */
-AVX512 static void pack_halves(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {
+AVX512 static void pack_halves(float *panel, const w_panel *p, int k0, int k1,
+                               size_t prefetch_distance) {
     const __m512i part = _mm512_setr_epi32(
         0x020000, 0x060004, 0x0a0008, 0x0e000c, 0x120010, 0x160014, 0x1a0018, 0x1e001c, 0x030001,
         0x070005, 0x0b0009, 0x0f000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d);
@@ -255,11 +270,13 @@ AVX512 static void pack_halves(float *panel, const w_panel *p, int k0, int k1, s
             const int left = k1 - k;
             const __mmask32 some = left >= 32 ? ~0u : (1u << left) - 1;
             __m512 r[16];
-            prefetch_rows(row, (size_t)k * 2, ahead * 2);
-            UNROLL for (int i = 0; i < 16; i++) r[i] =
-                _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, row[i] + 2 * (size_t)k));
+            prefetch_rows(row, (size_t)k * 2, prefetch_distance * 2);
+            UNROLL
+            for (int i = 0; i < 16; i++)
+                r[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, row[i] + 2 * (size_t)k));
             transpose(r);
-            UNROLL for (int c = 0; c < 16; c++, to += 2 * HALF_ROW) {
+            UNROLL
+            for (int c = 0; c < 16; c++, to += 2 * HALF_ROW) {
                 if (c == 8 && left <= 16) break; /* there the panel ends */
                 const __m512i v = _mm512_permutexvar_epi16(part, _mm512_castps_si512(r[c]));
                 _mm256_store_si256((__m256i *)to, _mm512_castsi512_si256(v));
@@ -270,7 +287,7 @@ AVX512 static void pack_halves(float *panel, const w_panel *p, int k0, int k1, s
 }
 
 /* to (n, NR) = a panel of halves, as floats */
-AVX512 static void widen(float *to, const float *panel, int n) {
+AVX512 static void halves_to_floats(float *to, const float *panel, int n) {
     for (int k = 0; k < n; k++, to += DWORD_ROW) {
         _mm512_store_ps(to, panel16(HALVES, panel, k, 0));
         _mm512_store_ps(to + 16, panel16(HALVES, panel, k, 1));
@@ -280,13 +297,15 @@ AVX512 static void widen(float *to, const float *panel, int n) {
 /* ---- int8, int16: a group's scale is found for 16 rows at a time */
 
 TEMPLATE void load_x64(__m512 v[4], const float *row, int n) {
-    UNROLL for (int i = 0; i < 4; i++) v[i] = load_first(row + 16 * i, n - 16 * i);
+    UNROLL
+    for (int i = 0; i < 4; i++) v[i] = load_first(row + 16 * i, n - 16 * i);
 }
 
 TEMPLATE void load_w64(qemb_dtype dtype, __m512 v[4], const uint8_t *row, float scale, int k,
                        int n) {
-    UNROLL for (int i = 0; i < 4; i++) v[i] =
-        weights16(dtype, row, scale, k + 16 * i, first16(n - 16 * i));
+    UNROLL
+    for (int i = 0; i < 4; i++)
+        v[i] = weights16(dtype, row, scale, k + 16 * i, first16(n - 16 * i));
 }
 
 /* Lanewise, of up to 16 rows' groups */
@@ -297,7 +316,8 @@ typedef struct {
 TEMPLATE void measure64(dword_of of, group_sizes *s, int i, const __m512 v[4]) {
     __m512i most = _mm512_setzero_si512();
     __m512 squares = _mm512_setzero_ps();
-    UNROLL for (int g = 0; g < 4; g++) {
+    UNROLL
+    for (int g = 0; g < 4; g++) {
         most = larger(most, v[g]);
         if (of == INT16) squares = _mm512_fmadd_ps(v[g], v[g], squares);
     }
@@ -325,7 +345,8 @@ TEMPLATE __m512 powers_above(float inverse[16], __m512 scale) {
 /* 64 floats times inverse, rounded to nearest even, as bytes in their order */
 TEMPLATE __m512 to_int8(const __m512 v[4], __m512 inverse) {
     __m512i q[4];
-    UNROLL for (int i = 0; i < 4; i++) q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], inverse));
+    UNROLL
+    for (int i = 0; i < 4; i++) q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], inverse));
     const __m512i lanes =
         _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -347,7 +368,8 @@ TEMPLATE void pack_x_groups(dword_of of, float *to, const float *x, int rows, in
         __m512 r[16], v[4];
         group_sizes sizes;
         for (int i = 0; i < 16; i++) {
-            UNROLL for (int g = 0; g < 4; g++) v[g] = _mm512_setzero_ps();
+            UNROLL
+            for (int g = 0; g < 4; g++) v[g] = _mm512_setzero_ps();
             if (i < rows) load_x64(v, x + (size_t)i * K, K - k);
             measure64(of, &sizes, i, v);
         }
@@ -369,7 +391,8 @@ TEMPLATE void store_w(dword_of of, float *to, __m512 r[16], int h) {
     const __m512 offset = _mm512_castsi512_ps(_mm512_set1_epi8(-128));
     __m512 sum = _mm512_setzero_ps();
     transpose(r);
-    UNROLL for (int c = 0; c < 16; c++) {
+    UNROLL
+    for (int c = 0; c < 16; c++) {
         _mm512_store_ps(to + GROUP_HEAD(of) + (16 * h + c) * NR, r[c]);
         if (of == INT8) sum = multiply_add(INT8, sum, offset, r[c]);
     }
@@ -379,7 +402,7 @@ TEMPLATE void store_w(dword_of of, float *to, __m512 r[16], int h) {
 }
 
 TEMPLATE void pack_w_groups(dword_of of, qemb_dtype dtype, float *panel, const w_panel *p, int k0,
-                            int k1, size_t ahead) {
+                            int k1, size_t prefetch_distance) {
     const int bytes = dtype == QEMB_I8 ? 1 : 2, n = GROUP_DWORDS(of);
     for (int half = 0; half < 2; half++) {
         w_rows row;
@@ -392,7 +415,7 @@ TEMPLATE void pack_w_groups(dword_of of, qemb_dtype dtype, float *panel, const w
             group_sizes sizes;
             if (dtype == QEMB_I8) next_scales(file_scale, p->w, p->row[half], k, k0);
             for (int b = 0; b < bytes; b++)
-                prefetch_rows(row, (size_t)k * bytes + 64 * b, ahead * bytes);
+                prefetch_rows(row, (size_t)k * bytes + 64 * b, prefetch_distance * bytes);
             for (int i = 0; i < 16; i++) {
                 load_w64(dtype, v, row[i], dtype == QEMB_I8 ? s[i] : 1, k, p->w->cols - k);
                 measure64(of, &sizes, i, v);
@@ -415,24 +438,26 @@ TEMPLATE void pack_w_groups(dword_of of, qemb_dtype dtype, float *panel, const w
     AVX512 static void name(float *to, const float *x, int rows, int K) {                          \
         with(of, to, x, rows, K);                                                                  \
     }
-PACK_X(pack_f32_x, pack_x, F32)
-PACK_X(pack_bf16_x, pack_x, BF16)
+PACK_X(pack_f32_x, pack_x_dwords, F32)
+PACK_X(pack_bf16_x, pack_x_dwords, BF16)
 PACK_X(pack_int16_x, pack_x_groups, INT16)
 PACK_X(pack_int8_x, pack_x_groups, INT8)
 
 #define PACK_W(name, with, of, dtype)                                                              \
-    AVX512 static void name(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {        \
-        with(of, dtype, panel, p, k0, k1, ahead);                                                  \
+    AVX512 static void name(float *panel, const w_panel *p, int k0, int k1,                        \
+                            size_t prefetch_distance) {                                            \
+        with(of, dtype, panel, p, k0, k1, prefetch_distance);                                      \
     }
-PACK_W(pack_f32_i8, pack_w, F32, QEMB_I8)
-PACK_W(pack_bf16_f16, pack_w, BF16, QEMB_F16)
-PACK_W(pack_bf16_i8, pack_w, BF16, QEMB_I8)
+PACK_W(pack_f32_i8, pack_w_dwords, F32, QEMB_I8)
+PACK_W(pack_bf16_f16, pack_w_dwords, BF16, QEMB_F16)
+PACK_W(pack_bf16_i8, pack_w_dwords, BF16, QEMB_I8)
 PACK_W(pack_int16_f16, pack_w_groups, INT16, QEMB_F16)
 PACK_W(pack_int16_i8, pack_w_groups, INT16, QEMB_I8)
 PACK_W(pack_int8_f16, pack_w_groups, INT8, QEMB_F16)
 
 /* An INT8 file's bytes and scales as they are */
-AVX512 static void pack_int8_i8(float *panel, const w_panel *p, int k0, int k1, size_t ahead) {
+AVX512 static void pack_int8_i8(float *panel, const w_panel *p, int k0, int k1,
+                                size_t prefetch_distance) {
     const qemb_mat *w = p->w;
     for (int h = 0; h < 2; h++) {
         w_rows row;
@@ -441,9 +466,10 @@ AVX512 static void pack_int8_i8(float *panel, const w_panel *p, int k0, int k1, 
         for (int k = k0; k < k1; k += GROUP, to += W_GROUP(INT8)) {
             __m512 r[16];
             const __mmask64 some = w->cols - k >= 64 ? ~0ull : (1ull << (w->cols - k)) - 1;
-            prefetch_rows(row, (size_t)k, ahead);
-            UNROLL for (int i = 0; i < 16; i++) r[i] =
-                _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(some, row[i] + k));
+            prefetch_rows(row, (size_t)k, prefetch_distance);
+            UNROLL
+            for (int i = 0; i < 16; i++)
+                r[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(some, row[i] + k));
             next_scales(scale, w, p->row[h], k, k0);
             _mm512_store_ps(to, _mm512_loadu_ps(scale[k / QEMB_GROUP % 16]));
             store_w(INT8, to, r, 0);
@@ -468,36 +494,38 @@ AVX512 static void swiglu_8bit(float *h, size_t ldh, int rows, int cols, const f
 
 /* ---- the arithmetics */
 
-static const arithmetic f32 = {.per_dword = 1,
-                               .columns = 16,
-                               .x_floats = 16 * MR,
-                               .w_floats = 16 * HALF_ROW,
-                               .pack_x = pack_f32_x,
-                               .of = {{1, pack_halves, tile_f16}, {0, pack_f32_i8, tile_f32}},
-                               .widen = widen,
-                               .swiglu = swiglu_f32};
-static const arithmetic bf16 = {.per_dword = 2,
-                                .columns = 32,
-                                .x_floats = 16 * MR,
-                                .w_floats = 16 * DWORD_ROW,
-                                .pack_x = pack_bf16_x,
-                                .of = {{1, pack_bf16_f16, tile_bf16}, {0, pack_bf16_i8, tile_bf16}},
-                                .swiglu = swiglu_8bit};
-static const arithmetic int16 = {
+static const gemm_type f32 = {.per_dword = 1,
+                              .columns = 16,
+                              .x_floats = 16 * MR,
+                              .w_floats = 16 * HALF_ROW,
+                              .pack_x = pack_f32_x,
+                              .by_dtype = {{1, pack_halves, tile_f16}, {0, pack_f32_i8, tile_f32}},
+                              .panel_f16_to_f32 = halves_to_floats,
+                              .swiglu = swiglu_f32};
+static const gemm_type bf16 = {
+    .per_dword = 2,
+    .columns = 32,
+    .x_floats = 16 * MR,
+    .w_floats = 16 * DWORD_ROW,
+    .pack_x = pack_bf16_x,
+    .by_dtype = {{1, pack_bf16_f16, tile_bf16}, {0, pack_bf16_i8, tile_bf16}},
+    .swiglu = swiglu_8bit};
+static const gemm_type int16 = {
     .per_dword = 2,
     .columns = GROUP,
     .x_floats = X_GROUP(INT16),
     .w_floats = W_GROUP(INT16),
     .pack_x = pack_int16_x,
-    .of = {{1, pack_int16_f16, tile_int16}, {0, pack_int16_i8, tile_int16}},
+    .by_dtype = {{1, pack_int16_f16, tile_int16}, {0, pack_int16_i8, tile_int16}},
     .swiglu = swiglu_f32};
-static const arithmetic int8 = {.per_dword = 4,
-                                .columns = GROUP,
-                                .x_floats = X_GROUP(INT8),
-                                .w_floats = W_GROUP(INT8),
-                                .pack_x = pack_int8_x,
-                                .of = {{1, pack_int8_f16, tile_int8}, {1, pack_int8_i8, tile_int8}},
-                                .swiglu = swiglu_8bit};
+static const gemm_type int8 = {
+    .per_dword = 4,
+    .columns = GROUP,
+    .x_floats = X_GROUP(INT8),
+    .w_floats = W_GROUP(INT8),
+    .pack_x = pack_int8_x,
+    .by_dtype = {{1, pack_int8_f16, tile_int8}, {1, pack_int8_i8, tile_int8}},
+    .swiglu = swiglu_8bit};
 
 /* ---- the tables ------------------------------------------------------------------------------- */
 
@@ -507,9 +535,9 @@ static const arithmetic int8 = {.per_dword = 4,
 KERNELS(with_floats, avx512_attention_f32)
 KERNELS(with_int16, avx512_attention_int16)
 
-PANELS_TABLE(avx512_ops, "avx512", QEMB_MATH_F32, f32, with_floats)
-PANELS_TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, bf16, with_int16)
-PANELS_TABLE(avx512_int16_ops, "avx512-int16", QEMB_MATH_INT16, int16, with_int16)
-PANELS_TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, int8, with_int16)
+PACKED_TABLE(avx512_ops, "avx512", QEMB_MATH_F32, f32, with_floats)
+PACKED_TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, bf16, with_int16)
+PACKED_TABLE(avx512_int16_ops, "avx512-int16", QEMB_MATH_INT16, int16, with_int16)
+PACKED_TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, int8, with_int16)
 
 #endif

@@ -103,7 +103,8 @@ TEMPLATE void tile(dword_of of, panel_kind kind, __m512 (*acc)[2], int rows, con
     for (int k = 0; k < n; k++) {
         __m512 w0 = panel16(kind, panel, k, 0), w1 = panel16(kind, panel, k, 1);
         __asm__("" : "+v"(w0), "+v"(w1)); /* else gcc 12 loads them again for every row */
-        UNROLL for (int i = 0; i < rows; i++) {
+        UNROLL
+        for (int i = 0; i < rows; i++) {
             const __m512 xi = _mm512_set1_ps(x[i * next_row + k * next_k]);
             acc[i][0] = multiply_add(of, acc[i][0], xi, w0);
             acc[i][1] = multiply_add(of, acc[i][1], xi, w1);
@@ -112,9 +113,10 @@ TEMPLATE void tile(dword_of of, panel_kind kind, __m512 (*acc)[2], int rows, con
 }
 
 /* No branch may depend on i: compilers would keep the sums in memory for it, throughout the tile. */
-TEMPLATE void tile_write(const tile_out *o, int own_factor, int rows, __m512 (*acc)[2], int add) {
+TEMPLATE void tile_write(const epilogue *o, int own_factor, int rows, __m512 (*acc)[2], int add) {
     const __mmask16 m0 = first16(o->cols), m1 = first16(o->cols - 16);
-    UNROLL for (int i = 0; i < rows; i++) {
+    UNROLL
+    for (int i = 0; i < rows; i++) {
         const __m512 factor = _mm512_set1_ps(own_factor ? o->factors[i] : o->factor);
         float *y = o->y + i * o->ldy;
         const __m512 y0 = add ? _mm512_maskz_loadu_ps(m0, y) : _mm512_setzero_ps();
@@ -124,33 +126,36 @@ TEMPLATE void tile_write(const tile_out *o, int own_factor, int rows, __m512 (*a
     }
 }
 
-TEMPLATE void tile_end(const tile_out *o, int own_factor, int rows, __m512 (*acc)[2]) {
+TEMPLATE void tile_end(const epilogue *o, int own_factor, int rows, __m512 (*acc)[2]) {
     if (o->add)
         tile_write(o, own_factor, rows, acc, 1);
     else
         tile_write(o, own_factor, rows, acc, 0);
 }
 
-TEMPLATE void tile_begin(const tile_out *o, int rows, __m512 (*acc)[2]) {
-    UNROLL for (int i = 0; i < rows; i++) {
+TEMPLATE void tile_begin(const epilogue *o, int rows, __m512 (*acc)[2]) {
+    UNROLL
+    for (int i = 0; i < rows; i++) {
         acc[i][0] = acc[i][1] = _mm512_setzero_ps();
         _mm_prefetch((const char *)(o->y + i * o->ldy), _MM_HINT_T0);
         _mm_prefetch((const char *)(o->y + i * o->ldy + 16), _MM_HINT_T0);
     }
 }
 
-TEMPLATE void tile_rows(dword_of of, panel_kind kind, const tile_out *o, int rows, const float *x,
+TEMPLATE void tile_rows(dword_of of, panel_kind kind, const epilogue *o, int rows, const float *x,
                         int next_row, int next_k, const float *panel, int n) {
     __m512 acc[MR][2];
-    const float *ahead = o->ahead;
+    const float *next = o->prefetch;
     const int step = 16 * (kind == HALVES ? HALF_ROW : DWORD_ROW);
     tile_begin(o, rows, acc);
     for (int k = 0; k < n; k += 16, panel += step) {
-        ahead = fetch(o, ahead);
+        next = prefetch_part(o, next);
         tile(of, kind, acc, rows, x + k * next_k, next_row, next_k, panel, min_int(16, n - k));
     }
-    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < 2; h++) if (of == INT16)
-        acc[i][h] = _mm512_cvtepi32_ps(_mm512_castps_si512(acc[i][h]));
+    UNROLL
+    for (int i = 0; i < rows; i++) UNROLL
+    for (int h = 0; h < 2; h++)
+        if (of == INT16) acc[i][h] = _mm512_cvtepi32_ps(_mm512_castps_si512(acc[i][h]));
     tile_end(o, of == INT16, rows, acc);
 }
 
@@ -160,7 +165,7 @@ TEMPLATE void tile_rows(dword_of of, panel_kind kind, const tile_out *o, int row
         call;                                                                                      \
         break;
 #define TILE(name, of, kind, next_row, next_k)                                                     \
-    AVX512 static void name(const tile_out *o, int rows, const float *x, const float *panel,       \
+    AVX512 static void name(const epilogue *o, int rows, const float *x, const float *panel,       \
                             int n) {                                                               \
         switch (rows) {                                                                            \
             CASE(1, tile_rows(of, kind, o, 1, x, next_row, next_k, panel, n))                      \
@@ -181,18 +186,20 @@ TEMPLATE void tile_rows(dword_of of, panel_kind kind, const tile_out *o, int row
 /* 16 rows of 16 dwords -> 16 columns, in place */
 TEMPLATE void transpose(__m512 r[16]) {
     __m512 a[16];
-    UNROLL for (int j = 0; j < 16; j += 2) {
+    UNROLL
+    for (int j = 0; j < 16; j += 2) {
         a[j] = _mm512_unpacklo_ps(r[j], r[j + 1]);
         a[j + 1] = _mm512_unpackhi_ps(r[j], r[j + 1]);
     }
-    UNROLL for (int j = 0; j < 16;
-                j += 4) for (int h = 0; h < 2;
-                             h++) { /* r[4g + c]: columns c, 4+c, 8+c, 12+c of rows 4g .. 4g+3 */
-        const __m512d lo = _mm512_castps_pd(a[j + h]), hi = _mm512_castps_pd(a[j + h + 2]);
-        r[j + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
-        r[j + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
-    }
-    UNROLL for (int c = 0; c < 4; c++) {
+    UNROLL
+    for (int j = 0; j < 16; j += 4)
+        for (int h = 0; h < 2; h++) { /* r[4g + c]: columns c, 4+c, 8+c, 12+c of rows 4g .. 4g+3 */
+            const __m512d lo = _mm512_castps_pd(a[j + h]), hi = _mm512_castps_pd(a[j + h + 2]);
+            r[j + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+            r[j + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+        }
+    UNROLL
+    for (int c = 0; c < 4; c++) {
         const __m512 p0 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88);
         const __m512 p1 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
         const __m512 q0 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
@@ -209,8 +216,9 @@ TEMPLATE void transpose(__m512 r[16]) {
 /* Sums (16) of rows of which r has the lanewise ones */
 TEMPLATE __m512 sums_of(__m512 r[16]) {
     transpose(r);
-    UNROLL for (int step = 8; step; step /= 2) UNROLL for (int i = 0; i < step; i++) r[i] =
-        _mm512_add_ps(r[i], r[i + step]);
+    UNROLL
+    for (int step = 8; step; step /= 2) UNROLL
+    for (int i = 0; i < step; i++) r[i] = _mm512_add_ps(r[i], r[i + step]);
     return r[0];
 }
 
@@ -224,7 +232,8 @@ TEMPLATE __m512i larger(__m512i a, __m512 v) {
 TEMPLATE __m512 largest_of(__m512 r[16]) {
     transpose(r);
     __m512i most = _mm512_castps_si512(r[0]);
-    UNROLL for (int i = 1; i < 16; i++) most = _mm512_max_epu32(most, _mm512_castps_si512(r[i]));
+    UNROLL
+    for (int i = 1; i < 16; i++) most = _mm512_max_epu32(most, _mm512_castps_si512(r[i]));
     return _mm512_castsi512_ps(most);
 }
 

@@ -33,19 +33,23 @@ TEMPLATE int head_dwords(dword_of of, const attention_tile *w) {
 /* Maxima (16) likewise. A NaN may be lost: its own exp is NaN all the same. */
 TEMPLATE __m512 maxima_of(__m512 r[16]) {
     transpose(r);
-    UNROLL for (int step = 8; step; step /= 2) UNROLL for (int i = 0; i < step; i++) r[i] =
-        _mm512_max_ps(r[i], r[i + step]);
+    UNROLL
+    for (int step = 8; step; step /= 2) UNROLL
+    for (int i = 0; i < step; i++) r[i] = _mm512_max_ps(r[i], r[i + step]);
     return r[0];
 }
 
 /* Length / INT16_LENGTH (16), and inverse (16) its inverse, of rows (n) */
 TEMPLATE __m512 length_scales(float inverse[16], const float *const row[16], int rows, int n) {
     __m512 r[16];
-    UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_setzero_ps();
-    UNROLL for (int i = 0; i < rows; i++) for (int d = 0; d < n; d += 16) {
-        const __m512 v = load_first(row[i] + d, n - d);
-        r[i] = _mm512_fmadd_ps(v, v, r[i]);
-    }
+    UNROLL
+    for (int i = 0; i < 16; i++) r[i] = _mm512_setzero_ps();
+    UNROLL
+    for (int i = 0; i < rows; i++)
+        for (int d = 0; d < n; d += 16) {
+            const __m512 v = load_first(row[i] + d, n - d);
+            r[i] = _mm512_fmadd_ps(v, v, r[i]);
+        }
     return scales(inverse, _mm512_sqrt_ps(sums_of(r)), INT16_LENGTH);
 }
 
@@ -53,8 +57,10 @@ TEMPLATE __m512 length_scales(float inverse[16], const float *const row[16], int
  * transposed */
 TEMPLATE void head_rows(dword_of of, __m512 r[16], const float *const row[16], int rows, int k,
                         int n, const float *inverse, __m512 scale) {
-    UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_setzero_ps();
-    UNROLL for (int i = 0; i < rows; i++) {
+    UNROLL
+    for (int i = 0; i < 16; i++) r[i] = _mm512_setzero_ps();
+    UNROLL
+    for (int i = 0; i < rows; i++) {
         const __m512 v = load_first(row[i] + k, n - k);
         if (of == INT16) {
             const __m512 f = _mm512_set1_ps(inverse[i]),
@@ -81,7 +87,8 @@ TEMPLATE void attention_load_keys(dword_of of, const attention_tile *w, int k0, 
             __m512 r[16];
             head_rows(of, r, row, 16, d * per_dword(of), w->hd, inverse, _mm512_set1_ps(1));
             if (dwords - d >= 16) {
-                UNROLL for (int c = 0; c < 16; c++) _mm512_storeu_ps(to + (d + c) * NR, r[c]);
+                UNROLL
+                for (int c = 0; c < 16; c++) _mm512_storeu_ps(to + (d + c) * NR, r[c]);
             } else {
                 for (int c = 0; c < dwords - d; c++) _mm512_storeu_ps(to + (d + c) * NR, r[c]);
             }
@@ -137,7 +144,7 @@ TEMPLATE void attention_scores(dword_of of, const attention_tile *w, int R, int 
     const int dwords = head_dwords(of, w);
     for (int j = 0; j < n; j += NR)
         for (int r = first_seeing(w, q0, k0 + j) / MR * MR; r < R; r += MR) {
-            const tile_out o = {.y = w->s + (size_t)r * CPU_KEYS + j,
+            const epilogue o = {.y = w->s + (size_t)r * CPU_KEYS + j,
                                 .ldy = CPU_KEYS,
                                 .cols = NR,
                                 .factor = 1,
@@ -242,7 +249,7 @@ TEMPLATE void attention_values(dword_of of, const attention_tile *w, int R, int 
         end = depth == n ? R : first_seeing(w, q0, k0 + depth);
         for (int d = 0; d < w->hdp; d += NR)
             for (int i = r; i < end; i += MR) {
-                const tile_out o = {.y = w->acc + (size_t)i * w->hdp + d,
+                const epilogue o = {.y = w->acc + (size_t)i * w->hdp + d,
                                     .ldy = (size_t)w->hdp,
                                     .cols = NR,
                                     .add = k0,

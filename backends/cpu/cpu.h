@@ -49,7 +49,7 @@ struct qemb_backend {
     float *scratch; /* (threads, scratch_floats): an op's tiles and panels, aligned to 64 bytes */
     size_t scratch_floats;
     void (*on_layer_loaded)(int layers, int of); /* the options' */
-    const struct arithmetic *arithmetic;         /* of a table with panels: see packed_gemm.h */
+    const struct gemm_type *gemm_type;           /* of a table with panels: see packed_gemm.h */
     const cpu_kernels *kernels; /* this and the next: NULL in a plain table, which has OpenMP */
     struct cpu_pool *pool;      /* NULL as well where there is one thread */
     float *packed;              /* a matmul's x as its tiles want it */
@@ -79,7 +79,7 @@ int cpu_pool_open(struct cpu_pool **p, int threads, qemb_err *err);
 void cpu_pool_close(struct cpu_pool *p);
 
 /* Takes a file's mapped pages within [p, p + bytes) out of this process's memory */
-void cpu_give_back(const void *p, size_t bytes);
+void cpu_drop_pages(const void *p, size_t bytes);
 
 enum {
     CPU_KEYS = 128, /* keys per attention tile, aligned to absolute positions */

@@ -56,7 +56,7 @@ int cpu_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
     return 0;
 }
 
-void cpu_give_back(const void *p, size_t bytes) {
+void cpu_drop_pages(const void *p, size_t bytes) {
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
     const uintptr_t start = ((uintptr_t)p + page - 1) / page * page;
     const uintptr_t end = ((uintptr_t)p + bytes) / page * page;

@@ -32,35 +32,35 @@ typedef struct {
     const qemb_mat *w;
     float *packed; /* (tiles, x_floats of a row) x */
     int T, add, tiles;
-    int gated;  /* y (T, N/2) = silu of the first N/2 columns times the others */
-    int few;    /* at most FEW_TILES tiles */
-    int panels; /* of an item */
+    int is_gate_up; /* y (T, N/2) = silu of the first N/2 columns times the others */
+    int few;        /* at most FEW_TILES tiles */
+    int panels;     /* of an item */
 } matmul_job;
 
-static int panel_count(const qemb_mat *w, int gated) {
-    return gated ? ceil_div(w->rows / 2, 16) : ceil_div(w->rows, NR);
+static int panel_count(const qemb_mat *w, int is_gate_up) {
+    return is_gate_up ? ceil_div(w->rows / 2, 16) : ceil_div(w->rows, NR);
 }
 
 /* From a panel's rows on to the next one's */
-static int panel_rows(int gated) { return gated ? 16 : NR; }
+static int panel_rows(int is_gate_up) { return is_gate_up ? 16 : NR; }
 
-static w_panel panel_of(const qemb_mat *w, int p, int gated) {
-    const int first = p * panel_rows(gated);
-    return (w_panel){w, {first, first + (gated ? w->rows / 2 : 16)}};
+static w_panel panel_of(const qemb_mat *w, int p, int is_gate_up) {
+    const int first = p * panel_rows(is_gate_up);
+    return (w_panel){w, {first, first + (is_gate_up ? w->rows / 2 : 16)}};
 }
 
 static int tile_start(const matmul_job *j, int i) { return (int)((long)j->T * i / j->tiles); }
 
 /* Floats of a tile of x, a placed panel of W, with the first K columns */
-static size_t x_floats(const arithmetic *a, int K) {
+static size_t x_floats(const gemm_type *a, int K) {
     return (size_t)ceil_div(K, a->columns) * (size_t)a->x_floats;
 }
-static size_t w_floats(const arithmetic *a, int K) {
+static size_t w_floats(const gemm_type *a, int K) {
     return (size_t)ceil_div(K, a->columns) * (size_t)a->w_floats;
 }
 
 /* And of a panel that a thread makes for itself: as it would be placed, or of whole dwords */
-static size_t room_floats(const arithmetic *a) {
+static size_t room_floats(const gemm_type *a) {
     const size_t placed = w_floats(a, KC * a->per_dword), dwords = (size_t)KC * NR;
     return placed > dwords ? placed : dwords;
 }
@@ -69,49 +69,50 @@ static size_t room_floats(const arithmetic *a) {
  * columns; their pages in the map are not read again. INT8 ones that would become 16 bits or floats,
  * two and four times their size, are left in the map and packed when they are wanted. */
 
-static int is_placed(const qemb_backend *be, const qemb_mat *w) {
+static int is_repacked(const qemb_backend *be, const qemb_mat *w) {
     return (uintptr_t)w->data - (uintptr_t)be->maps[CPU_MAP_WEIGHTS] <
            be->map_bytes[CPU_MAP_WEIGHTS];
 }
 
 typedef struct {
-    const arithmetic *a;
+    const gemm_type *a;
     qemb_backend *be;
     float *to;
     const qemb_mat *w;
-    int gated, mapped;
-} placing;
+    int is_gate_up, mapped;
+} repacking;
 
-static void place_panel(const void *job, int item, int thread) {
-    const placing *p = job;
-    const w_panel panel = panel_of(p->w, item, p->gated);
+static void repack_panel(const void *job, int item, int thread) {
+    const repacking *p = job;
+    const w_panel panel = panel_of(p->w, item, p->is_gate_up);
     (void)thread;
-    p->a->of[p->w->dtype == QEMB_I8].pack_w(p->to + item * w_floats(p->a, p->w->cols), &panel, 0,
-                                            p->w->cols, (size_t)panel_rows(p->gated) * p->w->cols);
+    p->a->by_dtype[p->w->dtype == QEMB_I8].pack_w(p->to + item * w_floats(p->a, p->w->cols), &panel,
+                                                  0, p->w->cols,
+                                                  (size_t)panel_rows(p->is_gate_up) * p->w->cols);
 }
 
-static void place_matrix(qemb_mat *w, int gated, placing *p) {
+static void repack_matrix(qemb_mat *w, int is_gate_up, repacking *p) {
     const size_t rows = (size_t)w->rows, cols = (size_t)w->cols;
-    p->w = w, p->gated = gated;
-    cpu_parallel(p->be->pool, panel_count(w, gated), place_panel, p);
+    p->w = w, p->is_gate_up = is_gate_up;
+    cpu_parallel(p->be->pool, panel_count(w, is_gate_up), repack_panel, p);
     if (p->mapped) {
-        cpu_give_back(w->data, rows * cols * (w->dtype == QEMB_I8 ? 1 : sizeof(uint16_t)));
-        if (w->scale) cpu_give_back(w->scale, rows * QEMB_GROUPS(cols) * sizeof *w->scale);
+        cpu_drop_pages(w->data, rows * cols * (w->dtype == QEMB_I8 ? 1 : sizeof(uint16_t)));
+        if (w->scale) cpu_drop_pages(w->scale, rows * QEMB_GROUPS(cols) * sizeof *w->scale);
     }
     w->data = p->to;
 }
 
 /* Floats of the panels of all the layers' matrices that are placed; p: makes them, too, at p->to on */
-static size_t place_layers(const arithmetic *a, qemb_layer *layers, int n_layers, placing *p) {
+static size_t repack_layers(const gemm_type *a, qemb_layer *layers, int n_layers, repacking *p) {
     size_t floats = 0;
     for (int l = 0; l < n_layers; l++) {
         qemb_layer *y = &layers[l];
         qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
         for (int i = 0; i < 4; i++) {
-            if (!a->of[all[i]->dtype == QEMB_I8].placed) continue;
-            const int gated = all[i] == &y->wgu;
-            const size_t n = panel_count(all[i], gated) * w_floats(a, all[i]->cols);
-            if (p) place_matrix(all[i], gated, p), p->to += n;
+            if (!a->by_dtype[all[i]->dtype == QEMB_I8].repacked) continue;
+            const int is_gate_up = all[i] == &y->wgu;
+            const size_t n = panel_count(all[i], is_gate_up) * w_floats(a, all[i]->cols);
+            if (p) repack_matrix(all[i], is_gate_up, p), p->to += n;
             floats += n;
         }
         if (p && p->be->on_layer_loaded) p->be->on_layer_loaded(l + 1, n_layers);
@@ -119,16 +120,16 @@ static size_t place_layers(const arithmetic *a, qemb_layer *layers, int n_layers
     return floats;
 }
 
-size_t panels_bytes(const arithmetic *a, const qemb_weights *w, int n_layers) {
-    return sizeof(float) * place_layers(a, w->layers, n_layers, NULL);
+size_t packed_bytes(const gemm_type *a, const qemb_weights *w, int n_layers) {
+    return sizeof(float) * repack_layers(a, w->layers, n_layers, NULL);
 }
 
-int panels_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
-    placing p = {.a = be->arithmetic, .be = be, .mapped = w->mapped};
-    const size_t bytes = panels_bytes(p.a, w, be->c->n_layers);
+int packed_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+    repacking p = {.a = be->gemm_type, .be = be, .mapped = w->mapped};
+    const size_t bytes = packed_bytes(p.a, w, be->c->n_layers);
     if (!bytes) return 0;
     if (!(p.to = cpu_map(be, CPU_MAP_WEIGHTS, bytes, err))) return -1;
-    place_layers(p.a, w->layers, be->c->n_layers, &p);
+    repack_layers(p.a, w->layers, be->c->n_layers, &p);
     return 0;
 }
 
@@ -137,7 +138,7 @@ int panels_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
 static void pack_tile(const void *job, int item, int thread) {
     const matmul_job *j = job;
     (void)thread;
-    const arithmetic *a = j->be->arithmetic;
+    const gemm_type *a = j->be->gemm_type;
     const int K = j->w->cols, t = tile_start(j, item);
     a->pack_x(j->packed + item * x_floats(a, K), j->x + (size_t)t * K, tile_start(j, item + 1) - t,
               K);
@@ -146,9 +147,9 @@ static void pack_tile(const void *job, int item, int thread) {
 /* Columns k .. end-1 of W's panel p */
 typedef struct {
     int p, k, end;
-    multiply_fn *multiply;
+    microkernel *multiply;
     const float *panel;
-    const float *ahead; /* see tile_out */
+    const float *prefetch; /* see epilogue */
     /* gate_up's: (MR, NR) of the tile at hand, or of all tiles where the columns do not come all at
      * once */
     float *sums;
@@ -156,56 +157,57 @@ typedef struct {
 
 /* y, or gate_up's sums, of tile i of x: (k ? as they are : 0) + x W^T */
 static void multiply_tile(const matmul_job *j, const block *b, int i) {
-    const arithmetic *a = j->be->arithmetic;
+    const gemm_type *a = j->be->gemm_type;
     const int t = tile_start(j, i), rows = tile_start(j, i + 1) - t, n = b->p * NR;
     const int N = j->w->rows, K = j->w->cols;
     const float *x = j->packed + i * x_floats(a, K) + x_floats(a, b->k);
-    tile_out o = {.y = j->y + (size_t)t * N + n,
+    epilogue o = {.y = j->y + (size_t)t * N + n,
                   .ldy = (size_t)N,
                   .cols = min_int(NR, N - n),
                   .add = j->add || b->k,
                   .factor = j->w->alpha,
-                  .ahead = b->ahead,
-                  .ahead_floats = a->w_floats,
-                  .share = i,
-                  .shares = j->tiles};
-    if (j->gated) {
+                  .prefetch = b->prefetch,
+                  .prefetch_floats = a->w_floats,
+                  .prefetch_part = i,
+                  .prefetch_parts = j->tiles};
+    if (j->is_gate_up) {
         o.y = b->sums + (b->end - b->k < K ? i * MR * NR : 0);
         o.ldy = NR, o.cols = NR;
     }
     b->multiply(&o, rows, x, b->panel, ceil_div(b->end - b->k, a->per_dword));
     const int F = N / 2, h = b->p * 16;
-    if (j->gated && b->end == K) a->swiglu(j->y + (size_t)t * F + h, (size_t)F, rows, F - h, o.y);
+    if (j->is_gate_up && b->end == K)
+        a->swiglu(j->y + (size_t)t * F + h, (size_t)F, rows, F - h, o.y);
 }
 
 /* The block's panel: as it was placed, or made in `room` */
 static void find_panel(const matmul_job *j, block *b, float *room) {
-    const arithmetic *a = j->be->arithmetic;
+    const gemm_type *a = j->be->gemm_type;
     const int K = j->w->cols, i8 = j->w->dtype == QEMB_I8;
-    b->multiply = a->of[i8].multiply;
-    if (!a->of[i8].placed) {
-        const w_panel p = panel_of(j->w, b->p, j->gated);
+    b->multiply = a->by_dtype[i8].multiply;
+    if (!a->by_dtype[i8].repacked) {
+        const w_panel p = panel_of(j->w, b->p, j->is_gate_up);
         /* next come the following columns; after the last, the following rows */
-        const size_t ahead =
-            b->end < K ? (size_t)(b->end - b->k) : (size_t)panel_rows(j->gated) * K - b->k;
-        a->of[i8].pack_w(room, &p, b->k, b->end, ahead);
+        const size_t prefetch_distance =
+            b->end < K ? (size_t)(b->end - b->k) : (size_t)panel_rows(j->is_gate_up) * K - b->k;
+        a->by_dtype[i8].pack_w(room, &p, b->k, b->end, prefetch_distance);
         b->panel = room;
         return;
     }
     b->panel = (const float *)j->w->data + b->p * w_floats(a, K) + w_floats(a, b->k);
-    b->ahead = b->panel + w_floats(a, b->end - b->k);
-    if (a->widen && !j->few) {
-        a->widen(room, b->panel, b->end - b->k);
-        b->panel = room, b->multiply = a->of[1].multiply;
+    b->prefetch = b->panel + w_floats(a, b->end - b->k);
+    if (a->panel_f16_to_f32 && !j->few) {
+        a->panel_f16_to_f32(room, b->panel, b->end - b->k);
+        b->panel = room, b->multiply = a->by_dtype[1].multiply;
     }
 }
 
 static void multiply_panels(const void *job, int item, int thread) {
     const matmul_job *j = job;
-    const int columns = KC * j->be->arithmetic->per_dword, K = j->w->cols;
-    const int last = min_int((item + 1) * j->panels, panel_count(j->w, j->gated));
+    const int columns = KC * j->be->gemm_type->per_dword, K = j->w->cols;
+    const int last = min_int((item + 1) * j->panels, panel_count(j->w, j->is_gate_up));
     float *room = j->be->scratch + (size_t)thread * j->be->scratch_floats;
-    block b = {.p = item * j->panels, .sums = room + room_floats(j->be->arithmetic)};
+    block b = {.p = item * j->panels, .sums = room + room_floats(j->be->gemm_type)};
     for (; b.p < last; b.p++)
         for (b.k = 0; b.k < K; b.k = b.end) {
             b.end = min_int(K, b.k + columns);
@@ -214,13 +216,13 @@ static void multiply_panels(const void *job, int item, int thread) {
         }
 }
 
-/* y (T, N) = (add ? y : 0) + alpha x W^T, or gated: y (T, N/2) */
+/* y (T, N) = (add ? y : 0) + alpha x W^T, or is_gate_up: y (T, N/2) */
 static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_mat *w, int T,
-                       int add, int gated) {
+                       int add, int is_gate_up) {
     assert(w->dtype == QEMB_F16 || (w->dtype == QEMB_I8 && w->scale));
-    assert(!be->arithmetic->of[w->dtype == QEMB_I8].placed || is_placed(be, w));
-    const int panels = panel_count(w, gated), chunks = ceil_div(T, X_TILES * MR);
-    matmul_job j = {.be = be, .w = w, .add = add, .gated = gated, .packed = be->packed};
+    assert(!be->gemm_type->by_dtype[w->dtype == QEMB_I8].repacked || is_repacked(be, w));
+    const int panels = panel_count(w, is_gate_up), chunks = ceil_div(T, X_TILES * MR);
+    matmul_job j = {.be = be, .w = w, .add = add, .is_gate_up = is_gate_up, .packed = be->packed};
     for (int i = 0; i < chunks; i++) {
         const int t = (int)((long)T * i / chunks);
         j.T = (int)((long)T * (i + 1) / chunks) - t;
@@ -231,33 +233,33 @@ static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_ma
         j.panels =
             max_int(1, min_int(j.few ? panels : ITEM_TILES / j.tiles, panels / (4 * be->threads)));
         j.x = x + (size_t)t * w->cols;
-        j.y = y + (size_t)t * (gated ? w->rows / 2 : w->rows);
+        j.y = y + (size_t)t * (is_gate_up ? w->rows / 2 : w->rows);
         cpu_parallel(be->pool, j.tiles, pack_tile, &j);
         cpu_parallel(be->pool, ceil_div(panels, j.panels), multiply_panels, &j);
     }
 }
 
-void panels_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w, int T) {
+void packed_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w, int T) {
     matmul_all(be, (float *)y, (const float *)x, w, T, 0, 0);
 }
 
-void panels_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w, int T) {
+void packed_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w, int T) {
     matmul_all(be, x, (const float *)a, w, T, 1, 0);
 }
 
-void panels_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
+void packed_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
                     const qemb_mat *w, int T) {
     (void)gu;
     matmul_all(be, (float *)h, (const float *)x, w, T, 0, 1);
 }
 
-int panels_open(qemb_backend **be, const arithmetic *a, const cpu_kernels *kernels,
+int packed_open(qemb_backend **be, const gemm_type *a, const cpu_kernels *kernels,
                 const qemb_config *c, const qemb_options *opt, qemb_err *err) {
     const int widest = max_int(max_int(c->hidden, c->n_heads * c->head_dim), c->ffn);
     if (simd_open(be, c, opt, kernels, room_floats(a) + X_TILES * MR * NR,
                   X_TILES * x_floats(a, widest), err))
         return -1;
-    (*be)->arithmetic = a;
+    (*be)->gemm_type = a;
     return 0;
 }
 

@@ -153,17 +153,17 @@ uint8_t *make_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, do
     return w.data;
 }
 
-void load_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *gated) {
+void load_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *gate_up) {
     qemb_layer layer = {.wo = *w};
     qemb_weights weights = {.layers = &layer};
     qemb_err err;
-    if (gated) layer.wgu = *gated;
+    if (gate_up) layer.wgu = *gate_up;
     if (op->load_weights(be, &weights, &err)) {
         fprintf(stderr, "%s\n", err.msg);
         abort();
     }
     *w = layer.wo;
-    if (gated) *gated = layer.wgu;
+    if (gate_up) *gate_up = layer.wgu;
 }
 
 void write_temporary(char *path, const void *data, size_t bytes) {

@@ -24,9 +24,9 @@ double rng_uniform(rng *r); /* -1 .. 1 */
 void rng_floats(rng *r, float *x, size_t n, double scale);
 void rng_halves(rng *r, uint16_t *x, size_t n, double scale); /* normal halves, scale <= 1 */
 
-/* Makes *w (not NULL) what op's matmul wants and *gated (or NULL) what its gate_up wants: places them as
+/* Makes *w (not NULL) what op's matmul wants and *gate_up (or NULL) what its gate_up wants: places them as
  * a model of one layer with nothing else. Once for each backend, opened for a config of one layer. */
-void load_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *gated);
+void load_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *gate_up);
 
 /* The bytes of a valid .qemb of this config with random weights; malloc'ed, *bytes long. The
  * tokenizer has the 256 bytes, one merge ("a" "b" -> 256) and one added token, "<eos>" = eos_id.
