@@ -33,7 +33,7 @@ BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main http listen api model_worker queue cache redis metrics log buffer vector) $(SHARED)
 TESTS   := embed_text model_file format input model ops serve_cache serve_queue simd tokenizer
 FUZZERS := file jsonl request tokenizer
-TESTED  := $(patsubst %,frontends/%,console format input server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
+TESTED  := $(patsubst %,tests/unit/%,oracle support exp_avx2 exp_avx512) $(patsubst %,frontends/%,console format input server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
 
 VENV      := .venv
@@ -91,7 +91,7 @@ build/$(1)/qemb: $$(patsubst %,build/$(1)/%.o,$(FRONT) $(BACKEND) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$(SERVE) $(BACKEND) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
-build/$(1)/test_%: build/$(1)/tests/unit/test_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/oracle tests/unit/support $(TESTED) $(ENGINE))
+build/$(1)/test_%: build/$(1)/tests/unit/test_%.o $$(patsubst %,build/$(1)/%.o,$(TESTED) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
 build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/limits bench/vendor_gemm frontends/select_ops frontends/format $(BACKEND) $(ENGINE))
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@

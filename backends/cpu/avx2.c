@@ -9,17 +9,12 @@
  */
 #include "cpu.h"
 
-#include <string.h>
-
 #if defined(__x86_64__)
 
-#include <assert.h>
-#include <immintrin.h>
-#include <math.h>
+#include "avx2.h"
 
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
-/* A template: the caller passes constants, and loops over them unroll into registers. */
-#define TEMPLATE static inline __attribute__((always_inline)) AVX2
+#include <assert.h>
+#include <string.h>
 
 enum {
     MR = 6,          /* rows of x and ... */
@@ -34,54 +29,6 @@ enum {
 
 static float *f32(qemb_act *a) { return (float *)a; }
 static const float *cf32(const qemb_act *a) { return (const float *)a; }
-
-/* ---- exp --------------------------------------------------------------------------------------
- * exp(x) = 2^n exp(r), n = round(x / ln 2), |r| < 0.3467. Error of exp(r), in units of 2^-24 with
- * exp(r) between 0.707 and 1.415: the Taylor polynomial of degree 7 leaves out r^8/8! + ...: 0.1;
- * n times the first part of ln 2 and the difference from it are exact, r's other rounding: 0.25
- * exp(r); Horner's last step 1 where exp(r) >= 1 (an ulp is then 2), else 0.5 (an ulp is 1); the
- * step before it 0.35 times 1 or 0.5; the ones before 0.1. Below an ulp on either side. */
-TEMPLATE __m256 exp8(__m256 x) {
-    const __m256 top = _mm256_set1_ps(88.72283f), bottom = _mm256_set1_ps(-87.33654f);
-    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(0x1.715476p+0f)),
-                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    /* ln 2 in two parts; the first has 9 bits, so that n times it is exact */
-    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0x1.63p-1f), x);
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-0x1.bd0106p-13f), r);
-    __m256 p = _mm256_set1_ps((float)(1.0 / 5040));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps((float)(1.0 / 720)));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps((float)(1.0 / 120)));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps((float)(1.0 / 24)));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps((float)(1.0 / 6)));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1));
-    const __m256i scale = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
-    p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), scale));
-    p = _mm256_andnot_ps(_mm256_cmp_ps(x, bottom, _CMP_LT_OQ), p);
-    /* NaN comes this far by itself: its n converts to 2^31, and that times 2^23 is 0 */
-    return _mm256_blendv_ps(p, _mm256_set1_ps(INFINITY), _mm256_cmp_ps(x, top, _CMP_GT_OQ));
-}
-
-/* The first n of 8 numbers at p, zeros after them; and the other way round. */
-TEMPLATE __m256i first(int n) {
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-
-TEMPLATE __m256 load_first(const float *p, int n) {
-    return n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, first(n));
-}
-
-TEMPLATE void store_first(float *p, __m256 v, int n) {
-    if (n >= 8)
-        _mm256_storeu_ps(p, v);
-    else
-        _mm256_maskstore_ps(p, first(n), v);
-}
-
-AVX2 void avx2_exp(float *y, const float *x, int n) {
-    for (int i = 0; i < n; i += 8) store_first(y + i, exp8(load_first(x + i, n - i)), n - i);
-}
 
 /* ---- embed ------------------------------------------------------------------------------------ */
 
@@ -427,12 +374,11 @@ typedef struct {
         groups; /* an item is rows of x times panels of W, of `groups` of these */
 } matmul_job;
 
-static void matmul_part(const void *job, int item, int thread) {
+static void matmul_part(const void *job, work_item item) {
     const matmul_job *j = job;
-    const int t = item / j->groups * j->rows, N = j->w->rows, p = item % j->groups * j->panels;
+    const int t = item.i / j->groups * j->rows, N = j->w->rows, p = item.i % j->groups * j->panels;
     const int end = min_int(p + j->panels, ceil_div(N, NR));
     epilogue o = {j->y + (size_t)t * N, (size_t)N, 0, j->add, j->w->alpha};
-    (void)thread;
     if (j->T > FEW_ROWS) {
         matmul_item(o, min_int(j->rows, j->T - t), j->x + (size_t)t * j->w->cols, j->w, p * NR,
                     end - p);

@@ -11,10 +11,6 @@
 
 enum { ATTENTION_ROWS = 512 }; /* keys and values are brought in form once for so many */
 
-AVX512 void avx512_exp(float *y, const float *x, int n) {
-    for (int i = 0; i < n; i += 16) store_first(y + i, exp16(load_first(x + i, n - i)), n - i);
-}
-
 /* ---- rows ------------------------------------------------------------------------------------- */
 
 AVX512 static void half_row(float *y, const uint16_t *x, int n) {

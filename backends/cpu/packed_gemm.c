@@ -82,12 +82,11 @@ typedef struct {
     int is_gate_up, mapped;
 } repacking;
 
-static void repack_panel(const void *job, int item, int thread) {
+static void repack_panel(const void *job, work_item item) {
     const repacking *p = job;
-    const w_panel panel = panel_of(p->w, item, p->is_gate_up);
-    (void)thread;
-    p->a->by_dtype[p->w->dtype == QEMB_I8].pack_w(p->to + item * w_floats(p->a, p->w->cols), &panel,
-                                                  0, p->w->cols,
+    const w_panel panel = panel_of(p->w, item.i, p->is_gate_up);
+    p->a->by_dtype[p->w->dtype == QEMB_I8].pack_w(p->to + item.i * w_floats(p->a, p->w->cols),
+                                                  &panel, 0, p->w->cols,
                                                   (size_t)panel_rows(p->is_gate_up) * p->w->cols);
 }
 
@@ -106,11 +105,11 @@ static void repack_matrix(qemb_mat *w, int is_gate_up, repacking *p) {
 static size_t repack_layers(const gemm_type *a, qemb_layer *layers, int n_layers, repacking *p) {
     size_t floats = 0;
     for (int l = 0; l < n_layers; l++) {
-        qemb_layer *y = &layers[l];
-        qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
-        for (int i = 0; i < 4; i++) {
+        qemb_mat *all[QEMB_LAYER_MATRICES];
+        qemb_layer_matrices(&layers[l], all);
+        for (int i = 0; i < QEMB_LAYER_MATRICES; i++) {
             if (!a->by_dtype[all[i]->dtype == QEMB_I8].repacked) continue;
-            const int is_gate_up = all[i] == &y->wgu;
+            const int is_gate_up = all[i] == &layers[l].wgu;
             const size_t n = panel_count(all[i], is_gate_up) * w_floats(a, all[i]->cols);
             if (p) repack_matrix(all[i], is_gate_up, p), p->to += n;
             floats += n;
@@ -135,13 +134,12 @@ int packed_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
 
 /* ---- the products */
 
-static void pack_tile(const void *job, int item, int thread) {
+static void pack_tile(const void *job, work_item item) {
     const matmul_job *j = job;
-    (void)thread;
     const gemm_type *a = j->be->gemm_type;
-    const int K = j->w->cols, t = tile_start(j, item);
-    a->pack_x(j->packed + item * x_floats(a, K), j->x + (size_t)t * K, tile_start(j, item + 1) - t,
-              K);
+    const int K = j->w->cols, t = tile_start(j, item.i);
+    a->pack_x(j->packed + item.i * x_floats(a, K), j->x + (size_t)t * K,
+              tile_start(j, item.i + 1) - t, K);
 }
 
 /* Columns k .. end-1 of W's panel p */
@@ -202,12 +200,12 @@ static void find_panel(const matmul_job *j, block *b, float *room) {
     }
 }
 
-static void multiply_panels(const void *job, int item, int thread) {
+static void multiply_panels(const void *job, work_item item) {
     const matmul_job *j = job;
     const int columns = KC * j->be->gemm_type->per_dword, K = j->w->cols;
-    const int last = min_int((item + 1) * j->panels, panel_count(j->w, j->is_gate_up));
-    float *room = j->be->scratch + (size_t)thread * j->be->scratch_floats;
-    block b = {.p = item * j->panels, .sums = room + room_floats(j->be->gemm_type)};
+    const int last = min_int((item.i + 1) * j->panels, panel_count(j->w, j->is_gate_up));
+    float *room = j->be->scratch + (size_t)item.thread * j->be->scratch_floats;
+    block b = {.p = item.i * j->panels, .sums = room + room_floats(j->be->gemm_type)};
     for (; b.p < last; b.p++)
         for (b.k = 0; b.k < K; b.k = b.end) {
             b.end = min_int(K, b.k + columns);

@@ -1,5 +1,5 @@
-/* row_ops.c - what the CPU's vector tables share: the threads, the ops that go row by row, and how
- * attention is cut into blocks. The arithmetic of one row or block is each table's: cpu_kernels.
+/* row_ops.c - ops that compute row by row, and how attention is cut into blocks, for the vector tables.
+ * The instructions for one row or one block are each table's: cpu_kernels.
  */
 #include "cpu.h"
 
@@ -15,106 +15,91 @@
 static float *f32(qemb_act *a) { return (float *)a; }
 static const float *cf32(const qemb_act *a) { return (const float *)a; }
 
-/* What an op on rows works on; an item is `chunk` of them. */
-typedef struct {
+/* ---- ops by rows ------------------------------------------------------------------------------- */
+
+/* An op on T rows; an item is `chunk` of them, and `rows` computes rows first .. end-1. */
+typedef struct rows_job {
     const qemb_backend *be;
+    void (*rows)(const struct rows_job *j, int first, int end);
+    int T, chunk;
     float *y;
     const float *x, *w, *w2;
     const qemb_mat *table;
     const qemb_packed_batch *b;
-    int T, chunk;
 } rows_job;
 
-static void for_rows(const rows_job *j, cpu_item run) {
-    cpu_parallel(j->be->pool, ceil_div(j->T, j->chunk), run, j);
+static void run_rows(const void *job, work_item item) {
+    const rows_job *j = job;
+    j->rows(j, item.i * j->chunk, min_int(j->T, (item.i + 1) * j->chunk));
 }
 
-static int end_row(const rows_job *j, int item) { return min_int(j->T, (item + 1) * j->chunk); }
+static void for_rows(const rows_job *j) {
+    cpu_parallel(j->be->pool, ceil_div(j->T, j->chunk), run_rows, j);
+}
 
-/* ---- embed -------------------------------------------------------------------------------------- */
-
-static void embed_rows(const void *job, int item, int thread) {
-    const rows_job *j = job;
-    const int D = j->be->c->hidden;
-    (void)thread;
-    for (int t = item * j->chunk; t < end_row(j, item); t++) {
+static void embed_rows(const rows_job *j, int first, int end) {
+    const size_t D = (size_t)j->be->c->hidden;
+    for (int t = first; t < end; t++) {
         const int32_t id = j->b->tokens[t];
         assert(id >= 0 && id < j->table->rows);
-        j->be->kernels->half(j->y + (size_t)t * D,
-                             (const uint16_t *)j->table->data + (size_t)id * D, D);
+        j->be->kernels->half(j->y + t * D, (const uint16_t *)j->table->data + id * D, (int)D);
     }
 }
 
 void simd_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_packed_batch *b) {
-    for_rows(&(rows_job){.be = be, .y = x, .table = tok_emb, .b = b, .T = b->T, .chunk = 64},
-             embed_rows);
+    for_rows(&(rows_job){be, embed_rows, b->T, 64, .y = x, .table = tok_emb, .b = b});
 }
 
-/* ---- rmsnorm, pool ------------------------------------------------------------------------------ */
-
-static void rmsnorm_rows(const void *job, int item, int thread) {
-    const rows_job *j = job;
-    const int D = j->be->c->hidden;
-    (void)thread;
-    for (int t = item * j->chunk; t < end_row(j, item); t++)
-        j->be->kernels->rmsnorm(j->y + (size_t)t * D, j->x + (size_t)t * D, j->w, D,
-                                j->be->c->rms_eps);
+static void rmsnorm_rows(const rows_job *j, int first, int end) {
+    const size_t D = (size_t)j->be->c->hidden;
+    for (int t = first; t < end; t++)
+        j->be->kernels->rmsnorm(j->y + t * D, j->x + t * D, j->w, (int)D, j->be->c->rms_eps);
 }
 
 void simd_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T) {
-    for_rows(&(rows_job){.be = be, .y = f32(y), .x = x, .w = w, .T = T, .chunk = 16}, rmsnorm_rows);
+    for_rows(&(rows_job){be, rmsnorm_rows, T, 16, .y = f32(y), .x = x, .w = w});
 }
 
 void simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
     simd_rmsnorm(be, (qemb_act *)out, x, w, B);
 }
 
-/* ---- qknorm_rope -------------------------------------------------------------------------------- */
-
-static void qknorm_rope_rows(const void *job, int item, int thread) {
-    const rows_job *j = job;
+static void qknorm_rope_rows(const rows_job *j, int first, int end) {
     const qemb_config *c = j->be->c;
-    const cpu_kernels *f = j->be->kernels;
     const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim;
-    (void)thread;
-    for (int t = item * j->chunk; t < end_row(j, item); t++) {
+    for (int t = first; t < end; t++) {
         const float *cosines = j->be->rope + (size_t)j->b->pos[t] * hd, *sines = cosines + hd / 2;
         float *head = j->y + (size_t)t * (H + 2 * K) * hd;
         for (int h = 0; h < H + K; h++, head += hd)
-            f->norm_rotate(head, h < H ? j->w : j->w2, cosines, sines, hd / 2, c->rms_eps);
+            j->be->kernels->norm_rotate(head, h < H ? j->w : j->w2, cosines, sines, hd / 2,
+                                        c->rms_eps);
     }
 }
 
 void simd_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm, const float *k_norm,
                       const qemb_packed_batch *b) {
-    for_rows(
-        &(rows_job){
-            .be = be, .y = f32(qkv), .w = q_norm, .w2 = k_norm, .b = b, .T = b->T, .chunk = 8},
-        qknorm_rope_rows);
+    for_rows(&(rows_job){be, qknorm_rope_rows, b->T, 8, .y = f32(qkv), .w = q_norm, .w2 = k_norm,
+                         .b = b});
 }
 
-/* ---- swiglu ------------------------------------------------------------------------------------- */
-
-static void swiglu_rows(const void *job, int item, int thread) {
-    const rows_job *j = job;
+static void swiglu_rows(const rows_job *j, int first, int end) {
     const size_t F = (size_t)j->be->c->ffn;
-    (void)thread;
-    for (int t = item * j->chunk; t < end_row(j, item); t++)
+    for (int t = first; t < end; t++)
         j->be->kernels->swiglu(j->y + t * F, j->x + 2 * t * F, j->x + (2 * t + 1) * F, (int)F);
 }
 
 void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T) {
-    for_rows(&(rows_job){.be = be, .y = f32(h), .x = cf32(gu), .T = T, .chunk = 4}, swiglu_rows);
+    for_rows(&(rows_job){be, swiglu_rows, T, 4, .y = f32(h), .x = cf32(gu)});
 }
 
 /* ---- attention ---------------------------------------------------------------------------------- */
 
-/* Tokens of a block; all its rows are this times G. */
+/* Tokens of a block. Its rows are tokens x G. */
 static int block_tokens(const qemb_config *c, const cpu_kernels *f) {
     return max_int(1, f->attention_rows / (c->n_heads / c->n_kv_heads));
 }
 
-/* Queries take up to a register tile's rows more. */
+/* Queries are packed in whole register tiles, of up to 16 rows more. */
 static size_t attention_floats(const qemb_config *c, const cpu_kernels *f) {
     const size_t R = (size_t)block_tokens(c, f) * (size_t)(c->n_heads / c->n_kv_heads);
     const size_t hd = (size_t)c->head_dim, hdp = (size_t)ceil_div(c->head_dim, CPU_PAD) * CPU_PAD;
@@ -150,19 +135,20 @@ typedef struct {
     int last_only, windows;
 } attention_job;
 
-/* Segment i of the batch: 0 is the shared prefix, which attends to itself, i is text i-1. An item is
- * a kv head and a window of rows: all blocks that begin in it. The last windows come first: in a
- * long text they have the most keys, and what is begun late should be short. */
-static void attention_part(const void *job, int item, int thread) {
+/* An item is one kv head and one window of rows: it computes all blocks that begin in the window.
+ * Segment 0 of the batch is the shared prefix, which attends to itself; segment i is text i-1. The last
+ * windows are computed first, because in a long text they have the most keys: the items that are left
+ * at the end are then short. */
+static void attention_part(const void *job, work_item item) {
     const attention_job *j = job;
     const qemb_packed_batch *b = j->b;
     const int K = j->be->c->n_kv_heads, tokens = block_tokens(j->be->c, j->be->kernels);
     const size_t ld_att = (size_t)j->be->c->n_heads * j->be->c->head_dim;
-    const int begin = (j->windows - 1 - item / K) * tokens, end = begin + tokens;
+    const int begin = (j->windows - 1 - item.i / K) * tokens, end = begin + tokens;
     attention_tile w;
-    attention_setup(&w, j->be, j->qkv, item % K, thread);
+    attention_setup(&w, j->be, j->qkv, item.i % K, item.thread);
     if (j->last_only) {
-        const int i = item / K, n = b->cu[i + 1] - b->cu[i];
+        const int i = item.i / K, n = b->cu[i + 1] - b->cu[i];
         w.prefix = b->P, w.own = b->cu[i];
         j->be->kernels->attention(&w, j->att + i * ld_att + w.q_col, ld_att, b->P + n - 1, 1);
         return;

@@ -22,7 +22,7 @@ struct cpu_pool {
     atomic_int inside; /* helpers at work on the current job */
     atomic_int next;   /* item to take */
     int open, sleeping, quit, items, n;
-    cpu_item run;
+    cpu_work *run;
     const void *job;
     struct helper {
         struct cpu_pool *pool;
@@ -34,7 +34,8 @@ struct cpu_pool {
 enum { SPINS = 1000 }; /* about 20 microseconds: the pause between two ops, but not a text's wait */
 
 static void take_items(struct cpu_pool *p, int thread) {
-    for (int i; (i = atomic_fetch_add(&p->next, 1)) < p->items;) p->run(p->job, i, thread);
+    for (int i; (i = atomic_fetch_add(&p->next, 1)) < p->items;)
+        p->run(p->job, (work_item){i, thread});
 }
 
 static void *helper_main(void *arg) {
@@ -60,9 +61,9 @@ static void *helper_main(void *arg) {
     return NULL;
 }
 
-void cpu_parallel(struct cpu_pool *p, int items, cpu_item run, const void *job) {
+void cpu_parallel(struct cpu_pool *p, int items, cpu_work *run, const void *job) {
     if (!p || items == 1) {
-        for (int i = 0; i < items; i++) run(job, i, 0);
+        for (int i = 0; i < items; i++) run(job, (work_item){i, 0});
         return;
     }
     pthread_mutex_lock(&p->lock);

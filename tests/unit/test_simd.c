@@ -1,6 +1,6 @@
 /* test_simd.c - what only the CPU tables with vector instructions have. Their ops are tested with
  * all others, in test_ops.c and test_model.c. */
-#include "backends/cpu/cpu.h"
+#include "exp.h"
 #include "oracle.h"
 #include "support.h"
 
