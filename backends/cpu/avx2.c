@@ -30,7 +30,7 @@ enum {
 static float *f32(qemb_act *a) { return (float *)a; }
 static const float *cf32(const qemb_act *a) { return (const float *)a; }
 
-/* ---- embed ------------------------------------------------------------------------------------ */
+/* ---- embed ----------------------------------------------------------------------------------- */
 
 AVX2 static void half_row(float *y, const uint16_t *x, int n) {
     int i = 0;
@@ -39,7 +39,7 @@ AVX2 static void half_row(float *y, const uint16_t *x, int n) {
     for (; i < n; i++) y[i] = _cvtsh_ss(x[i]);
 }
 
-/* ---- rmsnorm ---------------------------------------------------------------------------------- */
+/* ---- rmsnorm --------------------------------------------------------------------------------- */
 
 /* 1 / sqrt(mean(x^2) + eps) of one row, summed in double */
 TEMPLATE float rms_scale(const float *x, int n, float eps) {
@@ -65,7 +65,7 @@ AVX2 static void rmsnorm_row(float *y, const float *x, const float *w, int n, fl
     }
 }
 
-/* ---- matmul: y = alpha x W^T ------------------------------------------------------------------
+/* ---- matmul: y = alpha x W^T --------------------------------------------------------------------
  * A panel is NR rows of W, KC columns of them, as floats, the k-th numbers of all rows together.
  * A register tile multiplies up to MR rows of x with it: per column two loads and MR broadcasts
  * feed 2 MR multiply-adds of 8, which keeps both FMA units busy. A work item is GROUP panels by up
@@ -411,7 +411,7 @@ static void avx2_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const
     matmul_all(be, x, cf32(a), w, T, 1);
 }
 
-/* ---- qknorm_rope ------------------------------------------------------------------------------ */
+/* ---- qknorm_rope ----------------------------------------------------------------------------- */
 
 AVX2 static void norm_rotate(float *head, const float *w, const float *cosines, const float *sines,
                              int half, float eps) {
@@ -428,7 +428,7 @@ AVX2 static void norm_rotate(float *head, const float *w, const float *cosines, 
     }
 }
 
-/* ---- attention --------------------------------------------------------------------------------
+/* ---- attention ----------------------------------------------------------------------------------
  * A block is some tokens of one text with the G query heads of one kv head. It walks over the keys in tiles with a running maximum and sum, as qemb.c's does. Keys of a tile are packed as
  * matmul's panels are (NR keys, their d-th numbers together), values as NR dimensions of one key
  * after the other, so that sweep multiplies both. What lies above the diagonal is skipped by whole
@@ -577,7 +577,7 @@ AVX2 static void attention_block(const attention_tile *w, float *att, size_t ld_
     }
 }
 
-/* ---- gate_up ---------------------------------------------------------------------------------- */
+/* ---- gate_up --------------------------------------------------------------------------------- */
 
 AVX2 static void swiglu_row(float *h, const float *gate, const float *up, int n) {
     const __m256 one = _mm256_set1_ps(1);
@@ -594,7 +594,7 @@ static void avx2_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb
     simd_swiglu(be, h, gu, T);
 }
 
-/* ---- the table -------------------------------------------------------------------------------- */
+/* ---- the table ------------------------------------------------------------------------------- */
 
 static int avx2_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
                      qemb_err *err) {

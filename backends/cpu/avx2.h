@@ -25,7 +25,7 @@ TEMPLATE void store_first(float *p, __m256 v, int n) {
         _mm256_maskstore_ps(p, first(n), v);
 }
 
-/* ---- exp --------------------------------------------------------------------------------------
+/* ---- exp ----------------------------------------------------------------------------------------
  * exp(x) = 2^n exp(r), n = round(x / ln 2), |r| < 0.3467. Error of exp(r), in units of 2^-24 with
  * exp(r) between 0.707 and 1.415: the Taylor polynomial of degree 7 leaves out r^8/8! + ...: 0.1;
  * n times the first part of ln 2 and the difference from it are exact, r's other rounding: 0.25

@@ -11,7 +11,7 @@
 
 enum { ATTENTION_ROWS = 512 }; /* keys and values are brought in form once for so many */
 
-/* ---- rows ------------------------------------------------------------------------------------- */
+/* ---- rows ------------------------------------------------------------------------------------ */
 
 AVX512 static void half_row(float *y, const uint16_t *x, int n) {
     for (int i = 0; i < n; i += 16)
@@ -58,7 +58,8 @@ AVX512 static void norm_rotate(float *head, const float *w, const float *cosines
     }
 }
 
-/* silu(g) u. What is rounded to 8 bits afterwards may err by 2^-13: of exp 2^-14.5, of rcp 2^-14. */
+/* silu(g) u. What is rounded to 8 bits afterwards may err by 2^-13: of exp 2^-14.5, of rcp
+ * 2^-14. */
 TEMPLATE __m512 swiglu16(int rough, __m512 g, __m512 u) {
     const __m512 minus = _mm512_sub_ps(_mm512_setzero_ps(), g), one = _mm512_set1_ps(1);
     const __m512 below = _mm512_add_ps(one, rough ? exp16_rough(minus) : exp16(minus));
@@ -78,14 +79,14 @@ TILE(tile_f16, F32, HALVES, 1, MR)
 TILE(tile_f32, F32, DWORDS, 1, MR)
 TILE(tile_bf16, BF16, DWORDS, 1, MR)
 
-/* Integers come in groups of 64 columns, each with a scale per row. Of x: dwords (n, MR), bytes with
- * 128 added, then scales (MR). Of W: scales (NR), of bytes -128 times the sums of the group's (NR),
- * which takes x's 128 out again, then dwords (n, NR). Sums of a group are exact.
+/* Integers come in groups of 64 columns, each with a scale per row. Of x: dwords (n, MR), bytes
+ * with 128 added, then scales (MR). Of W: scales (NR), of bytes -128 times the sums of the group's
+ * (NR), which takes x's 128 out again, then dwords (n, NR). Sums of a group are exact.
  *
  * Of 8 bits a group's largest magnitude becomes 127. Of 16 bits it may become INT16_MOST, but the
- * group's length only GROUP_LENGTH: no sum of x times W can pass 2^31 (Cauchy and Schwarz), rounding
- * included, which adds 4 to a length. Of W the scale is a power of two then: a half whose integer is
- * 1024 or more stays what it is. */
+ * group's length only GROUP_LENGTH: no sum of x times W can pass 2^31 (Cauchy and Schwarz),
+ * rounding included, which adds 4 to a length. Of W the scale is a power of two then: a half whose
+ * integer is 1024 or more stays what it is. */
 enum {
     GROUP = 64,
     GROUP_LENGTH = 46330,
@@ -172,8 +173,8 @@ TEMPLATE __m512 to_bf16(__m512 lo, __m512 hi) {
     return v;
 }
 
-/* Of INT8 the same rows' scales, of group g in scale[g % 16]: 16 groups of each are loaded where they
- * begin, or at the first column, k0. */
+/* Of INT8 the same rows' scales, of group g in scale[g % 16]: 16 groups of each are loaded where
+ * they begin, or at the first column, k0. */
 TEMPLATE void next_scales(float scale[16][16], const qemb_mat *w, int n, int k, int k0) {
     const int groups = QEMB_GROUPS(w->cols), g = k / QEMB_GROUP / 16 * 16;
     if (k > k0 && k % (16 * QEMB_GROUP)) return;
@@ -523,7 +524,7 @@ static const gemm_type int8 = {
     .by_dtype = {{1, pack_int8_f16, tile_int8}, {1, pack_int8_i8, tile_int8}},
     .swiglu = swiglu_8bit};
 
-/* ---- the tables ------------------------------------------------------------------------------- */
+/* ---- the tables ------------------------------------------------------------------------------ */
 
 #define KERNELS(name, attention)                                                                   \
     static const cpu_kernels name = {ATTENTION_ROWS, half_row,   rmsnorm_row,                      \

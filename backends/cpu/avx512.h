@@ -22,7 +22,7 @@ TEMPLATE __mmask16 first16(int n) {
 TEMPLATE __m512 load_first(const float *p, int n) { return _mm512_maskz_loadu_ps(first16(n), p); }
 TEMPLATE void store_first(float *p, __m512 v, int n) { _mm512_mask_storeu_ps(p, first16(n), v); }
 
-/* ---- exp --------------------------------------------------------------------------------------
+/* ---- exp ----------------------------------------------------------------------------------------
  * As avx2.c's, with its bound of one ulp: exp(x) = 2^n exp(r), a polynomial of degree 7. */
 
 /* p 2^n, both normal. On Zen 4 scalef takes the time of two multiplications, this of none. */
@@ -51,8 +51,8 @@ TEMPLATE __m512 exp16(__m512 x) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ), p);
 }
 
-/* exp(x), between the limits exp(-86) and exp(87), for what is rounded to 8 bits or added to many: a
- * polynomial of degree 4 errs by 0.35^5 / 5! = 2^-14.5. NaN passes. */
+/* exp(x), between the limits exp(-86) and exp(87), for what is rounded to 8 bits or added to many:
+ * a polynomial of degree 4 errs by 0.35^5 / 5! = 2^-14.5. NaN passes. */
 TEMPLATE __m512 exp16_rough(__m512 x) {
     x = _mm512_min_ps(_mm512_set1_ps(87), _mm512_max_ps(_mm512_set1_ps(-86), x));
     const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)));
@@ -65,7 +65,7 @@ TEMPLATE __m512 exp16_rough(__m512 x) {
     return times_2_to(p, whole);
 }
 
-/* ---- register tiles ---------------------------------------------------------------------------
+/* ---- register tiles -----------------------------------------------------------------------------
  * Whatever is multiplied, it comes in dwords along K: one float, two bfloat16 or integers of 16 bits,
  * or four bytes of x, and of W likewise. A panel is NR rows of W, their k-th dwords together. Per
  * dword two loads of W and `rows` broadcasts of x feed 2 x rows multiply-adds. */
@@ -112,7 +112,8 @@ TEMPLATE void tile(dword_of of, panel_kind kind, __m512 (*acc)[2], int rows, con
     }
 }
 
-/* No branch may depend on i: compilers would keep the sums in memory for it, throughout the tile. */
+/* No branch may depend on i: compilers would keep the sums in memory for it, throughout the
+ * tile. */
 TEMPLATE void tile_write(const epilogue *o, int own_factor, int rows, __m512 (*acc)[2], int add) {
     const __mmask16 m0 = first16(o->cols), m1 = first16(o->cols - 16);
     UNROLL

@@ -1,15 +1,15 @@
 /* avx512_attention.c - attention with AVX-512, of floats and of 16 bit integers.
  *
  * As avx2.c's: a block walks over the keys in tiles with a running maximum and sum, multiplying
- * dwords as the matmul does; scores, their softmax and all sums are float. Keys of a tile are panels
- * (NR keys, their d-th dwords together), queries tiles of MR rows (dwords, MR). Values are panels of
- * NR dimensions, of one key or two per dword, and weights rows of CPU_KEYS numbers. What lies above
- * the diagonal is skipped by whole register tiles: its weights are zeros, and adding those changes
- * nothing.
+ * dwords as the matmul does; scores, their softmax and all sums are float. Keys of a tile are
+ * panels (NR keys, their d-th dwords together), queries tiles of MR rows (dwords, MR). Values are
+ * panels of NR dimensions, of one key or two per dword, and weights rows of CPU_KEYS numbers. What
+ * lies above the diagonal is skipped by whole register tiles: its weights are zeros, and adding
+ * those changes nothing.
  *
- * A dword is a float, or two integers of 16 bits: twice the speed, with more of a number's bits than
- * bfloat16 keeps. Each query and key is scaled to a length of INT16_LENGTH, so that no product of
- * two can pass 2^30 (Cauchy and Schwarz), and each value to a largest magnitude of VALUE_MOST. A
+ * A dword is a float, or two integers of 16 bits: twice the speed, with more of a number's bits
+ * than bfloat16 keeps. Each query and key is scaled to a length of INT16_LENGTH, so that no product
+ * of two can pass 2^30 (Cauchy and Schwarz), and each value to a largest magnitude of VALUE_MOST. A
  * tile's weights, each times its value's scale, are scaled to a largest of INT16_MOST and a sum of
  * WEIGHTS_MOST at most, so that no sum of values can pass 2^31, rounding of CPU_KEYS weights
  * included: where weights are even, both sides err alike. */
@@ -138,8 +138,8 @@ static int first_seeing(const attention_tile *w, int q0, int p) {
     return max_int(0, p - q0) * w->G;
 }
 
-/* Pass 2: s (R, n) = q k^T, of integers yet without their keys' scales, for whole tiles of rows: those
- * that do not see a key are masked later */
+/* Pass 2: s (R, n) = q k^T, of integers yet without their keys' scales, for whole tiles of rows:
+ * those that do not see a key are masked later */
 TEMPLATE void attention_scores(dword_of of, const attention_tile *w, int R, int q0, int k0, int n) {
     const int dwords = head_dwords(of, w);
     for (int j = 0; j < n; j += NR)
@@ -170,8 +170,9 @@ static int keys_seen(const attention_tile *w, int r, int q0, int k0) {
     return min_int(CPU_KEYS, q0 + r / w->G - k0 + 1);
 }
 
-/* Pass 3: scores become weights exp(s - max), in dwords and in place; what was summed under an older
- * maximum is scaled. 16 rows at a time, step by step: what a row waits for, the others make up for. */
+/* Pass 3: scores become weights exp(s - max), in dwords and in place; what was summed under an
+ * older maximum is scaled. 16 rows at a time, step by step: what a row waits for, the others make
+ * up for. */
 TEMPLATE void attention_softmax(dword_of of, const attention_tile *w, int R, int q0, int k0,
                                 int n) {
     const int end = round_up(n, NR);

@@ -45,7 +45,8 @@ typedef struct {
                         int half, float eps);
     /* h (n) = silu(gate) * up */
     void (*swiglu)(float *h, const float *gate, const float *up, int n);
-    /* The tokens at positions q0 .. q0+n-1. Token i's output, G heads of hd, goes to att + i*ld_att. */
+    /* The tokens at positions q0 .. q0+n-1. Token i's output, G heads of hd, goes to att +
+     * i*ld_att. */
     void (*attention)(const struct attention_tile *w, float *att, size_t ld_att, int q0, int n);
 } cpu_kernels;
 
@@ -81,7 +82,7 @@ int cpu_load_weights(qemb_backend *be, qemb_weights *w,
 /* Drops a file's mapped pages within [p, p + bytes) from this process's memory. */
 void cpu_drop_pages(const void *p, size_t bytes);
 
-/* ---- qemb.c: plain ops that the vector tables use too ----------------------------------------- */
+/* ---- qemb.c: plain ops that the vector tables use too ---------------------------------------- */
 
 void cpu_begin(qemb_backend *be, const qemb_packed_batch *b);
 void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
@@ -96,19 +97,20 @@ typedef void cpu_work(const void *job, work_item item);
 
 /* Runs items 0 .. items-1, each once, in this thread and the pool's helpers. p may be NULL. */
 void cpu_parallel(struct cpu_pool *p, int items, cpu_work *run, const void *job);
-/* A pool of threads - 1 helpers. 0, or -1 with err filled. The caller closes; NULL may be closed. */
+/* A pool of threads - 1 helpers. 0, or -1 with err filled. The caller closes; NULL may be
+ * closed. */
 int cpu_pool_open(struct cpu_pool **p, int threads, qemb_err *err);
 void cpu_pool_close(struct cpu_pool *p);
 
-/* ---- ops by rows and attention's blocks (row_ops.c) ------------------------------------------- */
+/* ---- ops by rows and attention's blocks (row_ops.c) ------------------------------------------ */
 
 enum {
     CPU_KEYS = 128, /* keys per attention tile, aligned to absolute positions */
     CPU_PAD = 32,   /* heads of values and of output are padded to this */
 };
 
-/* A block of attention and its scratch memory: some tokens of one text with the G query heads of one
- * kv head. R is the number of its rows, at most attention_rows, or G. */
+/* A block of attention and its scratch memory: some tokens of one text with the G query heads of
+ * one kv head. R is the number of its rows, at most attention_rows, or G. */
 typedef struct attention_tile {
     const float *qkv; /* (T, ld) */
     size_t ld;
@@ -121,8 +123,8 @@ typedef struct attention_tile {
     float *s;         /* (R, CPU_KEYS)   scores, then weights */
     float *acc;       /* (R, hdp)        weighted values so far */
     float *max, *sum; /* (R)             of the scores and the weights so far */
-    /* With integers: the scale of each key and value (CPU_KEYS), of each query (R + 16), and of each
-     * row of the tile's weights (R). */
+    /* With integers: the scale of each key and value (CPU_KEYS), of each query (R + 16), and of
+     * each row of the tile's weights (R). */
     float *key_scale, *value_scale, *query_scale, *weight_scale;
 } attention_tile;
 
@@ -145,12 +147,12 @@ void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
 void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
 void simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B);
 
-/* ---- the tables (avx2.c, avx512.c) ------------------------------------------------------------ */
+/* ---- the tables (avx2.c, avx512.c) ----------------------------------------------------------- */
 
 /* For CPUs with AVX2, FMA and F16C. */
 extern const qemb_ops avx2_ops;
-/* For CPUs with BMI2 and AVX-512 F, BW, DQ and VL; bf16 also wants BF16 and VNNI, the integers VNNI.
- * Attention multiplies floats in the first one, 16-bit integers in the others. */
+/* For CPUs with BMI2 and AVX-512 F, BW, DQ and VL; bf16 also wants BF16 and VNNI, the integers
+ * VNNI. Attention multiplies floats in the first one, 16-bit integers in the others. */
 extern const qemb_ops avx512_ops, avx512_bf16_ops, avx512_int16_ops, avx512_int8_ops;
 
 #endif

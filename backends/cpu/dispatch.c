@@ -44,7 +44,8 @@ const qemb_ops *qemb_cpu_table(int i) {
     return i >= 0 && i < n ? tables[i] : NULL;
 }
 
-/* Names are those of the instructions, and for other arithmetic than float, with that: avx512-bf16. */
+/* Names are those of the instructions, and for other arithmetic than float, with that:
+ * avx512-bf16. */
 static int is_named(const qemb_ops *ops, const char *name) {
     const size_t n = strlen(name);
     return !strcmp(ops->name, name) || (n && !strncmp(ops->name, name, n) && ops->name[n] == '-');

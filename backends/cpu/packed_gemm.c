@@ -1,28 +1,28 @@
-/* packed_gemm.c - y = alpha x W^T of panels, whatever its arithmetic.
+/* packed_gemm.c - the loops around the microkernel, for every gemm_type; packed_gemm.h has the
+ * terms and the picture.
  *
- * x is packed in tiles of MR rows, in the arithmetic's dwords, all of them before the products. An
- * item is some panels of W and all tiles of x: every tile meets a panel, KC dwords of its columns at a
- * time, and fetches a share of the next. Dwords that a row ends within are filled up with zeros.
+ * load_weights packs most matrices once. The others are packed when an op needs them, which costs
+ * about 0.4 cycles a dword of W, against 1/16 cycle for each row of x that the dword is multiplied
+ * with. In float, panels of F16 matrices stay halves: half the memory to read. Converting a half
+ * takes the time of a multiplication, so with many tiles of x a panel is converted once for all of
+ * them.
  *
- * Most matrices are placed as panels (below); where one is not, packing costs about 0.4 cycles a dword
- * of W, of which each row takes 1/16. In float, panels of F16 matrices are halves; as a conversion
- * takes the time of a multiplication, many tiles have the panel converted for all of them.
+ * A panel of gate_up has 16 rows of gate and the same 16 of up, so that a register tile has all
+ * that SwiGLU needs: gate and up are never written to memory outside a thread's scratch.
  *
- * gate_up's panels are 16 rows of gate's and the same 16 of up's, so that a tile's sums are all that
- * SwiGLU needs. They never reach memory outside a thread's scratch.
- *
- * A row's result depends on that row alone, bit for bit: a sum adds up columns one dword after the
- * other within KC of them, in however many rows a tile has. */
+ * A row's result depends on that row alone, bit for bit: a sum adds up the columns dword after
+ * dword within KC of them, however many rows a tile has.
+ */
 #include "packed_gemm.h"
 
-#if defined(__x86_64__) /* as row_ops.c */
+#if defined(__x86_64__)
 
 #include <assert.h>
 
 enum {
-    ITEM_TILES = 24, /* tiles of x times panels of W in a work item, or one panel */
-    FEW_TILES = 3,   /* up to so many tiles of x read a panel as it was placed */
-    X_TILES = 86,    /* tiles of x that are packed at a time, and share one packing of W */
+    ITEM_TILES = 24, /* tiles of x times panels of W in a work item, at least one panel */
+    FEW_TILES = 3,   /* up to this many tiles of x, panels of halves are not converted */
+    X_TILES = 86,    /* tiles of x that are packed at a time and share the reading of W */
 };
 
 typedef struct {
@@ -30,9 +30,9 @@ typedef struct {
     float *y; /* (T, N) */
     const float *x;
     const qemb_mat *w;
-    float *packed; /* (tiles, x_floats of a row) x */
+    float *packed; /* (tiles, x_floats): x */
     int T, add, tiles;
-    int is_gate_up; /* y (T, N/2) = silu of the first N/2 columns times the others */
+    int is_gate_up; /* 1: y (T, N/2) = silu of the first N/2 columns times the others */
     int few;        /* at most FEW_TILES tiles */
     int panels;     /* of an item */
 } matmul_job;
@@ -41,7 +41,7 @@ static int panel_count(const qemb_mat *w, int is_gate_up) {
     return is_gate_up ? ceil_div(w->rows / 2, 16) : ceil_div(w->rows, NR);
 }
 
-/* From a panel's rows on to the next one's */
+/* Rows of W from one panel to the next */
 static int panel_rows(int is_gate_up) { return is_gate_up ? 16 : NR; }
 
 static w_panel panel_of(const qemb_mat *w, int p, int is_gate_up) {
@@ -51,7 +51,7 @@ static w_panel panel_of(const qemb_mat *w, int p, int is_gate_up) {
 
 static int tile_start(const matmul_job *j, int i) { return (int)((long)j->T * i / j->tiles); }
 
-/* Floats of a tile of x, a placed panel of W, with the first K columns */
+/* Memory of K columns of a tile of x and of a packed panel of W, in floats */
 static size_t x_floats(const gemm_type *a, int K) {
     return (size_t)ceil_div(K, a->columns) * (size_t)a->x_floats;
 }
@@ -59,15 +59,15 @@ static size_t w_floats(const gemm_type *a, int K) {
     return (size_t)ceil_div(K, a->columns) * (size_t)a->w_floats;
 }
 
-/* And of a panel that a thread makes for itself: as it would be placed, or of whole dwords */
+/* Memory of the part of a panel that a thread packs for itself or converts to float */
 static size_t room_floats(const gemm_type *a) {
     const size_t placed = w_floats(a, KC * a->per_dword), dwords = (size_t)KC * NR;
     return placed > dwords ? placed : dwords;
 }
 
-/* ---- place: matrices become panels when they are given, one after the other, each with all its
- * columns; their pages in the map are not read again. INT8 ones that would become 16 bits or floats,
- * two and four times their size, are left in the map and packed when they are wanted. */
+/* ---- load_weights: matrices are repacked, one after the other -----------------------------------
+ * The map's pages that were read are dropped, since they are not read again. INT8 matrices that would
+ * become 16 bits or floats, two and four times their size, stay in the map: ops pack them. */
 
 static int is_repacked(const qemb_backend *be, const qemb_mat *w) {
     return (uintptr_t)w->data - (uintptr_t)be->maps[CPU_MAP_WEIGHTS] <
@@ -101,7 +101,7 @@ static void repack_matrix(qemb_mat *w, int is_gate_up, repacking *p) {
     w->data = p->to;
 }
 
-/* Floats of the panels of all the layers' matrices that are placed; p: makes them, too, at p->to on */
+/* Memory of all repacked matrices, in floats. p: packs them, from p->to on; NULL: only counts. */
 static size_t repack_layers(const gemm_type *a, qemb_layer *layers, int n_layers, repacking *p) {
     size_t floats = 0;
     for (int l = 0; l < n_layers; l++) {
@@ -132,7 +132,7 @@ int packed_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
     return 0;
 }
 
-/* ---- the products */
+/* ---- products -------------------------------------------------------------------------------- */
 
 static void pack_tile(const void *job, work_item item) {
     const matmul_job *j = job;
@@ -142,18 +142,18 @@ static void pack_tile(const void *job, work_item item) {
               tile_start(j, item.i + 1) - t, K);
 }
 
-/* Columns k .. end-1 of W's panel p */
+/* Columns k .. end-1 of panel p: loop 3's part of a panel */
 typedef struct {
     int p, k, end;
     microkernel *multiply;
     const float *panel;
     const float *prefetch; /* see epilogue */
-    /* gate_up's: (MR, NR) of the tile at hand, or of all tiles where the columns do not come all at
-     * once */
+    /* gate_up: the sums (MR, NR) of one tile, or of all tiles if K > KC dwords need several
+     * parts */
     float *sums;
 } block;
 
-/* y, or gate_up's sums, of tile i of x: (k ? as they are : 0) + x W^T */
+/* The register tile of tile i of x and block b: y, or gate_up's sums, = (b->k ? y : 0) + x W^T */
 static void multiply_tile(const matmul_job *j, const block *b, int i) {
     const gemm_type *a = j->be->gemm_type;
     const int t = tile_start(j, i), rows = tile_start(j, i + 1) - t, n = b->p * NR;
@@ -178,14 +178,14 @@ static void multiply_tile(const matmul_job *j, const block *b, int i) {
         a->swiglu(j->y + (size_t)t * F + h, (size_t)F, rows, F - h, o.y);
 }
 
-/* The block's panel: as it was placed, or made in `room` */
+/* Finds the block's panel: as load_weights packed it, or packed or converted into `room` */
 static void find_panel(const matmul_job *j, block *b, float *room) {
     const gemm_type *a = j->be->gemm_type;
     const int K = j->w->cols, i8 = j->w->dtype == QEMB_I8;
     b->multiply = a->by_dtype[i8].multiply;
     if (!a->by_dtype[i8].repacked) {
         const w_panel p = panel_of(j->w, b->p, j->is_gate_up);
-        /* next come the following columns; after the last, the following rows */
+        /* the next columns of these rows; after the last columns, the rows of the next panel */
         const size_t prefetch_distance =
             b->end < K ? (size_t)(b->end - b->k) : (size_t)panel_rows(j->is_gate_up) * K - b->k;
         a->by_dtype[i8].pack_w(room, &p, b->k, b->end, prefetch_distance);
@@ -226,8 +226,8 @@ static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_ma
         j.T = (int)((long)T * (i + 1) / chunks) - t;
         j.tiles = ceil_div(j.T, MR);
         j.few = j.tiles <= FEW_TILES;
-        /* Small items, as one has to be last; but a panel is fetched by the tiles of the one before,
-         * which is worth it where they are few. */
+        /* Small items, so that threads end together. But a panel is prefetched by the tiles that
+         * meet the panel before it in the same item, which matters most with few tiles. */
         j.panels =
             max_int(1, min_int(j.few ? panels : ITEM_TILES / j.tiles, panels / (4 * be->threads)));
         j.x = x + (size_t)t * w->cols;

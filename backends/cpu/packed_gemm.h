@@ -1,30 +1,65 @@
-/* packed_gemm.h - matrix products of panels: how x and W are cut, packed and shared out among threads
- * (packed_gemm.c), and what an arithmetic with its instructions adds to that. */
+/* packed_gemm.h - matrix products of packed weights: y (T, N) = alpha x (T, K) W^T.
+ *
+ * Terms, after BLIS (Van Zee and van de Geijn 2015):
+ *   dword         32 bits along K: one float, two bfloat16 or 16-bit integers, or four bytes
+ *   group         64 numbers of a row that share a scale (integers only)
+ *   panel         NR rows of W, packed: their k-th dwords lie side by side, for each k in turn
+ *   tile of x     MR rows of x, packed in the same way
+ *   register tile the MR x NR sums of y that stay in registers while dwords of a tile and of a panel
+ *                 are multiplied
+ *   microkernel   the loop over k that computes a register tile
+ *   epilogue      how the sums of a register tile reach y
+ *
+ *                 W, packed once                          panel (k, NR)
+ *        +--------+--------+--------+            k=0  w0 w1 w2 ... w31
+ *        | panel  | panel  | panel  |            k=1  w0 w1 w2 ... w31
+ *        |   0    |   1    |   2    |             :         :
+ *        +--------+--------+--------+            KC-1 w0 w1 w2 ... w31
+ *          NR rows   NR       NR
+ *
+ *   x, packed per op        y
+ *   +-----------+           +--------+--------+--------+
+ *   | tile 0    | MR rows   | MR x NR|        |        |     tile (k, MR)
+ *   +-----------+           +--------+--------+--------+     k=0  x0 x1 ... x11
+ *   | tile 1    |           |        |        |        |     k=1  x0 x1 ... x11
+ *   +-----------+           +--------+--------+--------+      :       :
+ *
+ * The five loops around the multiply-add, from the outside in:
+ *   5. up to X_TILES tiles of x at a time (matmul_all): packed, they share one reading of W
+ *   4. panels of W (multiply_panels): threads take some of them as a work item
+ *   3. KC dwords of the panel's columns: this part of the panel stays in the L2 cache
+ *   2. tiles of x (multiply_tile): each meets the part of the panel
+ *   1. dwords k of tile and panel (the microkernel): per k, NR/16 loads of W and MR broadcasts of x
+ *      feed MR x NR/16 multiply-adds of 16 lanes
+ * A table adds a gemm_type: how numbers become dwords, and the microkernel that multiplies them.
+ */
 #ifndef CPU_PACKED_GEMM_H
 #define CPU_PACKED_GEMM_H
 
 #include "cpu.h"
 
 enum {
-    MR = 12,   /* rows of x and ... */
-    NR = 32,   /* ... rows of W in a tile. A panel is NR rows of W, their k-th dwords together. */
-    KC = 3072, /* dwords of a panel that meet a tile at a time: KC x NR, 384 KiB of an L2 cache */
+    MR = 12,   /* rows of a tile of x */
+    NR = 32,   /* rows of W in a panel: 12 x 2 of 32 registers hold a register tile's sums */
+    KC = 3072, /* dwords of a panel that meet all tiles of x in turn: KC x NR, 384 KiB of L2 */
 };
 
-typedef struct { /* what becomes of a tile's sums: y (rows, cols) = (add ? y : 0) + factor sum */
+/* y (rows, cols) = (add ? y : 0) + factor * sums, for the rows of one register tile. */
+typedef struct {
     float *y;
     size_t ldy;
     int cols, add;
     float factor;
-    const float *factors; /* integers' instead, one a row */
-    /* The panel that comes next: tile `share` of so many that meet this one fetches its share. NULL:
-     * nothing is to be fetched */
+    const float *factors; /* (rows), in place of factor: integers */
+    /* The next part of a panel, which the tiles that meet this one prefetch together: tile
+     * prefetch_part of prefetch_parts. NULL: nothing to prefetch. */
     const float *prefetch;
-    int prefetch_floats; /* of columns that come together */
+    int prefetch_floats; /* per step of the microkernel */
     int prefetch_part, prefetch_parts;
 } epilogue;
 
-/* For every so many columns of a panel; returns what is ahead of the next */
+/* Prefetches this tile's share of one step of the next panel. Returns where the following step
+ * begins. */
 static inline const float *prefetch_part(const epilogue *o, const float *next) {
     if (!next) return NULL;
     for (int i = 16 * o->prefetch_part; i < o->prefetch_floats; i += 16 * o->prefetch_parts)
@@ -32,34 +67,40 @@ static inline const float *prefetch_part(const epilogue *o, const float *next) {
     return next + o->prefetch_floats;
 }
 
+/* The rows of W in one panel: 16 from row[0] on and 16 from row[1] on. Rows past the last repeat
+ * it. */
 typedef struct {
     const qemb_mat *w;
-    int row[2]; /* of W, where the panel's halves of 16 begin */
+    int row[2];
 } w_panel;
 
+/* Computes a register tile of `rows` <= MR rows over n dwords of x (n, MR) and panel (n, NR). */
 typedef void microkernel(const epilogue *o, int rows, const float *x, const float *panel, int n);
 
-/* An arithmetic: how numbers become dwords, and what multiplies them */
+/* A number format of the product, and the instructions for it. */
 typedef struct gemm_type {
-    int per_dword;
-    int columns;            /* that come together */
-    int x_floats, w_floats; /* that they take of a tile of x and of a placed panel of W */
-    /* A tile of `rows` rows of x (rows, K), MR at most; those that it is short of are zeros */
+    int per_dword;          /* numbers */
+    int columns;            /* packed at a time: a step of packing and prefetching */
+    int x_floats, w_floats; /* memory of `columns` columns of a tile of x, of a panel of W */
+    /* to = x (rows, K), packed; rows < MR: the missing rows are zeros. */
     void (*pack_x)(float *to, const float *x, int rows, int K);
-    struct { /* of F16, of I8 */
-        int repacked;
-        /* Columns k0 .. k1-1. `ahead`: how many numbers on those lie that will be packed next */
+    struct {
+        int repacked; /* load_weights packs such matrices once; 0: each op packs what it needs */
+        /* panel = columns k0 .. k1-1 of the panel's rows. Prefetches the weights that are packed
+         * next: those prefetch_distance numbers further on in each row. */
         void (*pack_w)(float *panel, const w_panel *p, int k0, int k1, size_t prefetch_distance);
-        microkernel *multiply; /* rows <= MR of x, n dwords */
-    } by_dtype[2];
-    /* Where an I8's panel suits many rows better: makes it of an F16's, n dwords. Or NULL */
+        microkernel *multiply;
+    } by_dtype[2]; /* of QEMB_F16, of QEMB_I8 */
+    /* Optional. Converts a packed F16 panel of n dwords to float, so that all tiles of x share one
+     * conversion; it then takes the microkernel of by_dtype[1]. NULL: the panel is used as
+     * packed. */
     void (*panel_f16_to_f32)(float *to, const float *panel, int n);
-    /* h (rows, cols), ldh apart, = silu of sums' (rows, NR) first 16 columns times the others; cols
-     * may be more than 16 */
+    /* h (rows, min(cols, 16)), ldh apart = silu of the first 16 columns of sums (rows, NR) times
+     * the other 16 */
     void (*swiglu)(float *h, size_t ldh, int rows, int cols, const float *sums);
 } gemm_type;
 
-/* A table's open, what it says of `repacked_bytes`, and its ops */
+/* The ops of a table with packed weights. w and opt as in qemb_ops. */
 int packed_open(qemb_backend **be, const gemm_type *a, const cpu_kernels *kernels,
                 const qemb_config *c, const qemb_options *opt, qemb_err *err);
 size_t packed_bytes(const gemm_type *a, const qemb_weights *w, int n_layers);
@@ -69,6 +110,7 @@ void packed_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb
 void packed_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
                     const qemb_mat *w, int T);
 
+/* Defines the table `table` of ops with the gemm_type `with`. */
 #define PACKED_TABLE(table, label, of_math, with, kernels)                                         \
     static int open_##table(qemb_backend **be, const qemb_config *c, const qemb_options *opt,      \
                             qemb_err *err) {                                                       \

@@ -1,5 +1,5 @@
-/* row_ops.c - ops that compute row by row, and how attention is cut into blocks, for the vector tables.
- * The instructions for one row or one block are each table's: cpu_kernels.
+/* row_ops.c - ops that compute row by row, and how attention is cut into blocks, for the vector
+ * tables. The instructions for one row or one block are each table's: cpu_kernels.
  */
 #include "cpu.h"
 
@@ -15,7 +15,7 @@
 static float *f32(qemb_act *a) { return (float *)a; }
 static const float *cf32(const qemb_act *a) { return (const float *)a; }
 
-/* ---- ops by rows ------------------------------------------------------------------------------- */
+/* ---- ops by rows ----------------------------------------------------------------------------- */
 
 /* An op on T rows; an item is `chunk` of them, and `rows` computes rows first .. end-1. */
 typedef struct rows_job {
@@ -92,7 +92,7 @@ void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T) {
     for_rows(&(rows_job){be, swiglu_rows, T, 4, .y = f32(h), .x = cf32(gu)});
 }
 
-/* ---- attention ---------------------------------------------------------------------------------- */
+/* ---- attention ------------------------------------------------------------------------------- */
 
 /* Tokens of a block. Its rows are tokens x G. */
 static int block_tokens(const qemb_config *c, const cpu_kernels *f) {
@@ -136,9 +136,9 @@ typedef struct {
 } attention_job;
 
 /* An item is one kv head and one window of rows: it computes all blocks that begin in the window.
- * Segment 0 of the batch is the shared prefix, which attends to itself; segment i is text i-1. The last
- * windows are computed first, because in a long text they have the most keys: the items that are left
- * at the end are then short. */
+ * Segment 0 of the batch is the shared prefix, which attends to itself; segment i is text i-1. The
+ * last windows are computed first, because in a long text they have the most keys: the items that
+ * are left at the end are then short. */
 static void attention_part(const void *job, work_item item) {
     const attention_job *j = job;
     const qemb_packed_batch *b = j->b;
@@ -178,7 +178,7 @@ void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
     cpu_parallel(be->pool, windows * be->c->n_kv_heads, attention_part, &j);
 }
 
-/* ---- opening ---------------------------------------------------------------------------------- */
+/* ---- opening --------------------------------------------------------------------------------- */
 
 int simd_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
               const cpu_kernels *kernels, size_t scratch_floats, size_t packed_floats,
