@@ -1,11 +1,9 @@
-/* avx2.c - the CPU's ops with AVX2.
+/* avx2.c - the CPU's ops with AVX2, FMA and F16C (x86 since 2013).
  *
- * One binary runs anywhere: a function says for which instructions it is compiled, and a table of
- * them is handed out only where the CPU has those. Here: AVX2 with FMA and F16C (x86 since 2013).
- *
- * The ops are qemb.c's, and so is the promise: a row's result depends on that row alone, bit for
- * bit. Every sum has one order, whichever path computes it: a matmul adds up columns one by one
- * within KC of them, in however many rows a tile has; attention adds key after key.
+ * Each function is compiled for the instructions that it names; dispatch.c hands out the table only
+ * on a CPU that has them. As in qemb.c, a row's result depends on that row alone, bit for bit: a
+ * matmul adds up columns one by one within KC of them, however many rows a tile has; attention adds
+ * key after key.
  */
 #include "cpu.h"
 
@@ -17,13 +15,13 @@
 #include <string.h>
 
 enum {
-    MR = 6,          /* rows of x and ... */
-    NR = 16,         /* ... rows of W in a register tile: 12 of 16 registers hold its sums */
+    MR = 6,          /* rows of x in a register tile, and */
+    NR = 16,         /* rows of W: 12 of 16 registers hold the sums */
     KC = 256,        /* columns of a packed panel: KC x NR floats, half of a 32 KiB L1 cache */
-    GROUP = 8,       /* panels that a work item packs side by side: 128 KiB of an L2 cache */
-    FEW_ROWS = 5,    /* so few rows of x are not worth a panel: see few_rows */
+    GROUP = 8,       /* panels that a work item packs at a time: 128 KiB of an L2 cache */
+    FEW_ROWS = 5,    /* up to this many rows of x, no panel is packed: see few_rows */
     BLOCK_ROWS = 96, /* rows of x that meet all panels of a group before the next rows come */
-    ITEM_ROWS = 512, /* rows of a work item: what one packing of the group is shared by */
+    ITEM_ROWS = 512, /* rows of x in a work item, which share one packing of its panels */
     KEYS = CPU_KEYS,
 };
 
@@ -66,14 +64,14 @@ AVX2 static void rmsnorm_row(float *y, const float *x, const float *w, int n, fl
 }
 
 /* ---- matmul: y = alpha x W^T --------------------------------------------------------------------
- * A panel is NR rows of W, KC columns of them, as floats, the k-th numbers of all rows together.
- * A register tile multiplies up to MR rows of x with it: per column two loads and MR broadcasts
- * feed 2 MR multiply-adds of 8, which keeps both FMA units busy. A work item is GROUP panels by up
- * to ITEM_ROWS rows: converting W from half costs about 0.3 cycles a number, shared by all of the
- * item's rows, each of which costs 1/16 cycle.
+ * A panel is KC columns of NR rows of W as floats, the k-th numbers of all rows side by side
+ * (packed_gemm.h has a picture of panels). A register tile multiplies it by up to MR rows of x: per
+ * column two loads and MR broadcasts feed 2 MR multiply-adds of 8 numbers, which keeps both FMA
+ * units busy. A work item is GROUP panels times up to ITEM_ROWS rows. Converting a number of W from
+ * half costs about 0.3 cycles, shared by the item's rows, each of which costs 1/16 cycle.
  *
- * With up to FEW_ROWS rows reading W from memory is what takes the time. Then the transposed
- * numbers go from registers into the sums and no panel is written. */
+ * With up to FEW_ROWS rows of x the time goes into reading W from memory. Then the transposed
+ * numbers go from registers into the sums, and no panel is written. */
 
 /* acc += rows of x (at x, x + ldx, ...) times a panel (n, NR) */
 TEMPLATE void tile(__m256 acc[MR][2], int rows, const float *x, size_t ldx, const float *panel,
@@ -90,15 +88,15 @@ TEMPLATE void tile(__m256 acc[MR][2], int rows, const float *x, size_t ldx, cons
     }
 }
 
-typedef struct { /* how tiles write their sums */
+typedef struct { /* y (rows, cols) = (add ? y : 0) + factor * sums */
     float *y;
     size_t ldy;
     int cols, add;
     float factor;
 } epilogue;
 
-/* y (rows, cols) = (add ? y : 0) + factor acc. No branch may depend on i or h: compilers would keep
- * the sums in memory for it, throughout the tile. */
+/* y (rows, cols) = (add ? y : 0) + factor acc. No branch may depend on i or h: compilers would then
+ * keep the sums in memory throughout the tile. */
 TEMPLATE void tile_write(const epilogue *o, int rows, __m256 acc[MR][2], int whole, int add) {
     const __m256 factor = _mm256_set1_ps(o->factor);
     const __m256i mask[2] = {first(o->cols), first(o->cols - 8)};
@@ -139,7 +137,7 @@ TEMPLATE void tile_rows(const epilogue *o, int rows, const float *x, size_t ldx,
     tile_store(o, rows, acc);
 }
 
-/* All rows of x times one panel, in tiles of equal height: y (rows, cols) = (add ? y : 0) + ... */
+/* All rows of x times one panel, in register tiles of about equal height */
 AVX2 static void sweep(epilogue o, int rows, const float *x, size_t ldx, const float *panel,
                        int n) {
     for (int left = ceil_div(rows, MR); left; left--) {
@@ -168,7 +166,7 @@ AVX2 static void sweep(epilogue o, int rows, const float *x, size_t ldx, const f
     }
 }
 
-/* Where NR rows of W lie, and of INT8 their scales: those past the last row repeat it. */
+/* Pointers to NR rows of W and, of INT8, to their scales. Rows past the last repeat it. */
 typedef struct {
     const uint8_t *row[NR];
     const float *scale[NR];
@@ -185,7 +183,7 @@ static void find_rows(w_rows *r, const qemb_mat *w, int n0) {
     }
 }
 
-/* scale (NR): the rows' scales of column k's group, where that group begins */
+/* scale (NR) = the rows' scales of the group that begins at column k, if one does */
 TEMPLATE void next_scales(qemb_dtype dtype, __m256 scale[2], const w_rows *w, int k) {
     float s[NR];
     if (dtype != QEMB_I8 || k % QEMB_GROUP) return;
@@ -200,13 +198,13 @@ TEMPLATE __m256 column_floats(qemb_dtype dtype, __m256i col, const __m256 scale[
     return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(v)), scale[h]);
 }
 
-/* 8 numbers of 16 bits: halves, or of INT8 integers */
+/* 8 numbers of 16 bits each: halves, or INT8 weights widened to 16 bits */
 TEMPLATE __m128i load8(qemb_dtype dtype, const uint8_t *row) {
     return dtype == QEMB_F16 ? _mm_loadu_si128((const __m128i *)row)
                              : _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)row));
 }
 
-/* Columns k .. k+7 of NR rows: col[c] has the NR numbers of column k+c. n < 8: zeros after n. */
+/* col[c] = the NR numbers of column k+c, c < 8; zeros for c >= n */
 TEMPLATE void transpose_rows(qemb_dtype dtype, __m256i col[8], const w_rows *w, int k, int n) {
     const size_t bytes = bytes_of(dtype);
     const uint8_t *const *row = w->row;
@@ -239,8 +237,8 @@ TEMPLATE void transpose_rows(qemb_dtype dtype, __m256i col[8], const w_rows *w, 
     }
 }
 
-/* While columns k0 .. k0+KC-1 of a panel are worked on, those that come next are fetched: the next
- * KC columns, or the first ones of the NR rows that follow. In numbers from where k0 is. */
+/* The distance in numbers from the columns that are packed now, from k0 on, to those that are
+ * packed next: the following KC columns, or the first ones of the following NR rows. */
 static ptrdiff_t next_columns(int k0, int K) { return k0 + KC < K ? KC : (ptrdiff_t)NR * K - k0; }
 
 TEMPLATE void prefetch_rows(qemb_dtype dtype, const w_rows *w, int k, ptrdiff_t ahead) {
@@ -274,7 +272,7 @@ AVX2 static void pack_panel(qemb_dtype dtype, float *panel, const w_rows *w, int
         pack_columns(QEMB_F16, panel, w, k0, n, ahead);
 }
 
-/* acc += rows of x times 8 columns of W, or the first n of them */
+/* acc += rows of x times the first n of 8 columns of W */
 TEMPLATE void few_columns(qemb_dtype dtype, __m256 acc[MR][2], int rows, const float *x, size_t ldx,
                           __m256i col[8], const __m256 scale[2], int n) {
     for (int c = 0; c < n; c++) {
@@ -345,7 +343,7 @@ AVX2 static void matmul_few(epilogue o, int T, const float *x, const qemb_mat *w
         few_of(QEMB_F16, o, T, x, w, n0);
 }
 
-/* Rows 0 .. rows-1 of x times `panels` panels of W from row n0 on */
+/* Rows 0 .. rows-1 of x times `panels` panels of W, from row n0 on */
 AVX2 static void matmul_item(epilogue o, int rows, const float *x, const qemb_mat *w, int n0,
                              int panels) {
     const int K = w->cols;
@@ -395,7 +393,8 @@ static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_ma
     assert(w->dtype == QEMB_F16 || (w->dtype == QEMB_I8 && w->scale));
     const int all_panels = ceil_div(w->rows, NR), blocks = ceil_div(T, ITEM_ROWS);
     matmul_job j = {y, x, w, T, add, ceil_div(ceil_div(T, blocks), MR) * MR, 0, 0};
-    /* smaller groups where there would be fewer than four items a thread: one has to be last */
+    /* fewer panels an item where a thread would have fewer than four items, so that threads end
+     * together */
     j.panels = max_int(1, min_int(GROUP, all_panels * blocks / (4 * be->threads)));
     j.groups = ceil_div(all_panels, j.panels);
     cpu_parallel(be->pool, ceil_div(T, j.rows) * j.groups, matmul_part, &j);
@@ -429,10 +428,16 @@ AVX2 static void norm_rotate(float *head, const float *w, const float *cosines, 
 }
 
 /* ---- attention ----------------------------------------------------------------------------------
- * A block is some tokens of one text with the G query heads of one kv head. It walks over the keys in tiles with a running maximum and sum, as qemb.c's does. Keys of a tile are packed as
- * matmul's panels are (NR keys, their d-th numbers together), values as NR dimensions of one key
- * after the other, so that sweep multiplies both. What lies above the diagonal is skipped by whole
- * register tiles: their weights are zeros, and adding those changes nothing. */
+ * A block of R rows (tokens x query heads of one kv head) walks over the keys in tiles. A row keeps
+ * a maximum m, a sum l and weighted values O, which a tile's scores s_j and values v_j update:
+ *
+ *   m' = max(m, max_j s_j)
+ *   l' = exp(m - m') l + sum_j exp(s_j - m')
+ *   O' = exp(m - m') O + sum_j exp(s_j - m') v_j
+ *
+ * The row's output is O / l. Keys are packed as matmul's panels, of NR keys; values as panels of NR
+ * dimensions: sweep multiplies both. Register tiles above the diagonal are skipped: their weights
+ * are zeros, and adding zeros changes nothing. */
 
 /* 8 rows of 8 floats -> 8 columns */
 TEMPLATE void transpose_floats(__m256 col[8], const float *const row[8], int d) {
@@ -453,7 +458,8 @@ TEMPLATE void transpose_floats(__m256 col[8], const float *const row[8], int d) 
         }
 }
 
-/* Pass 1: keys and values of positions k0 .. k0+n-1. Keys that fill up a panel repeat the last. */
+/* Pass 1: packs the keys and values of positions k0 .. k0+n-1. A panel is filled up with the last
+ * key. */
 AVX2 static void attention_load(const attention_tile *w, int k0, int n) {
     const int hd = w->hd;
     for (int j = 0; j < ceil_div(n, NR) * NR; j += 8) {
@@ -478,7 +484,7 @@ AVX2 static void attention_load(const attention_tile *w, int k0, int n) {
     }
 }
 
-/* The first of the block's rows (token q0 leads) that sees position p */
+/* The first row of the block (whose first token is at position q0) that sees position p */
 static int first_seeing(const attention_tile *w, int q0, int p) {
     return max_int(0, p - q0) * w->G;
 }
@@ -505,8 +511,8 @@ TEMPLATE float total(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-/* Pass 3: scores become weights exp(s - max); what was summed under an older maximum is scaled. A
- * row sees the tile's keys up to its own position. */
+/* Pass 3: m', l', the weights exp(s - m') in place of the scores, and exp(m - m') O. A row sees the
+ * tile's keys up to its own position. */
 AVX2 static void attention_softmax(const attention_tile *w, int R, int q0, int k0) {
     for (int r = first_seeing(w, q0, k0); r < R; r++) {
         float *s = w->s + (size_t)r * KEYS, *acc = w->acc + (size_t)r * w->hdp;
@@ -523,7 +529,7 @@ AVX2 static void attention_softmax(const attention_tile *w, int R, int q0, int k
             sum = _mm256_add_ps(sum, e);
         }
         for (int j = end; j < KEYS; j += 8) _mm256_storeu_ps(s + j, _mm256_setzero_ps());
-        if (before != w->max[r]) { /* else the factor would be 1 */
+        if (before != w->max[r]) { /* otherwise the factor is 1 */
             const __m256 older = exp8(_mm256_sub_ps(_mm256_set1_ps(before), m));
             for (int d = 0; d < w->hdp; d += 8)
                 _mm256_storeu_ps(acc + d, _mm256_mul_ps(_mm256_loadu_ps(acc + d), older));
@@ -533,10 +539,11 @@ AVX2 static void attention_softmax(const attention_tile *w, int R, int q0, int k
     }
 }
 
-/* Pass 4: acc (R, hdp) += s v. Rows go together that see about as many keys: NR of them a step. */
+/* Pass 4: O (R, hdp) += s v. Rows that see about the same number of keys are multiplied together,
+ * in steps of NR keys. */
 AVX2 static void attention_values(const attention_tile *w, int R, int q0, int k0, int n) {
     for (int r = first_seeing(w, q0, k0), end; r < R; r = end) {
-        const int t = q0 + r / w->G - k0; /* the row's own position in the tile */
+        const int t = q0 + r / w->G - k0; /* the row's position in the tile */
         const int depth = min_int(n, t / NR * NR + NR);
         end = depth == n ? R : first_seeing(w, q0, k0 + depth);
         for (int d = 0; d < w->hdp; d += NR) {
@@ -570,7 +577,7 @@ AVX2 static void attention_block(const attention_tile *w, float *att, size_t ld_
     for (int r = 0; r < R; r++) {
         float *out = att + r / G * ld_att + r % G * hd;
         const __m256 sum = _mm256_set1_ps(w->sum[r]);
-        for (int d = 0; d < hd; d += 8) { /* + 0: a sum that underflowed to -0 is 0 */
+        for (int d = 0; d < hd; d += 8) { /* + 0 turns -0, an underflow, into 0 */
             const __m256 v = _mm256_div_ps(_mm256_loadu_ps(w->acc + (size_t)r * w->hdp + d), sum);
             store_first(out + d, _mm256_add_ps(v, _mm256_setzero_ps()), hd - d);
         }

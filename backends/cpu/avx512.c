@@ -1,15 +1,14 @@
-/* avx512.c - the CPU's ops with AVX-512 (F, BW, DQ and VL: servers since 2017, Zen 4) and BMI2. A
- * function says for which instructions it is compiled; the tables are handed out only where the CPU
- * has them.
+/* avx512.c - the CPU's ops with AVX-512 (F, BW, DQ and VL: servers since 2017, Zen 4) and BMI2.
  *
- * The promise is qemb.c's: a row's result depends on that row alone, bit for bit. Every sum has one
- * order.
+ * Each function is compiled for the instructions that it names; dispatch.c hands out a table only
+ * on a CPU that has them. As in qemb.c, a row's result depends on that row alone, bit for bit:
+ * every sum has one order.
  */
 #include "avx512.h"
 
 #if defined(__x86_64__)
 
-enum { ATTENTION_ROWS = 512 }; /* keys and values are brought in form once for so many */
+enum { ATTENTION_ROWS = 512 }; /* rows that share one packing of keys and values */
 
 /* ---- rows ------------------------------------------------------------------------------------ */
 
@@ -22,20 +21,22 @@ AVX512 static void half_row(float *y, const uint16_t *x, int n) {
 TEMPLATE __m512 rms_scale(const float *x, int n, float eps) {
     __m512d sum[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(),
                       _mm512_setzero_pd()};
-    for (int i = 0; i < n; i += 32) UNROLL
-    for (int h = 0; h < 2; h++) {
-        const __m512 v = load_first(x + i + 16 * h, n - i - 16 * h);
-        const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-        const __m512d b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
-        sum[2 * h] = _mm512_fmadd_pd(a, a, sum[2 * h]);
-        sum[2 * h + 1] = _mm512_fmadd_pd(b, b, sum[2 * h + 1]);
+    for (int i = 0; i < n; i += 32) {
+        UNROLL
+        for (int h = 0; h < 2; h++) {
+            const __m512 v = load_first(x + i + 16 * h, n - i - 16 * h);
+            const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+            const __m512d b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+            sum[2 * h] = _mm512_fmadd_pd(a, a, sum[2 * h]);
+            sum[2 * h + 1] = _mm512_fmadd_pd(b, b, sum[2 * h + 1]);
+        }
     }
     const double all = _mm512_reduce_add_pd(
         _mm512_add_pd(_mm512_add_pd(sum[0], sum[1]), _mm512_add_pd(sum[2], sum[3])));
     return _mm512_set1_ps((float)(1 / sqrt(all / n + eps)));
 }
 
-/* Numbers of x from i on, normalised */
+/* 16 numbers of x from i on, normalised and weighted */
 TEMPLATE __m512 normed(const float *x, const float *w, int i, int n, __m512 scale) {
     return _mm512_mul_ps(_mm512_mul_ps(load_first(x + i, n - i), scale), load_first(w + i, n - i));
 }
@@ -58,8 +59,8 @@ AVX512 static void norm_rotate(float *head, const float *w, const float *cosines
     }
 }
 
-/* silu(g) u. What is rounded to 8 bits afterwards may err by 2^-13: of exp 2^-14.5, of rcp
- * 2^-14. */
+/* silu(g) u. rough: for results that are rounded to 8 bits afterwards. Its relative error is 2^-13:
+ * 2^-14.5 of exp and 2^-14 of rcp14. */
 TEMPLATE __m512 swiglu16(int rough, __m512 g, __m512 u) {
     const __m512 minus = _mm512_sub_ps(_mm512_setzero_ps(), g), one = _mm512_set1_ps(1);
     const __m512 below = _mm512_add_ps(one, rough ? exp16_rough(minus) : exp16(minus));
@@ -73,27 +74,34 @@ AVX512 static void swiglu_row(float *h, const float *gate, const float *up, int 
                     n - i);
 }
 
-/* ---- the products' tiles, of x packed (k, MR) */
+/* ---- microkernels, for x packed (k, MR) ------------------------------------------------------ */
 
 TILE(tile_f16, F32, HALVES, 1, MR)
 TILE(tile_f32, F32, DWORDS, 1, MR)
 TILE(tile_bf16, BF16, DWORDS, 1, MR)
 
-/* Integers come in groups of 64 columns, each with a scale per row. Of x: dwords (n, MR), bytes
- * with 128 added, then scales (MR). Of W: scales (NR), of bytes -128 times the sums of the group's
- * (NR), which takes x's 128 out again, then dwords (n, NR). Sums of a group are exact.
+/* Integers come in groups of 64 columns. A group has a scale for each row, and its sums are exact.
+ *   x: dwords (n, MR), then scales (MR).
+ *   W: scales (NR); bytes only: corrections (NR); then dwords (n, NR).
+ * vpdpbusd multiplies unsigned bytes by signed bytes, so bytes of x are stored as x + 128. A group
+ * of W therefore begins its sums with corrections: -128 times the sum of the row's bytes, which
+ * cancels the offset.
  *
- * Of 8 bits a group's largest magnitude becomes 127. Of 16 bits it may become INT16_MOST, but the
- * group's length only GROUP_LENGTH: no sum of x times W can pass 2^31 (Cauchy and Schwarz),
- * rounding included, which adds 4 to a length. Of W the scale is a power of two then: a half whose
- * integer is 1024 or more stays what it is. */
+ * 8 bits: a group is scaled so that its largest magnitude becomes 127. 16 bits: its largest
+ * magnitude becomes at most INT16_MOST, and its length (the square root of the sum of squares) at
+ * most GROUP_LENGTH. By Cauchy and Schwarz no sum of products of x and W can then pass 2^31;
+ * rounding, which adds at most 4 to a length, is included. The scales of W are powers of two, so
+ * that a half whose integer is 1024 or more keeps its exact value. */
 enum {
     GROUP = 64,
     GROUP_LENGTH = 46330,
-    GROUP_ROWS = MR / 2, /* of a tile: there are two sums for each, of integers and of floats */
+    GROUP_ROWS =
+        MR /
+        2, /* rows of x at a time: each has two sums in registers, one of integers, one of floats */
 };
 
-/* A group's dwords of a row, what stands before W's, a group of x and of W, in floats */
+/* Memory in floats: a group's dwords of one row; what comes before the dwords of W; a group of x;
+ * of W */
 #define GROUP_DWORDS(of) ((of) == INT8 ? GROUP / 4 : GROUP / 2)
 #define GROUP_HEAD(of)   ((of) == INT8 ? 2 * NR : NR)
 #define X_GROUP(of)      ((GROUP_DWORDS(of) + 1) * MR)
@@ -108,9 +116,11 @@ TEMPLATE void tile_rows_groups(dword_of of, const epilogue *o, int rows, const f
     for (; groups; groups--, x += X_GROUP(of), panel += W_GROUP(of)) {
         __m512 sum[GROUP_ROWS][2];
         UNROLL
-        for (int i = 0; i < rows; i++) UNROLL
-        for (int h = 0; h < 2; h++)
-            sum[i][h] = of == INT8 ? _mm512_load_ps(panel + NR + 16 * h) : _mm512_setzero_ps();
+        for (int i = 0; i < rows; i++) {
+            UNROLL
+            for (int h = 0; h < 2; h++)
+                sum[i][h] = of == INT8 ? _mm512_load_ps(panel + NR + 16 * h) : _mm512_setzero_ps();
+        }
         next = prefetch_part(o, next);
         tile(of, DWORDS, sum, rows, x, 1, MR, panel + GROUP_HEAD(of), n);
         UNROLL
@@ -127,7 +137,8 @@ TEMPLATE void tile_rows_groups(dword_of of, const epilogue *o, int rows, const f
     tile_end(o, 0, rows, acc);
 }
 
-/* name: rows <= MR, n dwords, of which a last group may not have all */
+/* TILE_GROUPS defines the microkernel `name` for groups. The last group may be shorter: n
+ * dwords. */
 #define TILE_GROUPS(name, of)                                                                      \
     AVX512 static void name(const epilogue *o, int rows, const float *x, const float *panel,       \
                             int n) {                                                               \
@@ -149,7 +160,7 @@ TEMPLATE void tile_rows_groups(dword_of of, const epilogue *o, int rows, const f
 TILE_GROUPS(tile_int8, INT8)
 TILE_GROUPS(tile_int16, INT16)
 
-/* Where 16 rows of W from row n on lie, those past the last repeating it */
+/* Pointers to 16 rows of W from row n on. Rows past the last repeat it. */
 typedef const uint8_t *w_rows[16];
 
 static void find_rows(w_rows row, const qemb_mat *w, int n, int bytes) {
@@ -157,24 +168,24 @@ static void find_rows(w_rows row, const qemb_mat *w, int n, int bytes) {
         row[i] = (const uint8_t *)w->data + (size_t)min_int(n + i, w->rows - 1) * w->cols * bytes;
 }
 
-/* 64 bytes of each row are worked on; those that come next, `ahead` bytes on, are fetched. */
+/* Prefetches the cache line of each row that is prefetch_distance bytes after byte `at`. */
 TEMPLATE void prefetch_rows(const w_rows row, size_t at, size_t prefetch_distance) {
     UNROLL
     for (int i = 0; i < 16; i++)
         _mm_prefetch((const char *)row[i] + at + prefetch_distance, _MM_HINT_T1);
 }
 
-/* ---- float, bfloat16 */
+/* ---- float and bfloat16 ---------------------------------------------------------------------- */
 
-/* Two vectors of floats, rounded to nearest even: dword i holds numbers 2i and 2i+1 of 32. */
+/* 32 floats, lo and hi, rounded to nearest even: dword i has numbers 2i and 2i+1. */
 TEMPLATE __m512 to_bf16(__m512 lo, __m512 hi) {
     __m512 v;
     __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(v) : "v"(lo), "v"(hi));
     return v;
 }
 
-/* Of INT8 the same rows' scales, of group g in scale[g % 16]: 16 groups of each are loaded where
- * they begin, or at the first column, k0. */
+/* INT8: scale[g % 16] = the scales of group g of the 16 rows. Loads 16 groups at a time: at the
+ * first column, k0, and wherever 16 groups begin. */
 TEMPLATE void next_scales(float scale[16][16], const qemb_mat *w, int n, int k, int k0) {
     const int groups = QEMB_GROUPS(w->cols), g = k / QEMB_GROUP / 16 * 16;
     if (k > k0 && k % (16 * QEMB_GROUP)) return;
@@ -188,7 +199,7 @@ TEMPLATE void next_scales(float scale[16][16], const qemb_mat *w, int n, int k, 
     for (int i = 0; i < 16; i++) _mm512_storeu_ps(scale[i], r[i]);
 }
 
-/* Columns k .. k+15 of a row of W, `some` of them */
+/* Columns k .. k+15 of a row of W, those that the mask `some` has */
 TEMPLATE __m512 weights16(qemb_dtype dtype, const uint8_t *row, float scale, int k,
                           __mmask16 some) {
     if (dtype == QEMB_I8) {
@@ -198,20 +209,20 @@ TEMPLATE __m512 weights16(qemb_dtype dtype, const uint8_t *row, float scale, int
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, row + 2 * (size_t)k));
 }
 
-/* 16 dwords from column k on */
+/* 16 dwords of a row of W from column k on */
 TEMPLATE __m512 weight_dwords(dword_of of, qemb_dtype dtype, const uint8_t *row, float scale, int k,
                               const __mmask16 some[2]) {
     const __m512 v = weights16(dtype, row, scale, k, some[0]);
     return of == F32 ? v : to_bf16(v, weights16(dtype, row, scale, k + 16, some[1]));
 }
 
-/* The same of a row of x */
+/* 16 dwords of a row of x from column k on */
 TEMPLATE __m512 x_dwords(dword_of of, const float *row, int k, int n) {
     const __m512 v = load_first(row + k, n);
     return of == F32 ? v : to_bf16(v, load_first(row + k + 16, n - 16));
 }
 
-/* to (16, MR) = columns; the MR rows that a tile is short of are zeros */
+/* to (16, MR) = r (16 rows, 16 dwords) transposed, without the rows past MR */
 TEMPLATE void store_x(float *to, __m512 r[16]) {
     transpose(r);
     UNROLL
@@ -253,7 +264,8 @@ TEMPLATE void pack_w_dwords(dword_of of, qemb_dtype dtype, float *panel, const w
     }
 }
 
-/* The same of F16 weights, as they are: pairs of 32 columns are transposed, then parted. */
+/* panel (columns, NR) of halves = columns k0 .. k1-1 of F16 weights. Pairs of columns are
+ * transposed as dwords and then separated. */
 AVX512 static void pack_halves(float *panel, const w_panel *p, int k0, int k1,
                                size_t prefetch_distance) {
     const __m512i part = _mm512_setr_epi32(
@@ -274,7 +286,7 @@ AVX512 static void pack_halves(float *panel, const w_panel *p, int k0, int k1,
             transpose(r);
             UNROLL
             for (int c = 0; c < 16; c++, to += 2 * HALF_ROW) {
-                if (c == 8 && left <= 16) break; /* there the panel ends */
+                if (c == 8 && left <= 16) break; /* the panel has no more columns */
                 const __m512i v = _mm512_permutexvar_epi16(part, _mm512_castps_si512(r[c]));
                 _mm256_store_si256((__m256i *)to, _mm512_castsi512_si256(v));
                 _mm256_store_si256((__m256i *)(to + HALF_ROW), _mm512_extracti64x4_epi64(v, 1));
@@ -283,7 +295,7 @@ AVX512 static void pack_halves(float *panel, const w_panel *p, int k0, int k1,
     }
 }
 
-/* to (n, NR) = a panel of halves, as floats */
+/* to (n, NR) = a panel of halves, converted to float */
 AVX512 static void halves_to_floats(float *to, const float *panel, int n) {
     for (int k = 0; k < n; k++, to += DWORD_ROW) {
         _mm512_store_ps(to, panel16(HALVES, panel, k, 0));
@@ -291,7 +303,7 @@ AVX512 static void halves_to_floats(float *to, const float *panel, int n) {
     }
 }
 
-/* ---- int8, int16: a group's scale is found for 16 rows at a time */
+/* ---- int8 and int16: the scales of a group are computed for 16 rows at a time ---------------- */
 
 TEMPLATE void load_x64(__m512 v[4], const float *row, int n) {
     UNROLL
@@ -305,7 +317,7 @@ TEMPLATE void load_w64(qemb_dtype dtype, __m512 v[4], const uint8_t *row, float 
         v[i] = weights16(dtype, row, scale, k + 16 * i, first16(n - 16 * i));
 }
 
-/* Lanewise, of up to 16 rows' groups */
+/* Largest magnitudes and squares of a group of up to 16 rows, lane by lane */
 typedef struct {
     __m512 most[16], squares[16];
 } group_sizes;
@@ -321,8 +333,9 @@ TEMPLATE void measure64(dword_of of, group_sizes *s, int i, const __m512 v[4]) {
     s->most[i] = _mm512_castsi512_ps(most), s->squares[i] = squares;
 }
 
-/* The scales (16), and inverse (16) theirs. What is not finite makes them not finite. Where squares
- * vanish, below 1e-19, sums may pass 2^31 all the same: what that spoils is as small. */
+/* The scales (16) of a group, and inverse (16) their inverses. Numbers that are not finite give
+ * scales that are not finite. If all numbers are below 1e-19, their squares vanish and a sum may
+ * pass 2^31; the error is then as small as the numbers. */
 TEMPLATE __m512 group_scales(dword_of of, float inverse[16], group_sizes *s) {
     const __m512 most = largest_of(s->most);
     if (of == INT8) return scales(inverse, most, 127);
@@ -331,7 +344,7 @@ TEMPLATE __m512 group_scales(dword_of of, float inverse[16], group_sizes *s) {
     return scales(inverse, _mm512_max_ps(share, most), INT16_MOST);
 }
 
-/* The next powers of two; of 0 the least that has an inverse */
+/* The next powers of two above scale; for 0, the smallest one that has an inverse */
 TEMPLATE __m512 powers_above(float inverse[16], __m512 scale) {
     const __m512 some = _mm512_max_ps(_mm512_set1_ps(0x1p-126f), scale); /* NaN passes */
     const __m512 power = _mm512_scalef_ps(_mm512_set1_ps(2), _mm512_getexp_ps(some));
@@ -339,7 +352,7 @@ TEMPLATE __m512 powers_above(float inverse[16], __m512 scale) {
     return power;
 }
 
-/* 64 floats times inverse, rounded to nearest even, as bytes in their order */
+/* 64 floats times inverse, rounded to nearest even, as 64 bytes */
 TEMPLATE __m512 to_int8(const __m512 v[4], __m512 inverse) {
     __m512i q[4];
     UNROLL
@@ -350,7 +363,7 @@ TEMPLATE __m512 to_int8(const __m512 v[4], __m512 inverse) {
     return _mm512_castsi512_ps(_mm512_permutexvar_epi32(order, lanes));
 }
 
-/* Dwords 16h .. 16h+15 of a row's group */
+/* Dwords 16h .. 16h+15 of one row's group of integers */
 TEMPLATE __m512 integers(dword_of of, const __m512 v[4], float inverse, int h) {
     const __m512 f = _mm512_set1_ps(inverse);
     if (of == INT8) return to_int8(v, f);
@@ -383,7 +396,7 @@ TEMPLATE void pack_x_groups(dword_of of, float *to, const float *x, int rows, in
     }
 }
 
-/* to: dwords 16h .. 16h+15 of a group of 16 rows of W, of which r has the rows */
+/* Stores dwords 16h .. 16h+15 of a group of 16 rows of W, r[i] of row i, and the corrections */
 TEMPLATE void store_w(dword_of of, float *to, __m512 r[16], int h) {
     const __m512 offset = _mm512_castsi512_ps(_mm512_set1_epi8(-128));
     __m512 sum = _mm512_setzero_ps();
@@ -452,7 +465,7 @@ PACK_W(pack_int16_f16, pack_w_groups, INT16, QEMB_F16)
 PACK_W(pack_int16_i8, pack_w_groups, INT16, QEMB_I8)
 PACK_W(pack_int8_f16, pack_w_groups, INT8, QEMB_F16)
 
-/* An INT8 file's bytes and scales as they are */
+/* INT8 weights keep the file's bytes and scales */
 AVX512 static void pack_int8_i8(float *panel, const w_panel *p, int k0, int k1,
                                 size_t prefetch_distance) {
     const qemb_mat *w = p->w;
@@ -474,7 +487,7 @@ AVX512 static void pack_int8_i8(float *panel, const w_panel *p, int k0, int k1,
     }
 }
 
-/* ---- SwiGLU */
+/* ---- SwiGLU ---------------------------------------------------------------------------------- */
 
 TEMPLATE void swiglu_tile(int rough, float *h, size_t ldh, int rows, int cols, const float *sums) {
     for (int i = 0; i < rows; i++, h += ldh, sums += NR)
@@ -489,7 +502,7 @@ AVX512 static void swiglu_8bit(float *h, size_t ldh, int rows, int cols, const f
     swiglu_tile(1, h, ldh, rows, cols, sums);
 }
 
-/* ---- the arithmetics */
+/* ---- the gemm_types -------------------------------------------------------------------------- */
 
 static const gemm_type f32 = {.per_dword = 1,
                               .columns = 16,

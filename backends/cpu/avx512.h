@@ -1,5 +1,6 @@
-/* avx512.h - what the rooms of AVX-512's tables share: lanes, exp, the register tiles that products
- * and attention multiply in, a transposition, scales. All of it becomes part of its caller. */
+/* avx512.h - what AVX-512's products and attention share: lanes, exp, the microkernel, a
+ * transposition, scales. All of it is inlined.
+ */
 #ifndef CPU_AVX512_H
 #define CPU_AVX512_H
 
@@ -11,11 +12,11 @@
 #include <math.h>
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,bmi2")))
-/* A template: the caller passes constants, and loops over them unroll into registers. */
+/* A function that is inlined with constant arguments, so that its loops unroll into registers. */
 #define TEMPLATE static inline __attribute__((always_inline)) AVX512
 #define UNROLL   _Pragma("GCC unroll 16")
 
-/* The first n of 16 (32, 64) lanes; none for n below 1 */
+/* The mask of the first n of 16 lanes; no lane if n < 1 */
 TEMPLATE __mmask16 first16(int n) {
     return (__mmask16)_bzhi_u32(0xffff, (unsigned)max_int(0, min_int(n, 16)));
 }
@@ -25,7 +26,8 @@ TEMPLATE void store_first(float *p, __m512 v, int n) { _mm512_mask_storeu_ps(p, 
 /* ---- exp ----------------------------------------------------------------------------------------
  * As avx2.c's, with its bound of one ulp: exp(x) = 2^n exp(r), a polynomial of degree 7. */
 
-/* p 2^n, both normal. On Zen 4 scalef takes the time of two multiplications, this of none. */
+/* p 2^n, for normal p and 2^n. On Zen 4 scalef costs two multiplications, this integer addition
+ * none. */
 TEMPLATE __m512 times_2_to(__m512 p, __m512i n) {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(n, 23)));
 }
@@ -33,7 +35,7 @@ TEMPLATE __m512 times_2_to(__m512 p, __m512i n) {
 TEMPLATE __m512 exp16(__m512 x) {
     const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)));
     const __m512 n = _mm512_cvtepi32_ps(whole);
-    /* ln 2 in two parts; the first has 9 bits, so that n times it is exact */
+    /* ln 2 as a sum of two numbers. The first has 9 bits, so its product with n is exact. */
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.63p-1f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-0x1.bd0106p-13f), r);
     __m512 p = _mm512_set1_ps((float)(1.0 / 5040));
@@ -45,14 +47,14 @@ TEMPLATE __m512 exp16(__m512 x) {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
     p = times_2_to(p, whole);
-    /* where 2^n is not normal all is Inf or 0; NaN passes */
+    /* where 2^n is not normal, the result is Inf or 0; NaN stays NaN */
     p = _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, _mm512_set1_ps(88.72283f), _CMP_GT_OQ),
                            _mm512_set1_ps(INFINITY));
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ), p);
 }
 
-/* exp(x), between the limits exp(-86) and exp(87), for what is rounded to 8 bits or added to many:
- * a polynomial of degree 4 errs by 0.35^5 / 5! = 2^-14.5. NaN passes. */
+/* exp(x) with x clamped to [-86, 87] and a relative error of 0.35^5 / 5! = 2^-14.5 (a polynomial of
+ * degree 4), for results that are rounded to 8 bits or are one term of many. NaN stays NaN. */
 TEMPLATE __m512 exp16_rough(__m512 x) {
     x = _mm512_min_ps(_mm512_set1_ps(87), _mm512_max_ps(_mm512_set1_ps(-86), x));
     const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)));
@@ -65,17 +67,17 @@ TEMPLATE __m512 exp16_rough(__m512 x) {
     return times_2_to(p, whole);
 }
 
-/* ---- register tiles -----------------------------------------------------------------------------
- * Whatever is multiplied, it comes in dwords along K: one float, two bfloat16 or integers of 16 bits,
- * or four bytes of x, and of W likewise. A panel is NR rows of W, their k-th dwords together. Per
- * dword two loads of W and `rows` broadcasts of x feed 2 x rows multiply-adds. */
+/* ---- the microkernel ----------------------------------------------------------------------------
+ * For each k, two loads of a panel's NR dwords and one broadcast per row of x feed two
+ * multiply-adds per row: 24 for 12 rows, with sums in 24 of the 32 registers. The loop is the same
+ * for every kind of dword. */
 
-/* What a dword holds. The integers are signed, but for x's bytes. */
+/* The contents of a dword. Integers are signed, except for the bytes of x. */
 typedef enum { F32, BF16, INT16, INT8 } dword_of;
 
-/* sum += the products of x's and w's dwords. In assembler, since a function for CPUs without the
- * instruction could not have the intrinsic in it, and because gcc 12 keeps the intrinsic's sums of
- * bytes in memory. */
+/* sum += the products of the dwords of x and w. In assembler for two reasons: a function compiled
+ * for CPUs without the instruction may not contain its intrinsic, and gcc 12 keeps the sums of the
+ * bytes' intrinsic in memory. */
 TEMPLATE __m512 multiply_add(dword_of of, __m512 sum, __m512 x, __m512 w) {
     if (of == F32) return _mm512_fmadd_ps(x, w, sum);
     if (of == BF16)
@@ -87,11 +89,11 @@ TEMPLATE __m512 multiply_add(dword_of of, __m512 sum, __m512 x, __m512 w) {
     return sum;
 }
 
-/* What W's numbers are in a panel: dwords, or halves that become floats where they are loaded */
+/* The contents of a panel: dwords, or halves, which are converted to float as they are loaded */
 typedef enum { DWORDS, HALVES } panel_kind;
-enum { DWORD_ROW = NR, HALF_ROW = NR / 2 }; /* floats that NR of them take */
+enum { DWORD_ROW = NR, HALF_ROW = NR / 2 }; /* memory of NR of them, in floats */
 
-/* Row k of a panel, 16 columns from column 16h on */
+/* Row k of a panel: numbers 16h .. 16h+15 of its NR */
 TEMPLATE __m512 panel16(panel_kind kind, const float *panel, int k, int h) {
     if (kind == DWORDS) return _mm512_load_ps(panel + k * DWORD_ROW + 16 * h);
     return _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(panel + k * HALF_ROW + 8 * h)));
@@ -102,7 +104,9 @@ TEMPLATE void tile(dword_of of, panel_kind kind, __m512 (*acc)[2], int rows, con
                    int next_row, int next_k, const float *panel, int n) {
     for (int k = 0; k < n; k++) {
         __m512 w0 = panel16(kind, panel, k, 0), w1 = panel16(kind, panel, k, 1);
-        __asm__("" : "+v"(w0), "+v"(w1)); /* else gcc 12 loads them again for every row */
+        __asm__(""
+                : "+v"(w0),
+                  "+v"(w1)); /* pinned to registers: gcc 12 would load them again for every row */
         UNROLL
         for (int i = 0; i < rows; i++) {
             const __m512 xi = _mm512_set1_ps(x[i * next_row + k * next_k]);
@@ -112,8 +116,7 @@ TEMPLATE void tile(dword_of of, panel_kind kind, __m512 (*acc)[2], int rows, con
     }
 }
 
-/* No branch may depend on i: compilers would keep the sums in memory for it, throughout the
- * tile. */
+/* No branch may depend on i: compilers would then keep the sums in memory throughout the tile. */
 TEMPLATE void tile_write(const epilogue *o, int own_factor, int rows, __m512 (*acc)[2], int add) {
     const __mmask16 m0 = first16(o->cols), m1 = first16(o->cols - 16);
     UNROLL
@@ -154,13 +157,15 @@ TEMPLATE void tile_rows(dword_of of, panel_kind kind, const epilogue *o, int row
         tile(of, kind, acc, rows, x + k * next_k, next_row, next_k, panel, min_int(16, n - k));
     }
     UNROLL
-    for (int i = 0; i < rows; i++) UNROLL
-    for (int h = 0; h < 2; h++)
-        if (of == INT16) acc[i][h] = _mm512_cvtepi32_ps(_mm512_castps_si512(acc[i][h]));
+    for (int i = 0; i < rows; i++) {
+        UNROLL
+        for (int h = 0; h < 2; h++)
+            if (of == INT16) acc[i][h] = _mm512_cvtepi32_ps(_mm512_castps_si512(acc[i][h]));
+    }
     tile_end(o, of == INT16, rows, acc);
 }
 
-/* name: rows <= MR of x, n dwords */
+/* TILE defines the microkernel `name`. Dword k of row i of x is x[i*next_row + k*next_k]. */
 #define CASE(n, call)                                                                              \
     case n:                                                                                        \
         call;                                                                                      \
@@ -184,7 +189,7 @@ TEMPLATE void tile_rows(dword_of of, panel_kind kind, const epilogue *o, int row
         }                                                                                          \
     }
 
-/* 16 rows of 16 dwords -> 16 columns, in place */
+/* Transposes 16 x 16 dwords in place */
 TEMPLATE void transpose(__m512 r[16]) {
     __m512 a[16];
     UNROLL
@@ -193,8 +198,8 @@ TEMPLATE void transpose(__m512 r[16]) {
         a[j + 1] = _mm512_unpackhi_ps(r[j], r[j + 1]);
     }
     UNROLL
-    for (int j = 0; j < 16; j += 4)
-        for (int h = 0; h < 2; h++) { /* r[4g + c]: columns c, 4+c, 8+c, 12+c of rows 4g .. 4g+3 */
+    for (int j = 0; j < 16; j += 4) /* r[4g + c] = columns c, 4+c, 8+c, 12+c of rows 4g .. 4g+3 */
+        for (int h = 0; h < 2; h++) {
             const __m512d lo = _mm512_castps_pd(a[j + h]), hi = _mm512_castps_pd(a[j + h + 2]);
             r[j + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
             r[j + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
@@ -212,24 +217,26 @@ TEMPLATE void transpose(__m512 r[16]) {
     }
 }
 
-/* ---- scales */
+/* ---- scales ---------------------------------------------------------------------------------- */
 
-/* Sums (16) of rows of which r has the lanewise ones */
+/* (16) Sums of 16 rows; r[i] has the lanewise sums of row i */
 TEMPLATE __m512 sums_of(__m512 r[16]) {
     transpose(r);
     UNROLL
-    for (int step = 8; step; step /= 2) UNROLL
-    for (int i = 0; i < step; i++) r[i] = _mm512_add_ps(r[i], r[i + step]);
+    for (int step = 8; step; step /= 2) {
+        UNROLL
+        for (int i = 0; i < step; i++) r[i] = _mm512_add_ps(r[i], r[i + step]);
+    }
     return r[0];
 }
 
-/* Magnitudes as integers: they compare as floats do, and NaN is the largest of all. */
+/* The larger of a and |v|, as integers: they compare as floats do, and NaN is the largest. */
 TEMPLATE __m512i larger(__m512i a, __m512 v) {
     return _mm512_max_epu32(
         a, _mm512_and_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
 }
 
-/* The largest magnitudes (16) of rows of which r has the lanewise ones */
+/* (16) Largest magnitudes of 16 rows; r[i] has the lanewise ones of row i */
 TEMPLATE __m512 largest_of(__m512 r[16]) {
     transpose(r);
     __m512i most = _mm512_castps_si512(r[0]);
@@ -238,25 +245,27 @@ TEMPLATE __m512 largest_of(__m512 r[16]) {
     return _mm512_castsi512_ps(most);
 }
 
-/* What takes sizes v (16) to n: v / n, and inverse (16) n / v, 0 for 0 */
+/* The scales (16) that map sizes v (16) to n: v / n. inverse (16) = n / v, or 0 where v is 0. */
 TEMPLATE __m512 scales(float inverse[16], __m512 v, float n) {
     const __mmask16 some = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
     _mm512_storeu_ps(inverse, _mm512_maskz_div_ps(some, _mm512_set1_ps(n), v));
     return _mm512_div_ps(v, _mm512_set1_ps(n));
 }
 
-/* ---- integers of 16 bits */
+/* ---- 16-bit integers ------------------------------------------------------------------------- */
 
 enum { INT16_MOST = 32767 };
 
-/* Two vectors of floats, rounded to nearest even: dword i holds numbers 2i and 2i+1 of 32. */
+/* 32 floats, lo and hi, rounded to nearest even: dword i has numbers 2i and 2i+1. */
 TEMPLATE __m512 to_int16(__m512 lo, __m512 hi) {
     const __m512i lanes = _mm512_packs_epi32(_mm512_cvtps_epi32(lo), _mm512_cvtps_epi32(hi));
     const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
     return _mm512_castsi512_ps(_mm512_permutexvar_epi64(order, lanes));
 }
 
-/* ---- avx512_attention.c: cpu_kernels' attention, of floats and of 16 bit integers (VNNI) */
+/* ---- avx512_attention.c ---------------------------------------------------------------------- */
+
+/* cpu_kernels.attention, with floats and with 16-bit integers (VNNI). */
 void avx512_attention_f32(const attention_tile *w, float *att, size_t ld_att, int q0, int n);
 void avx512_attention_int16(const attention_tile *w, float *att, size_t ld_att, int q0, int n);
 

@@ -1,23 +1,34 @@
-/* avx512_attention.c - attention with AVX-512, of floats and of 16 bit integers.
+/* avx512_attention.c - attention with AVX-512, with floats and with 16-bit integers.
  *
- * As avx2.c's: a block walks over the keys in tiles with a running maximum and sum, multiplying
- * dwords as the matmul does; scores, their softmax and all sums are float. Keys of a tile are
- * panels (NR keys, their d-th dwords together), queries tiles of MR rows (dwords, MR). Values are
- * panels of NR dimensions, of one key or two per dword, and weights rows of CPU_KEYS numbers. What
- * lies above the diagonal is skipped by whole register tiles: its weights are zeros, and adding
- * those changes nothing.
+ * A block of R rows (tokens x query heads of one kv head) walks over the keys in tiles of CPU_KEYS.
+ * A row keeps a maximum m, a sum l and weighted values O. Scores s_j and values v_j of a tile
+ * update them (Milakov and Gimelshein 2018; Dao et al. 2022):
  *
- * A dword is a float, or two integers of 16 bits: twice the speed, with more of a number's bits
- * than bfloat16 keeps. Each query and key is scaled to a length of INT16_LENGTH, so that no product
- * of two can pass 2^30 (Cauchy and Schwarz), and each value to a largest magnitude of VALUE_MOST. A
- * tile's weights, each times its value's scale, are scaled to a largest of INT16_MOST and a sum of
- * WEIGHTS_MOST at most, so that no sum of values can pass 2^31, rounding of CPU_KEYS weights
- * included: where weights are even, both sides err alike. */
+ *   m' = max(m, max_j s_j)
+ *   l' = exp(m - m') l + sum_j exp(s_j - m')
+ *   O' = exp(m - m') O + sum_j exp(s_j - m') v_j
+ *
+ * In the end the row's output is O / l. The passes over a tile: 1 pack keys and values, 2 scores, 3
+ * softmax (m', l' and the weights), 4 values (O'). Passes 2 and 4 are products by the microkernel:
+ * keys are panels of NR keys, queries tiles of MR rows, values panels of NR dimensions, weights
+ * rows of CPU_KEYS numbers. Scores, softmax and all sums are float. Register tiles above the
+ * diagonal are skipped: their weights are zeros, and adding zeros changes nothing.
+ *
+ * With integers a dword holds two 16-bit numbers: twice the speed of float, with more bits of a
+ * number than bfloat16 keeps. Each scale belongs to one query, one key, one value or one row of
+ * weights, so that a row's bits never depend on other rows. Bounds keep every sum below 2^31:
+ *   - A query and a key are scaled to length INT16_LENGTH: their product is at most INT16_LENGTH^2
+ *     (Cauchy and Schwarz), about 2^30.
+ *   - A value is scaled to a largest magnitude of VALUE_MOST. A row's weights of a tile, each
+ *     multiplied by its value's scale, are scaled to at most INT16_MOST each and WEIGHTS_MOST
+ *     together. So a sum of values is at most WEIGHTS_MOST x VALUE_MOST plus the rounding of
+ *     CPU_KEYS weights. Where weights are even, both factors have rounding errors of similar size.
+ */
 #include "avx512.h"
 
 #if defined(__x86_64__)
 
-/* Queries packed (dwords, MR) times keys, weights in rows of CPU_KEYS numbers times values */
+/* Microkernels: queries (dwords, MR) times keys; weights (rows, CPU_KEYS) times values */
 TILE(scores_f32, F32, DWORDS, 1, MR)
 TILE(scores_int16, INT16, DWORDS, 1, MR)
 TILE(values_f32, F32, DWORDS, CPU_KEYS, 1)
@@ -30,16 +41,19 @@ TEMPLATE int head_dwords(dword_of of, const attention_tile *w) {
     return ceil_div(w->hd, per_dword(of));
 }
 
-/* Maxima (16) likewise. A NaN may be lost: its own exp is NaN all the same. */
+/* (16) Maxima of 16 rows; r[i] has the lanewise ones of row i. A NaN may be lost here, but its exp
+ * is NaN. */
 TEMPLATE __m512 maxima_of(__m512 r[16]) {
     transpose(r);
     UNROLL
-    for (int step = 8; step; step /= 2) UNROLL
-    for (int i = 0; i < step; i++) r[i] = _mm512_max_ps(r[i], r[i + step]);
+    for (int step = 8; step; step /= 2) {
+        UNROLL
+        for (int i = 0; i < step; i++) r[i] = _mm512_max_ps(r[i], r[i + step]);
+    }
     return r[0];
 }
 
-/* Length / INT16_LENGTH (16), and inverse (16) its inverse, of rows (n) */
+/* The scales (16) that map rows (n) to length INT16_LENGTH, and inverse (16) their inverses */
 TEMPLATE __m512 length_scales(float inverse[16], const float *const row[16], int rows, int n) {
     __m512 r[16];
     UNROLL
@@ -53,8 +67,8 @@ TEMPLATE __m512 length_scales(float inverse[16], const float *const row[16], int
     return scales(inverse, _mm512_sqrt_ps(sums_of(r)), INT16_LENGTH);
 }
 
-/* r = 16 dwords of each of the rows (n) from number k on, times inverse[i] or, floats, `scale`,
- * transposed */
+/* r = 16 dwords of each of the rows (n) from number k on, transposed. Integers are multiplied by
+ * inverse[i], floats by `scale`. */
 TEMPLATE void head_rows(dword_of of, __m512 r[16], const float *const row[16], int rows, int k,
                         int n, const float *inverse, __m512 scale) {
     UNROLL
@@ -73,8 +87,8 @@ TEMPLATE void head_rows(dword_of of, __m512 r[16], const float *const row[16], i
     transpose(r);
 }
 
-/* Pass 1: keys of positions k0 .. k0+n-1. Those that fill up 16 repeat the last; what else a panel
- * holds nobody sees. */
+/* Pass 1: packs the keys of positions k0 .. k0+n-1. The last 16 are filled up with the last key;
+ * what a panel holds beyond that is never used. */
 TEMPLATE void attention_load_keys(dword_of of, const attention_tile *w, int k0, int n) {
     const int dwords = head_dwords(of, w);
     for (int j = 0; j < n; j += 16) {
@@ -96,7 +110,8 @@ TEMPLATE void attention_load_keys(dword_of of, const attention_tile *w, int k0, 
     }
 }
 
-/* And values. The last of an odd number goes with itself, which gets no weight. */
+/* Pass 1: packs the values. If n is odd, the last value is paired with itself, with a weight of
+ * 0. */
 TEMPLATE void attention_load_values(dword_of of, const attention_tile *w, int k0, int n) {
     const int hd = w->hd, per = per_dword(of);
     for (int j = 0; j < n; j += 16) {
@@ -133,13 +148,13 @@ TEMPLATE void attention_load_values(dword_of of, const attention_tile *w, int k0
     }
 }
 
-/* The first of the block's rows (token q0 leads) that sees position p */
+/* The first row of the block (whose first token is at position q0) that sees position p */
 static int first_seeing(const attention_tile *w, int q0, int p) {
     return max_int(0, p - q0) * w->G;
 }
 
-/* Pass 2: s (R, n) = q k^T, of integers yet without their keys' scales, for whole tiles of rows:
- * those that do not see a key are masked later */
+/* Pass 2: s (R, n) = q k^T, for whole tiles of rows; pass 3 masks the scores of keys that a row
+ * does not see. Integer scores still lack their keys' scales. */
 TEMPLATE void attention_scores(dword_of of, const attention_tile *w, int R, int q0, int k0, int n) {
     const int dwords = head_dwords(of, w);
     for (int j = 0; j < n; j += NR)
@@ -157,7 +172,7 @@ TEMPLATE void attention_scores(dword_of of, const attention_tile *w, int R, int 
         }
 }
 
-/* Scores j .. j+15 of a row; -inf where it does not see the key */
+/* Scores j .. j+15 of a row; -inf for keys that it does not see */
 TEMPLATE __m512 scores16(dword_of of, const attention_tile *w, const float *s, int j,
                          __mmask16 visible) {
     const __m512 low = _mm512_set1_ps(-INFINITY), v = _mm512_mask_loadu_ps(low, visible, s + j);
@@ -165,14 +180,13 @@ TEMPLATE __m512 scores16(dword_of of, const attention_tile *w, const float *s, i
     return _mm512_mask_mul_ps(low, visible, v, _mm512_loadu_ps(w->key_scale + j));
 }
 
-/* The tile's keys that row r of the block (token q0 leads) sees: those up to its own position */
+/* The number of the tile's keys that row r of the block sees: those up to its own position */
 static int keys_seen(const attention_tile *w, int r, int q0, int k0) {
     return min_int(CPU_KEYS, q0 + r / w->G - k0 + 1);
 }
 
-/* Pass 3: scores become weights exp(s - max), in dwords and in place; what was summed under an
- * older maximum is scaled. 16 rows at a time, step by step: what a row waits for, the others make
- * up for. */
+/* Pass 3: m', l', the weights exp(s - m') in place of the scores, and exp(m - m') O. 16 rows at a
+ * time, so that independent rows hide each other's latency. */
 TEMPLATE void attention_softmax(dword_of of, const attention_tile *w, int R, int q0, int k0,
                                 int n) {
     const int end = round_up(n, NR);
@@ -230,7 +244,7 @@ TEMPLATE void attention_softmax(dword_of of, const attention_tile *w, int R, int
                 }
             }
         }
-        for (int i = 0; k0 && i < rows; i++) { /* at first there is nothing yet */
+        for (int i = 0; k0 && i < rows; i++) { /* in the first tile O is still empty */
             float *acc = w->acc + (size_t)(first + i) * w->hdp;
             if (older[i] == 1) continue;
             for (int d = 0; d < w->hdp; d += 16)
@@ -240,12 +254,12 @@ TEMPLATE void attention_softmax(dword_of of, const attention_tile *w, int R, int
     }
 }
 
-/* Pass 4: acc (R, hdp) = (k0 ? acc : 0) + s v. Rows go together that see about as many keys: NR of
- * them a step. */
+/* Pass 4: O (R, hdp) = (k0 ? O : 0) + s v. Rows that see about the same number of keys are
+ * multiplied together, in steps of NR keys. */
 TEMPLATE void attention_values(dword_of of, const attention_tile *w, int R, int q0, int k0, int n) {
     const int per = per_dword(of);
     for (int r = first_seeing(w, q0, k0), end; r < R; r = end) {
-        const int t = q0 + r / w->G - k0; /* the row's own position in the tile */
+        const int t = q0 + r / w->G - k0; /* the row's position in the tile */
         const int depth = min_int(n, t / NR * NR + NR);
         end = depth == n ? R : first_seeing(w, q0, k0 + depth);
         for (int d = 0; d < w->hdp; d += NR)
@@ -304,7 +318,7 @@ TEMPLATE void attention_of(dword_of of, const attention_tile *w, float *att, siz
     for (int r = 0; r < R; r++) {
         float *out = att + r / G * ld_att + r % G * hd;
         const __m512 inverse = _mm512_set1_ps(1 / w->sum[r]);
-        for (int d = 0; d < hd; d += 16) { /* + 0: a sum that underflowed to -0 is 0 */
+        for (int d = 0; d < hd; d += 16) { /* + 0 turns -0, an underflow, into 0 */
             const __m512 v = _mm512_loadu_ps(w->acc + (size_t)r * w->hdp + d);
             store_first(out + d, _mm512_fmadd_ps(v, inverse, _mm512_setzero_ps()), hd - d);
         }

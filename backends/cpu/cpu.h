@@ -33,8 +33,9 @@ struct attention_tile;
 /* What a vector table computes with its instructions: one row, or one block of attention. Sizes are
  * the model's and may be odd; nothing beyond them is read or written. */
 typedef struct {
-    int attention_rows; /* tokens x query heads of an attention block, or one token: as many as leave
-                           its memory (attention_tile) in an L2 cache */
+    /* Tokens x query heads of an attention block (or one token): as many as keep its memory, an
+     * attention_tile, in an L2 cache */
+    int attention_rows;
     /* y (n) = x, which are halves */
     void (*half)(float *y, const uint16_t *x, int n);
     /* y (n) = x / sqrt(mean(x^2) + eps) * w; y may be x */

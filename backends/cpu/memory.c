@@ -5,15 +5,15 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-/* Address space: pages become memory when they are first written. */
 void *cpu_map(qemb_backend *be, int slot, size_t bytes, qemb_err *err) {
+    /* MAP_NORESERVE: address space, which becomes memory page by page as it is written */
     void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
                    -1, 0);
     if (p == MAP_FAILED) {
         qemb_fail(err, "out_of_memory", "memory: cannot map %zu bytes", bytes);
         return NULL;
     }
-    madvise(p, bytes, MADV_HUGEPAGE); /* where it may: a matmul's rows lie many small pages apart */
+    madvise(p, bytes, MADV_HUGEPAGE); /* a matmul's rows are many small pages apart */
     be->maps[slot] = p;
     be->map_bytes[slot] = bytes;
     return p;

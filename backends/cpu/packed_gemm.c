@@ -66,8 +66,8 @@ static size_t room_floats(const gemm_type *a) {
 }
 
 /* ---- load_weights: matrices are repacked, one after the other -----------------------------------
- * The map's pages that were read are dropped, since they are not read again. INT8 matrices that would
- * become 16 bits or floats, two and four times their size, stay in the map: ops pack them. */
+ * The map's pages that were read are dropped, since they are not read again. INT8 matrices that
+ * would become 16 bits or floats, two and four times their size, stay in the map: ops pack them. */
 
 static int is_repacked(const qemb_backend *be, const qemb_mat *w) {
     return (uintptr_t)w->data - (uintptr_t)be->maps[CPU_MAP_WEIGHTS] <

@@ -5,8 +5,7 @@
  *   group         64 numbers of a row that share a scale (integers only)
  *   panel         NR rows of W, packed: their k-th dwords lie side by side, for each k in turn
  *   tile of x     MR rows of x, packed in the same way
- *   register tile the MR x NR sums of y that stay in registers while dwords of a tile and of a panel
- *                 are multiplied
+ *   register tile MR x NR sums of y, which stay in registers while tile and panel are multiplied
  *   microkernel   the loop over k that computes a register tile
  *   epilogue      how the sums of a register tile reach y
  *

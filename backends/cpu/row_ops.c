@@ -6,11 +6,6 @@
 #if defined(__x86_64__)
 
 #include <assert.h>
-#include <immintrin.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 static float *f32(qemb_act *a) { return (float *)a; }
 static const float *cf32(const qemb_act *a) { return (const float *)a; }

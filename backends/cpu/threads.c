@@ -1,9 +1,9 @@
 /* threads.c - the threads that run the ops of the vector tables.
  *
- * A job is a number of items; the caller and its helpers take them one by one. The caller waits for
- * helpers that have an item, not for those that never came: on a busy machine, where a helper may
- * not run for milliseconds, the others do its share. (OpenMP's barriers waited for all threads, and
- * by spinning: a quarter of the speed when other programs run.)
+ * A job is a number of items. The caller and its helpers take them one by one. The caller waits for
+ * the helpers that have taken an item, but not for those that have not: on a busy machine a helper
+ * may not run for milliseconds, and the others then do its share. (OpenMP's barriers wait for all
+ * threads, and by spinning: that left a quarter of the speed when other programs ran.)
  */
 #include "cpu.h"
 
@@ -18,9 +18,9 @@
 struct cpu_pool {
     pthread_mutex_t lock; /* of all but next */
     pthread_cond_t posted, left;
-    atomic_uint jobs;  /* posted so far: helpers that still spin look here */
+    atomic_uint jobs;  /* jobs posted so far; spinning helpers watch it */
     atomic_int inside; /* helpers at work on the current job */
-    atomic_int next;   /* item to take */
+    atomic_int next;   /* the next item to take */
     int open, sleeping, quit, items, n;
     cpu_work *run;
     const void *job;
@@ -31,7 +31,7 @@ struct cpu_pool {
     } helpers[];
 };
 
-enum { SPINS = 1000 }; /* about 20 microseconds: the pause between two ops, but not a text's wait */
+enum { SPINS = 1000 }; /* about 20 microseconds: longer than the time between two ops */
 
 static void take_items(struct cpu_pool *p, int thread) {
     for (int i; (i = atomic_fetch_add(&p->next, 1)) < p->items;)
