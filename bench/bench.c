@@ -1,134 +1,44 @@
 /* bench.c - how fast the product's own parts are, beside the limits of the machine.
  *
  *   bench tables                    the ops tables of this machine, one `name math` a line
- *   bench limits   MODEL            what the CPU can do: arithmetic of each kind, reading the weights
- *   bench ops      MODEL [OP...]    every op of the table, or those so named, at the model's shapes
- *   bench gemm     MODEL [OP...]    the matrix products in turns with other libraries', if installed
+ *   bench limits   MODEL            the CPU's rates: arithmetic of each kind, reading the weights
+ *   bench ops      MODEL [OP...]    the ops of the table, or those named, at the model's shapes
+ *   bench matmul   MODEL            one product by the oracle and by every table (docs/matmul.md)
+ *   bench gemm     MODEL [OP...]    the products in turns with other libraries', if installed
  *   bench forward  MODEL LENGTH...  the whole forward, texts of LENGTH tokens, and each op's share
  *   bench beside   MODEL LENGTH...  the forward in turns with one whose products are oneDNN's
  *   bench tokenizer MODEL TEXT...   MB of text per second
  *   bench print    MODEL            vectors per second, per output kind
  * with --threads N (all), --math f32|bf16|int16|int8 (f32), --cpu NAME (the fastest table),
- * --tokens N (a batch of forward; 1024) and, where other programs keep the machine busy, --cpu-time:
- * CPU time per thread instead of the clock's.
+ * --tokens N (a batch of forward; 1024) and --cpu-time (CPU time per thread instead of the clock's,
+ * for machines that other programs keep busy).
  *
- * Each row of the CSV on stdout: group, name, n, median, p10, p90, unit, percent of limit, limit.
- * A measurement runs once to warm up and then for at least MIN_SECONDS and MIN_ROUNDS, but what
- * takes MAX_SECONDS only FEW_ROUNDS times; what is computed is compared with the plain op first.
- * Limits (limits.c) are measured in the same run, by all threads, and are the p90 of their
- * rates. Other programs on the machine show in p10..p90.
+ * Each row of the CSV on standard output: group, name, n, median, p10, p90, unit, percent of limit,
+ * limit. A measurement runs once to warm up, then for at least 0.3 s and 7 rounds; what takes 20 s
+ * runs 3 rounds. What an op computes is compared with the plain op first. Limits are measured in
+ * the same run, by all threads, and are the p90 of their rates. Other programs on the machine show
+ * in p10..p90.
  */
-#include "bench.h"
-#include "frontends/console.h"
-#include "frontends/select_ops.h"
+#include "limits.h"
+#include "measure.h"
+#include "vendor_gemm.h"
+
 #include "backends/cpu/cpu.h"
+#include "frontends/console.h"
 #include "frontends/format.h"
+#include "frontends/select_ops.h"
+#include "tests/unit/oracle.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-#define MIN_SECONDS 0.3
-#define MAX_SECONDS 20.0
-enum {
-    FEW_ROUNDS = 3,
-    MIN_ROUNDS = 7,
-    MAX_ROUNDS = 500,
-    MAX_ROWS = 4096,
-    VERIFY_ROWS = 33,
-    VECTORS = 256
-};
+enum { MAX_ROWS = 4096, VERIFY_ROWS = 33, MATMUL_ROWS = 64, VECTORS = 256 };
 
-int threads;
 static const qemb_file *file;
 static const qemb_ops *table;
-static int batch_tokens = QEMB_BATCH_TOKENS, cpu_time;
-
-void die(const char *what) {
-    fprintf(stderr, "bench: %s\n", what);
-    exit(1);
-}
-
-void *zeroed(size_t bytes) {
-    void *p = aligned_alloc(256, (bytes + 255) / 256 * 256);
-    if (!p) die("out of memory");
-    return memset(p, 0, bytes); /* so that the pages are there */
-}
-
-/* Seconds; with --cpu-time of the whole process's CPU time, per thread. */
-static double now(void) {
-    struct timespec t;
-    clock_gettime(cpu_time ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC, &t);
-    return ((double)t.tv_sec + 1e-9 * (double)t.tv_nsec) / (cpu_time ? threads : 1);
-}
-
-/* ---- measuring -------------------------------------------------------------------------------- */
-
-static int by_value(const void *a, const void *b) {
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static quantiles quantiles_of(double *t, int n) {
-    qsort(t, (size_t)n, sizeof *t, by_value);
-    return (quantiles){t[n / 2], t[n / 10], t[n - 1 - n / 10]};
-}
-
-static double seconds_of(timed_call c, int i) {
-    const double start = now();
-    c.run(c.arg, i);
-    return now() - start;
-}
-
-/* Whether another round is to come after n of them. */
-static int more(int n, double seconds) {
-    if (n < FEW_ROUNDS || seconds < MIN_SECONDS) return n < MAX_ROUNDS;
-    return n < MIN_ROUNDS && seconds < MAX_SECONDS;
-}
-
-quantiles measure(void (*run)(void *arg, int i), void *arg) {
-    const timed_call c = {run, arg};
-    double t[MAX_ROUNDS];
-    int n = 0;
-    run(arg, 0);
-    for (double begin = now(); more(n, now() - begin);) t[n] = seconds_of(c, n + 1), n++;
-    return quantiles_of(t, n);
-}
-
-/* What comes first after the other's turn is not timed: the other's idle threads spin for some
- * milliseconds (OpenMP's do), and threads that were asleep wake up on one core. */
-#define SETTLE_SECONDS 0.02
-static double turn(timed_call c, int i) {
-    nanosleep(&(struct timespec){0, 10000000}, NULL);
-    const double begin = now();
-    do c.run(c.arg, i);
-    while (now() - begin < SETTLE_SECONDS);
-    return seconds_of(c, i + 1);
-}
-
-void measure_turns(timed_call a, timed_call b, quantiles *ta, quantiles *tb, quantiles *ratio) {
-    double t[3][MAX_ROUNDS];
-    int n = 0;
-    a.run(a.arg, 0), b.run(b.arg, 0);
-    for (double begin = now(); more(n, now() - begin); n++) {
-        t[0][n] = turn(a, n + 1), t[1][n] = turn(b, n + 1);
-        t[2][n] = t[1][n] / t[0][n];
-    }
-    *ta = quantiles_of(t[0], n), *tb = quantiles_of(t[1], n), *ratio = quantiles_of(t[2], n);
-}
-
-void row(const char *group, const char *name, int n, quantiles s, double work, double unit_size,
-         const char *unit, const char *limit, double limit_rate) {
-    printf("%s,%s,%d,%.4g,%.4g,%.4g,%s,", group, name, n, work / s.median / unit_size,
-           work / s.p90 / unit_size, work / s.p10 / unit_size, unit);
-    if (limit_rate > 0)
-        printf("%.1f,%s\n", 100 * work / s.median / limit_rate, limit);
-    else
-        printf(",\n");
-    fflush(stdout);
-}
+static int batch_tokens = QEMB_BATCH_TOKENS;
 
 /* Bytes moved, or products and sums, beside the limit of the one or the other. */
 static void row_read(const char *name, int n, quantiles s, double bytes) {
@@ -141,7 +51,7 @@ static void row_math(const char *group, const char *name, int n, quantiles s, do
     row(group, name, n, s, flops, 1e9, integers ? "GOP/s" : "GFLOP/s", l->name, l->rate);
 }
 
-/* ---- ops -------------------------------------------------------------------------------------- */
+/* ---- ops ------------------------------------------------------------------------------------- */
 
 enum { QKV, WO, GATE_UP, DOWN, EMBED, RMSNORM, QKNORM_ROPE, ATTENTION, N_OPS };
 static const char *const op_names[N_OPS] = {"matmul qkv",      "matmul_add wo", "gate_up",
@@ -151,7 +61,7 @@ static const char *const op_names[N_OPS] = {"matmul qkv",      "matmul_add wo", 
 typedef struct { /* a table, the op that runs next, its batch and buffers */
     const qemb_ops *op;
     qemb_backend *be;
-    qemb_weights w; /* as the table has placed them */
+    qemb_weights w; /* as the table's load_weights left them */
     qemb_packed_batch b;
     int32_t tokens[MAX_ROWS], pos[MAX_ROWS], cu[MAX_ROWS + 1];
     float *in, *out, *gu; /* (MAX_ROWS, widest row) */
@@ -168,7 +78,8 @@ static size_t widest(void) {
 }
 
 static void setup_open(setup *s, const qemb_ops *op) {
-    const qemb_options opt = {.batch_tokens = MAX_ROWS, .max_tokens = MAX_ROWS, .threads = threads};
+    const qemb_options opt = {
+        .batch_tokens = MAX_ROWS, .max_tokens = MAX_ROWS, .threads = measure_threads()};
     const size_t n = MAX_ROWS * widest();
     qemb_err err;
     memset(s, 0, sizeof *s);
@@ -190,7 +101,7 @@ static void setup_close(setup *s) {
     free(s->in), free(s->out), free(s->gu), free(s->ones), free(s->w.layers);
 }
 
-/* B texts of n tokens, B n rows */
+/* A batch of B texts of n tokens */
 static void lay(setup *s, int B, int n) {
     s->b = (qemb_packed_batch){B, B * n, 0, s->tokens, s->pos, s->cu};
     for (int t = 0; t < s->b.T; t++) {
@@ -202,8 +113,8 @@ static void lay(setup *s, int B, int n) {
 }
 
 static const qemb_mat *matrix(const setup *s, int i) {
-    const qemb_layer *l = &s->w.layers[s->cold ? i % file->config.n_layers : 0];
-    const qemb_mat *const m[] = {&l->wqkv, &l->wo, &l->wgu, &l->wdown};
+    qemb_mat *m[QEMB_LAYER_MATRICES];
+    qemb_layer_matrices(&s->w.layers[s->cold ? i % file->config.n_layers : 0], m);
     return m[s->which];
 }
 
@@ -236,14 +147,17 @@ static void run_op(void *arg, int i) {
     }
 }
 
-/* How far an op may be from the plain one, relative and in L2. f32: each stays below 1e-5 of the
- * truth. bf16: each of the two factors is off by at most 2^-9, and the errors of a sum's products
- * are independent. int8: a factor is off by at most half a step, the greatest of its row by 127;
- * the inputs here, even in -1 .. 1, and normal weights whose greatest lies at 4 deviations are off by
- * 0.0023 / 0.58 and 0.0091 of their size: 0.010 together, and as much again for rows less even.
- * int16: steps are a 46330th of a length of 64, for W up to two: 5e-5 and 1e-4 of even inputs' and
- * normal weights' size; in attention 1.4e-4 for weights, whose sum is 8 x 32767, and 6e-5 for values:
- * twice all that. */
+/* The largest relative L2 difference of an op from the plain one. f32: each is within 1e-5 of the
+ * exact result. bf16: each of the two factors has an error of at most 2^-9, and the errors of a
+ * sum's products are
+ *   independent.
+ * int8: a factor's error is at most half a step, and a step is the largest of its group / 127.
+ * Inputs
+ *   uniform in -1 .. 1 have a relative error of 0.0023 / 0.58, normal weights with the largest at 4
+ *   standard deviations 0.0091: together 0.010, doubled for rows that are less even.
+ * int16: a step is a 46330th of the length of 64 numbers, for W up to two of them: 5e-5 and 1e-4 of
+ *   the inputs and weights above. In attention 1.4e-4 for weights, whose sum is 8 x 32767, and 6e-5
+ *   for values. Doubled. */
 static double tolerance(int which) {
     static const double of_math[] = {2e-5, 3e-3, 5e-4, 2e-2};
     const int product = which <= DOWN || which == ATTENTION;
@@ -262,8 +176,8 @@ static void verify(setup *s, setup *plain, int which) {
     }
     for (size_t i = 0; i < n; i++) {
         diff += ((double)s->out[i] - plain->out[i]) * ((double)s->out[i] - plain->out[i]);
-        size +=
-            plain->out[i] != plain->in[i] ? (double)plain->out[i] * plain->out[i] : 0; /* written */
+        size += plain->out[i] != plain->in[i] ? (double)plain->out[i] * plain->out[i]
+                                              : 0; /* what the op wrote */
     }
     if (!(size > 0 && sqrt(diff / size) <= tolerance(which))) {
         fprintf(stderr, "bench: %s: differs from the plain op by %g (want at most %g)\n",
@@ -274,10 +188,11 @@ static void verify(setup *s, setup *plain, int which) {
 
 static double weights_of(const setup *s) { return (double)matrix(s, 0)->rows * matrix(s, 0)->cols; }
 
-/* Cold, every call reads the next layer's weights from memory; warm, the same ones again. Up to 16
- * rows reading them is the limit, above it arithmetic. */
+/* Cold: every call reads the next layer's weights, from memory; warm: the same weights again. Up to
+ * 16 rows of x reading them is the limit, above that arithmetic. */
 static void bench_product(setup *s) {
-    /* groups in panels of an F16 matrix have a scale, int8's the sum of their numbers beside it */
+    /* a group has a scale of 4 bytes; an int8 group of an F16 matrix also a correction of 4
+     * bytes */
     const double weight_bytes = matrix(s, 0)->dtype == QEMB_I8   ? 1 + 4.0 / QEMB_GROUP
                                 : s->op->math == QEMB_MATH_INT8  ? 1 + 8.0 / QEMB_GROUP
                                 : s->op->math == QEMB_MATH_INT16 ? 2 + 4.0 / QEMB_GROUP
@@ -291,19 +206,6 @@ static void bench_product(setup *s) {
         else
             row_math("ops", name, s->b.T, t, 2 * s->b.T * weights_of(s));
     }
-}
-
-/* Of INT8 zeros: for products that are not compared with a model's */
-float *floats_of(const qemb_mat *w) {
-    const qemb_config c = {.hidden = w->cols};
-    qemb_backend be = {.c = &c, .threads = 1};
-    int32_t *ids = zeroed(sizeof *ids * (size_t)w->rows);
-    const qemb_packed_batch all = {1, w->rows, 0, ids, NULL, NULL};
-    float *W = zeroed(sizeof(float) * (size_t)w->rows * (size_t)w->cols);
-    for (int i = 0; i < w->rows; i++) ids[i] = i;
-    if (w->dtype == QEMB_F16) qemb_cpu_ops.embed(&be, W, w, &all);
-    free(ids);
-    return W;
 }
 
 /* The op on warm weights in turns with other libraries, whose weights are packed beforehand. */
@@ -332,7 +234,7 @@ static void bench_others(setup *s, const setup *plain) {
 
 static const int row_counts[] = {1, 4, 16, 64, 256, 512, 1024, 2048, 4096};
 
-/* Rows that the op meets: of the MLP's matrices never more than QEMB_MLP_ROWS at a time. */
+/* Whether the op ever gets T rows: the MLP's ops get at most QEMB_MLP_ROWS. */
 static int occurs(int op, int T) { return T <= QEMB_MLP_ROWS || (op != GATE_UP && op != DOWN); }
 
 static void bench_op(setup *s, int op) {
@@ -381,7 +283,61 @@ static void bench_ops(char **names, int n, int others) {
     setup_close(&plain);
 }
 
-/* ---- the forward, and where its time goes ----------------------------------------------------- */
+/* ---- one product, step by step (docs/matmul.md) ---------------------------------------------- */
+
+/* wqkv of layer 0 times MATMUL_ROWS rows, y (T, N) = x (T, K) W^T, as the oracle has it */
+typedef struct {
+    const setup *s;
+    double *x, *y, *size; /* (T, K), (T, N), (T, N): sums of |x| |W| */
+} oracle_matmul;
+
+static void run_oracle(void *arg, int i) {
+    const oracle_matmul *o = arg;
+    const qemb_mat *w = &file->weights.layers[0].wqkv;
+    double *size = i ? NULL : o->size; /* the round that warms up makes the bounds */
+    for (int t = 0; t < MATMUL_ROWS; t++)
+        oracle_matvec(o->y + (size_t)t * w->rows, size ? size + (size_t)t * w->rows : NULL,
+                      o->x + (size_t)t * w->cols, w);
+}
+
+/* The largest error of a number of y, as a share of its sum of magnitudes. */
+static double largest_error(const setup *s, const oracle_matmul *o) {
+    double worst = 0;
+    for (size_t i = 0; i < (size_t)MATMUL_ROWS * (size_t)file->weights.layers[0].wqkv.rows; i++)
+        worst = fmax(worst, fabs(s->out[i] - o->y[i]) / o->size[i]);
+    return worst;
+}
+
+static void matmul_row(const char *name, qemb_math math, quantiles t, double error) {
+    const limit *l = limit_of(math);
+    const qemb_mat *w = &file->weights.layers[0].wqkv;
+    row("matmul", name, MATMUL_ROWS, t, 2.0 * MATMUL_ROWS * w->rows * w->cols, 1e9, "GFLOP/s",
+        l->name, l->rate);
+    printf("matmul,%s: error,%d,%.2g,,,of the sum of magnitudes,,\n", name, MATMUL_ROWS, error);
+}
+
+static void bench_matmul(void) {
+    const qemb_mat *w = &file->weights.layers[0].wqkv;
+    const size_t nx = (size_t)MATMUL_ROWS * w->cols, ny = (size_t)MATMUL_ROWS * w->rows;
+    static setup s;
+    oracle_matmul o = {&s, zeroed(nx * sizeof(double)), zeroed(ny * sizeof(double)),
+                       zeroed(ny * sizeof(double))};
+    setup_open(&s, &qemb_cpu_ops);
+    for (size_t i = 0; i < nx; i++) o.x[i] = s.in[i];
+    matmul_row("oracle", QEMB_MATH_F32, measure(run_oracle, &o), 0);
+    setup_close(&s);
+    for (int k = 0; (table = qemb_cpu_table(k)); k++) {
+        setup_open(&s, table);
+        s.which = QKV;
+        lay(&s, 1, MATMUL_ROWS);
+        const quantiles t = measure(run_op, &s);
+        matmul_row(table->name, table->math, t, largest_error(&s, &o));
+        setup_close(&s);
+    }
+    free(o.x), free(o.y), free(o.size);
+}
+
+/* ---- the forward, and where its time goes ---------------------------------------------------- */
 
 static double spent[7];
 static const char *const spent_names[7] = {"embed",       "rmsnorm",   "matmul", "matmul_add",
@@ -389,9 +345,9 @@ static const char *const spent_names[7] = {"embed",       "rmsnorm",   "matmul",
 
 #define TIMED(i, op, params, args)                                                                 \
     static void timed_##op params {                                                                \
-        const double start = now();                                                                \
+        const double start = measure_now();                                                        \
         table->op args;                                                                            \
-        spent[i] += now() - start;                                                                 \
+        spent[i] += measure_now() - start;                                                         \
     }
 TIMED(0, embed, (qemb_backend * be, float *x, const qemb_mat *m, const qemb_packed_batch *b),
       (be, x, m, b))
@@ -420,12 +376,12 @@ typedef struct {
 
 static void run_forward(void *arg, int i) {
     const forward *f = arg;
-    if (i <= 1) memset(spent, 0, sizeof spent); /* not the round that warms up */
+    if (i <= 1) memset(spent, 0, sizeof spent); /* leaves out the round that warms up */
     qemb_embed(f->m, f->b, f->out);
 }
 
-/* Multiplications and additions of a batch: all rows' linear layers but the last layer's, whose
- * last tokens alone go on after attention; and every pair of tokens in attention. */
+/* Multiplications and additions of the linear layers for a batch. After the last layer's attention
+ * only the texts' last tokens are computed. */
 static double linear_flops(int B, int n) {
     const qemb_config *c = &file->config;
     const double D = c->hidden, Q = (double)c->n_heads * c->head_dim,
@@ -439,9 +395,9 @@ static double attention_flops(int B, int n) {
     return 2 * (2 * Q * (file->config.n_layers - 1) * T * (n + 1) / 2 + 2 * Q * T);
 }
 
-/* A batch of B texts of n tokens, laid out in a model of these ops */
+/* A model over these ops with a batch of B texts of n tokens */
 static void forward_open(forward *f, const qemb_ops *ops, int B, int n) {
-    const qemb_options opt = {.batch_tokens = B * n, .max_tokens = n, .threads = threads};
+    const qemb_options opt = {.batch_tokens = B * n, .max_tokens = n, .threads = measure_threads()};
     qemb_err err;
     f->ids = zeroed(sizeof *f->ids * (size_t)B * (size_t)n);
     if (qemb_open(&f->m, file, ops, &opt, &err)) die(err.msg);
@@ -489,7 +445,8 @@ static void bench_forward(int n) {
     forward_close(&f);
 }
 
-/* Its vectors may differ as two of these arithmetics' do: README's errors, once for each. */
+/* Both vectors have the error of this arithmetic (docs/accuracy.md), so they may differ by twice
+ * it. */
 static void bench_beside(int n) {
     const int B = texts_of(n), D = file->config.hidden;
     const qemb_ops *theirs = table_with_onednn(table);
@@ -515,7 +472,7 @@ static void bench_beside(int n) {
     forward_close(&them);
 }
 
-/* ---- tokenizer and printing, one thread ------------------------------------------------------- */
+/* ---- tokenizer and printing, one thread ------------------------------------------------------ */
 
 enum { DOCUMENT = 3000 }; /* bytes that are encoded at a time, as a service sees them */
 typedef struct {
@@ -551,9 +508,9 @@ static void bench_tokenizer(const char *path) {
         die(err.msg);
     if (!(c.s = qemb_tokenizer_state_new(t))) die("out of memory");
     c.text = text;
-    start = now();
+    start = measure_now();
     run_tokenizer(&c, 0);
-    const double took = now() - start;
+    const double took = measure_now() - start;
     const quantiles first = {took, took, took};
     row("tokenizer first", path, 1, first, (double)c.bytes, 1e6, "MB/s", "", 0);
     row("tokenizer again", path, 1, measure(run_tokenizer, &c), (double)c.bytes, 1e6, "MB/s", "",
@@ -583,13 +540,14 @@ static void bench_print(void) {
     const int dim = file->config.hidden;
     float *v = zeroed(sizeof *v * VECTORS * (size_t)dim);
     uint64_t seed = 1;
-    for (int i = 0; i < VECTORS * dim; i++) /* about a unit vector's numbers */
+    for (int i = 0; i < VECTORS * dim; i++) /* of about the size of a unit vector's numbers */
         seed = seed * 6364136223846793005u + 1442695040888963407u,
         v[i] = (float)((double)(seed >> 11) * 0x1p-53 * 0.1 - 0.05);
     for (int k = 0; k < LENGTH(kinds); k++) {
         printing p = {kinds[k], dim, v, NULL};
         p.room = zeroed(format_vector_room(p.kind, dim));
-        row("print", format_names[kinds[k]], dim, measure(run_print, &p), VECTORS, 1, "vectors/s", "", 0);
+        row("print", format_names[kinds[k]], dim, measure(run_print, &p), VECTORS, 1, "vectors/s",
+            "", 0);
         free(p.room);
     }
     free(v);
@@ -603,9 +561,9 @@ static int tables(void) {
 
 int main(int argc, char **argv) {
     const char *cpu = NULL, *math = NULL;
-    int n = 1;
+    int n = 1, threads = 0, cpu_time = 0;
     qemb_err err;
-    for (int i = 1; i < argc; i++) { /* options out of the way */
+    for (int i = 1; i < argc; i++) { /* options leave argv */
         if (i + 1 < argc && !strcmp(argv[i], "--threads"))
             threads = atoi(argv[++i]);
         else if (i + 1 < argc && !strcmp(argv[i], "--tokens"))
@@ -621,16 +579,17 @@ int main(int argc, char **argv) {
     }
     if (n == 2 && !strcmp(argv[1], "tables")) return tables();
     if (n < 3)
-        die("usage: bench tables | limits|ops|gemm|forward|beside|tokenizer|print MODEL "
+        die("usage: bench tables | limits|ops|matmul|gemm|forward|beside|tokenizer|print MODEL "
             "[OP...|LENGTH...|TEXT...] [--threads N] [--math f32|bf16|int16|int8] [--cpu NAME] "
             "[--tokens N] [--cpu-time]");
-    if (threads < 1) threads = omp_get_num_procs();
+    measure_open(threads < 1 ? omp_get_num_procs() : threads, cpu_time);
     if (!(table = select_ops(cpu, math, &err))) die(err.msg);
     if (qemb_file_open((qemb_file **)&file, argv[2], &err)) die(err.msg);
     const char *what = argv[1];
     if (strcmp(what, "tokenizer") && strcmp(what, "print")) limits_measure(file);
     if (!strcmp(what, "ops") || !strcmp(what, "gemm"))
         bench_ops(argv + 3, n - 3, !strcmp(what, "gemm"));
+    if (!strcmp(what, "matmul")) bench_matmul();
     if (!strcmp(what, "print")) bench_print();
     for (int i = 3; i < n; i++) {
         if (!strcmp(what, "forward")) bench_forward(atoi(argv[i]));

@@ -1,9 +1,11 @@
-/* limits.c - what the machine can do at most, measured beside what it does.
+/* limits.c - the highest rates of this machine, measured; see limits.h.
  *
- * Arithmetic: a thread repeats one instruction on 12 registers, which covers a latency of 4 to 6
- * cycles on two units; a multiply-add counts as two operations. Reading: the layers' weights where
- * the file's map has them, far more than the caches hold. */
-#include "bench.h"
+ * Arithmetic: each thread repeats one instruction on 12 registers, which covers a latency of 4 to 6
+ * cycles on two units; a multiply-add counts as two operations. Reading: the layers' weights in the
+ * file's map, which are far larger than the caches. */
+#include "limits.h"
+
+#include "measure.h"
 
 #include <string.h>
 
@@ -20,11 +22,12 @@ enum { LOOPS = 1000000, REGISTERS = 12 };
 #define CONVERT256(r) "vcvtph2ps %%xmm12,%%ymm" #r "\n"
 #define CONVERT512(r) "vcvtph2ps %%ymm12,%%zmm" #r "\n"
 
-/* The loop is part of the assembly: between two asm statements no register is ours. */
+/* The loop is part of the assembly, since the compiler may use any register between two
+ * statements. */
 #define LOOP(name, instruction)                                                                    \
     static void name(void *arg, int round) {                                                       \
         (void)arg, (void)round;                                                                    \
-        _Pragma("omp parallel num_threads(threads)") {                                             \
+        _Pragma("omp parallel num_threads(measure_threads())") {                                   \
             long n = LOOPS;                                                                        \
             __asm__ volatile(                                                                      \
                 TWELVE(ZERO) ZERO(12) "1:\n" TWELVE(instruction) "dec %0\njnz 1b\nvzeroupper\n"    \
@@ -62,12 +65,12 @@ typedef struct {
     long blocks; /* of 4 KiB */
 } reading;
 
-/* Added up 8 bytes at a time: nothing that is read can be left out. */
+/* Adds up what it reads, so that no read can be optimized away. */
 static void read_blocks(void *arg, int round) {
     const reading *r = arg;
     uint64_t sum = 0;
     (void)round;
-#pragma omp parallel for num_threads(threads) reduction(+ : sum) schedule(static)
+#pragma omp parallel for num_threads(measure_threads()) reduction(+ : sum) schedule(static)
     for (long i = 0; i < r->blocks; i++)
         for (int k = 0; k < 512; k++) sum += r->p[i * 512 + k];
     static volatile uint64_t sink;
@@ -77,8 +80,9 @@ static void read_blocks(void *arg, int round) {
 
 static void one(int which, void (*run)(void *, int), void *arg, double work, const char *unit) {
     const quantiles t = measure(run, arg);
-    limits[which].rate = work / t.p10; /* what else runs on the machine lowers no limit */
-    row("limits", limits[which].name, threads, t, work, 1e9, unit, "", 0);
+    limits[which].rate =
+        work / t.p10; /* the p90 of rates: other programs on the machine do not lower it */
+    row("limits", limits[which].name, measure_threads(), t, work, 1e9, unit, "", 0);
 }
 
 void limits_measure(const qemb_file *f) {
@@ -88,7 +92,7 @@ void limits_measure(const qemb_file *f) {
                  (long)((behind < 1000000000 ? behind : 1000000000) / 4096)};
     one(READ, read_blocks, &r, 4096.0 * (double)r.blocks, "GB/s");
 #if defined(__x86_64__)
-    const double n = (double)LOOPS * REGISTERS * threads;
+    const double n = (double)LOOPS * REGISTERS * measure_threads();
     if (__builtin_cpu_supports("fma")) one(FMA_256, fma256, NULL, 16 * n, "GFLOP/s");
     if (__builtin_cpu_supports("avx512f")) one(FMA_512, fma512, NULL, 32 * n, "GFLOP/s");
     if (__builtin_cpu_supports("avx512bf16")) one(BF16, bf16_512, NULL, 64 * n, "GFLOP/s");

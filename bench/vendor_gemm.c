@@ -1,10 +1,12 @@
-/* vendor_gemm.c - other libraries' matrix products: oneDNN with packed weights, OpenBLAS.
+/* vendor_gemm.c - matrix products of other libraries; see vendor_gemm.h.
  *
- * What a program could have instead of the table's own matmul, and that program. oneDNN is linked
- * where its headers are (see the Makefile), in f32, bf16 and u8 x s8, with weights in the layout that
- * it asks for and activations already in the format of the product; OpenBLAS is loaded where it is
- * installed. */
-#include "bench.h"
+ * oneDNN is linked if its headers are installed (see the Makefile): f32, bf16 and u8 x s8, with
+ * weights in the form that it asks for and activations already in the type of the product. OpenBLAS
+ * is loaded if it is installed. */
+#include "vendor_gemm.h"
+
+#include "measure.h"
+
 #include "backends/cpu/cpu.h"
 
 #include <assert.h>
@@ -17,7 +19,8 @@
 #include <omp.h>
 #endif
 
-#if defined(__has_include) && defined(__x86_64__) /* beside the vector tables, which are x86's */
+#if defined(__has_include) &&                                                                      \
+    defined(__x86_64__) /* the vector tables, which it is compared with, are for x86 */
 #if __has_include(<oneapi/dnnl/dnnl.h>)
 #include <oneapi/dnnl/dnnl.h>
 #define HAVE_DNNL
@@ -39,8 +42,8 @@ struct other_gemm {
 #endif
 };
 
-/* Numbers that each format holds: of f32 and bf16 with at most 8 significant bits, of int8 whole,
- * x in 0 .. 255 and W in -127 .. 127. */
+/* Rounds to numbers that the arithmetic holds exactly: to 8 significant bits for f32 and bf16, to
+ * whole numbers for int8, x in 0 .. 255 and W in -127 .. 127. */
 static float round_to(qemb_math math, float v) {
     if (math == QEMB_MATH_INT8) return rintf(v);
     if (v == 0 || !isfinite(v)) return 0;
@@ -61,9 +64,9 @@ static void fill(other_gemm *g, qemb_math math, const float *W) {
     }
 }
 
-/* Every 97th element of y. The products are exact in float for bf16 and int8, rounded to 2^-24 of
- * their size for f32 of 8 bits not at all; a sum of K floats is off by at most K 2^-24 of the sum of
- * sizes, in any order. */
+/* Compares every 97th number of y with the sum in double. Products of such numbers are exact in
+ * float; a sum of K floats has an error of at most K 2^-24 of the sum of magnitudes, in any
+ * order. */
 static int is_right(const other_gemm *g) {
     for (size_t i = 0; i < (size_t)g->T * (size_t)g->N; i += 97) {
         const float *x = g->x + i / (size_t)g->N * (size_t)g->K;
@@ -97,12 +100,24 @@ static int blas_open(other_gemm *g, qemb_math math) {
     memcpy(&g->blas, &p, sizeof p);
     if ((p = dlsym(library, "openblas_set_num_threads"))) {
         memcpy(&set_threads, &p, sizeof p);
-        set_threads(threads);
+        set_threads(measure_threads());
     }
     return 0;
 }
 
-/* ---- oneDNN, versions 2 and 3 ------------------------------------------------------------------ */
+float *floats_of(const qemb_mat *w) {
+    const qemb_config c = {.hidden = w->cols};
+    qemb_backend be = {.c = &c, .threads = 1};
+    int32_t *ids = zeroed(sizeof *ids * (size_t)w->rows);
+    const qemb_packed_batch all = {1, w->rows, 0, ids, NULL, NULL};
+    float *W = zeroed(sizeof(float) * (size_t)w->rows * (size_t)w->cols);
+    for (int i = 0; i < w->rows; i++) ids[i] = i;
+    if (w->dtype == QEMB_F16) qemb_cpu_ops.embed(&be, W, w, &all);
+    free(ids);
+    return W;
+}
+
+/* ---- oneDNN, versions 2 and 3 ---------------------------------------------------------------- */
 
 #ifdef HAVE_DNNL
 
@@ -138,11 +153,13 @@ static int append_sum(dnnl_post_ops_t p) {
 }
 #endif
 
-/* What the numbers of x and of W are in each arithmetic */
-static const dnnl_data_type_t x_type[] = {dnnl_f32, dnnl_bf16, dnnl_u8};
-static const dnnl_data_type_t w_type[] = {dnnl_f32, dnnl_bf16, dnnl_s8};
+/* The types of x and of W in the arithmetics that oneDNN has */
+static const dnnl_data_type_t x_type[] = {
+    [QEMB_MATH_F32] = dnnl_f32, [QEMB_MATH_BF16] = dnnl_bf16, [QEMB_MATH_INT8] = dnnl_u8};
+static const dnnl_data_type_t w_type[] = {
+    [QEMB_MATH_F32] = dnnl_f32, [QEMB_MATH_BF16] = dnnl_bf16, [QEMB_MATH_INT8] = dnnl_s8};
 
-/* *m = floats (rows, cols) as memory of the layout `to`, converted */
+/* *m = memory of the form `to` with floats (rows, cols) in it, converted */
 static int converted(dnnl_engine_t engine, dnnl_stream_t stream, dnnl_memory_t *m, float *floats,
                      int rows, int cols, dnnl_format_tag_t tag, const_shape to) {
     shape plain;
@@ -168,7 +185,7 @@ static int converted(dnnl_engine_t engine, dnnl_stream_t stream, dnnl_memory_t *
 
 static int dnnl_start(dnnl_engine_t *engine, dnnl_stream_t *stream) {
 #ifdef _OPENMP
-    omp_set_num_threads(threads);
+    omp_set_num_threads(measure_threads());
 #endif
     return dnnl_engine_create(engine, dnnl_cpu, 0) ||
            dnnl_stream_create(stream, *engine, dnnl_stream_default_flags);
@@ -177,7 +194,7 @@ static int dnnl_start(dnnl_engine_t *engine, dnnl_stream_t *stream) {
 static int dnnl_open(other_gemm *g, qemb_math math) {
     shape x, w, y;
     dnnl_primitive_desc_t d = NULL;
-    if (math > QEMB_MATH_INT8) return -1;
+    if (math > QEMB_MATH_INT8 || math == QEMB_MATH_INT16) return -1;
     int bad = dnnl_start(&g->engine, &g->stream) ||
               shape_of(&x, g->T, g->K, x_type[math], dnnl_ab) ||
               shape_of(&w, g->K, g->N, w_type[math], dnnl_format_tag_any) ||
@@ -209,8 +226,10 @@ static void dnnl_close(other_gemm *g) {
     if (g->engine) dnnl_engine_destroy(g->engine);
 }
 
-/* ---- a table with oneDNN's products: everything else is the table's that it stands on. One at a
- * time; what it holds lives as long as the program. */
+/* ---- a table with oneDNN's products ---------------------------------------------------------- */
+
+/* Everything but the products is the table's that it is made from. There is one at a time, and its
+ * memory lives as long as the program. */
 
 typedef struct { /* of matrices (N, K): how oneDNN wants W */
     int N, K;
@@ -252,9 +271,9 @@ static const weights_form *form_of(int N, int K) {
 static int lib_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
     (void)err;
     for (int l = 0; l < be->c->n_layers; l++) {
-        qemb_layer *y = &w->layers[l];
-        qemb_mat *const all[] = {&y->wqkv, &y->wo, &y->wgu, &y->wdown};
-        for (int i = 0; i < 4; i++) {
+        qemb_mat *all[QEMB_LAYER_MATRICES];
+        qemb_layer_matrices(&w->layers[l], all);
+        for (int i = 0; i < QEMB_LAYER_MATRICES; i++) {
             float *W = floats_of(all[i]);
             dnnl_memory_t m;
             if (converted(lib.engine, lib.stream, &m, W, all[i]->cols, all[i]->rows, dnnl_ba,
@@ -347,7 +366,7 @@ const qemb_ops *table_with_onednn(const qemb_ops *own) {
 
 #endif
 
-/* ---- both -------------------------------------------------------------------------------------- */
+/* ---- both ------------------------------------------------------------------------------------ */
 
 other_gemm *other_gemm_open(int which, qemb_math math, int T, int N, int K, const float *W,
                             const char **name) {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+COLUMNS = ["group", "name", "n", "median", "p10", "p90", "unit", "percent", "limit"]
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "examples/demo.qemb"
 BENCH = ROOT / "build/release/qemb-bench"
@@ -14,8 +15,8 @@ pytestmark = pytest.mark.skipif(not BENCH.exists(), reason="build/release/qemb-b
 
 
 def bench_sh(out, *args):
-    return subprocess.run(["./bench.sh", "-o", str(out), "--threads", "2", "--rounds", "1", *args], cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)
+    return subprocess.run(["./bench.sh", "-o", str(out), "--threads", "2", "--rounds", "1", *args],
+                          cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def rows(text):
@@ -23,7 +24,8 @@ def rows(text):
 
 
 def tokens_of(lines):
-    ids = subprocess.run(["./qemb", "tokenize", "-m", MODEL], input=lines, cwd=ROOT, capture_output=True, text=True, check=True)
+    ids = subprocess.run(["./qemb", "tokenize", "-m", MODEL], input=lines, cwd=ROOT,
+                         capture_output=True, text=True, check=True)
     return [len(json.loads(line)) for line in ids.stdout.splitlines()]
 
 
@@ -117,3 +119,23 @@ def test_the_forward_with_onednns_products_makes_the_same_vectors(math):
 def test_every_table_is_listed():
     r = subprocess.run([str(BENCH), "tables"], capture_output=True, text=True, check=True)
     assert r.stdout.splitlines()[0] == "plain f32"
+
+
+def test_one_product_by_the_oracle_and_by_every_table():
+    """docs/matmul.md's figures. An error is a share of the sum of magnitudes of a number of y."""
+    r = subprocess.run([str(BENCH), "matmul", MODEL, "--threads", "1"], cwd=ROOT,
+                       capture_output=True, text=True, check=True)
+    rows = {r["name"]: r for r in csv.DictReader(r.stdout.splitlines(), COLUMNS)
+            if r["group"] == "matmul"}
+    tables = subprocess.run([str(BENCH), "tables"], capture_output=True, text=True, check=True)
+    tables = dict(line.split() for line in tables.stdout.splitlines())
+    assert list(rows) == [name + suffix for name in ("oracle", *tables) for suffix in ("", ": error")]
+    hidden = 128  # K of the demo model
+    # A sum of K products of floats, rounded K + 4 times at most, each by 2^-24 of the sum of
+    # magnitudes. bfloat16 also rounds both factors, each by at most 2^-9 of itself. The error of
+    # scaled integers has no bound relative to the magnitudes: there a number is enough, not NaN.
+    f32 = (hidden + 4) * 2**-24
+    bound = {"f32": f32, "bf16": f32 + 2**-8 + 2**-18, "int8": 1, "int16": 1}
+    for name, math in tables.items():
+        assert 0 < float(rows[name + ": error"]["median"]) <= bound[math], name
+        assert float(rows[name]["median"]) > 0
