@@ -350,9 +350,9 @@ def encode_f16(w, t, row, rounding):
 
 
 def encode_i8(w, t, row, rounding):
-    """A group's largest number becomes 127 or -127, so no number is off by more than half a step. Of
-    the numbers that an F16 file has, by the operations of backends/cpu/avx512.c's pack_int8_f16: the two
-    files give --math int8 the same bits."""
+    """A group's largest number becomes 127 or -127, so no number is off by more than half a step.
+    Of the numbers that an F16 file has, by the operations of backends/cpu/avx512.c's pack_int8_f16:
+    the two files give --math int8 the same bits."""
     check_range(w, 65504, t, row)
     n, cols = w.shape
     groups = -(-cols // GROUP)
@@ -387,7 +387,8 @@ Section = namedtuple("Section", "name dtype rows cols data")
 
 
 def weight_sections(c, matrix):
-    """Every weight of a model with config c, in the file's order; `matrix`: dtype of the layers'."""
+    """Every weight of a model with config c, in the file's order; `matrix`: dtype of the
+    layers'."""
     D, F, hd, Q, KV = c.hidden, c.ffn, c.head_dim, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
 
     def mat(name, cols, *parts):

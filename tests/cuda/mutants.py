@@ -3,10 +3,11 @@
 
     mutants.py [--sample] [NAME...]
 
-A mutant replaces text that occurs exactly once in its file. It is built twice (plain, and with the race
-detector) and is caught if a build or a run of the tests named for it fails. --sample: a few that cover
-each kind of net. Exit 1 if one survives or no longer applies. CUDA and CXX as in backends/cuda/cuda.mk.
-"""
+A mutant replaces text that occurs exactly once in its file. It is built twice (plain, and with the
+race detector) and is caught if a build or a run of the tests named for it fails. --sample: a few
+that cover each kind of net. Exit 1 if one survives or no longer applies. CUDA and CXX as in
+backends/cuda/cuda.mk. """
+
 import concurrent.futures
 import os
 import pathlib
@@ -17,7 +18,9 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-A, K, E, G, P = (f"backends/cuda/{x}.cuh" for x in ("attention", "kernels", "quantize", "gemm", "hopper"))
+A, K, E, G, P = (
+    f"backends/cuda/{x}.cuh" for x in ("attention", "kernels", "quantize", "gemm", "hopper")
+)
 Q = "qemb.cu"
 
 # name, file, text, replacement, tests that must notice; * in front: in the sample
@@ -26,171 +29,653 @@ MUTANTS = [
     ("*norm_sum", K, "__syncthreads(); /* norm_sum", "/* norm_sum", "rmsnorm"),
     ("norm_next", K, "__syncthreads(); /* norm_next", "/* norm_next", "rmsnorm"),
     ("att_q", A, "__syncthreads();    /* att_q:", "/* att_q:", "attention_narrow"),
-    ("*att_kv", A, "__syncthreads();    /* att_kv:", "/* att_kv:", "attention_narrow attention_wide"),
+    (
+        "*att_kv",
+        A,
+        "__syncthreads();    /* att_kv:",
+        "/* att_kv:",
+        "attention_narrow attention_wide",
+    ),
     ("att_end", A, "__syncthreads(); /* att_end", "/* att_end", "attention_narrow attention_wide"),
     ("*att_out", A, "__syncwarp(); /* att_out", "/* att_out", "attention_narrow attention_wide"),
     # cp.async
     ("att_q_wait", A, "cp_async_wait<1>(); /* att_q_wait", "/* att_q_wait", "attention_narrow"),
-    ("att_q_wait_2", A, "cp_async_wait<1>(); /* att_q_wait", "cp_async_wait<2>(); /* att_q_wait", "attention_narrow"),
-    ("att_kv_wait", A, "cp_async_wait<0>(); /* att_kv_wait", "/* att_kv_wait", "attention_narrow attention_wide"),
-    ("att_kv_wait_1", A, "cp_async_wait<0>(); /* att_kv_wait", "cp_async_wait<1>(); /* att_kv_wait",
-     "attention_narrow attention_wide"),
-    ("att_load_late", A, "att_load_kv<A, HD>(s, base + ((n + 1) & 1) * STAGE, n + 1);",
-     "att_load_kv<A, HD>(s, base + (n & 1) * STAGE, n + 1);", "attention_narrow attention_wide"),
+    (
+        "att_q_wait_2",
+        A,
+        "cp_async_wait<1>(); /* att_q_wait",
+        "cp_async_wait<2>(); /* att_q_wait",
+        "attention_narrow",
+    ),
+    (
+        "att_kv_wait",
+        A,
+        "cp_async_wait<0>(); /* att_kv_wait",
+        "/* att_kv_wait",
+        "attention_narrow attention_wide",
+    ),
+    (
+        "att_kv_wait_1",
+        A,
+        "cp_async_wait<0>(); /* att_kv_wait",
+        "cp_async_wait<1>(); /* att_kv_wait",
+        "attention_narrow attention_wide",
+    ),
+    (
+        "att_load_late",
+        A,
+        "att_load_kv<A, HD>(s, base + ((n + 1) & 1) * STAGE, n + 1);",
+        "att_load_kv<A, HD>(s, base + (n & 1) * STAGE, n + 1);",
+        "attention_narrow attention_wide",
+    ),
     # divergence
-    ("lane_leaves", K, "sum = group_sum(sum, 32);", "if (threadIdx.x) sum = group_sum(sum, 32);", "rmsnorm"),
-    ("rope_leaves", K, "    if (!ok) return;\n    const float s", "    const float s", "qknorm_rope"),
-    ("barrier_in_branch", K, "__syncthreads(); /* norm_next", "if (threadIdx.x < 64) __syncthreads(); /* norm_next",
-     "rmsnorm"),
+    (
+        "lane_leaves",
+        K,
+        "sum = group_sum(sum, 32);",
+        "if (threadIdx.x) sum = group_sum(sum, 32);",
+        "rmsnorm",
+    ),
+    (
+        "rope_leaves",
+        K,
+        "    if (!ok) return;\n    const float s",
+        "    const float s",
+        "qknorm_rope",
+    ),
+    (
+        "barrier_in_branch",
+        K,
+        "__syncthreads(); /* norm_next",
+        "if (threadIdx.x < 64) __syncthreads(); /* norm_next",
+        "rmsnorm",
+    ),
     # guards of kernels
-    ("keys_end", A, "const bool ok = p < s.keys;", "const bool ok = true;", "attention_narrow attention_wide op_attention"),
-    ("keys_cut", A, "w.prefix + min(w.len, w.t0 + (64 * M >> lg))", "w.prefix + w.t0 + (64 * M >> lg)",
-     "attention_narrow attention_wide op_attention"),
-    ("query_end", A, "const bool ok = t < w.len;", "const bool ok = true;", "attention_narrow op_attention"),
-    ("*store_end", A, "        if (t < w.len)\n            *(uint4 *)(att", "        *(uint4 *)(att",
-     "attention_narrow attention_last"),
-    ("causal", A, "if (key + j * 8 + (e & 1) > row >> s.lg)", "if (key + j * 8 + (e & 1) >= row >> s.lg)",
-     "attention_narrow"),
-    ("causal_loose", A, "if (key + j * 8 + (e & 1) > row >> s.lg)", "if (key + j * 8 + (e & 1) > (row >> s.lg) + 1)",
-     "attention_narrow"),
-    ("mask_skipped", A, "if (n * ATT_KEYS + ATT_KEYS - 1 > s.first)", "if (n * ATT_KEYS > s.first)", "attention_narrow"),
-    ("prefix_rows", A, "(p < s.prefix ? p : s.own + p)", "(s.own + p)", "attention_narrow_128 attention_last"),
-    ("prefix_mask", A, "s.first = w.prefix + w.t0;", "s.first = w.t0;", "attention_narrow_128 attention_last"),
-    ("swizzle_v", A, "Vt + att_swizzle<HD>(k * 16 + lane % 16, j * 2 + lane / 16)",
-     "Vt + (k * 16 + lane % 16) * HD * 2 + (j * 2 + lane / 16) * 16", "attention_narrow"),
+    (
+        "keys_end",
+        A,
+        "const bool ok = p < s.keys;",
+        "const bool ok = true;",
+        "attention_narrow attention_wide op_attention",
+    ),
+    (
+        "keys_cut",
+        A,
+        "w.prefix + min(w.len, w.t0 + (64 * M >> lg))",
+        "w.prefix + w.t0 + (64 * M >> lg)",
+        "attention_narrow attention_wide op_attention",
+    ),
+    (
+        "query_end",
+        A,
+        "const bool ok = t < w.len;",
+        "const bool ok = true;",
+        "attention_narrow op_attention",
+    ),
+    (
+        "*store_end",
+        A,
+        "        if (t < w.len)\n            *(uint4 *)(att",
+        "        *(uint4 *)(att",
+        "attention_narrow attention_last",
+    ),
+    (
+        "causal",
+        A,
+        "if (key + j * 8 + (e & 1) > row >> s.lg)",
+        "if (key + j * 8 + (e & 1) >= row >> s.lg)",
+        "attention_narrow",
+    ),
+    (
+        "causal_loose",
+        A,
+        "if (key + j * 8 + (e & 1) > row >> s.lg)",
+        "if (key + j * 8 + (e & 1) > (row >> s.lg) + 1)",
+        "attention_narrow",
+    ),
+    (
+        "mask_skipped",
+        A,
+        "if (n * ATT_KEYS + ATT_KEYS - 1 > s.first)",
+        "if (n * ATT_KEYS > s.first)",
+        "attention_narrow",
+    ),
+    (
+        "prefix_rows",
+        A,
+        "(p < s.prefix ? p : s.own + p)",
+        "(s.own + p)",
+        "attention_narrow_128 attention_last",
+    ),
+    (
+        "prefix_mask",
+        A,
+        "s.first = w.prefix + w.t0;",
+        "s.first = w.t0;",
+        "attention_narrow_128 attention_last",
+    ),
+    (
+        "swizzle_v",
+        A,
+        "Vt + att_swizzle<HD>(k * 16 + lane % 16, j * 2 + lane / 16)",
+        "Vt + (k * 16 + lane % 16) * HD * 2 + (j * 2 + lane / 16) * 16",
+        "attention_narrow",
+    ),
     ("k_halves", A, "k * 2 + ((lane >> 3) & 1)", "k * 2 + (lane >> 4)", "attention_narrow"),
-    ("rescale", A, "o[u][j][e] *= older[u][e / 2];", "if (e & 1) o[u][j][e] *= older[u][e / 2];",
-     "attention_sharp attention_narrow"),
-    ("sum_rescale", A, "l[u][h] = l[u][h] * older[u][h] + sum;", "l[u][h] = l[u][h] + sum;", "attention_sharp"),
+    (
+        "rescale",
+        A,
+        "o[u][j][e] *= older[u][e / 2];",
+        "if (e & 1) o[u][j][e] *= older[u][e / 2];",
+        "attention_sharp attention_narrow",
+    ),
+    (
+        "sum_rescale",
+        A,
+        "l[u][h] = l[u][h] * older[u][h] + sum;",
+        "l[u][h] = l[u][h] + sum;",
+        "attention_sharp",
+    ),
     ("embed_rows", K, "if (t >= T) return;", "", "op_embed forward_shapes golden"),
-    ("norm_tail", K, "v[j] = i < D ? *(const float4 *)(row + i) : make_float4(0, 0, 0, 0);",
-     "v[j] = *(const float4 *)(row + i);", "rmsnorm"),
+    (
+        "norm_tail",
+        K,
+        "v[j] = i < D ? *(const float4 *)(row + i) : make_float4(0, 0, 0, 0);",
+        "v[j] = *(const float4 *)(row + i);",
+        "rmsnorm",
+    ),
     ("norm_store", K, "if (i >= D) continue;", "", "rmsnorm"),
     ("*no_shift", K, "SWIGLU_SHIFT = 6", "SWIGLU_SHIFT = 0", "golden_massive"),
     ("clamp", K, "return over ? (v > 0 ? limit : -limit) : v;", "return v;", "swiglu"),
-    ("clamp_hides_nan", K, "const bool over = v > limit || v < -limit;", "const bool over = !(fabsf(v) <= limit);", "swiglu"),
+    (
+        "clamp_hides_nan",
+        K,
+        "const bool over = v > limit || v < -limit;",
+        "const bool over = !(fabsf(v) <= limit);",
+        "swiglu",
+    ),
     ("clamps_uncounted", K, "if (clamped) atomicAdd(", "if (0) atomicAdd(", "swiglu"),
     # numbers of 8 bits
     ("*row_in", E, "__syncthreads(); /* row_in", "/* row_in", "quantize rmsnorm_e4m3"),
     ("row_out", E, "__syncthreads(); /* row_out", "/* row_out", "quantize rmsnorm_e4m3"),
-    ("row_warp", E, "for (int o = 16; o; o >>= 1) v = op(", "for (int o = 8; o; o >>= 1) v = op(", "quantize"),
+    (
+        "row_warp",
+        E,
+        "for (int o = 16; o; o >>= 1) v = op(",
+        "for (int o = 8; o; o >>= 1) v = op(",
+        "quantize",
+    ),
     ("row_zeros", E, "largest()), 0x1p-100f)", "largest()), 0.0f)", "quantize"),
     ("row_scale", E, "*scale = top / E4M3_MAX;", "*scale = top / 256;", "quantize"),
-    ("row_end", E, "if (i >= K) continue;\n        uint32_t two[2];", "uint32_t two[2];", "quantize"),
-    ("row_order", E, "e4m3_pair(w[2] * to_code, w[3] * to_code) << 16;", "e4m3_pair(w[3] * to_code, w[2] * to_code) << 16;",
-     "quantize"),
-    ("int8_row", E, "x_scales[(size_t)t * QEMB_GROUPS(K) + i / QEMB_GROUP]", "x_scales[i / QEMB_GROUP]", "quantize"),
-    ("int8_group", E, "x_scales[(size_t)t * QEMB_GROUPS(K) + i / QEMB_GROUP]", "x_scales[(size_t)t * QEMB_GROUPS(K)]", "quantize"),
-    ("int8_placed", Q, "memcpy(s->host + n * row, m->scale + r * groups, own)", "memcpy(s->host + n * row, m->scale, own)", "int8_placed"),
+    (
+        "row_end",
+        E,
+        "if (i >= K) continue;\n        uint32_t two[2];",
+        "uint32_t two[2];",
+        "quantize",
+    ),
+    (
+        "row_order",
+        E,
+        "e4m3_pair(w[2] * to_code, w[3] * to_code) << 16;",
+        "e4m3_pair(w[3] * to_code, w[2] * to_code) << 16;",
+        "quantize",
+    ),
+    (
+        "int8_row",
+        E,
+        "x_scales[(size_t)t * QEMB_GROUPS(K) + i / QEMB_GROUP]",
+        "x_scales[i / QEMB_GROUP]",
+        "quantize",
+    ),
+    (
+        "int8_group",
+        E,
+        "x_scales[(size_t)t * QEMB_GROUPS(K) + i / QEMB_GROUP]",
+        "x_scales[(size_t)t * QEMB_GROUPS(K)]",
+        "quantize",
+    ),
+    (
+        "int8_placed",
+        Q,
+        "memcpy(s->host + n * row, m->scale + r * groups, own)",
+        "memcpy(s->host + n * row, m->scale, own)",
+        "int8_placed",
+    ),
     ("dequantize_row", E, "scale[row * groups + group]", "scale[group]", "dequantize"),
     ("dequantize_group", E, "scale[row * groups + group]", "scale[row * groups]", "dequantize"),
-    ("dequantize_groups", E, "groups = QEMB_GROUPS((unsigned)K)", "groups = (unsigned)K / QEMB_GROUP", "dequantize"),
-    ("dequantized_stale", Q, "if (be->dense_of[i] != w->data) {", "if (!be->dense_of[i]) {", "int8_against_cpu"),
-    ("wgu_slot", Q, "run_gemm(be, gu, x, w, false, T, 0);", "run_gemm(be, gu, x, w, false, T);", "int8_against_cpu"),
-    ("slot_quantize", Q, 'ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_quantize', "/* slot_quantize", "fp8_same accuracy"),
-    ("fp8_alpha", Q, "if (!be->fp8) y->wdown.alpha *= 1 << SWIGLU_SHIFT;", "y->wdown.alpha *= 1 << SWIGLU_SHIFT;", "accuracy"),
+    (
+        "dequantize_groups",
+        E,
+        "groups = QEMB_GROUPS((unsigned)K)",
+        "groups = (unsigned)K / QEMB_GROUP",
+        "dequantize",
+    ),
+    (
+        "dequantized_stale",
+        Q,
+        "if (be->dense_of[i] != w->data) {",
+        "if (!be->dense_of[i]) {",
+        "int8_against_cpu",
+    ),
+    (
+        "wgu_slot",
+        Q,
+        "run_gemm(be, gu, x, w, false, T, 0);",
+        "run_gemm(be, gu, x, w, false, T);",
+        "int8_against_cpu",
+    ),
+    (
+        "slot_quantize",
+        Q,
+        'ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_quantize',
+        "/* slot_quantize",
+        "fp8_same accuracy",
+    ),
+    (
+        "fp8_alpha",
+        Q,
+        "if (!be->fp8) y->wdown.alpha *= 1 << SWIGLU_SHIFT;",
+        "y->wdown.alpha *= 1 << SWIGLU_SHIFT;",
+        "accuracy",
+    ),
     ("fp8_attention", Q, "if (!be->fp8 || a == be->coded)", "if (1)", "op_fp8"),
     ("fp8_rows", G, "(uint64_t)(g->fp8 ? (T + 15) / 16 * 16 : T)", "(uint64_t)T", "op_fp8"),
-    ("fp8_x_scales", G, "return s ? s : gemm_describe(g, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, x);",
-     "return s ? s : gemm_describe(g, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, w);", "op_fp8"),
+    (
+        "fp8_x_scales",
+        G,
+        "return s ? s : gemm_describe(g, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, x);",
+        "return s ? s : gemm_describe(g, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, w);",
+        "op_fp8",
+    ),
     ("fp8_anywhere", Q, "if (be->fp8 && (major != 9", "if (0 && (major != 9", "refuse_fp8"),
     ("fp8_unasked", Q, "(fp8 && check_fp8(be, err))", "0", "refuse_fp8"),
     # graphs
     ("*graph_tiles", Q, "while (*n < full) tiles[(*n)++] = att_tile{};", "", "graph_"),
     ("empty_tile", A, "if (w.t0 >= w.len) return;", "", "graph_"),
-    ("graph_texts", Q, "&be->graphs[size - GRAPH_ROWS][b->B]", "&be->graphs[size - GRAPH_ROWS][1]", "graph_"),
-    ("graph_residual", Q, "if (be->mode == REPLAY) return;\n    if (!be->fp8 || a", "if (!be->fp8 || a", "graph_"),
-    ("graph_not_run", Q, "if (be->mode != PLAIN && be->graph->exec)", "if (be->mode == REPLAY && be->graph->exec)", "graph_"),
+    (
+        "graph_texts",
+        Q,
+        "&be->graphs[size - GRAPH_ROWS][b->B]",
+        "&be->graphs[size - GRAPH_ROWS][1]",
+        "graph_",
+    ),
+    (
+        "graph_residual",
+        Q,
+        "if (be->mode == REPLAY) return;\n    if (!be->fp8 || a",
+        "if (!be->fp8 || a",
+        "graph_",
+    ),
+    (
+        "graph_not_run",
+        Q,
+        "if (be->mode != PLAIN && be->graph->exec)",
+        "if (be->mode == REPLAY && be->graph->exec)",
+        "graph_",
+    ),
     ("no_graphs", Q, "if (be->graphs_off || size", "if (size", "graph_"),
     # the host's side
-    ("*slot_embed", Q, 'good(be, cudaEventSynchronize(s->free), "embed"); /* slot_embed', "/* slot_embed", "op_embed"),
-    ("slot_upload", Q, 'ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_upload', "/* slot_upload", "forward_shapes"),
-    ("slot_pool", Q, 'good(be, cudaEventSynchronize(s->free), "pool"); /* slot_pool', "/* slot_pool", "op_gather"),
-    ("batch_free", Q, 'good(be, cudaEventSynchronize(be->batch_free), "begin"); /* batch_free', "/* batch_free", "op_embed_back"),
-    ("unique_stale", Q, "if (s >= be->n_unique || be->unique[s] != token) {", "if (s >= be->n_unique) {", "op_embed"),
+    (
+        "*slot_embed",
+        Q,
+        'good(be, cudaEventSynchronize(s->free), "embed"); /* slot_embed',
+        "/* slot_embed",
+        "op_embed",
+    ),
+    (
+        "slot_upload",
+        Q,
+        'ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_upload',
+        "/* slot_upload",
+        "forward_shapes",
+    ),
+    (
+        "slot_pool",
+        Q,
+        'good(be, cudaEventSynchronize(s->free), "pool"); /* slot_pool',
+        "/* slot_pool",
+        "op_gather",
+    ),
+    (
+        "batch_free",
+        Q,
+        'good(be, cudaEventSynchronize(be->batch_free), "begin"); /* batch_free',
+        "/* batch_free",
+        "op_embed_back",
+    ),
+    (
+        "unique_stale",
+        Q,
+        "if (s >= be->n_unique || be->unique[s] != token) {",
+        "if (s >= be->n_unique) {",
+        "op_embed",
+    ),
     ("last_row", Q, "host.last[i] = b->cu[i + 1] - 1;", "host.last[i] = b->cu[i];", "op_gather"),
-    ("last_tile", Q, "att_tile{len - 1, b->cu[i], len, b->P, i - (len - 1), {}}", "att_tile{len - 1, b->cu[i], len, b->P, i, {}}",
-     "op_attention"),
-    ("prefix_tiles", Q, "if (b->P) list_tiles(be, 0, b->P, 0);", "", "golden same_bits forward_shapes"),
-    ("wide_offset", Q, "*last = wide + be->n_wide;", "*last = wide;", "op_attention same_bits forward_mlp"),
-    ("alpha", Q, "if (!be->fp8) y->wdown.alpha *= 1 << SWIGLU_SHIFT;", ";", "forward_shapes golden"),
-    ("failure_hidden", Q, "if (be->failure[0]) std::fill(out, out + B * D, NAN);", "", "device_fails"),
-    ("rope_position", Q, "const float angle = (float)p * freq;", "const float angle = (float)(p + 1) * freq * (p > 0);", "op_attention"),
-    ("free_nothing", Q, "for (int i = 0; i < be->n_device; i++) cudaFree(be->device[i]);", "", "refuse_memory"),
-    ("deterministic", Q, "gemm_open(&be->gemm, opt->deterministic, be->fp8)", "gemm_open(&be->gemm, false, be->fp8)", "same_bits"),
+    (
+        "last_tile",
+        Q,
+        "att_tile{len - 1, b->cu[i], len, b->P, i - (len - 1), {}}",
+        "att_tile{len - 1, b->cu[i], len, b->P, i, {}}",
+        "op_attention",
+    ),
+    (
+        "prefix_tiles",
+        Q,
+        "if (b->P) list_tiles(be, 0, b->P, 0);",
+        "",
+        "golden same_bits forward_shapes",
+    ),
+    (
+        "wide_offset",
+        Q,
+        "*last = wide + be->n_wide;",
+        "*last = wide;",
+        "op_attention same_bits forward_mlp",
+    ),
+    (
+        "alpha",
+        Q,
+        "if (!be->fp8) y->wdown.alpha *= 1 << SWIGLU_SHIFT;",
+        ";",
+        "forward_shapes golden",
+    ),
+    (
+        "failure_hidden",
+        Q,
+        "if (be->failure[0]) std::fill(out, out + B * D, NAN);",
+        "",
+        "device_fails",
+    ),
+    (
+        "rope_position",
+        Q,
+        "const float angle = (float)p * freq;",
+        "const float angle = (float)(p + 1) * freq * (p > 0);",
+        "op_attention",
+    ),
+    (
+        "free_nothing",
+        Q,
+        "for (int i = 0; i < be->n_device; i++) cudaFree(be->device[i]);",
+        "",
+        "refuse_memory",
+    ),
+    (
+        "deterministic",
+        Q,
+        "gemm_open(&be->gemm, opt->deterministic, be->fp8)",
+        "gemm_open(&be->gemm, false, be->fp8)",
+        "same_bits",
+    ),
     ("budget", Q, "if (be->budget) left =", "if (0) left =", "refuse_memory"),
     ("beta", G, "const float beta = p->add;", "const float beta = 0;", "op_matmul_add"),
-    ("gemm_rows", G, "    cublasStatus_t s = gemm_set_rows(g, p, T);\n    if (!s)\n        s = cublasLtMatmul(",
-     "    cublasStatus_t s = CUBLAS_STATUS_SUCCESS;\n    if (!s)\n        s = cublasLtMatmul(", "op_matmul"),
+    (
+        "gemm_rows",
+        G,
+        "    cublasStatus_t s = gemm_set_rows(g, p, T);\n    if (!s)\n        s = cublasLtMatmul(",
+        "    cublasStatus_t s = CUBLAS_STATUS_SUCCESS;\n    if (!s)\n        s = cublasLtMatmul(",
+        "op_matmul",
+    ),
     ("reduction", G, "if (!s && deterministic)", "if (0)", "same_bits"),
-    ("slowest", G, "ms < 0 || (best >= 0 && ms >= best)", "ms < 0 || (best >= 0 && ms <= best)", "timed_once"),
-    ("unchecked_cache", G, "if (gemm_set_rows(g, p, rows) || cublasLtMatmulAlgoCheck(", "if (gemm_set_rows(g, p, rows) || 0 && cublasLtMatmulAlgoCheck(",
-     "timed_once"),
+    (
+        "slowest",
+        G,
+        "ms < 0 || (best >= 0 && ms >= best)",
+        "ms < 0 || (best >= 0 && ms <= best)",
+        "timed_once",
+    ),
+    (
+        "unchecked_cache",
+        G,
+        "if (gemm_set_rows(g, p, rows) || cublasLtMatmulAlgoCheck(",
+        "if (gemm_set_rows(g, p, rows) || 0 && cublasLtMatmulAlgoCheck(",
+        "timed_once",
+    ),
     # Hopper's kernels
     ("hopper_rows", Q, "T >= GATE_UP_FROM", "true", "op_hopper_choice"),
     ("hopper_bits", Q, "opt->hopper && !opt->deterministic", "opt->hopper", "op_hopper_choice"),
-    ("hopper_chip", Q, "be->hopper.on && major == 9 && minor == 0", "be->hopper.on", "op_hopper_choice"),
+    (
+        "hopper_chip",
+        Q,
+        "be->hopper.on && major == 9 && minor == 0",
+        "be->hopper.on",
+        "op_hopper_choice",
+    ),
     ("gu_init", P, "__syncthreads(); /* gu_init", "/* gu_init", "gate_up_hopper"),
-    ("*gu_empty", P, "barrier_wait(ring.empty(ring.i), ring.parity(ring.i) ^ 1); /* gu_empty", "/* gu_empty", "gate_up_hopper"),
-    ("gu_empty_phase", P, "ring.parity(ring.i) ^ 1); /* gu_empty", "ring.parity(ring.i)); /* gu_empty", "gate_up_hopper"),
-    ("*gu_full", P, "barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* gu_full", "/* gu_full", "gate_up_hopper"),
+    (
+        "*gu_empty",
+        P,
+        "barrier_wait(ring.empty(ring.i), ring.parity(ring.i) ^ 1); /* gu_empty",
+        "/* gu_empty",
+        "gate_up_hopper",
+    ),
+    (
+        "gu_empty_phase",
+        P,
+        "ring.parity(ring.i) ^ 1); /* gu_empty",
+        "ring.parity(ring.i)); /* gu_empty",
+        "gate_up_hopper",
+    ),
+    (
+        "*gu_full",
+        P,
+        "barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* gu_full",
+        "/* gu_full",
+        "gate_up_hopper",
+    ),
     ("gu_full_phase", P, "ring.parity(ring.i)); /* gu_full", "0); /* gu_full", "gate_up_hopper"),
     ("gu_fence", P, "wgmma_fence(); /* gu_fence", "/* gu_fence", "gate_up_hopper"),
     ("gu_step", P, "wgmma_wait<1>(); /* gu_step", "/* gu_step", "gate_up_hopper"),
-    ("gu_step_2", P, "wgmma_wait<1>(); /* gu_step", "wgmma_wait<2>(); /* gu_step", "gate_up_hopper"),
+    (
+        "gu_step_2",
+        P,
+        "wgmma_wait<1>(); /* gu_step",
+        "wgmma_wait<2>(); /* gu_step",
+        "gate_up_hopper",
+    ),
     ("gu_sums", P, "wgmma_wait<0>(d); /* gu_sums", "/* gu_sums", "gate_up_hopper"),
-    ("gu_sums_1", P, "wgmma_wait<0>(d); /* gu_sums", "wgmma_wait<1>(d); /* gu_sums", "gate_up_hopper"),
-    ("gu_last", P, "if (lane == 0) barrier_arrive(ring.empty(ring.i - 1)); /* gu_last", "/* gu_last", "gate_up_hopper"),
-    ("gu_early", P, "if (k > 0 && lane == 0) barrier_arrive(ring.empty(ring.i - 1));",
-     "if (k > 0 && lane == 0) barrier_arrive(ring.empty(ring.i));", "gate_up_hopper"),
-    ("gu_bytes", P, "barrier_expect(full, 3 * GU_PART);", "barrier_expect(full, 2 * GU_PART);", "gate_up_hopper"),
+    (
+        "gu_sums_1",
+        P,
+        "wgmma_wait<0>(d); /* gu_sums",
+        "wgmma_wait<1>(d); /* gu_sums",
+        "gate_up_hopper",
+    ),
+    (
+        "gu_last",
+        P,
+        "if (lane == 0) barrier_arrive(ring.empty(ring.i - 1)); /* gu_last",
+        "/* gu_last",
+        "gate_up_hopper",
+    ),
+    (
+        "gu_early",
+        P,
+        "if (k > 0 && lane == 0) barrier_arrive(ring.empty(ring.i - 1));",
+        "if (k > 0 && lane == 0) barrier_arrive(ring.empty(ring.i));",
+        "gate_up_hopper",
+    ),
+    (
+        "gu_bytes",
+        P,
+        "barrier_expect(full, 3 * GU_PART);",
+        "barrier_expect(full, 2 * GU_PART);",
+        "gate_up_hopper",
+    ),
     ("gu_zero", P, "k + s > 0", "true", "gate_up_hopper"),
     ("gu_rows", P, "if (r < T && column < F)", "if (column < F)", "gate_up_hopper"),
     ("gu_columns", P, "if (r < T && column < F)", "if (r < T)", "gate_up_hopper"),
-    ("gu_alpha", P, "swiglu_one(alpha * g[e], alpha * u[e], clamped)", "swiglu_one(g[e], alpha * u[e], clamped)", "gate_up_hopper"),
+    (
+        "gu_alpha",
+        P,
+        "swiglu_one(alpha * g[e], alpha * u[e], clamped)",
+        "swiglu_one(g[e], alpha * u[e], clamped)",
+        "gate_up_hopper",
+    ),
     ("gu_clamps", P, "if (clamped) atomicAdd(", "if (0) atomicAdd(", "gate_up_hopper"),
-    ("gu_transpose", P, "const bool upper = lane & bit;", "const bool upper = lane & 1;", "gate_up_hopper"),
-    ("ring_warps", P, "barrier_init(ring.empty(j), HOPPER_WARPS);", "barrier_init(ring.empty(j), 4);", "hopper"),
+    (
+        "gu_transpose",
+        P,
+        "const bool upper = lane & bit;",
+        "const bool upper = lane & 1;",
+        "gate_up_hopper",
+    ),
+    (
+        "ring_warps",
+        P,
+        "barrier_init(ring.empty(j), HOPPER_WARPS);",
+        "barrier_init(ring.empty(j), 4);",
+        "hopper",
+    ),
     ("ah_init", P, "__syncthreads(); /* ah_init", "/* ah_init", "attention_hopper"),
-    ("ah_q_empty", P, "barrier_wait(work.q_empty(), turn ^ 1); /* ah_q_empty", "/* ah_q_empty", "attention_hopper"),
-    ("ah_empty", P, "barrier_wait(ring.empty(ring.i), ring.parity(ring.i) ^ 1); /* ah_empty", "/* ah_empty", "attention_hopper"),
+    (
+        "ah_q_empty",
+        P,
+        "barrier_wait(work.q_empty(), turn ^ 1); /* ah_q_empty",
+        "/* ah_q_empty",
+        "attention_hopper",
+    ),
+    (
+        "ah_empty",
+        P,
+        "barrier_wait(ring.empty(ring.i), ring.parity(ring.i) ^ 1); /* ah_empty",
+        "/* ah_empty",
+        "attention_hopper",
+    ),
     ("ah_landed", P, "cp_async_wait<1>(); /* ah_landed", "/* ah_landed", "attention_hopper"),
-    ("ah_landed_2", P, "cp_async_wait<1>(); /* ah_landed", "cp_async_wait<2>(); /* ah_landed", "attention_hopper"),
+    (
+        "ah_landed_2",
+        P,
+        "cp_async_wait<1>(); /* ah_landed",
+        "cp_async_wait<2>(); /* ah_landed",
+        "attention_hopper",
+    ),
     ("*ah_fence", P, "fence_async();      /* ah_fence:", "/* ah_fence:", "attention_hopper"),
-    ("ah_landed_last", P, "cp_async_wait<0>(); /* ah_landed_last", "/* ah_landed_last", "attention_hopper"),
-    ("ah_fence_last", P, "fence_async();      /* ah_fence_last", "/* ah_fence_last", "attention_hopper"),
-    ("ah_q_full", P, "barrier_wait(work.q_full(), turn); /* ah_q_full", "/* ah_q_full", "attention_hopper"),
+    (
+        "ah_landed_last",
+        P,
+        "cp_async_wait<0>(); /* ah_landed_last",
+        "/* ah_landed_last",
+        "attention_hopper",
+    ),
+    (
+        "ah_fence_last",
+        P,
+        "fence_async();      /* ah_fence_last",
+        "/* ah_fence_last",
+        "attention_hopper",
+    ),
+    (
+        "ah_q_full",
+        P,
+        "barrier_wait(work.q_full(), turn); /* ah_q_full",
+        "/* ah_q_full",
+        "attention_hopper",
+    ),
     ("*ah_q_read", P, "__syncwarp(); /* ah_q_read", "/* ah_q_read", "attention_hopper"),
-    ("ah_full_first", P, "barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* ah_full_first", "/* ah_full_first",
-     "attention_hopper"),
-    ("ah_full", P, "barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* ah_full */", "/* ah_full */", "attention_hopper"),
+    (
+        "ah_full_first",
+        P,
+        "barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* ah_full_first",
+        "/* ah_full_first",
+        "attention_hopper",
+    ),
+    (
+        "ah_full",
+        P,
+        "barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* ah_full */",
+        "/* ah_full */",
+        "attention_hopper",
+    ),
     ("ah_first", P, "wgmma_wait<0>(p[0]); /* ah_first", "/* ah_first", "attention_hopper"),
     ("ah_touched", P, "wgmma_fence(); /* ah_touched", "/* ah_touched", "attention_hopper"),
-    ("ah_scores_done", P, "wgmma_wait<1>(p[0]); /* ah_scores_done", "wgmma_wait<2>(p[0]); /* ah_scores_done", "attention_hopper"),
-    ("*ah_values_done", P, "wgmma_wait<0>(o[0]); /* ah_values_done", "/* ah_values_done", "attention_hopper"),
-    ("ah_early", P, "if (lane == 0) barrier_arrive(ring.empty(ring.i - 1));\n            att_rescale",
-     "if (lane == 0) barrier_arrive(ring.empty(ring.i));\n            att_rescale", "attention_hopper"),
+    (
+        "ah_scores_done",
+        P,
+        "wgmma_wait<1>(p[0]); /* ah_scores_done",
+        "wgmma_wait<2>(p[0]); /* ah_scores_done",
+        "attention_hopper",
+    ),
+    (
+        "*ah_values_done",
+        P,
+        "wgmma_wait<0>(o[0]); /* ah_values_done",
+        "/* ah_values_done",
+        "attention_hopper",
+    ),
+    (
+        "ah_early",
+        P,
+        "if (lane == 0) barrier_arrive(ring.empty(ring.i - 1));\n            att_rescale",
+        "if (lane == 0) barrier_arrive(ring.empty(ring.i));\n            att_rescale",
+        "attention_hopper",
+    ),
     ("ah_last", P, "wgmma_wait<0>(o[0]); /* ah_last", "/* ah_last", "attention_hopper"),
-    ("ah_freed_last", P, "if (lane == 0) barrier_arrive(ring.empty(ring.i));\n        ring.i++;", "ring.i++;", "attention_hopper"),
+    (
+        "ah_freed_last",
+        P,
+        "if (lane == 0) barrier_arrive(ring.empty(ring.i));\n        ring.i++;",
+        "ring.i++;",
+        "attention_hopper",
+    ),
     ("ah_zero", P, "t > 1);", "true);", "attention_hopper"),
     ("ah_rescale", P, "att_rescale<HD, 1>(o, older);", "", "attention_hopper"),
     ("ah_keys_end", P, "const bool ok = p < s.keys;", "const bool ok = true;", "attention_hopper"),
-    ("ah_keys_cut", P, "w.prefix + min(w.len, w.t0 + (HOPPER_ROWS >> lg))", "w.prefix + w.t0 + (HOPPER_ROWS >> lg)",
-     "attention_hopper"),
+    (
+        "ah_keys_cut",
+        P,
+        "w.prefix + min(w.len, w.t0 + (HOPPER_ROWS >> lg))",
+        "w.prefix + w.t0 + (HOPPER_ROWS >> lg)",
+        "attention_hopper",
+    ),
     ("ah_prefix_rows", P, "(p < s.prefix ? p : s.own + p)", "(s.own + p)", "attention_hopper"),
     ("ah_filled_up", P, "if (w.t0 >= w.len) break; /* no tile", "/* no tile", "attention_hopper"),
 ]
 
-SOURCES = ("qemb.cu", "tests/cuda/cuda_main.cu", "tests/cuda/test_cuda_ops.cu", "tests/cuda/test_cuda_hopper.cu",
-           "tests/cuda/test_cuda_model.cu", "tests/cuda/test_cuda_quantize.cu")
-CODE = [f.relative_to(ROOT) for d in (".", "backends/cuda", "tests/cuda", "tests/cuda/emu", "tests/unit") for f in (ROOT / d).glob("*.*")
-        if f.suffix in (".cu", ".cuh", ".h", ".cpp")]
-FLAGS = {  # per net: flags of the code under test; objects that the mutants share come from build/NET
+SOURCES = (
+    "qemb.cu",
+    "tests/cuda/cuda_main.cu",
+    "tests/cuda/test_cuda_ops.cu",
+    "tests/cuda/test_cuda_hopper.cu",
+    "tests/cuda/test_cuda_model.cu",
+    "tests/cuda/test_cuda_quantize.cu",
+)
+CODE = [
+    f.relative_to(ROOT)
+    for d in (".", "backends/cuda", "tests/cuda", "tests/cuda/emu", "tests/unit")
+    for f in (ROOT / d).glob("*.*")
+    if f.suffix in (".cu", ".cuh", ".h", ".cpp")
+]
+# Per net: flags of the code under test. Objects that the mutants share come from build/NET.
+FLAGS = {
     "emu": ["-O1", "-fopenmp"],
-    "emu-race": "-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie -DEMU_RACE".split(),
+    "emu-race": ["-O1", "-fopenmp", "-fsanitize=thread", "-fno-threadsafe-statics", "-fno-pie"]
+    + ["-DEMU_RACE"],
 }
-SHARED = [f"tests/cuda/emu/emu_{x}.o" for x in ("fibers", "runtime", "race", "hopper", "cublaslt")] + \
-         ["qemb.o", *(f"backends/cpu/{x}.o" for x in ("memory", "threads", "row_ops", "packed_gemm", "avx2", "avx512", "avx512_attention", "dispatch")), "lib/model_file.o", "lib/error.o", "tests/unit/oracle.o", "tests/unit/support.o", "tests/cuda/cuda_main.cu.o"]
+SHARED = [
+    f"tests/cuda/emu/emu_{x}.o" for x in ("fibers", "runtime", "race", "hopper", "cublaslt")
+] + [
+    "qemb.o",
+    *(
+        f"backends/cpu/{x}.o"
+        for x in (
+            "memory",
+            "threads",
+            "row_ops",
+            "packed_gemm",
+            "avx2",
+            "avx512",
+            "avx512_attention",
+            "dispatch",
+        )
+    ),
+    "lib/model_file.o",
+    "lib/error.o",
+    "tests/unit/oracle.o",
+    "tests/unit/support.o",
+    "tests/cuda/cuda_main.cu.o",
+]
 
 
 def find_cuda():
@@ -202,11 +687,25 @@ def find_cuda():
 
 KERNEL_TESTS = ("rmsnorm", "attention_", "qknorm_rope", "swiglu")  # launch kernels themselves
 EIGHT_TESTS = ("quantize", "rmsnorm_e4m3", "dequantize")  # and these
-MODEL_TESTS = ("golden", "forward", "same", "device", "refuse", "hot", "timed", "graph", "accuracy", "int8", "fp8", "overflow")
+MODEL_TESTS = (
+    "golden",
+    "forward",
+    "same",
+    "device",
+    "refuse",
+    "hot",
+    "timed",
+    "graph",
+    "accuracy",
+    "int8",
+    "fp8",
+    "overflow",
+)
 
 
 def touched(file, tests):
-    """Which objects a change of this file alters for these tests; the others are taken from build/NET."""
+    """Which objects a change of this file alters for these tests; the others are taken from
+    build/NET."""
     if file == E and all(t in EIGHT_TESTS for t in tests):
         return ["tests/cuda/test_cuda_quantize.cu"]
     if file == P and all("hopper" in t for t in tests):
@@ -220,7 +719,8 @@ def touched(file, tests):
 
 def run_net(net, work, file, tests, cuda):
     """None if the mutant survives in this net, else what caught it."""
-    # Mutated objects come first: kernels are templates, and of equal ones the linker takes the first.
+    # Mutated objects come first: kernels are templates, and of equal ones the linker takes the
+    # first.
     objects, others = [], [str(ROOT / "build" / net / o) for o in SHARED]
     only_model = all(t.startswith(MODEL_TESTS) for t in tests)
     only_ops = not any(t.startswith(MODEL_TESTS) for t in tests)
@@ -233,20 +733,56 @@ def run_net(net, work, file, tests, cuda):
             continue
         out = work / net / (pathlib.Path(source).name + ".o")
         out.parent.mkdir(exist_ok=True)
-        cmd = [os.environ.get("CXX", "g++"), "-std=c++20", "-g", "-w", "-DQEMB_EMU", "-isystem", cuda + "/include", f"-I{work}",
-               f"-I{work}/tests/cuda/emu", *FLAGS[net], "-x", "c++", "-c", str(work / source), "-o", str(out)]
+        cmd = [
+            os.environ.get("CXX", "g++"),
+            "-std=c++20",
+            "-g",
+            "-w",
+            "-DQEMB_EMU",
+            "-isystem",
+            cuda + "/include",
+            f"-I{work}",
+            f"-I{work}/tests/cuda/emu",
+            *FLAGS[net],
+            "-x",
+            "c++",
+            "-c",
+            str(work / source),
+            "-o",
+            str(out),
+        ]
         if subprocess.run(cmd, capture_output=True, check=False).returncode:
             return "does not build"
         objects.append(str(out))
     program = work / net / "t"
-    link = subprocess.run([os.environ.get("CXX", "g++"), "-fopenmp", "-no-pie", *objects, *others, "-lcrypto", "-lm", "-o", str(program)],
-                          capture_output=True, text=True, check=False)
+    link = subprocess.run(
+        [
+            os.environ.get("CXX", "g++"),
+            "-fopenmp",
+            "-no-pie",
+            *objects,
+            *others,
+            "-lcrypto",
+            "-lm",
+            "-o",
+            str(program),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if link.returncode:
         raise RuntimeError(link.stderr)
     schedules = ["--schedules", "5"] if net == "emu" else []
     try:
-        r = subprocess.run([str(program), *schedules, *tests], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                           check=False)
+        r = subprocess.run(
+            [str(program), *schedules, *tests],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return "timeout"
     if r.returncode == 0:
@@ -281,12 +817,18 @@ def main(args):
     if not cuda:
         print("skipped: no CUDA toolkit")
         return 0
-    make = subprocess.run(["make", "-s", "build/emu/test_cuda", "build/emu-race/test_cuda"], cwd=ROOT, check=False)
+    make = subprocess.run(
+        ["make", "-s", "build/emu/test_cuda", "build/emu-race/test_cuda"], cwd=ROOT, check=False
+    )
     if make.returncode:
         return 1
     names = [a for a in args if not a.startswith("-")]
-    chosen = [(m[0].lstrip("*"), *m[1:]) for m in MUTANTS
-              if (not names or m[0].lstrip("*") in names) and ("--sample" not in args or m[0].startswith("*"))]
+    chosen = [
+        (m[0].lstrip("*"), *m[1:])
+        for m in MUTANTS
+        if (not names or m[0].lstrip("*") in names)
+        and ("--sample" not in args or m[0].startswith("*"))
+    ]
     survivors = 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, caught, why in pool.map(lambda m: try_mutant(m, cuda), chosen):

@@ -1,21 +1,23 @@
 #!/usr/bin/env python3
 """Checks what ptxas made: no spill in any kernel, and the instructions that the kernels are about.
 
-    sass_gate.py FILE...     *.log: the output of nvcc -Xptxas -v; *.cubin: code for one architecture
+    sass_gate.py FILE...     *.log: the output of nvcc -Xptxas -v; *.cubin: code for one
+    architecture
 
-There is no disassembler to rely on: an instruction is 16 bytes and its low 12 bits are the opcode. In
-a cubin every kernel has a section .text.NAME.
-"""
+There is no disassembler to rely on: an instruction is 16 bytes and its low 12 bits are the opcode.
+In a cubin every kernel has a section .text.NAME. """
 import re
 import struct
 import sys
 
 # HGMMA takes its first matrix from shared memory or from registers: two forms.
-OPCODES = {"HMMA": {0x23C}, "HGMMA": {0x9F0, 0xDF0}, "LDSM": {0x83B}, "LDGSTS": {0xFAE}, "UTMALDG": {0x5B4}, "STL": {0x387},
+OPCODES = {"HMMA": {0x23C}, "HGMMA": {0x9F0, 0xDF0}, "LDSM": {0x83B}, "LDGSTS": {0xFAE},
+           "UTMALDG": {0x5B4}, "STL": {0x387},
            "LDL": {0x983}}
 # Kernels by their name in the mangled symbol: what must be there. No kernel may touch local memory.
 WANT = {"attention_kernel": ("HMMA", "LDSM", "LDGSTS")}
-WANT_SM90A = {"gate_up_kernel": ("HGMMA", "UTMALDG"), "attention_hopper_kernel": ("HGMMA", "LDSM", "LDGSTS")}  # traps elsewhere
+WANT_SM90A = {"gate_up_kernel": ("HGMMA", "UTMALDG"),  # elsewhere these kernels trap
+              "attention_hopper_kernel": ("HGMMA", "LDSM", "LDGSTS")}
 
 
 def sections(data):
@@ -44,7 +46,8 @@ def check_cubin(path):
         for op in ("STL", "LDL"):
             if OPCODES[op] & found:
                 problems.append(f"{path}: {name}: uses local memory ({op})")
-        # The 128-row attention tile is an empty kernel on sm_12x, where it would spill: see backends/cuda/attention.cuh.
+        # The 128-row attention tile is an empty kernel on sm_12x, where it would spill: see
+        # backends/cuda/attention.cuh.
         empty = len([op for op in ops if op != 0x918]) < 16
         for kernel, want in {**WANT, **(WANT_SM90A if "_90a" in path else {})}.items():
             if kernel not in name or (empty and "sm_12" not in path and re.search(r"_12\d", path)):
@@ -61,7 +64,8 @@ def check_log(path):
         for line in f:
             if m := re.search(r"Compiling entry function '(\S+)'", line):
                 kernels, name = kernels + 1, m[1]
-            if m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            if m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, "
+                              r"(\d+) bytes spill loads", line):
                 if any(int(x) for x in m.groups()):
                     problems.append(f"{path}: {name}: {m[0]}")
     if not kernels:

@@ -3,11 +3,12 @@
 
     test_cuda_program.py QEMB-CUDA QEMB-CPU
 
-QEMB-CUDA is the emulated build, or the real one on a machine with a GPU. Runs with the demo model: records
-of all kinds in, the same records out, vectors within the bound of test_cuda_model.cu; the options of a
-GPU; a model that overflows FP16. What needs another GPU than there is (none, an old one, a small one, one
-that fails) is asked of the emulated build alone, by the variable of tests/cuda/emu/emu.h.
-"""
+QEMB-CUDA is the emulated build, or the real one on a machine with a GPU. Runs with the demo model:
+records of all kinds in, the same records out, vectors within the bound of test_cuda_model.cu; the
+options of a GPU; a model that overflows FP16. What needs another GPU than there is (none, an old
+one, a small one, one that fails) is asked of the emulated build alone, by the variable of
+tests/cuda/emu/emu.h. """
+
 import json
 import math
 import os
@@ -24,7 +25,12 @@ MIN_COSINE_FP8 = 0.978  # in test_cuda_eight.cu
 
 
 def records():
-    texts = (ROOT / "examples/demo.txt").read_text(encoding="utf-8").splitlines()[:12] + ["", "same", "same", "x" * 300]
+    texts = (ROOT / "examples/demo.txt").read_text(encoding="utf-8").splitlines()[:12] + [
+        "",
+        "same",
+        "same",
+        "x" * 300,
+    ]
     for i, text in enumerate(texts):
         yield {"id": i, "text": text}
     yield {"id": "query", "text": "what?", "instruct": "Find an answer"}
@@ -43,13 +49,31 @@ def cosine(a, b):
 def run(program, *args, stdin=STDIN, model=MODEL, command=None, emu=""):
     """--batch-tokens: several batches, the emulation is slow with long ones."""
     embed = ["--input", "jsonl", "--output", "jsonl", "--batch-tokens", "256", "--threads", "1"]
-    command = [program, *([command] if command else []), "-m", str(model), *([] if command else embed), *args]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=600, check=False,
-                          env=os.environ | {"QEMB_EMU": emu})
+    command = [
+        program,
+        *([command] if command else []),
+        "-m",
+        str(model),
+        *([] if command else embed),
+        *args,
+    ]
+    return subprocess.run(
+        command,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env=os.environ | {"QEMB_EMU": emu},
+    )
 
 
 def compare(got, want, least):
-    assert got.returncode == want.returncode == 3, (got.returncode, want.returncode, got.stderr)  # 3: one record is bad
+    assert got.returncode == want.returncode == 3, (
+        got.returncode,
+        want.returncode,
+        got.stderr,
+    )  # 3: one record is bad
     got, want = ([json.loads(line) for line in r.stdout.splitlines()] for r in (got, want))
     assert len(got) == len(want) == STDIN.count("\n"), (len(got), len(want))
     worst = 1.0
@@ -67,14 +91,14 @@ def compare(got, want, least):
 
 
 def overflowing_model(path):
-    """The demo model with a norm whose weights are 70000: halves end at 65504. Queries and keys are normed
-    again behind it and values only grow, so FP32 takes it."""
+    """The demo model with a norm whose weights are 70000: halves end at 65504. Queries and keys are
+    normed again behind it and values only grow, so FP32 takes it."""
     data = bytearray(MODEL.read_bytes())
     entry = 4096
-    while data[entry:entry + 48].rstrip(b"\0") != b"layers.1.attn_norm":
+    while data[entry : entry + 48].rstrip(b"\0") != b"layers.1.attn_norm":
         entry += 96
     offset, size = struct.unpack_from("<QQ", data, entry + 72)
-    data[offset:offset + size] = struct.pack("<f", 70000.0) * (size // 4)
+    data[offset : offset + size] = struct.pack("<f", 70000.0) * (size // 4)
     path.write_bytes(data)
 
 
@@ -98,8 +122,10 @@ def check_overflow(cuda, cpu):
         stdin = "one\ntwo words\none\n"
         # the stand-in is the fastest table that copies no weights: AVX2's, or the plain one
         exact = "avx2" if "avx2" in run(cpu, "--cpu", "?").stderr else "plain"
-        got, want = (run(*p, "--input", "text", "--stats", "--batch-tokens", "64", stdin=stdin, model=model)
-                     for p in ((cuda,), (cpu, "--cpu", exact)))
+        got, want = (
+            run(*p, "--input", "text", "--stats", "--batch-tokens", "64", stdin=stdin, model=model)
+            for p in ((cuda,), (cpu, "--cpu", exact))
+        )
         assert got.returncode == want.returncode == 0, got.stderr
         assert got.stdout == want.stdout, "not the CPU's own vectors"
         assert "qemb: 2 vectors recomputed on the CPU, 0 numbers clamped" in got.stderr, got.stderr
@@ -109,38 +135,65 @@ def check_overflow(cuda, cpu):
 def check_plan(cuda, cpu):
     p = run(cuda, command="plan")
     gpu = p.stdout.partition("On the GPU:\n")[2]
-    for part in ("weights of the layers, FP16", "activations", "workspace", "transfers", "graphs", "in all"):
+    for part in (
+        "weights of the layers, FP16",
+        "activations",
+        "workspace",
+        "transfers",
+        "graphs",
+        "in all",
+    ):
         assert part in gpu, p.stdout
     assert p.returncode == 0 and "e4m3" in run(cuda, "--math", "fp8", command="plan").stdout
     assert "On the GPU" not in run(cpu, command="plan").stdout
     p = run(cuda, "--vram", "20", command="plan")
     assert p.returncode == 2 and "GPU memory: more than --vram (got " in p.stderr, p.stderr
     p = run(cuda, "--vram", "20")
-    assert p.returncode == 2 and "GPU memory: not enough for " in p.stderr and not p.stdout, p.stderr
-    for option in (["--vram", "9"], ["--deterministic"], ["--no-graphs"], ["--hopper"], ["--cache", "."]):
+    assert (
+        p.returncode == 2 and "GPU memory: not enough for " in p.stderr and not p.stdout
+    ), p.stderr
+    for option in (
+        ["--vram", "9"],
+        ["--deterministic"],
+        ["--no-graphs"],
+        ["--hopper"],
+        ["--cache", "."],
+    ):
         p = run(cpu, *option)
         assert p.returncode == 1 and f"{option[0]}: only with a GPU" in p.stderr, p.stderr
     p = run(cuda, "--math", "bf16")
-    assert p.returncode == 1 and "--math: not with this program on this machine (got bf16, want fp8, f16)" in p.stderr, p.stderr
+    assert (
+        p.returncode == 1
+        and "--math: not with this program on this machine (got bf16, want fp8, f16)" in p.stderr
+    ), p.stderr
 
 
 def check_devices(cuda):
-    for emu, message in (("count=0", "GPU: none found (no CUDA-capable device"),
-                         ("driver=0", "NVIDIA driver: missing or too old (got one for CUDA 0.0, want "),
-                         ("major=7 minor=5", "GPU: too old (got compute capability 7.5, want 8.0 or newer)"),
-                         ("image=0", "GPU: this build has no code for compute capability 9.0"),
-                         ("memory=40", "GPU memory: not enough for cuBLASLt's workspace (got ")):
+    for emu, message in (
+        ("count=0", "GPU: none found (no CUDA-capable device"),
+        ("driver=0", "NVIDIA driver: missing or too old (got one for CUDA 0.0, want "),
+        ("major=7 minor=5", "GPU: too old (got compute capability 7.5, want 8.0 or newer)"),
+        ("image=0", "GPU: this build has no code for compute capability 9.0"),
+        ("memory=40", "GPU memory: not enough for cuBLASLt's workspace (got "),
+    ):
         p = run(cuda, emu=emu)
-        assert p.returncode == 2 and not p.stdout and p.stderr.startswith("qemb: " + message), (emu, p.stderr)
+        assert p.returncode == 2 and not p.stdout and p.stderr.startswith("qemb: " + message), (
+            emu,
+            p.stderr,
+        )
         assert p.stderr.count("\n") == 1, p.stderr
     p = run(cuda, "--math", "fp8", emu="major=8 minor=9")
     assert p.returncode == 2 and "FP8 products: not on this GPU" in p.stderr, p.stderr
-    # It fails in a later batch: what was computed is out, whole; then the reason, and status 2 although
-    # more input could come.
+    # It fails in a later batch: what was computed is out, whole; then the reason, and status 2
+    # although more input could come.
     whole = run(cuda, "--batch-tokens", "64").stdout
     p = run(cuda, "--stats", "--batch-tokens", "64", emu="fault_after=80")
-    assert p.returncode == 2 and p.stdout and whole.startswith(p.stdout) and p.stdout.endswith("}\n"), p.stdout[-200:]
-    assert p.stdout != whole and "qemb: GPU: " in p.stderr.splitlines()[-1] and " failed (" in p.stderr, p.stderr
+    assert (
+        p.returncode == 2 and p.stdout and whole.startswith(p.stdout) and p.stdout.endswith("}\n")
+    ), p.stdout[-200:]
+    assert (
+        p.stdout != whole and "qemb: GPU: " in p.stderr.splitlines()[-1] and " failed (" in p.stderr
+    ), p.stderr
     assert "qemb: 0 vectors recomputed" in p.stderr, p.stderr
 
 
@@ -152,8 +205,11 @@ def main(cuda, cpu):
     check_plan(cuda, cpu)
     if emulated:
         check_devices(cuda)
-    print(f"program: {STDIN.count(chr(10))} records as from the CPU, least cosine {worst:.7f}; overflow, plan, messages"
-          f"{'' if emulated else ' (no other GPU emulated)'}{'' if fp8 else ', no FP8 here'}")
+    print(
+        f"program: {STDIN.count(chr(10))} records as from the CPU, least cosine {worst:.7f};"
+        " overflow, plan, messages"
+        f"{'' if emulated else ' (no other GPU emulated)'}{'' if fp8 else ', no FP8 here'}"
+    )
 
 
 if __name__ == "__main__":

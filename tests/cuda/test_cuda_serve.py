@@ -3,9 +3,8 @@
 
     test_cuda_serve.py QEMB-SERVE-CUDA QEMB-CPU
 
-QEMB-SERVE-CUDA is the emulated build, or the real one on a machine with a GPU, where only the first part
-runs: the emulation's device can be told to fail.
-"""
+QEMB-SERVE-CUDA is the emulated build, or the real one on a machine with a GPU, where only the first
+part runs: the emulation's device can be told to fail. """
 import base64
 import contextlib
 import http.client
@@ -19,13 +18,15 @@ import threading
 from test_cuda_program import MIN_COSINE, MODEL, ROOT, cosine, run
 
 OPTIONS = ("-m", str(MODEL), "--port", "0", "--batch-tokens", "256", "--threads", "1")
-TEXTS = (ROOT / "examples/demo.txt").read_text(encoding="utf-8").splitlines()[:3] + ["", "same", "same"]
+TEXTS = [*(ROOT / "examples/demo.txt").read_text(encoding="utf-8").splitlines()[:3], "", "same",
+         "same"]
 
 
 @contextlib.contextmanager
 def server(program, status, **env):
     """The port of a server that is ready, and its log; it has to end with that status."""
-    p = subprocess.Popen([program, *OPTIONS], stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
+    p = subprocess.Popen([program, *OPTIONS], stderr=subprocess.PIPE, text=True,
+                         env={**os.environ, **env})
     try:
         log = []
         while not log or log[-1]["event"] != "ready":

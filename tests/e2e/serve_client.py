@@ -2,9 +2,8 @@
 vectors must be met bit for bit.
 
 QEMB_SERVE_BIN names another binary (default ./qemb-serve), such as one with sanitizers: their
-reports turn up as a wrong exit status. QEMB_BIN: the ./qemb to compare with. Every server listens on
-a free port of the loopback and is ended by SIGTERM, with status 0.
-"""
+reports turn up as a wrong exit status. QEMB_BIN: the ./qemb to compare with. Every server listens
+on a free port of the loopback and is ended by SIGTERM, with status 0. """
 import contextlib
 import http.client
 import json
@@ -197,7 +196,8 @@ def long_ids(i, n=LONG):
 
 def slow_request(n=10, start=0, **more):
     """Work for a while: long texts, all different."""
-    return {"model": "demo", "input": [long_ids(start + i) for i in range(n)], "dimensions": 1, **more}
+    texts = [long_ids(start + i) for i in range(n)]
+    return {"model": "demo", "input": texts, "dimensions": 1, **more}
 
 
 class Slow:
@@ -218,7 +218,8 @@ class Slow:
 
 
 OK = {"model": "demo", "input": "x"}
-TINY = str(ROOT / "tests" / "golden" / "hf-tiny.qemb")  # hidden 32, a tokenizer of its own, 200 tokens
+# hidden 32, a tokenizer of its own, 200 tokens
+TINY = str(ROOT / "tests" / "golden" / "hf-tiny.qemb")
 SHORT = [t for t in TEXTS if len(t) < 200]
 
 

@@ -1,4 +1,5 @@
 """bench.sh and bench: what they count and write; never how fast anything is."""
+
 import csv
 import json
 import subprocess
@@ -15,8 +16,13 @@ pytestmark = pytest.mark.skipif(not BENCH.exists(), reason="build/release/qemb-b
 
 
 def bench_sh(out, *args):
-    return subprocess.run(["./bench.sh", "-o", str(out), "--threads", "2", "--rounds", "1", *args],
-                          cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        ["./bench.sh", "-o", str(out), "--threads", "2", "--rounds", "1", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def rows(text):
@@ -24,25 +30,49 @@ def rows(text):
 
 
 def tokens_of(lines):
-    ids = subprocess.run(["./qemb", "tokenize", "-m", MODEL], input=lines, cwd=ROOT,
-                         capture_output=True, text=True, check=True)
+    ids = subprocess.run(
+        ["./qemb", "tokenize", "-m", MODEL],
+        input=lines,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return [len(json.loads(line)) for line in ids.stdout.splitlines()]
 
 
 def test_a_peer_gets_the_texts_by_input_and_by_file(tmp_path):
     piped, named = tmp_path / "piped", tmp_path / "named"
-    r = bench_sh(tmp_path / "r", "--only", "peer", "--tokens", "256", "--lengths", "16 64", "--math", "f32",
-                 "--peer", f"cat >>{piped}", "--peer", f"cat {{file}} >>{named}; echo {{threads}},{{length}} >>{tmp_path}/said")
+    r = bench_sh(
+        tmp_path / "r",
+        "--only",
+        "peer",
+        "--tokens",
+        "256",
+        "--lengths",
+        "16 64",
+        "--math",
+        "f32",
+        "--peer",
+        f"cat >>{piped}",
+        "--peer",
+        f"cat {{file}} >>{named}; echo {{threads}},{{length}} >>{tmp_path}/said",
+    )
     assert r.returncode == 0, r.stderr
     assert piped.read_text() == named.read_text()
     # the first text alone, untimed; all texts of a length; the first one alone again
     lines = piped.read_text().splitlines()
     assert tokens_of(piped.read_text()) == [16] * (1 + 16 + 1) + [64] * (1 + 4 + 1)
     assert lines[0] == lines[1] == lines[17] and lines[18] == lines[19] == lines[23]
-    assert lines[1].split()[0] != lines[2].split()[0] # nothing that all of a batch begin with
+    assert lines[1].split()[0] != lines[2].split()[0]  # nothing that all of a batch begin with
     assert (tmp_path / "said").read_text().split() == ["2,16"] * 3 + ["2,64"] * 3
     d = json.loads((tmp_path / "r/bench.json").read_text())
-    assert [p[:3] for p in d["peers"]] == ["cat", "cat"] and d["compiler"] and d["commit"] and d["machine"]
+    assert (
+        [p[:3] for p in d["peers"]] == ["cat", "cat"]
+        and d["compiler"]
+        and d["commit"]
+        and d["machine"]
+    )
     got = rows((tmp_path / "r/bench.csv").read_text())
     assert len(got) == len(d["rows"]) == 2 * (2 + 2 * 2 + 2 * 2)
     for n in ("16", "64"):
@@ -54,7 +84,19 @@ def test_a_peer_gets_the_texts_by_input_and_by_file(tmp_path):
 def test_a_rate_is_empty_where_the_further_texts_take_no_time(tmp_path):
     # the first text alone takes longer than all of them
     peer = "if [ $(wc -l <{file}) = 1 ]; then sleep 0.3; fi"
-    r = bench_sh(tmp_path, "--only", "peer", "--tokens", "32", "--lengths", "16", "--math", "f32", "--peer", peer)
+    r = bench_sh(
+        tmp_path,
+        "--only",
+        "peer",
+        "--tokens",
+        "32",
+        "--lengths",
+        "16",
+        "--math",
+        "f32",
+        "--peer",
+        peer,
+    )
     assert r.returncode == 0, r.stderr
     d = {x["name"]: x["median"] for x in json.loads((tmp_path / "bench.json").read_text())["rows"]}
     assert d["peer 1: rate"] is None and d["qemb against peer 1: rate"] is None
@@ -63,7 +105,20 @@ def test_a_rate_is_empty_where_the_further_texts_take_no_time(tmp_path):
 
 def test_append_keeps_rows_and_goes_on_counting_peers(tmp_path):
     for more in ([], ["--append"]):
-        r = bench_sh(tmp_path, "--only", "peer", "--tokens", "32", "--lengths", "16", "--math", "f32", "--peer", "cat", *more)
+        r = bench_sh(
+            tmp_path,
+            "--only",
+            "peer",
+            "--tokens",
+            "32",
+            "--lengths",
+            "16",
+            "--math",
+            "f32",
+            "--peer",
+            "cat",
+            *more,
+        )
         assert r.returncode == 0, r.stderr
     names = {x["name"] for x in rows((tmp_path / "bench.csv").read_text())}
     assert {"peer 1: whole run", "peer 2: whole run"} <= names
@@ -71,29 +126,52 @@ def test_append_keeps_rows_and_goes_on_counting_peers(tmp_path):
 
 
 def test_a_peer_that_fails_ends_the_run(tmp_path):
-    r = bench_sh(tmp_path, "--only", "peer", "--tokens", "32", "--lengths", "16", "--math", "f32", "--peer", "echo no such model >&2; exit 3")
+    r = bench_sh(
+        tmp_path,
+        "--only",
+        "peer",
+        "--tokens",
+        "32",
+        "--lengths",
+        "16",
+        "--math",
+        "f32",
+        "--peer",
+        "echo no such model >&2; exit 3",
+    )
     assert r.returncode == 1 and "no such model" in r.stderr
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--peer-model", "nowhere.gguf"], "is not there"),
-    (["--math", "int3"], "not on this machine"),
-    (["--faster"], "bench.sh [-m"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--peer-model", "nowhere.gguf"], "is not there"),
+        (["--math", "int3"], "not on this machine"),
+        (["--faster"], "bench.sh [-m"),
+    ],
+)
 def test_what_it_does_not_know_is_refused(tmp_path, args, message):
     r = bench_sh(tmp_path, "--only", "", *args)
     assert r.returncode == 1 and message in r.stderr
 
 
 def test_forward_counts_tokens_texts_and_shares():
-    r = subprocess.run([str(BENCH), "forward", MODEL, "16", "--tokens", "64", "--threads", "1"], cwd=ROOT,
-                       capture_output=True, text=True, timeout=120, check=True)
+    r = subprocess.run(
+        [str(BENCH), "forward", MODEL, "16", "--tokens", "64", "--threads", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     got = rows("group,name,n,median,p10,p90,unit,percent,limit\n" + r.stdout)
     by = {(x["group"], x["name"]): float(x["median"]) for x in got}
-    assert by["forward", "tokens"] == pytest.approx(16 * by["forward", "texts"], rel=1e-3)  # 4 digits are printed
+    assert by["forward", "tokens"] == pytest.approx(
+        16 * by["forward", "texts"], rel=1e-3
+    )  # 4 digits are printed
     assert sum(v for (group, _), v in by.items() if group == "share") == pytest.approx(100, abs=0.1)
-    # 4 texts of 16 tokens; demo: 4 layers of 128 -> (4 + 2 * 2) * 64, 4 * 64 -> 128 and 3 * 192 * 128.
-    # In the last layer 4 rows go on after the keys and values, and 4 queries are asked.
+    # 4 texts of 16 tokens; demo: 4 layers of 128 -> (4 + 2 * 2) * 64, 4 * 64 -> 128 and 3 * 192 *
+    # 128. In the last layer 4 rows go on after the keys and values, and 4 queries are asked.
     qkv, rest, T, B, L = 128 * 8 * 64, 4 * 64 * 128 + 3 * 192 * 128, 64, 4, 4
     linear = 2 * (L * T * qkv + (L - 1) * T * rest + B * rest)
     pairs = (L - 1) * B * (16 * 17 // 2) + B * 16
@@ -106,12 +184,25 @@ def test_forward_counts_tokens_texts_and_shares():
 def test_the_forward_with_onednns_products_makes_the_same_vectors(math):
     if "dnnl" not in subprocess.run(["ldd", str(BENCH)], capture_output=True, text=True).stdout:
         pytest.skip("bench was built without oneDNN (make bench installs it)")
-    if math == "bf16" and "bf16 bf16" not in subprocess.run([str(BENCH), "tables"], capture_output=True, text=True).stdout:
+    if (
+        math == "bf16"
+        and "bf16 bf16"
+        not in subprocess.run([str(BENCH), "tables"], capture_output=True, text=True).stdout
+    ):
         pytest.skip("this CPU has no AVX512_BF16")
-    r = subprocess.run([str(BENCH), "beside", MODEL, "16", "--tokens", "64", "--threads", "2", "--math", math], cwd=ROOT,
-                       capture_output=True, text=True, timeout=120)
+    r = subprocess.run(
+        [str(BENCH), "beside", MODEL, "16", "--tokens", "64", "--threads", "2", "--math", math],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert r.returncode == 0, r.stderr  # bench itself compares the vectors
-    got = {x["name"]: x for x in rows("group,name,n,median,p10,p90,unit,percent,limit\n" + r.stdout) if x["group"] == "gemm"}
+    got = {
+        x["name"]: x
+        for x in rows("group,name,n,median,p10,p90,unit,percent,limit\n" + r.stdout)
+        if x["group"] == "gemm"
+    }
     assert set(got) == {"forward beside oneDNN", "forward: oneDNN", "forward of oneDNN"}
     assert got["forward: oneDNN"]["unit"] == "tokens/s" and got["forward of oneDNN"]["unit"] == "%"
 
@@ -123,13 +214,23 @@ def test_every_table_is_listed():
 
 def test_one_product_by_the_oracle_and_by_every_table():
     """docs/matmul.md's figures. An error is a share of the sum of magnitudes of a number of y."""
-    r = subprocess.run([str(BENCH), "matmul", MODEL, "--threads", "1"], cwd=ROOT,
-                       capture_output=True, text=True, check=True)
-    rows = {r["name"]: r for r in csv.DictReader(r.stdout.splitlines(), COLUMNS)
-            if r["group"] == "matmul"}
+    r = subprocess.run(
+        [str(BENCH), "matmul", MODEL, "--threads", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = {
+        r["name"]: r
+        for r in csv.DictReader(r.stdout.splitlines(), COLUMNS)
+        if r["group"] == "matmul"
+    }
     tables = subprocess.run([str(BENCH), "tables"], capture_output=True, text=True, check=True)
     tables = dict(line.split() for line in tables.stdout.splitlines())
-    assert list(rows) == [name + suffix for name in ("oracle", *tables) for suffix in ("", ": error")]
+    assert list(rows) == [
+        name + suffix for name in ("oracle", *tables) for suffix in ("", ": error")
+    ]
     hidden = 128  # K of the demo model
     # A sum of K products of floats, rounded K + 4 times at most, each by 2^-24 of the sum of
     # magnitudes. bfloat16 also rounds both factors, each by at most 2^-9 of itself. The error of

@@ -299,7 +299,8 @@ def test_byte_alphabet_follows_its_definition():
 
 
 def test_int8(folder, capsys, monkeypatch):
-    """Groups of 64 columns, the last of a row of what is left: 72 = 64 + 8, 130 = 2 * 64 + 2, 40."""
+    """Groups of 64 columns, the last of a row of what is left: 72 = 64 + 8, 130 = 2 * 64 + 2,
+    40."""
     monkeypatch.setattr(convert_weights, "BLOCK", 300)  # a matrix in many pieces
     wide = dict(hidden=72, ffn=130)
     edit(folder / "config.json", lambda j: hf.config_json(SHAPE | wide))

@@ -33,7 +33,8 @@ GUARD = 60  # seconds after which a hang is one; nothing here is timed
 BINARY = Path(QEMB).read_bytes() if os.path.exists(QEMB) else b""
 # OpenMP's threads would wait for each other spinning, which is slow on a machine with other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# A job in the background may begin with SIGINT ignored, and would hand that on to every program here.
+# A job in the background may begin with SIGINT ignored, and would hand that on to every program
+# here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 SANITIZED = b"__asan_init" in BINARY or b"__tsan_init" in BINARY
 
@@ -206,8 +207,13 @@ def test_coprocess_of_errors_and_tokens():
     p.stdin.write(b'{"text":"x"}\n')
     assert len(json.loads(read_line(p))) == HIDDEN
     finish(p, 3)
-    p = subprocess.Popen([QEMB, "tokenize", "-m", MODEL], stdin=subprocess.PIPE,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    p = subprocess.Popen(
+        [QEMB, "tokenize", "-m", MODEL],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    )
     p.stdin.write(b"\n")
     assert json.loads(read_line(p)) == [EOS]
     assert finish(p) == b""
@@ -229,8 +235,17 @@ def test_order_with_errors_between():
             records.append(b"bad \xff")
         else:
             records.append(b"x" * rng.randrange(12))
-    got = objects("--output", "jsonl", "--dim", 1, "--batch-tokens", 50,
-                  data=b"\n".join(records) + b"\n", status=3, errors="of 150 records failed")
+    got = objects(
+        "--output",
+        "jsonl",
+        "--dim",
+        1,
+        "--batch-tokens",
+        50,
+        data=b"\n".join(records) + b"\n",
+        status=3,
+        errors="of 150 records failed",
+    )
     assert [g["id"] for g in got] == list(range(1, 151))
     for g, r in zip(got, records):
         assert ("error" in g) == (b"\xff" in r)
@@ -256,6 +271,7 @@ def test_a_line_of_100_megabytes(alone, tmp_path):
 
 def test_floods_are_written_in_bounded_memory(tmp_path):
     """Blank lines, errors, repeats: more records than a window may hold, always ready."""
+
     def peak(n):
         path = tmp_path / "flood"
         path.write_bytes(b"\n\xff\nab\n" * n)
@@ -263,6 +279,7 @@ def test_floods_are_written_in_bounded_memory(tmp_path):
             p = qemb("--dim", 1, "--stats", "--on-error", "skip", stdin=f)
         assert p.returncode == 3 and p.stdout.count(b"\n") == 2 * n
         return float(re.search(r"peak memory ([0-9.]+) MiB", p.stderr.decode())[1])
+
     small, large = peak(30_000), peak(120_000)
     assert SANITIZED or large < small + 8
 
@@ -310,8 +327,9 @@ def test_max_tokens_border():
     refused = json.loads(out(*cut, data=text, status=3, errors="1 of 1"))
     assert refused["error"]["code"] == "too_long"
     assert out(*cut, "--truncate", data=text) != full
-    assert objects("tokenize", *cut, "--truncate", data=text)[0] == \
-        objects("tokenize", data=text)[0][:n - 2] + [EOS]
+    assert objects("tokenize", *cut, "--truncate", data=text)[0] == objects("tokenize", data=text)[
+        0
+    ][: n - 2] + [EOS]
     assert objects("tokenize", "--max-tokens", 1, "--truncate", data=text) == [[EOS]]
     assert out("--max-tokens", 1, "--truncate", data=text) == out(data=b"\n")
 
@@ -327,7 +345,7 @@ def test_truncated_bytes_and_tokens():
     args = ("--truncate", "--max-tokens", 5)
     got = objects(*args, "--output", "jsonl", "--input", "jsonl", data=data)
     kept = objects("tokenize", *args, data=text.encode())[0]
-    short = text[:len(text) - got[0]["truncated_bytes"]]
+    short = text[: len(text) - got[0]["truncated_bytes"]]
     assert objects("tokenize", data=short.encode())[0] == kept
     assert got[1]["truncated_tokens"] == 2 and "truncated_bytes" not in got[1]
     assert "truncated_tokens" not in got[2] and got[2]["tokens"] == 5
@@ -402,9 +420,20 @@ def test_ids():
 
 def test_ids_that_are_too_many():
     most = [7] * 29
-    data = jsonl({"ids": most}, {"ids": most + [EOS]}, {"ids": most + [7]}, {"ids": most + [7, EOS]})
-    got = objects("--max-tokens", 30, "--output", "jsonl", "--input", "jsonl", data=data, status=3,
-                  errors="2 of 4")
+    data = jsonl(
+        {"ids": most}, {"ids": most + [EOS]}, {"ids": most + [7]}, {"ids": most + [7, EOS]}
+    )
+    got = objects(
+        "--max-tokens",
+        30,
+        "--output",
+        "jsonl",
+        "--input",
+        "jsonl",
+        data=data,
+        status=3,
+        errors="2 of 4",
+    )
     assert [g.get("tokens") for g in got] == [30, 30, None, None]
     assert got[0]["embedding"] == got[1]["embedding"]
     assert [g["error"]["code"] for g in got[2:]] == ["too_long"] * 2
@@ -421,11 +450,16 @@ def test_jsonl_output_ids():
 
 def test_dim_of_a_record():
     full = vectors(data=b"x")[0].astype(np.float64)
-    got = vectors("--input", "jsonl", "--dim", 5,
-                  data=jsonl({"text": "x"}, *[{"text": "x", "dim": d} for d in (1, 64, HIDDEN)]))
+    got = vectors(
+        "--input",
+        "jsonl",
+        "--dim",
+        5,
+        data=jsonl({"text": "x"}, *[{"text": "x", "dim": d} for d in (1, 64, HIDDEN)]),
+    )
     assert [len(g) for g in got] == [5, 1, 64, HIDDEN]
     for g in got:
-        want = full[:len(g)] / np.linalg.norm(full[:len(g)])
+        want = full[: len(g)] / np.linalg.norm(full[: len(g)])
         # cut and scaled from vectors that differ by a rounding in each number
         assert np.all(np.abs(g - want) <= 4 * 2.0**-24)
     assert np.array_equal(got[3], vectors(data=b"x")[0])
@@ -461,8 +495,15 @@ BAD = [
 def test_error_records(kind):
     data = b"".join(jsonl(line, {"text": "x"}) for line, _, _ in BAD)
     data += b'{"text":"\xff"}\n'
-    got = out("--input", "jsonl", "--output", kind, data=data, status=3,
-              errors=f"^qemb: {len(BAD) + 1} of {2 * len(BAD) + 1} records failed\n$").splitlines()
+    got = out(
+        "--input",
+        "jsonl",
+        "--output",
+        kind,
+        data=data,
+        status=3,
+        errors=f"^qemb: {len(BAD) + 1} of {2 * len(BAD) + 1} records failed\n$",
+    ).splitlines()
     assert len(got) == 2 * len(BAD) + 1
     good = out("--input", "jsonl", "--output", kind, data=jsonl({"text": "x"})).rstrip(b"\n")
     for i, (line, code, key) in enumerate([*BAD, ("", "invalid_utf8", None)]):
@@ -478,19 +519,29 @@ def test_error_records(kind):
 def test_non_finite_vectors_are_errors(tmp_path):
     """A model whose last norm is NaN: its vectors must not come out as numbers."""
     model = bytearray(Path(MODEL).read_bytes())
-    n, = struct.unpack_from("<I", model, 32)
+    (n,) = struct.unpack_from("<I", model, 32)
     for i in range(n):
         entry = 4096 + 96 * i
-        if bytes(model[entry:entry + 48]).rstrip(b"\0") == b"final_norm":
-            offset, = struct.unpack_from("<Q", model, entry + 72)
+        if bytes(model[entry : entry + 48]).rstrip(b"\0") == b"final_norm":
+            (offset,) = struct.unpack_from("<Q", model, entry + 72)
             struct.pack_into("<f", model, offset + 4 * 100, float("nan"))
     path = tmp_path / "nan.qemb"
     path.write_bytes(model)
     got = objects("-m", path, model=False, data=b"a\nb\n", status=3, errors="2 of 2")
     assert [g["error"]["code"] for g in got] == ["non_finite"] * 2
     assert len(objects("-m", path, "--dim", 100, model=False, data=b"a\n")[0]) == 100
-    zero = out("-m", path, "--on-error", "zero", "--output", "f32", model=False, data=b"a\n",
-               status=3, errors="record 1: non_finite: vector")
+    zero = out(
+        "-m",
+        path,
+        "--on-error",
+        "zero",
+        "--output",
+        "f32",
+        model=False,
+        data=b"a\n",
+        status=3,
+        errors="record 1: non_finite: vector",
+    )
     assert zero == bytes(4 * HIDDEN)
     assert qemb("info", "--verify", "-m", path, model=False).returncode == 2
 
@@ -512,8 +563,12 @@ def test_all_outputs_agree(dim):
     assert same([json.loads(l) for l in run("json").splitlines()])
     assert same([json.loads(l)["embedding"] for l in run("jsonl").splitlines()])
     assert same([[float(x) for x in l.split(b"\t")] for l in run("tsv").splitlines()])
-    assert same([np.frombuffer(base64.b64decode(l, validate=True), "<f4")
-                 for l in run("base64").splitlines()])
+    assert same(
+        [
+            np.frombuffer(base64.b64decode(l, validate=True), "<f4")
+            for l in run("base64").splitlines()
+        ]
+    )
     assert same(npy(run("npy")))
     assert np.array_equal(np.frombuffer(run("f16"), "<f2").reshape(-1, dim), want.astype("<f2"))
 
@@ -557,6 +612,7 @@ def test_on_error_in_binary(kind, tmp_path):
     one, two = (out(*args, data=t) for t in (b"one", b"two"))
     message = r"^qemb: record 2: invalid_utf8: .*\nqemb: 1 of \d records failed\n$"
     for stdout in (subprocess.PIPE, open(tmp_path / "out", "w+b")):
+
         def run(*more):
             if stdout is subprocess.PIPE:
                 return out(*args, *more, data=data, status=3, errors=message)
@@ -565,6 +621,7 @@ def test_on_error_in_binary(kind, tmp_path):
             out(*args, *more, data=data, status=3, errors=message, stdout=stdout)
             stdout.seek(0)
             return stdout.read()
+
         if kind != "npy":
             assert run() == run("--on-error", "stop") == one
             assert run("--on-error", "skip") == one + two
@@ -572,8 +629,9 @@ def test_on_error_in_binary(kind, tmp_path):
         else:
             assert run() == run("--on-error", "stop") == one
             assert np.array_equal(npy(run("--on-error", "skip")), np.vstack([npy(one), npy(two)]))
-            assert np.array_equal(npy(run("--on-error", "zero")),
-                                  np.vstack([npy(one), np.zeros((1, 4)), npy(two)]))
+            assert np.array_equal(
+                npy(run("--on-error", "zero")), np.vstack([npy(one), np.zeros((1, 4)), npy(two)])
+            )
 
 
 def test_on_error_in_text():
@@ -602,8 +660,9 @@ def test_many_errors_are_named_ten_times():
 def test_head_closes_the_pipe(alone):
     """An endless input ends with the reader of the output, silently."""
     shell = f"(yes; true) | {{ {QEMB} -m {MODEL}; echo status $? >&2; }} | head -n 1"
-    p = subprocess.run(["bash", "-c", shell], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                       timeout=GUARD)
+    p = subprocess.run(
+        ["bash", "-c", shell], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=GUARD
+    )
     assert p.stdout.count(b"\n") == 1 and len(json.loads(p.stdout)) == HIDDEN
     assert p.stderr == b"status 4\n"
 
@@ -611,8 +670,14 @@ def test_head_closes_the_pipe(alone):
 @pytest.mark.parametrize("kind", ["json", "f32", "npy"])
 def test_dev_full(kind):
     with open("/dev/full", "wb") as full:
-        out("--output", kind, data=b"x\n", stdout=full, status=4,
-            errors=r"^qemb: standard output: cannot write \(No space left on device\)\n$")
+        out(
+            "--output",
+            kind,
+            data=b"x\n",
+            stdout=full,
+            status=4,
+            errors=r"^qemb: standard output: cannot write \(No space left on device\)\n$",
+        )
     for args in (("--help",), ("info",), ("plan",), ("tokenize",), ("check",)):
         with open("/dev/full", "wb") as full:
             out(*args, data=b"x\n", stdout=full, status=4, errors="cannot write")
@@ -620,8 +685,13 @@ def test_dev_full(kind):
 
 def test_closed_descriptors(alone):
     def shell(redirect, command=""):
-        return subprocess.run(["sh", "-c", f"echo two | {QEMB} {command} -m {MODEL} {redirect}"],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=GUARD)
+        return subprocess.run(
+            ["sh", "-c", f"echo two | {QEMB} {command} -m {MODEL} {redirect}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=GUARD,
+        )
+
     p = shell(">&-")
     assert p.returncode == 4 and p.stderr == b"qemb: standard output: closed\n"
     for command in ("", "tokenize"):
@@ -635,8 +705,12 @@ def test_closed_descriptors(alone):
 def test_unreadable_input():
     for command in ((), ("tokenize",)):
         fd = os.open("/", os.O_RDONLY)
-        out(*command, stdin=fd, status=1,
-            errors=r"^qemb: standard input: cannot read \(Is a directory\)\n$")
+        out(
+            *command,
+            stdin=fd,
+            status=1,
+            errors=r"^qemb: standard input: cannot read \(Is a directory\)\n$",
+        )
         os.close(fd)
 
 
@@ -666,7 +740,7 @@ def feed(p, data):
     """Writes as long as someone reads."""
     try:
         while data:
-            data = data[p.stdin.write(data[:4096]):]
+            data = data[p.stdin.write(data[:4096]) :]
     except BrokenPipeError:
         pass
 
@@ -717,16 +791,31 @@ def test_an_ignored_signal_stays_ignored():
 
 
 def test_stats():
-    p = qemb("--stats", "--truncate", "--max-tokens", 4, "--batch-tokens", 100,
-             data=b"two\ntwo\n\n\xff\nmany more words than four\n")
+    p = qemb(
+        "--stats",
+        "--truncate",
+        "--max-tokens",
+        4,
+        "--batch-tokens",
+        100,
+        data=b"two\ntwo\n\n\xff\nmany more words than four\n",
+    )
     assert p.returncode == 3 and p.stdout.count(b"\n") == 5
     lines_ = p.stderr.decode().splitlines()
     assert lines_[0] == "qemb: 1 of 5 records failed"
     tokens = 2 * len(objects("tokenize", data=b"two")[0]) + 1 + 4
-    assert re.fullmatch(rf"qemb: 4 texts, {tokens} tokens in [0-9.]+ s "
-                        r"\([0-9.]+ texts/s, [0-9.]+ tokens/s\)", lines_[1])
-    assert re.fullmatch(r"qemb: 1 batches, 3 distinct texts, 0 prefix tokens saved, 1 truncated, "
-                        r"1 errors, peak memory [0-9.]+ MiB", lines_[2]) and len(lines_) == 3
+    assert re.fullmatch(
+        rf"qemb: 4 texts, {tokens} tokens in [0-9.]+ s " r"\([0-9.]+ texts/s, [0-9.]+ tokens/s\)",
+        lines_[1],
+    )
+    assert (
+        re.fullmatch(
+            r"qemb: 1 batches, 3 distinct texts, 0 prefix tokens saved, 1 truncated, "
+            r"1 errors, peak memory [0-9.]+ MiB",
+            lines_[2],
+        )
+        and len(lines_) == 3
+    )
 
 
 def test_weights_that_are_copied_show_progress():
@@ -754,8 +843,13 @@ def test_progress(tmp_path):
     assert b"ETA" not in qemb("--progress", data=b"x\n").stderr
     master, slave = os.openpty()
     for args, shown in (((), True), (("--quiet",), False)):
-        p = subprocess.run([QEMB, "-m", MODEL, *args], input=b"x\n", stdout=subprocess.PIPE,
-                           stderr=slave, timeout=GUARD)
+        p = subprocess.run(
+            [QEMB, "-m", MODEL, *args],
+            input=b"x\n",
+            stdout=subprocess.PIPE,
+            stderr=slave,
+            timeout=GUARD,
+        )
         assert p.returncode == 0
         os.set_blocking(master, False)
         text = b""
@@ -876,8 +970,11 @@ def test_the_environment_changes_nothing(alone):
 
 def test_model_errors(tmp_path):
     (tmp_path / "not.qemb").write_bytes(b"hello")
-    for path, message in ((tmp_path / "not.qemb", "not.qemb: "), (tmp_path / "none", "none: "),
-                          (tmp_path, ": ")):
+    for path, message in (
+        (tmp_path / "not.qemb", "not.qemb: "),
+        (tmp_path / "none", "none: "),
+        (tmp_path, ": "),
+    ):
         for command in ((), ("info",), ("tokenize",), ("plan",), ("check",)):
             p = qemb(*command, "-m", path, model=False, data=b"x\n")
             assert p.returncode == 2 and p.stdout == b""
@@ -898,8 +995,11 @@ def test_tokenize_errors_keep_their_place():
 def test_info(tmp_path):
     text = out("info").decode()
     assert text == out("info", MODEL, model=False).decode()
-    for line in ("dtype            f16", f"hidden           {HIDDEN}",
-                 f"longest text     {MAX_TOKENS} tokens"):
+    for line in (
+        "dtype            f16",
+        f"hidden           {HIDDEN}",
+        f"longest text     {MAX_TOKENS} tokens",
+    ):
         assert line + "\n" in text
     assert json.loads(re.search(r'"query": (".*")', text)[1]) == f"Instruct: {TASK}\nQuery:"
     recorded = re.search(r"sha256           ([0-9a-f]{64})\n", text)[1]
@@ -916,34 +1016,60 @@ def test_info(tmp_path):
 
 def test_plan():
     def batch(text):
-        return {int(m[2]): float(m[1]) for m in re.finditer(
-            r"([0-9.]+) MiB  activations: a batch of --batch-tokens (\d+)", text)}
+        return {
+            int(m[2]): float(m[1])
+            for m in re.finditer(
+                r"([0-9.]+) MiB  activations: a batch of --batch-tokens (\d+)", text
+            )
+        }
+
     usual = batch(out("plan").decode())
     assert sorted(usual) == [512, 1024, 2048, 4096, 8192, 16384, 32768]
     assert sorted(usual.values()) == [usual[n] for n in sorted(usual)]
     assert batch(out("plan", "--batch-tokens", 1024).decode()) == {1024: usual[1024]}
-    longest = lambda n: float(re.search(
-        rf"([0-9.]+) MiB  activations: one text of --max-tokens {n}\n",
-        out("plan", "--max-tokens", n).decode())[1])
+    longest = lambda n: float(
+        re.search(
+            rf"([0-9.]+) MiB  activations: one text of --max-tokens {n}\n",
+            out("plan", "--max-tokens", n).decode(),
+        )[1]
+    )
     assert longest(64) < longest(2048)
     assert "copied" not in out("plan", "--cpu", "plain").decode()
-    # halves, or a byte for each of 688,128 weights and a half for each 64, in whole panels of 32 rows
+    # halves, or a byte for each of 688,128 weights and a half for each 64, in whole panels of 32
+    # rows
     for math, least, most in ("f32", 1.2, 1.5), ("int16", 1.2, 1.5), ("int8", 0.6, 0.9):
-        if b"avx512" in qemb("--cpu", "roman").stderr and math.encode() in qemb("--math", "roman").stderr:
-            copied = re.search(r"([0-9.]+) MiB  layers, copied", out("plan", "--math", math).decode())
+        if (
+            b"avx512" in qemb("--cpu", "roman").stderr
+            and math.encode() in qemb("--math", "roman").stderr
+        ):
+            copied = re.search(
+                r"([0-9.]+) MiB  layers, copied", out("plan", "--math", math).decode()
+            )
             assert least < float(copied[1]) < most
 
 
 def test_int8_file_beside_its_f16_file(tmp_path):
-    """What --math int8 makes of F16 weights when it loads them is what an int8 file has: the same bits.
-    Rows of 72 and 130 weights, so that groups end early; F32 weights, which both round to halves."""
+    """What --math int8 makes of F16 weights when it loads them is what an int8 file has: the same
+    bits. Rows of 72 and 130 weights, so that groups end early; F32 weights, which both round to
+    halves. """
     s = dict(layers=2, hidden=72, heads=4, kv=2, hd=18, ffn=130, vocab=300, max=64)
     hf.save_random_model(tmp_path / "model", s, json.dumps(hf.tokenizer_json([("a", "b")])))
     hf.save_safetensors(tmp_path / "model/model.safetensors", hf.random_tensors(s, 1, "F32"))
     files = [tmp_path / "f16.qemb", tmp_path / "int8.qemb"]
     for file in files:
-        subprocess.run([sys.executable, ROOT / "convert_weights.py", tmp_path / "model", "--quiet",
-                        "--out", file, "--dtype", file.stem], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                ROOT / "convert_weights.py",
+                tmp_path / "model",
+                "--quiet",
+                "--out",
+                file,
+                "--dtype",
+                file.stem,
+            ],
+            check=True,
+        )
     embed = lambda file, math: vectors("-m", file, "--math", math, data=lines(TEXTS), model=False)
     halves, eight = (np.array(embed(file, "f32")) for file in files)
     off = np.linalg.norm(halves - eight, axis=1)
@@ -960,9 +1086,11 @@ def test_check_of_an_unknown_shape():
     scores = [float(x) for x in re.findall(r"^q\d\.d\d +(-?[0-9.]+)$", text, re.M)]
     assert "No expected scores are known" in text and len(scores) == 4
     queries = vectors("--query", data=b"What is the capital of China?\nExplain gravity\n")
-    docs = vectors(data=b"The capital of China is Beijing.\nGravity is a force that attracts two "
-                        b"bodies towards each other. It gives weight to physical objects and is "
-                        b"responsible for the movement of planets around the sun.\n")
+    docs = vectors(
+        data=b"The capital of China is Beijing.\nGravity is a force that attracts two "
+        b"bodies towards each other. It gives weight to physical objects and is "
+        b"responsible for the movement of planets around the sun.\n"
+    )
     for i, s in enumerate(scores):
         want = float(np.dot(queries[i // 2].astype(float), docs[i % 2].astype(float)))
         assert abs(s - want) <= 0.6e-7  # seven digits are printed

@@ -21,12 +21,38 @@ import numpy as np
 import openai
 import pytest
 from serve_client import (  # noqa: F401 - serve is a fixture
-    Answer, BUSY, BUSY_CPU, EOS, GUARD, HIDDEN, JSON, LONG, MAX_TOKENS, MODEL, OK, QEMB, ROOT, SANITIZED,
-    SERVE, SHORT, Server, Slow, TEXTS, TINY, VOCAB, ask, long_ids, qemb, serve, server, slow_request,
-    vectors_in, vectors_of,
+    Answer,
+    BUSY,
+    BUSY_CPU,
+    EOS,
+    GUARD,
+    HIDDEN,
+    JSON,
+    LONG,
+    MAX_TOKENS,
+    MODEL,
+    OK,
+    QEMB,
+    ROOT,
+    SANITIZED,
+    SERVE,
+    SHORT,
+    Server,
+    Slow,
+    TEXTS,
+    TINY,
+    VOCAB,
+    ask,
+    long_ids,
+    qemb,
+    serve,
+    server,
+    slow_request,
+    vectors_in,
+    vectors_of,
 )
 
-# ---- vectors --------------------------------------------------------------------------------------
+# ---- vectors -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dim", [HIDDEN, 64, 1])
@@ -42,7 +68,8 @@ def test_vectors_are_qembs_bit_for_bit(serve, dim):
 
 
 def test_openai_client_decodes_what_it_asked_for(serve):
-    """Left to itself the client asks for base64 and decodes it; asked for floats it gets numbers."""
+    """Left to itself the client asks for base64 and decodes it; asked for floats it gets
+    numbers."""
     client = serve.openai()
     want = [
         np.frombuffer(base64.b64decode(v), "<f4")
@@ -95,7 +122,9 @@ def test_instruct(serve):
 def test_server_default_prompt():
     with server("--query") as s:
         assert s.embed(["two"]) == qemb("--query", "--output", "base64", records=[{"text": "two"}])
-        assert s.embed(["two"], instruct="") == qemb("--output", "base64", records=[{"text": "two"}])
+        assert s.embed(["two"], instruct="") == qemb(
+            "--output", "base64", records=[{"text": "two"}]
+        )
         assert s.embed(["two"], instruct="T") == qemb(
             "--output", "base64", records=[{"text": "two", "instruct": "T"}]
         )
@@ -129,7 +158,7 @@ def test_many_clients_get_their_own_vectors(serve):
     assert got == want
 
 
-# ---- errors ---------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 BAD = [
     (b"", 400, "invalid_json", None),
@@ -184,8 +213,14 @@ def test_bad_requests(serve, body, status, code, param):
 
 
 def test_null_counts_as_not_given(serve):
-    more = {"dimensions": None, "encoding_format": None, "user": None, "instruct": None,
-            "truncate": None, "fallback": None}
+    more = {
+        "dimensions": None,
+        "encoding_format": None,
+        "user": None,
+        "instruct": None,
+        "truncate": None,
+        "fallback": None,
+    }
     assert serve.post({**OK, **more}).status == 200
 
 
@@ -237,7 +272,10 @@ def test_content_types(serve, headers, status):
 
 
 def test_request_ids(serve):
-    assert serve.post(OK, headers={**JSON, "X-Request-Id": "me-1.2_3"}).headers["x-request-id"] == "me-1.2_3"
+    assert (
+        serve.post(OK, headers={**JSON, "X-Request-Id": "me-1.2_3"}).headers["x-request-id"]
+        == "me-1.2_3"
+    )
     ids = {serve.post(OK).headers["x-request-id"] for _ in range(5)}
     assert len(ids) == 5
     for bad in ['"', "a b", "x" * 65]:
@@ -261,13 +299,17 @@ def test_api_keys(tmp_path):
             {"Authorization": "Bearer first-key2"},
             {"Authorization": "Bearer # two keys"},
         ):
-            for method, path in (("POST", "/v1/embeddings"), ("POST", "/tokenize"), ("GET", "/v1/models")):
+            for method, path in (
+                ("POST", "/v1/embeddings"),
+                ("POST", "/tokenize"),
+                ("GET", "/v1/models"),
+            ):
                 a = s.request(method, path, json.dumps(OK), {**JSON, **headers})
                 assert a.status == 401 and a.headers["WWW-Authenticate"] == "Bearer"
         assert s.request("GET", "/health").status == s.request("GET", "/metrics").status == 200
 
 
-# ---- models, health, metrics, log -----------------------------------------------------------------
+# ---- models, health, metrics, log ----------------------------------------------------------------
 
 
 def test_models():
@@ -286,7 +328,9 @@ def test_curl(serve, tmp_path):
     url = f"http://127.0.0.1:{serve.port}/v1/embeddings"
     out = subprocess.run(
         ["curl", "-sS", "--json", json.dumps({**OK, "encoding_format": "base64"}), url],
-        stdout=subprocess.PIPE, timeout=GUARD, check=True,
+        stdout=subprocess.PIPE,
+        timeout=GUARD,
+        check=True,
     ).stdout
     want = qemb("--output", "base64", records=[{"text": "x"}])
     assert [e["embedding"] for e in json.loads(out)["data"]] == want
@@ -294,7 +338,9 @@ def test_curl(serve, tmp_path):
     body.write_text(json.dumps(OK) + " " * (2 << 20))
     out = subprocess.run(
         ["curl", "-sS", "-w", "%{http_code}", "-o", "/dev/null", "--json", f"@{body}", url],
-        stdout=subprocess.PIPE, timeout=GUARD, check=True,
+        stdout=subprocess.PIPE,
+        timeout=GUARD,
+        check=True,
     ).stdout
     assert out == b"200"
 
@@ -399,7 +445,8 @@ def test_a_client_may_send_what_the_probe_sends(tmp_path):
         assert slow.wait().status == 422
 
 
-# ---- the fallback ---------------------------------------------------------------------------------
+# ---- the fallback --------------------------------------------------------------------------------
+
 
 def test_fallback_when_the_queue_is_full():
     n = 20
@@ -435,12 +482,23 @@ def test_fallback_when_the_queue_is_full():
 
 def test_fallback_when_the_model_fails(tmp_path):
     broken = broken_model(tmp_path, EOS)
-    with server("--name", "demo", "--fallback", TINY, "--fallback-name", "small", model=broken,
-                wait="failing") as s:
+    with server(
+        "--name",
+        "demo",
+        "--fallback",
+        TINY,
+        "--fallback-name",
+        "small",
+        model=broken,
+        wait="failing",
+    ) as s:
         s.wait_log("ready")
         a = s.post(ask(SHORT, fallback=True))
         assert vectors_in(a) == vectors_of(SHORT, TINY) and a.json["model"] == "small"
-        words = [json.loads(l) for l in qemb("tokenize", records=[{"text": t} for t in SHORT], model=TINY)]
+        words = [
+            json.loads(l)
+            for l in qemb("tokenize", records=[{"text": t} for t in SHORT], model=TINY)
+        ]
         assert a.json["usage"]["total_tokens"] == sum(map(len, words))
         a = s.post(ask(SHORT, fallback=True, instruct="T"))
         want = [{"text": t, "instruct": "T"} for t in SHORT]
@@ -459,7 +517,7 @@ def test_a_fallback_that_fails_is_no_help(tmp_path):
         assert a.status == 422 and s.metric("qemb_fallbacks_total") == 0
 
 
-# ---- the queue ------------------------------------------------------------------------------------
+# ---- the queue -----------------------------------------------------------------------------------
 
 
 def test_equal_texts_in_flight_are_computed_once():
@@ -468,14 +526,17 @@ def test_equal_texts_in_flight_are_computed_once():
         s.wait_metric("qemb_queue_tokens", lambda x: x > 0)
         many = [s.connect() for _ in range(20)]
         for i, c in enumerate(many):
-            c.request("POST", "/v1/embeddings", json.dumps(ask(["the same", f"other {i % 2}"])), JSON)
+            c.request(
+                "POST", "/v1/embeddings", json.dumps(ask(["the same", f"other {i % 2}"])), JSON
+            )
         vectors = [vectors_in(Answer(c.getresponse())) for c in many]
         for c in many:
             c.close()
         assert slow.wait().status == 200
         assert len({v[0] for v in vectors}) == 1 and len({v[1] for v in vectors}) == 2
         m = s.metrics()
-        # a round or more: the first may have been taken before the last came, which the cache then has
+        # a round or more: the first may have been taken before the last came, which the cache then
+        # has
         computed = m[("qemb_computed_texts_total", ())] - 1 - 10
         shared, cached = m[("qemb_dedup_hits_total", ())], m[("qemb_cache_hits_total", ())]
         assert computed + shared + cached == 40 and shared > 0 and 3 <= computed < 20
@@ -509,7 +570,9 @@ def test_full_queue():
         slow = [Slow(s, 6, 10 * i) for i in range(6)]  # nine tenths of the queue each
         with pytest.raises(openai.RateLimitError) as e:
             for i in range(6):
-                client.embeddings.create(model="demo", input=[long_ids(500 + 10 * i + k) for k in range(6)])
+                client.embeddings.create(
+                    model="demo", input=[long_ids(500 + 10 * i + k) for k in range(6)]
+                )
         assert e.value.code == "queue_full"
         assert int(e.value.response.headers["retry-after"]) >= 1
         answers = [x.wait() for x in slow]
@@ -529,7 +592,7 @@ def test_deadline():
         assert s.openai(max_retries=9).embeddings.create(model="demo", input="afterwards").data
 
 
-# ---- attacks --------------------------------------------------------------------------------------
+# ---- attacks -------------------------------------------------------------------------------------
 
 
 def raw(s, data=b""):
@@ -564,7 +627,8 @@ def test_broken_bodies():
         head("-1") + body,
         head("99999999999999999999") + body,
         head(0, more="Transfer-Encoding: chunked\r\n") + b"zz\r\n",
-        b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
+        b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"ffffffffffffffffff\r\n",
     )
     with server("--receive-timeout", 1) as s:
         for data in broken:
@@ -589,8 +653,13 @@ def test_body_limit():
             for chunked in (False, True):
                 c = s.connect()
                 data = body + b" " * extra
-                c.request("POST", "/v1/embeddings", iter([data]) if chunked else data, JSON,
-                          encode_chunked=chunked)
+                c.request(
+                    "POST",
+                    "/v1/embeddings",
+                    iter([data]) if chunked else data,
+                    JSON,
+                    encode_chunked=chunked,
+                )
                 a = Answer(c.getresponse())
                 assert a.status == status, (extra, chunked)
                 assert status == 200 or a.error["code"] == "body_too_large"
@@ -661,7 +730,9 @@ def test_more_connections_than_allowed():
 
 def test_a_thousand_connections():
     with server("--max-connections", 1100) as s:
-        body = [json.dumps({**OK, "input": f"text {i}", "dimensions": 4}).encode() for i in range(1000)]
+        body = [
+            json.dumps({**OK, "input": f"text {i}", "dimensions": 4}).encode() for i in range(1000)
+        ]
         many = [raw(s) for _ in body]
         s.wait_metric("qemb_connections", lambda x: x > 1000)
         for k, b in zip(many, body):
@@ -690,7 +761,7 @@ def test_a_log_that_nobody_reads_costs_lines_only():
     log.close()
 
 
-# ---- load ------------------------------------------------------------------------------------------
+# ---- load ----------------------------------------------------------------------------------------
 
 CHINESE = "今天天气很好，我们去公园散步吧。"
 
@@ -703,7 +774,9 @@ def tool(name):
 
 
 def run_tool(*args, **kw):
-    done = subprocess.run(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=GUARD, **kw)
+    done = subprocess.run(
+        args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=GUARD, **kw
+    )
     out = done.stdout.decode()
     assert done.returncode == 0, out
     return out
@@ -711,12 +784,12 @@ def run_tool(*args, **kw):
 
 def test_wrk(serve, tmp_path):
     script = tmp_path / "ask.lua"
-    script.write_text(
-        f'''wrk.method, wrk.body = "POST", [[{json.dumps({**OK, "input": CHINESE})}]]
-        wrk.headers["Content-Type"] = "application/json"'''
-    )
+    script.write_text(f'''wrk.method, wrk.body = "POST", [[{json.dumps({**OK, "input": CHINESE})}]]
+        wrk.headers["Content-Type"] = "application/json"''')
     url = f"http://127.0.0.1:{serve.port}/v1/embeddings"
-    out = run_tool(tool("wrk"), "-t", "2", "-c", "64", "-d", "1s", "--timeout", "60s", "-s", script, url)
+    out = run_tool(
+        tool("wrk"), "-t", "2", "-c", "64", "-d", "1s", "--timeout", "60s", "-s", script, url
+    )
     assert int(re.search(r"(\d+) requests in", out)[1]) > 0
     assert "Non-2xx" not in out and "Socket errors" not in out, out
 
@@ -729,17 +802,26 @@ def test_ab(serve, tmp_path, keep):
     out = run_tool(
         tool("ab"), "-q", *keep, "-n", "600", "-c", "30", "-p", body, "-T", "application/json", url
     )
-    assert re.search(r"Complete requests: +600", out) and re.search(r"Failed requests: +0", out), out
+    assert re.search(r"Complete requests: +600", out) and re.search(
+        r"Failed requests: +0", out
+    ), out
     assert "Non-2xx" not in out, out
 
 
 def test_locust(serve):
     url = f"http://127.0.0.1:{serve.port}"
-    args = ["-f", str(ROOT / "tests" / "locustfile.py"), "--host", url, "--headless", "--only-summary"]
+    args = [
+        "-f",
+        str(ROOT / "tests" / "locustfile.py"),
+        "--host",
+        url,
+        "--headless",
+        "--only-summary",
+    ]
     run_tool(tool("locust"), *args, "-u", "20", "-r", "20", "-t", "2s", "--exit-code-on-error", "1")
 
 
-# ---- the end --------------------------------------------------------------------------------------
+# ---- the end -------------------------------------------------------------------------------------
 
 
 def test_term_under_load():
@@ -801,7 +883,9 @@ def test_drain_answers_and_says_so():
     s.wait_log("draining")
     kept.request("GET", "/health")
     a = Answer(kept.getresponse())
-    assert a.status == 503 and a.json == {"status": "draining"} and a.headers["Connection"] == "close"
+    assert (
+        a.status == 503 and a.json == {"status": "draining"} and a.headers["Connection"] == "close"
+    )
     assert slow.wait().status == 200
     s.stop()
 
@@ -820,12 +904,16 @@ def test_drain_is_bounded():
 @pytest.mark.skipif(SANITIZED, reason="sanitizers keep memory; they look for leaks themselves")
 def test_memory_stays_flat():
     def rss():
-        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{s.process.pid}/status").read_text())[1])
+        return int(
+            re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{s.process.pid}/status").read_text())[1]
+        )
 
     def some(n):
         c = s.connect()
         for i in range(n):
-            c.request("POST", "/v1/embeddings", json.dumps({**OK, "input": f"a text {i % 500}"}), JSON)
+            c.request(
+                "POST", "/v1/embeddings", json.dumps({**OK, "input": f"a text {i % 500}"}), JSON
+            )
             assert Answer(c.getresponse()).status == 200
         c.close()
 
@@ -836,7 +924,7 @@ def test_memory_stays_flat():
         assert rss() - before < 1000  # KiB: half a KiB per request would show
 
 
-# ---- usage ----------------------------------------------------------------------------------------
+# ---- usage ---------------------------------------------------------------------------------------
 
 
 def test_manual_and_deployment_name_what_there_is(serve):

@@ -14,7 +14,18 @@ from pathlib import Path
 
 import pytest
 from serve_client import (
-    GUARD, HIDDEN, MODEL, QEMB, SHORT, TEXTS, TINY, ask, qemb, server, vectors_in, vectors_of,
+    GUARD,
+    HIDDEN,
+    MODEL,
+    QEMB,
+    SHORT,
+    TEXTS,
+    TINY,
+    ask,
+    qemb,
+    server,
+    vectors_in,
+    vectors_of,
 )
 
 
@@ -24,7 +35,9 @@ def test_cache_serves_every_dimension():
         s.embed(texts)
         computed = s.metric("qemb_computed_texts_total")
         for dim in (HIDDEN, 17, 1):
-            want = qemb("--output", "base64", "--dim", str(dim), records=[{"text": t} for t in texts])
+            want = qemb(
+                "--output", "base64", "--dim", str(dim), records=[{"text": t} for t in texts]
+            )
             assert s.embed(texts, dimensions=dim) == want
         assert s.metric("qemb_computed_texts_total") == computed
         assert s.metric("qemb_cache_hits_total") == 3 * len(texts) + 1
@@ -64,13 +77,27 @@ class Redis:
     def __init__(self, port=None):
         self.port = port or free_port()
         self.process = subprocess.Popen(
-            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
-             "--appendonly", "no", "--daemonize", "no"],
-            stdout=subprocess.DEVNULL, cwd="/tmp",
+            [
+                "redis-server",
+                "--port",
+                str(self.port),
+                "--bind",
+                "127.0.0.1",
+                "--save",
+                "",
+                "--appendonly",
+                "no",
+                "--daemonize",
+                "no",
+            ],
+            stdout=subprocess.DEVNULL,
+            cwd="/tmp",
         )
         until = time.monotonic() + GUARD
         while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)) as k:
+            with contextlib.suppress(OSError), socket.create_connection(
+                ("127.0.0.1", self.port)
+            ) as k:
                 k.sendall(b"PING\r\n")
                 if k.recv(5) == b"+PONG":
                     return
@@ -117,8 +144,13 @@ def test_redis_is_shared(redis):
     with server("--cache", 0, *with_redis(redis.port)) as b:
         assert b.embed(texts) == want
         assert b.embed([*texts[:3], "unknown"], dimensions=5)[:3] == [
-            base64.b64encode(v).decode() for v in
-            [base64.b64decode(x) for x in qemb("--output", "base64", "--dim", "5", records=[{"text": t} for t in texts[:3]])]
+            base64.b64encode(v).decode()
+            for v in [
+                base64.b64decode(x)
+                for x in qemb(
+                    "--output", "base64", "--dim", "5", records=[{"text": t} for t in texts[:3]]
+                )
+            ]
         ]
         assert b.metric("qemb_redis_hits_total") == 43
         assert b.metric("qemb_computed_texts_total") == 2  # the probe and the unknown one
@@ -168,8 +200,8 @@ def test_wrong_values_in_redis_are_misses(redis):
             hits = s.metric("qemb_redis_hits_total")
             assert s.embed([""]) == want
             assert s.metric("qemb_redis_hits_total") == hits
-            # What was computed is stored when there is time; not again, if the probe's batch had not quite
-            # ended and gave it.
+            # What was computed is stored when there is time; not again, if the probe's batch had
+            # not quite ended and gave it.
             until = time.monotonic() + GUARD
             while redis.command(b"GET", key, lines=2) != good:
                 assert time.monotonic() < until
@@ -236,7 +268,9 @@ def test_two_models_share_no_vectors(redis):
             for model, vectors in zip(("demo", "hf-tiny"), want):
                 a = s.post(ask(SHORT, model=model))
                 assert vectors_in(a) == vectors and a.json["model"] == model
-            same = [vectors_in(s.post(ask(ids, model=m, dimensions=8))) for m in ("demo", "hf-tiny")]
+            same = [
+                vectors_in(s.post(ask(ids, model=m, dimensions=8))) for m in ("demo", "hf-tiny")
+            ]
             assert same[0][0] != same[1][0] and same[0][1] != same[1][1]
         wait_stored(redis, 2 * (len(set(SHORT)) + len(ids)))
         assert [m.id for m in s.openai().models.list()] == ["demo", "hf-tiny"]
