@@ -18,8 +18,9 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-A, K, E, G, P = (
-    f"backends/cuda/{x}.cuh" for x in ("attention", "kernels", "quantize", "gemm", "hopper")
+A, K, E, G, P, D, R = (
+    f"backends/cuda/{x}.cuh"
+    for x in ("attention", "kernels", "quantize", "gemm", "hopper", "device", "graphs")
 )
 Q = "qemb.cu"
 
@@ -237,7 +238,7 @@ MUTANTS = [
     ),
     (
         "int8_placed",
-        Q,
+        D,
         "memcpy(s->host + n * row, m->scale + r * groups, own)",
         "memcpy(s->host + n * row, m->scale, own)",
         "int8_placed",
@@ -267,19 +268,20 @@ MUTANTS = [
     ),
     (
         "slot_quantize",
-        Q,
+        D,
         'ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_quantize',
         "/* slot_quantize",
         "fp8_same accuracy",
     ),
     (
         "fp8_alpha",
-        Q,
+        D,
         "if (!be->fp8) y->wdown.alpha *= 1 << SWIGLU_SHIFT;",
         "y->wdown.alpha *= 1 << SWIGLU_SHIFT;",
         "accuracy",
     ),
-    ("fp8_attention", Q, "if (!be->fp8 || a == be->coded)", "if (1)", "op_fp8"),
+    ("fp8_attention", Q, "if (be->coded != x) {", "if (0) {", "op_fp8"),
+    ("fp8_rows", Q, "be->coded = h;", "", "accuracy"),
     ("fp8_rows", G, "(uint64_t)(g->fp8 ? (T + 15) / 16 * 16 : T)", "(uint64_t)T", "op_fp8"),
     (
         "fp8_x_scales",
@@ -288,14 +290,14 @@ MUTANTS = [
         "return s ? s : gemm_describe(g, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, w);",
         "op_fp8",
     ),
-    ("fp8_anywhere", Q, "if (be->fp8 && (major != 9", "if (0 && (major != 9", "refuse_fp8"),
-    ("fp8_unasked", Q, "(fp8 && check_fp8(be, err))", "0", "refuse_fp8"),
+    ("fp8_anywhere", D, "if (be->fp8 && (major != 9", "if (0 && (major != 9", "refuse_fp8"),
+    ("fp8_unasked", D, "(fp8 && check_fp8(be, err))", "0", "refuse_fp8"),
     # graphs
-    ("*graph_tiles", Q, "while (*n < full) tiles[(*n)++] = att_tile{};", "", "graph_"),
+    ("*graph_tiles", R, "while (*n < full) tiles[(*n)++] = att_tile{};", "", "graph_"),
     ("empty_tile", A, "if (w.t0 >= w.len) return;", "", "graph_"),
     (
         "graph_texts",
-        Q,
+        R,
         "&be->graphs[size - GRAPH_ROWS][b->B]",
         "&be->graphs[size - GRAPH_ROWS][1]",
         "graph_",
@@ -303,18 +305,18 @@ MUTANTS = [
     (
         "graph_residual",
         Q,
-        "if (be->mode == REPLAY) return;\n    if (!be->fp8 || a",
-        "if (!be->fp8 || a",
+        "in_graph<cuda_matmul_add>::run",
+        "cuda_matmul_add",
         "graph_",
     ),
     (
         "graph_not_run",
-        Q,
+        R,
         "if (be->mode != PLAIN && be->graph->exec)",
         "if (be->mode == REPLAY && be->graph->exec)",
         "graph_",
     ),
-    ("no_graphs", Q, "if (be->graphs_off || size", "if (size", "graph_"),
+    ("no_graphs", R, "if (be->graphs_off || size", "if (size", "graph_"),
     # the host's side
     (
         "*slot_embed",
@@ -325,7 +327,7 @@ MUTANTS = [
     ),
     (
         "slot_upload",
-        Q,
+        D,
         'ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_upload',
         "/* slot_upload",
         "forward_shapes",
@@ -339,29 +341,29 @@ MUTANTS = [
     ),
     (
         "batch_free",
-        Q,
+        R,
         'good(be, cudaEventSynchronize(be->batch_free), "begin"); /* batch_free',
         "/* batch_free",
         "op_embed_back",
     ),
     (
         "unique_stale",
-        Q,
+        R,
         "if (s >= be->n_unique || be->unique[s] != token) {",
         "if (s >= be->n_unique) {",
         "op_embed",
     ),
-    ("last_row", Q, "host.last[i] = b->cu[i + 1] - 1;", "host.last[i] = b->cu[i];", "op_gather"),
+    ("last_row", R, "host.last[i] = b->cu[i + 1] - 1;", "host.last[i] = b->cu[i];", "op_gather"),
     (
         "last_tile",
-        Q,
+        R,
         "att_tile{len - 1, b->cu[i], len, b->P, i - (len - 1), {}}",
         "att_tile{len - 1, b->cu[i], len, b->P, i, {}}",
         "op_attention",
     ),
     (
         "prefix_tiles",
-        Q,
+        R,
         "if (b->P) list_tiles(be, 0, b->P, 0);",
         "",
         "golden same_bits forward_shapes",
@@ -375,7 +377,7 @@ MUTANTS = [
     ),
     (
         "alpha",
-        Q,
+        D,
         "if (!be->fp8) y->wdown.alpha *= 1 << SWIGLU_SHIFT;",
         ";",
         "forward_shapes golden",
@@ -389,26 +391,26 @@ MUTANTS = [
     ),
     (
         "rope_position",
-        Q,
+        D,
         "const float angle = (float)p * freq;",
         "const float angle = (float)(p + 1) * freq * (p > 0);",
         "op_attention",
     ),
     (
         "free_nothing",
-        Q,
+        D,
         "for (int i = 0; i < be->n_device; i++) cudaFree(be->device[i]);",
         "",
         "refuse_memory",
     ),
     (
         "deterministic",
-        Q,
+        D,
         "gemm_open(&be->gemm, opt->deterministic, be->fp8)",
         "gemm_open(&be->gemm, false, be->fp8)",
         "same_bits",
     ),
-    ("budget", Q, "if (be->budget) left =", "if (0) left =", "refuse_memory"),
+    ("budget", D, "if (be->budget) left =", "if (0) left =", "refuse_memory"),
     ("beta", G, "const float beta = p->add;", "const float beta = 0;", "op_matmul_add"),
     (
         "gemm_rows",
@@ -434,10 +436,10 @@ MUTANTS = [
     ),
     # Hopper's kernels
     ("hopper_rows", Q, "T >= GATE_UP_FROM", "true", "op_hopper_choice"),
-    ("hopper_bits", Q, "opt->hopper && !opt->deterministic", "opt->hopper", "op_hopper_choice"),
+    ("hopper_bits", D, "opt->hopper && !opt->deterministic", "opt->hopper", "op_hopper_choice"),
     (
         "hopper_chip",
-        Q,
+        D,
         "be->hopper.on && major == 9 && minor == 0",
         "be->hopper.on",
         "op_hopper_choice",
@@ -686,7 +688,7 @@ def find_cuda():
 
 
 KERNEL_TESTS = ("rmsnorm", "attention_", "qknorm_rope", "swiglu")  # launch kernels themselves
-EIGHT_TESTS = ("quantize", "rmsnorm_e4m3", "dequantize")  # and these
+QUANTIZE_TESTS = ("quantize", "rmsnorm_e4m3", "dequantize")  # and these
 MODEL_TESTS = (
     "golden",
     "forward",
@@ -706,7 +708,7 @@ MODEL_TESTS = (
 def touched(file, tests):
     """Which objects a change of this file alters for these tests; the others are taken from
     build/NET."""
-    if file == E and all(t in EIGHT_TESTS for t in tests):
+    if file == E and all(t in QUANTIZE_TESTS for t in tests):
         return ["tests/cuda/test_cuda_quantize.cu"]
     if file == P and all("hopper" in t for t in tests):
         return ["tests/cuda/test_cuda_hopper.cu"]

@@ -1,0 +1,641 @@
+/* device.cuh - the CUDA backend's state: device memory, uploads, opening, the weights. qemb.cu and
+ * graphs.cuh work on it.
+ *
+ * There is one stream. Host and device meet in the two staging slots and in pool.
+ */
+#ifndef CUDA_DEVICE_CUH
+#define CUDA_DEVICE_CUH
+
+#include "attention.cuh"
+#include "gemm.cuh"
+#include "hopper.cuh"
+#include "kernels.cuh"
+#include "qemb_cuda.h"
+#include "quantize.cuh"
+
+#include <algorithm>
+#include <cassert>
+#include <climits>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+typedef __half act; /* a number of a qemb_act */
+
+enum { SLOTS = 2 };
+constexpr size_t SLOT_BYTES = (size_t)8 << 20;
+/* Rows that the MLP computes at a time: enough to fill the GPU with tiles of the down projection (4B: 32
+ * x 20 of 128 x 128), and little memory beside the weights. */
+enum { MLP_ROWS = 4096 };
+enum { WIDE_FROM = 512 }; /* texts of at least this many tokens get 128-row attention tiles */
+/* Rows from which Hopper's gate_up pays: it multiplies 128 at a time, and fewer leave it idle. */
+enum { GATE_UP_FROM = 256 };
+enum { BLOCKS_PER_SM = 8 }; /* of grid-stride kernels */
+constexpr double MIB = 1 << 20;
+
+/* Small batches run as CUDA graphs: 400 launches (4B) take the host about as long as a short text takes
+ * the GPU. A graph's sizes are fixed. So the engine pads a batch to one of these numbers of rows
+ * (pad_rows), and each class of batches (rows, texts) has its own graph. Larger batches keep the GPU busy
+ * for longer than their launches take, and padding them would cost more. */
+constexpr int GRAPH_ROWS[] = {16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024};
+enum { GRAPH_SIZES = 13, GRAPH_TEXTS = 5 }; /* texts: four, and the one that fills up */
+
+/* Pinned host memory and device memory of the same size, for transfers in both directions. */
+struct staging {
+    char *host, *dev;
+    cudaEvent_t free; /* recorded after the last device work that uses the slot */
+};
+
+/* The lists of a batch on the device, uploaded in one copy. */
+struct batch_view {
+    int *pos, *slot; /* (T)  position; which distinct table row */
+    int *last;       /* (B)  row of each text's last token */
+    att_tile *tiles; /* 64-row tiles, then 128-row tiles, then one tile per text's last token */
+};
+
+/* FP8: rows of K numbers as e4m3 codes, with a scale for each row. Products read rows up to the next
+ * multiple of 16. */
+struct coded_rows {
+    uint8_t *codes; /* (T, K) */
+    float *scales;  /* (T) */
+};
+
+struct batch_graph {
+    int seen; /* batches of this class so far: the first one is launched op by op */
+    cudaGraphExec_t exec;
+};
+enum graph_mode { PLAIN, RECORD, REPLAY };
+
+/* Device memory, part by part. */
+struct device_sizes {
+    size_t staging, lists, workspace, counter, rope, weights;
+    size_t dense[2]; /* INT8 files in FP16: a dequantized wgu, and any other matrix */
+    size_t codes;    /* FP8: rows of a product's input as e4m3, with their scales */
+};
+
+struct qemb_backend {
+    const qemb_config *c;
+    cudaStream_t st;
+    char failure[160];    /* the first one; empty: none */
+    int sms, threads, lg; /* H/K = 1 << lg */
+    bool wide;            /* 128-row attention tiles fit this GPU */
+    bool fp8;
+    hopper_state hopper;
+    void (*on_layer_loaded)(int layers, int of); /* from the options */
+    gemm_state gemm;
+    size_t used, budget;      /* device bytes allocated; allowed (0: all there is) */
+    void *device[QEMB_PARTS]; /* freed by close */
+    int n_device;
+    char *cache_path;  /* of the timed algorithms; NULL: none */
+    qemb_mat timed[4]; /* the weights that are timed: one layer's */
+    float2 *rope;      /* (max_tokens, hd/2) cos, sin */
+    unsigned long long *clamps, n_clamped;
+    staging slots[SLOTS];
+    char *batch_host, *batch_dev; /* a batch_view's memory, pinned and on the device */
+    cudaEvent_t batch_free;
+    int max_rows;
+    batch_view dev; /* of the batch being computed */
+    int n_narrow, n_wide, n_unique;
+    int32_t *unique;  /* (max_rows) distinct tokens of the batch, in order of appearance */
+    int32_t *slot_of; /* (V) their index, valid where unique agrees */
+    att_tile *narrow, *wide_tiles; /* (2 max_rows + 1) tiles being listed */
+
+    act *dense[2];           /* INT8: see device_sizes */
+    const void *dense_of[2]; /* the matrix that dense holds */
+    coded_rows rows;         /* FP8: the input of the next product */
+    const qemb_act *coded;   /* FP8: the activation that rows holds; NULL: none */
+
+    bool graphs_off;
+    enum graph_mode mode;
+    batch_graph *graph; /* of the class of the batch being computed, or NULL */
+    batch_graph graphs[GRAPH_SIZES][GRAPH_TEXTS + 1];
+};
+
+/* The rows to which a batch is padded: those of a graph, or a multiple of 16, as FP8 products need. */
+static int pad_rows(int T) {
+    for (int rows : GRAPH_ROWS)
+        if (T <= rows) return rows;
+    return (T + 15) / 16 * 16;
+}
+
+/* ---- failures --------------------------------------------------------------------------------- */
+
+static void note_failure(qemb_backend *be, const char *op, const char *why) {
+    if (!be->failure[0]) snprintf(be->failure, sizeof be->failure, "GPU: %s failed (%s)", op, why);
+}
+static bool good(qemb_backend *be, cudaError_t e, const char *op) {
+    if (e != cudaSuccess) note_failure(be, op, cudaGetErrorString(e));
+    return e == cudaSuccess;
+}
+/* ---- memory ----------------------------------------------------------------------------------- */
+
+static void *device_alloc(qemb_backend *be, size_t bytes, const char *what, qemb_err *err) {
+    size_t left = 0, total = 0;
+    void *p = nullptr;
+    assert(be->n_device < (int)(sizeof be->device / sizeof *be->device));
+    cudaMemGetInfo(&left, &total);
+    if (be->budget) left = std::min(left, be->budget - std::min(be->used, be->budget));
+    if (bytes > left || cudaMalloc(&p, bytes) != cudaSuccess) {
+        cudaGetLastError(); /* reported here, not by the next launch */
+        qemb_fail(
+            err, "device",
+            "GPU memory: not enough for %s (got %.0f MiB left, want %.0f MiB); qemb-cuda plan "
+            "lists it all",
+            what, floor((double)left / MIB), ceil((double)bytes / MIB));
+        return nullptr;
+    }
+    be->used += bytes;
+    return be->device[be->n_device++] = p;
+}
+
+static int pinned_alloc(void **p, size_t bytes, qemb_err *err) {
+    if (cudaHostAlloc(p, bytes, cudaHostAllocDefault) == cudaSuccess) return 0;
+    cudaGetLastError();
+    return qemb_fail(err, "out_of_memory", "pinned memory: cannot get %.0f MiB",
+                     ceil((double)bytes / MIB));
+}
+
+/* Copies host memory of any kind to the device, through the slots. Complete when the stream is. */
+static bool upload(qemb_backend *be, void *dst, const void *src, size_t bytes, int *turn) {
+    bool ok = true;
+    for (size_t at = 0; at < bytes && ok; at += SLOT_BYTES, ++*turn) {
+        staging *s = &be->slots[*turn % SLOTS];
+        const size_t n = std::min(SLOT_BYTES, bytes - at);
+        ok = good(be, cudaEventSynchronize(s->free),
+                  "upload"); /* slot_upload: the last copy from it */
+        if (ok) memcpy(s->host, (const char *)src + at, n);
+        ok = ok &&
+             good(be, cudaMemcpyAsync((char *)dst + at, s->host, n, cudaMemcpyHostToDevice, be->st),
+                  "upload");
+        ok = ok && good(be, cudaEventRecord(s->free, be->st), "upload");
+    }
+    return ok;
+}
+
+static size_t align256(size_t n) { return (n + 255) / 256 * 256; }
+
+/* Lays out the lists of a batch of T rows, B texts and so many tiles from base; returns their bytes. v:
+ * NULL to count only. */
+static size_t view_batch(batch_view *v, char *base, size_t T, size_t B, size_t tiles) {
+    const size_t ints = align256((2 * T + B) * sizeof(int));
+    if (v) {
+        v->pos = (int *)base;
+        v->slot = v->pos + T;
+        v->last = v->slot + T;
+        v->tiles = (att_tile *)(base + ints);
+    }
+    return ints + tiles * sizeof(att_tile);
+}
+
+/* Bytes of m's scales on the device: one a row for e4m3, INT8's own otherwise. */
+static size_t scale_bytes(const qemb_mat *m, bool fp8) {
+    const size_t groups = fp8 ? 1 : m->dtype == QEMB_I8 ? QEMB_GROUPS(m->cols) : 0;
+    return m->rows * groups * sizeof(float);
+}
+
+/* The device memory for layers like y. y NULL: without the layers. */
+static device_sizes size_parts(const qemb_config *c, const qemb_options *opt, const qemb_layer *y,
+                               bool fp8) {
+    const size_t R = (size_t)pad_rows(std::max(opt->batch_tokens, opt->max_tokens));
+    const size_t D = (size_t)c->hidden, hd = (size_t)c->head_dim, Q = c->n_heads * hd;
+    device_sizes s = {};
+    s.staging = SLOTS * SLOT_BYTES;
+    s.lists = view_batch(nullptr, nullptr, R, R, 5 * R + 2);
+    s.workspace = GEMM_WORKSPACE;
+    s.counter = sizeof(unsigned long long);
+    s.rope = (size_t)opt->max_tokens * (hd / 2) * sizeof(float2);
+    const size_t chunk = std::min(R, (size_t)MLP_ROWS), F = (size_t)c->ffn;
+    if (fp8) s.codes = align256(R * sizeof(float)) + std::max(R * std::max(D, Q), chunk * F);
+    if (!y) return s;
+    size_t layer = 2 * (align256(D * sizeof(float)) + align256(hd * sizeof(float)));
+    for (const qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown}) {
+        const size_t n = (size_t)m->rows * m->cols;
+        const bool bytes = fp8 || m->dtype == QEMB_I8;
+        layer += align256(bytes ? n : n * sizeof(act)) + align256(scale_bytes(m, fp8));
+        if (!fp8 && bytes) {
+            size_t *dense = &s.dense[m != &y->wgu];
+            *dense = std::max(*dense, n * sizeof(act));
+        }
+    }
+    s.weights = c->n_layers * layer + align256(D * sizeof(float));
+    return s;
+}
+
+/* An estimate of the driver's memory for graphs, 1 KiB a node, allocated when a graph is first used. */
+static size_t graph_bytes(const qemb_config *c, bool by_bytes) {
+    return (size_t)GRAPH_SIZES * GRAPH_TEXTS * c->n_layers * (by_bytes ? 14 : 10) << 10;
+}
+
+static int plan(qemb_part *p, const qemb_file *f, const qemb_options *opt, size_t arena, bool fp8) {
+    const qemb_layer *y = &f->weights.layers[0];
+    const device_sizes s = size_parts(&f->config, opt, y, fp8);
+    const bool by_bytes = fp8 || y->wqkv.dtype == QEMB_I8;
+    const qemb_part all[] = {
+        {fp8        ? "weights of the layers, e4m3 with a scale per row"
+         : by_bytes ? "weights of the layers, int8 with a scale per 64 of a row"
+                    : "weights of the layers, FP16",
+         s.weights},
+        {"a layer's matrices in FP16, made from int8 before each product", s.dense[0] + s.dense[1]},
+        {"activations", arena},
+        {"the input of an FP8 product, e4m3 with a scale per row", s.codes},
+        {"cuBLASLt's workspace", s.workspace},
+        {"transfers, as much again pinned in main memory", s.staging},
+        {"a batch's lists, as much again pinned in main memory", s.lists + s.counter},
+        {"the rope table", s.rope},
+        {"CUDA graphs, at most (an estimate; taken when first used)",
+         opt->no_graphs ? 0 : graph_bytes(&f->config, by_bytes)}};
+    int n = 0;
+    for (const qemb_part &part : all)
+        if (part.bytes) p[n++] = part;
+    return n;
+}
+
+/* ---- rows as e4m3 ------------------------------------------------------------------------------ */
+
+static unsigned blocks(size_t n, int per_block) {
+    return (unsigned)((n + per_block - 1) / per_block);
+}
+static unsigned stride_blocks(const qemb_backend *be, size_t wanted) {
+    return (unsigned)std::min(wanted, (size_t)be->sms * BLOCKS_PER_SM);
+}
+
+/* f(V) for the V of the e4m3 kernels that rows of K numbers need. */
+template <class F> static void by_columns(int K, F f) {
+    const int groups = (K + 8 * ROW_THREADS - 1) / (8 * ROW_THREADS);
+    if (groups <= 1)
+        f(std::integral_constant<int, 1>());
+    else if (groups <= 2)
+        f(std::integral_constant<int, 2>());
+    else if (groups <= 4)
+        f(std::integral_constant<int, 4>());
+    else if (groups <= 6)
+        f(std::integral_constant<int, 6>());
+    else
+        f(std::integral_constant<int, 8>());
+}
+
+template <class X>
+static void launch_quantize(qemb_backend *be, uint8_t *codes, float *scales, const X *x,
+                            const float *x_scales, int T, int K) {
+    by_columns(K, [&](auto v) {
+        good(be,
+             launch(quantize_kernel<X, v>, dim3(stride_blocks(be, T)), dim3(ROW_THREADS),
+                    ROW_WARPS * sizeof(float), be->st, codes, scales, x, x_scales, T, K),
+             "quantize");
+    });
+}
+
+/* ---- open, close ------------------------------------------------------------------------------ */
+
+static int check_config(const qemb_config *c, bool fp8, qemb_err *err) {
+    const int G = c->n_heads / c->n_kv_heads;
+    if (c->head_dim != 64 && c->head_dim != 128)
+        return qemb_fail(err, "device",
+                         "GPU kernels: head size not supported (got %d, want 64 or 128)",
+                         c->head_dim);
+    if ((G & (G - 1)) || G > 64)
+        return qemb_fail(
+            err, "device",
+            "GPU kernels: query heads per key head not supported (got %d, want a power of "
+            "two up to 64)",
+            G);
+    if (fp8 && (c->hidden % 16 || c->ffn % 16 || c->ffn > 8 * 8 * ROW_THREADS))
+        return qemb_fail(err, "device",
+                         "FP8 products: sizes not supported (got hidden %d, ffn %d, want multiples "
+                         "of 16 and ffn up to %d)",
+                         c->hidden, c->ffn, 8 * 8 * ROW_THREADS);
+    if (c->hidden % 8 || c->ffn % 8 || c->hidden > 8 * 4 * NORM_THREADS)
+        return qemb_fail(
+            err, "device",
+            "GPU kernels: sizes not supported (got hidden %d, ffn %d, want multiples of 8 "
+            "and hidden up to %d)",
+            c->hidden, c->ffn, 8 * 4 * NORM_THREADS);
+    return 0;
+}
+
+/* The name of the file under dir for this GPU and library. NULL: out of memory. */
+static char *cache_file(const char *dir, bool fp8) {
+    cudaDeviceProp p;
+    if (cudaGetDeviceProperties(&p, 0) != cudaSuccess) return nullptr;
+    for (char *s = p.name; *s; s++)
+        if (!strchr("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.", *s))
+            *s = '-';
+    const size_t n = strlen(dir) + strlen(p.name) + 96;
+    char *path = (char *)malloc(n);
+    if (path)
+        snprintf(path, n, "%s/cublaslt-%zu-%s-sm%d%d-%d%s", dir, cublasLtGetVersion(), p.name,
+                 p.major, p.minor, p.multiProcessorCount, fp8 ? "-fp8" : "");
+    return path;
+}
+
+/* Finds device 0 and proves that this program has code for it. */
+static int check_device(qemb_backend *be, qemb_err *err) {
+    int n = 0, major = 0, minor = 0, driver = 0, shared = 0;
+    cudaFuncAttributes attributes;
+    cudaError_t e = cudaGetDeviceCount(&n);
+    if (e == cudaErrorInsufficientDriver) {
+        cudaDriverGetVersion(&driver);
+        return qemb_fail(
+            err, "device",
+            "NVIDIA driver: missing or too old (got one for CUDA %d.%d, want %d.%d or newer)",
+            driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+    }
+    if (e != cudaSuccess || n == 0)
+        return qemb_fail(err, "device", "GPU: none found (%s)", cudaGetErrorString(e));
+    cudaSetDevice(0);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0);
+    cudaDeviceGetAttribute(&be->sms, cudaDevAttrMultiProcessorCount, 0);
+    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+    if (major < 8)
+        return qemb_fail(err, "device",
+                         "GPU: too old (got compute capability %d.%d, want 8.0 or newer)", major,
+                         minor);
+    if (be->fp8 && (major != 9 || minor != 0 || cublasLtGetVersion() < 120900))
+        return qemb_fail(err, "device",
+                         "FP8 products: not on this GPU (got compute capability %d.%d and cuBLASLt "
+                         "%zu, want 9.0 and 120900 or newer); --math f16 computes here",
+                         major, minor, cublasLtGetVersion());
+    e = cudaFuncGetAttributes(&attributes, (const void *)gather_last_kernel<float4>);
+    if (e != cudaSuccess)
+        return qemb_fail(err, "device",
+                         "GPU: this build has no code for compute capability %d.%d (%s)", major,
+                         minor, cudaGetErrorString(e));
+    be->wide = major < 12 && shared >= att_shared_bytes<128, 2>();
+    be->hopper.on = be->hopper.on && major == 9 && minor == 0;
+    return 0;
+}
+
+template <int HD, int M> static cudaError_t allow_shared() {
+    return cudaFuncSetAttribute((const void *)attention_kernel<act, HD, M>,
+                                cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                att_shared_bytes<HD, M>());
+}
+
+static int open_device(qemb_backend *be, const qemb_options *opt, qemb_err *err) {
+    cudaError_t e = cudaStreamCreateWithFlags(&be->st, cudaStreamNonBlocking);
+    for (int i = 0; i < SLOTS && e == cudaSuccess; i++)
+        e = cudaEventCreateWithFlags(&be->slots[i].free, cudaEventDisableTiming);
+    if (e == cudaSuccess) e = cudaEventCreateWithFlags(&be->batch_free, cudaEventDisableTiming);
+    if (e == cudaSuccess) e = allow_shared<64, 1>();
+    if (e == cudaSuccess) e = allow_shared<128, 1>();
+    if (e == cudaSuccess && be->wide) e = allow_shared<64, 2>();
+    if (e == cudaSuccess && be->wide) e = allow_shared<128, 2>();
+    if (e == cudaSuccess && be->hopper.on) e = hopper_open<act>(&be->hopper, be->sms);
+    if (e != cudaSuccess)
+        return qemb_fail(err, "device", "GPU: cannot start (%s)", cudaGetErrorString(e));
+
+    const qemb_config *c = be->c;
+    const int hd = c->head_dim, Q = c->n_heads * hd, KV = c->n_kv_heads * hd;
+    cublasStatus_t s = gemm_open(&be->gemm, opt->deterministic, be->fp8);
+    if (!s) s = gemm_add_shape(&be->gemm, Q + 2 * KV, c->hidden, false);
+    if (!s) s = gemm_add_shape(&be->gemm, c->hidden, Q, true);
+    if (!s) s = gemm_add_shape(&be->gemm, 2 * c->ffn, c->hidden, false);
+    if (!s) s = gemm_add_shape(&be->gemm, c->hidden, c->ffn, true);
+    if (s) return qemb_fail(err, "device", "cuBLASLt: cannot start (status %d)", (int)s);
+    if (opt->cache_dir && !opt->deterministic) be->cache_path = cache_file(opt->cache_dir, be->fp8);
+    return 0;
+}
+
+/* The table of cosines and sines. As in transformers, the frequency and its product with the position
+ * are rounded to float (Su et al. 2021). */
+static int make_rope(qemb_backend *be, int positions, qemb_err *err) {
+    const int half = be->c->head_dim / 2;
+    const size_t bytes = (size_t)positions * half * sizeof(float2);
+    float2 *table = (float2 *)malloc(bytes);
+    if (!table) return qemb_fail(err, "out_of_memory", "rope table: out of memory");
+    be->rope = (float2 *)device_alloc(be, bytes, "the rope table", err);
+    int turn = 0;
+    if (be->rope) {
+#pragma omp parallel for num_threads(be->threads)
+        for (int p = 0; p < positions; p++)
+            for (int i = 0; i < half; i++) {
+                const float freq = (float)(1 / pow(be->c->rope_theta, (double)i / half));
+                const float angle = (float)p * freq;
+                table[(size_t)p * half + i] = make_float2((float)cos(angle), (float)sin(angle));
+            }
+        if (!upload(be, be->rope, table, bytes, &turn)) {
+            qemb_fail(err, "device", "%s", be->failure);
+            be->rope = nullptr;
+        }
+    }
+    free(table);
+    return be->rope ? 0 : -1;
+}
+
+static int open_buffers(qemb_backend *be, const qemb_options *opt, qemb_err *err) {
+    const size_t R = (size_t)be->max_rows, V = (size_t)be->c->vocab;
+    const device_sizes s = size_parts(be->c, opt, nullptr, be->fp8);
+    be->unique = (int32_t *)malloc(R * sizeof *be->unique);
+    be->slot_of = (int32_t *)calloc(V, sizeof *be->slot_of);
+    be->narrow = (att_tile *)malloc((2 * R + 1) * sizeof *be->narrow);
+    be->wide_tiles = (att_tile *)malloc((2 * R + 1) * sizeof *be->wide_tiles);
+    if (!be->unique || !be->slot_of || !be->narrow || !be->wide_tiles)
+        return qemb_fail(err, "out_of_memory", "batch lists: out of memory");
+    char *dev = (char *)device_alloc(be, s.staging, "transfers", err);
+    if (!dev || pinned_alloc((void **)&be->slots[0].host, s.staging, err)) return -1;
+    for (int i = 0; i < SLOTS; i++) {
+        be->slots[i].dev = dev + i * SLOT_BYTES;
+        be->slots[i].host = be->slots[0].host + i * SLOT_BYTES;
+    }
+    be->batch_dev = (char *)device_alloc(be, s.lists, "a batch's lists", err);
+    if (!be->batch_dev || pinned_alloc((void **)&be->batch_host, s.lists, err)) return -1;
+    be->gemm.workspace = device_alloc(be, s.workspace, "cuBLASLt's workspace", err);
+    be->clamps = (unsigned long long *)device_alloc(be, s.counter, "a counter", err);
+    if (!be->gemm.workspace || !be->clamps) return -1;
+    if (s.codes) {
+        char *p = (char *)device_alloc(be, s.codes, "the input of FP8 products", err);
+        if (!p) return -1;
+        be->rows = {(uint8_t *)p + align256(R * sizeof(float)), (float *)p};
+    }
+    if (!good(be, cudaMemsetAsync(be->clamps, 0, s.counter, be->st), "memset"))
+        return qemb_fail(err, "device", "%s", be->failure);
+    return make_rope(be, opt->max_tokens, err);
+}
+
+static void cuda_close(qemb_backend *be) {
+    if (!be) return;
+    if (be->st) cudaStreamSynchronize(be->st);
+    for (auto &sizes : be->graphs)
+        for (batch_graph &g : sizes)
+            if (g.exec) cudaGraphExecDestroy(g.exec);
+    gemm_close(&be->gemm);
+    for (int i = 0; i < be->n_device; i++) cudaFree(be->device[i]);
+    if (be->slots[0].host) cudaFreeHost(be->slots[0].host);
+    if (be->batch_host) cudaFreeHost(be->batch_host);
+    for (int i = 0; i < SLOTS; i++)
+        if (be->slots[i].free) cudaEventDestroy(be->slots[i].free);
+    if (be->batch_free) cudaEventDestroy(be->batch_free);
+    if (be->st) cudaStreamDestroy(be->st);
+    free(be->cache_path);
+    free(be->unique);
+    free(be->slot_of);
+    free(be->narrow);
+    free(be->wide_tiles);
+    free(be);
+}
+
+/* Asks the library for its FP8 products now, so that a missing one is an error of open. */
+static int check_fp8(qemb_backend *be, qemb_err *err) {
+    for (int i = 0; i < be->gemm.n_shapes; i++) {
+        cublasLtMatmulHeuristicResult_t found;
+        int n;
+        const float *somewhere = be->rows.scales;
+        cublasStatus_t s = gemm_scales(&be->gemm, somewhere, somewhere);
+        if (!s) s = gemm_ask(&be->gemm, &be->gemm.shapes[i], 16, &found, 1, &n);
+        if (s)
+            return qemb_fail(
+                err, "device",
+                "FP8 products: cuBLASLt %zu has none with a scale per row here (status "
+                "%d); --math f16 computes here",
+                cublasLtGetVersion(), (int)s);
+    }
+    return 0;
+}
+
+static int open_math(qemb_backend **out, const qemb_config *c, const qemb_options *opt, bool fp8,
+                     qemb_err *err) {
+    if (check_config(c, fp8, err)) return -1;
+    qemb_backend *be = (qemb_backend *)calloc(1, sizeof *be);
+    if (!be) return qemb_fail(err, "out_of_memory", "backend: out of memory");
+    be->c = c;
+    be->threads = std::max(opt->threads, 1);
+    be->max_rows = pad_rows(std::max(opt->batch_tokens, opt->max_tokens));
+    be->budget = opt->vram;
+    be->fp8 = fp8;
+    be->graphs_off = opt->no_graphs;
+    be->hopper.on = opt->hopper && !opt->deterministic;
+    be->on_layer_loaded = opt->on_layer_loaded;
+    while (1 << be->lg < c->n_heads / c->n_kv_heads) be->lg++;
+    if (check_device(be, err) || open_device(be, opt, err) || open_buffers(be, opt, err) ||
+        (fp8 && check_fp8(be, err))) {
+        cuda_close(be);
+        return -1;
+    }
+    *out = be;
+    return 0;
+}
+
+/* ---- weights and arena ------------------------------------------------------------------------ */
+
+/* Uploads a matrix through the slots, row by row (INT8: then the scales), and quantizes it on the device to
+ * codes and scales. A slot holds many rows, even of ffn numbers. */
+static bool load_e4m3(qemb_backend *be, const qemb_mat *m, uint8_t *codes, float *scales,
+                      int *turn) {
+    const size_t row = (size_t)m->cols * (m->dtype == QEMB_I8 ? 1 : sizeof(act));
+    const size_t groups = m->dtype == QEMB_I8 ? QEMB_GROUPS(m->cols) : 0;
+    const int step = (int)(SLOT_BYTES / (row + groups * sizeof(float)));
+    bool ok = true;
+    for (int r = 0; r < m->rows && ok; r += step, ++*turn) {
+        staging *s = &be->slots[*turn % SLOTS];
+        const int n = std::min(step, m->rows - r);
+        const size_t own = n * groups * sizeof(float); /* rows are multiples of 16 bytes */
+        uint8_t *to = codes + (size_t)r * m->cols;
+        ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_quantize: as in upload */
+        if (ok) memcpy(s->host, (const char *)m->data + r * row, n * row);
+        if (ok && own) memcpy(s->host + n * row, m->scale + r * groups, own);
+        ok = ok &&
+             good(be,
+                  cudaMemcpyAsync(s->dev, s->host, n * row + own, cudaMemcpyHostToDevice, be->st),
+                  "upload");
+        if (own)
+            launch_quantize(be, to, scales + r, (const int8_t *)s->dev,
+                            (const float *)(s->dev + n * row), n, m->cols);
+        else
+            launch_quantize(be, to, scales + r, (const act *)s->dev, nullptr, n, m->cols);
+        ok = ok && good(be, cudaEventRecord(s->free, be->st), "upload");
+    }
+    return ok && !be->failure[0];
+}
+
+/* Uploads m to *at, and moves *at past it. */
+static bool load_matrix(qemb_backend *be, qemb_mat *m, char **at, int *turn) {
+    const size_t n = (size_t)m->rows * m->cols, scales = scale_bytes(m, be->fp8);
+    char *data = *at, *scale = data + align256(n);
+    const bool bytes = be->fp8 || m->dtype == QEMB_I8;
+    bool ok = true;
+    if (be->fp8)
+        ok = load_e4m3(be, m, (uint8_t *)data, (float *)scale, turn);
+    else if (m->dtype == QEMB_I8)
+        ok = upload(be, data, m->data, n, turn) && upload(be, scale, m->scale, scales, turn);
+    else
+        ok = upload(be, data, m->data, n * sizeof(act), turn);
+    m->data = data;
+    m->scale = bytes ? (const float *)scale : nullptr;
+    *at = bytes ? scale + align256(scales) : data + align256(n * sizeof(act));
+    return ok;
+}
+
+static bool load_vector(qemb_backend *be, const float **v, int n, char **at, int *turn) {
+    const bool ok = upload(be, *at, *v, n * sizeof(float), turn);
+    *v = (const float *)*at;
+    *at += align256(n * sizeof(float));
+    return ok;
+}
+
+static int cuda_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+    const qemb_config *c = be->c;
+    const qemb_options opt = {}; /* sizes of weights do not depend on them */
+    const device_sizes s = size_parts(c, &opt, &w->layers[0], be->fp8);
+    for (int i = 0; i < 2; i++)
+        if (s.dense[i] &&
+            !(be->dense[i] = (act *)device_alloc(be, s.dense[i], "a dequantized matrix", err)))
+            return -1;
+    char *dev = (char *)device_alloc(be, s.weights, "the weights", err), *at = dev;
+    if (!dev) return -1;
+    bool ok = true;
+    int turn = 0;
+    for (int l = 0; l < c->n_layers && ok; l++) {
+        qemb_layer *y = &w->layers[l];
+        ok = load_vector(be, &y->attn_norm, c->hidden, &at, &turn) &&
+             load_vector(be, &y->q_norm, c->head_dim, &at, &turn) &&
+             load_vector(be, &y->k_norm, c->head_dim, &at, &turn) &&
+             load_vector(be, &y->mlp_norm, c->hidden, &at, &turn);
+        for (qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown})
+            ok = ok && load_matrix(be, m, &at, &turn);
+        if (!be->fp8) y->wdown.alpha *= 1 << SWIGLU_SHIFT;
+        if (ok && be->on_layer_loaded) be->on_layer_loaded(l + 1, c->n_layers);
+    }
+    ok = ok && load_vector(be, &w->final_norm, c->hidden, &at, &turn);
+    if (!ok) return qemb_fail(err, "device", "%s", be->failure);
+    assert(at == dev + s.weights);
+    const qemb_layer *y = &w->layers[0];
+    const qemb_mat mats[] = {y->wqkv, y->wo, y->wgu,
+                             y->wdown}; /* the order of open_device's shapes */
+    std::copy(mats, mats + 4, be->timed);
+    for (int i = 0; i < 4; i++)
+        if (be->dense[0]) be->timed[i].data = be->dense[i != 2]; /* what the products read */
+    return 0;
+}
+
+/* Reads the algorithms from the cache file and times those that it lacks, in the memory of the
+ * activations. Leaves out buckets that no batch reaches. */
+static void tune(qemb_backend *be, char *arena, size_t bytes) {
+    gemm_bench b = {be->st, nullptr, nullptr, arena, bytes};
+    gemm_load(&be->gemm, be->cache_path);
+    bool ok =
+        good(be, cudaMemsetAsync(arena, 0x2c, bytes, be->st), "timing") && /* halves of 0.066 */
+        good(be, cudaEventCreateWithFlags(&b.start, cudaEventDefault), "timing") &&
+        good(be, cudaEventCreateWithFlags(&b.stop, cudaEventDefault), "timing");
+    for (int i = 0; ok && i < be->gemm.n_shapes; i++) {
+        gemm_shape *p = &be->gemm.shapes[i];
+        const bool mlp = p->N == 2 * be->c->ffn || p->K == be->c->ffn;
+        const int rows = mlp ? std::min(be->max_rows, (int)MLP_ROWS) : be->max_rows;
+        const qemb_mat *w = be->timed;
+        while (w->rows != p->N || w->cols != p->K) w++;
+        for (int k = 0; k <= gemm_bucket(&be->gemm, rows); k++)
+            if (!p->buckets[k].ready && gemm_tune(&be->gemm, p, k, &b, w->data))
+                gemm_save(&be->gemm, p, k, be->cache_path);
+    }
+    if (b.start) cudaEventDestroy(b.start);
+    if (b.stop) cudaEventDestroy(b.stop);
+}
+
+static void *cuda_arena(qemb_backend *be, size_t bytes, qemb_err *err) {
+    void *arena = device_alloc(be, bytes, "the activations", err);
+    if (arena && be->cache_path) tune(be, (char *)arena, bytes);
+    return arena;
+}
+
+#endif

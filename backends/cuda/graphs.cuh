@@ -1,0 +1,122 @@
+/* graphs.cuh - a batch's lists on the device, and the CUDA graphs of small batches.
+ *
+ * A class of batches, (rows, texts), goes through three modes: the first batch is launched op by op
+ * (PLAIN), the second records its ops as a graph and launches it (RECORD), later ones launch the graph
+ * (REPLAY). Nothing in a graph may depend on a batch except through the uploaded lists.
+ */
+#ifndef CUDA_GRAPHS_CUH
+#define CUDA_GRAPHS_CUH
+
+#include "device.cuh"
+
+/* ---- begin: the batch's lists ----------------------------------------------------------------- */
+
+/* Lists the tiles of a text: tokens 0..len-1 in rows row0.., after the prefix. */
+static void list_tiles(qemb_backend *be, int row0, int len, int prefix) {
+    const bool wide = be->wide && prefix + len >= WIDE_FROM;
+    const int tokens = (wide ? 128 : 64) >> be->lg;
+    att_tile *to = wide ? be->wide_tiles : be->narrow;
+    int *n = wide ? &be->n_wide : &be->n_narrow;
+    for (int t = 0; t < len; t += tokens) to[(*n)++] = att_tile{t, row0, len, prefix, row0, {}};
+}
+
+/* Sorts tiles with the most keys first, so that the last blocks to run are short. */
+static void sort_tiles(att_tile *t, int n) {
+    std::stable_sort(t, t + n, [](const att_tile &a, const att_tile &b) {
+        return a.prefix + a.t0 > b.prefix + b.t0;
+    });
+}
+
+/* Finds the graph of the batch's class and fills its lists up with empty tiles. Their sizes must depend
+ * on T and B alone, since a graph's launches keep the sizes that they were recorded with. Every text and
+ * the prefix begin a tile of their own, so there are at most T / tokens + B + 1 tiles of either kind. */
+static void choose_graph(qemb_backend *be, const qemb_packed_batch *b) {
+    const int *size = std::find(GRAPH_ROWS, GRAPH_ROWS + GRAPH_SIZES, b->T);
+    be->mode = PLAIN;
+    be->graph = nullptr;
+    if (be->graphs_off || size == GRAPH_ROWS + GRAPH_SIZES || b->B > GRAPH_TEXTS) return;
+    be->graph = &be->graphs[size - GRAPH_ROWS][b->B];
+    be->mode = be->graph->exec ? REPLAY : be->graph->seen++ ? RECORD : PLAIN;
+    const auto fill = [&](att_tile *tiles, int *n, int tokens) {
+        const int full = b->T / tokens + b->B + 1;
+        while (*n < full) tiles[(*n)++] = att_tile{};
+    };
+    fill(be->narrow, &be->n_narrow, 64 >> be->lg);
+    if (be->wide && b->T >= WIDE_FROM) fill(be->wide_tiles, &be->n_wide, 128 >> be->lg);
+}
+
+static void list_unique(qemb_backend *be, int *slot, const qemb_packed_batch *b) {
+    be->n_unique = 0;
+    for (int t = 0; t < b->T; t++) {
+        const int token = b->tokens[t];
+        assert(token >= 0 && token < be->c->vocab);
+        int s = be->slot_of[token];
+        if (s >= be->n_unique || be->unique[s] != token) {
+            s = be->slot_of[token] = be->n_unique++;
+            be->unique[s] = token;
+        }
+        slot[t] = s;
+    }
+}
+
+static void cuda_begin(qemb_backend *be, const qemb_packed_batch *b) {
+    assert(b->T <= be->max_rows && b->B >= 1 && b->cu[0] == b->P && b->cu[b->B] == b->T);
+    be->n_narrow = be->n_wide = 0;
+    if (b->P) list_tiles(be, 0, b->P, 0);
+    for (int i = 0; i < b->B; i++) list_tiles(be, b->cu[i], b->cu[i + 1] - b->cu[i], b->P);
+    sort_tiles(be->narrow, be->n_narrow);
+    sort_tiles(be->wide_tiles, be->n_wide);
+    choose_graph(be, b);
+
+    batch_view host;
+    const int tiles = be->n_narrow + be->n_wide + b->B;
+    const size_t bytes = view_batch(&host, be->batch_host, b->T, b->B, tiles);
+    view_batch(&be->dev, be->batch_dev, b->T, b->B, tiles);
+    good(be, cudaEventSynchronize(be->batch_free),
+         "begin"); /* batch_free: its upload has read it */
+    list_unique(be, host.slot, b);
+    memcpy(host.pos, b->pos, (size_t)b->T * sizeof *host.pos);
+    std::copy(be->narrow, be->narrow + be->n_narrow, host.tiles);
+    std::copy(be->wide_tiles, be->wide_tiles + be->n_wide, host.tiles + be->n_narrow);
+    att_tile *last = host.tiles + be->n_narrow + be->n_wide;
+    for (int i = 0; i < b->B; i++) {
+        const int len = b->cu[i + 1] - b->cu[i];
+        assert(len >= 1);
+        host.last[i] = b->cu[i + 1] - 1;
+        last[i] = att_tile{len - 1, b->cu[i], len, b->P, i - (len - 1), {}};
+    }
+    good(be, cudaMemcpyAsync(be->batch_dev, be->batch_host, bytes, cudaMemcpyHostToDevice, be->st),
+         "begin");
+    good(be, cudaEventRecord(be->batch_free, be->st), "begin");
+}
+
+/* ---- recording and replaying --------------------------------------------------------------------- */
+
+/* Starts recording, if the batch is to make its class's graph. To be called after embed: all ops from
+ * here to pool are the same for the whole class. */
+static void start_recording(qemb_backend *be) {
+    if (be->mode == RECORD)
+        good(be, cudaStreamBeginCapture(be->st, cudaStreamCaptureModeThreadLocal), "graph");
+}
+
+/* Ends the recording, if there is one, and launches the graph. To be called in pool. */
+static void finish_graph(qemb_backend *be) {
+    cudaGraph_t recorded = nullptr;
+    if (be->mode == RECORD && good(be, cudaStreamEndCapture(be->st, &recorded), "graph") &&
+        !good(be, cudaGraphInstantiate(&be->graph->exec, recorded, 0), "graph"))
+        be->graph->exec = nullptr;
+    if (recorded) cudaGraphDestroy(recorded);
+    if (be->mode != PLAIN && be->graph->exec)
+        good(be, cudaGraphLaunch(be->graph->exec, be->st), "graph");
+    be->mode = PLAIN;
+}
+
+/* in_graph<op>::run is the op, except in a batch that replays a graph: there the graph runs it. */
+template <auto op> struct in_graph;
+template <class... Args, void (*op)(qemb_backend *, Args...)> struct in_graph<op> {
+    static void run(qemb_backend *be, Args... args) {
+        if (be->mode != REPLAY) op(be, args...);
+    }
+};
+
+#endif
