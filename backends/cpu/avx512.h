@@ -104,9 +104,7 @@ TEMPLATE void tile(dword_of of, panel_kind kind, __m512 (*acc)[2], int rows, con
                    int next_row, int next_k, const float *panel, int n) {
     for (int k = 0; k < n; k++) {
         __m512 w0 = panel16(kind, panel, k, 0), w1 = panel16(kind, panel, k, 1);
-        __asm__(""
-                : "+v"(w0),
-                  "+v"(w1)); /* pinned to registers: gcc 12 would load them again for every row */
+        __asm__("" : "+v"(w0), "+v"(w1)); /* pinned: gcc 12 loads them again for every row */
         UNROLL
         for (int i = 0; i < rows; i++) {
             const __m512 xi = _mm512_set1_ps(x[i * next_row + k * next_k]);

@@ -11,7 +11,7 @@ EMU_SOURCES := tests/cuda/emu/emu_fibers.cpp tests/cuda/emu/emu_runtime.cpp test
 EMU_HEADERS := $(wildcard tests/cuda/emu/*.h) tests/cuda/cuda_test.h tests/cuda/cuda_model.h tests/cuda/cuda_attention.h tests/unit/oracle.h tests/unit/support.h $(CUDA_ROOM)
 C_HEADERS   := $(wildcard *.h */*.h */*/*.h) # of all C files: a stale object is one of another layout
 EMU_TESTS   := tests/cuda/cuda_main.cu tests/cuda/test_cuda_ops.cu tests/cuda/test_cuda_hopper.cu tests/cuda/test_cuda_model.cu tests/cuda/test_cuda_quantize.cu
-EMU_C       := $(patsubst %,%.c,$(filter-out tokenizer,$(ENGINE))) tests/unit/oracle.c tests/unit/support.c
+EMU_C       := $(patsubst %,%.c,$(ENGINE)) tests/unit/oracle.c tests/unit/support.c
 EMU_WARN    := -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas
 EMU_CXX     := -std=c++20 -g $(EMU_WARN) -Wno-psabi -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/cuda/emu
 EMU_CC      := -std=c11 -D_GNU_SOURCE -I. -g $(EMU_WARN)
