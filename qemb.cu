@@ -1,13 +1,13 @@
 /* qemb.cu - the CUDA backend: one more table of ops, in the order of the forward.
  *
- * An op computes its grid and launches: the kernels are in kernels.cuh, attention.cuh, quantize.cuh and
- * hopper.cuh, the matrix products in gemm.cuh. device.cuh has the device's memory and the weights,
- * graphs.cuh a batch's lists and the graphs.
+ * An op computes its grid and launches: the kernels are in kernels.cuh, attention.cuh, quantize.cuh
+ * and hopper.cuh, the matrix products in gemm.cuh. device.cuh has the device's memory and the
+ * weights, graphs.cuh a batch's lists and the graphs.
  */
 #include "backends/cuda/device.cuh"
 #include "backends/cuda/graphs.cuh"
 
-/* ---- the ops ---------------------------------------------------------- */
+/* ---- the ops --------------------------------------------------------------------------------- */
 
 static void cuda_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb,
                        const qemb_packed_batch *b) {
@@ -86,8 +86,8 @@ static qemb_mat dense_matrix(qemb_backend *be, const qemb_mat *w, int i) {
     return qemb_mat{be->dense[i], w->rows, w->cols, QEMB_F16, w->alpha, nullptr};
 }
 
-/* y = x W^T or, add, y += x W^T; x (T, in). In FP8 the product reads be->rows, which hold x already or
- * are made of its halves here. dense: which memory an INT8 file's matrix is dequantized to. */
+/* y = x W^T or, add, y += x W^T; x (T, in). In FP8 the product reads be->rows, which hold x already
+ * or are made of its halves here. dense: which memory an INT8 file's matrix is dequantized to. */
 static void run_gemm(qemb_backend *be, void *y, const qemb_act *x, const qemb_mat *w, bool add,
                      int T, int dense = 1) {
     const void *in = x;
@@ -242,7 +242,7 @@ static void cuda_pool(qemb_backend *be, float *out, const float *x, const float 
     if (be->failure[0]) std::fill(out, out + B * D, NAN);
 }
 
-/* ---- the tables ----------------------------------------------------------------------------------- */
+/* ---- the tables ------------------------------------------------------------------------------ */
 
 static void cuda_health(const qemb_backend *be, qemb_health *h) {
     h->clamped += be->n_clamped;

@@ -1,13 +1,15 @@
-/* bench_cuda.cu - the CUDA backend's own ops, timed on a GPU. Each line: op, sizes, microseconds, and GB/s
- * of the bytes in the kernel's header or TFLOP/s of the product. bench_gpu.py runs it; --json for that.
+/* bench_cuda.cu - the CUDA backend's own ops, timed on a GPU. Each line: op, sizes, microseconds,
+ * and GB/s of the bytes in the kernel's header or TFLOP/s of the product. bench_gpu.py runs it;
+ * --json for that.
  *
- *   bench_cuda [--json] [--math f16|fp8] [D H K hd F]     the model's shape; Qwen3-Embedding-4B without
+ *   bench_cuda [--json] [--math f16|fp8] [D H K hd F]   the shape; default Qwen3-Embedding-4B
  *
- * fp8 times what it alone has: products, with the rounding of what is not rounded yet (o's input), and
- * rmsnorm.
+ * fp8 times what it alone has: products, with the rounding of what is not rounded yet (o's input),
+ * and rmsnorm.
  *
- * Times are the median of RUNS runs of BATCH calls, after a warm-up, taken on the host: the ops run on
- * the backend's own stream. Device memory holds random numbers: zeros draw less power and clock higher.
+ * Times are the median of RUNS runs of BATCH calls, after a warm-up, taken on the host: the ops run
+ * on the backend's own stream. Device memory holds random numbers: zeros draw less power and clock
+ * higher.
  */
 #include "backends/cuda/qemb_cuda.h"
 
@@ -57,7 +59,8 @@ template <class T> static T *random_device(size_t n) {
     return p;
 }
 
-/* W (N, K), random, and x (T, K), as the table multiplies them; FP8: codes of all sizes but NaN, and scales. */
+/* W (N, K), random, and x (T, K), as the table multiplies them; FP8: codes of all sizes but NaN,
+ * and scales. */
 struct operands {
     void *w, *x;
     float *scale;
@@ -118,7 +121,8 @@ static void layout(bench *s, int T, int n) {
         s->pos.push_back(t % n);
     }
     s->cu.push_back(T);
-    s->b = qemb_packed_batch{(int)s->cu.size() - 1, T, 0, s->tokens.data(), s->pos.data(), s->cu.data()};
+    const int texts = (int)s->cu.size() - 1;
+    s->b = qemb_packed_batch{texts, T, 0, s->tokens.data(), s->pos.data(), s->cu.data()};
     s->T = T;
     s->ops->begin(s->be, &s->b);
 }

@@ -1,17 +1,19 @@
 /* attention.cuh - causal grouped-query attention over texts of any length laid end to end, by the
  * FlashAttention-2 scheme (Dao 2023) on mma.sync, for heads of 64 and 128.
  *
- *   att = softmax(q k^T / sqrt(HD)) v, a token sees the shared prefix, its text's tokens up to itself
+ *   att = softmax(q k^T / sqrt(HD)) v
  *
- * Tile: 64*M rows = (64*M / G) consecutive tokens x the G query heads of one kv head, so that the heads
- * that share K and V share their loads. Row r is token r/G, head r%G. Four warps of 16*M rows. Keys come
- * in tiles of 64 at multiples of 64 in ABSOLUTE position, whether a key lies in the prefix or in the
- * text's own rows, and a tile that a row may not see leaves that row as it was: sharing a prefix, the
- * batch and the choice of M change no bit.
+ * A token sees the shared prefix and the tokens of its own text up to itself.
+ *
+ * Tile: 64*M rows = (64*M / G) consecutive tokens x the G query heads of one kv head, so that the
+ * heads that use the same K and V load them once. Row r is token r/G, head r%G. Four warps of 16*M
+ * rows. Keys come in tiles of 64 at multiples of 64 in ABSOLUTE position, whether a key lies in the
+ * prefix or in the text's own rows, and a tile that a row may not see leaves that row as it was:
+ * sharing a prefix, the batch and the choice of M change no bit.
  *
  * M = 1: q in registers. M = 2: q stays in shared memory; half the K and V fragment loads per row.
- * Bytes per token: 2 HD (2H + 2K) of q, k, v, att, K and V again from L2 once per tile. Flops per token
- * at position p: 4 HD H (p+1).
+ * Bytes per token: 2 HD (2H + 2K) of q, k, v, att, K and V again from L2 once per tile. Flops per
+ * token at position p: 4 HD H (p+1).
  */
 #ifndef ATTENTION_CUH
 #define ATTENTION_CUH
@@ -20,14 +22,15 @@
 
 enum { ATT_THREADS = 128, ATT_KEYS = 64, ATT_STAGES = 2 };
 
-/* A query tile. Rows of qkv: the prefix lies in rows 0..prefix-1, token i of the text in row0 + i; its
- * output goes to row out0 + i of att. Tokens t0 .. t0+64*M/G-1, as far as they exist. */
+/* A query tile. Rows of qkv: the prefix lies in rows 0..prefix-1, token i of the text in row0 + i;
+ * its output goes to row out0 + i of att. Tokens t0 .. t0+64*M/G-1, as far as they exist. */
 struct alignas(16) att_tile {
     int t0, row0, len, prefix;
     int out0, unused[3];
 };
 
-/* On sm_12x the 128-row kernel does not fit the register file; the host does not launch it there. */
+/* On sm_12x the 128-row kernel does not fit the register file; the host does not launch it
+ * there. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 #define ATT_WIDE_FITS false
 #else
@@ -39,8 +42,8 @@ template <int HD> constexpr int att_tile_bytes = ATT_KEYS *HD * 2; /* of K, or o
 template <int HD, int M> constexpr int att_shared_bytes() {
     return 2 * ATT_STAGES * att_tile_bytes<HD> + (M > 1 ? M * 64 * HD * 2 : 0);
 }
-/* Byte offset of the 16-byte chunk c of row r; rows of HD halves, chunks permuted by row so that the
- * eight rows of an ldmatrix fall into different banks. */
+/* Byte offset of the 16-byte chunk c of row r; rows of HD halves, chunks permuted by row so that
+ * the eight rows of an ldmatrix fall into different banks. */
 template <int HD> __device__ __forceinline__ int att_swizzle(int r, int c) {
     return r * (HD * 2) + ((c ^ (r & 7)) << 4);
 }
@@ -90,8 +93,18 @@ __device__ __forceinline__ void att_load_q(const A *q, int ld, const att_tile &w
     cp_async_commit();
 }
 
-/* Scores of key tile n become weights in place: mask, running maximum m and sum l. What was summed under
- * the maximum before is to be rescaled by older. */
+/* The softmax of key tile n, in place: scores s become weights p. Per row, with the tile's keys j
+ * that the row may see:
+ *
+ *   m' = max(m, max_j s_j)
+ *   p_j = exp(s_j - m')
+ *   older = exp(m - m')
+ *   l' = older l + sum_j p_j
+ *   O' = older O + sum_j p_j v_j      by the caller: att_rescale, then the product with V
+ *
+ * After the last tile, att = O / l. s and m are kept without the factor 1 / sqrt(HD): it is in
+ * scale_log2e = log2(e) / sqrt(HD), since exp(x) = 2^(x log2(e)). l is a thread's part of the sum;
+ * att_store adds those of a row's four lanes. */
 template <class A, int M>
 __device__ __forceinline__ void att_softmax(const att_view<A> &s, float (&p)[M][8][4],
                                             float (&m)[M][2], float (&l)[M][2],

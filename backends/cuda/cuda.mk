@@ -1,14 +1,15 @@
-# backends/cuda/cuda.mk - the CUDA room's targets; the Makefile includes it. They need the CUDA toolkit's headers
-# (test-emu, mutants) or nvcc (the rest) under CUDA; without them each says so and succeeds.
+# cuda.mk - the targets of the CUDA backend; the Makefile includes it. test-emu and mutants need the
+# headers of the CUDA toolkit, the other targets need nvcc. CUDA is the toolkit's directory. Without
+# it, each target prints that it is skipped and succeeds.
 
 CUDA ?= $(firstword $(wildcard /usr/local/cuda /opt/cuda) $(patsubst %/bin/nvcc,%,$(shell command -v nvcc 2>/dev/null)) none)
 NVCC := $(CUDA)/bin/nvcc
 CUDA_ARCHS := 80 89 90a 120
-CUDA_ROOM := qemb.cu $(wildcard backends/cuda/*.h backends/cuda/*.cuh) qemb.h
+CUDA_SOURCES := qemb.cu $(wildcard backends/cuda/*.h backends/cuda/*.cuh) qemb.h
 GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 
 EMU_SOURCES := tests/cuda/emu/emu_fibers.cpp tests/cuda/emu/emu_runtime.cpp tests/cuda/emu/emu_race.cpp tests/cuda/emu/emu_hopper.cpp tests/cuda/emu/emu_cublaslt.cpp
-EMU_HEADERS := $(wildcard tests/cuda/emu/*.h) tests/cuda/cuda_test.h tests/cuda/cuda_model.h tests/cuda/cuda_attention.h tests/unit/oracle.h tests/unit/support.h $(CUDA_ROOM)
+EMU_HEADERS := $(wildcard tests/cuda/emu/*.h) tests/cuda/cuda_test.h tests/cuda/cuda_model.h tests/cuda/cuda_attention.h tests/unit/oracle.h tests/unit/support.h $(CUDA_SOURCES)
 C_HEADERS   := $(wildcard *.h */*.h */*/*.h) # of all C files: a stale object is one of another layout
 EMU_TESTS   := tests/cuda/cuda_main.cu tests/cuda/test_cuda_ops.cu tests/cuda/test_cuda_hopper.cu tests/cuda/test_cuda_model.cu tests/cuda/test_cuda_quantize.cu
 EMU_C       := $(patsubst %,%.c,$(ENGINE)) tests/unit/oracle.c tests/unit/support.c
@@ -74,23 +75,23 @@ define CHECKED_CUBIN
 @mkdir -p $(@D)
 $(NVCC) -I. -std=c++20 -O3 -Werror all-warnings -Xptxas -v -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@ 2> $@.log || { cat $@.log; exit 1; }
 endef
-# One object per architecture, so that a spill is reported with its place.
-build/cuda/qemb_%.o: qemb.cu $(CUDA_ROOM)
+# One object per architecture, so that the log of ptxas names the architecture of a spill.
+build/cuda/qemb_%.o: qemb.cu $(CUDA_SOURCES)
 	@mkdir -p $(@D)
 	$(NVCC) -I. -std=c++20 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra,-fopenmp -Xptxas -v \
 	    -gencode arch=compute_$*,code=sm_$* -c $< -o $@ 2> $@.log || { cat $@.log; exit 1; }
-build/cuda/qemb_%.cubin: qemb.cu $(CUDA_ROOM)
+build/cuda/qemb_%.cubin: qemb.cu $(CUDA_SOURCES)
 	@mkdir -p $(@D)
 	$(NVCC) -I. -std=c++20 -O3 -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@
-build/cuda/tests_%.cubin: tests/cuda/test_cuda_ops.cu $(CUDA_ROOM) tests/cuda/cuda_test.h tests/cuda/cuda_attention.h
+build/cuda/tests_%.cubin: tests/cuda/test_cuda_ops.cu $(CUDA_SOURCES) tests/cuda/cuda_test.h tests/cuda/cuda_attention.h
 	$(CHECKED_CUBIN)
-build/cuda/hopper_%.cubin: tests/cuda/test_cuda_hopper.cu $(CUDA_ROOM) tests/cuda/cuda_test.h tests/cuda/cuda_attention.h tests/cuda/cuda_model.h
+build/cuda/hopper_%.cubin: tests/cuda/test_cuda_hopper.cu $(CUDA_SOURCES) tests/cuda/cuda_test.h tests/cuda/cuda_attention.h tests/cuda/cuda_model.h
 	$(CHECKED_CUBIN)
 
 cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin ## build the CUDA code for sm_80, 89, 90a, 120 and check it: no spills, tensor-core instructions
-	tests/cuda/sass_gate.py $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o.log build/cuda/tests_$(a).cubin.log build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin.log build/cuda/hopper_90a.cubin
+	tests/cuda/check_sass.py $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o.log build/cuda/tests_$(a).cubin.log build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin.log build/cuda/hopper_90a.cubin
 
-build/cuda/%.cu.o: %.cu $(CUDA_ROOM) tests/cuda/cuda_test.h
+build/cuda/%.cu.o: %.cu $(CUDA_SOURCES) tests/cuda/cuda_test.h
 	@mkdir -p $(@D)
 	$(NVCC) -I. -std=c++20 -O3 -Xcompiler -fopenmp $(GENCODE) -c $< -o $@
 build/cuda/%.o: %.c $(C_HEADERS)

@@ -25,8 +25,8 @@ typedef __half act; /* a number of a qemb_act */
 
 enum { SLOTS = 2 };
 constexpr size_t SLOT_BYTES = (size_t)8 << 20;
-/* Rows that the MLP computes at a time: enough to fill the GPU with tiles of the down projection (4B: 32
- * x 20 of 128 x 128), and little memory beside the weights. */
+/* Rows that the MLP computes at a time: enough to fill the GPU with tiles of the down projection
+ * (4B: 32 x 20 of 128 x 128), and little memory beside the weights. */
 enum { MLP_ROWS = 4096 };
 enum { WIDE_FROM = 512 }; /* texts of at least this many tokens get 128-row attention tiles */
 /* Rows from which Hopper's gate_up pays: it multiplies 128 at a time, and fewer leave it idle. */
@@ -34,10 +34,10 @@ enum { GATE_UP_FROM = 256 };
 enum { BLOCKS_PER_SM = 8 }; /* of grid-stride kernels */
 constexpr double MIB = 1 << 20;
 
-/* Small batches run as CUDA graphs: 400 launches (4B) take the host about as long as a short text takes
- * the GPU. A graph's sizes are fixed. So the engine pads a batch to one of these numbers of rows
- * (pad_rows), and each class of batches (rows, texts) has its own graph. Larger batches keep the GPU busy
- * for longer than their launches take, and padding them would cost more. */
+/* Small batches run as CUDA graphs: 400 launches (4B) take the host about as long as a short text
+ * takes the GPU. A graph's sizes are fixed. So the engine pads a batch to one of these numbers of
+ * rows (pad_rows), and each class of batches (rows, texts) has its own graph. Larger batches keep
+ * the GPU busy for longer than their launches take, and padding them would cost more. */
 constexpr int GRAPH_ROWS[] = {16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024};
 enum { GRAPH_SIZES = 13, GRAPH_TEXTS = 5 }; /* texts: four, and the one that fills up */
 
@@ -54,8 +54,8 @@ struct batch_view {
     att_tile *tiles; /* 64-row tiles, then 128-row tiles, then one tile per text's last token */
 };
 
-/* FP8: rows of K numbers as e4m3 codes, with a scale for each row. Products read rows up to the next
- * multiple of 16. */
+/* FP8: rows of K numbers as e4m3 codes, with a scale for each row. Products read rows up to the
+ * next multiple of 16. */
 struct coded_rows {
     uint8_t *codes; /* (T, K) */
     float *scales;  /* (T) */
@@ -112,14 +112,15 @@ struct qemb_backend {
     batch_graph graphs[GRAPH_SIZES][GRAPH_TEXTS + 1];
 };
 
-/* The rows to which a batch is padded: those of a graph, or a multiple of 16, as FP8 products need. */
+/* The rows to which a batch is padded: those of a graph, or a multiple of 16, as FP8 products
+ * need. */
 static int pad_rows(int T) {
     for (int rows : GRAPH_ROWS)
         if (T <= rows) return rows;
     return (T + 15) / 16 * 16;
 }
 
-/* ---- failures --------------------------------------------------------------------------------- */
+/* ---- failures -------------------------------------------------------------------------------- */
 
 static void note_failure(qemb_backend *be, const char *op, const char *why) {
     if (!be->failure[0]) snprintf(be->failure, sizeof be->failure, "GPU: %s failed (%s)", op, why);
@@ -128,7 +129,7 @@ static bool good(qemb_backend *be, cudaError_t e, const char *op) {
     if (e != cudaSuccess) note_failure(be, op, cudaGetErrorString(e));
     return e == cudaSuccess;
 }
-/* ---- memory ----------------------------------------------------------------------------------- */
+/* ---- memory ---------------------------------------------------------------------------------- */
 
 static void *device_alloc(qemb_backend *be, size_t bytes, const char *what, qemb_err *err) {
     size_t left = 0, total = 0;
@@ -175,8 +176,8 @@ static bool upload(qemb_backend *be, void *dst, const void *src, size_t bytes, i
 
 static size_t align256(size_t n) { return (n + 255) / 256 * 256; }
 
-/* Lays out the lists of a batch of T rows, B texts and so many tiles from base; returns their bytes. v:
- * NULL to count only. */
+/* Lays out the lists of a batch of T rows, B texts and so many tiles from base; returns their
+ * bytes. v: NULL to count only. */
 static size_t view_batch(batch_view *v, char *base, size_t T, size_t B, size_t tiles) {
     const size_t ints = align256((2 * T + B) * sizeof(int));
     if (v) {
@@ -222,7 +223,8 @@ static device_sizes size_parts(const qemb_config *c, const qemb_options *opt, co
     return s;
 }
 
-/* An estimate of the driver's memory for graphs, 1 KiB a node, allocated when a graph is first used. */
+/* An estimate of the driver's memory for graphs, 1 KiB a node, allocated when a graph is first
+ * used. */
 static size_t graph_bytes(const qemb_config *c, bool by_bytes) {
     return (size_t)GRAPH_SIZES * GRAPH_TEXTS * c->n_layers * (by_bytes ? 14 : 10) << 10;
 }
@@ -251,7 +253,7 @@ static int plan(qemb_part *p, const qemb_file *f, const qemb_options *opt, size_
     return n;
 }
 
-/* ---- rows as e4m3 ------------------------------------------------------------------------------ */
+/* ---- rows as e4m3 ---------------------------------------------------------------------------- */
 
 static unsigned blocks(size_t n, int per_block) {
     return (unsigned)((n + per_block - 1) / per_block);
@@ -286,7 +288,7 @@ static void launch_quantize(qemb_backend *be, uint8_t *codes, float *scales, con
     });
 }
 
-/* ---- open, close ------------------------------------------------------------------------------ */
+/* ---- open, close ----------------------------------------------------------------------------- */
 
 static int check_config(const qemb_config *c, bool fp8, qemb_err *err) {
     const int G = c->n_heads / c->n_kv_heads;
@@ -398,8 +400,8 @@ static int open_device(qemb_backend *be, const qemb_options *opt, qemb_err *err)
     return 0;
 }
 
-/* The table of cosines and sines. As in transformers, the frequency and its product with the position
- * are rounded to float (Su et al. 2021). */
+/* The table of cosines and sines. As in transformers, the frequency and its product with the
+ * position are rounded to float (Su et al. 2021). */
 static int make_rope(qemb_backend *be, int positions, qemb_err *err) {
     const int half = be->c->head_dim / 2;
     const size_t bytes = (size_t)positions * half * sizeof(float2);
@@ -517,10 +519,10 @@ static int open_math(qemb_backend **out, const qemb_config *c, const qemb_option
     return 0;
 }
 
-/* ---- weights and arena ------------------------------------------------------------------------ */
+/* ---- weights and arena ----------------------------------------------------------------------- */
 
-/* Uploads a matrix through the slots, row by row (INT8: then the scales), and quantizes it on the device to
- * codes and scales. A slot holds many rows, even of ffn numbers. */
+/* Uploads a matrix through the slots, row by row (INT8: then the scales), and quantizes it on the
+ * device to codes and scales. A slot holds many rows, even of ffn numbers. */
 static bool load_e4m3(qemb_backend *be, const qemb_mat *m, uint8_t *codes, float *scales,
                       int *turn) {
     const size_t row = (size_t)m->cols * (m->dtype == QEMB_I8 ? 1 : sizeof(act));

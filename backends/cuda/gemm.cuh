@@ -1,16 +1,17 @@
 /* gemm.cuh - the four matrix products of a layer, by cuBLASLt.
  *
  * Row-major y (T, N) = x (T, K) W^T with W (N, K) is, in the library's column-major terms, the TN
- * product y (N x T) = W (K x N, transposed) x (K x T). Inputs are FP16, sums FP32; the result is FP16,
- * or FP32 added to what is there (the residual), in the product itself: no overflow, no add kernel.
- * FP8: W and x are e4m3 with a scale per row of either (quantize.cuh), which the library multiplies in; that
- * it does from version 12.9 on for sm_90, and for T, N and K that are multiples of 16: T is rounded up,
- * buffers have room for those rows and nobody looks at them.
+ * product y (N x T) = W (K x N, transposed) x (K x T). Inputs are FP16, sums FP32; the result is
+ * FP16, or FP32 added to what is there (the residual), in the product itself: no overflow, no add
+ * kernel. FP8: W and x are e4m3 with a scale per row of either (quantize.cuh), which the library
+ * multiplies in; that it does from version 12.9 on for sm_90, and for T, N and K that are multiples
+ * of 16: T is rounded up, buffers have room for those rows and nobody looks at them.
  *
- * The library's choice of algorithm depends on T. It is asked once per shape and bucket of T (16, 32,
- * 64 ...) and the answer serves every T in the bucket. In a deterministic run there is one bucket and no
- * split of K, so a row's sums do not depend on T. Otherwise, given a directory, its first choices are
- * timed once and the fastest kept in a file there, one per GPU and library version.
+ * The library's choice of algorithm depends on T. It is asked once per shape and bucket of T (16,
+ * 32, 64 ...) and the answer serves every T in the bucket. In a deterministic run there is one
+ * bucket and no split of K, so a row's sums do not depend on T. Otherwise, given a directory, its
+ * first choices are timed once and the fastest kept in a file there, one per GPU and library
+ * version.
  */
 #ifndef GEMM_CUH
 #define GEMM_CUH
@@ -174,10 +175,10 @@ static cublasStatus_t gemm_run(gemm_state *g, void *y, const void *x, const floa
     return s ? s : gemm_launch(g, p, &found.algo, y, x, w->data, w->alpha, T, st);
 }
 
-/* ---- timing ------------------------------------------------------------------------------------- */
+/* ---- timing ---------------------------------------------------------------------------------- */
 
-/* What timing works with: scratch of the size of the shape's largest product, whose numbers are small
- * and finite in any format, and two events. */
+/* What timing works with: scratch of the size of the shape's largest product, whose numbers are
+ * small and finite in any format, and two events. */
 struct gemm_bench {
     cudaStream_t st;
     cudaEvent_t start, stop;
@@ -200,7 +201,8 @@ static double gemm_time(gemm_state *g, gemm_shape *p, const gemm_bench *b,
     return cudaEventElapsedTime(&ms, b->start, b->stop) == cudaSuccess ? ms : -1;
 }
 
-/* Times the library's choices for the bucket and keeps the fastest. False: it has not been timed. */
+/* Times the library's choices for the bucket and keeps the fastest. False: it has not been
+ * timed. */
 static bool gemm_tune(gemm_state *g, gemm_shape *p, int bucket, const gemm_bench *b,
                       const void *w) {
     const int T = gemm_bucket_rows(g, bucket);
@@ -220,8 +222,8 @@ static bool gemm_tune(gemm_state *g, gemm_shape *p, int bucket, const gemm_bench
     return best >= 0;
 }
 
-/* The file has a line per shape and bucket: N K add rows, then the algorithm's eight words, which cuBLAS
- * says may be stored for use with the same version. Lines that do not fit are skipped. */
+/* The file has a line per shape and bucket: N K add rows, then the algorithm's eight words, which
+ * cuBLAS says may be stored for use with the same version. Lines that do not fit are skipped. */
 static void gemm_load(gemm_state *g, const char *path) {
     FILE *in = fopen(path, "r");
     char line[512];

@@ -1,15 +1,15 @@
 /* graphs.cuh - a batch's lists on the device, and the CUDA graphs of small batches.
  *
  * A class of batches, (rows, texts), goes through three modes: the first batch is launched op by op
- * (PLAIN), the second records its ops as a graph and launches it (RECORD), later ones launch the graph
- * (REPLAY). Nothing in a graph may depend on a batch except through the uploaded lists.
+ * (PLAIN), the second records its ops as a graph and launches it (RECORD), later ones launch the
+ * graph (REPLAY). Nothing in a graph may depend on a batch except through the uploaded lists.
  */
 #ifndef CUDA_GRAPHS_CUH
 #define CUDA_GRAPHS_CUH
 
 #include "device.cuh"
 
-/* ---- begin: the batch's lists ----------------------------------------------------------------- */
+/* ---- begin: the batch's lists ---------------------------------------------------------------- */
 
 /* Lists the tiles of a text: tokens 0..len-1 in rows row0.., after the prefix. */
 static void list_tiles(qemb_backend *be, int row0, int len, int prefix) {
@@ -27,9 +27,10 @@ static void sort_tiles(att_tile *t, int n) {
     });
 }
 
-/* Finds the graph of the batch's class and fills its lists up with empty tiles. Their sizes must depend
- * on T and B alone, since a graph's launches keep the sizes that they were recorded with. Every text and
- * the prefix begin a tile of their own, so there are at most T / tokens + B + 1 tiles of either kind. */
+/* Finds the graph of the batch's class and fills its lists up with empty tiles. Their sizes must
+ * depend on T and B alone, since a graph's launches keep the sizes that they were recorded with.
+ * Every text and the prefix begin a tile of their own, so there are at most T / tokens + B + 1
+ * tiles of either kind. */
 static void choose_graph(qemb_backend *be, const qemb_packed_batch *b) {
     const int *size = std::find(GRAPH_ROWS, GRAPH_ROWS + GRAPH_SIZES, b->T);
     be->mode = PLAIN;
@@ -90,10 +91,10 @@ static void cuda_begin(qemb_backend *be, const qemb_packed_batch *b) {
     good(be, cudaEventRecord(be->batch_free, be->st), "begin");
 }
 
-/* ---- recording and replaying --------------------------------------------------------------------- */
+/* ---- recording and replaying ----------------------------------------------------------------- */
 
-/* Starts recording, if the batch is to make its class's graph. To be called after embed: all ops from
- * here to pool are the same for the whole class. */
+/* Starts recording, if the batch is to make its class's graph. To be called after embed: all ops
+ * from here to pool are the same for the whole class. */
 static void start_recording(qemb_backend *be) {
     if (be->mode == RECORD)
         good(be, cudaStreamBeginCapture(be->st, cudaStreamCaptureModeThreadLocal), "graph");

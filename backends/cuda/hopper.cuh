@@ -1,10 +1,11 @@
-/* hopper.cuh - two kernels for sm_90a alone, on wgmma: the gate and up projections with SwiGLU inside, and
- * attention for long texts. Nobody has measured them: they run only when asked for (qemb_options.hopper).
+/* hopper.cuh - two kernels for sm_90a alone, on wgmma: the gate and up projections with SwiGLU
+ * inside, and attention for long texts. Nobody has measured them: they run only when asked for
+ * (qemb_options.hopper).
  *
- * Both are persistent, one block per multiprocessor: a warpgroup that loads and two that multiply, 64 rows
- * each. Tiles go round a ring of stages. A stage has two mbarriers: `full` (its bytes are there) and
- * `empty` (all multiplying warps are done with them). A stage's i-th use waits for the i-th phase of
- * `full`; its refill for the phase of `empty` that this use ends.
+ * Both are persistent, one block per multiprocessor: a warpgroup that loads and two that multiply,
+ * 64 rows each. Tiles go round a ring of stages. A stage has two mbarriers: `full` (its bytes are
+ * there) and `empty` (all multiplying warps are done with them). A stage's i-th use waits for the
+ * i-th phase of `full`; its refill for the phase of `empty` that this use ends.
  */
 #ifndef HOPPER_CUH
 #define HOPPER_CUH
@@ -40,16 +41,16 @@ __device__ __forceinline__ void hopper_init(const hopper_ring<N, BYTES> &ring, i
 }
 #endif
 
-/* ---- gate_up ---------------------------------------------------------------------------------
- * h (T, F) = silu(gate) * up * 2^-SWIGLU_SHIFT as swiglu_kernel has it, clamps counted,
- * gate and up (T, F) = alpha x W^T by halves of W (2F, D),  x (T, D); sums FP32, not rounded on the way.
- * F and D multiples of 8. maps: boxes of 64 columns and 128 rows of x and W.
+/* ---- gate_up ------------------------------------------------------------------------------------
+ * h (T, F) = silu(gate) * up * 2^-SWIGLU_SHIFT as swiglu_kernel has it, clamps counted, gate and up
+ * (T, F) = alpha x W^T by halves of W (2F, D),  x (T, D); sums FP32, not rounded on the way. F and
+ * D multiples of 8. maps: boxes of 64 columns and 128 rows of x and W.
  *
- * Tile: 128 rows x 128 columns of gate and the same 128 of up, 64 of D per stage. A warpgroup's wgmma has
- * 64 rows, 128 columns of gate and 128 of up, so a thread holds both halves of its outputs. Neighbouring
- * blocks work on the same rows of W, and all of them on GU_GROUP tiles of x, which stay in L2.
- * Bytes per token: 2 D of x per 128 columns from L2, 2 F of h; 4 F D of W per 128 rows from L2.
- * 4 F D flops. */
+ * Tile: 128 rows x 128 columns of gate and the same 128 of up, 64 of D per stage. A warpgroup's
+ * wgmma has 64 rows, 128 columns of gate and 128 of up, so a thread holds both halves of its
+ * outputs. Neighbouring blocks work on the same rows of W, and all of them on GU_GROUP tiles of x,
+ * which stay in L2. Bytes per token: 2 D of x per 128 columns from L2, 2 F of h; 4 F D of W per 128
+ * rows from L2. 4 F D flops. */
 enum { GU_COLUMNS = 128, GU_DEPTH = 64, GU_STAGES = 4, GU_GROUP = 16 };
 constexpr int GU_PART = HOPPER_ROWS * HOPPER_ROW; /* bytes of x, of gate's rows, of up's rows */
 typedef hopper_ring<GU_STAGES, 3 * GU_PART> gate_up_ring;
@@ -73,8 +74,8 @@ __device__ __forceinline__ void hopper_transpose(uint32_t (&w)[4], int lane) {
     }
 }
 
-/* d: blocks 0..15 gate, 16..31 up. r: the thread's first row, c: the tile's first column. Beyond T and F
- * x or up is zero, and so is h: no clamp is counted there. */
+/* d: blocks 0..15 gate, 16..31 up. r: the thread's first row, c: the tile's first column. Beyond T
+ * and F x or up is zero, and so is h: no clamp is counted there. */
 template <class A>
 __device__ __forceinline__ void gate_up_store(A *h, const float (&d)[32][4], float alpha, int r,
                                               int c, int T, int F, int *clamped) {
@@ -188,14 +189,14 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 #endif
 }
 
-/* ---- attention -------------------------------------------------------------------------------
- * What attention.cuh's kernel computes, on the same 128-row tiles and the same tiles of 64 keys, q and the
- * weights as wgmma's register operand. While the tensor cores multiply a tile's weights with v, the next
- * tile's scores are on their way and its softmax is computed.
+/* ---- attention ----------------------------------------------------------------------------------
+ * What attention.cuh's kernel computes, on the same 128-row tiles and the same tiles of 64 keys, q
+ * and the weights as wgmma's register operand. While the tensor cores multiply a tile's weights
+ * with v, the next tile's scores are on their way and its softmax is computed.
  *
- * K and V are copied by cp.async: a tile can cross from the prefix's rows into the text's, and keys past
- * the end must be zeros, which rows of a tensor map cannot say. A stage holds a tile's K, then V, each in
- * blocks of 64 columns: K's rows are n of q k^T, V's are k of p v. */
+ * K and V are copied by cp.async: a tile can cross from the prefix's rows into the text's, and keys
+ * past the end must be zeros, which rows of a tensor map cannot say. A stage holds a tile's K, then
+ * V, each in blocks of 64 columns: K's rows are n of q k^T, V's are k of p v. */
 enum { AH_STAGES = 4 };
 template <int HD> constexpr int ah_stage_bytes = 2 * att_tile_bytes<HD>;
 template <int HD> using ah_ring = hopper_ring<AH_STAGES, ah_stage_bytes<HD>>;
@@ -323,7 +324,8 @@ __device__ __forceinline__ void ah_weights(uint32_t (&a)[4][4], const float (&p)
             a[k][e] = to_bits<A>(p[2 * k + e / 2][e % 2 * 2], p[2 * k + e / 2][e % 2 * 2 + 1]);
 }
 
-/* One of the two multiplying warpgroups. */
+/* One of the two multiplying warpgroups: att_softmax's recurrence over the tiles of keys. The
+ * scores of tile t and the product with V of tile t - 1 run at the same time. */
 template <class A, int HD>
 __device__ __forceinline__ void ah_multiply(const ah_work<A, HD> &work, ah_ring<HD> ring, A *att,
                                             float scale_log2e) {
@@ -341,7 +343,8 @@ __device__ __forceinline__ void ah_multiply(const ah_work<A, HD> &work, ah_ring<
         for (int k = 0; k < HD / 16; k++)
             ldmatrix4(q[k], shared_address(work.q()) +
                                 att_swizzle<HD>(s.warp * 16 + lane % 16, k * 2 + lane / 16));
-        __syncwarp(); /* ah_q_read: all lanes have read it before one says so, and stored the tile before */
+        /* All lanes have read q, and stored the tile before, when one says so. */
+        __syncwarp(); /* ah_q_read */
         if (lane == 0) barrier_arrive(work.q_empty());
 
         barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* ah_full_first */

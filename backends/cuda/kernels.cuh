@@ -1,5 +1,5 @@
-/* kernels.cuh - the memory-bound kernels: embed, rmsnorm, qknorm_rope, swiglu, gather_last. Templates
- * on the activation type A (__half, __nv_bfloat16; float where a kernel says so).
+/* kernels.cuh - the memory-bound kernels: embed, rmsnorm, qknorm_rope, swiglu, gather_last.
+ * Templates on the activation type A (__half, __nv_bfloat16; float where a kernel says so).
  *
  * Bytes and flops are per token and count every number once. Each row's sums run in an order that
  * depends on the row's length alone.
@@ -14,10 +14,10 @@ __device__ __forceinline__ float group_sum(float v, int lanes) {
     return v;
 }
 
-/* ---- embed -----------------------------------------------------------------------------------
- * x (T, D) fp32 = rows[slot[t] - first] for the t whose slot lies in first .. first+n-1. rows (n, D)
- * are distinct table rows that the host gathered from its map; the table itself is never here.
- * A warp per token, 8 numbers per lane and step. 6 D bytes. */
+/* ---- embed --------------------------------------------------------------------------------------
+ * x (T, D) fp32 = rows[slot[t] - first] for the t whose slot lies in first .. first+n-1. rows (n,
+ * D) are distinct table rows that the host gathered from its map; the table itself is never here. A
+ * warp per token, 8 numbers per lane and step. 6 D bytes. */
 enum { EMBED_WARPS = 4 };
 template <class A>
 __global__ void __launch_bounds__(EMBED_WARPS * 32)
@@ -36,10 +36,10 @@ __global__ void __launch_bounds__(EMBED_WARPS * 32)
     }
 }
 
-/* ---- rmsnorm ---------------------------------------------------------------------------------
+/* ---- rmsnorm ------------------------------------------------------------------------------------
  * y (T, D) = x / sqrt(mean(x^2) + eps) * w,  x (T, D) fp32, w (D) fp32; y is A, or float for pool.
- * A block per row, grid-stride; a thread keeps its V x 4 numbers in registers between the two passes.
- * V * 4 * NORM_THREADS >= D. 4 D + sizeof(A) D bytes, 4 D flops. */
+ * A block per row, grid-stride; a thread keeps its V x 4 numbers in registers between the two
+ * passes. V * 4 * NORM_THREADS >= D. 4 D + sizeof(A) D bytes, 4 D flops. */
 enum { NORM_THREADS = 256, NORM_WARPS = NORM_THREADS / 32 };
 __device__ __forceinline__ void store4(float *y, float a, float b, float c, float d) {
     *(float4 *)y = make_float4(a, b, c, d);
@@ -81,11 +81,11 @@ __global__ void __launch_bounds__(NORM_THREADS)
     }
 }
 
-/* ---- qknorm_rope -----------------------------------------------------------------------------
- * qkv (T, (H+2K)*HD) in place: head h < H+K becomes rope(rmsnorm(head) * w), w (HD) the q or k norm.
- * RoPE on halves: (a, b) -> (a cos - b sin, b cos + a sin), a in the first half, b in the second.
- * cs (positions, HD/2) holds cos and sin. HD/4 lanes per (token, head); a lane holds dims 2l, 2l+1 of
- * either half. 4 (H+K) HD bytes and (H+K) HD 4 of table, 10 (H+K) HD flops. */
+/* ---- qknorm_rope --------------------------------------------------------------------------------
+ * qkv (T, (H+2K)*HD) in place: head h < H+K becomes rope(rmsnorm(head) * w), w (HD) the q or k
+ * norm. RoPE on halves: (a, b) -> (a cos - b sin, b cos + a sin), a in the first half, b in the
+ * second. cs (positions, HD/2) holds cos and sin. HD/4 lanes per (token, head); a lane holds dims
+ * 2l, 2l+1 of either half. 4 (H+K) HD bytes and (H+K) HD 4 of table, 10 (H+K) HD flops. */
 enum { ROPE_THREADS = 128 };
 template <class A, int HD>
 __global__ void __launch_bounds__(ROPE_THREADS)
@@ -110,11 +110,11 @@ __global__ void __launch_bounds__(ROPE_THREADS)
     *pb = to_pair<A>(b.x * r.x + a.x * r.y, b.y * r.z + a.y * r.w);
 }
 
-/* ---- swiglu ----------------------------------------------------------------------------------
- * h (T, F) = silu(gate) * up * 2^-SWIGLU_SHIFT, clamped to the largest half,  gu (T, 2F): gate, then up.
- * A few products of an early layer pass 65504; a power of two costs no precision and the down
- * projection's alpha takes it back. What is clamped even so is counted. NaN stays NaN.
- * 8 numbers per thread and step, grid-stride. 6 F bytes, 8 F flops. */
+/* ---- swiglu -------------------------------------------------------------------------------------
+ * h (T, F) = silu(gate) * up * 2^-SWIGLU_SHIFT, clamped to the largest half,  gu (T, 2F): gate,
+ * then up. A few products of an early layer pass 65504; a power of two costs no precision and the
+ * down projection's alpha takes it back. What is clamped even so is counted. NaN stays NaN. 8
+ * numbers per thread and step, grid-stride. 6 F bytes, 8 F flops. */
 enum { SWIGLU_THREADS = 256, SWIGLU_SHIFT = 6 };
 __device__ __forceinline__ float silu(float g) { return __fdividef(g, 1 + __expf(-g)); }
 __device__ __forceinline__ float swiglu_one(float g, float u, int *clamped) {
@@ -145,8 +145,9 @@ __global__ void __launch_bounds__(SWIGLU_THREADS)
     if (clamped) atomicAdd(clamps, (unsigned long long)clamped);
 }
 
-/* ---- gather_last -----------------------------------------------------------------------------
- * y (B, D) = rows last[b] of x (T, D), fp32; rows of n = D/4 float4. A block per text. 8 D bytes per text. */
+/* ---- gather_last --------------------------------------------------------------------------------
+ * y (B, D) = rows last[b] of x (T, D), fp32; rows of n = D/4 float4. A block per text. 8 D bytes
+ * per text. */
 enum { GATHER_THREADS = 128 };
 template <class X>
 __global__ void __launch_bounds__(GATHER_THREADS)

@@ -1,6 +1,7 @@
-/* ptx.cuh - the device text that exists twice: PTX under nvcc, the emulation of tests/cuda/emu in a plain
- * C++ build with -DQEMB_EMU. All other CUDA code is one source for both, so keep this page short and
- * give every wrapper a test of its own (tests/cuda/test_cuda_ops.cu, "ptx").
+/* ptx.cuh - wrappers of PTX instructions. nvcc compiles them to PTX; a plain C++ build with
+ * -DQEMB_EMU calls the emulation in tests/cuda/emu instead. Only this file and ptx_hopper.cuh have
+ * two versions of anything; all other CUDA code is one source for both builds. The tests "ptx_" in
+ * tests/cuda/test_cuda_ops.cu compare every instruction with what the PTX manual says it does.
  */
 #ifndef PTX_CUH
 #define PTX_CUH
@@ -39,7 +40,8 @@ typedef uint32_t shared_addr; /* an address in the shared window */
 __device__ __forceinline__ shared_addr shared_address(void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
 }
-/* The block's dynamic shared memory: the only kind used, so that launch() alone decides its size. */
+/* The block's dynamic shared memory: the only kind used, so that launch() alone decides its
+ * size. */
 #define SHARED_BYTES(name) extern __shared__ __align__(1024) unsigned char name[]
 
 /* Starts a copy of 16 bytes from device to shared memory, both aligned to 16; !ok: of zeros. */

@@ -1,6 +1,7 @@
-/* ptx_hopper.cuh - the instructions of sm_90a, as ptx.cuh has the others: PTX under nvcc, the emulation of
- * tests/cuda/emu with -DQEMB_EMU. wgmma is what only sm_90a has, so kernels that use this page have a body where
- * HOPPER_CODE is defined and a trap elsewhere. Each wrapper has a test, "ptx_" in tests/cuda/test_cuda_hopper.cu.
+/* ptx_hopper.cuh - wrappers of the PTX instructions of sm_90a: mbarrier, TMA, wgmma. Like ptx.cuh,
+ * PTX under nvcc and the emulation of tests/cuda/emu with -DQEMB_EMU. Other architectures lack
+ * wgmma, so a kernel that uses it has a body where HOPPER_CODE is defined and a trap elsewhere. The
+ * tests "ptx_" in tests/cuda/test_cuda_hopper.cu check mbarrier, TMA and wgmma.
  */
 #ifndef PTX_HOPPER_CUH
 #define PTX_HOPPER_CUH
@@ -43,8 +44,8 @@ template <int N> inline void registers_lower() {}
 
 __device__ __forceinline__ uint32_t shared_offset(shared_addr p) { return p; }
 
-/* An mbarrier, 8 bytes of shared memory: a phase ends when `arrivals` threads have arrived and all bytes
- * that were announced have landed. Phases alternate in parity, the first one is 0. */
+/* An mbarrier, 8 bytes of shared memory: a phase ends when `arrivals` threads have arrived and all
+ * bytes that were announced have landed. Phases alternate in parity, the first one is 0. */
 __device__ __forceinline__ void barrier_init(shared_addr b, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(b), "r"(arrivals) : "memory");
 }
@@ -60,7 +61,8 @@ __device__ __forceinline__ void barrier_expect(shared_addr b, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(b), "r"(bytes)
                  : "memory");
 }
-/* Returns when the phase of that parity has ended; of a barrier that was just made, parity 1 has. */
+/* Returns when the phase of that parity has ended; of a barrier that was just made, parity 1
+ * has. */
 __device__ __forceinline__ void barrier_wait(shared_addr b, int parity) {
     asm volatile("{\n"
                  ".reg .pred done;\n"
@@ -108,21 +110,27 @@ template <int N> __device__ __forceinline__ void registers_lower() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(N));
 }
 
-/* d (64, N) = a (64, 16) b (16, N), or +=, by a warpgroup. Warp w has rows 16w..16w+15 of d in blocks of
- * eight columns, each as mma16816 has it. a and b by descriptors (wgmma_tile), or a in the registers of
- * mma16816. ACROSS: b lies as rows of k, else as rows of n. clang-format would make pages of the lists. */
+/* d (64, N) = a (64, 16) b (16, N), or +=, by a warpgroup. Warp w has rows 16w..16w+15 of d in
+ * blocks of eight columns, each as mma16816 has it. a and b by descriptors (wgmma_tile), or a in
+ * the registers of mma16816. ACROSS: b lies as rows of k, else as rows of n. clang-format would
+ * make pages of the lists. */
 /* clang-format off */
 #define WGMMA_D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define WGMMA_D32(j) WGMMA_D4(j), WGMMA_D4(j + 1), WGMMA_D4(j + 2), WGMMA_D4(j + 3), \
     WGMMA_D4(j + 4), WGMMA_D4(j + 5), WGMMA_D4(j + 6), WGMMA_D4(j + 7)
-#define WGMMA_R0 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define WGMMA_R1 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define WGMMA_R2 "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define WGMMA_R3 "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define WGMMA_R0 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                          \
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define WGMMA_R1 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"                \
+                 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define WGMMA_R2 "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"                \
+                 "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define WGMMA_R3 "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"    \
+                 "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define WGMMA_256(TYPE)                                                                            \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"                                 \
                  "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {"                 \
-                 WGMMA_R0 "," WGMMA_R1 "," WGMMA_R2 "," WGMMA_R3 "}, %128, %129, add, 1, 1, 0, 0;\n}\n" \
+                 WGMMA_R0 "," WGMMA_R1 "," WGMMA_R2 "," WGMMA_R3                                   \
+                 "}, %128, %129, add, 1, 1, 0, 0;\n}\n"                                            \
                  : WGMMA_D32(0), WGMMA_D32(8), WGMMA_D32(16), WGMMA_D32(24)                        \
                  : "l"(a), "l"(b), "r"((int)add))
 #define WGMMA_128(TYPE, ACROSS)                                                                    \
@@ -130,20 +138,23 @@ template <int N> __device__ __forceinline__ void registers_lower() {
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"                 \
                  WGMMA_R0 "," WGMMA_R1 "}, {%64,%65,%66,%67}, %68, add, 1, 1, %70;\n}\n"           \
                  : WGMMA_D32(0), WGMMA_D32(8)                                                      \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add), "n"((int)ACROSS))
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add),              \
+                   "n"((int)ACROSS))
 #define WGMMA_64(TYPE, ACROSS)                                                                     \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                  \
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {"                  \
                  WGMMA_R0 "}, {%32,%33,%34,%35}, %36, add, 1, 1, %38;\n}\n"                        \
                  : WGMMA_D32(0)                                                                    \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add), "n"((int)ACROSS))
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add),              \
+                   "n"((int)ACROSS))
 template <class A>
 __device__ __forceinline__ void wgmma256(float (&d)[32][4], uint64_t a, uint64_t b, bool add) {
     if constexpr (std::is_same<A, __nv_bfloat16>::value) WGMMA_256("bf16");
     else WGMMA_256("f16");
 }
 template <class A, bool ACROSS, int N>
-__device__ __forceinline__ void wgmma_regs(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+__device__ __forceinline__ void wgmma_regs(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b,
+                                           bool add) {
     static_assert(N == 64 || N == 128, "the sizes that attention needs");
     if constexpr (std::is_same<A, __nv_bfloat16>::value) {
         if constexpr (N == 128) WGMMA_128("bf16", ACROSS);
@@ -158,10 +169,10 @@ __device__ __forceinline__ void wgmma_regs(float (&d)[N / 8][4], const uint32_t 
 #endif
 
 #if defined(HOPPER_CODE)
-/* The descriptor of a tile in shared memory that consists of blocks of rows of 128 bytes, 16-byte chunk c
- * of row r at r * 128 + (c ^ r % 8) * 16, blocks at multiples of 1024. A block that is wider than 64
- * numbers continues `next` bytes on; rows of k only (a row of n ends where k does). Steps of 16 along k:
- * 2048 bytes for rows of k, 32 for rows of n. */
+/* The descriptor of a tile in shared memory that consists of blocks of rows of 128 bytes, 16-byte
+ * chunk c of row r at r * 128 + (c ^ r % 8) * 16, blocks at multiples of 1024. A block that is
+ * wider than 64 numbers continues `next` bytes on; rows of k only (a row of n ends where k does).
+ * Steps of 16 along k: 2048 bytes for rows of k, 32 for rows of n. */
 __device__ __forceinline__ uint64_t wgmma_tile(shared_addr p, int next = 16) {
     return (uint64_t)((shared_offset(p) & 0x3FFFF) >> 4) | (uint64_t)(next >> 4) << 16 |
            (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;

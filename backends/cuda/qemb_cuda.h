@@ -1,17 +1,20 @@
-/* qemb_cuda.h - the CUDA backend's table (qemb.cu), and what it can and cannot do.
+/* qemb_cuda.h - the ops tables of the CUDA backend (qemb.cu).
  *
- * Numerics: FP16 weights and activations, FP32 sums, FP32 residual stream. SwiGLU's output is kept
- * times 2^-6 and clamped to the largest half; place() gives wdown the alpha that undoes it.
+ * FP16: weights and activations are FP16; sums and the residual stream are FP32. SwiGLU's output is
+ * stored times 2^-SWIGLU_SHIFT and clamped to the largest half, because massive activations exceed
+ * the range of FP16. load_weights sets alpha of the down projection's GEMM to undo the factor.
  *
- * FP8: layers' products of e4m3 with a scale per row of W and per token (quantize.cuh), on sm_90 with cuBLAS
- * 12.9 or newer; attention, norms and the residual as above.
+ * FP8: the layers' GEMMs multiply e4m3 codes with one scale per row of W and one per token
+ * (quantize.cuh). It needs sm_90 and cuBLAS 12.9 or newer. Attention, norms and the residual stream
+ * are as above.
  *
- * Takes FP16 and INT8 layer matrices; heads of 64 or 128; H/K a power of two up to 64; hidden and ffn multiples
- * of 8, hidden up to 8192; a GPU of compute capability 8.0 or newer. open and place refuse the rest
- * with code "device" and one line that says what to do.
+ * Supported: FP16 and INT8 layer matrices; heads of 64 or 128; H/K a power of two up to 64; hidden
+ * and ffn multiples of 8, hidden up to 8192; compute capability 8.0 or newer. For anything else
+ * open or load_weights fails with code "device" and one line that says what to do.
  *
- * A device that fails in the middle of a batch cannot be reported by an op: pool then fills its vectors
- * with NaN, and health says what happened, as it says how many SwiGLU outputs were clamped.
+ * Ops return nothing, so an op cannot report a device that fails in the middle of a batch. pool
+ * then fills its vectors with NaN, and health returns the reason. health also counts the
+ * SwiGLU outputs that were clamped.
  */
 #ifndef QEMB_CUDA_H
 #define QEMB_CUDA_H

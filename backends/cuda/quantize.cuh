@@ -1,19 +1,21 @@
-/* quantize.cuh - numbers of 8 bits: INT8 weights back to halves, and rows as e4m3 with a scale each.
+/* quantize.cuh - numbers of 8 bits: INT8 weights back to halves, and rows as e4m3 with a scale
+ * each.
  *
  *   INT8  W[r][c] = scale[r][c / 64] * q[r][c], q in -127 .. 127: as the file stores it
- *   FP8   row[c] = scale * code[c], scale = max |row| / 448, code rounded to e4m3 (3 bits of fraction)
+ *   FP8   row[c] = scale * code[c], scale = max |row| / 448, code in e4m3 (3 bits of fraction)
  *
- * FP8 has a scale per row of W and per token: token 0 carries activations hundreds of times larger than
- * the rest, which one scale for all would round to nothing. Rows that hold NaN or Inf come out as NaN.
+ * FP8 has a scale per row of W and per token: token 0 carries activations hundreds of times larger
+ * than the rest, which one scale for all would round to nothing. Rows that hold NaN or Inf come out
+ * as NaN.
  */
-#ifndef EIGHT_CUH
-#define EIGHT_CUH
+#ifndef QUANTIZE_CUH
+#define QUANTIZE_CUH
 
 #include "kernels.cuh"
 
-/* ---- dequantize ------------------------------------------------------------------------------
- * y (N, K) = scale (N, groups) * q (N, K), rounded to A: what the product reads. 8 numbers, all of one
- * group, per thread and step, grid-stride. 3 N K bytes. */
+/* ---- dequantize ---------------------------------------------------------------------------------
+ * y (N, K) = scale (N, groups) * q (N, K), rounded to A: what the product reads. 8 numbers, all of
+ * one group, per thread and step, grid-stride. 3 N K bytes. */
 enum { DEQUANTIZE_THREADS = 256 };
 static_assert(QEMB_GROUP % 8 == 0, "8 numbers have one scale");
 template <class A>
@@ -35,9 +37,10 @@ __global__ void __launch_bounds__(DEQUANTIZE_THREADS)
     }
 }
 
-/* ---- rows to e4m3 ----------------------------------------------------------------------------
- * A block per row, grid-stride. A thread keeps V groups of 8 numbers in registers between the maximum
- * and the rounding: numbers (j * ROW_THREADS + thread) * 8 .. + 7, V * 8 * ROW_THREADS >= K. */
+/* ---- rows to e4m3 -------------------------------------------------------------------------------
+ * A block per row, grid-stride. A thread keeps V groups of 8 numbers in registers between the
+ * maximum and the rounding: numbers (j * ROW_THREADS + thread) * 8 .. + 7, V * 8 * ROW_THREADS >=
+ * K. */
 enum { ROW_THREADS = 256, ROW_WARPS = ROW_THREADS / 32 };
 constexpr float E4M3_MAX = 448;
 
@@ -58,8 +61,7 @@ struct total {
     __device__ float operator()(float a, float b) const { return a + b; }
 };
 
-template <class A>
-__device__ __forceinline__ void load_eight(float (&v)[8], const A *from) {
+template <class A> __device__ __forceinline__ void load_eight(float (&v)[8], const A *from) {
     const eight<A> e = *(const eight<A> *)from;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
@@ -165,8 +167,8 @@ __global__ void __launch_bounds__(ROW_THREADS)
     }
 }
 
-/* swiglu (kernels.cuh) without its power of two, which a scale makes needless: products of halves fit a
- * float. gu (T, 2F): gate, then up. 5 F bytes, 9 F flops. */
+/* swiglu (kernels.cuh) without its power of two, which a scale makes needless: products of halves
+ * fit a float. gu (T, 2F): gate, then up. 5 F bytes, 9 F flops. */
 template <class A, int V>
 __global__ void __launch_bounds__(ROW_THREADS)
     swiglu_e4m3_kernel(uint8_t *codes, float *scales, const A *gu, int T, int F) {

@@ -25,7 +25,8 @@ template <class A, int HD, int M> static cudaError_t attention_mma(const attenti
                   a.tiles, a.H, a.K, a.lg, a.scale_log2e);
 }
 
-/* B texts of lens own tokens behind a shared prefix of P; every text is also run through the oracle. */
+/* B texts of lens own tokens behind a shared prefix of P; every text is also run through the
+ * oracle. */
 template <class A, int HD, int M>
 static void attention_case(const std::vector<int> &lens, int P, int K, int lg, bool last,
                            double scale = 1.7, attention_start<A> start = attention_mma<A, HD, M>) {
@@ -52,7 +53,8 @@ static void attention_case(const std::vector<int> &lens, int P, int K, int lg, b
     std::vector<A> got = datt.get();
     int row0 = P;
     for (int b = -(P > 0 && !last); b < (int)lens.size(); row0 += b < 0 ? 0 : lens[b], b++) {
-        /* the text as the oracle wants it: prefix and own rows in one piece; b = -1: the prefix itself */
+        /* the text as the oracle wants it: prefix and own rows in one piece; b = -1: the prefix
+         * itself */
         const int own = b < 0 ? P : lens[b], first = b < 0 ? 0 : P, n = first + own;
         std::vector<double> q((size_t)n * ld), att((size_t)n * H * HD), weighted(att.size()),
             reach((size_t)n * H);
@@ -65,10 +67,11 @@ static void attention_case(const std::vector<int> &lens, int P, int K, int lg, b
             const int to = last ? b : b < 0 ? t : row0 + t - first;
             for (int i = 0; i < H * HD; i++) {
                 const size_t at = (size_t)t * H * HD + i;
-                /* Scores: HD products summed, the tensor cores may truncate: 2 HD U of sum |q||k| / sqrt(HD),
-                 * scaled and subtracted with as much again in float. A weight is off by that twice (it is
-                 * normalized by others), by the exponential's 4 U, by its rounding to A; below A's normal
-                 * range by tiny, times sum |v| <= n * scale. The sum of n terms: n U. Then the result rounds. */
+                /* Scores: HD products summed, the tensor cores may truncate: 2 HD U of sum |q||k| /
+                 * sqrt(HD), scaled and subtracted with as much again in float. A weight is off by
+                 * that twice (it is normalized by others), by the exponential's 4 U, by its
+                 * rounding to A; below A's normal range by tiny, times sum |v| <= n * scale. The
+                 * sum of n terms: n U. Then the result rounds. */
                 const double score = reach[(size_t)t * H + i / HD] * (2 * HD + 8) * U;
                 const double tol =
                     weighted[at] * (2 * score + 8 * U + rounding<A>() + (2 * n + 4) * U) +

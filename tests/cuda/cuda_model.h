@@ -1,5 +1,5 @@
-/* cuda_model.h - what the tests of whole models share: models over a file on some table, texts, and the
- * comparison of vectors. The bound is derived in test_cuda_model.cu.
+/* cuda_model.h - what the tests of whole models share: models over a file on some table, texts, and
+ * the comparison of vectors. The bound is derived in test_cuda_model.cu.
  */
 #ifndef CUDA_MODEL_H
 #define CUDA_MODEL_H

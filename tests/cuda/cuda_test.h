@@ -1,11 +1,12 @@
-/* cuda_test.h - what the CUDA tests share. They do not use Criterion: the same programs run under the
- * emulation (whose fibers and access hooks do not suit its worker processes) and, built by nvcc, on
- * machines with a GPU, where one process must pay for one CUDA context.
+/* cuda_test.h - what the CUDA tests share. They do not use Criterion: the same programs run under
+ * the emulation (whose fibers and access hooks do not suit its worker processes) and, built by
+ * nvcc, on machines with a GPU, where one process must pay for one CUDA context.
  *
  *   test_cuda [--schedules N] [--times] [NAME...]     tests whose name contains a NAME; all without
  *
- * N schedules of the emulator (in order, reverse, random, random priorities, random ...) for every test
- * that asks for them; 1 without. Ends with one line of counts; exit status 1 if a check failed.
+ * N schedules of the emulator (in order, reverse, random, random priorities, random ...) for every
+ * test that asks for them; 1 without. Ends with one line of counts; exit status 1 if a check
+ * failed.
  */
 #ifndef CUDA_TEST_H
 #define CUDA_TEST_H
@@ -107,7 +108,7 @@ template <class T> struct device_array {
     }
 };
 
-/* ---- 16-bit numbers on the host ---- */
+/* ---- 16-bit numbers on the host -------------------------------------------------------------- */
 
 inline double num(__half v) { return (double)__half2float(v); }
 inline double num(__nv_bfloat16 v) { return (double)__bfloat162float(v); }

@@ -1,5 +1,6 @@
-/* test_cuda_hopper.cu - sm_90a's wrappers and the two kernels that use them, against double precision. On a
- * GPU of another kind they are skipped. Bounds as in test_cuda_ops.cu, derived where they stand. */
+/* test_cuda_hopper.cu - sm_90a's wrappers and the two kernels that use them, against double
+ * precision. On a GPU of another kind they are skipped. Bounds as in test_cuda_ops.cu, derived
+ * where they stand. */
 #include "cuda_attention.h"
 #include "cuda_model.h"
 
@@ -18,10 +19,10 @@ template <class A> static const hopper_state *hopper(int blocks) {
     return &s;
 }
 
-/* ---- ptx: one test per wrapper -------------------------------------------------------------------- */
+/* ---- ptx: one test per wrapper --------------------------------------------------------------- */
 
-/* One thread loads two boxes into two stages and says so by one mbarrier; all wait. Then once more: the
- * second phase. out: the bytes as they lie. */
+/* One thread loads two boxes into two stages and says so by one mbarrier; all wait. Then once more:
+ * the second phase. out: the bytes as they lie. */
 __global__ void __launch_bounds__(128)
     tma_kernel(uint4 *out, const __grid_constant__ CUtensorMap map, int x, int y) {
 #if defined(HOPPER_CODE)
@@ -77,8 +78,9 @@ TEST_SCHEDULES(ptx_tma) {
             }
 }
 
-/* d (64, N) = a b over two steps of 16. a (64, 32) by rows; b (N, 32), or ACROSS (32, N). FROM_SHARED: a by
- * descriptor. Shared memory: a's 64 rows of 64 numbers, b's N rows or N/64 blocks of 64 rows of k. */
+/* d (64, N) = a b over two steps of 16. a (64, 32) by rows; b (N, 32), or ACROSS (32, N).
+ * FROM_SHARED: a by descriptor. Shared memory: a's 64 rows of 64 numbers, b's N rows or N/64 blocks
+ * of 64 rows of k. */
 template <class A, int N, bool FROM_SHARED, bool ACROSS>
 __global__ void __launch_bounds__(128) wgmma_kernel(float *out, const A *a, const A *b) {
 #if defined(HOPPER_CODE)
@@ -153,11 +155,11 @@ TEST_SCHEDULES(ptx_wgmma_across) {
     wgmma_case<__nv_bfloat16, 128, false, true>();
 }
 
-/* ---- gate_up -------------------------------------------------------------------------------------- */
+/* ---- gate_up --------------------------------------------------------------------------------- */
 
-/* h against double precision. gate and up are sums of D products that the tensor cores may truncate: 2 D U
- * of their sizes, times alpha with a rounding. |silu'| <= 1.1, |silu(g)| <= |g|; then swiglu_case's bound.
- * Outputs within that of the limit may be clamped or not. */
+/* h against double precision. gate and up are sums of D products that the tensor cores may
+ * truncate: 2 D U of their sizes, times alpha with a rounding. |silu'| <= 1.1, |silu(g)| <= |g|;
+ * then swiglu_case's bound. Outputs within that of the limit may be clamped or not. */
 template <class A>
 static void gate_up_check(const std::vector<A> &got, const std::vector<A> &x,
                           const std::vector<A> &w, double alpha, int T, int F, int D,
@@ -215,7 +217,8 @@ TEST_SCHEDULES(gate_up_hopper) {
 }
 TEST(gate_up_hopper_clamps) { gate_up_case<__half>(130, 72, 96, 2, 6000); }
 TEST(gate_up_hopper_bf16) { gate_up_case<__nv_bfloat16>(130, 72, 96, 2); }
-TEST(gate_up_hopper_nan) { /* a row that is not a number stays one, alone */
+/* A row that is not a number stays one, alone */
+TEST(gate_up_hopper_nan) {
     if (!hopper_here()) return;
     const int T = 3, F = 16, D = 64;
     std::vector<__half> x((size_t)T * D, make<__half>(1)), w((size_t)2 * F * D, make<__half>(0.5));
@@ -231,7 +234,7 @@ TEST(gate_up_hopper_nan) { /* a row that is not a number stays one, alone */
     check(clamps.get()[0] == 0, "clamps (got %llu, want 0)", clamps.get()[0]);
 }
 
-/* ---- attention ------------------------------------------------------------------------------------ */
+/* ---- attention ------------------------------------------------------------------------------- */
 
 template <class A, int HD, int BLOCKS>
 static cudaError_t attention_wgmma(const attention_args<A> &a) {
@@ -261,13 +264,13 @@ TEST(attention_hopper_bf16) {
     attention_hopper_case<__nv_bfloat16, 128>({1, 64, 65, 100}, 5, 1, 1);
     attention_hopper_case<__nv_bfloat16, 64>({1, 65, 150}, 0, 1, 2);
 }
-TEST(
-    attention_hopper_sharp) { /* scores of hundreds: one key takes all, the running maximum moves */
+/* Scores of hundreds: one key takes all, the running maximum moves */
+TEST(attention_hopper_sharp) {
     attention_hopper_case<__half, 128>({200}, 0, 1, 2, 12);
     attention_hopper_case<__half, 64>({200}, 3, 1, 2, 12);
 }
 
-/* ---- the whole forward ---------------------------------------------------------------------------- */
+/* ---- the whole forward ----------------------------------------------------------------------- */
 
 static qemb_options asked_for() {
     qemb_options opt = {};
@@ -289,7 +292,8 @@ TEST(hopper_forward) {
     hopper_forward_case(config(2, 136, 4, 2, 128, 200, 1200), 70, QEMB_F16);
     hopper_forward_case(config(1, 64, 2, 1, 64, 64, 1200), 0, QEMB_I8); /* made dense first */
 }
-/* Batches that run as graphs: launches and tensor maps of the first run serve the ones that follow. */
+/* Batches that run as graphs: launches and tensor maps of the first run serve the ones that
+ * follow. */
 TEST(hopper_graphs) {
     if (!hopper_here()) return;
     const qemb_config c = config(2, 64, 2, 1, 64, 64, 1200);

@@ -2,19 +2,19 @@
  * transformers computed (tests/golden), against itself in other batches; and what happens when the
  * device is missing, too small, or fails.
  *
- * The bound on cosines. Every FP16 rounding is off by at most 2^-11, 2^-11 / sqrt(3) RMS, of its number.
- * A layer rounds seven times on the way into the residual stream (two norms, qkv, rope, weights and
- * output of attention; gate and up, h), so the vector's relative error is about sqrt(7 L) * 2^-11 /
- * sqrt(3) = 1.5e-3 for L = 4, were each term as large as the stream, and four times that if norms and
- * softmax amplify it: 6e-3. 1 - cosine is half its square, 1.8e-5. One wrong row, position or weight is
- * far beyond that.
+ * The bound on cosines. Every FP16 rounding is off by at most 2^-11, 2^-11 / sqrt(3) RMS, of its
+ * number. A layer rounds seven times on the way into the residual stream (two norms, qkv, rope,
+ * weights and output of attention; gate and up, h), so the vector's relative error is about sqrt(7
+ * L) * 2^-11 / sqrt(3) = 1.5e-3 for L = 4, were each term as large as the stream, and four times
+ * that if norms and softmax amplify it: 6e-3. 1 - cosine is half its square, 1.8e-5. One wrong row,
+ * position or weight is far beyond that.
  */
 #include "cuda_model.h"
 
 #include <cublasLt.h>
 #include <unistd.h>
 
-/* ---- against the CPU path ------------------------------------------------------------------------- */
+/* ---- against the CPU path -------------------------------------------------------------------- */
 
 static void lengths_case(int prefix, int batch_tokens) {
     const qemb_config c = config(2, 64, 2, 1, 64, 64, 512);
@@ -51,7 +51,8 @@ TEST_SCHEDULES(forward_shapes) {
     }
 }
 
-TEST(forward_mlp_chunks) { /* more rows than QEMB_MLP_ROWS, one text, 128-row tiles */
+/* More rows than QEMB_MLP_ROWS, one text, 128-row tiles */
+TEST(forward_mlp_chunks) {
     const qemb_config c = config(2, 64, 2, 1, 64, 64, 1200);
     qemb_file *f = open_model(&c, 31, 1);
     {
@@ -62,7 +63,7 @@ TEST(forward_mlp_chunks) { /* more rows than QEMB_MLP_ROWS, one text, 128-row ti
     qemb_file_close(f);
 }
 
-/* ---- against transformers ------------------------------------------------------------------------- */
+/* ---- against transformers -------------------------------------------------------------------- */
 
 /* Reads ids and vectors of a golden (tests/fixtures/make_golden.py describes it). */
 static bool golden_case_compare(const char *name, double *max_swiglu) {
@@ -120,18 +121,18 @@ TEST(golden) {
     for (const char *name : {"gqa1", "gqa2", "gqa4", "square"})
         golden_case_compare(name, &max_swiglu);
 }
-TEST(
-    golden_massive) { /* SwiGLU outputs far beyond the largest half: without the shift all is lost */
+/* SwiGLU outputs far beyond the largest half: without the shift all is lost */
+TEST(golden_massive) {
     double max_swiglu = 0;
     if (golden_case_compare("massive", &max_swiglu))
         check(max_swiglu > 65504, "the golden has no massive activation (got %g)", max_swiglu);
 }
 
-/* ---- what FP16 cannot hold -------------------------------------------------------------------------- */
+/* ---- what FP16 cannot hold ------------------------------------------------------------------- */
 
-/* Token 7 has one number in its row of the table, so that is sqrt(D) = 8 after the norm, and the norm's
- * weight there is 30000: 240000 does not fit FP16 (65504) and is nothing to FP32. Other rows hold at
- * most sqrt(3) there: 52000 fits. */
+/* Token 7 has one number in its row of the table, so that is sqrt(D) = 8 after the norm, and the
+ * norm's weight there is 30000: 240000 does not fit FP16 (65504) and is nothing to FP32. Other rows
+ * hold at most sqrt(3) there: 52000 fits. */
 TEST_SCHEDULES(overflow_is_computed_again) {
     const qemb_config c = config(2, 64, 2, 1, 64, 64, 64);
     char path[64];
@@ -166,9 +167,10 @@ TEST_SCHEDULES(overflow_is_computed_again) {
     unlink(path);
 }
 
-/* ---- a text's vector is its own ------------------------------------------------------------------- */
+/* ---- a text's vector is its own -------------------------------------------------------------- */
 
-TEST_SCHEDULES(same_bits) { /* alone, packed, behind a shared prefix, and with either tile size */
+/* Alone, packed, behind a shared prefix, and with either tile size */
+TEST_SCHEDULES(same_bits) {
     const qemb_config c = config(2, 64, 4, 2, 64, 96, 700);
     qemb_file *f = open_model(&c, 41, 1);
     {
@@ -189,7 +191,7 @@ TEST_SCHEDULES(same_bits) { /* alone, packed, behind a shared prefix, and with e
     qemb_file_close(f);
 }
 
-/* ---- refusals --------------------------------------------------------------------------------------- */
+/* ---- refusals -------------------------------------------------------------------------------- */
 
 static void refused(const qemb_config &c, const char *want, int batch_tokens = 64) {
     qemb_file *f = open_model(&c, 51, 1);
@@ -228,7 +230,8 @@ TEST(refuse_device) {
     refused(tiny_config, "GPU: this build has no code for compute capability 9.0");
     emu::dev = standard;
 }
-TEST(refuse_memory) { /* too little for each thing in turn; what was taken is given back */
+/* Too little for each thing in turn; what was taken is given back */
+TEST(refuse_memory) {
     const emu::device standard = emu::dev;
     qemb_file *f = open_model(&tiny_config, 51, 1);
     qemb_memory plan;
@@ -263,8 +266,8 @@ TEST(refuse_memory) { /* too little for each thing in turn; what was taken is gi
     emu::dev = standard;
     qemb_file_close(f);
 }
-TEST(
-    device_fails) { /* in the middle of a run: NaN, which the engine above never returns, and a reason */
+/* In the middle of a run: NaN, which the engine above never returns, and a reason */
+TEST(device_fails) {
     qemb_file *f = open_model(&tiny_config, 61, 1);
     {
         model cuda(f, spy_ops(), 64);
@@ -290,8 +293,8 @@ static std::string read_all(const std::string &path) {
     if (in) fclose(in);
     return s;
 }
-TEST_SCHEDULES(
-    timed_once) { /* the fastest algorithm is found, kept, read back; a damaged file is timed anew */
+/* The fastest algorithm is found, kept, read back; a damaged file is timed anew */
+TEST_SCHEDULES(timed_once) {
     char dir[] = "/tmp/qemb-test-XXXXXX";
     check(mkdtemp(dir), "mkdtemp");
     const qemb_config c = config(2, 64, 2, 1, 64, 96, 64);
@@ -337,10 +340,10 @@ TEST_SCHEDULES(
     rmdir(dir);
     qemb_file_close(f);
 }
-/* ---- graphs ----------------------------------------------------------------------------------------- */
+/* ---- graphs ---------------------------------------------------------------------------------- */
 
-/* Batches of one class (rows, texts) share a graph, whatever their texts' lengths and prefix; the third
- * batch on is a replay. Bits as without graphs. */
+/* Batches of one class (rows, texts) share a graph, whatever their texts' lengths and prefix; the
+ * third batch on is a replay. Bits as without graphs. */
 struct graph_batch {
     std::vector<int> lens;
     int prefix;
@@ -366,8 +369,9 @@ static void graph_case(qemb_dtype dtype, const qemb_ops *ops,
     qemb_file_close(f);
 }
 TEST_SCHEDULES(graph_same_bits) {
-    /* (rows, texts) with the one that fills up, and how often: (32, 2) 20 23 24 30; (16, 2) 9 1 14, and
-     * full 2+14; (16, 3) 5+3+4 1+5+2 13+1+1; (32, 1) full 32; the first of each class runs plainly */
+    /* (rows, texts) with the one that fills up, and how often: (32, 2) 20 23 24 30; (16, 2) 9 1 14,
+     * and full 2+14; (16, 3) 5+3+4 1+5+2 13+1+1; (32, 1) full 32; the first of each class runs
+     * plainly */
     const std::vector<graph_batch> small = {{{20}, 0}, {{9}, 0},    {{23}, 0},    {{1}, 0},
                                             {{32}, 0}, {{24}, 0},   {{3, 4}, 5},  {{2, 14}, 0},
                                             {{30}, 0}, {{5, 2}, 1}, {{1, 1}, 13}, {{14}, 0}};
@@ -375,12 +379,14 @@ TEST_SCHEDULES(graph_same_bits) {
         graph_case(dtype, &qemb_cuda_ops, small, 3 + 3 + 2);
     graph_case(QEMB_F16, &qemb_cuda_fp8_ops, small, 3 + 3 + 2);
 }
-TEST(graph_long) { /* tiles of both sizes in a graph: (640, 2) and (640, 3) */
+/* Tiles of both sizes in a graph: (640, 2) and (640, 3) */
+TEST(graph_long) {
     graph_case(QEMB_F16, &qemb_cuda_ops,
                {{{600}, 0}, {{520}, 0}, {{9, 600}, 3}, {{610}, 0}, {{1, 1}, 560}, {{600, 9}, 0}},
                2 + 2);
 }
-TEST(graph_bounds) { /* longer, more texts, or another number of rows: no graph, however often */
+/* Longer, more texts, or another number of rows: no graph, however often */
+TEST(graph_bounds) {
     const qemb_config c = config(1, 64, 2, 1, 64, 64, 1200);
     qemb_file *f = open_model(&c, 44, 1);
     {
@@ -395,7 +401,7 @@ TEST(graph_bounds) { /* longer, more texts, or another number of rows: no graph,
     qemb_file_close(f);
 }
 
-/* ---- the plan --------------------------------------------------------------------------------------- */
+/* ---- the plan -------------------------------------------------------------------------------- */
 
 /* What plan says is what open takes, but for the emulator's pages and the guess about graphs. */
 static void plan_case(const qemb_file *f, const qemb_ops *ops) {

@@ -4,7 +4,7 @@
 
 #include "backends/cuda/kernels.cuh"
 
-/* ---- ptx: one test per wrapper -------------------------------------------------------------------- */
+/* ---- ptx: one test per wrapper --------------------------------------------------------------- */
 
 /* Each lane's registers after a ldmatrix of a 32 x 8 block of 16-bit numbers. */
 template <bool TRANSPOSED> __global__ void ldmatrix_kernel(uint32_t *out, const uint4 *in) {
@@ -138,7 +138,7 @@ TEST(ptx_exp2) {
         check_near(got[i], exp2((double)in[i]), exp2((double)in[i]) * 4 * U, "2^x", i);
 }
 
-/* ---- rmsnorm ------------------------------------------------------------------------------------ */
+/* ---- rmsnorm --------------------------------------------------------------------------------- */
 
 template <class A, int V> static void rmsnorm_case(int D, int T, double scale) {
     rng r = {(uint64_t)D + 1};
@@ -175,7 +175,7 @@ TEST_SCHEDULES(rmsnorm) {
     rmsnorm_case<float, 1>(72, 5, 3); /* pool */
 }
 
-/* ---- qknorm_rope -------------------------------------------------------------------------------- */
+/* ---- qknorm_rope ----------------------------------------------------------------------------- */
 
 template <class A, int HD> static void qknorm_rope_case(int T, int H, int K) {
     rng r = {(uint64_t)(HD + H)};
@@ -215,7 +215,8 @@ template <class A, int HD> static void qknorm_rope_case(int T, int H, int K) {
             std::vector<double> normed = y;
             if (h < H + K) oracle_rope(y.data(), HD, pos[t], theta);
             for (int i = 0; i < HD; i++) {
-                /* the norm: 4 sums in a lane, 5 over lanes, 8 roundings; the rotation: 4 more. v: exact */
+                /* the norm: 4 sums in a lane, 5 over lanes, 8 roundings; the rotation: 4 more. v:
+                 * exact */
                 const double size = fabs(normed[i]) + fabs(normed[(i + HD / 2) % HD]);
                 const double tol =
                     h < H + K ? size * 21 * U + fabs(y[i]) * rounding<A>() + tiny<A>() : 0;
@@ -232,7 +233,7 @@ TEST_SCHEDULES(qknorm_rope) {
     qknorm_rope_case<__nv_bfloat16, 128>(5, 4, 1);
 }
 
-/* ---- swiglu ------------------------------------------------------------------------------------- */
+/* ---- swiglu ---------------------------------------------------------------------------------- */
 
 template <class A> static void swiglu_case(int T, int F, double scale) {
     rng r = {(uint64_t)F};
@@ -267,7 +268,8 @@ TEST_SCHEDULES(swiglu) {
     swiglu_case<__nv_bfloat16>(5, 96, 4);
     swiglu_case<__nv_bfloat16>(3, 96, 60000);
 }
-TEST(swiglu_nan) { /* what is not a number stays so, for the finite check to see; it is no clamp */
+/* What is not a number stays so, for the finite check to see; it is no clamp */
+TEST(swiglu_nan) {
     std::vector<__half> gu(16, make<__half>(1));
     gu[2] = make<__half>(NAN);
     gu[8 + 5] = make<__half>(NAN);
@@ -284,7 +286,7 @@ TEST(swiglu_nan) { /* what is not a number stays so, for the finite check to see
     check(clamps.get()[0] == 1, "clamps (got %llu, want 1)", clamps.get()[0]);
 }
 
-/* ---- attention ---------------------------------------------------------------------------------- */
+/* ---- attention ------------------------------------------------------------------------------- */
 
 static const std::vector<int> ragged = {1, 2, 31, 63, 64, 65, 130, 200};
 TEST_SCHEDULES(attention_narrow_128) {
@@ -315,12 +317,13 @@ TEST_SCHEDULES(attention_bf16) {
     attention_case<__nv_bfloat16, 128, 2>({1, 64, 65, 100}, 5, 1, 1, false);
     attention_case<__nv_bfloat16, 64, 1>({1, 65}, 0, 1, 2, false);
 }
-TEST(attention_sharp) { /* scores of hundreds: one key takes all, the running maximum moves */
+/* Scores of hundreds: one key takes all, the running maximum moves */
+TEST(attention_sharp) {
     attention_case<__half, 128, 1>({200}, 0, 1, 2, false, 12);
     attention_case<__half, 64, 2>({200}, 3, 1, 2, false, 12);
 }
 
-/* ---- the table's ops ---------------------------------------------------------------------------- */
+/* ---- the table's ops ------------------------------------------------------------------------- */
 
 /* A backend over a config, and a layout of texts. */
 struct bench_backend {
@@ -347,7 +350,8 @@ struct bench_backend {
         cu.push_back((int)pos.size());
         for (size_t t = 0; t < pos.size(); t++)
             tokens.push_back((int)(rng_u64(r) % (uint64_t)c.vocab));
-        b = qemb_packed_batch{(int)lens.size(), (int)pos.size(), P, tokens.data(), pos.data(), cu.data()};
+        b = qemb_packed_batch{(int)lens.size(), (int)pos.size(), P,
+                              tokens.data(),    pos.data(),      cu.data()};
         qemb_cuda_ops.begin(be, &b);
     }
 };
@@ -406,8 +410,8 @@ TEST_SCHEDULES(embed) {
     embed_case<__nv_bfloat16>(264, 9, 4);
 }
 
-TEST_SCHEDULES(
-    op_embed_back_to_back) { /* a batch is begun while the one before is still on its way */
+/* A batch is begun while the one before is still on its way */
+TEST_SCHEDULES(op_embed_back_to_back) {
     rng r = {15};
     bench_backend f(64, 2, 1, 64, 64, 300, 200);
     std::vector<uint16_t> table = random_table(&r, (size_t)300 * 64);
@@ -490,7 +494,8 @@ TEST_SCHEDULES(op_matmul_add) {
     for (int T : {1, 2, 16, 17, 33, 64}) matmul_case(true, T, 1);
     matmul_case(true, 20, 64);
 }
-TEST(op_matmul_unknown_shape) { /* a shape that open did not announce: a failure, not a crash */
+/* A shape that open did not announce: a failure, not a crash */
+TEST(op_matmul_unknown_shape) {
     bench_backend f(96, 2, 1, 64, 128, 16, 64);
     device_array<__half> w(80 * 96), x(96), y(80);
     qemb_mat m = {w.p, 80, 96, QEMB_F16, 1, nullptr};
@@ -558,7 +563,8 @@ TEST_SCHEDULES(op_attention) {
     attention_op_case(64, 4, 2, {1, 90, 3, 64}, 37, true);
     attention_op_case(128, 2, 2, {70}, 0, true);
 }
-TEST(op_attention_long) { /* over WIDE_FROM tokens: both tile sizes in one batch */
+/* Over WIDE_FROM tokens: both tile sizes in one batch */
+TEST(op_attention_long) {
     attention_op_case(64, 2, 1, {530, 7, 64}, 0, false);
     attention_op_case(128, 2, 2, {3, 20}, 515, false);
 }
@@ -570,8 +576,8 @@ TEST(op_attention_hopper) {
     attention_op_case(128, 2, 2, {600}, 0, true, opt);
 }
 
-/* h (T, F) against double precision. Where they pass through FP16, gate and up are off by its rounding;
- * |silu'| <= 1.1, |silu(g)| <= |g|; the rest as in swiglu_case. */
+/* h (T, F) against double precision. Where they pass through FP16, gate and up are off by its
+ * rounding; |silu'| <= 1.1, |silu(g)| <= |g|; the rest as in swiglu_case. */
 static void gate_up_op_case(int T, qemb_options opt) {
     rng r = {(uint64_t)T};
     const int D = 96, F = 136;

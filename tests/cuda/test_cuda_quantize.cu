@@ -1,9 +1,10 @@
-/* test_cuda_eight.cu - INT8 weights and FP8 products: the kernels and ops against double precision, whole
- * models against the CPU's FP32, and what each arithmetic costs (the table in README).
+/* test_cuda_quantize.cu - INT8 weights and FP8 products: the kernels and ops against double
+ * precision, whole models against the CPU's FP32, and what each arithmetic costs (the table in
+ * README).
  *
  * e4m3 here is decoded by its definition: sign, four bits of exponent (bias 7), three of fraction;
- * subnormal below 2^-6, no infinity, all ones is NaN. Rounding to it is off by at most 2^-4 of the number,
- * or by half a step of the subnormals, 2^-10.
+ * subnormal below 2^-6, no infinity, all ones is NaN. Rounding to it is off by at most 2^-4 of the
+ * number, or by half a step of the subnormals, 2^-10.
  */
 #include "cuda_model.h"
 
@@ -15,13 +16,14 @@ static double e4m3(uint8_t code) {
     return (code & 127) == 127 ? (double)NAN : code & 128 ? -size : size;
 }
 
-/* ---- ptx ------------------------------------------------------------------------------------------ */
+/* ---- ptx ------------------------------------------------------------------------------------- */
 
 __global__ void e4m3_kernel(uint32_t *out, const float2 *in, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) out[i] = e4m3_pair(in[i].x, in[i].y);
 }
-TEST(ptx_e4m3) { /* every half but the NaNs, against the nearest code; of two the even one */
+/* Every half but the NaNs, against the nearest code; of two the even one */
+TEST(ptx_e4m3) {
     std::vector<float2> in;
     for (int h = 0; h < 0x10000; h += 2) {
         const float a = (float)oracle_half((uint16_t)h), b = (float)oracle_half((uint16_t)(h + 1));
@@ -55,9 +57,10 @@ TEST(ptx_e4m3) { /* every half but the NaNs, against the nearest code; of two th
     check(got[0] >> 16 == 0, "bits above the pair: %08x", got[0]);
 }
 
-/* ---- kernels -------------------------------------------------------------------------------------- */
+/* ---- kernels --------------------------------------------------------------------------------- */
 
-/* Codes and scale of a row against the numbers that it should hold, each known to within size * rel. */
+/* Codes and scale of a row against the numbers that it should hold, each known to within size *
+ * rel. */
 static bool row_near(const uint8_t *codes, float scale, const std::vector<double> &want, double rel,
                      size_t row) {
     double top = 0;
@@ -109,7 +112,8 @@ TEST_SCHEDULES(quantize) {
     quantize_case<int8_t, 1>(7, 80); /* a group of 64 and one of 16 */
     quantize_case<int8_t, 4>(4, 8192);
 }
-TEST(quantize_nan) { /* a number that is not one stays so, and its row's others do not hide it */
+/* A number that is not one stays so, and its row's others do not hide it */
+TEST(quantize_nan) {
     std::vector<__half> x(3 * 16, make<__half>(1));
     x[3] = make<__half>(NAN);
     x[16 + 4] = make<__half>(-INFINITY);
@@ -171,7 +175,8 @@ template <class A, int V> static void swiglu_e4m3_case(int T, int F, double scal
             want[i] = oracle_swiglu(g, u);
             most = std::max(most, fabs(g));
         }
-        /* as in swiglu_case; far below zero __fdividef gives 0 for what is below scale * 2^-10 anyway */
+        /* as in swiglu_case; far below zero __fdividef gives 0 for what is below scale * 2^-10
+         * anyway */
         if (!row_near(&codes[(size_t)t * F], scales[t], want, (12 + 2.4 * most) * U, t)) return;
     }
 }
@@ -208,10 +213,11 @@ TEST_SCHEDULES(dequantize) {
     dequantize_case<__nv_bfloat16>(9, 64);
 }
 
-/* ---- the table's ops ------------------------------------------------------------------------------ */
+/* ---- the table's ops ------------------------------------------------------------------------- */
 
-/* rmsnorm, then a product by FP8 weights: each factor of a term is off by 2^-4 of itself or by 2^-10 of its
- * row's scale; sums as in matmul_case. Then, added to the residual, a product by attention's halves. */
+/* rmsnorm, then a product by FP8 weights: each factor of a term is off by 2^-4 of itself or by
+ * 2^-10 of its row's scale; sums as in matmul_case. Then, added to the residual, a product by
+ * attention's halves. */
 static void fp8_product_case(int T) {
     const int D = 96, Q = 2 * 64, N = Q + 2 * 64; /* wqkv, wo */
     const qemb_config c = {1, D, 2, 1, 64, 160, 16, 64, 0, 1e6f, 1e-6f};
@@ -268,8 +274,8 @@ static void fp8_product_case(int T) {
                     tol += fabs(a) * eb + fabs(b) * ea + ea * eb + fabs(a * b) * 2 * k * U;
                 }
                 tol += fabs(want) * 0x1p-10 + 0x1p-24;
-                /* the errors of k terms do not conspire: six standard deviations of their sum, were each
-                 * as large as it can be, instead of the sum of them all */
+                /* the errors of k terms do not conspire: six standard deviations of their sum, were
+                 * each as large as it can be, instead of the sum of them all */
                 tol *= 6 / sqrt(k);
                 const size_t at = (size_t)t * n + i;
                 if (!check_near(add ? got_res[at] : num(got_y[at]), want, tol, "y", at)) break;
@@ -282,7 +288,7 @@ TEST_SCHEDULES(op_fp8_products) {
     for (int T : {1, 16, 17, 50}) fp8_product_case(T);
 }
 
-/* ---- whole models --------------------------------------------------------------------------------- */
+/* ---- whole models ---------------------------------------------------------------------------- */
 
 /* f with its layers' matrices as int8: the nearest 127th of the largest of 64 in a row. Not for
  * qemb_file_close. */
@@ -322,8 +328,8 @@ struct int8_file {
     ~int8_file() { free(layers); }
 };
 
-/* The same file on the CPU: what INT8 costs is not in it. The bound is FP16's, with one rounding more per
- * layer's matrix, that of W to a half: of the size of those that the bound counts. */
+/* The same file on the CPU: what INT8 costs is not in it. The bound is FP16's, with one rounding
+ * more per layer's matrix, that of W to a half: of the size of those that the bound counts. */
 TEST_SCHEDULES(int8_against_cpu) {
     const qemb_config shapes[] = {config(2, 96, 2, 2, 64, 256, 200),
                                   config(2, 64, 4, 1, 128, 96, 200)};
@@ -341,7 +347,8 @@ TEST_SCHEDULES(int8_against_cpu) {
     }
 }
 
-/* A matrix of more than a slot's 8 MiB comes to an FP8 table in pieces: every row has its own scales. */
+/* A matrix of more than a slot's 8 MiB comes to an FP8 table in pieces: every row has its own
+ * scales. */
 TEST(int8_placed_in_pieces) {
     const qemb_config c = config(1, 272, 2, 1, 64, 16000, 64);
     qemb_file *f = open_model_of(QEMB_I8, &c, 23, 1);
@@ -418,13 +425,14 @@ static accuracy measure(const qemb_file *f, const qemb_ops *ops,
     return a;
 }
 
-/* Against the CPU's FP32 on the FP16 file. Bounds on 1 - cosine, half the square of the relative error:
- * a branch (attention, or MLP) passes two products, and the residual's sum of branches has the relative
- * error of one. INT8: a rounding is off by up to half a 127th of its group's largest, which is sqrt(3) times
- * the group's size for uniform weights: 2^-8 sqrt(3) / sqrt(3) = 0.39 % RMS, two products 0.6 %. e4m3: up to
- * 2^-4, 2.6 % RMS over a binade, for W and for x: 3.7 %, two products 5.2 %. Norm, softmax and SiLU may
- * double an error on its way: 1.2 % and 10.5 %; normal rows that have outliers (massive) and texts that
- * are worse than the average again: 2.4 % and 21 %. So 3e-4 and 2.2e-2; a wrong scale or row is above both.
+/* Against the CPU's FP32 on the FP16 file. Bounds on 1 - cosine, half the square of the relative
+ * error: a branch (attention, or MLP) passes two products, and the residual's sum of branches has
+ * the relative error of one. INT8: a rounding is off by up to half a 127th of its group's largest,
+ * which is sqrt(3) times the group's size for uniform weights: 2^-8 sqrt(3) / sqrt(3) = 0.39 % RMS,
+ * two products 0.6 %. e4m3: up to 2^-4, 2.6 % RMS over a binade, for W and for x: 3.7 %, two
+ * products 5.2 %. Norm, softmax and SiLU may double an error on its way: 1.2 % and 10.5 %; normal
+ * rows that have outliers (massive) and texts that are worse than the average again: 2.4 % and 21
+ * %. So 3e-4 and 2.2e-2; a wrong scale or row is above both.
  */
 static void accuracy_case(const char *name, const qemb_file *f) {
     const std::vector<std::vector<int32_t>> texts = texts_for(f->config, {1, 2, 7, 16, 33, 64, 90});
@@ -463,7 +471,8 @@ TEST(accuracy) {
     }
 }
 
-TEST_SCHEDULES(fp8_same_bits) { /* alone and packed: T is rounded up to 16 for the library */
+/* Alone and packed: T is rounded up to 16 for the library */
+TEST_SCHEDULES(fp8_same_bits) {
     const qemb_config c = config(2, 64, 4, 2, 64, 96, 200);
     qemb_file *f = open_model(&c, 41, 1);
     {

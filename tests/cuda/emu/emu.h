@@ -1,15 +1,16 @@
-/* emu.h - CUDA's device language on the CPU. Test builds only: g++ or clang++ with -DQEMB_EMU and the
- * toolkit's real headers, no preprocessing of the source, no libcudart, no GPU.
+/* emu.h - CUDA's device language on the CPU. Test builds only: g++ or clang++ with -DQEMB_EMU and
+ * the toolkit's real headers, no preprocessing of the source, no libcudart, no GPU.
  *
  * A CUDA thread is a fiber; blocks run one after the other. Fibers switch at barriers and at warp
  * collectives only, in an order that emu::set_schedule draws. The runtime API and cuBLASLt are not
  * macros here: emu_runtime.cpp and emu_cublaslt.cpp define the library's own functions.
  *
- * Shared memory is dynamic only (SHARED_BYTES in ptx.cuh): the emulator knows its bounds, fills it with
- * NaN before every block and shadows it for the race detector (emu_race.cpp).
+ * Shared memory is dynamic only (SHARED_BYTES in ptx.cuh): the emulator knows its bounds, fills it
+ * with NaN before every block and shadows it for the race detector (emu_race.cpp).
  *
  * What this cannot see: the PTX text itself, weak memory ordering (of the fences, only a missing
- * fence_async), the tensor cores' rounding, the approximate functions, registers, bank conflicts, speed.
+ * fence_async), the tensor cores' rounding, the approximate functions, registers, bank conflicts,
+ * speed.
  */
 #ifndef EMU_H
 #define EMU_H
@@ -72,7 +73,7 @@ struct counters {
 };
 extern counters count;
 
-/* ---- thread coordinates (functions: reading them must not look like a memory access) ----------- */
+/* ---- thread coordinates (functions: reading them must not look like a memory access) --------- */
 
 __attribute__((pure)) uint3 thread_index();
 __attribute__((pure)) uint3 block_index();
@@ -80,7 +81,7 @@ __attribute__((pure)) dim3 block_dim();
 __attribute__((pure)) dim3 grid_dim();
 __attribute__((pure)) char *dynamic_shared();
 
-/* ---- barriers and warp collectives ------------------------------------------------------------- */
+/* ---- barriers and warp collectives ----------------------------------------------------------- */
 
 void sync_threads();
 void sync_warp(unsigned mask);
@@ -97,7 +98,7 @@ template <class T> inline T shuffle_any(unsigned mask, T v, int from_lane) {
     return v;
 }
 
-/* ---- sm_80 instructions ------------------------------------------------------------------------ */
+/* ---- sm_80 instructions ---------------------------------------------------------------------- */
 
 void cp_async16(char *dst, const void *src, bool ok); /* !ok: sixteen zero bytes */
 void cp_async_commit();
@@ -105,7 +106,7 @@ void cp_async_wait(int newest); /* all groups but the newest `newest` */
 void ldmatrix_x4(uint32_t *r, const char *row, bool transposed);
 void mma_16816(float *d, const uint32_t *a, const uint32_t *b, bool bf16);
 
-/* ---- sm_90a instructions (emu_hopper.cpp) ------------------------------------------------------ */
+/* ---- sm_90a instructions (emu_hopper.cpp) ---------------------------------------------------- */
 
 uint32_t shared_offset(const char *p);
 void barrier_init(char *b, int arrivals);
@@ -125,7 +126,7 @@ void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int newest);
 
-/* ---- launches ---------------------------------------------------------------------------------- */
+/* ---- launches -------------------------------------------------------------------------------- */
 
 struct launch_info {
     const char *name;

@@ -1,11 +1,11 @@
-/* emu_cublaslt.cpp - the cuBLASLt calls that qemb makes, on the CPU, with the library's own types and
- * with the argument checks that the library applies on sm_80 and later to FP16 TN products, and on sm_90
- * to e4m3 ones with a scale per row of either operand.
+/* emu_cublaslt.cpp - the cuBLASLt calls that qemb makes, on the CPU, with the library's own types
+ * and with the argument checks that the library applies on sm_80 and later to FP16 TN products, and
+ * on sm_90 to e4m3 ones with a scale per row of either operand.
  *
  * Algorithms are numbered 0..7 (word 0 of the opaque algorithm, word 1 a seal). They give the same
- * values up to rounding: 2, 3, 6 and 7 sum from the end of K to its beginning, and the odd ones split
- * K in two, as split-K does, where M decides. Small products are offered them in another order. A program that asks for
- * no split gets even ones only.
+ * values up to rounding: 2, 3, 6 and 7 sum from the end of K to its beginning, and the odd ones
+ * split K in two, as split-K does, where M decides. Small products are offered them in another
+ * order. A program that asks for no split gets even ones only.
  */
 #include "emu_internal.h"
 

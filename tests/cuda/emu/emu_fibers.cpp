@@ -1,5 +1,5 @@
-/* emu_fibers.cpp - a block's threads as fibers: switching, schedules, barriers, warp collectives, and
- * the sm_80 instructions as warp collectives. */
+/* emu_fibers.cpp - a block's threads as fibers: switching, schedules, barriers, warp collectives,
+ * and the sm_80 instructions as warp collectives. */
 #include "emu_internal.h"
 
 #include <cstdarg>
@@ -57,7 +57,7 @@ dim3 grid_dim() { return now.gdim; }
 char *dynamic_shared() { return now.shared; }
 int lane() { return now.cur->lane; }
 
-/* ---- switching --------------------------------------------------------------------------------- */
+/* ---- switching ------------------------------------------------------------------------------- */
 
 /* Saves the callee-saved registers on this stack, its pointer in *save, and takes up `load`. */
 extern "C" void emu_switch(void **save, void *load);
@@ -150,7 +150,8 @@ static fiber *pick_runnable() {
     return &s.fibers[best * WARP + l];
 }
 
-/* Copies of the copy engine land as late as may be: when everybody waits; at random in two schedules. */
+/* Copies of the copy engine land as late as may be: when everybody waits; at random in two
+ * schedules. */
 static fiber *pick() {
     if (order >= RANDOM && random_bits() % 4 == 0) land_one();
     for (;;) {
@@ -186,7 +187,7 @@ void sleep_here() {
 }
 void wake(int warp, uint32_t lanes) { now.warps[warp].runnable |= lanes; }
 
-/* ---- barriers and collectives -------------------------------------------------------------------- */
+/* ---- barriers and collectives ---------------------------------------------------------------- */
 
 static void release_barrier() {
     for (int i = 0; i < now.n_warps; i++) {
@@ -256,7 +257,7 @@ uint64_t shuffle(unsigned mask, uint64_t v, int from_lane) {
     return s.out;
 }
 
-/* ---- cp.async: lands at the wait, so that reading early reads NaN --------------------------------- */
+/* ---- cp.async: lands at the wait, so that reading early reads NaN ---------------------------- */
 
 void cp_async16(char *dst, const void *src, bool ok) {
     void *pc = __builtin_return_address(0);
@@ -295,14 +296,14 @@ void cp_async_wait(int newest) {
     q.resize(keep);
 }
 
-/* ---- ldmatrix, mma ---------------------------------------------------------------------------------- */
+/* ---- ldmatrix, mma --------------------------------------------------------------------------- */
 
 struct ldmatrix_slot {
     const char *row;
     uint32_t *r;
 };
-/* Matrix m's row i is at the address lane 8m+i gave; lane l gets elements (l/4, 2(l%4)) and the next
- * one, or with `transposed` (2(l%4), l/4) and the one below. */
+/* Matrix m's row i is at the address lane 8m+i gave; lane l gets elements (l/4, 2(l%4)) and the
+ * next one, or with `transposed` (2(l%4), l/4) and the one below. */
 template <bool TRANSPOSED> static void ldmatrix_combine(void **slot, uint32_t) {
     for (int m = 0; m < 4; m++) {
         for (int l = 0; l < WARP; l++) {
@@ -328,8 +329,8 @@ void ldmatrix_x4(uint32_t *r, const char *row, bool transposed) {
         collective(OP_LDMATRIX, ~0u, &s, ldmatrix_combine<false>);
 }
 
-/* n 16-bit numbers to float. A half's exponent and mantissa, shifted into place, give a float that is
- * 2^112 too small, subnormals included; infinity and NaN get their exponent. */
+/* n 16-bit numbers to float. A half's exponent and mantissa, shifted into place, give a float that
+ * is 2^112 too small, subnormals included; infinity and NaN get their exponent. */
 template <bool BF16> static void widen(float *f, const uint16_t *h, int n) {
     for (int i = 0; i < n; i++) {
         union {
@@ -387,7 +388,7 @@ void mma_16816(float *d, const uint32_t *a, const uint32_t *b, bool bf16) {
         collective(OP_MMA_F16, ~0u, &s, mma_combine<false>);
 }
 
-/* ---- a block, a launch ------------------------------------------------------------------------------ */
+/* ---- a block, a launch ----------------------------------------------------------------------- */
 
 char *fiber_stacks() {
     static char *stacks =

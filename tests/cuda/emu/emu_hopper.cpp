@@ -1,7 +1,7 @@
-/* emu_hopper.cpp - sm_90a on the CPU: mbarriers, the copy engine's 2-D loads with the 128-byte swizzle,
- * wgmma. Everything asynchronous happens as late as it may: a copy lands when all threads wait (in two
- * schedules at random before that), and until then its bytes are NaN; a wgmma multiplies at its warp's
- * wait, from what shared memory and the registers of a hold by then.
+/* emu_hopper.cpp - sm_90a on the CPU: mbarriers, the copy engine's 2-D loads with the 128-byte
+ * swizzle, wgmma. Everything asynchronous happens as late as it may: a copy lands when all threads
+ * wait (in two schedules at random before that), and until then its bytes are NaN; a wgmma
+ * multiplies at its warp's wait, from what shared memory and the registers of a hold by then.
  *
  * A wgmma is issued and waited for warp by warp, each computing its 16 rows; the four warps of a
  * warpgroup must issue the same ones. That assumes less order than the hardware gives.
@@ -13,7 +13,7 @@
 
 namespace emu {
 
-/* ---- mbarriers ------------------------------------------------------------------------------------ */
+/* ---- mbarriers ------------------------------------------------------------------------------- */
 
 struct mbarrier {
     char *at;
@@ -70,7 +70,7 @@ void barrier_wait(char *at, int parity) {
 }
 void fence_async() { now.cur->fences++; }
 
-/* ---- the copy engine ------------------------------------------------------------------------------ */
+/* ---- the copy engine ------------------------------------------------------------------------- */
 
 struct tensor_map { /* what the emulated driver keeps in a CUtensorMap */
     uint64_t magic;
@@ -150,7 +150,7 @@ static CUresult encode(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t ra
     return CUDA_SUCCESS;
 }
 
-/* ---- wgmma ------------------------------------------------------------------------------------------ */
+/* ---- wgmma ----------------------------------------------------------------------------------- */
 
 struct product { /* of one warp */
     wgmma_call c;
@@ -178,8 +178,8 @@ static const char *chunk_at(uint64_t tile, uint32_t row, uint32_t chunk) {
     return now.shared + a;
 }
 
-/* Calls f(destination, address) for the chunks that a warp reads: rows first.. of (rows, 16) by rows of
- * 16 k, or (16, rows) by rows of k. */
+/* Calls f(destination, address) for the chunks that a warp reads: rows first.. of (rows, 16) by
+ * rows of 16 k, or (16, rows) by rows of k. */
 template <class F>
 static void each_chunk(uint64_t tile, int first, int rows, bool across, uint16_t *to, F f) {
     const uint32_t next = (tile >> 16 & 0x3FFF) << 4; /* 64 columns on, where rows are k */
@@ -285,7 +285,7 @@ void wgmma_wait(int newest) {
     });
 }
 
-/* ---- a block's beginning and end -------------------------------------------------------------------- */
+/* ---- a block's beginning and end ------------------------------------------------------------- */
 
 void hopper_start() {
     barriers.clear();

@@ -62,7 +62,7 @@ struct block_state {
 };
 extern block_state now;
 
-/* ---- fibers (emu_fibers.cpp) ---- */
+/* ---- fibers (emu_fibers.cpp) ----------------------------------------------------------------- */
 uint64_t random_bits();
 void sleep_here(); /* until wake; the fiber's lane is not runnable meanwhile */
 void wake(int warp, uint32_t lanes);
@@ -82,7 +82,7 @@ enum {
 };
 void to_floats(float *f, const uint16_t *h, int n, bool bf16);
 
-/* ---- emu_hopper.cpp ---- */
+/* ---- emu_hopper.cpp -------------------------------------------------------------------------- */
 bool land_one();     /* one tma_load that is in flight lands; false: none is */
 void hopper_start(); /* of a block */
 void hopper_exit();  /* the current fiber's warp has no lane left */
@@ -92,12 +92,12 @@ schedule current_schedule();
 void run_launch(const launch_info &info);
 char *fiber_stacks(); /* MAX_THREADS * STACK_BYTES, contiguous */
 
-/* ---- memory (emu_runtime.cpp) ---- */
+/* ---- memory (emu_runtime.cpp) ---------------------------------------------------------------- */
 bool in_device_heap(const void *p);
 /* Stream work: runs at once or queues; device memory is accessible only while it runs. */
 cudaError_t submit(cudaStream_t st, std::function<void()> work);
 
-/* ---- race detector (emu_race.cpp); without EMU_RACE these do nothing ---- */
+/* ---- race detector (emu_race.cpp); without EMU_RACE these do nothing ------------------------- */
 #if defined(EMU_RACE)
 constexpr bool RACES = true;
 #else

@@ -1,11 +1,12 @@
 /* emu_race.cpp - races and stray accesses, whatever the schedule. Compile the code under test with
  * -fsanitize=thread and link without libtsan: the compiler's access hooks land here.
  *
- * Shared memory: two accesses of one block, one of them a write, must have a barrier (or, inside a warp,
- * a __syncwarp) between them, or a chain of mbarriers; bytes of a cp.async or of the copy engine may not
- * be touched before they have landed, and what ordinary stores wrote for wgmma wants a fence_async.
- * Device memory: two blocks of one launch may not touch the same bytes if one of them writes.
- * Anything else a kernel touches must be its own stack, its arguments or the program's constants.
+ * Shared memory: two accesses of one block, one of them a write, must have a barrier (or, inside a
+ * warp, a __syncwarp) between them, or a chain of mbarriers; bytes of a cp.async or of the copy
+ * engine may not be touched before they have landed, and what ordinary stores wrote for wgmma wants
+ * a fence_async. Device memory: two blocks of one launch may not touch the same bytes if one of
+ * them writes. Anything else a kernel touches must be its own stack, its arguments or the program's
+ * constants.
  */
 #include "emu_internal.h"
 

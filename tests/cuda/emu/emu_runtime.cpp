@@ -3,7 +3,8 @@
  * against this file instead of libcudart.
  *
  * Device memory is inaccessible to host code (mprotect) except while stream work runs, so a host
- * dereference of a device pointer dies as it would with a GPU. Asynchronous copies demand pinned memory.
+ * dereference of a device pointer dies as it would with a GPU. Asynchronous copies demand pinned
+ * memory.
  */
 #include "emu_internal.h"
 
@@ -41,7 +42,7 @@ static device from_environment() {
 }
 device dev = from_environment();
 
-/* ---- the device heap -------------------------------------------------------------------------------- */
+/* ---- the device heap ------------------------------------------------------------------------- */
 
 enum : size_t { HEAP_BYTES = (size_t)64 << 30, PAGE = 4096 };
 
@@ -149,7 +150,7 @@ static void heap_free(char *p) {
     die("cudaFree of %p, which cudaMalloc did not give", (void *)p);
 }
 
-/* ---- pinned memory ---------------------------------------------------------------------------------- */
+/* ---- pinned memory --------------------------------------------------------------------------- */
 
 static std::map<char *, size_t> pinned;
 
@@ -162,7 +163,7 @@ static void need_pinned(const void *p, size_t n, const char *what) {
     die("cudaMemcpyAsync: the %s is neither device nor pinned memory", what);
 }
 
-/* ---- streams, events, graphs ------------------------------------------------------------------------ */
+/* ---- streams, events, graphs ----------------------------------------------------------------- */
 
 struct graph {
     std::vector<std::function<void()>> work;

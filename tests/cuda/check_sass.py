@@ -1,36 +1,44 @@
 #!/usr/bin/env python3
-"""Checks what ptxas made: no spill in any kernel, and the instructions that the kernels are about.
+"""Checks the output of ptxas: no kernel spills, and each kernel has its tensor-core code.
 
-    sass_gate.py FILE...     *.log: the output of nvcc -Xptxas -v; *.cubin: code for one
-    architecture
+    check_sass.py FILE...   *.log: the output of nvcc -Xptxas -v; *.cubin: one architecture
 
 There is no disassembler to rely on: an instruction is 16 bytes and its low 12 bits are the opcode.
-In a cubin every kernel has a section .text.NAME. """
+In a cubin every kernel has a section .text.NAME."""
+
 import re
 import struct
 import sys
 
 # HGMMA takes its first matrix from shared memory or from registers: two forms.
-OPCODES = {"HMMA": {0x23C}, "HGMMA": {0x9F0, 0xDF0}, "LDSM": {0x83B}, "LDGSTS": {0xFAE},
-           "UTMALDG": {0x5B4}, "STL": {0x387},
-           "LDL": {0x983}}
+OPCODES = {
+    "HMMA": {0x23C},
+    "HGMMA": {0x9F0, 0xDF0},
+    "LDSM": {0x83B},
+    "LDGSTS": {0xFAE},
+    "UTMALDG": {0x5B4},
+    "STL": {0x387},
+    "LDL": {0x983},
+}
 # Kernels by their name in the mangled symbol: what must be there. No kernel may touch local memory.
 WANT = {"attention_kernel": ("HMMA", "LDSM", "LDGSTS")}
-WANT_SM90A = {"gate_up_kernel": ("HGMMA", "UTMALDG"),  # elsewhere these kernels trap
-              "attention_hopper_kernel": ("HGMMA", "LDSM", "LDGSTS")}
+WANT_SM90A = {
+    "gate_up_kernel": ("HGMMA", "UTMALDG"),  # elsewhere these kernels trap
+    "attention_hopper_kernel": ("HGMMA", "LDSM", "LDGSTS"),
+}
 
 
 def sections(data):
     """(name, contents) of a 64-bit little-endian ELF file."""
     if data[:6] != b"\x7fELF\x02\x01":
         raise ValueError("not a 64-bit ELF file")
-    offset, = struct.unpack_from("<Q", data, 40)
+    (offset,) = struct.unpack_from("<Q", data, 40)
     size, count, names = struct.unpack_from("<HHH", data, 58)
     headers = [struct.unpack_from("<IIQQQQIIQQ", data, offset + i * size) for i in range(count)]
     strings = headers[names][4]
     for h in headers:
         end = data.index(b"\0", strings + h[0])
-        yield data[strings + h[0]:end].decode(), data[h[4]:h[4] + h[5]] if h[1] != 8 else b""
+        yield data[strings + h[0] : end].decode(), data[h[4] : h[4] + h[5]] if h[1] != 8 else b""
 
 
 def check_cubin(path):
@@ -64,8 +72,10 @@ def check_log(path):
         for line in f:
             if m := re.search(r"Compiling entry function '(\S+)'", line):
                 kernels, name = kernels + 1, m[1]
-            if m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, "
-                              r"(\d+) bytes spill loads", line):
+            if m := re.search(
+                r"(\d+) bytes stack frame, (\d+) bytes spill stores, " r"(\d+) bytes spill loads",
+                line,
+            ):
                 if any(int(x) for x in m.groups()):
                     problems.append(f"{path}: {name}: {m[0]}")
     if not kernels:
@@ -81,7 +91,7 @@ def main(paths):
         problems += found
     for p in problems:
         print(p)
-    print(f"sass gate: {len(paths)} files, {total} kernels, {len(problems)} problems")
+    print(f"check_sass: {len(paths)} files, {total} kernels, {len(problems)} problems")
     return 1 if problems or not paths else 0
 
 
