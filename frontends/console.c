@@ -1,5 +1,5 @@
-/* console.c - messages, the end of the process, the clock; see console.h. The process has one standard
- * error, so the program's name and the progress line are state of the process. */
+/* console.c - messages, the end of the process, the clock; see console.h. The process has one
+ * standard error, so the program's name and the progress line are state of the process. */
 #include "console.h"
 
 #include <errno.h>

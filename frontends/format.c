@@ -9,7 +9,7 @@ const char *const format_names[] = {"json", "jsonl", "tsv", "base64", "f32", "f1
 
 int format_is_text(format_kind kind) { return kind <= FORMAT_BASE64; }
 
-/* ---- numbers ------------------------------------------------------------------------------- */
+/* ---- numbers --------------------------------------------------------------------------------- */
 
 /* 10^k for k = -30 .. 53: what brings every float, denormals included, to nine digits. */
 #define P10_MIN (-30)
@@ -128,7 +128,7 @@ uint16_t format_half(float x) {
     return sign | (uint16_t)((m + (1u << (shift - 1)) - 1 + (m >> shift & 1)) >> shift);
 }
 
-/* ---- strings ------------------------------------------------------------------------------- */
+/* ---- strings --------------------------------------------------------------------------------- */
 
 char *format_base64(char *p, const void *src, size_t n) {
     static const char digit[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
@@ -194,7 +194,7 @@ char *format_json_string(char *p, const char *text, size_t n) {
     return p;
 }
 
-/* ---- vectors ------------------------------------------------------------------------------- */
+/* ---- vectors --------------------------------------------------------------------------------- */
 
 size_t format_vector_room(format_kind kind, int dim) {
     const size_t n = (size_t)dim;

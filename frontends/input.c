@@ -8,7 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* ---- records ------------------------------------------------------------------------------- */
+/* ---- records --------------------------------------------------------------------------------- */
 
 #define BUFFER_BYTES ((size_t)256 << 10)
 /* A buffer that a long record made larger than this is given back after it. */
@@ -134,7 +134,7 @@ input_status input_next(input *in, int wait, input_record *r) {
     }
 }
 
-/* ---- the object in a JSON line ------------------------------------------------------------- */
+/* ---- the object in a JSON line --------------------------------------------------------------- */
 
 struct input_parser {
     int vocab, hidden;

@@ -1,4 +1,5 @@
-/* input.h - how texts come in: records off a file descriptor, and the JSON object in one of them. */
+/* input.h - how texts come in: records off a file descriptor, and the JSON object in one of
+ * them. */
 #ifndef QEMB_INPUT_H
 #define QEMB_INPUT_H
 
@@ -8,7 +9,7 @@
 extern "C" {
 #endif
 
-/* ---- records ------------------------------------------------------------------------------- */
+/* ---- records --------------------------------------------------------------------------------- */
 
 typedef struct input input;
 
@@ -27,9 +28,9 @@ typedef enum {
     INPUT_FAILED   /* errno says why */
 } input_status;
 
-/* Records of fd, each ended by `separator`; the last one needs none. With '\n' one CR at a
- * record's end is dropped too. wake_fd (or -1) ends a wait for fd when it becomes readable. Neither descriptor is
- * closed by input_free. NULL: out of memory. */
+/* Records of fd, each ended by `separator`; the last one needs none. With '\n' one CR at a record's
+ * end is dropped too. wake_fd (or -1) ends a wait for fd when it becomes readable. Neither
+ * descriptor is closed by input_free. NULL: out of memory. */
 input *input_new(int fd, int wake_fd, char separator);
 void input_free(input *in);
 /* The next record. wait = 0: INPUT_WAIT instead of blocking. Records that were read before fd
@@ -38,7 +39,7 @@ input_status input_next(input *in, int wait, input_record *r);
 /* Bytes taken from fd in records so far, separators included. */
 uint64_t input_bytes(const input *in);
 
-/* ---- the object in a JSON line ------------------------------------------------------------- */
+/* ---- the object in a JSON line --------------------------------------------------------------- */
 
 typedef struct {
     const char *id; /* (id_len) "id" as JSON text without a newline, or NULL: there is none */

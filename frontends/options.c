@@ -24,7 +24,7 @@ static const option_row *row_at(const option_table *t, int i, void **options) {
     return NULL;
 }
 
-/* ---- --help ------------------------------------------------------------------------------------ */
+/* ---- --help ---------------------------------------------------------------------------------- */
 
 static void print_row(FILE *out, const option_row *r) {
     char left[64];
@@ -54,7 +54,7 @@ _Noreturn static void print_version(void) {
     print_and_leave(text);
 }
 
-/* ---- values ------------------------------------------------------------------------------------ */
+/* ---- values ---------------------------------------------------------------------------------- */
 
 static int parse_int(const option_row *r, const char *s) {
     long long x = 0;
@@ -102,7 +102,7 @@ static void set_option(const option_row *r, void *options, const char *value) {
     }
 }
 
-/* ---- parsing ----------------------------------------------------------------------------------- */
+/* ---- parsing --------------------------------------------------------------------------------- */
 
 static void see(option_table *t, const option_row *r) {
     for (int i = 0; i < t->n_seen; i++)

@@ -56,11 +56,11 @@ typedef struct {
     int n_seen;
 } option_table;
 
-/* Sets the options that argv gives, and fills seen. Prints --help and --version and ends the process;
- * ends it with STATUS_USAGE if argv is wrong. */
+/* Sets the options that argv gives, and fills seen. Prints --help and --version and ends the
+ * process; ends it with STATUS_USAGE if argv is wrong. */
 void options_parse(option_table *t, int argc, char **argv);
-/* Ends with STATUS_USAGE if an option was given that does not apply: to the command of bit `command`,
- * called `name`, or to a program without a GPU. */
+/* Ends with STATUS_USAGE if an option was given that does not apply: to the command of bit
+ * `command`, called `name`, or to a program without a GPU. */
 void options_check(const option_table *t, unsigned command, const char *name, int has_gpu);
 
 #endif

@@ -41,8 +41,8 @@ int record_tokenizer_open(record_tokenizer *t, const model_file *m, const model_
                           const record_options *records, qemb_err *err);
 void record_tokenizer_close(record_tokenizer *t);
 
-/* The ids of a record. On failure out->id and id_len are set all the same, and err->code is the code
- * of the error record. */
+/* The ids of a record. On failure out->id and id_len are set all the same, and err->code is the
+ * code of the error record. */
 int tokenize_record(record_tokenizer *t, const input_record *r, record_ids *out, qemb_err *err);
 /* The ids of a text (len) after the prompt of task instruct (instruct_len), or after the default
  * prompt if instruct is NULL. */

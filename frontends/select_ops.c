@@ -1,5 +1,5 @@
-/* select_ops.c - --cpu and --math -> the ops table that computes. The tables are those of the backend
- * that the program is linked with, and with --cpu the CPU's in every program. */
+/* select_ops.c - --cpu and --math -> the ops table that computes. The tables are those of the
+ * backend that the program is linked with, and with --cpu the CPU's in every program. */
 #include "select_ops.h"
 
 #include "backends/backend.h"

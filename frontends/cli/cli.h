@@ -48,8 +48,8 @@ void output_wrote(output *o, const char *end);
 /* {"id":...,"line":...,"error":{"code":...,"message":...}} and a newline. */
 void output_error(output *o, const char *id, size_t id_len, uint64_t line, const char *code,
                   const char *message, size_t message_len);
-/* Writes {"id":... at p, which has room for id_len + 32 bytes; id_len 0: the id is line. Returns the
- * end. */
+/* Writes {"id":... at p, which has room for id_len + 32 bytes; id_len 0: the id is line. Returns
+ * the end. */
 char *output_id(char *p, const char *id, size_t id_len, uint64_t line);
 void output_flush(output *o);
 /* To be called after the last record, also if an error stops the run. */
@@ -58,8 +58,8 @@ void output_close(output *o); /* closes standard output too */
 
 /* ---- pipeline.c ------------------------------------------------------------------------------ */
 
-/* Embeds standard input to standard output through m, until the input ends, an error stops the run or
- * a signal comes. hidden: D. Returns the exit status; does not return after a signal. */
+/* Embeds standard input to standard output through m, until the input ends, an error stops the run
+ * or a signal comes. hidden: D. Returns the exit status; does not return after a signal. */
 int embed_stream(const options *o, qemb_model *m, int hidden, record_tokenizer *t);
 
 #endif

@@ -28,7 +28,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* ---- the window: batches on their way ------------------------------------------------------- */
+/* ---- the window: batches on their way -------------------------------------------------------- */
 
 /* One fills, one computes, one is written. */
 #define N_JOBS 3
@@ -179,7 +179,7 @@ static void pass(pipeline *p, queue *q, job *j) {
     pthread_mutex_unlock(&p->lock);
 }
 
-/* ---- the reader ---------------------------------------------------------------------------- */
+/* ---- the reader ------------------------------------------------------------------------------ */
 
 static atomic_int stop_signal;
 static int wake_pipe[2];
@@ -330,7 +330,7 @@ static void compute_all(pipeline *p) {
     pthread_mutex_unlock(&p->lock);
 }
 
-/* ---- the writer ---------------------------------------------------------------------------- */
+/* ---- the writer ------------------------------------------------------------------------------ */
 
 /* Errors that zero, skip and stop name on stderr before they are only counted. */
 #define ERRORS_SHOWN 10

@@ -28,7 +28,7 @@ int api_fail(api_error *e, int status, const char *code, const char *param, cons
     return -1;
 }
 
-/* ---- requests --------------------------------------------------------------------------------- */
+/* ---- requests -------------------------------------------------------------------------------- */
 
 static const char *type_name(const json_t *v) {
     static const char *const names[] = {"an object", "a list", "a string", "an integer",
@@ -204,7 +204,7 @@ void api_request_free(api_request *r) {
     *r = (api_request){0};
 }
 
-/* ---- responses -------------------------------------------------------------------------------- */
+/* ---- responses ------------------------------------------------------------------------------- */
 
 /* Room for the members around one vector or list of ids, and around them all (a name aside). */
 #define ITEM_ROOM  96

@@ -6,9 +6,9 @@
  * tokenized when its body is there, its connection suspended until the queue is done with it, and
  * its answer written by the connection's own thread again.
  *
- * A request that says "fallback": true goes to the second model, if there is one, when the first one is
- * loading, failing, or has a full queue. Then the response's "model" is the second one's name, and
- * qemb_fallbacks_total counts. Token ids stay with the model that they were made for.
+ * A request that says "fallback": true goes to the second model, if there is one, when the first
+ * one is loading, failing, or has a full queue. Then the response's "model" is the second one's
+ * name, and qemb_fallbacks_total counts. Token ids stay with the model that they were made for.
  */
 #include "http.h"
 
@@ -90,7 +90,7 @@ typedef struct {
     int base64, texts, status;
 } request;
 
-/* ---- memory ----------------------------------------------------------------------------------- */
+/* ---- memory ---------------------------------------------------------------------------------- */
 
 /* Counts n bytes more for r. Refuses what would pass the bound on memory, unless r is alone. */
 static int hold(request *r, size_t n, api_error *e) {
@@ -118,7 +118,7 @@ static void drop_body(request *r) {
     r->len = r->cap = 0;
 }
 
-/* ---- answers ---------------------------------------------------------------------------------- */
+/* ---- answers --------------------------------------------------------------------------------- */
 
 /* Queues the answer; body's memory is taken over. body->data NULL: out of memory, the connection
  * is closed. */
@@ -162,7 +162,7 @@ static enum MHD_Result answer_error(request *r) {
     return answer(r, r->error.status, &body, JSON);
 }
 
-/* ---- the header ------------------------------------------------------------------------------- */
+/* ---- the header ------------------------------------------------------------------------------ */
 
 static const char *header(request *r, const char *name) {
     return MHD_lookup_connection_value(r->connection, MHD_HEADER_KIND, name);
@@ -266,7 +266,7 @@ static enum MHD_Result on_header(request *r, const char *method) {
     return endless || header(r, "Expect") ? answer_error(r) : MHD_YES;
 }
 
-/* ---- the body --------------------------------------------------------------------------------- */
+/* ---- the body -------------------------------------------------------------------------------- */
 
 static int grow_body(request *r, size_t n) {
     if (r->len + n > r->h->opt.max_body)
@@ -297,7 +297,7 @@ static enum MHD_Result on_body(request *r, const char *data, size_t n) {
     return r->thrown / PATIENCE > r->h->opt.max_body ? MHD_NO : MHD_YES;
 }
 
-/* ---- the work --------------------------------------------------------------------------------- */
+/* ---- the work -------------------------------------------------------------------------------- */
 
 static void resume(pending_request *t) { MHD_resume_connection(((request *)t)->connection); }
 
@@ -408,8 +408,8 @@ static void start_waiting(request *r, work *w) {
     w->pending.departed = departed;
 }
 
-/* Gives r to the fallback, if r allows it and the fallback can take it. 0: r waits there. 1: r has all
- * its vectors. -1: r is as it was. */
+/* Gives r to the fallback, if r allows it and the fallback can take it. 0: r waits there. 1: r has
+ * all its vectors. -1: r is as it was. */
 static int fall_back(request *r) {
     model_worker *worker = r->h->fallback;
     api_error ignored; /* r's own error says why it needed a fallback */
@@ -555,7 +555,7 @@ static enum MHD_Result on_complete(request *r) {
     return MHD_NO;
 }
 
-/* ---- libmicrohttpd's calls -------------------------------------------------------------------- */
+/* ---- libmicrohttpd's calls ------------------------------------------------------------------- */
 
 static enum MHD_Result on_request(void *cls, struct MHD_Connection *c, const char *url,
                                   const char *method, const char *version, const char *data,
@@ -643,7 +643,7 @@ static void on_message(void *cls, const char *fmt, va_list ap) {
     log_line("warning", "http", "\"message\":%s", quoted);
 }
 
-/* ---- accepting -------------------------------------------------------------------------------- */
+/* ---- accepting ------------------------------------------------------------------------------- */
 
 /* libmicrohttpd gets connections, not the socket that listens: when that is taken away from its
  * threads (MHD_quiesce_daemon, 0.9.75) two of them may take it out of one epoll set, upon which it
@@ -690,7 +690,7 @@ static void *accept_main(void *arg) {
     return NULL;
 }
 
-/* ---- start, tick, end ------------------------------------------------------------------------- */
+/* ---- start, tick, end ------------------------------------------------------------------------ */
 
 http *http_start(const http_options *o, model_worker *l, model_worker *fallback) {
     http *h = need(calloc(1, sizeof *h));

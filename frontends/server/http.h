@@ -20,8 +20,8 @@ typedef struct {
 
 typedef struct http http;
 
-/* Listens and answers: 503 until the model_worker is ready. fallback may be NULL: see http.c for when it
- * computes. Ends the process if that cannot be. */
+/* Listens and answers: 503 until the model_worker is ready. fallback may be NULL: see http.c for
+ * when it computes. Ends the process if that cannot be. */
 http *http_start(const http_options *o, model_worker *l, model_worker *fallback);
 int http_port(const http *h);
 /* Closes connections that have taken too long to send a request or to read an answer. */

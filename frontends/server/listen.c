@@ -14,7 +14,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 
-/* ---- API keys --------------------------------------------------------------------------------- */
+/* ---- API keys -------------------------------------------------------------------------------- */
 
 #define MAX_KEYS     64
 #define DIGEST_BYTES 32 /* of SHA-256 */
@@ -61,7 +61,7 @@ int keys_match(const keys *k, const char *given) {
     return good;
 }
 
-/* ---- the socket ------------------------------------------------------------------------------- */
+/* ---- the socket ------------------------------------------------------------------------------ */
 
 int listen_open(const char *host, int port, int *bound_port) {
     const struct addrinfo hints = {.ai_socktype = SOCK_STREAM,

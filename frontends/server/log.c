@@ -1,5 +1,5 @@
-/* log.c - the log; see log.h. A process has one standard error: its lock and the count of lost lines are
- * state of the process. */
+/* log.c - the log; see log.h. A process has one standard error: its lock and the count of lost
+ * lines are state of the process. */
 #include "log.h"
 
 #include <poll.h>

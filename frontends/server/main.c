@@ -17,7 +17,7 @@
 #define LAST_ANSWERS 2.0
 #define LAST_BATCH   1.0
 
-/* ---- options ---------------------------------------------------------------------------------- */
+/* ---- options --------------------------------------------------------------------------------- */
 
 typedef struct {
     model_worker_options worker;
@@ -134,7 +134,7 @@ static void parse_options(options *o, int argc, char **argv) {
     check_names(o);
 }
 
-/* ---- the run ---------------------------------------------------------------------------------- */
+/* ---- the run --------------------------------------------------------------------------------- */
 
 /* Waits for one of the signals, at most a tick. Returns it, or 0. */
 static int wait_signal(const sigset_t *set) {

@@ -12,7 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* ---- counters --------------------------------------------------------------------------------- */
+/* ---- counters -------------------------------------------------------------------------------- */
 
 const char *route_path(route r) {
     static const char *const paths[N_ROUTES] = {"/v1/embeddings", "/tokenize", "/v1/models",
@@ -47,7 +47,7 @@ static const struct {
 /* 499: the client has left. The last place is for all others. */
 static const int codes[] = {200, 400, 401, 404, 405, 413, 415, 422, 429, 499, 503, 0};
 
-/* ---- histograms ------------------------------------------------------------------------------- */
+/* ---- histograms ------------------------------------------------------------------------------ */
 
 #define MAX_BOUNDS 16
 
@@ -133,7 +133,7 @@ void metrics_free(metrics *m) {
     free(m);
 }
 
-/* ---- all of it -------------------------------------------------------------------------------- */
+/* ---- all of it ------------------------------------------------------------------------------- */
 
 static void gauge_text(buffer *out, const char *name, const char *help, size_t value) {
     buffer_printf(out, "# HELP qemb_%s %s\n# TYPE qemb_%s gauge\nqemb_%s %zu\n", name, help, name,

@@ -44,10 +44,10 @@ struct model_worker {
     atomic_int probing;
 };
 
-/* ---- opening ---------------------------------------------------------------------------------- */
+/* ---- opening --------------------------------------------------------------------------------- */
 
-/* The file's header holds the model's shape and the SHA-256 of everything else. Tables round in their
- * own ways, so they do not share vectors. */
+/* The file's header holds the model's shape and the SHA-256 of everything else. Tables round in
+ * their own ways, so they do not share vectors. */
 #define HEADER_BYTES 4096
 
 static void make_fingerprint(model_worker *m) {
@@ -90,7 +90,8 @@ static void give_scratch(model_worker *m, scratch *s) {
     pthread_mutex_unlock(&m->lock);
 }
 
-/* The key of a text: the digest of what its vector depends on, less the end-of-text that all have. */
+/* The key of a text: the digest of what its vector depends on, less the end-of-text that all
+ * have. */
 static int make_key(model_worker *m, scratch *s, uint8_t *key, const record_ids *t) {
     return EVP_DigestInit_ex(s->digest, m->sha256, NULL) &&
            EVP_DigestUpdate(s->digest, m->fingerprint, sizeof m->fingerprint) &&
@@ -117,7 +118,7 @@ model_worker *model_worker_open(const model_worker_options *o) {
     return m;
 }
 
-/* ---- the model's thread ------------------------------------------------------------------------- */
+/* ---- the model's thread ---------------------------------------------------------------------- */
 
 /* Whether the vector can be scaled to length 1: as qemb_l2_normalize decides. */
 static int has_length(const float *row, int D) {
@@ -126,8 +127,8 @@ static int has_length(const float *row, int D) {
     return sum > 0 && sum <= DBL_MAX;
 }
 
-/* vectors (n) = the rows of out (n, D); NULL for a row without a finite length. Returns the number of
- * those. */
+/* vectors (n) = the rows of out (n, D); NULL for a row without a finite length. Returns the number
+ * of those. */
 static int make_vectors(const float *out, int D, vector **vectors, int n) {
     int bad = 0;
     for (int i = 0; i < n; i++) {
@@ -157,8 +158,8 @@ static void load(model_worker *m) {
              m->opt.is_fallback ? "true" : "false", m->fingerprint_hex);
 }
 
-/* A failed device gives NaN until the process ends. Requests that wait are told to come again: their
- * texts are not at fault. */
+/* A failed device gives NaN until the process ends. Requests that wait are told to come again:
+ * their texts are not at fault. */
 static void device_failed(model_worker *m, const char *why) {
     char quoted[6 * 256 + 3];
     const size_t n = strlen(why);
@@ -248,7 +249,7 @@ void model_worker_free(model_worker *m) {
     free(m);
 }
 
-/* ---- health ----------------------------------------------------------------------------------- */
+/* ---- health ---------------------------------------------------------------------------------- */
 
 model_worker_state model_worker_state_of(model_worker *m) {
     return (model_worker_state)atomic_load(&m->state);
@@ -299,7 +300,7 @@ int model_worker_max_tokens(const model_worker *m) {
     return n ? n : m->file.file->config.max_positions;
 }
 
-/* ---- tokenizing --------------------------------------------------------------------------------- */
+/* ---- tokenizing ------------------------------------------------------------------------------ */
 
 static int check_ids(const model_worker *m, const int32_t *ids, size_t n, int i, api_error *e) {
     for (size_t k = 0; k < n; k++)

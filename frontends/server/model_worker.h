@@ -22,7 +22,8 @@ typedef struct {
 
 /* Opens the file and the tokenizer; ends the process with a message if that fails. */
 model_worker *model_worker_open(const model_worker_options *o);
-/* Starts the thread that opens the model, which may take long, and computes. Ends the process likewise. */
+/* Starts the thread that opens the model, which may take long, and computes. Ends the process
+ * likewise. */
 void model_worker_start(model_worker *w);
 /* Ends every wait. After model_worker_join nothing computes; it returns 0 if that took too long. */
 void model_worker_stop(model_worker *w);

@@ -36,7 +36,7 @@ struct queue {
     double taken_at, rate; /* rate: tokens per second, smoothed */
 };
 
-/* ---- texts, requests ------------------------------------------------------------------ */
+/* ---- texts, requests ------------------------------------------------------------------------- */
 
 text *text_new(const uint8_t key[KEY_BYTES], int n) {
     text *t = malloc(sizeof *t + (size_t)n * sizeof *t->ids);
@@ -58,7 +58,7 @@ void pending_request_clear(pending_request *t) {
     t->n = 0;
 }
 
-/* ---- the index of texts in flight --------------------------------------------------------------- */
+/* ---- the index of texts in flight ------------------------------------------------------------ */
 
 static text **index_place(queue *q, const uint8_t *key) {
     uint32_t h; /* the key is a digest: any bits of it will do */
@@ -74,7 +74,7 @@ static void index_remove(queue *q, text *t) {
     *p = t->next;
 }
 
-/* ---- rings, lists, waiters ------------------------------------------------------------------------ */
+/* ---- rings, lists, waiters ------------------------------------------------------------------- */
 
 static void ring_add(queue *q, pending_request *t) {
     q->n_ring++;
@@ -149,7 +149,7 @@ static void tell(pending_request *ended) {
     }
 }
 
-/* ---- in --------------------------------------------------------------------------------------- */
+/* ---- in -------------------------------------------------------------------------------------- */
 
 queue *queue_new(int max_tokens, int batch_tokens, metrics *m) {
     queue *q = calloc(1, sizeof *q);
@@ -218,7 +218,7 @@ int queue_submit(queue *q, pending_request *t, int *shared) {
     return 0;
 }
 
-/* ---- batches ---------------------------------------------------------------------------------- */
+/* ---- batches --------------------------------------------------------------------------------- */
 
 typedef struct {
     queue *q;
@@ -357,7 +357,7 @@ void queue_finish(queue *q, text **taken, vector **vectors, int n) {
     tell(ended);
 }
 
-/* ---- time, the end ---------------------------------------------------------------------------- */
+/* ---- time, the end --------------------------------------------------------------------------- */
 
 void queue_tick(queue *q, double now) {
     pending_request *ended = NULL;

@@ -74,8 +74,8 @@ typedef struct {
     int requests;      /* that wait */
 } queue_depth;
 
-/* A queue that holds max_tokens and makes batches of about batch_tokens. m outlives it. NULL: out of
- * memory. */
+/* A queue that holds max_tokens and makes batches of about batch_tokens. m outlives it. NULL: out
+ * of memory. */
 queue *queue_new(int max_tokens, int batch_tokens, metrics *m);
 void queue_free(queue *q); /* nothing waits in it */
 

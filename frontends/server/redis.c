@@ -43,7 +43,7 @@ struct redis {
     int first, n;
 };
 
-/* ---- connections ------------------------------------------------------------------------------ */
+/* ---- connections ----------------------------------------------------------------------------- */
 
 static void failed(redis *r, redisContext *c) {
     if (c) redisFree(c);
@@ -85,7 +85,7 @@ static void make_name(char name[NAME_BYTES], const uint8_t *key) {
     memcpy(name + sizeof PREFIX - 1, key, KEY_BYTES);
 }
 
-/* ---- asking ----------------------------------------------------------------------------------- */
+/* ---- asking ---------------------------------------------------------------------------------- */
 
 /* A value as a vector of n numbers; NULL unless it is one that qemb_l2_normalize takes. */
 static vector *read_value(const redisReply *v, int n) {
@@ -145,7 +145,7 @@ int redis_get(redis *r, pending_request *t, int dim) {
     return hits;
 }
 
-/* ---- setting ---------------------------------------------------------------------------------- */
+/* ---- setting --------------------------------------------------------------------------------- */
 
 void redis_put(redis *r, const uint8_t key[KEY_BYTES], vector *v) {
     pthread_mutex_lock(&r->lock);
@@ -205,7 +205,7 @@ static void *setter_main(void *arg) {
     return NULL;
 }
 
-/* ---- start, end ------------------------------------------------------------------------------- */
+/* ---- start, end ------------------------------------------------------------------------------ */
 
 redis *redis_new(const char *address, int timeout_ms, metrics *m) {
     redis *r = need(calloc(1, sizeof *r));

@@ -1,7 +1,7 @@
 /* fuzz_tokenizer.c - libFuzzer entry: hostile tables and hostile text.
  *
- * The first byte of an input picks what the rest is: tables for qemb_tokenizer_open, or a text for one
- * of two fixed tokenizers and a limit. Beside not crashing, on every text:
+ * The first byte of an input picks what the rest is: tables for qemb_tokenizer_open, or a text for
+ * one of two fixed tokenizers and a limit. Beside not crashing, on every text:
  *   - a young state and one warm from all texts before give the same ids;
  *   - a limit gives the first ids and says whether some are missing;
  *   - without added tokens, the ids' bytes are the text in NFC: they encode to the same ids again,

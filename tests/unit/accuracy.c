@@ -5,8 +5,8 @@
  * For each model and each table of this machine: N texts of random tokens (equal seeds give equal
  * texts), their unit vectors beside the exact ones, in a Markdown table: least and mean cosine,
  * largest and mean relative L2 error, largest error of a number. Exact is the oracle, in double
- * precision, or with --exact NAME a table, where the oracle would take hours; INT8 files are compared
- * with a file of the same name without "-int8", if there is one.
+ * precision, or with --exact NAME a table, where the oracle would take hours; INT8 files are
+ * compared with a file of the same name without "-int8", if there is one.
  */
 #include "oracle.h"
 #include "support.h"

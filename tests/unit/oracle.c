@@ -1,4 +1,4 @@
-/* oracle.c - see oracle.h. */
+/* oracle.c - the model in plain loops and double precision; see oracle.h. Begin at oracle_embed. */
 #include "oracle.h"
 
 #include <math.h>
@@ -100,12 +100,14 @@ void oracle_embed(double *out, double *swiglu_max, const qemb_config *c, const q
     double *att = calloc((size_t)n * H * hd, sizeof *att), *o = calloc((size_t)D, sizeof *o);
     double *gu = calloc((size_t)2 * F, sizeof *gu);
     double biggest = 0;
+    /* embedding: x (n, D), the residual stream */
     for (int t = 0; t < n; t++)
         for (int i = 0; i < D; i++)
             x[(size_t)t * D + i] =
                 oracle_half(((const uint16_t *)w->tok_emb.data)[(size_t)ids[t] * D + i]);
     for (int l = 0; l < c->n_layers; l++) {
         const qemb_layer *y = &w->layers[l];
+        /* qkv (n, QKV): normed rows times wqkv; query and key heads are normed and rotated */
         for (int t = 0; t < n; t++) {
             double *row = qkv + (size_t)t * QKV;
             oracle_rmsnorm(xn, x + (size_t)t * D, y->attn_norm, D, c->rms_eps);
@@ -117,6 +119,7 @@ void oracle_embed(double *out, double *swiglu_max, const qemb_config *c, const q
             }
         }
         oracle_attention(att, NULL, NULL, qkv, n, H, K, hd);
+        /* x += att Wo^T, then x += (silu(gate) * up) Wdown^T of the normed rows */
         for (int t = 0; t < n; t++) {
             double *xt = x + (size_t)t * D;
             oracle_matvec(o, NULL, att + (size_t)t * H * hd, &y->wo);

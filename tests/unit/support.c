@@ -1,4 +1,5 @@
-/* support.c - see support.h. The .qemb writer follows the layout in qemb.h and nothing in model_file.c. */
+/* support.c - see support.h. The .qemb writer follows the layout in qemb.h and nothing in
+ * model_file.c. */
 #include "support.h"
 
 #include <stdlib.h>
@@ -38,7 +39,7 @@ void rng_halves(rng *r, uint16_t *x, size_t n, double scale) {
     for (size_t i = 0; i < n; i++) x[i] = half_of(scale * rng_uniform(r));
 }
 
-/* ---- a model file ------------------------------------------------------------------------------ */
+/* ---- a model file ---------------------------------------------------------------------------- */
 
 typedef struct {
     uint8_t *data;

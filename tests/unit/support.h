@@ -1,4 +1,5 @@
-/* support.h - what the tests share: random numbers, comparisons, and a .qemb writer of their own. */
+/* support.h - what the tests share: random numbers, comparisons, and a .qemb writer of their
+ * own. */
 #ifndef SUPPORT_H
 #define SUPPORT_H
 
@@ -24,8 +25,9 @@ double rng_uniform(rng *r); /* -1 .. 1 */
 void rng_floats(rng *r, float *x, size_t n, double scale);
 void rng_halves(rng *r, uint16_t *x, size_t n, double scale); /* normal halves, scale <= 1 */
 
-/* Makes *w (not NULL) what op's matmul wants and *gate_up (or NULL) what its gate_up wants: places them as
- * a model of one layer with nothing else. Once for each backend, opened for a config of one layer. */
+/* Makes *w (not NULL) what op's matmul wants and *gate_up (or NULL) what its gate_up wants: places
+ * them as a model of one layer with nothing else. Once for each backend, opened for a config of one
+ * layer. */
 void load_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *gate_up);
 
 /* The bytes of a valid .qemb of this config with random weights; malloc'ed, *bytes long. The
@@ -43,7 +45,8 @@ void write_temporary(char *path, const void *data, size_t bytes);
 qemb_file *open_model(const qemb_config *c, uint64_t seed, double gate_scale);
 qemb_file *open_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, double gate_scale);
 
-/* Small shapes: GQA groups 1, 2, 4; hidden unequal to heads x head_dim; odd sizes off every tile. */
+/* Small shapes: GQA groups 1, 2, 4; hidden unequal to heads x head_dim; odd sizes off every
+ * tile. */
 extern const qemb_config small_configs[];
 extern const int n_small_configs;
 

@@ -22,7 +22,7 @@ static uint32_t to_bits(float x) {
     return bits;
 }
 
-/* ---- numbers ------------------------------------------------------------------------------ */
+/* ---- numbers --------------------------------------------------------------------------------- */
 
 /* Prints x, NUL-terminated, into s (FORMAT_FLOAT_ROOM + 1) and fails unless nothing beyond the room
  * was touched. */
@@ -149,7 +149,7 @@ Test(format_uint, borders) {
     }
 }
 
-/* ---- halves --------------------------------------------------------------------------------- */
+/* ---- halves ---------------------------------------------------------------------------------- */
 
 static double half_value(uint16_t h) {
     const int e = h >> 10 & 31, m = h & 1023;
@@ -187,7 +187,7 @@ Test(format_half, ends) {
     cr_expect(format_half(0x1p-25f) == 0 && format_half(nextafterf(0x1p-25f, 1)) == 1);
 }
 
-/* ---- strings -------------------------------------------------------------------------------- */
+/* ---- strings --------------------------------------------------------------------------------- */
 
 Test(format_base64, against_libcrypto) {
     uint8_t src[512];
@@ -256,7 +256,7 @@ Test(format_json_string, random_bytes_are_always_json) {
     }
 }
 
-/* ---- vectors -------------------------------------------------------------------------------- */
+/* ---- vectors --------------------------------------------------------------------------------- */
 
 static const float sample[] = {0.25f, -0.0f, 1.0f, -0.031415927f};
 

@@ -1,4 +1,4 @@
-/* test_file.c - the loader takes a true file and refuses every other with one line. */
+/* test_model_file.c - the loader takes a true file and refuses every other with one line. */
 #include "support.h"
 
 #include <criterion/criterion.h>

@@ -102,10 +102,10 @@ Test(ops, rmsnorm) {
 }
 
 /* What a product errs by for its factors' rounding, summed over a row: x (K), row n of W. bfloat16
- * keeps 8 bits: each factor errs by 2^-8 of itself. Integers err by half a step, of a group of 64 of x
- * and of W: of 8 bits its largest magnitude / 127, and W that is INT8 already stays what it is; of 16
- * bits that / 32767 or the group's length / 46330, what is more, and of W up to twice as much, as its
- * steps are powers of two. */
+ * keeps 8 bits: each factor errs by 2^-8 of itself. Integers err by half a step, of a group of 64
+ * of x and of W: of 8 bits its largest magnitude / 127, and W that is INT8 already stays what it
+ * is; of 16 bits that / 32767 or the group's length / 46330, what is more, and of W up to twice as
+ * much, as its steps are powers of two. */
 static double rounding(qemb_math math, const float *x, const qemb_mat *w, int n) {
     const int K = w->cols;
     double err = 0;
@@ -130,8 +130,8 @@ static double rounding(qemb_math math, const float *x, const qemb_mat *w, int n)
 }
 
 /* y = x W^T and y += alpha x W^T. The longest chain of additions: up to 256 columns in a register
- * tile, one per block of 256, one for the add; plus the product, alpha and INT8's scale: all of K + 4
- * covers any way of blocking. */
+ * tile, one per block of 256, one for the add; plus the product, alpha and INT8's scale: all of K +
+ * 4 covers any way of blocking. */
 static void check_matmul(const qemb_ops *op, qemb_dtype dtype, int T, int N, int K, float alpha,
                          int add) {
     const qemb_config c = {
@@ -190,8 +190,8 @@ Test(ops, matmul) {
     }
 }
 
-/* Sums as large as integers of 16 bits make them: x along W, groups of even numbers, of one number and
- * of one among small ones. A sum that passed 2^31 would come back with another sign. */
+/* Sums as large as integers of 16 bits make them: x along W, groups of even numbers, of one number
+ * and of one among small ones. A sum that passed 2^31 would come back with another sign. */
 Test(ops, matmul_of_parallel_rows) {
     enum { T = 5, N = 33, K = 200 };
     const qemb_config c = {
@@ -302,13 +302,13 @@ Test(ops, rope_reaches_the_last_position) {
 
 /* Lengths around every tile edge, with a shared prefix of several lengths. Error of a weight: its
  * score's, (hd + 2) U sum|q||k|/sqrt(hd) <= (hd + 2) U reach, twice (the maximum's too); expf 2U
- * (glibc: < 1 ulp); one rescaling (expf and product, 4U) per tile of at least 64 keys; the sums (n U
- * each, numerator and denominator); the division 2U, as it may be a product with the inverse.
+ * (glibc: < 1 ulp); one rescaling (expf and product, 4U) per tile of at least 64 keys; the sums (n
+ * U each, numerator and denominator); the division 2U, as it may be a product with the inverse.
  *
- * Other arithmetics than float multiply integers. A number of q errs by half a step, |q| / 32700, one
- * of k likewise: a score by |q||k| / 32700 (Cauchy and Schwarz), for which exp is no longer a line,
- * and exp itself by 2^-14. Of up to 128 keys a weight times its value's scale errs by half of the sum
- * of those / 32767, a value by half of its row's largest / 8187. */
+ * Other arithmetics than float multiply integers. A number of q errs by half a step, |q| / 32700,
+ * one of k likewise: a score by |q||k| / 32700 (Cauchy and Schwarz), for which exp is no longer a
+ * line, and exp itself by 2^-14. Of up to 128 keys a weight times its value's scale errs by half of
+ * the sum of those / 32767, a value by half of its row's largest / 8187. */
 static void check_attention(const qemb_ops *op, const qemb_config *c, const int *lengths, int B,
                             int P, double scale, int last_only) {
     const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, ld = (H + 2 * K) * hd,
@@ -431,8 +431,8 @@ Test(ops, attention_of_equal_values) {
         }
 }
 
-/* Relative, where the result is not below FLT_MIN: expf, 1 + e, the division, times up; what is rounded
- * to 8 bits next may have an exp of 2^-14.5 and an inverse of 2^-14. */
+/* Relative, where the result is not below FLT_MIN: expf, 1 + e, the division, times up; what is
+ * rounded to 8 bits next may have an exp of 2^-14.5 and an inverse of 2^-14. */
 static double swiglu_error(const qemb_ops *op) {
     const int rough = op->math == QEMB_MATH_BF16 || op->math == QEMB_MATH_INT8;
     return 6 * SLACK * U + (rough ? 0x1p-13 : 0);
@@ -474,8 +474,8 @@ Test(ops, gate_up) {
     free(W), free(scratch), free(product);
 }
 
-/* More columns than any table adds up in registers (AVX-512's int8: 12,288): gate and up are what the
- * matmul makes of them, which its own test holds to the oracle. */
+/* More columns than any table adds up in registers (AVX-512's int8: 12,288): gate and up are what
+ * the matmul makes of them, which its own test holds to the oracle. */
 Test(ops, gate_up_of_many_columns) {
     enum { F = 21, K = 12350, T = 14 };
     const qemb_config c = {

@@ -59,8 +59,8 @@ static client *client_new(char name, const int *lengths, int n) {
     for (int i = 0; i < n; i++) {
         uint8_t key[KEY_BYTES] = {(uint8_t)name, (uint8_t)i};
         text *t = c->request.texts[i].text = text_new(key, lengths[i]);
-        /* one id tells the texts of a test apart, as their keys do: with 26 names and seven texts of
-         * one token each, 182 of the 300 ids */
+        /* one id tells the texts of a test apart, as their keys do: with 26 names and seven texts
+         * of one token each, 182 of the 300 ids */
         for (int k = 0; k < lengths[i]; k++) t->ids[k] = k ? i : name - 'a' + 26 * (i % 7);
     }
     return c;

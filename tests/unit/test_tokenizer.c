@@ -6,7 +6,7 @@
 #include <criterion/criterion.h>
 #include <stdbool.h>
 
-/* ---- small tokenizers ----------------------------------------------------------------------- */
+/* ---- small tokenizers ------------------------------------------------------------------------ */
 
 /* A tokenizer in the making: merges and added tokens, by their text. */
 typedef struct {
@@ -103,7 +103,7 @@ static char *bytes_of(const small *k, qemb_tokenizer_result r, size_t *n) {
     return text;
 }
 
-/* ---- step 3: pre-tokens --------------------------------------------------------------------- */
+/* ---- step 3: pre-tokens ---------------------------------------------------------------------- */
 
 /* want is the text with | between its pre-tokens. Every pre-token is made one token; and each two
  * neighbours get, with a lower priority, a merge that would join them if they were one. */
@@ -191,7 +191,7 @@ Test(tokenizer, splits_as_defined) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) check_split(cases[i]);
 }
 
-/* ---- step 2: NFC ---------------------------------------------------------------------------- */
+/* ---- step 2: NFC ----------------------------------------------------------------------------- */
 
 /* With no merges the ids are the bytes of the normalized text. */
 static void check_nfc(const small *k, const char *text, size_t n, const char *want, size_t n_want) {
@@ -251,7 +251,8 @@ Test(tokenizer, normalizes_as_unicode_9) {
     close_small(&k);
 }
 
-/* A base and 5,000 marks of classes 230, 220, 230, ...: all 220s come first, the first 230 joins. */
+/* A base and 5,000 marks of classes 230, 220, 230, ...: all 220s come first, the first 230
+ * joins. */
 Test(tokenizer, orders_long_runs_of_marks) {
     enum { N = 2500 };
     static char text[1 + 4 * N], want[2 + 4 * N];
@@ -268,7 +269,7 @@ Test(tokenizer, orders_long_runs_of_marks) {
     close_small(&k);
 }
 
-/* ---- step 1: added tokens ------------------------------------------------------------------- */
+/* ---- step 1: added tokens -------------------------------------------------------------------- */
 
 static void check_ids(const small *k, const char *text, const int32_t *want, size_t n) {
     qemb_tokenizer_result r = encode_n(k, text, strlen(text), SIZE_MAX);
@@ -423,7 +424,7 @@ Test(tokenizer, cuts_only_where_nothing_shows) {
     close_small(&k);
 }
 
-/* ---- step 4: merges ------------------------------------------------------------------------- */
+/* ---- step 4: merges -------------------------------------------------------------------------- */
 
 /* Letters that share bytes, so that merges of parts of them collide: two of one byte, two of two,
  * six of three, two of four. A run of them is one pre-token. */
@@ -509,7 +510,7 @@ Test(tokenizer, cache_tells_words_apart) {
     close_small(&k);
 }
 
-/* ---- limit, empty and invalid text ---------------------------------------------------------- */
+/* ---- limit, empty and invalid text ----------------------------------------------------------- */
 
 Test(tokenizer, limit_gives_the_first_ids) {
     static const char text[] = "ab ab\xC3\xA9 12  e\xCC\x81!! <a>ab \xE4\xBD\xA0 abab";
@@ -631,7 +632,7 @@ Test(tokenizer, refuses_invalid_utf8) {
     close_small(&k);
 }
 
-/* ---- hostile text: under the timeout, and nothing lost -------------------------------------- */
+/* ---- hostile text: under the timeout, and nothing lost --------------------------------------- */
 
 /* pattern repeated to about n bytes; checks that the ids cover want bytes for each repetition. */
 static void check_flood(const small *k, const char *pattern, size_t n, size_t want) {
@@ -690,7 +691,7 @@ Test(tokenizer, is_linear_on_hostile_text, .timeout = 300) {
     close_small(&k);
 }
 
-/* ---- opening -------------------------------------------------------------------------------- */
+/* ---- opening --------------------------------------------------------------------------------- */
 
 static void check_refused(const small *k, const char *why) {
     qemb_tokenizer *t = NULL;
@@ -785,7 +786,7 @@ Test(tokenizer, refuses_bad_added_tokens) {
     close_small(&k);
 }
 
-/* ---- the reference's vectors ---------------------------------------------------------------- */
+/* ---- the reference's vectors ----------------------------------------------------------------- */
 
 /* The path of a file of shared data, or NULL. Static memory. */
 static const char *shared_file(const char *name) {
@@ -858,7 +859,7 @@ Test(tokenizer, agrees_with_reference_vectors, .timeout = 300) {
     close_small(&k);
 }
 
-/* ---- the reference's sweeps: one digest for each 4,096 cases -------------------------------- */
+/* ---- the reference's sweeps: one digest for each 4,096 cases --------------------------------- */
 
 typedef struct {
     const small *k;
