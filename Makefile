@@ -8,12 +8,13 @@ PREFIX  ?= /usr/local
 # Optional test data (tokenizer vectors, the real tokenizer.json); tests that want it skip without.
 export QEMB_SHARED ?= $(abspath ../shared)
 
-# Debian packages, each named here and nowhere else. Python ones: convert_weights.py, tests/*.txt.
+# Debian packages that builds and tests need; each is named here alone. Python packages are named in
+# convert_weights.py and tests/*.txt, runtime libraries of an image in its Dockerfile.
 DEBIAN_BUILD   := gcc binutils libc6-dev libjansson-dev libssl-dev
 DEBIAN_SERVE   := libmicrohttpd-dev libhiredis-dev
 DEBIAN_PYTHON  := python3 python3-venv
 DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread wrk apache2-utils # a plot, products to compare with, load
-DEBIAN_TEST    := g++ pkgconf clang libclang-rt-dev libcriterion-dev xz-utils curl redis-server
+DEBIAN_TEST    := git g++ pkgconf clang libclang-rt-dev libcriterion-dev xz-utils curl redis-server
 
 WARNINGS := -Wall -Wextra -Wpedantic -Werror
 # Products may be fused into sums (more exact, twice as fast); nothing else is relaxed.
@@ -160,7 +161,7 @@ demo: qemb ## install what is missing, build, embed three texts with the small m
 	@echo "$$DEMO_TEXT" | ./qemb -m examples/demo.qemb --dim 6
 	@echo '$$ ./qemb -m examples/demo.qemb --dim 4 --output jsonl --query --stats < texts'
 	@echo "$$DEMO_TEXT" | ./qemb -m examples/demo.qemb --dim 4 --output jsonl --query --stats
-	@echo 'The demo model has random weights: the form is true, the numbers mean nothing.'
+	@echo 'The demo model has random weights; its vectors carry no meaning.'
 
 convert: $(VENV)/.convert ## MODEL=directory-or-hub-name [OUT=file.qemb] [DTYPE=int8]: make a .qemb from a Hugging Face model
 	@test -n "$(MODEL)" || { echo "usage: make convert MODEL=directory-or-hub-name [OUT=file.qemb] [DTYPE=int8]"; exit 1; }
@@ -187,12 +188,12 @@ accuracy: build/release/accuracy ## what each arithmetic costs (ACCURACY_MODELS=
 
 # ---- tests ----------------------------------------------------------------------------------------
 
-# What the server's threads meet in; the rest of its tests ask one thing at a time.
+# The server tests in which several threads share data: the thread sanitizer runs these alone.
 RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat or fallback
-SERVE_ROOMS := tests/e2e/test_serve.py tests/e2e/test_serve_caches.py
-SERVE_TESTS = "$(VENV)/bin/pytest -q -rs $(SERVE_ROOMS)" \
-  "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_ROOMS)" \
-  "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_ROOMS) -k '$(RACY)'"
+SERVE_FILES := tests/e2e/test_serve.py tests/e2e/test_serve_caches.py
+SERVE_TESTS = "$(VENV)/bin/pytest -q -rs $(SERVE_FILES)" \
+  "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_FILES)" \
+  "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_FILES) -k '$(RACY)'"
 JOBS     := $(shell nproc)
 SUBMAKE   = $(MAKE) -s -j$(JOBS)
 C_TESTS   = $(TESTS:%=build/release/test_%) $(TESTS:%=build/asan/test_%)
@@ -201,10 +202,10 @@ CLANG_OBJ = $(patsubst %,build/clang/%.o,$(sort $(FRONT) $(SERVE) $(BACKEND) $(E
 
 test: need-test $(VENV_TEST) ## install what is missing, run everything (C, sanitizers, fuzzers, Python, the server, emulated CUDA)
 	@echo "building"; $(SUBMAKE) test-programs
-	@tests/run.sh \
+	@tests/run.sh "tests/style.py --self-test" "tests/style.py" \
 	  $(patsubst %,"% --tap",$(C_TESTS)) \
 	  $(patsubst %,"% -runs=$(FUZZ_RUNS) -seed=1 -max_len=4096 -verbosity=0",$(FUZZ_BINS)) \
-	  "$(VENV)/bin/pytest -q -rs tests/e2e $(SERVE_ROOMS:%=--ignore=%)" \
+	  "$(VENV)/bin/pytest -q -rs tests/e2e $(SERVE_FILES:%=--ignore=%)" \
 	  $(SERVE_TESTS) \
 	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py" \
