@@ -1,5 +1,5 @@
-/* console.c - messages, the end of the process, the clock; see console.h. The process has one
- * standard error, so the program's name and the progress line are state of the process. */
+/* console.c - messages, exits, the clock; see console.h. A process has one standard error, so the
+ * program's name and the progress line are static. */
 #include "console.h"
 
 #include <errno.h>
@@ -13,7 +13,7 @@
 #define WIPE "\r\033[K"
 
 static const char *program = "qemb";
-static atomic_int progress_shown; /* a progress line stands on the terminal */
+static atomic_int progress_shown; /* the terminal shows a progress line */
 
 void console_open(const char *name) { program = name; }
 
@@ -21,7 +21,7 @@ const char *console_name(void) { return program; }
 
 static void write_stderr(const char *line, size_t len) {
     const ssize_t n = write(STDERR_FILENO, line, len);
-    (void)n; /* if standard error fails, nobody can be told */
+    (void)n; /* no channel is left to report a failure of standard error */
 }
 
 static void say_args(const char *fmt, va_list ap) {

@@ -11,7 +11,7 @@ int format_is_text(format_kind kind) { return kind <= FORMAT_BASE64; }
 
 /* ---- numbers --------------------------------------------------------------------------------- */
 
-/* 10^k for k = -30 .. 53: what brings every float, denormals included, to nine digits. */
+/* 10^k for k = -30 .. 53: scales every float, denormals included, to nine digits. */
 #define P10_MIN (-30)
 static const double p10[] = {
     1e-30, 1e-29, 1e-28, 1e-27, 1e-26, 1e-25, 1e-24, 1e-23, 1e-22, 1e-21, 1e-20, 1e-19,
@@ -22,9 +22,9 @@ static const double p10[] = {
     1e30,  1e31,  1e32,  1e33,  1e34,  1e35,  1e36,  1e37,  1e38,  1e39,  1e40,  1e41,
     1e42,  1e43,  1e44,  1e45,  1e46,  1e47,  1e48,  1e49,  1e50,  1e51,  1e52,  1e53};
 
-/* Eight decimal digits of n < 10^8 as bytes 0..9, the first digit in the lowest byte: split in
- * halves, quarters, eighths, all lanes at once. The multiplications are divisions by 100 and 10
- * that are exact for the lanes' ranges. */
+/* The eight decimal digits of n < 10^8 as bytes 0..9, the first digit in the lowest byte. n is
+ * split into halves, quarters and eighths, all lanes at once. The multiplications divide by 100 and
+ * 10; they are exact for the ranges of the lanes. */
 static inline uint64_t eight_digits(uint32_t n) {
     uint64_t v = n / 10000 | (uint64_t)(n % 10000) << 32;
     uint64_t q = (v * 10486) >> 20 & 0x0000007f0000007f;
@@ -40,8 +40,8 @@ static inline char *store8(char *p, uint64_t v) {
     return p;
 }
 
-/* The digits `first`, then the n_rest first of `rest` (as eight_digits), as 0.000ddd, ddd.ddd or
- * d.ddde-dd: their value is first.rest x 10^exp10. */
+/* Writes the number first.rest x 10^exp10 as 0.000ddd, ddd.ddd or d.ddde-dd: the digit `first`,
+ * then the first n_rest digits of `rest` (as from eight_digits). */
 static inline char *place_point(char *p, uint32_t first, uint64_t rest, int n_rest, int exp10) {
     rest |= ASCII_ZEROS;
     if (exp10 < 0 && exp10 >= -5) {
@@ -65,7 +65,7 @@ static inline char *place_point(char *p, uint32_t first, uint64_t rest, int n_re
         *p++ = (char)('0' + e % 10);
         return p;
     }
-    store8(p + 1, rest); /* exp10 more digits stand before the point; zeros if rest has fewer */
+    store8(p + 1, rest); /* exp10 more digits before the point; zeros if rest has fewer */
     p += 1 + exp10;
     int n_fraction = n_rest > exp10 ? n_rest - exp10 : 1;
     *p = '.';
@@ -96,7 +96,7 @@ static inline char *finite_float(char *p, float x) {
     const uint32_t n = (uint32_t)(int32_t)(a * scale + 0.5);
 
     const uint64_t rest = eight_digits(n % 100000000);
-    const int n_rest = rest ? 8 - (__builtin_clzll(rest) >> 3) : 0; /* trailing zeros cut */
+    const int n_rest = rest ? 8 - (__builtin_clzll(rest) >> 3) : 0; /* without trailing zeros */
     return place_point(p, n / 100000000, rest, n_rest, 8 - k);
 }
 
@@ -117,13 +117,13 @@ uint16_t format_half(float x) {
     const uint16_t sign = (uint16_t)(f >> 16 & 0x8000);
     f &= 0x7fffffff;
     if (f > 0x7f800000) return sign | 0x7e00;
-    if (f >= 0x47800000) return sign | 0x7c00; /* 65536 and more; 65520.. rounds up by itself */
-    if (f >= 0x38800000) { /* 2^-14: normal. The carry of a round up walks into the exponent. */
+    if (f >= 0x47800000) return sign | 0x7c00; /* 65536 and more; 65520 and more round up to it */
+    if (f >= 0x38800000) { /* 2^-14: normal. A carry from rounding increments the exponent. */
         f -= 112u << 23;
         return sign | (uint16_t)((f + 0xfff + (f >> 13 & 1)) >> 13);
     }
     if (f < 0x33000000) return sign;        /* below 2^-25: rounds to zero */
-    const int shift = 126 - (int)(f >> 23); /* 14..24: so many bits of the mantissa go */
+    const int shift = 126 - (int)(f >> 23); /* 14..24: mantissa bits to drop */
     const uint32_t m = (f & 0x7fffff) | 0x800000;
     return sign | (uint16_t)((m + (1u << (shift - 1)) - 1 + (m >> shift & 1)) >> shift);
 }

@@ -1,9 +1,9 @@
-/* format.h - how vectors leave: numbers, base64, halves, the npy header, JSON strings.
+/* format.h - output formats of vectors: numbers, base64, halves, the npy header, JSON strings.
  *
- * Pure functions from memory to memory: each writes at p, which has room for what its comment
- * says, and returns the first byte after what it wrote. Bytes between that and the end of the room
- * may be overwritten too (numbers are stored eight bytes at a time). Nothing is NUL-terminated.
- * A little-endian machine is taken for granted, as in the .qemb file.
+ * Each function writes at p and returns the first byte after its output. "Room" is the size that
+ * the buffer at p must have. Bytes between the output and the end of the room may be overwritten,
+ * since numbers are stored eight bytes at a time. Nothing is NUL-terminated. The machine has to be
+ * little-endian, as for .qemb files.
  */
 #ifndef QEMB_FORMAT_H
 #define QEMB_FORMAT_H
@@ -18,42 +18,43 @@ extern "C" {
 typedef enum {
     FORMAT_JSON,   /* a JSON array per line */
     FORMAT_JSONL,  /* a JSON object per line; format_vector writes the array inside it */
-    FORMAT_TSV,    /* numbers with tabs between them, a line per vector */
+    FORMAT_TSV,    /* numbers separated by tabs, a line per vector */
     FORMAT_BASE64, /* base64 of the little-endian floats, a line per vector */
-    FORMAT_F32,    /* the floats, little-endian, nothing between vectors */
-    FORMAT_F16,    /* halves, little-endian, rounded to nearest even */
+    FORMAT_F32,    /* little-endian floats, vectors back to back */
+    FORMAT_F16,    /* little-endian halves, rounded to nearest even */
     FORMAT_NPY     /* one NumPy file: a header, then FORMAT_F32 */
 } format_kind;
 
-extern const char *const format_names[]; /* of the kinds, in their order; ends with NULL */
-/* 1 for the kinds whose records are lines, 0 for f32, f16 and npy. */
+extern const char *const format_names[]; /* indexed by format_kind; ends with NULL */
+/* 1 if records are lines, 0 for f32, f16 and npy. */
 int format_is_text(format_kind kind);
 
-/* Room that format_vector needs for dim numbers. */
+/* The room that format_vector needs for dim numbers. */
 size_t format_vector_room(format_kind kind, int dim);
-/* v (dim), finite, in that kind. Text kinds: without the newline. */
+/* Writes v (dim), which is finite, in the given kind. Text kinds: without the newline. */
 char *format_vector(char *p, format_kind kind, const float *v, int dim);
 
 #define FORMAT_FLOAT_ROOM 24
-/* A finite x as a JSON number: nine significant digits, which strtof reads back to the same bits,
- * less trailing zeros: "0.25", "-0.0", "1.0", "0.100000001", "1.5e-7". */
+/* Writes a finite x as a JSON number of at most nine significant digits, without trailing zeros.
+ * strtof reads it back to the same bits. Examples: "0.25", "-0.0", "1.0", "0.100000001",
+ * "1.5e-7". */
 char *format_float(char *p, float x);
 
 #define FORMAT_UINT_ROOM 24
 char *format_uint(char *p, uint64_t x);
 
-/* A JSON string, quotes included: room 6 n + 2. Bytes that are not UTF-8 become U+FFFD. */
+/* Writes s (n) as a JSON string with its quotes. Room 6 n + 2. Invalid UTF-8 becomes U+FFFD. */
 char *format_json_string(char *p, const char *s, size_t n);
 
-/* RFC 4648 base64 with padding: room (n + 2) / 3 * 4. */
+/* Writes base64 with padding (RFC 4648). Room (n + 2) / 3 * 4. */
 char *format_base64(char *p, const void *src, size_t n);
 
 /* x as an IEEE half, rounded to nearest even; overflow is infinity, NaN stays NaN. */
 uint16_t format_half(float x);
 
 #define FORMAT_NPY_HEADER 128
-/* The header of a version 1.0 .npy file with an array (rows, dim) of '<f4', FORMAT_NPY_HEADER
- * bytes whatever the numbers are, so that it can be written again when rows is known. */
+/* Writes the header of a version 1.0 .npy file with an array (rows, dim) of '<f4'. It always has
+ * FORMAT_NPY_HEADER bytes, so it can be overwritten once rows is known. */
 char *format_npy_header(char *p, uint64_t rows, int dim);
 
 #ifdef __cplusplus

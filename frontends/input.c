@@ -11,7 +11,7 @@
 /* ---- records --------------------------------------------------------------------------------- */
 
 #define BUFFER_BYTES ((size_t)256 << 10)
-/* A buffer that a long record made larger than this is given back after it. */
+/* A larger buffer, grown for a long record, is freed after that record. */
 #define BUFFER_KEPT ((size_t)4 << 20)
 
 struct input {
@@ -19,12 +19,12 @@ struct input {
     char separator;
     int ended;    /* read() returned 0 */
     int failed;   /* errno of a read that failed */
-    int skipping; /* inside a record that no memory was found for */
+    int skipping; /* inside a record that did not fit in memory */
     uint64_t line, bytes;
     char *data;        /* (cap) */
     size_t cap;        /* of data */
-    size_t begin, end; /* what is unread */
-    size_t scanned;    /* begin..scanned hold no separator */
+    size_t begin, end; /* data[begin .. end) is unread */
+    size_t scanned;    /* data[begin .. scanned) has no separator */
 };
 
 input *input_new(int fd, int wake_fd, char separator) {
@@ -46,8 +46,8 @@ void input_free(input *in) {
 
 uint64_t input_bytes(const input *in) { return in->bytes; }
 
-/* Makes data + end have room, and a buffer that is large for no reason small. When there is no
- * memory for a longer record, what came of it is dropped and the rest will be skipped. */
+/* Makes room after data + end, and shrinks a buffer that is larger than needed. If memory runs out
+ * inside a record, drops what was read of it and skips the rest. */
 static void make_room(input *in) {
     const size_t unread = in->end - in->begin;
     if (in->begin) {
@@ -71,7 +71,7 @@ static void make_room(input *in) {
     }
 }
 
-/* One read. INPUT_RECORD: something came, or the end did. */
+/* One read. INPUT_RECORD: bytes arrived, or the end of input. */
 static input_status fill(input *in, int wait) {
     struct pollfd fds[2] = {{.fd = in->fd, .events = POLLIN},
                             {.fd = in->wake_fd, .events = POLLIN}};
@@ -89,14 +89,14 @@ static input_status fill(input *in, int wait) {
             in->end += (size_t)n;
             return INPUT_RECORD;
         }
-        if (errno == EINTR || errno == EAGAIN) continue; /* EAGAIN: someone else read it */
+        if (errno == EINTR || errno == EAGAIN) continue; /* EAGAIN: another process read it first */
         break;
     }
     in->failed = errno;
     return INPUT_FAILED;
 }
 
-/* The bytes begin .. stop as a record; the next one begins at `next`. */
+/* Returns data[begin .. stop) as a record. The next record begins at `next`. */
 static input_status take(input *in, size_t stop, size_t next, input_record *r) {
     size_t len = stop - in->begin;
     const char *text = in->data + in->begin;
@@ -117,7 +117,7 @@ input_status input_next(input *in, int wait, input_record *r) {
             return take(in, stop, stop + 1, r);
         }
         in->scanned = in->end;
-        if (in->skipping) { /* its bytes are of no use */
+        if (in->skipping) { /* drop its bytes */
             in->bytes += in->end - in->begin;
             in->begin = in->end = in->scanned = 0;
         }
@@ -139,7 +139,7 @@ input_status input_next(input *in, int wait, input_record *r) {
 struct input_parser {
     int vocab, hidden;
     json_t *root;
-    char *id; /* json_dumps of "id" */
+    char *id; /* "id", from json_dumps */
     int32_t *ids;
     size_t ids_cap;
 };
@@ -236,7 +236,7 @@ static int want_dim(const input_parser *p, const json_t *v, input_object *o, qem
 static int field(input_parser *p, const char *key, const json_t *v, input_object *o,
                  qemb_err *err) {
     const int is_null = json_is_null(v);
-    if (!strcmp(key, "id")) return 0; /* taken already */
+    if (!strcmp(key, "id")) return 0; /* already read */
     if (!strcmp(key, "text")) return is_null ? 0 : want_string(key, v, &o->text, &o->text_len, err);
     if (!strcmp(key, "ids")) return is_null ? 0 : want_ids(p, v, o, err);
     if (!strcmp(key, "dim")) return is_null ? 0 : want_dim(p, v, o, err);

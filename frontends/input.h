@@ -1,5 +1,4 @@
-/* input.h - how texts come in: records off a file descriptor, and the JSON object in one of
- * them. */
+/* input.h - input records: splits a file descriptor into records, parses JSON objects. */
 #ifndef QEMB_INPUT_H
 #define QEMB_INPUT_H
 
@@ -17,34 +16,34 @@ typedef struct {
     const char *text; /* (len), valid until the next call; may hold NUL bytes */
     size_t len;
     uint64_t line; /* 1 for the first record */
-    int too_large; /* there was no memory for it: text is empty, the rest of it was skipped */
+    int too_large; /* it did not fit in memory: text is empty */
 } input_record;
 
 typedef enum {
     INPUT_END,     /* no more records */
     INPUT_RECORD,  /* *r is filled */
-    INPUT_WAIT,    /* nothing complete has arrived yet */
+    INPUT_WAIT,    /* no complete record has arrived yet */
     INPUT_STOPPED, /* wake_fd became readable */
     INPUT_FAILED   /* errno says why */
 } input_status;
 
-/* Records of fd, each ended by `separator`; the last one needs none. With '\n' one CR at a record's
- * end is dropped too. wake_fd (or -1) ends a wait for fd when it becomes readable. Neither
- * descriptor is closed by input_free. NULL: out of memory. */
+/* Reads records from fd. Each ends with `separator`; the last one may lack it. If separator is
+ * '\n', one CR before it is dropped. A wait ends when wake_fd becomes readable (-1: none).
+ * input_free closes neither descriptor. Returns NULL if out of memory. */
 input *input_new(int fd, int wake_fd, char separator);
 void input_free(input *in);
-/* The next record. wait = 0: INPUT_WAIT instead of blocking. Records that were read before fd
- * failed or wake_fd became readable come first; half a record then does not come at all. */
+/* Gets the next record. With wait = 0 it returns INPUT_WAIT instead of blocking. Complete records
+ * that were read before a failure or a wake are returned first; an incomplete one is dropped. */
 input_status input_next(input *in, int wait, input_record *r);
-/* Bytes taken from fd in records so far, separators included. */
+/* The bytes of all records so far, separators included. */
 uint64_t input_bytes(const input *in);
 
 /* ---- the object in a JSON line --------------------------------------------------------------- */
 
 typedef struct {
-    const char *id; /* (id_len) "id" as JSON text without a newline, or NULL: there is none */
+    const char *id; /* (id_len) "id" as JSON text without a newline, or NULL */
     size_t id_len;
-    const char *text; /* (text_len), UTF-8; NULL: the record has ids instead */
+    const char *text; /* (text_len), UTF-8, or NULL if the record has ids */
     size_t text_len;
     const int32_t *ids; /* (n_ids), each in 0..vocab-1 */
     size_t n_ids;
@@ -53,15 +52,15 @@ typedef struct {
     int dim; /* 1..hidden, or 0: not given */
 } input_object;
 
-typedef struct input_parser input_parser; /* owns what the last parsed object points to */
+typedef struct input_parser input_parser; /* owns what input_object points to */
 
 input_parser *input_parser_new(int vocab, int hidden); /* NULL: out of memory */
 void input_parser_free(input_parser *p);
-/* The object in line (len): exactly one of "text" and "ids", optional "id", "instruct", "dim"
- * (null counts as not given, but for "id"; "instruct": null is ""), no other key, none twice.
- * *o is valid until the next call. -1: o->id is set all the same, to "null" if line is no JSON
- * object; err->code is "invalid_json", "invalid_utf8", "bad_record", "bad_ids", "bad_dim" or
- * "out_of_memory". */
+/* Parses the JSON object in line (len). It has exactly one of "text" and "ids"; "id", "instruct"
+ * and "dim" are optional; other keys and repeated keys are errors. null counts as not given, except
+ * for "id"; "instruct": null is "". *o is valid until the next call. On failure returns -1 and
+ * still sets o->id, to "null" if line is no JSON object; err->code is "invalid_json",
+ * "invalid_utf8", "bad_record", "bad_ids", "bad_dim" or "out_of_memory". */
 int input_parse(input_parser *p, const char *line, size_t len, input_object *o, qemb_err *err);
 
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-/* model_options.c - the rows of the options that both programs have; see model_options.h. */
+/* model_options.c - the option rows of both programs; see model_options.h. */
 #include "model_options.h"
 
 #include "console.h"

@@ -1,4 +1,4 @@
-/* model_options.h - what both programs ask about a model: the file, the prompt, the engine. */
+/* model_options.h - the options of both programs for a model: file, prompt, engine. */
 #ifndef QEMB_MODEL_OPTIONS_H
 #define QEMB_MODEL_OPTIONS_H
 

@@ -1,4 +1,4 @@
-/* open_model.h - a model file with its tokenizer, opened as both programs need it. */
+/* open_model.h - a model file with its tokenizer, opened for both programs. */
 #ifndef QEMB_OPEN_MODEL_H
 #define QEMB_OPEN_MODEL_H
 

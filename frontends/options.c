@@ -9,9 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { FIRST_LONG = 256 }; /* getopt_long's value of row i is FIRST_LONG + i: above all letters */
+enum { FIRST_LONG = 256 }; /* getopt_long returns FIRST_LONG + i for row i: above all letters */
 
-/* Row i of all sections in order, with the struct that it sets, or NULL past the end. */
+/* Row i, counted over all sections, and the struct that it sets; NULL past the end. */
 static const option_row *row_at(const option_table *t, int i, void **options) {
     for (int s = 0; s < OPTION_SECTIONS; s++) {
         const option_section *o = &t->sections[s];
@@ -110,7 +110,7 @@ static void see(option_table *t, const option_row *r) {
     t->seen[t->n_seen++] = r;
 }
 
-/* The table in getopt_long's form. */
+/* Converts the table for getopt_long. */
 static void make_getopt(const option_table *t, struct option *longs, char *letters) {
     const option_row *r;
     int n = 0;

@@ -1,7 +1,7 @@
 /* options.h - command-line options from a table.
  *
- * A program's options are rows. Parsing, --help and the tests of the manuals read the same rows, so
- * an option is added in one place: its row. (Its paragraph in the manual is demanded by a test.)
+ * An option is one row. Parsing, --help and the tests of the manuals read the rows, so the row is
+ * the only place where an option is added. A test demands its paragraph in the manual.
  */
 #ifndef QEMB_OPTIONS_H
 #define QEMB_OPTIONS_H
@@ -13,14 +13,14 @@ typedef enum {
     OPTION_INT,    /* min..max, into an int */
     OPTION_DOUBLE, /* a whole number min..max, into a double */
     OPTION_SIZE,   /* min..max, shifted left by `shift` bits, into a size_t */
-    OPTION_STRING, /* kept as it is, in a const char * */
+    OPTION_STRING, /* the pointer, into a const char * */
     OPTION_CHOICE, /* one of `choices`; its index into an int or an enum */
-    OPTION_CALL    /* given to `call` */
+    OPTION_CALL    /* passed to `call` */
 } option_kind;
 
 typedef struct {
     const char *name;     /* without the dashes */
-    const char *argument; /* what --help calls the value; NULL: the option takes none */
+    const char *argument; /* the value's name in --help; NULL: no value */
     const char *help;     /* one line */
     const char *standard; /* the default as --help shows it, or NULL */
     option_kind kind;
@@ -35,7 +35,7 @@ typedef struct {
     void (*call)(void *options, const char *name, const char *value);
 } option_row;
 
-/* Rows that set members of one struct. */
+/* The rows that set members of one struct. */
 typedef struct {
     const option_row *rows;
     int n;
@@ -56,8 +56,8 @@ typedef struct {
     int n_seen;
 } option_table;
 
-/* Sets the options that argv gives, and fills seen. Prints --help and --version and ends the
- * process; ends it with STATUS_USAGE if argv is wrong. */
+/* Sets the members for the options in argv and fills seen. --help and --version print and end the
+ * process. Ends it with STATUS_USAGE if argv is wrong. */
 void options_parse(option_table *t, int argc, char **argv);
 /* Ends with STATUS_USAGE if an option was given that does not apply: to the command of bit
  * `command`, called `name`, or to a program without a GPU. */

@@ -9,7 +9,7 @@
 
 static const char query_start[] = "Instruct: ", query_end[] = "\nQuery:";
 
-/* t->prompt as the options say. */
+/* Sets t->prompt from the options. */
 static int set_prompt(record_tokenizer *t, const qemb_file *f, const model_options *o,
                       qemb_err *err) {
     t->prompt = "";
@@ -22,7 +22,7 @@ static int set_prompt(record_tokenizer *t, const qemb_file *f, const model_optio
         const size_t room = sizeof query_start + sizeof query_end + strlen(o->instruct);
         t->prompt = t->own_prompt = need(malloc(room));
         snprintf(t->own_prompt, room, "%s%s%s", query_start, o->instruct, query_end);
-        qemb_tokenizer_result r; /* invalid UTF-8 here would make every text an error */
+        qemb_tokenizer_result r; /* invalid UTF-8 in it would fail every text */
         qemb_err why;
         if (qemb_tokenizer_encode(t->state, t->prompt, strlen(t->prompt), SIZE_MAX, &r, &why))
             return qemb_fail(err, "usage", "--instruct: %s", why.msg);
@@ -57,12 +57,12 @@ void record_tokenizer_close(record_tokenizer *t) {
     free(t->ids);
 }
 
-/* Joins the parts at t->joined. Returns the end of them; NULL: out of memory. */
+/* Joins the parts at t->joined. Returns the end of the string, or NULL if out of memory. */
 static char *join(record_tokenizer *t, const char *const part[], const size_t len[], int n) {
     size_t total = 0;
     for (int i = 0; i < n; i++) total += len[i];
     if (total > t->joined_cap ||
-        t->joined_cap > (size_t)4 << 20) { /* memory for a rare long text is not kept */
+        t->joined_cap > (size_t)4 << 20) { /* free what a rare long text needed */
         free(t->joined);
         t->joined_cap = total < 65536 ? 65536 : total;
         t->joined = malloc(t->joined_cap);
@@ -76,7 +76,7 @@ static char *join(record_tokenizer *t, const char *const part[], const size_t le
     return p;
 }
 
-/* out = ids (n) and the end-of-text: the one place where it is appended. */
+/* out = ids (n) and the end-of-text token. It is appended here alone. */
 static int set_ids(record_tokenizer *t, const int32_t *ids, size_t n, record_ids *out,
                    qemb_err *err) {
     if (n + 1 > t->ids_cap) {
@@ -115,7 +115,7 @@ int tokenize_text(record_tokenizer *t, const char *text, size_t len, const char 
     }
     qemb_tokenizer_result r;
     if (qemb_tokenizer_encode(t->state, whole, whole_len, (size_t)t->max_tokens - 1, &r, err)) {
-        /* The byte that the message names is to be counted from the beginning of the text. */
+        /* The message has to count bytes from the beginning of the text, not of the prompt. */
         if (whole != text) qemb_tokenizer_encode(t->state, text, len, SIZE_MAX, &r, err);
         return -1;
     }

@@ -6,25 +6,25 @@
 #include "model_options.h"
 #include "open_model.h"
 
-/* Of one thread. The members that a caller may change: truncate. */
+/* For one thread. A caller may change truncate, no other member. */
 typedef struct {
     qemb_tokenizer_state *state;
     input_parser *parser; /* NULL: records are bare texts */
-    const char *prompt;   /* (prompt_len) before every text whose record gives no other */
+    const char *prompt;   /* (prompt_len) for records without "instruct" */
     size_t prompt_len;
-    char *own_prompt; /* the memory of prompt, unless that is the file's */
+    char *own_prompt; /* owns prompt, or NULL if the file does */
     int max_tokens, eos, truncate;
-    int dim, one_dim; /* a vector's numbers; 1: the same for all records */
+    int dim, one_dim; /* length of a vector; 1: the same for all records */
     int32_t *ids;     /* (ids_cap) of the last record */
     size_t ids_cap;
     char *joined; /* (joined_cap) prompt and text as one string */
     size_t joined_cap;
 } record_tokenizer;
 
-/* What records look like and what becomes of them; all zeros for bare texts and whole vectors. */
+/* The form of records and vectors. All zeros: bare texts, whole vectors. */
 typedef struct {
     int jsonl;   /* records are JSON objects */
-    int dim;     /* a vector's numbers; 0: hidden */
+    int dim;     /* length of a vector; 0: hidden */
     int one_dim; /* a record may not ask for another dim */
 } record_options;
 
@@ -33,22 +33,22 @@ typedef struct {
     size_t id_len;
     const int32_t *ids; /* (n) with end-of-text, valid until the next call */
     int n, dim;
-    size_t cut_bytes, cut_tokens; /* above 0: what truncation took away */
+    size_t cut_bytes, cut_tokens; /* what truncation removed, or 0 */
 } record_ids;
 
-/* A tokenizer over m, which outlives it. Codes: "usage", "model_file". The caller closes. */
+/* Opens a tokenizer over m, which must outlive it. Error codes: "usage", "model_file". */
 int record_tokenizer_open(record_tokenizer *t, const model_file *m, const model_options *o,
                           const record_options *records, qemb_err *err);
 void record_tokenizer_close(record_tokenizer *t);
 
-/* The ids of a record. On failure out->id and id_len are set all the same, and err->code is the
- * code of the error record. */
+/* Tokenizes a record. On failure out->id and id_len are set too, and err->code is the code of the
+ * error record. */
 int tokenize_record(record_tokenizer *t, const input_record *r, record_ids *out, qemb_err *err);
-/* The ids of a text (len) after the prompt of task instruct (instruct_len), or after the default
- * prompt if instruct is NULL. */
+/* Tokenizes a text (len) behind the prompt of task instruct (instruct_len); NULL: behind the
+ * default prompt. */
 int tokenize_text(record_tokenizer *t, const char *text, size_t len, const char *instruct,
                   size_t instruct_len, record_ids *out, qemb_err *err);
-/* The same for token ids (n), each in 0..vocab-1. They may end in the end-of-text. */
+/* Takes token ids (n), each in 0..vocab-1, with or without end-of-text. */
 int tokenize_ids(record_tokenizer *t, const int32_t *ids, size_t n, record_ids *out, qemb_err *err);
 
 #endif

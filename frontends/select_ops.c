@@ -1,5 +1,5 @@
-/* select_ops.c - --cpu and --math -> the ops table that computes. The tables are those of the
- * backend that the program is linked with, and with --cpu the CPU's in every program. */
+/* select_ops.c - selects the ops table by --cpu and --math. The tables are those of the backend
+ * that the program is linked with; --cpu selects among the CPU's in every program. */
 #include "select_ops.h"
 
 #include "backends/backend.h"
@@ -13,7 +13,7 @@ static const char *const math_names[] = {"f32",  "bf16", "int16",
 
 const char *math_name(qemb_math math) { return math_names[math]; }
 
-/* Appends name to a list, unless it ends in it. */
+/* Appends name to the list s, unless s already ends in it. */
 static void list(char *s, size_t size, const char *name) {
     const size_t n = strlen(s), m = strlen(name);
     if (n >= m && !strcmp(s + n - m, name)) return;

@@ -1,4 +1,4 @@
-/* cli.h - what the files of qemb's command line share: its options, its output, its run. */
+/* cli.h - the interfaces between main.c, output.c and pipeline.c. */
 #ifndef QEMB_CLI_H
 #define QEMB_CLI_H
 
@@ -12,7 +12,7 @@
 /* ---- main.c ---------------------------------------------------------------------------------- */
 
 typedef enum {
-    ON_ERROR_DEFAULT = -1, /* of the output's kind; gone after parse_options */
+    ON_ERROR_DEFAULT = -1, /* parse_options replaces it by the output kind's default */
     ON_ERROR_RECORD,
     ON_ERROR_ZERO,
     ON_ERROR_SKIP,
@@ -20,20 +20,20 @@ typedef enum {
 } on_error;
 
 typedef struct {
-    int command; /* index of the commands' table */
+    int command; /* index into the table of commands */
     model_options model;
     int jsonl, stats, verify;
     int null_separated; /* records end with NUL */
     format_kind output;
     on_error on_error;
-    int progress; /* 1: always, -1: never, 0: where a person reads standard error */
+    int progress; /* 1: always, -1: never, 0: if standard error is a terminal */
     int dim;      /* 0: hidden */
 } options;
 
 /* ---- output.c -------------------------------------------------------------------------------- */
 
-/* A buffer in front of standard output. A failure ends the process with STATUS_OUTPUT, silently if
- * the reader of a pipe has left. */
+/* A buffer of standard output. A failed write ends the process with STATUS_OUTPUT; without a
+ * message if the reader of the pipe has closed it. */
 typedef struct {
     int fd, to_spool;
     char *data; /* (cap), len in use */
@@ -42,24 +42,24 @@ typedef struct {
 } output;
 
 void output_open(output *o, format_kind kind, int dim);
-/* Room for n bytes. output_wrote tells where what was written there ends. */
+/* Returns room for n bytes. output_wrote then takes the end of what was written. */
 char *output_room(output *o, size_t n);
 void output_wrote(output *o, const char *end);
-/* {"id":...,"line":...,"error":{"code":...,"message":...}} and a newline. */
+/* Writes {"id":...,"line":...,"error":{"code":...,"message":...}} and a newline. */
 void output_error(output *o, const char *id, size_t id_len, uint64_t line, const char *code,
                   const char *message, size_t message_len);
 /* Writes {"id":... at p, which has room for id_len + 32 bytes; id_len 0: the id is line. Returns
  * the end. */
 char *output_id(char *p, const char *id, size_t id_len, uint64_t line);
 void output_flush(output *o);
-/* To be called after the last record, also if an error stops the run. */
+/* Call it after the last record, also if an error stops the run. */
 void output_finish(output *o, format_kind kind, uint64_t rows, int dim);
 void output_close(output *o); /* closes standard output too */
 
 /* ---- pipeline.c ------------------------------------------------------------------------------ */
 
-/* Embeds standard input to standard output through m, until the input ends, an error stops the run
- * or a signal comes. hidden: D. Returns the exit status; does not return after a signal. */
+/* Embeds standard input to standard output until the input ends, an error stops the run or a signal
+ * arrives. hidden: D. Returns the exit status; does not return after a signal. */
 int embed_stream(const options *o, qemb_model *m, int hidden, record_tokenizer *t);
 
 #endif

@@ -1,4 +1,4 @@
-/* main.c - qemb: its options and commands. */
+/* main.c - the command line program qemb: options and commands. */
 #include "cli.h"
 
 #include "frontends/console.h"
@@ -212,7 +212,7 @@ static void print_hex(const uint8_t *b, int n) {
     for (int i = 0; i < n; i++) printf("%02x", b[i]);
 }
 
-/* The provenance's lines, indented. The file is not trusted to hold printable text. */
+/* Prints the provenance lines, indented. Control characters become '?'. */
 static void print_provenance(const qemb_file *f) {
     const char *s = f->provenance, *end = s + f->provenance_bytes;
     for (const char *stop; s < end; s = stop + 1) {
@@ -245,9 +245,9 @@ static void print_config(const qemb_file *f) {
     printf("rms eps          %g\n", (double)c->rms_eps);
 }
 
-/* Compares what lies in the file with the SHA-256 that its writer recorded. */
+/* Compares the SHA-256 of the file's contents with the one in its header. */
 static int verify(const qemb_file *f, const char *path) {
-    const size_t start = 4096; /* the header records it and is not part of it */
+    const size_t start = 4096; /* the header holds the digest and is not digested */
     uint8_t digest[EVP_MAX_MD_SIZE];
     unsigned len;
     if (!EVP_Digest(f->map + start, f->map_bytes - start, digest, &len, EVP_sha256(), NULL))
@@ -334,7 +334,7 @@ static int plan(const options *o) {
 
 /* ---- check ----------------------------------------------------------------------------------- */
 
-/* The model card's example, and the scores that the real models are known to give for it. */
+/* The example of the model card, and the published scores of the real models. */
 static const char check_task[] =
     "Given a web search query, retrieve relevant passages that answer the query";
 static const char *const check_texts[] = {
@@ -350,7 +350,7 @@ typedef struct {
 } known_model;
 
 static const known_model known_models[] = {
-    /* from transformers in FP32: FP32 arithmetic has to agree closely */
+    /* computed by transformers in FP32: FP32 has to agree closely */
     {"Qwen3-Embedding-0.6B",
      28,
      1024,
@@ -358,7 +358,7 @@ static const known_model known_models[] = {
      3072,
      {0.7645568251609802, 0.14142508804798126, 0.13549736142158508, 0.5999549627304077},
      1e-5},
-    /* published figures, of 16 bit runs or of four digits */
+    /* published, with four digits or from 16-bit runs */
     {"Qwen3-Embedding-4B", 36, 2560, 32, 9728, {0.7534, 0.1147, 0.0320, 0.6258}, 3e-3},
     {"Qwen3-Embedding-8B",
      36,
@@ -379,7 +379,7 @@ static const known_model *find_known(const qemb_config *c) {
     return NULL;
 }
 
-/* unit (D) = the vector of a text of the example. */
+/* unit (D) = the normalized vector of one text of the example. */
 static void embed_example(const options *o, qemb_model *m, record_tokenizer *t, const char *text,
                           int is_query, int D, float *unit) {
     qemb_batch *b = need(qemb_batch_new(m));
@@ -397,7 +397,7 @@ static void embed_example(const options *o, qemb_model *m, record_tokenizer *t, 
     qemb_batch_free(b);
 }
 
-/* score[2 q + d] of the four texts, queries first. */
+/* Computes score[2 q + d], the cosine of the example's query q and document d. */
 static void check_scores(const model_file *f, const options *o, double score[4]) {
     const int D = f->file->config.hidden;
     record_tokenizer t;
@@ -447,8 +447,8 @@ static int check(const options *o) {
 
 /* ---- main ------------------------------------------------------------------------------------ */
 
-/* A descriptor that is not open would be given to the model file: then text would be read from
- * weights, or vectors be written over them. Returns 1 if standard input was closed. */
+/* If descriptor 0, 1 or 2 is closed, the next open() gets its number: text would then be read from
+ * the model file, or vectors written to it. Returns 1 if standard input was closed. */
 static int check_descriptors(void) {
     const int closed = fcntl(STDIN_FILENO, F_GETFD) < 0;
     if (closed && open("/dev/null", O_RDONLY) != STDIN_FILENO) leave(STATUS_USAGE);

@@ -1,4 +1,4 @@
-/* output.c - records -> standard output; see cli.h. */
+/* output.c - writes records to standard output; see cli.h. */
 #include "cli.h"
 
 #include "frontends/console.h"
@@ -13,11 +13,13 @@
 
 #define OUTPUT_BYTES ((size_t)256 << 10)
 
-/* An .npy file needs its number of rows in front: a file that can be written twice gets it at the
- * end, anything else gets everything at the end, from an unlinked temporary file. */
+/* An .npy header holds the number of rows, which is known at the end. If standard output is a
+ * regular file, its header is overwritten then. Otherwise the vectors go to an unlinked temporary
+ * file first and are copied out at the end. */
 
 _Noreturn static void output_failed(const output *o) {
-    if (errno == EPIPE && !o->to_spool) leave(STATUS_OUTPUT); /* the reader has left: no news */
+    if (errno == EPIPE && !o->to_spool)
+        leave(STATUS_OUTPUT); /* the reader has closed the pipe: no message */
     DIE(STATUS_OUTPUT, "%s: cannot write (%s)", o->to_spool ? "temporary file" : "standard output",
         strerror(errno));
 }
@@ -45,7 +47,7 @@ void output_flush(output *o) {
 char *output_room(output *o, size_t n) {
     if (o->len + n > o->cap || o->len >= OUTPUT_BYTES) {
         output_flush(o);
-        if (o->cap > 16 * OUTPUT_BYTES || n > o->cap) { /* a rare long record: not kept */
+        if (o->cap > 16 * OUTPUT_BYTES || n > o->cap) { /* free what a rare long record needed */
             free(o->data);
             o->cap = n > OUTPUT_BYTES * 2 ? n : OUTPUT_BYTES * 2;
             o->data = need(malloc(o->cap));

@@ -1,14 +1,14 @@
-/* pipeline.c - the run: records in, vectors out, everything at the same time.
+/* pipeline.c - the embed command: three threads read, compute and write at the same time.
  *
  *   stdin ──> reader thread: input.c, record_tokenizer.c, qemb_pack_add ──> a batch
  *         ──> main thread: qemb_embed
  *         ──> writer thread: qemb_l2_normalize, format.c ──> stdout, flushed after every batch
  *
- * N_JOBS batches go round between the three: that is the window, and reading stops while all are in
- * use. A batch goes to the main thread when the next text does not fit in it, or when stdin has
- * nothing more to read now and the main thread has nothing to do, or at the end of input. So a file
- * runs in full batches, a program that writes one line and waits gets its answer at once, and what
- * arrives during a computation shares the next one.
+ * N_JOBS batches circulate between the threads. Reading stops while all are in use. The reader
+ * hands a batch to the main thread when the next text does not fit, when stdin has no bytes ready
+ * and the main thread is idle, or at the end of input. So a file is computed in full batches; a
+ * program that writes one line and waits gets its answer at once; and texts that arrive during a
+ * computation are computed together afterwards.
  */
 #include "cli.h"
 
@@ -30,19 +30,19 @@
 
 /* ---- the window: batches on their way -------------------------------------------------------- */
 
-/* One fills, one computes, one is written. */
+/* One batch is filled, one computed, one written. */
 #define N_JOBS 3
-/* A batch also ends before it has more records than this (or than its budget of tokens), ... */
+/* A batch has at most this many records (or its token budget, if that is less), ... */
 #define JOB_RECORDS 16384
-/* ... or more ids: repeated texts and a long shared prompt count nothing in the budget ... */
+/* ... this many ids, since repeated texts and a shared prompt are free in the budget, ... */
 #define JOB_IDS ((size_t)4 << 20)
-/* ... or more bytes of record ids and messages. */
+/* ... and this many bytes of record ids and messages. */
 #define JOB_NOTES ((size_t)4 << 20)
 #define BLOCK_IDS ((size_t)64 << 10)
 
 typedef struct {
     uint64_t line;
-    const char *code;      /* NULL: a vector; else why there is none */
+    const char *code;      /* NULL: it has a vector; else the error code */
     size_t id, id_len;     /* offset in notes; id_len 0: none */
     size_t note, note_len; /* the message */
     size_t cut_bytes, cut_tokens;
@@ -83,7 +83,7 @@ static void job_clear(job *j) {
             free(b);
             b = next;
         } else {
-            b->used = 0; /* one block of the usual size stays */
+            b->used = 0; /* keep one block of the usual size */
             break;
         }
         j->ids = b;
@@ -130,7 +130,7 @@ static int job_full(const job *j) {
     return j->n == j->max_records || j->n_ids >= JOB_IDS || j->notes_len >= JOB_NOTES;
 }
 
-/* The row of the text's vector, or -1: the batch has no room for the text. */
+/* Returns the row of the text's vector, or -1 if the batch has no room. */
 static int job_add_text(job *j, const record_ids *t) {
     const size_t n = (size_t)t->n;
     int32_t *ids = job_ids(j, n);
@@ -157,10 +157,10 @@ static job *pop(queue *q) {
 }
 
 typedef struct {
-    pthread_mutex_t lock; /* of what follows up to the empty line */
+    pthread_mutex_t lock; /* guards the members up to the empty line */
     pthread_cond_t changed;
     queue free, ready, done;
-    job *offered; /* the batch that fills, while the reader waits for input: may be taken */
+    job *offered; /* the batch being filled, while the reader waits for input */
     int reader_ended, compute_ended;
 
     const options *opt;
@@ -169,7 +169,7 @@ typedef struct {
     input *in;
     record_tokenizer *record_tokenizer;
     job jobs[N_JOBS];
-    int read_errno; /* of standard input; 0: all was read */
+    int read_errno; /* of standard input; 0: no failure */
 } pipeline;
 
 static void pass(pipeline *p, queue *q, job *j) {
@@ -184,7 +184,7 @@ static void pass(pipeline *p, queue *q, job *j) {
 static atomic_int stop_signal;
 static int wake_pipe[2];
 
-/* The first SIGINT or SIGTERM ends the input; the second, of either, the process. */
+/* The first SIGINT or SIGTERM ends the input. The second one ends the process. */
 static void on_signal(int sig) {
     const int saved = errno;
     if (atomic_exchange(&stop_signal, sig)) {
@@ -192,7 +192,7 @@ static void on_signal(int sig) {
         raise(sig);
     }
     const ssize_t n = write(wake_pipe[1], "", 1);
-    (void)n; /* full: a wake is on its way already */
+    (void)n; /* if the pipe is full, a wake is already pending */
     errno = saved;
 }
 
@@ -223,7 +223,7 @@ static void offer(pipeline *p, job *j) {
     pthread_mutex_unlock(&p->lock);
 }
 
-/* The batch to go on filling: the one offered, or another if it was taken. */
+/* Returns the batch to fill: the one offered, or another if the main thread took it. */
 static job *after_offer(pipeline *p) {
     pthread_mutex_lock(&p->lock);
     job *j = p->offered;
@@ -238,7 +238,7 @@ static job *close_batch(pipeline *p, job *j) {
     return next_free(p);
 }
 
-/* Puts a record into the batch j, or into the next one. Returns the batch that fills now. */
+/* Adds a record to batch j, or to the next one. Returns the batch that it went to. */
 static job *add_record(pipeline *p, job *j, const input_record *in) {
     record_ids t;
     qemb_err err;
@@ -274,7 +274,7 @@ static void *reader_main(void *arg) {
         input_record r;
         status = input_next(p->in, 0, &r);
         if (status == INPUT_WAIT) {
-            const int offered = j->n > 0; /* from then on j may be someone else's */
+            const int offered = j->n > 0; /* from here on the main thread may own j */
             if (offered) offer(p, j);
             status = input_next(p->in, 1, &r);
             if (status == INPUT_FAILED) p->read_errno = errno;
@@ -296,7 +296,7 @@ static void *reader_main(void *arg) {
 
 /* ---- the computation (main thread) ----------------------------------------------------------- */
 
-/* The next batch to compute, NULL at the end. */
+/* Returns the next batch to compute, or NULL at the end. */
 static job *next_ready(pipeline *p) {
     job *j = NULL;
     pthread_mutex_lock(&p->lock);
@@ -311,7 +311,7 @@ static job *next_ready(pipeline *p) {
     return j;
 }
 
-/* Until the last batch, or until the device has failed: the batch that it failed in is dropped. */
+/* Computes until the last batch, or until the device fails; drops the batch that it failed in. */
 static void compute_all(pipeline *p) {
     for (job *j; (j = next_ready(p));) {
         const size_t floats = (size_t)qemb_batch_rows(j->batch) * p->hidden;
@@ -332,7 +332,7 @@ static void compute_all(pipeline *p) {
 
 /* ---- the writer ------------------------------------------------------------------------------ */
 
-/* Errors that zero, skip and stop name on stderr before they are only counted. */
+/* With --on-error zero, skip and stop, this many errors are printed; further ones are counted. */
 #define ERRORS_SHOWN 10
 
 typedef struct {
@@ -340,7 +340,7 @@ typedef struct {
     output out;
     float *unit; /* (hidden) */
     uint64_t rows;
-    /* what --stats tells */
+    /* for --stats */
     uint64_t texts, tokens, batches, distinct, saved, truncated, errors;
     double start, last_progress;
     int progress;
@@ -359,8 +359,8 @@ static double per_second(uint64_t n, double seconds) {
     return seconds > 0 ? (double)n / seconds : 0;
 }
 
-/* Peak resident memory in MiB. getrusage's figure would include the process that started this one
- * (its memory up to exec), so it serves only where there is no /proc. */
+/* Peak resident memory in MiB. getrusage counts memory of the parent before exec too, so it is used
+ * only where /proc is missing. */
 static double peak_mib(void) {
     char line[128];
     long kib = -1;
@@ -407,7 +407,7 @@ static void print_progress(writer *w, uint64_t bytes) {
     say_progress(line);
 }
 
-/* --on-error stop: what came before is flushed and whole, nothing comes after. */
+/* --on-error stop: writes everything before the error, nothing after it. */
 static void stop_run(writer *w) {
     output_finish(&w->out, w->p->opt->output, w->rows, w->p->record_tokenizer->dim);
     print_summary(w);
@@ -420,7 +420,7 @@ static char *put(char *p, const char *s) {
     return p + n;
 }
 
-/* A record without a vector. Returns 1 if a vector of zeros is to be written in its place. */
+/* Handles a record without a vector. Returns 1 if zeros are to be written in its place. */
 static int handle_error(writer *w, const job *j, const record *r, const char *message, size_t len) {
     const on_error policy = w->p->opt->on_error;
     w->errors++;
@@ -527,9 +527,8 @@ int embed_stream(const options *o, qemb_model *m, int hidden, record_tokenizer *
     start_thread(&writer_thread, writer_main, &w);
     compute_all(&p);
     const char *failure = qemb_health_of(m).failure;
-    if (!failure)
-        pthread_join(reader_thread, NULL); /* else it may wait for input: leave it there */
-    pthread_join(writer_thread, NULL);     /* what was computed is out */
+    if (!failure) pthread_join(reader_thread, NULL); /* otherwise it may be blocked on input */
+    pthread_join(writer_thread, NULL);               /* all computed vectors are written */
     if (failure) {
         output_finish(&w.out, o->output, w.rows, t->dim);
         print_summary(&w);
@@ -544,7 +543,7 @@ int embed_stream(const options *o, qemb_model *m, int hidden, record_tokenizer *
     input_free(p.in);
     for (int i = 0; i < N_JOBS; i++) job_free(&p.jobs[i]);
     const int sig = atomic_load(&stop_signal);
-    if (sig) { /* the parent should see what ended us */
+    if (sig) { /* so that the parent sees the signal as the cause */
         signal(sig, SIG_DFL);
         raise(sig);
     }

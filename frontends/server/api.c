@@ -1,9 +1,9 @@
-/* api.c - OpenAI's JSON: requests in, responses and errors out; see api.h.
+/* api.c - parses requests and writes responses in OpenAI's JSON; see api.h.
  *
  * Request: {"input": text | [text...] | [id...] | [[id...]...], "model": name, and optionally
- * "dimensions", "encoding_format", "user" (ignored), and our own "instruct", "truncate" and
- * "fallback"}. null counts as not given. Other keys are errors, as with OpenAI: a misspelt
- * one would otherwise be ignored in silence.
+ * "dimensions", "encoding_format", "user" (ignored), and the extensions "instruct", "truncate" and
+ * "fallback"}. null counts as not given. Other keys are errors, as in OpenAI's API, so that a
+ * misspelt key is not ignored silently.
  */
 #include "api.h"
 
@@ -65,7 +65,7 @@ static void add_text(api_request *r, const json_t *v) {
     r->inputs[r->n++] = (api_input){.text = json_string_value(v), .len = json_string_length(v)};
 }
 
-/* Room for n inputs that have n_ids ids between them. */
+/* Makes room for n inputs with n_ids ids in all. */
 static int make_room(api_request *r, size_t n, size_t n_ids, api_error *e) {
     r->inputs = malloc((n + 1) * sizeof *r->inputs);
     r->ids = n_ids <= INT32_MAX ? malloc((n_ids + 1) * sizeof *r->ids) : NULL;
@@ -176,7 +176,7 @@ int api_parse(api_request *r, api_kind kind, const char *body, size_t len, int m
         json_loadb(body, len, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY | JSON_ALLOW_NUL, &je);
     if (!root && json_error_code(&je) == json_error_out_of_memory)
         return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
-    if (!root) /* jansson's text would quote the body; a position says enough */
+    if (!root) /* not jansson's text: it quotes the body */
         return api_fail(e, 400, "invalid_json", NULL, "body: %s (byte %d)",
                         json_error_code(&je) == json_error_invalid_utf8    ? "invalid UTF-8"
                         : json_error_code(&je) == json_error_duplicate_key ? "a key occurs twice"
@@ -206,7 +206,7 @@ void api_request_free(api_request *r) {
 
 /* ---- responses ------------------------------------------------------------------------------- */
 
-/* Room for the members around one vector or list of ids, and around them all (a name aside). */
+/* Bytes around one vector or list of ids, and around all of them without the model's name. */
 #define ITEM_ROOM  96
 #define FRAME_ROOM 256
 
@@ -216,7 +216,7 @@ static char *put(char *p, const char *s) {
     return p + n;
 }
 
-/* {"object":"list","data":[ ... ],"model":...,"usage":{...}: up to here, without the last brace. */
+/* Writes ],"model":...,"usage":{...}, all that follows the data but the last brace. */
 static char *put_tail(char *p, const char *model, uint64_t tokens) {
     p = put(p, "],\"model\":");
     p = format_json_string(p, model, strlen(model));

@@ -1,4 +1,4 @@
-/* api.h - OpenAI's JSON: requests in, responses and errors out. */
+/* api.h - requests, responses and errors in OpenAI's JSON. */
 #ifndef QEMB_API_H
 #define QEMB_API_H
 
@@ -6,11 +6,11 @@
 #include "queue.h"
 
 typedef struct {
-    int status;       /* HTTP's */
+    int status;       /* of HTTP */
     const char *code; /* static string */
     char param[32];   /* "": null */
     char msg[480];
-    int retry_after; /* seconds, 0: not said */
+    int retry_after; /* seconds; 0: no such header */
 } api_error;
 
 /* Fills *e and returns -1. param may be NULL. */
@@ -41,15 +41,16 @@ typedef struct {
 
 typedef enum { API_EMBEDDINGS, API_TOKENIZE } api_kind;
 
-/* The request in body (len). *r is to be freed in any case. Checks form, not what depends on a
- * model (ids and dimensions need only be positive numbers of 31 bits). */
+/* Parses the request in body (len). Free *r in any case. Does not check what depends on the model:
+ * ids and dimensions are only checked to be positive numbers of 31 bits. */
 int api_parse(api_request *r, api_kind kind, const char *body, size_t len, int max_texts,
               api_error *e);
 void api_request_free(api_request *r);
 
-/* Upper bound of the bytes of an embeddings response. */
+/* An upper bound of the size of an embeddings response, in bytes. */
 size_t api_embeddings_room(int n, int dim, int base64, size_t name_len);
-/* 0; or -1 and *e: a text's vector has no finite length at dim (422), or out of memory. */
+/* Writes the response. Returns -1 with *e if a vector, cut to dim, has no finite length (422) or
+ * memory runs out. */
 int api_embeddings(buffer *out, const pending_text *texts, int n, int dim, int base64,
                    const char *model, uint64_t tokens, api_error *e);
 int api_tokens(buffer *out, const pending_text *texts, int n, int max_tokens, const char *model,

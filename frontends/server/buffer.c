@@ -1,4 +1,4 @@
-/* buffer.c - text under construction; see buffer.h. */
+/* buffer.c - a string that grows; see buffer.h. */
 #include "buffer.h"
 
 #include <stdarg.h>
@@ -8,7 +8,7 @@
 
 static void out_of_memory(buffer *out) {
     free(out->data);
-    *out = (buffer){.cap = SIZE_MAX}; /* remembers: nothing is added to a hole */
+    *out = (buffer){.cap = SIZE_MAX}; /* marks it: later calls add nothing */
 }
 
 void buffer_printf(buffer *out, const char *fmt, ...) {

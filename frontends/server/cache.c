@@ -1,4 +1,4 @@
-/* cache.c - vectors by key, the least recently used one goes first; see cache.h. */
+/* cache.c - an LRU cache of vectors; see cache.h. */
 #include "cache.h"
 
 #include "frontends/console.h"
@@ -22,7 +22,7 @@ struct cache {
     entry *newest, *oldest;
 };
 
-/* What an entry takes, the allocator's share of about 16 bytes an object included. */
+/* Bytes of an entry, with about 16 per object for the allocator. */
 static size_t entry_bytes(const vector *v) {
     return sizeof(entry) + sizeof *v + (size_t)v->n * sizeof *v->v + 32 + sizeof(entry *);
 }
@@ -42,7 +42,7 @@ cache *cache_new(size_t max_bytes) {
 }
 
 static entry **place(const cache *c, const uint8_t *key) {
-    uint64_t h; /* the key is a digest: any bits of it will do */
+    uint64_t h; /* the key is a digest, so any of its bits serve as a hash */
     memcpy(&h, key, sizeof h);
     entry **p = &c->buckets[h & (c->n_buckets - 1)];
     while (*p && memcmp((*p)->key, key, KEY_BYTES)) p = &(*p)->next;
@@ -71,7 +71,7 @@ static void drop_oldest(cache *c) {
     free(e);
 }
 
-/* Twice as many buckets; without memory for them it stays as it is, slower. */
+/* Doubles the buckets. If memory runs out the cache keeps the old ones and is slower. */
 static void grow(cache *c) {
     const size_t n = 2 * c->n_buckets;
     entry **old = c->buckets, **buckets = calloc(n, sizeof *buckets);

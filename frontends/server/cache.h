@@ -1,10 +1,10 @@
-/* cache.h - vectors by key, in memory. */
+/* cache.h - an LRU cache of vectors in memory. Thread-safe. */
 #ifndef QEMB_CACHE_H
 #define QEMB_CACHE_H
 
 #include "queue.h"
 
-typedef struct cache cache; /* for all threads */
+typedef struct cache cache;
 
 cache *cache_new(size_t max_bytes);                        /* NULL: out of memory */
 void cache_free(cache *c);                                 /* c may be NULL */

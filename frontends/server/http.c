@@ -1,14 +1,15 @@
-/* http.c - libmicrohttpd: connections, routes, limits, answers; see http.h.
+/* http.c - connections, routes, limits and responses, on libmicrohttpd; see http.h.
  *
- * A request is looked at when its header is there (path, method, key, type, announced length) and
- * what is wrong is answered after its body, which is read and thrown away: an answer in the middle
- * of a body is lost when the client does not read before it has sent. A good one is parsed and
- * tokenized when its body is there, its connection suspended until the queue is done with it, and
- * its answer written by the connection's own thread again.
+ * When the header of a request has arrived, its path, method, key, type and length are checked. If
+ * one is wrong, the body is still read and dropped before the error is sent: many clients read
+ * nothing until they have sent all, and would lose an earlier response. A good request is parsed
+ * and tokenized when its body has arrived. Then its connection is suspended until the queue has the
+ * vectors, and the connection's thread sends the response.
  *
- * A request that says "fallback": true goes to the second model, if there is one, when the first
- * one is loading, failing, or has a full queue. Then the response's "model" is the second one's
- * name, and qemb_fallbacks_total counts. Token ids stay with the model that they were made for.
+ * A request with "fallback": true is computed by the second model, if there is one, while the first
+ * one is loading, failing, or has a full queue. The response's "model" then names the second one,
+ * and qemb_fallbacks_total counts the request. A request with token ids never falls back, since ids
+ * belong to one model.
  */
 #include "http.h"
 
@@ -32,18 +33,18 @@
 #include <time.h>
 #include <unistd.h>
 
-/* A body may be this many times the limit before it is no longer read to its end. */
+/* A body of more than PATIENCE times the limit is not read to its end. */
 #define PATIENCE 4
-/* A draining server waits this long for more on open connections, and for the first request on new
- * ones, seconds. */
+/* Seconds that a drain waits for a further request on an idle connection, and for the first request
+ * on a new one. */
 #define LINGER        0.25
 #define FIRST_REQUEST 5.0
 
-/* A connection, for as long as its socket is open. */
+/* An open connection. */
 typedef struct conn {
     struct conn *prev, *next;
     int fd, requests;
-    int timed; /* the client is to do something: since then */
+    int timed; /* 1: the client has to send or read, since `since` */
     double since;
 } conn;
 
@@ -52,30 +53,30 @@ struct http {
     model_worker *worker, *fallback; /* fallback may be NULL */
     struct MHD_Daemon *daemon;
     int listen_fd, port;
-    keys *keys; /* NULL: everybody may ask */
+    keys *keys; /* NULL: no key is needed */
     uint32_t id_start;
     atomic_uint id_next;
-    atomic_size_t held; /* bytes of bodies, and of answers to come */
+    atomic_size_t held; /* bytes of bodies and of responses to come */
     atomic_int draining, active;
     time_t created;
     pthread_t acceptor;
-    pthread_mutex_t lock; /* of what follows */
+    pthread_mutex_t lock; /* guards the members below */
     conn *conns;
-    int n_accepted, n_fresh; /* open sockets; those of them that no thread has put into conns yet */
+    int n_accepted, n_fresh; /* open sockets; those not yet in conns */
     double last_change;
 };
 
-/* A request as one worker computes it. */
+/* The part of a request that belongs to one worker. */
 typedef struct {
     pending_request pending;
     model_worker *worker; /* NULL: none yet */
     int dim, cached, shared;
     uint64_t tokens;
-    size_t held; /* bytes held for the answer */
+    size_t held; /* bytes counted for the response */
 } work;
 
 typedef struct {
-    work work; /* first: a pending_request is the first member of its request */
+    work work; /* has to be first: a pending_request is cast to its request */
     http *h;
     struct MHD_Connection *connection;
     conn *conn;
@@ -83,7 +84,7 @@ typedef struct {
     enum { RECEIVING, WAITING, ANSWERED } phase;
     char id[65];
     double start;
-    api_error error; /* status not 0: what to answer */
+    api_error error; /* if status is not 0: the response */
     char *body;
     size_t len, cap, held, thrown;
     api_request api;
@@ -92,7 +93,7 @@ typedef struct {
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
-/* Counts n bytes more for r. Refuses what would pass the bound on memory, unless r is alone. */
+/* Counts n more bytes for r. Fails beyond the bound on memory, unless r is the only request. */
 static int hold(request *r, size_t n, api_error *e) {
     http *h = r->h;
     const size_t before = atomic_fetch_add(&h->held, n);
@@ -120,8 +121,8 @@ static void drop_body(request *r) {
 
 /* ---- answers --------------------------------------------------------------------------------- */
 
-/* Queues the answer; body's memory is taken over. body->data NULL: out of memory, the connection
- * is closed. */
+/* Queues the response and takes over body's memory. If body->data is NULL (out of memory), closes
+ * the connection. */
 static enum MHD_Result answer(request *r, int status, buffer *body, const char *type) {
     http *h = r->h;
     r->phase = ANSWERED;
@@ -145,7 +146,7 @@ static enum MHD_Result answer(request *r, int status, buffer *body, const char *
     if (status == 405)
         MHD_add_response_header(m, "Allow", r->route <= ROUTE_TOKENIZE ? "POST" : "GET, HEAD");
     if (atomic_load(&h->draining)) MHD_add_response_header(m, "Connection", "close");
-    pthread_mutex_lock(&h->lock); /* from now on it is the client's turn, to read */
+    pthread_mutex_lock(&h->lock); /* from now on the client has to read */
     r->conn->timed = 1;
     r->conn->since = seconds_now();
     pthread_mutex_unlock(&h->lock);
@@ -174,7 +175,7 @@ static route find_route(const char *url) {
     return ROUTE_OTHER;
 }
 
-/* The client's own id if it is one that can stand in a log, else one of ours. */
+/* Uses the client's request id if it is safe to log, otherwise makes one. */
 static void make_id(request *r) {
     const char *id = header(r, "x-request-id");
     size_t n = 0;
@@ -209,7 +210,7 @@ static int check_method(request *r, const char *method) {
                     route_path(r->route), post ? "POST" : "GET");
 }
 
-/* application/json, of UTF-8 if it says. */
+/* Whether type is application/json, with charset UTF-8 or none. */
 static int json_type(const char *type) {
     if (strncasecmp(type, JSON, sizeof JSON - 1)) return 0;
     type += sizeof JSON - 1;
@@ -252,14 +253,14 @@ static request *request_new(http *h, struct MHD_Connection *c, const char *url) 
     pthread_mutex_lock(&h->lock);
     r->conn->requests++;
     r->conn->timed = 1;
-    r->conn->since = r->start; /* the body has its own time */
+    r->conn->since = r->start; /* the timeout starts again for the body */
     pthread_mutex_unlock(&h->lock);
     return r;
 }
 
 static enum MHD_Result on_header(request *r, const char *method) {
-    const int bad =
-        check_method(r, method) || check_key(r) || check_body(r); /* the first one fills error */
+    const int bad = check_method(r, method) || check_key(r) ||
+                    check_body(r); /* the first that fails sets error */
     if (!bad) return MHD_YES;
     const char *length = header(r, "Content-Length");
     const int endless = length && strtoull(length, NULL, 10) / PATIENCE > r->h->opt.max_body;
@@ -301,14 +302,14 @@ static enum MHD_Result on_body(request *r, const char *data, size_t n) {
 
 static void resume(pending_request *t) { MHD_resume_connection(((request *)t)->connection); }
 
-/* A client that has closed its sending half counts as gone, as with other servers: nothing tells
- * it from one that has closed everything. */
+/* Whether the client has left. A client that has shut down its sending half counts as gone, since
+ * the server cannot tell it from one that has closed the socket. */
 static int departed(pending_request *t) {
     struct pollfd p = {.fd = ((request *)t)->conn->fd, .events = POLLRDHUP};
     return poll(&p, 1, 0) == 1 && p.revents & (POLLRDHUP | POLLHUP | POLLERR);
 }
 
-/* The worker of the model that the request names, or NULL. */
+/* Returns the worker of the model that the request names, or NULL. */
 static model_worker *choose_worker(request *r) {
     const http_options *o = &r->h->opt;
     if (!r->api.model) return r->h->worker;
@@ -324,15 +325,15 @@ static const char *name_of(const http *h, const model_worker *w) {
     return w == h->worker ? h->opt.names[0] : h->opt.fallback_name;
 }
 
-/* Ends work that nobody waits for. */
+/* Frees w. Its request does not wait. */
 static void work_clear(request *r, work *w) {
     pending_request_clear(&w->pending);
     release(r, w->held);
     w->held = 0;
 }
 
-/* *w = the request's texts as ids for worker, with memory held for the answer. -1: *e says why not,
- * and there is nothing to clear. */
+/* Tokenizes the request's texts for worker into *w and counts the memory of the response. On
+ * failure returns -1 with *e, and *w holds nothing. */
 static int prepare(request *r, model_worker *worker, work *w, api_error *e) {
     const int hidden = model_worker_hidden(worker);
     *w = (work){.worker = worker, .dim = r->api.dimensions ? r->api.dimensions : hidden};
@@ -350,7 +351,7 @@ static int prepare(request *r, model_worker *worker, work *w, api_error *e) {
     return -1;
 }
 
-/* From the body to ids. The body is freed. */
+/* Parses the body, tokenizes its texts, frees the body. */
 static int read_request(request *r) {
     const api_kind kind = r->route == ROUTE_EMBEDDINGS ? API_EMBEDDINGS : API_TOKENIZE;
     model_worker *worker = NULL;
@@ -388,13 +389,13 @@ static enum MHD_Result finish_embeddings(request *r) {
         r->error.retry_after = 1;
         break;
     case REQUEST_NEW:
-    case REQUEST_WAITING: /* refused: error says it */
+    case REQUEST_WAITING: /* not accepted: error is set */
         break;
     }
     return answer_error(r);
 }
 
-/* 0: the texts wait in the worker's queue, and r may be resumed from now on. */
+/* Puts the texts into the worker's queue. After it returns 0, r may be resumed at any time. */
 static int submit(request *r, api_error *e) {
     if (!model_worker_submit(r->work.worker, &r->work.pending, &r->work.shared)) return 0;
     api_fail(e, 429, "queue_full", NULL, "server: too many tokens wait already");
@@ -408,23 +409,23 @@ static void start_waiting(request *r, work *w) {
     w->pending.departed = departed;
 }
 
-/* Gives r to the fallback, if r allows it and the fallback can take it. 0: r waits there. 1: r has
- * all its vectors. -1: r is as it was. */
+/* Gives r to the fallback, if r allows it and the fallback can take it. Returns 0 if r waits there,
+ * 1 if r has all its vectors already, -1 if r is unchanged. */
 static int fall_back(request *r) {
     model_worker *worker = r->h->fallback;
-    api_error ignored; /* r's own error says why it needed a fallback */
+    api_error ignored; /* r keeps the error of the first model */
     work other;
     if (!r->api.fallback || !worker || r->work.worker == worker ||
         model_worker_state_of(worker) != WORKER_READY)
         return -1;
-    for (int i = 0; i < r->texts; i++) /* ids are those of the model that they were made for */
+    for (int i = 0; i < r->texts; i++) /* ids belong to the first model */
         if (!r->api.inputs[i].text) return -1;
     if (prepare(r, worker, &other, &ignored)) return -1;
     other.cached = model_worker_lookup(worker, &other.pending);
     start_waiting(r, &other);
     work own = r->work;
     const api_error error = r->error;
-    r->work = other; /* the queue keeps a pointer to it: it must be in its final place */
+    r->work = other; /* before submit: the queue keeps its address */
     r->error = (api_error){0};
     const int known = other.cached == r->texts;
     if (known) r->work.pending.state = REQUEST_DONE;
@@ -439,7 +440,7 @@ static int fall_back(request *r) {
     return known;
 }
 
-/* 0: r waits. 1: it has all its vectors. -1: its error says why neither. */
+/* Returns 0 if r waits, 1 if it has all its vectors, -1 with its error set. */
 static int submit_or_fall_back(request *r) {
     int fallen;
     switch (model_worker_state_of(r->work.worker)) {
@@ -470,10 +471,10 @@ static enum MHD_Result start_embeddings(request *r) {
     pthread_mutex_lock(&r->h->lock);
     r->conn->timed = 0; /* the client waits for the server */
     pthread_mutex_unlock(&r->h->lock);
-    /* Before submitting: from then on another thread may resume the connection. */
+    /* Before submit, since another thread may resume the connection right after it. */
     MHD_suspend_connection(r->connection);
     if (submit_or_fall_back(r)) MHD_resume_connection(r->connection);
-    api_request_free(&r->api); /* resumed or not, r is this thread's until it returns */
+    api_request_free(&r->api); /* r belongs to this thread until it returns, even if resumed */
     return MHD_YES;
 }
 
@@ -575,7 +576,7 @@ static enum MHD_Result on_request(void *cls, struct MHD_Connection *c, const cha
     return r->phase == WAITING ? finish_embeddings(r) : on_complete(r);
 }
 
-/* Once per request: its answer is sent, or its connection is lost. */
+/* Called once per request, when its response is sent or its connection lost. */
 static void on_completed(void *cls, struct MHD_Connection *c, void **cookie,
                          enum MHD_RequestTerminationCode how) {
     (void)c;
@@ -622,7 +623,7 @@ static void on_connection(void *cls, struct MHD_Connection *c, void **context,
         h->conns = k;
         h->n_fresh--;
         pthread_mutex_unlock(&h->lock);
-    } else if (k) { /* its socket is still open: http_tick never meets another one's */
+    } else if (k) { /* the socket is still open, so http_tick cannot see its number reused */
         pthread_mutex_lock(&h->lock);
         *(k->prev ? &k->prev->next : &h->conns) = k->next;
         if (k->next) k->next->prev = k->prev;
@@ -633,7 +634,7 @@ static void on_connection(void *cls, struct MHD_Connection *c, void **context,
     }
 }
 
-/* Only the message's pattern: what stands in its places may be a client's. */
+/* Logs the format alone: the arguments may hold a client's data. */
 static void on_message(void *cls, const char *fmt, va_list ap) {
     (void)cls;
     (void)ap;
@@ -645,12 +646,12 @@ static void on_message(void *cls, const char *fmt, va_list ap) {
 
 /* ---- accepting ------------------------------------------------------------------------------- */
 
-/* libmicrohttpd gets connections, not the socket that listens: when that is taken away from its
- * threads (MHD_quiesce_daemon, 0.9.75) two of them may take it out of one epoll set, upon which it
- * ends the process; and a connection beyond its limit leaves a mutex locked. So the limit is kept
- * here, and libmicrohttpd's is never reached. */
+/* This thread accepts connections and passes them to libmicrohttpd, for two faults of version
+ * 0.9.75. MHD_quiesce_daemon may let two threads remove the listening socket from one epoll set,
+ * and then ends the process. A connection beyond its limit leaves a mutex locked. So the limit is
+ * applied here, and the library's own is never reached. */
 
-/* How many more come in a drain: those that the system has completed. */
+/* The length of the listen queue: a drain still accepts the connections in it. */
 #define BACKLOG 1024
 #define POLL_MS 50
 
@@ -662,7 +663,7 @@ static void count_connection(http *h, int n) {
     pthread_mutex_unlock(&h->lock);
 }
 
-/* 1: a connection more. 0: none there, or no descriptor left for it. */
+/* Returns 1 if it accepted a connection, 0 if none waits or no descriptor is left. */
 static int accept_one(http *h) {
     struct sockaddr_storage from;
     socklen_t n = sizeof from;
@@ -671,7 +672,7 @@ static int accept_one(http *h) {
     if (fd < 0) return errno == EINTR || errno == ECONNABORTED;
     count_connection(h, 1);
     if (MHD_add_connection(h->daemon, fd, (struct sockaddr *)&from, n) == MHD_NO)
-        count_connection(h, -1); /* it has closed fd */
+        count_connection(h, -1); /* libmicrohttpd has closed fd */
     return 1;
 }
 
@@ -683,10 +684,10 @@ static void *accept_main(void *arg) {
         const int full = h->n_accepted >= h->opt.max_connections;
         pthread_mutex_unlock(&h->lock);
         const int wait = full || (poll(&p, 1, POLL_MS) == 1 && !accept_one(h));
-        if (wait) poll(NULL, 0, 1); /* until a connection ends */
+        if (wait) poll(NULL, 0, 1); /* wait for a connection to end */
     }
     for (int i = 0; i < BACKLOG && accept_one(h);) i++;
-    close(h->listen_fd); /* others are refused */
+    close(h->listen_fd); /* further connections are refused */
     return NULL;
 }
 
@@ -704,7 +705,7 @@ http *http_start(const http_options *o, model_worker *l, model_worker *fallback)
     if (o->key_file) h->keys = keys_read(o->key_file);
     h->listen_fd = listen_open(o->host, o->port, &h->port);
     h->opt.max_connections = listen_connections(o->max_connections);
-    const unsigned threads = (unsigned)o->http_threads; /* each has its part of the limit */
+    const unsigned threads = (unsigned)o->http_threads; /* the limit is split evenly among them */
     const unsigned most = threads * ((unsigned)h->opt.max_connections + BACKLOG + 1);
     h->daemon =
         MHD_start_daemon(MHD_USE_EPOLL_INTERNAL_THREAD | MHD_USE_NO_LISTEN_SOCKET | MHD_USE_ITC |
@@ -725,7 +726,7 @@ void http_tick(http *h, double now) {
     pthread_mutex_lock(&h->lock);
     for (conn *k = h->conns; k; k = k->next) {
         if (!k->timed || now - k->since < h->opt.receive_timeout) continue;
-        shutdown(k->fd, SHUT_RDWR); /* its thread sees the end and cleans up */
+        shutdown(k->fd, SHUT_RDWR); /* its thread sees the end of input and cleans up */
         k->timed = 0;
         metrics_add(h->opt.metrics, COUNT_REAPED, 1);
     }
@@ -744,7 +745,7 @@ int http_idle(http *h, double now) {
     int idle = !atomic_load(&h->active);
     pthread_mutex_lock(&h->lock);
     if (h->n_fresh || now - h->last_change < LINGER) idle = 0;
-    for (conn *k = h->conns; k && idle; k = k->next) /* it came to ask something */
+    for (conn *k = h->conns; k && idle; k = k->next) /* a new connection gets time for a request */
         if (!k->requests && now - k->since < FIRST_REQUEST) idle = 0;
     pthread_mutex_unlock(&h->lock);
     return idle;

@@ -1,4 +1,4 @@
-/* http.h - libmicrohttpd: connections, routes, limits, answers. */
+/* http.h - the HTTP server: connections, routes, limits, responses. */
 #ifndef QEMB_HTTP_H
 #define QEMB_HTTP_H
 
@@ -9,27 +9,26 @@
 typedef struct {
     const char *host, *key_file;
     int port;
-    const char *names[MAX_NAMES]; /* of the model; the first is what responses say */
+    const char *names[MAX_NAMES]; /* of the model; responses use the first */
     int n_names;
-    const char *fallback_name; /* of the other model; NULL: there is none */
+    const char *fallback_name; /* of the fallback, or NULL */
     int http_threads, max_connections, max_texts;
     size_t max_body, max_memory; /* bytes */
     double deadline, receive_timeout, drain;
-    metrics *metrics; /* outlives the server */
+    metrics *metrics; /* has to outlive the server */
 } http_options;
 
 typedef struct http http;
 
-/* Listens and answers: 503 until the model_worker is ready. fallback may be NULL: see http.c for
- * when it computes. Ends the process if that cannot be. */
+/* Starts the server. It answers 503 until the worker is ready. fallback may be NULL; http.c says
+ * when it computes. Ends the process with a message on failure. */
 http *http_start(const http_options *o, model_worker *l, model_worker *fallback);
 int http_port(const http *h);
-/* Closes connections that have taken too long to send a request or to read an answer. */
+/* Closes connections that take too long to send a request or to read a response. */
 void http_tick(http *h, double now);
-/* No new connections from now on; those that the system has completed already are still served,
- * once. */
+/* Stops accepting connections. Those already in the listen queue get one response each. */
 void http_drain(http *h);
-/* 1 when a draining server has nothing left to answer. */
+/* Returns 1 if a draining server has no response left to send. */
 int http_idle(http *h, double now);
 void http_stop(http *h); /* after http_drain; no connection is suspended */
 

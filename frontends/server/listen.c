@@ -1,4 +1,4 @@
-/* listen.c - where the server listens and whom it listens to; see listen.h. */
+/* listen.c - the listening socket and the API keys; see listen.h. */
 #include "listen.h"
 
 #include "frontends/console.h"
@@ -52,7 +52,7 @@ keys *keys_read(const char *path) {
 
 void keys_free(keys *k) { free(k); }
 
-/* Digests are compared, all of them and whole: the time tells nothing about the keys. */
+/* Compares all digests to their last byte, so the time says nothing about the keys. */
 int keys_match(const keys *k, const char *given) {
     uint8_t d[DIGEST_BYTES];
     int good = 0;

@@ -1,4 +1,4 @@
-/* listen.h - the socket that the server listens on, and the keys that it accepts. */
+/* listen.h - the listening socket and the API keys. */
 #ifndef QEMB_LISTEN_H
 #define QEMB_LISTEN_H
 
@@ -6,17 +6,17 @@
 
 typedef struct keys keys;
 
-/* The keys of the file, one a line; empty lines and those with # in front do not count. Ends the
- * process if there is none. */
+/* Reads API keys from a file, one per line, without empty lines and lines that begin with #. Ends
+ * the process if there is none. */
 keys *keys_read(const char *path);
 void keys_free(keys *k); /* k may be NULL */
 int keys_match(const keys *k, const char *given);
 
-/* A listening socket, not blocking; *bound_port is port, or what the system chose for 0. Ends the
- * process if that cannot be. */
+/* Opens a non-blocking listening socket. *bound_port is port, or the system's choice if port is 0.
+ * Ends the process on failure. */
 int listen_open(const char *host, int port, int *bound_port);
-/* Raises the limit on descriptors to what the system allows; the connections that leaves, at most
- * `wanted`. */
+/* Raises the limit on descriptors as far as the system allows. Returns how many connections fit, at
+ * most `wanted`. */
 int listen_connections(int wanted);
 
 #endif

@@ -1,5 +1,5 @@
-/* log.c - the log; see log.h. A process has one standard error: its lock and the count of lost
- * lines are state of the process. */
+/* log.c - the log; see log.h. A process has one standard error, so the lock and the count of lost
+ * lines are static. */
 #include "log.h"
 
 #include <poll.h>
@@ -16,7 +16,7 @@ uint64_t log_lines_lost(void) { return atomic_load(&lost); }
 
 void log_line(const char *level, const char *event, const char *fmt, ...) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-    char line[2048]; /* less than PIPE_BUF: a pipe that is ready takes it whole */
+    char line[2048]; /* below PIPE_BUF: a write to a pipe is atomic */
     struct timespec t;
     struct tm tm;
     clock_gettime(CLOCK_REALTIME, &t);
@@ -30,7 +30,7 @@ void log_line(const char *level, const char *event, const char *fmt, ...) {
         va_start(ap, fmt);
         const int m = vsnprintf(line + n, sizeof line - n, fmt, ap);
         va_end(ap);
-        if (m < 0 || n + (size_t)m + 2 >= sizeof line) { /* half a line would be no JSON */
+        if (m < 0 || n + (size_t)m + 2 >= sizeof line) { /* a cut line is not JSON */
             atomic_fetch_add(&lost, 1);
             return;
         }

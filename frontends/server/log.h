@@ -1,15 +1,15 @@
-/* log.h - the log: a line of JSON per event, on standard error. */
+/* log.h - the log: one JSON line per event on standard error. */
 #ifndef QEMB_LOG_H
 #define QEMB_LOG_H
 
 #include <stdint.h>
 
-/* {"time":...,"level":level,"event":event, and the fields}: one line on stderr. Each field is a
- * JSON member without braces, as "\"port\":8080"; "" for none. A reader that does not read costs
- * lines, never time. */
+/* Writes {"time":...,"level":level,"event":event,FIELDS}. fmt formats FIELDS: JSON members without
+ * braces, as "\"port\":8080", or "". If standard error does not take the line, drops it: logging
+ * never blocks. */
 void log_line(const char *level, const char *event, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
-/* Lines that standard error did not take. */
+/* The number of dropped lines. */
 uint64_t log_lines_lost(void);
 
 #endif

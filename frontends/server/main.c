@@ -1,4 +1,4 @@
-/* main.c - qemb-serve: options, start, signals, the clock's tick, the end. */
+/* main.c - the server program qemb-serve: options, start, signals, drain. */
 #include "http.h"
 
 #include "frontends/console.h"
@@ -11,9 +11,9 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Seconds between two looks at deadlines, departed clients and slow connections. */
+/* Seconds between checks for deadlines, departed clients and slow connections. */
 #define TICK 0.1
-/* After a drain that has reached its bound: seconds for the last answers and for the last batch. */
+/* Seconds for the last responses, and for the last batch, after a drain has timed out. */
 #define LAST_ANSWERS 2.0
 #define LAST_BATCH   1.0
 
@@ -25,7 +25,7 @@ typedef struct {
     int cache_mib, redis_timeout;
     const char *redis;    /* NULL: none */
     const char *fallback; /* NULL: none */
-    char name[2][256];    /* the model's and the fallback's, after their files */
+    char name[2][256];    /* of model and fallback, from their file names */
 } options;
 
 static const char *checked_name(const char *option, const char *name) {
@@ -39,7 +39,7 @@ static void add_name(void *to, const char *option, const char *name) {
     h->names[h->n_names++] = checked_name(option, name);
 }
 
-#define HOURS 24 * 3600 /* the longest time that an option takes: a day */
+#define HOURS 24 * 3600 /* the maximum of options in seconds: a day */
 #define AT(m) .at = offsetof(options, m)
 
 /* clang-format off */
@@ -88,7 +88,7 @@ static const char synopsis[] =
 static const char ending[] = "Status: 0 good, 1 usage, 2 model.\n"
                              "Requests, errors, metrics and the log: man qemb-serve\n";
 
-/* path without its directory and ".qemb" */
+/* name = path without directory and ".qemb" */
 static const char *name_by_file(char name[256], const char *path) {
     const char *slash = strrchr(path, '/');
     snprintf(name, 256, "%s", slash ? slash + 1 : path);
@@ -136,14 +136,14 @@ static void parse_options(options *o, int argc, char **argv) {
 
 /* ---- the run --------------------------------------------------------------------------------- */
 
-/* Waits for one of the signals, at most a tick. Returns it, or 0. */
+/* Waits up to TICK for a signal of the set. Returns it, or 0. */
 static int wait_signal(const sigset_t *set) {
     const struct timespec tick = {.tv_nsec = (long)(TICK * 1e9)};
     const int sig = sigtimedwait(set, NULL, &tick);
     return sig > 0 ? sig : 0;
 }
 
-/* The model's worker, and the fallback's or NULL. */
+/* The workers of model and fallback; the second may be NULL. */
 typedef model_worker *model_workers[2];
 
 static void tick(model_workers w, http *h) {
@@ -152,11 +152,12 @@ static void tick(model_workers w, http *h) {
     http_tick(h, now);
 }
 
-/* Answers requests under way, for o->drain seconds at most; then ends every wait, with 503. */
+/* Answers the requests under way for up to o->drain seconds, then the rest with 503. */
 static void drain(const http_options *o, const sigset_t *set, model_workers w, http *h) {
     const double start = seconds_now();
     http_drain(h);
-    log_line("info", "draining", "\"seconds\":%g", o->drain); /* new connections are refused now */
+    log_line("info", "draining", "\"seconds\":%g",
+             o->drain); /* from here on new connections are refused */
     while (!http_idle(h, seconds_now()) && seconds_now() - start < o->drain) {
         if (wait_signal(set)) break; /* a second signal ends the drain */
         tick(w, h);
@@ -180,7 +181,7 @@ static void open_workers(const options *o, model_workers w) {
     model_worker_options other = o->worker;
     other.model.model = o->fallback;
     other.is_fallback = 1;
-    other.model.engine.max_tokens = 0; /* its own; the option is about the first model */
+    other.model.engine.max_tokens = 0; /* from its file: the option is for the first model */
     w[1] = model_worker_open(&other);
 }
 
@@ -193,7 +194,7 @@ int main(int argc, char **argv) {
     sigemptyset(&set);
     sigaddset(&set, SIGINT);
     sigaddset(&set, SIGTERM);
-    pthread_sigmask(SIG_BLOCK, &set, NULL); /* in every thread; wait_signal takes them */
+    pthread_sigmask(SIG_BLOCK, &set, NULL); /* inherited by all threads; wait_signal takes them */
     parse_options(&o, argc, argv);
     o.http.metrics = o.worker.metrics = need(metrics_new());
     open_caches(&o);
@@ -205,12 +206,12 @@ int main(int argc, char **argv) {
     for (; !(sig = wait_signal(&set)) && !dead; tick(w, h))
         for (int i = 0; i < 2 && w[i]; i++) dead |= model_worker_state_of(w[i]) == WORKER_DEAD;
     drain(&o.http, &set, w, h);
-    int joined = 1; /* before http_stop: then no worker resumes a connection */
+    int joined = 1; /* before http_stop, so that no worker resumes a connection */
     for (int i = 0; i < 2 && w[i]; i++) joined &= model_worker_join(w[i], LAST_BATCH);
     http_stop(h);
     log_line("info", "stopped", "\"signal\":%d", sig);
     const int status = dead ? STATUS_MODEL : STATUS_GOOD;
-    if (!joined) leave(status); /* in the middle of a long batch */
+    if (!joined) leave(status); /* a worker is in a long batch */
     for (int i = 0; i < 2 && w[i]; i++) model_worker_free(w[i]);
     redis_free(o.worker.redis);
     cache_free(o.worker.cache);

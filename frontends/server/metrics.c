@@ -44,7 +44,7 @@ static const struct {
     [COUNT_REDIS_DROPPED] = {"redis_dropped", "Vectors that were not stored in Redis."},
 };
 
-/* 499: the client has left. The last place is for all others. */
+/* 499: the client has left. The last entry counts all other codes. */
 static const int codes[] = {200, 400, 401, 404, 405, 413, 415, 422, 429, 499, 503, 0};
 
 /* ---- histograms ------------------------------------------------------------------------------ */
@@ -53,7 +53,7 @@ static const int codes[] = {200, 400, 401, 404, 405, 413, 415, 422, 429, 499, 50
 
 static const struct {
     const char *name, *help;
-    double bounds[MAX_BOUNDS]; /* upwards, 0 ends them */
+    double bounds[MAX_BOUNDS]; /* ascending; ends with 0 */
 } histograms[N_HISTOGRAMS] = {
     [HISTOGRAM_BATCH_TEXTS] = {"batch_texts",
                                "Distinct texts of a batch.",
@@ -75,7 +75,7 @@ struct metrics {
     atomic_ullong requests[N_ROUTES][LENGTH(codes)];
     struct {
         pthread_mutex_t lock;
-        uint64_t n[MAX_BOUNDS + 1]; /* by bound; the last one used is that of all larger values */
+        uint64_t n[MAX_BOUNDS + 1]; /* by bound; the last one counts all larger values */
         double sum;
     } observed[N_HISTOGRAMS];
 };
@@ -140,7 +140,7 @@ static void gauge_text(buffer *out, const char *name, const char *help, size_t v
                   name, value);
 }
 
-/* A label's value: printable ASCII, quotes and backslashes escaped. */
+/* Writes a label's value: printable ASCII, with quotes and backslashes escaped. */
 static void label_text(buffer *out, const char *s) {
     for (; *s; s++) {
         if (*s == '"' || *s == '\\') buffer_printf(out, "\\");

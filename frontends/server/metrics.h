@@ -52,12 +52,12 @@ typedef struct {
     int healthy, connections;
     size_t cache_bytes;
     struct {
-        const char *model, *fingerprint;               /* NULL: there is no such model */
-        int queue_texts, queue_tokens, queue_requests; /* that wait */
-    } worker[2];                                       /* the model, the fallback */
+        const char *model, *fingerprint;               /* NULL: no such model */
+        int queue_texts, queue_tokens, queue_requests; /* waiting */
+    } worker[2];                                       /* model, fallback */
 } gauges;
 
-/* Counters and histograms of one server. For all threads. */
+/* Counters and histograms of one server. Thread-safe. */
 typedef struct metrics metrics;
 
 metrics *metrics_new(void); /* NULL: out of memory */
@@ -65,7 +65,7 @@ void metrics_free(metrics *m);
 void metrics_add(metrics *m, count c, uint64_t n);
 void metrics_request(metrics *m, route r, int status);
 void metrics_observe(metrics *m, histogram h, double x);
-/* Prometheus' text format. */
+/* Writes the text format of Prometheus. */
 void metrics_text(metrics *m, buffer *out, const gauges *g);
 
 #endif

@@ -1,4 +1,4 @@
-/* model_worker.c - a model at work: texts -> token ids -> queue -> vectors; see model_worker.h. */
+/* model_worker.c - a model, its queue and the thread that computes; see model_worker.h. */
 #include "model_worker.h"
 
 #include "frontends/console.h"
@@ -17,7 +17,7 @@
 #include <string.h>
 #include <time.h>
 
-/* What a thread needs to tokenize. The worker keeps those that no thread uses. */
+/* A tokenizer and its buffers, used by one thread at a time. The worker keeps the unused ones. */
 typedef struct scratch {
     struct scratch *next;
     record_tokenizer record_tokenizer;
@@ -37,7 +37,7 @@ struct model_worker {
     EVP_MD *sha256;
     uint8_t fingerprint[KEY_BYTES];
     char fingerprint_hex[2 * KEY_BYTES + 1];
-    /* The probe: the empty text, computed to see whether the model works. */
+    /* The probe: the empty text, computed to test whether the model works. */
     pending_request probe;
     pending_text probe_text;
     uint8_t probe_key[KEY_BYTES];
@@ -46,8 +46,8 @@ struct model_worker {
 
 /* ---- opening --------------------------------------------------------------------------------- */
 
-/* The file's header holds the model's shape and the SHA-256 of everything else. Tables round in
- * their own ways, so they do not share vectors. */
+/* The file's header holds the model's shape and the SHA-256 of the rest. Ops tables round
+ * differently, so their vectors are not shared. */
 #define HEADER_BYTES 4096
 
 static void make_fingerprint(model_worker *m) {
@@ -90,8 +90,8 @@ static void give_scratch(model_worker *m, scratch *s) {
     pthread_mutex_unlock(&m->lock);
 }
 
-/* The key of a text: the digest of what its vector depends on, less the end-of-text that all
- * have. */
+/* The key of a text: the digest of everything that its vector depends on. The end-of-text token,
+ * which every text has, is left out. */
 static int make_key(model_worker *m, scratch *s, uint8_t *key, const record_ids *t) {
     return EVP_DigestInit_ex(s->digest, m->sha256, NULL) &&
            EVP_DigestUpdate(s->digest, m->fingerprint, sizeof m->fingerprint) &&
@@ -107,7 +107,7 @@ model_worker *model_worker_open(const model_worker_options *o) {
     m->sha256 = EVP_MD_fetch(NULL, "SHA256", NULL);
     if (!m->sha256) DIE(STATUS_MODEL, "SHA-256: not available");
     make_fingerprint(m);
-    scratch *s = take_scratch(m); /* at the start, so that wrong options end the process */
+    scratch *s = take_scratch(m); /* here, so that wrong options end the process at the start */
     const int32_t eos = m->file.file->config.eos_id;
     if (!make_key(m, s, m->probe_key, &(record_ids){.ids = &eos, .n = 1}))
         DIE(STATUS_MODEL, "SHA-256: not available");
@@ -120,15 +120,15 @@ model_worker *model_worker_open(const model_worker_options *o) {
 
 /* ---- the model's thread ---------------------------------------------------------------------- */
 
-/* Whether the vector can be scaled to length 1: as qemb_l2_normalize decides. */
+/* Whether qemb_l2_normalize can scale the row to length 1. */
 static int has_length(const float *row, int D) {
     double sum = 0;
     for (int i = 0; i < D; i++) sum += (double)row[i] * row[i];
     return sum > 0 && sum <= DBL_MAX;
 }
 
-/* vectors (n) = the rows of out (n, D); NULL for a row without a finite length. Returns the number
- * of those. */
+/* vectors[i] = row i of out (n, D), or NULL if it has no finite length. Returns the number of
+ * NULLs. */
 static int make_vectors(const float *out, int D, vector **vectors, int n) {
     int bad = 0;
     for (int i = 0; i < n; i++) {
@@ -158,8 +158,8 @@ static void load(model_worker *m) {
              m->opt.is_fallback ? "true" : "false", m->fingerprint_hex);
 }
 
-/* A failed device gives NaN until the process ends. Requests that wait are told to come again:
- * their texts are not at fault. */
+/* A failed device computes NaN until the process ends. Waiting requests get 503, not 422, since
+ * their texts are not the cause. */
 static void device_failed(model_worker *m, const char *why) {
     char quoted[6 * 256 + 3];
     const size_t n = strlen(why);
@@ -201,7 +201,8 @@ static void *compute_main(void *arg) {
         metrics_add(m->opt.metrics, COUNT_COMPUTED_TOKENS, (uint64_t)tokens);
         const int bad = make_vectors(out, (int)D, vectors, n);
         metrics_add(m->opt.metrics, COUNT_NON_FINITE, (uint64_t)bad);
-        for (int i = 0; i < n; i++) /* before queue_finish: a text is in flight or in the cache */
+        for (int i = 0; i < n;
+             i++) /* before queue_finish, so that a text is always in flight or cached */
             if (vectors[i]) remember(m, taken[i]->key, vectors[i]);
         const int state = now.failure ? WORKER_DEAD : bad ? WORKER_FAILING : WORKER_READY;
         if (!now.failure && atomic_exchange(&m->state, state) != state)
@@ -263,8 +264,8 @@ static void probe_done(pending_request *t) {
     atomic_store(&m->probing, 0);
 }
 
-/* Until a batch has come out well, the worker computes the empty text: clients do not ask a server
- * whose /health says 503, so the batch that proves it well has to be its own. */
+/* After a failed batch the worker computes the empty text until that succeeds. Load balancers send
+ * nothing to a server whose /health is 503, so no client's batch could show that it recovered. */
 static void probe(model_worker *m, double now) {
     int shared;
     if (atomic_exchange(&m->probing, 1)) return;
@@ -353,7 +354,7 @@ int model_worker_tokenize(model_worker *m, const api_request *r, pending_request
     for (int i = 0; i < r->n && !bad; i++) {
         bad = tokenize_input(m, s, r, i, &t->texts[i], e);
         if (!bad) *tokens += (uint64_t)t->texts[i].text->n;
-        /* Bounds the memory that the ids of one request can take. */
+        /* Bounds the memory of one request's ids. */
         if (!bad && *tokens > (uint64_t)m->opt.max_queue_tokens)
             bad = api_fail(e, 413, "too_many_tokens", "input",
                            "input: too many tokens in one request (got more than %d)",

@@ -1,13 +1,12 @@
-/* queue.c - what waits to be computed, and the batches made of it; see queue.h.
+/* queue.c - waiting requests, and the batches made of their texts; see queue.h.
  *
- * A request's texts are taken in order. Requests with texts left stand in a ring, from whose head
- * each batch takes:
- *   1. if the batch before was made without a long text that waited: one long text, the first;
- *   2. short texts: from each request in turn at most `share` tokens, round after round;
- *   3. when no short text is left: long texts that fit beside them.
- * A text is long if it has more than `share` tokens, an eighth of a batch. So a request of a
- * thousand texts leaves room for the next one, a short text waits for one batch of a long one at
- * most, and a long text for one batch of short ones.
+ * A request's texts are taken in order. Requests with texts left form a ring. A text is long if it
+ * has more than `share` tokens, an eighth of a batch. Starting at the ring's head, a batch takes
+ *   1. the first long text, if a long text waited while the previous batch took none;
+ *   2. short texts, at most `share` tokens from each request in turn, round after round;
+ *   3. long texts that still fit, once no short text is left.
+ * So a request with a thousand texts leaves room for the next request. A short text waits for at
+ * most one batch with a long text, and a long text for at most one batch of short ones.
  */
 #include "queue.h"
 
@@ -25,9 +24,9 @@ struct queue {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     text *index[INDEX_SLOTS]; /* texts in flight by key */
-    pending_request *ring;    /* the next to give texts; circular, n_ring of them */
+    pending_request *ring;    /* the head; circular, n_ring requests */
     int n_ring;
-    pending_request *oldest, *newest; /* live requests */
+    pending_request *oldest, *newest; /* waiting requests */
     queue_depth depth;
     int max_tokens, share;
     int long_turn; /* the next batch begins with a long text */
@@ -61,7 +60,7 @@ void pending_request_clear(pending_request *t) {
 /* ---- the index of texts in flight ------------------------------------------------------------ */
 
 static text **index_place(queue *q, const uint8_t *key) {
-    uint32_t h; /* the key is a digest: any bits of it will do */
+    uint32_t h; /* the key is a digest, so any of its bits serve as a hash */
     memcpy(&h, key, sizeof h);
     text **p = &q->index[h & (INDEX_SLOTS - 1)];
     while (*p && memcmp((*p)->key, key, KEY_BYTES)) p = &(*p)->next;
@@ -80,7 +79,7 @@ static void ring_add(queue *q, pending_request *t) {
     q->n_ring++;
     if (!q->ring) {
         q->ring = t->ring_next = t->ring_prev = t;
-    } else { /* before the head: the last in turn */
+    } else { /* before the head, so last in turn */
         t->ring_next = q->ring;
         t->ring_prev = q->ring->ring_prev;
         t->ring_prev->ring_next = t->ring_next->ring_prev = t;
@@ -124,13 +123,13 @@ static void stop_waiting(queue *q, pending_text *s) {
     if (s->next) s->next->prev = s->prev;
     s->text = NULL;
     if (t->waiters || t->computing) return;
-    index_remove(q, t); /* nobody wants it, nobody has it */
+    index_remove(q, t); /* no request waits for it and no batch has it */
     q->depth.texts--;
     q->depth.tokens -= t->n;
     free(t);
 }
 
-/* Takes t out of the queue in its final state and puts it on the list of those to be told. */
+/* Takes t out of the queue in its final state and adds it to the list for tell(). */
 static void end_request(queue *q, pending_request *t, request_state state,
                         pending_request **ended) {
     for (int i = 0; i < t->n; i++)
@@ -144,7 +143,7 @@ static void end_request(queue *q, pending_request *t, request_state state,
 
 static void tell(pending_request *ended) {
     for (pending_request *next; ended; ended = next) {
-        next = ended->next_done; /* done gives the request away */
+        next = ended->next_done; /* done() may free the request */
         ended->done(ended);
     }
 }
@@ -170,7 +169,7 @@ void queue_free(queue *q) {
     free(q);
 }
 
-/* Puts new texts into the index and lets texts whose text is there already wait for that one. */
+/* Puts new texts into the index. A text that is there already is shared, not added. */
 static int link_texts(queue *q, pending_request *t) {
     int shared = 0;
     for (int i = 0; i < t->n; i++) {
@@ -195,7 +194,7 @@ static int link_texts(queue *q, pending_request *t) {
 
 int queue_submit(queue *q, pending_request *t, int *shared) {
     pending_request *ended = NULL;
-    long long tokens = 0; /* texts that occur twice in t count twice here: no harm */
+    long long tokens = 0; /* an upper bound: a text twice in t counts twice */
     pthread_mutex_lock(&q->lock);
     for (int i = 0; i < t->n; i++)
         if (t->texts[i].text && !*index_place(q, t->texts[i].text->key))
@@ -228,7 +227,8 @@ typedef struct {
     pending_request *ended;
 } builder;
 
-/* The next text of t that no batch has taken, or NULL: then t has left the ring. */
+/* Returns the next text of t that no batch has taken. If there is none, takes t out of the ring and
+ * returns NULL. */
 static text *next_text(queue *q, pending_request *t) {
     for (; t->cursor < t->n; t->cursor++) {
         text *x = t->texts[t->cursor].text;
@@ -238,7 +238,7 @@ static text *next_text(queue *q, pending_request *t) {
     return NULL;
 }
 
-/* 1 if the text x, the next one of t, is in the batch now. */
+/* Adds x, the next text of t, to the batch. Returns 0 if it does not fit. */
 static int take(builder *b, pending_request *t, text *x) {
     const int row = qemb_pack_add(b->batch, x->ids, x->n);
     if (row < 0) return 0;
@@ -253,13 +253,13 @@ static int take(builder *b, pending_request *t, text *x) {
     return 1;
 }
 
-/* Long texts in the ring's order: the first one only, or all that fit. Returns 1 if one waits. */
+/* Adds long texts in ring order: the first one only, or all that fit. Returns 1 if one is left. */
 static int take_long(builder *b, int only_first) {
     queue *q = b->q;
     pending_request *t = q->ring;
     int left = 0;
     for (int i = q->n_ring; i; i--) {
-        pending_request *next = t->ring_next; /* t may leave the ring */
+        pending_request *next = t->ring_next; /* next_text may take t out of the ring */
         text *x = next_text(q, t);
         if (x && x->n > q->share) {
             if (take(b, t, x)) {
@@ -274,19 +274,19 @@ static int take_long(builder *b, int only_first) {
     return left;
 }
 
-/* Short texts of t, its share at most. Returns 1 if it gave some. */
+/* Adds short texts of t, at most its share. Returns 1 if it added some. */
 static int take_share(builder *b, pending_request *t) {
     int got = 0;
     for (text *x; (x = next_text(b->q, t)) && got + x->n <= b->q->share; got += x->n) {
         if (take(b, t, x)) continue;
-        b->full = 1; /* t stays at the head: it is first in the next batch */
+        b->full = 1; /* t stays at the head and is first in the next batch */
         return 1;
     }
     return got > 0;
 }
 
-/* Short texts, round after round, until none is left or the next does not fit. A whole round leaves
- * the ring's head where it was. */
+/* Adds short texts, round after round, until none is left or the next one does not fit. A complete
+ * round ends at the ring's head. */
 static void take_short(builder *b) {
     queue *q = b->q;
     for (int some = 1; some && !b->full;) {
@@ -308,7 +308,7 @@ static void drop_departed(queue *q, pending_request **ended) {
     }
 }
 
-/* A batch of what waits now: none if all clients have departed. */
+/* Makes a batch of the waiting texts. It is empty if all clients have left. */
 static void build(builder *b) {
     queue *q = b->q;
     drop_departed(q, &b->ended);
@@ -328,7 +328,7 @@ int queue_take(queue *q, qemb_batch *batch, text **taken) {
         const int stopped = q->stopped;
         if (!stopped) build(&b);
         pthread_mutex_unlock(&q->lock);
-        tell(b.ended); /* now: the next wait may be long */
+        tell(b.ended); /* before waiting, which may take long */
         if (b.n || stopped) return b.n;
     }
 }

@@ -1,4 +1,4 @@
-/* queue.h - what waits to be computed, and the batches made of it. */
+/* queue.h - waiting requests, and the batches made of their texts. */
 #ifndef QEMB_QUEUE_H
 #define QEMB_QUEUE_H
 
@@ -8,92 +8,91 @@
 
 #include <stdint.h>
 
-/* Bytes of a key: a SHA-256. */
+/* Size of a key, a SHA-256. */
 #define KEY_BYTES 32
 
 typedef struct pending_text pending_text;
 typedef struct pending_request pending_request;
 
-/* A distinct text in flight. Its key stands for model and ids: two texts of a queue have equal keys
- * if and only if they have equal ids, or else the batch would give both the same row. */
+/* A distinct text in flight. Two texts of a queue have equal keys if and only if they have equal
+ * ids: a batch has one row per distinct text. */
 typedef struct text {
     uint8_t key[KEY_BYTES];
-    struct text *next;     /* in the queue's index */
-    pending_text *waiters; /* whose text it is */
-    int computing;         /* it is in a batch: stays until that is done */
+    struct text *next;     /* in its bucket of the index */
+    pending_text *waiters; /* the requests' texts that wait for it */
+    int computing;         /* it is in a batch, and stays until that is done */
     int n;
     int32_t ids[]; /* (n), end-of-text included */
 } text;
 
-text *text_new(const uint8_t key[KEY_BYTES], int n); /* ids are to be filled. NULL: no memory */
+text *text_new(const uint8_t key[KEY_BYTES], int n); /* the caller fills ids. NULL: out of memory */
 
-/* One text of a request: it waits for `text`, or has its `vector`, or has failed. */
+/* One text of a request. It waits for `text`, has its `vector`, or has failed. */
 struct pending_text {
     pending_request *request;
     text *text;
     vector *vector;
-    pending_text *prev, *next; /* among the text's waiters */
-    int failed;                /* the model has no finite vector for it */
+    pending_text *prev, *next; /* in the text's list of waiters */
+    int failed;                /* its vector has no finite length */
 };
 
 typedef enum {
     REQUEST_NEW,     /* never submitted */
-    REQUEST_WAITING, /* in the queue: nobody else touches it */
+    REQUEST_WAITING, /* in the queue: the caller may not touch it */
     REQUEST_DONE,    /* every text has its vector or has failed */
-    REQUEST_EXPIRED, /* the deadline came first */
+    REQUEST_EXPIRED, /* its deadline has passed */
     REQUEST_GONE,    /* the client has left */
-    REQUEST_STOPPED  /* the queue has ended */
+    REQUEST_STOPPED  /* the queue was stopped */
 } request_state;
 
-/* A request in the queue. The caller fills texts (n of them, with text or vector), deadline and
- * functions. */
+/* A request in the queue. The caller fills texts (n), each with text or vector, the deadline and
+ * the functions. */
 struct pending_request {
     pending_text *texts;
     int n;
     double deadline; /* as seconds_now */
-    /* Called once, when the state is final, from any thread and without locks. From then on the
-     * request is the caller's again. */
+    /* Called once, when the state is final, on any thread, without locks held. The request then
+     * belongs to the caller again. */
     void (*done)(pending_request *t);
-    int (*departed)(
-        pending_request *t); /* 1: nobody waits any more. May be NULL; must not block. */
+    int (*departed)(pending_request *t); /* 1: the client has left. May be NULL; must not block. */
     request_state state;
-    /* the queue's own */
+    /* private to the queue */
     int pending, cursor;
-    pending_request *ring_prev, *ring_next; /* has texts that no batch has taken */
-    pending_request *live_prev, *live_next; /* waits, by age */
+    pending_request *ring_prev, *ring_next; /* if it has texts that no batch has taken */
+    pending_request *live_prev, *live_next; /* waiting requests by age */
     pending_request *next_done;
 };
 
-/* Gives back what the texts hold. Not while the request waits. */
+/* Frees what the texts hold. Not to be called while the request waits. */
 void pending_request_clear(pending_request *t);
 
 typedef struct queue queue;
 
 typedef struct {
-    int texts, tokens; /* distinct ones that no batch has taken */
-    int requests;      /* that wait */
+    int texts, tokens; /* distinct, not taken by a batch */
+    int requests;      /* waiting */
 } queue_depth;
 
-/* A queue that holds max_tokens and makes batches of about batch_tokens. m outlives it. NULL: out
- * of memory. */
+/* Makes a queue for max_tokens with batches of about batch_tokens. m has to outlive it. Returns
+ * NULL if out of memory. */
 queue *queue_new(int max_tokens, int batch_tokens, metrics *m);
-void queue_free(queue *q); /* nothing waits in it */
+void queue_free(queue *q); /* q has to be empty */
 
-/* Hands t over if its texts fit beside what waits (an empty queue takes every request), with texts
- * that are in flight already shared. 0; or -1, nothing done: full, or ended. Texts that wait are
- * the queue's from then on. *shared gets the number of texts that were in flight already. */
+/* Adds t if its texts fit beside the waiting ones; an empty queue takes any request. The queue then
+ * owns its texts. Texts already in flight are shared, and *shared is set to their number. Returns
+ * -1 with nothing done if the queue is full or stopped. */
 int queue_submit(queue *q, pending_request *t, int *shared);
-/* Waits for texts, puts a batch of them into b (empty) and names them in taken (room for
- * batch_tokens), row by row. Returns their number; 0 when the queue has ended. */
+/* Waits for texts, adds a batch of them to b (empty) and sets taken[row] (room for batch_tokens).
+ * Returns their number, or 0 if the queue is stopped. */
 int queue_take(queue *q, qemb_batch *b, text **taken);
-/* The vectors (n; NULL: none that is finite) of the last taken texts: they are the waiters' now. */
+/* Gives vectors (n) to the waiters of the taken texts; NULL fails them. Takes the references. */
 void queue_finish(queue *q, text **taken, vector **vectors, int n);
-/* Ends the wait of requests whose deadline has passed, and of those whose client has left. */
+/* Ends requests whose deadline has passed or whose client has left. */
 void queue_tick(queue *q, double now);
-/* Ends every wait and the queue: queue_take returns 0, queue_submit refuses. */
+/* Stops the queue: ends every request; queue_take returns 0 and queue_submit -1 from then on. */
 void queue_stop(queue *q);
 queue_depth queue_depth_of(queue *q);
-/* Seconds after which what waits now will have been computed, 1 at least. */
+/* Estimated seconds until the waiting texts are computed, at least 1. */
 int queue_retry_after(queue *q);
 
 #endif

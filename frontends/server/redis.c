@@ -1,9 +1,9 @@
-/* redis.c - vectors in a Redis that several servers share; see redis.h.
+/* redis.c - a cache of vectors in Redis, shared by servers; see redis.h.
  *
- * A reader's thread asks for a request's texts in one MGET and waits for a bounded time. What was
- * computed is set by a thread of its own, from a bounded list; what finds no room there is not
- * stored. After a failure nobody asks for PAUSE, so a Redis that is away or slow costs one timeout
- * now and then, and its hits. Values are the little-endian floats of the whole vector.
+ * The thread of a request asks for its texts in one MGET and waits for a bounded time. A separate
+ * thread sets new vectors from a bounded list; if the list is full they are not stored. After a
+ * failure Redis is not used for PAUSE seconds, so a Redis that is absent or slow costs one timeout
+ * per pause. A value is the whole vector as little-endian floats.
  */
 #include "redis.h"
 
@@ -20,7 +20,7 @@
 #define MAX_IDLE    16
 #define MAX_PENDING 4096
 #define PIPELINE    128
-#define PREFIX      "qemb:1:" /* 1: what keys and values mean */
+#define PREFIX      "qemb:1:" /* 1: the version of keys and values */
 #define NAME_BYTES  (sizeof PREFIX - 1 + KEY_BYTES)
 
 typedef struct {
@@ -34,11 +34,11 @@ struct redis {
     int port;
     struct timeval timeout;
     pthread_t thread;
-    pthread_mutex_t lock; /* of what follows */
+    pthread_mutex_t lock; /* guards the members below */
     pthread_cond_t changed;
     redisContext *idle[MAX_IDLE];
     int n_idle, stopped, was_down;
-    double not_before; /* a failure's pause ends */
+    double not_before; /* the end of a pause after a failure */
     pending ring[MAX_PENDING];
     int first, n;
 };
@@ -50,14 +50,14 @@ static void failed(redis *r, redisContext *c) {
     metrics_add(r->metrics, COUNT_REDIS_ERRORS, 1);
     pthread_mutex_lock(&r->lock);
     r->not_before = seconds_now() + PAUSE;
-    while (r->n_idle) redisFree(r->idle[--r->n_idle]); /* of the same server: broken too */
+    while (r->n_idle) redisFree(r->idle[--r->n_idle]); /* same server, so broken too */
     const int news = !r->was_down;
     r->was_down = 1;
     pthread_mutex_unlock(&r->lock);
     if (news) log_line("warning", "redis_down", "\"port\":%d", r->port);
 }
 
-/* A connection, or NULL: it is in a pause, or cannot be reached. */
+/* Returns a connection, or NULL in a pause or if it cannot connect. */
 static redisContext *take(redis *r) {
     pthread_mutex_lock(&r->lock);
     const int paused = seconds_now() < r->not_before;
@@ -87,7 +87,7 @@ static void make_name(char name[NAME_BYTES], const uint8_t *key) {
 
 /* ---- asking ---------------------------------------------------------------------------------- */
 
-/* A value as a vector of n numbers; NULL unless it is one that qemb_l2_normalize takes. */
+/* Reads a value as a vector of n numbers. NULL if qemb_l2_normalize cannot scale it. */
 static vector *read_value(const redisReply *v, int n) {
     if (v->type != REDIS_REPLY_STRING || v->len != (size_t)n * sizeof(float)) return NULL;
     vector *x = vector_new((const float *)(const void *)v->str, n);
@@ -100,7 +100,7 @@ static vector *read_value(const redisReply *v, int n) {
     return x;
 }
 
-/* MGET of the texts' texts (n of them have one). */
+/* Sends MGET for the n texts of t that have a text. */
 static redisReply *ask(redisContext *c, const pending_request *t, int n) {
     const char **argv = malloc(((size_t)n + 1) * sizeof *argv);
     size_t *lengths = malloc(((size_t)n + 1) * sizeof *lengths);
@@ -160,7 +160,7 @@ void redis_put(redis *r, const uint8_t key[KEY_BYTES], vector *v) {
     if (!room) metrics_add(r->metrics, COUNT_REDIS_DROPPED, 1);
 }
 
-/* The next ones to set, PIPELINE at most; 0 at the end. */
+/* Takes up to PIPELINE vectors to set. Returns 0 at the end. */
 static int next_pending(redis *r, pending *p) {
     int n = 0;
     pthread_mutex_lock(&r->lock);
@@ -173,7 +173,7 @@ static int next_pending(redis *r, pending *p) {
     return n;
 }
 
-/* All in one go, then all replies. 0, or -1. */
+/* Sends all commands, then reads all replies. Returns 0, or -1 on failure. */
 static int set_all(redisContext *c, const pending *p, int n) {
     for (int i = 0; i < n; i++) {
         char name[NAME_BYTES];
@@ -185,7 +185,7 @@ static int set_all(redisContext *c, const pending *p, int n) {
     for (int i = 0; i < n; i++) {
         void *reply;
         if (redisGetReply(c, &reply) != REDIS_OK) return -1;
-        freeReplyObject(reply); /* "out of memory", "read only": not stored, no more to it */
+        freeReplyObject(reply); /* "out of memory", "read only": not stored */
     }
     return 0;
 }

@@ -1,18 +1,18 @@
-/* redis.h - vectors by key, in a Redis that several servers share. */
+/* redis.h - a cache of vectors in Redis, shared by servers. Thread-safe. */
 #ifndef QEMB_REDIS_H
 #define QEMB_REDIS_H
 
 #include "queue.h"
 
-typedef struct redis redis; /* for all threads */
+typedef struct redis redis;
 
-/* address is HOST:PORT; NULL if it is not. Connects when it is asked, not before. timeout_ms: for a
- * connection, and for an answer. */
+/* Returns NULL if address is not HOST:PORT. Connects at the first use. timeout_ms bounds a connect
+ * and a reply. */
 redis *redis_new(const char *address, int timeout_ms, metrics *m);
 void redis_free(redis *r); /* r may be NULL */
-/* Vectors of dim numbers into those texts of t that have a text and whose key is there. Returns how
- * many; takes two timeouts at most, nothing while a failure is fresh. */
+/* Sets the vectors (dim) of those texts of t that have a text and are stored. Returns their number.
+ * Takes at most two timeouts; returns 0 at once in a pause. */
 int redis_get(redis *r, pending_request *t, int dim);
-void redis_put(redis *r, const uint8_t key[KEY_BYTES], vector *v); /* does not wait */
+void redis_put(redis *r, const uint8_t key[KEY_BYTES], vector *v); /* does not block */
 
 #endif

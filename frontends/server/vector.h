@@ -4,16 +4,16 @@
 
 #include <stdatomic.h>
 
-/* A text's vector as qemb_embed gave it, before cut and L2: good for every dimension. Shared by
- * reference, never changed. */
+/* A vector as qemb_embed returns it, not yet cut or normalized, so it serves every dimension.
+ * Counted by references, never changed. */
 typedef struct {
     atomic_int refs;
     int n;
     float v[]; /* (n) */
 } vector;
 
-vector *vector_new(const float *v, int n); /* one reference, the caller's. NULL: out of memory */
-vector *vector_take(vector *v);            /* one more */
-void vector_drop(vector *v);               /* one less; v may be NULL */
+vector *vector_new(const float *v, int n); /* with one reference. NULL: out of memory */
+vector *vector_take(vector *v);            /* adds a reference */
+void vector_drop(vector *v);               /* drops one; v may be NULL */
 
 #endif
