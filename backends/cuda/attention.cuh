@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(ATT_THREADS, M == 1 ? 2 : 1)
         constexpr int STAGE = 2 * att_tile_bytes<HD>, KSTEPS = HD / 16;
         SHARED_BYTES(smem);
         const att_tile w = tiles[blockIdx.x];
-        if (w.t0 >= w.len) return; /* no tile: a list filled up */
+        if (w.t0 >= w.len) return; /* padding of the list in a graph */
         att_view<A> s;
         s.k = qkv + (size_t)(H + blockIdx.y) * HD;
         s.to_v = K * HD;

@@ -1,17 +1,18 @@
-/* gemm.cuh - the four matrix products of a layer, by cuBLASLt.
+/* gemm.cuh - the four GEMMs of a layer, by cuBLASLt.
  *
- * Row-major y (T, N) = x (T, K) W^T with W (N, K) is, in the library's column-major terms, the TN
- * product y (N x T) = W (K x N, transposed) x (K x T). Inputs are FP16, sums FP32; the result is
- * FP16, or FP32 added to what is there (the residual), in the product itself: no overflow, no add
- * kernel. FP8: W and x are e4m3 with a scale per row of either (quantize.cuh), which the library
- * multiplies in; that it does from version 12.9 on for sm_90, and for T, N and K that are multiples
- * of 16: T is rounded up, buffers have room for those rows and nobody looks at them.
+ * The row-major product y (T, N) = x (T, K) W^T with W (N, K) is the column-major TN product y (N x
+ * T) = W^T (N x K) x (K x T), with W stored as (K x N). Inputs are FP16, sums FP32. The result is
+ * FP16, or FP32 and added to the residual stream by the GEMM itself.
  *
- * The library's choice of algorithm depends on T. It is asked once per shape and bucket of T (16,
- * 32, 64 ...) and the answer serves every T in the bucket. In a deterministic run there is one
- * bucket and no split of K, so a row's sums do not depend on T. Otherwise, given a directory, its
- * first choices are timed once and the fastest kept in a file there, one per GPU and library
- * version.
+ * FP8: W and x are e4m3 codes with one scale per row (quantize.cuh), which cuBLASLt applies. That
+ * needs version 12.9, sm_90, and T, N and K that are multiples of 16. T is rounded up; buffers have
+ * room for the additional rows, whose results are ignored.
+ *
+ * The heuristic of cuBLASLt depends on T. It is asked once per shape and bucket of T (16, 32, 64
+ * ...), and its algorithm serves every T in the bucket. A deterministic run has one bucket and no
+ * split of K, so the order of a row's sums does not depend on T. Otherwise, if a directory is
+ * given, the heuristic's first choices are timed once, and the fastest is kept in a file there, one
+ * file per GPU and library version.
  */
 #ifndef GEMM_CUH
 #define GEMM_CUH
@@ -23,7 +24,7 @@
 #include <cublasLt.h>
 
 enum { GEMM_SHAPES = 8, GEMM_BUCKETS = 12, GEMM_ALIGN = 16, GEMM_CHOICES = 8, GEMM_RUNS = 5 };
-constexpr size_t GEMM_WORKSPACE = (size_t)32 << 20; /* what cuBLAS asks for on sm_90 */
+constexpr size_t GEMM_WORKSPACE = (size_t)32 << 20; /* recommended by cuBLAS for sm_90 */
 
 struct gemm_algo {
     cublasLtMatmulAlgo_t algo;
@@ -32,20 +33,20 @@ struct gemm_algo {
 struct gemm_shape {
     int N, K;
     bool add;                       /* FP32, added to D; else FP16 */
-    cublasLtMatrixLayout_t w, x, y; /* x and y get their T at every call */
+    cublasLtMatrixLayout_t w, x, y; /* the T of x and y is set at every call */
     gemm_algo buckets[GEMM_BUCKETS];
 };
 struct gemm_state {
     cublasLtHandle_t lt;
     cublasLtMatmulDesc_t product;
     cublasLtMatmulPreference_t preference;
-    void *workspace; /* GEMM_WORKSPACE bytes of device memory, the caller's */
+    void *workspace; /* GEMM_WORKSPACE bytes of device memory, owned by the caller */
     bool deterministic, fp8;
     int n_shapes;
     gemm_shape shapes[GEMM_SHAPES];
 };
 
-/* Bucket i holds T up to 16 << i; the last one all that is longer. */
+/* Bucket i is for T up to 16 << i; the last one also for all larger T. */
 static int gemm_bucket(const gemm_state *g, int T) {
     if (g->deterministic) return 0;
     int i = 0;
@@ -65,7 +66,7 @@ static cublasStatus_t gemm_describe(gemm_state *g, cublasLtMatmulDescAttributes_
     return cublasLtMatmulDescSetAttribute(g->product, a, &v, sizeof v);
 }
 
-/* Opens the library. g is zeroed before; gemm_close frees what was opened, also after a failure. */
+/* Opens the library. g has to be zeroed. gemm_close frees g, also after a failure. */
 static cublasStatus_t gemm_open(gemm_state *g, bool deterministic, bool fp8) {
     g->deterministic = deterministic;
     g->fp8 = fp8;
@@ -98,7 +99,7 @@ static void gemm_close(gemm_state *g) {
     if (g->lt) cublasLtDestroy(g->lt);
 }
 
-/* Makes a shape known before it is used; the same one twice is one. */
+/* Adds a shape. It has to be added before its first use; adding it twice does nothing. */
 static cublasStatus_t gemm_add_shape(gemm_state *g, int N, int K, bool add) {
     for (int i = 0; i < g->n_shapes; i++)
         if (g->shapes[i].N == N && g->shapes[i].K == K && g->shapes[i].add == add)
@@ -114,7 +115,7 @@ static cublasStatus_t gemm_add_shape(gemm_state *g, int N, int K, bool add) {
     return s;
 }
 
-/* Where the scales of W (N) and x (T) lie, in FP8. */
+/* FP8: sets the scales of W (N) and x (T). */
 static cublasStatus_t gemm_scales(gemm_state *g, const float *w, const float *x) {
     if (!g->fp8) return CUBLAS_STATUS_SUCCESS;
     cublasStatus_t s = gemm_describe(g, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, w);
@@ -129,7 +130,7 @@ static cublasStatus_t gemm_set_rows(const gemm_state *g, gemm_shape *p, int T) {
     return s;
 }
 
-/* The library's first choices for T rows, best first; at most want. */
+/* Asks the heuristic for at most `want` algorithms for T rows, best first. */
 static cublasStatus_t gemm_ask(gemm_state *g, gemm_shape *p, int T,
                                cublasLtMatmulHeuristicResult_t *found, int want, int *n) {
     cublasStatus_t s = gemm_set_rows(g, p, T);
@@ -170,15 +171,15 @@ static cublasStatus_t gemm_run(gemm_state *g, void *y, const void *x, const floa
     }
     if (!s) s = gemm_launch(g, p, &a->algo, y, x, w->data, w->alpha, T, st);
     if (s != CUBLAS_STATUS_NOT_SUPPORTED || g->deterministic) return s;
-    /* The bucket's algorithm does not take this T: ask for one that does. */
+    /* The bucket's algorithm does not support this T. Ask for one that does. */
     s = gemm_ask(g, p, T, &found, 1, &n);
     return s ? s : gemm_launch(g, p, &found.algo, y, x, w->data, w->alpha, T, st);
 }
 
 /* ---- timing ---------------------------------------------------------------------------------- */
 
-/* What timing works with: scratch of the size of the shape's largest product, whose numbers are
- * small and finite in any format, and two events. */
+/* For timing: scratch memory for the operands of the largest shape, whose bytes are small finite
+ * numbers in any format, and two events. */
 struct gemm_bench {
     cudaStream_t st;
     cudaEvent_t start, stop;
@@ -189,7 +190,7 @@ struct gemm_bench {
 static double gemm_time(gemm_state *g, gemm_shape *p, const gemm_bench *b,
                         const cublasLtMatmulAlgo_t *algo, const void *w, int T) {
     const size_t x = ((size_t)T * p->K * 2 + 255) / 256 * 256;
-    const float *scales = (const float *)b->scratch; /* N or T of them: as good as any */
+    const float *scales = (const float *)b->scratch; /* (N) or (T); any finite values serve */
     float ms = -1;
     if (gemm_scales(g, scales, scales)) return -1;
     for (int i = 0; i <= GEMM_RUNS; i++) { /* the first one warms up */
@@ -201,8 +202,8 @@ static double gemm_time(gemm_state *g, gemm_shape *p, const gemm_bench *b,
     return cudaEventElapsedTime(&ms, b->start, b->stop) == cudaSuccess ? ms : -1;
 }
 
-/* Times the library's choices for the bucket and keeps the fastest. False: it has not been
- * timed. */
+/* Times the heuristic's choices for the bucket and keeps the fastest. Returns false if no timing
+ * succeeded. */
 static bool gemm_tune(gemm_state *g, gemm_shape *p, int bucket, const gemm_bench *b,
                       const void *w) {
     const int T = gemm_bucket_rows(g, bucket);
@@ -222,8 +223,8 @@ static bool gemm_tune(gemm_state *g, gemm_shape *p, int bucket, const gemm_bench
     return best >= 0;
 }
 
-/* The file has a line per shape and bucket: N K add rows, then the algorithm's eight words, which
- * cuBLAS says may be stored for use with the same version. Lines that do not fit are skipped. */
+/* Loads algorithms. The file has one line per shape and bucket: N K add rows, then the algorithm's
+ * eight words. cuBLAS allows storing them for the same library version. Other lines are skipped. */
 static void gemm_load(gemm_state *g, const char *path) {
     FILE *in = fopen(path, "r");
     char line[512];
@@ -250,7 +251,7 @@ static void gemm_load(gemm_state *g, const char *path) {
     if (in) fclose(in);
 }
 
-/* Adds a bucket's line. A file that cannot be written costs the next start its timing, no more. */
+/* Appends a bucket's line. If that fails, the next start times again. */
 static void gemm_save(const gemm_state *g, const gemm_shape *p, int bucket, const char *path) {
     char line[512];
     int n =
@@ -259,7 +260,8 @@ static void gemm_save(const gemm_state *g, const gemm_shape *p, int bucket, cons
         n += snprintf(line + n, sizeof line - n, " %" PRIx64, word);
     FILE *out = fopen(path, "a");
     if (!out) return;
-    fprintf(out, "%s\n", line); /* one write of under 4 KiB: two processes do not mix their lines */
+    fprintf(out, "%s\n",
+            line); /* one write of under 4 KiB, so that lines of two processes do not mix */
     fclose(out);
 }
 

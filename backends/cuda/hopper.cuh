@@ -1,11 +1,12 @@
-/* hopper.cuh - two kernels for sm_90a alone, on wgmma: the gate and up projections with SwiGLU
- * inside, and attention for long texts. Nobody has measured them: they run only when asked for
- * (qemb_options.hopper).
+/* hopper.cuh - two kernels for sm_90a, built on wgmma: the gate and up projections with SwiGLU
+ * fused, and attention for long texts. They have not been measured, so they run only with
+ * qemb_options.hopper.
  *
- * Both are persistent, one block per multiprocessor: a warpgroup that loads and two that multiply,
- * 64 rows each. Tiles go round a ring of stages. A stage has two mbarriers: `full` (its bytes are
- * there) and `empty` (all multiplying warps are done with them). A stage's i-th use waits for the
- * i-th phase of `full`; its refill for the phase of `empty` that this use ends.
+ * Both are persistent kernels with one block per multiprocessor. One warpgroup loads; two multiply,
+ * 64 rows each. Tiles pass through a ring of stages in shared memory. A stage has two mbarriers:
+ * `full` (its bytes have arrived) and `empty` (all multiplying warps have finished with it). The
+ * i-th use of a stage waits for the i-th phase of `full`; the next refill waits for the phase of
+ * `empty` that ends with that use.
  */
 #ifndef HOPPER_CUH
 #define HOPPER_CUH
@@ -18,7 +19,7 @@ enum { HOPPER_THREADS = 384, HOPPER_ROWS = 128, HOPPER_WARPS = 8 }; /* warps tha
 enum { HOPPER_LOADER_REGS = 40, HOPPER_REGS = 232 }; /* 128 * 40 + 256 * 232 <= 65536 */
 constexpr int HOPPER_ROW = 128;                      /* bytes of a row of a tile in shared memory */
 
-/* A place in the ring: stage i % N, used for the i / N-th time. */
+/* A position i in the ring: stage i % N, in its i / N-th use. */
 template <int N, int BYTES> struct hopper_ring {
     shared_addr base; /* N stages, then N pairs of mbarriers */
     int i = 0;
@@ -58,7 +59,7 @@ constexpr int gate_up_shared_bytes = hopper_ring_bytes<GU_STAGES, 3 * GU_PART>;
 
 #if defined(HOPPER_CODE)
 
-/* Four lanes hold four words each: lane i's word j becomes lane j's word i. */
+/* Transposes 4 x 4 words among four lanes: word j of lane i becomes word i of lane j. */
 __device__ __forceinline__ void hopper_transpose(uint32_t (&w)[4], int lane) {
 #pragma unroll
     for (int bit = 1; bit < 4; bit *= 2) {
@@ -74,8 +75,8 @@ __device__ __forceinline__ void hopper_transpose(uint32_t (&w)[4], int lane) {
     }
 }
 
-/* d: blocks 0..15 gate, 16..31 up. r: the thread's first row, c: the tile's first column. Beyond T
- * and F x or up is zero, and so is h: no clamp is counted there. */
+/* d: blocks 0..15 gate, 16..31 up. r: the thread's first row, c: the tile's first column. Beyond
+ * T and F, x or up is zero, so h is zero and counts no clamp. */
 template <class A>
 __device__ __forceinline__ void gate_up_store(A *h, const float (&d)[32][4], float alpha, int r,
                                               int c, int T, int F, int *clamped) {
@@ -99,7 +100,7 @@ __device__ __forceinline__ void gate_up_store(A *h, const float (&d)[32][4], flo
     }
 }
 
-/* The tiles of a product, in groups of GU_GROUP tiles of rows; within a group rows first. */
+/* The order of a GEMM's tiles: groups of GU_GROUP row tiles; within a group, rows first. */
 struct gate_up_tiles {
     int rows, columns, steps; /* tiles along T and F, stages along D */
 
@@ -113,7 +114,7 @@ struct gate_up_tiles {
     }
 };
 
-/* One thread. */
+/* The loading warpgroup; one thread does it all. */
 __device__ __forceinline__ void gate_up_load(gate_up_ring ring, const gate_up_tiles &tiles,
                                              const CUtensorMap *x, const CUtensorMap *w, int F) {
     for (int t = blockIdx.x; t < tiles.count(); t += gridDim.x) {
@@ -130,7 +131,7 @@ __device__ __forceinline__ void gate_up_load(gate_up_ring ring, const gate_up_ti
     }
 }
 
-/* Warpgroup `half` of the two. */
+/* One of the two multiplying warpgroups, the one of rows 64 half .. 64 half + 63. */
 template <class A>
 __device__ __forceinline__ void gate_up_multiply(gate_up_ring ring, const gate_up_tiles &tiles,
                                                  A *h, float alpha, int T, int F, int half,
@@ -151,7 +152,7 @@ __device__ __forceinline__ void gate_up_multiply(gate_up_ring ring, const gate_u
             for (int s = 0; s < GU_DEPTH / 16; s++) /* descriptors count in 16 bytes */
                 wgmma256<A>(d, x + s * 2, w + s * 2, k + s > 0);
             wgmma_commit();
-            wgmma_wait<1>(); /* gu_step: the stage before has been multiplied */
+            wgmma_wait<1>(); /* gu_step: the previous stage has been multiplied */
             if (k > 0 && lane == 0) barrier_arrive(ring.empty(ring.i - 1));
         }
         wgmma_wait<0>(d);                                      /* gu_sums */
@@ -201,7 +202,7 @@ enum { AH_STAGES = 4 };
 template <int HD> constexpr int ah_stage_bytes = 2 * att_tile_bytes<HD>;
 template <int HD> using ah_ring = hopper_ring<AH_STAGES, ah_stage_bytes<HD>>;
 template <int HD> constexpr int ah_rows_bytes = HOPPER_ROWS *HD * 2; /* of q, of the output */
-/* The ring, q, the output on its way, the mbarriers of q. */
+/* The ring, q, the output before it is stored, the mbarriers of q. */
 template <int HD>
 constexpr int attention_hopper_shared_bytes = (hopper_ring_bytes<AH_STAGES, ah_stage_bytes<HD>> +
                                                1023) /
@@ -210,7 +211,7 @@ constexpr int attention_hopper_shared_bytes = (hopper_ring_bytes<AH_STAGES, ah_s
 
 #if defined(HOPPER_CODE)
 
-/* The work of a block: every tile with every kv head, a tile's heads side by side. */
+/* The kernel's work items: every query tile with every kv head; a tile's heads are adjacent. */
 template <class A, int HD> struct ah_work {
     const A *qkv;
     const att_tile *tiles;
@@ -260,14 +261,15 @@ __device__ __forceinline__ void ah_load_kv(const att_view<A> &s, shared_addr sta
     cp_async_commit();
 }
 
-/* The loading warpgroup. A group of copies is announced once the next one is on its way. */
+/* The loading warpgroup. It signals that a group of copies has landed after issuing the next
+ * one. */
 template <class A, int HD>
 __device__ __forceinline__ void ah_load(const ah_work<A, HD> &work, ah_ring<HD> ring) {
     shared_addr landing = 0; /* the mbarrier of the group before */
     int turn = 0;
     for (int n = blockIdx.x; n < work.count(); n += gridDim.x, turn ^= 1) {
         const att_tile w = work.tile(n);
-        if (w.t0 >= w.len) break; /* no tile: a list filled up */
+        if (w.t0 >= w.len) break; /* padding of the list in a graph */
         const att_view<A> s = work.view(n, w);
         for (int t = -1; t < ah_key_tiles(s.keys); t++) { /* -1: q */
             shared_addr full;
@@ -294,7 +296,7 @@ __device__ __forceinline__ void ah_load(const ah_work<A, HD> &work, ah_ring<HD> 
     if (landing) barrier_arrive(landing);
 }
 
-/* p (64, 64) = q k^T of the stage. */
+/* p (64, 64) = q k^T with the stage's K. */
 template <class A, int HD>
 __device__ __forceinline__ void ah_scores(float (&p)[8][4], const uint32_t (&q)[HD / 16][4],
                                           shared_addr K) {
@@ -304,7 +306,7 @@ __device__ __forceinline__ void ah_scores(float (&p)[8][4], const uint32_t (&q)[
             p, q[k], wgmma_tile(K + k / 4 * (ATT_KEYS * HOPPER_ROW)) + k % 4 * 2, k > 0);
     wgmma_commit();
 }
-/* o (64, HD) += weights v of the stage. */
+/* o (64, HD) += p v with the stage's V. */
 template <class A, int HD>
 __device__ __forceinline__ void ah_values(float (&o)[HD / 8][4], const uint32_t (&a)[4][4],
                                           shared_addr V, bool add) {
@@ -314,7 +316,7 @@ __device__ __forceinline__ void ah_values(float (&o)[HD / 8][4], const uint32_t 
                                 add || k > 0);
     wgmma_commit();
 }
-/* The weights in the registers of wgmma's a. */
+/* Rounds p to A, in the registers that wgmma reads as its first operand. */
 template <class A>
 __device__ __forceinline__ void ah_weights(uint32_t (&a)[4][4], const float (&p)[8][4]) {
 #pragma unroll
@@ -353,7 +355,7 @@ __device__ __forceinline__ void ah_multiply(const ah_work<A, HD> &work, ah_ring<
         wgmma_wait<0>(p[0]); /* ah_first */
         att_softmax<A, 1>(s, p, m, l, older, 0, scale_log2e);
         ah_weights<A>(a, p[0]);
-        for (int t = 1; t < tiles; t++) { /* scores of tile t, values of tile t - 1 */
+        for (int t = 1; t < tiles; t++) { /* scores of tile t, p v of tile t - 1 */
             ring.i++;
             barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* ah_full */
             wgmma_fence(); /* ah_touched: p, a and o have been written */
@@ -378,7 +380,7 @@ __device__ __forceinline__ void ah_multiply(const ah_work<A, HD> &work, ah_ring<
 }
 #endif
 
-/* Grid: as many blocks as the device runs at a time. Arguments as attention_kernel's. */
+/* Grid: one block per multiprocessor. Arguments as in attention_kernel. */
 template <class A, int HD>
 __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     attention_hopper_kernel(A *att, const A *qkv, const att_tile *tiles, int n_tiles, int H, int K,
@@ -416,10 +418,10 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 /* ---- the host's side ------------------------------------------------------------------------- */
 
 struct hopper_state {
-    bool on;    /* asked for, and this is an sm_90 */
+    bool on;    /* requested, and the GPU is an sm_90 */
     int blocks; /* multiprocessors */
     decltype(&cuTensorMapEncodeTiled)
-        encode; /* the driver's; taken from it, libcuda is not linked */
+        encode; /* looked up in the driver, since libcuda is not linked */
 };
 
 template <class A, int HD> static cudaError_t hopper_allow_attention() {
@@ -427,7 +429,7 @@ template <class A, int HD> static cudaError_t hopper_allow_attention() {
                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 attention_hopper_shared_bytes<HD>);
 }
-/* Prepares the kernels of activation type A. s->on stays as it was. */
+/* Prepares the kernels of activation type A. Does not change s->on. */
 template <class A> static cudaError_t hopper_open(hopper_state *s, int multiprocessors) {
     cudaDriverEntryPointQueryResult found;
     void *f = nullptr;
@@ -444,7 +446,7 @@ template <class A> static cudaError_t hopper_open(hopper_state *s, int multiproc
     return e;
 }
 
-/* The map of p (rows, columns) in boxes as gate_up_kernel takes them. */
+/* Makes the tensor map of p (rows, columns) with the boxes of gate_up_kernel. */
 template <class A>
 static bool hopper_map(const hopper_state *s, CUtensorMap *map, const A *p, int rows, int columns) {
     const cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)rows},

@@ -1,12 +1,12 @@
-/* quantize.cuh - numbers of 8 bits: INT8 weights back to halves, and rows as e4m3 with a scale
- * each.
+/* quantize.cuh - 8-bit numbers: kernels that dequantize INT8 weights to FP16 and quantize rows to
+ * e4m3.
  *
- *   INT8  W[r][c] = scale[r][c / 64] * q[r][c], q in -127 .. 127: as the file stores it
+ *   INT8  W[r][c] = scale[r][c / 64] * q[r][c], q in -127 .. 127: as in the file
  *   FP8   row[c] = scale * code[c], scale = max |row| / 448, code in e4m3 (3 bits of fraction)
  *
- * FP8 has a scale per row of W and per token: token 0 carries activations hundreds of times larger
- * than the rest, which one scale for all would round to nothing. Rows that hold NaN or Inf come out
- * as NaN.
+ * FP8 has one scale per row of W and per token. Token 0 has activations hundreds of times larger
+ * than the other tokens; with one scale for all, the others would round to zero. A row with NaN or
+ * Inf becomes NaN.
  */
 #ifndef QUANTIZE_CUH
 #define QUANTIZE_CUH
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(DEQUANTIZE_THREADS)
 enum { ROW_THREADS = 256, ROW_WARPS = ROW_THREADS / 32 };
 constexpr float E4M3_MAX = 448;
 
-/* op over the block, in an order of its own. part (ROW_WARPS) shared floats. */
+/* Reduces v over the block with op, in a fixed order. part (ROW_WARPS) is shared memory. */
 template <class F> __device__ __forceinline__ float block_reduce(float v, float *part, F op) {
     for (int o = 16; o; o >>= 1) v = op(v, __shfl_xor_sync(0xffffffffu, v, o));
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
@@ -83,7 +83,8 @@ __device__ __forceinline__ void load_eight(float (&v)[8], const int8_t *from) {
     for (int e = 0; e < 8; e++) v[e] = u.q[e];
 }
 
-/* codes (K) and *scale of the row v. The maximum passes NaN by; its code is NaN. Inf * 0 is NaN. */
+/* Writes codes (K) and *scale of the row v. fmaxf ignores NaN, whose code is NaN; Inf * 0 is
+ * NaN. */
 template <int V>
 __device__ __forceinline__ void store_row(uint8_t *codes, float *scale, const float (&v)[V][8],
                                           int K, float *part) {
@@ -92,7 +93,7 @@ __device__ __forceinline__ void store_row(uint8_t *codes, float *scale, const fl
     for (int j = 0; j < V; j++)
 #pragma unroll
         for (int e = 0; e < 8; e++) top = fmaxf(top, fabsf(v[j][e]));
-    top = fmaxf(block_reduce(top, part, largest()), 0x1p-100f); /* a row of zeros: zeros */
+    top = fmaxf(block_reduce(top, part, largest()), 0x1p-100f); /* a row of zeros becomes zeros */
     const float to_code = E4M3_MAX / top;
     if (threadIdx.x == 0) *scale = top / E4M3_MAX;
 #pragma unroll
@@ -110,8 +111,8 @@ __device__ __forceinline__ void store_row(uint8_t *codes, float *scale, const fl
     }
 }
 
-/* codes (T, K), scales (T) of x (T, K): A, or INT8 with its scales x_scales (T, groups), else NULL.
- * sizeof + 1 bytes per number. */
+/* Quantizes x (T, K) to codes (T, K) and scales (T). x is FP16, or INT8 with x_scales (T, groups);
+ * else x_scales is NULL. sizeof x + 1 bytes per number. */
 template <class X, int V>
 __global__ void __launch_bounds__(ROW_THREADS)
     quantize_kernel(uint8_t *codes, float *scales, const X *x, const float *x_scales, int T,
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
     }
 }
 
-/* rmsnorm (kernels.cuh), its rows as e4m3. 5 D bytes, 6 D flops. */
+/* rmsnorm (kernels.cuh), quantized to e4m3. 5 D bytes, 6 D flops. */
 template <int V>
 __global__ void __launch_bounds__(ROW_THREADS)
     rmsnorm_e4m3_kernel(uint8_t *codes, float *scales, const float *x, const float *w, int T, int D,
@@ -167,8 +168,8 @@ __global__ void __launch_bounds__(ROW_THREADS)
     }
 }
 
-/* swiglu (kernels.cuh) without its power of two, which a scale makes needless: products of halves
- * fit a float. gu (T, 2F): gate, then up. 5 F bytes, 9 F flops. */
+/* swiglu (kernels.cuh), quantized to e4m3. It needs no 2^-SWIGLU_SHIFT: the scale covers the range.
+ * gu (T, 2F): gate, then up. 5 F bytes, 9 F flops. */
 template <class A, int V>
 __global__ void __launch_bounds__(ROW_THREADS)
     swiglu_e4m3_kernel(uint8_t *codes, float *scales, const A *gu, int T, int F) {

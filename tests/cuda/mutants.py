@@ -632,7 +632,7 @@ MUTANTS = [
         "attention_hopper",
     ),
     ("ah_prefix_rows", P, "(p < s.prefix ? p : s.own + p)", "(s.own + p)", "attention_hopper"),
-    ("ah_filled_up", P, "if (w.t0 >= w.len) break; /* no tile", "/* no tile", "attention_hopper"),
+    ("ah_filled_up", P, "if (w.t0 >= w.len) break; /* padding", "/* padding", "attention_hopper"),
 ]
 
 SOURCES = (
