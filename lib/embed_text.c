@@ -10,8 +10,8 @@ struct qemb_embedder {
     qemb_tokenizer_state *state;
     qemb_model *model;
     qemb_batch *batch;
-    int32_t *ids;  /* (max_tokens) of the text that is computed */
-    float *vector; /* (D) before it is cut and scaled */
+    int32_t *ids;  /* (max_tokens) of the current text */
+    float *vector; /* (D) not yet cut and normalized */
 };
 
 static int open_parts(qemb_embedder *e, const char *path, const qemb_ops *ops, qemb_options opt,
@@ -76,7 +76,7 @@ static int tokenize(qemb_embedder *e, const char *text, size_t len, qemb_err *er
     return (int)r.n + 1;
 }
 
-/* Prompt and text are tokenized as one string: a token may reach from the one into the other. */
+/* Prompt and text are tokenized as one string, since a token may span their border. */
 static int tokenize_after(qemb_embedder *e, const char *prompt, const char *text, size_t len,
                           qemb_err *err) {
     const size_t prompt_len = strlen(prompt);
@@ -86,7 +86,7 @@ static int tokenize_after(qemb_embedder *e, const char *prompt, const char *text
     if (len) memcpy(joined + prompt_len, text, len);
     const int n = tokenize(e, joined, prompt_len + len, err);
     free(joined);
-    /* The byte that the message names is to be counted from the beginning of the text. */
+    /* The message has to count bytes from the beginning of the text, not of the prompt. */
     if (n < 0 && err && !strcmp(err->code, "invalid_utf8")) tokenize(e, text, len, err);
     return n;
 }

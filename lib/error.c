@@ -1,4 +1,4 @@
-/* error.c - how a function says why it failed: a code for programs, one line for people. */
+/* error.c - qemb_err: a code for programs and one line for people. */
 #include "qemb.h"
 
 #include <stdarg.h>

@@ -1,9 +1,8 @@
-/* model_file.c - the .qemb file: map it, prove it, bind it.
+/* model_file.c - maps a .qemb file, checks its header and directory, binds its tensors.
  *
- * The layout stands in qemb.h. There is one canonical layout for a given config and given table
- * sizes, so proving a file is computing that layout again and asking for equality: nothing in the
- * directory is ever followed before it has been compared with what it has to be. The weights
- * themselves are not read; `qemb info --verify` checks them against the recorded SHA-256.
+ * qemb.h describes the layout. A config and the sizes of the tables determine it completely. So the
+ * loader computes the layout itself and compares the directory with it; no offset of the file is
+ * used before that. It does not read the weights; `qemb info --verify` checks their SHA-256.
  */
 #include "qemb.h"
 
@@ -27,8 +26,8 @@ enum {
     N_CONFIG = 9, /* u32 fields of the config */
     BLOBS = 4,    /* merges, added_tokens, prompts, provenance */
     LAYER_TENSORS = 8,
-    LAYER_SCALES = 4,             /* more sections in a layer of an INT8 file */
-    FIRST_MATRIX = BLOBS + 1 + 1, /* layers.0.wqkv, whose dtype is that of all layers' matrices */
+    LAYER_SCALES = 4,             /* further sections in a layer of an INT8 file */
+    FIRST_MATRIX = BLOBS + 1 + 1, /* layers.0.wqkv: its dtype is that of all layer matrices */
     MAX_LAYERS = 1024,
     MAX_PROMPTS = 64,
     CHECKSUM_AT = 24,
@@ -36,7 +35,7 @@ enum {
 
 static const uint8_t MAGIC[8] = {'q', 'e', 'm', 'b', '\r', '\n', 0x1a, '\n'};
 
-/* Every message about a file names the file first. */
+/* Sets err to "PATH: ..." and returns -1. */
 __attribute__((format(printf, 3, 4))) static int refuse(const char *path, qemb_err *err,
                                                         const char *fmt, ...) {
     char what[256];
@@ -67,7 +66,7 @@ static uint64_t fnv1a(uint64_t h, const uint8_t *p, size_t n) {
     return h;
 }
 
-/* FNV-1a of header and directory, the checksum's own field taken as zero. */
+/* FNV-1a of header and directory, with the checksum's own field as zero. */
 static uint64_t header_checksum(const uint8_t *map, uint32_t n_sections) {
     static const uint8_t zero[8];
     uint64_t h = fnv1a(0xcbf29ce484222325u, map, CHECKSUM_AT);
@@ -78,7 +77,8 @@ static uint64_t header_checksum(const uint8_t *map, uint32_t n_sections) {
 
 /* ---- the config ------------------------------------------------------------------------------ */
 
-/* Bounds far above any model and low enough that no product below can overflow 64 bits. */
+/* Reads and bounds the config. The bounds are far above any model, and low enough that no product
+ * of sizes overflows 64 bits. */
 static int read_config(qemb_config *c, const uint8_t *map, const char *path, qemb_err *err) {
     struct {
         const char *name;
@@ -119,7 +119,7 @@ static int read_config(qemb_config *c, const uint8_t *map, const char *path, qem
 
 /* ---- the sections that a config implies ------------------------------------------------------ */
 
-/* What the directory has to say of a section, and where its pointer goes. */
+/* The expected directory entry of a section, and the pointer that is bound to the section. */
 typedef struct {
     char name[NAME_BYTES];
     qemb_dtype dtype;
@@ -150,7 +150,7 @@ static section *put_vector(section *s, const float **vector, uint64_t n, int lay
     return next;
 }
 
-/* A layer's matrix. The scales of an INT8 matrix are the section that follows. */
+/* Adds a layer's matrix. An INT8 matrix is followed by a section with its scales. */
 static section *put_matrix(section *s, qemb_mat *matrix, qemb_dtype dtype, uint64_t rows,
                            uint64_t cols, int layer, const char *name) {
     section *next = put(s, dtype, rows, cols, "layers.%d.%s", layer, name);
@@ -162,9 +162,9 @@ static section *put_matrix(section *s, qemb_mat *matrix, qemb_dtype dtype, uint6
     return next;
 }
 
-/* The one list of sections, in the order of the file, for this config and this dtype of the layers'
- * matrices. The file itself decides the sizes of the four tables: 0 rows (merges) or 0 cols (the
- * others) stand for them here. */
+/* The list of sections, in the order of the file, for this config and dtype of the layer matrices.
+ * Only the file knows the sizes of the four tables: here they have 0 rows (merges) or 0 cols (the
+ * others). */
 static void expected_sections(section *s, const qemb_config *c, qemb_dtype dtype, qemb_weights *w) {
     const uint64_t D = c->hidden, F = c->ffn, hd = c->head_dim;
     const uint64_t Q = c->n_heads * hd, KV = c->n_kv_heads * hd;
@@ -189,8 +189,8 @@ static void expected_sections(section *s, const qemb_config *c, qemb_dtype dtype
     s->vector = &w->final_norm;
 }
 
-/* Compares the directory with the layout; on success offset[i] is where section i lies. want's
- * table sizes are filled in from the file. */
+/* Compares the directory with the sections in want, whose table sizes it takes from the file. On
+ * success offset[i] is the offset of section i. */
 static int check_directory(const qemb_file *f, section *want, uint64_t *offset, uint32_t n,
                            const char *path, qemb_err *err) {
     uint64_t end = HEADER_BYTES + (uint64_t)n * ENTRY_BYTES;
@@ -212,14 +212,14 @@ static int check_directory(const qemb_file *f, section *want, uint64_t *offset, 
                           w->dtype);
         if (get_u32(e + 52) || get_u64(e + 88))
             return refuse(path, err, "%s: reserved fields (got a number, want 0)", w->name);
-        if (i < BLOBS) { /* sizes of its own, within the file */
+        if (i < BLOBS) { /* a table: any size within the file */
             if (rows > f->map_bytes || cols > f->map_bytes)
                 return refuse(path, err, "%s: larger than the file (got %" PRIu64 " x %" PRIu64 ")",
                               w->name, rows, cols);
             if (w->rows == 0) w->rows = rows;
             if (w->cols == 0) w->cols = cols;
         }
-        if (rows != w->rows || cols != w->cols) /* INT8 files once had a scale per row */
+        if (rows != w->rows || cols != w->cols) /* older INT8 files had one scale per row */
             return refuse(path, err,
                           "%s: shape (got %" PRIu64 " x %" PRIu64 ", want %" PRIu64 " x %" PRIu64
                           ")%s",
@@ -307,7 +307,7 @@ const char *qemb_file_prompt(const qemb_file *f, const char *name) {
 /* ---- opening --------------------------------------------------------------------------------- */
 
 static int map_file(qemb_file *f, const char *path, qemb_err *err) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO must not hang the open */
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* so that a FIFO does not block */
     if (fd < 0) return refuse(path, err, "%s", strerror(errno));
     struct stat st;
     int bad = fstat(fd, &st) ? refuse(path, err, "%s", strerror(errno)) : 0;
@@ -326,7 +326,7 @@ static int map_file(qemb_file *f, const char *path, qemb_err *err) {
     return bad;
 }
 
-/* The header's own claims, before anything is read through them. */
+/* Checks the header before anything that depends on it is read. */
 static int check_header(const qemb_file *f, uint32_t *n_sections, const char *path, qemb_err *err) {
     const uint8_t *h = f->map;
     if (memcmp(h, MAGIC, sizeof MAGIC)) return refuse(path, err, "magic: not a .qemb file");

@@ -76,25 +76,25 @@ static inline size_t utf8_encode(uint8_t *out, uint32_t c) {
 
 static inline unsigned word_of(uint32_t c) { return unicode_words[unicode_block[c >> 6]][c & 63]; }
 
-/* The property word of the character at s; *len its bytes. */
+/* Returns the property word of the character at s and sets *len to its bytes. */
 static inline unsigned word_at(const uint8_t *s, unsigned *len) {
     return word_of(utf8_decode(s, len));
 }
 
-/* Whether the character is a starter that NFC keeps and that joins nothing before it. No step of
- * NFC looks across the boundary before it. */
+/* Whether the character is a starter that NFC keeps and that does not combine with anything before
+ * it. NFC can then process the text before it and after it separately. */
 static inline int is_stable(unsigned word) { return !(word & (0xFF | NFC_NO | NFC_MAYBE)); }
 
 /* ---- NFC ------------------------------------------------------------------------------------- */
 
 /* The NFC quick check (Unicode Standard Annex #15, section 9), one character at a time. */
 typedef struct {
-    unsigned ccc;   /* combining class of the character before */
-    unsigned joins; /* whether the last starter may be joined by something after it */
+    unsigned ccc;   /* combining class of the previous character */
+    unsigned joins; /* whether a later character may combine with the last starter */
 } nfc_check;
 
-/* Whether the character with this property word may have to change at this place. A character that
- * can join one before it need not, after a starter that nothing joins. */
+/* Whether NFC may change the character with this property word here. One that can combine with a
+ * character before it does not change after a starter that combines with nothing. */
 static inline int nfc_breaks(nfc_check *q, unsigned word) {
     unsigned ccc = UNICODE_CCC(word);
     int breaks = (word & NFC_NO) || (ccc && q->ccc > ccc) || ((word & NFC_MAYBE) && q->joins);
@@ -114,7 +114,7 @@ enum {
     HANGUL_NT = 28,
 };
 
-/* Writes c's full canonical decomposition, at most 4 code points; returns how many. */
+/* Writes c's full canonical decomposition, at most 4 code points; returns their number. */
 static inline size_t decompose(uint32_t c, uint32_t *out) {
     size_t lo = 0, hi = N_DECOMPOSITIONS, i;
     if (!(word_of(c) & NFC_DECOMPOSES)) {

@@ -1,9 +1,9 @@
-/* fuzz_file.c - libFuzzer target: whatever the header, the directory and the small tables say, the
- * loader and the tokenizer refuse it or what they bind lies within the file.
+/* fuzz_file.c - libFuzzer target: for any header, directory and tables, the loader and the
+ * tokenizer refuse the file, or everything that they bind lies within it.
  *
  * The input is a patch for a small valid model: { u16 offset, u8 byte } ..., applied to header,
- * directory and tables; then, unless the first byte is odd, size and checksum are made right again,
- * so that the checks behind them are reached. */
+ * directory and tables. Unless the first byte is odd, size and checksum are then corrected, so that
+ * the later checks are reached. */
 #include "tests/unit/support.h"
 
 #include <stdlib.h>
@@ -17,7 +17,7 @@ static uint8_t touch(const void *p, size_t n) {
     return n ? ((const uint8_t *)p)[0] ^ ((const uint8_t *)p)[n - 1] : 0;
 }
 
-/* Reads the first and last byte of everything that was bound. */
+/* Reads the first and last byte of everything bound. */
 static volatile uint8_t sink;
 static void walk(const qemb_file *f) {
     const qemb_config *c = &f->config;

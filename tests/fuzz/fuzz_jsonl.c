@@ -1,4 +1,4 @@
-/* fuzz_jsonl.c - any bytes as a JSON line: no crash, and what is accepted keeps its promises. */
+/* fuzz_jsonl.c - libFuzzer target: any bytes as a JSON line. What is accepted has to be valid. */
 #include "frontends/input.h"
 
 #include <jansson.h>
@@ -12,7 +12,7 @@ static void require(int holds) {
     if (!holds) abort();
 }
 
-/* Every other mutation puts in a piece of JSON: few objects come about by chance. */
+/* Every other mutation inserts a piece of JSON, since few objects arise by chance. */
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max_size);
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed);
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed) {
@@ -48,7 +48,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsi
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static input_parser *parser; /* kept: state from the line before must not leak into the next */
+    static input_parser *parser; /* kept, to find state that leaks into the next line */
     if (!parser) parser = input_parser_new(VOCAB, HIDDEN);
     input_object o;
     qemb_err err = {NULL, ""};

@@ -1,6 +1,6 @@
-/* fuzz_request.c - any bytes as the body of a request to qemb-serve: parsed or refused with an
- * error that is JSON itself. The first byte chooses the kind; a body that is a string is also given
- * as the input of a request, so that the fuzzer need not find the keys. */
+/* fuzz_request.c - libFuzzer target: any bytes as the body of a request to qemb-serve. It is
+ * parsed, or refused with an error that is valid JSON. The first byte chooses the kind of request.
+ * A body that is a string is also tried as the input of a request. */
 #include "frontends/server/api.h"
 
 #include <jansson.h>

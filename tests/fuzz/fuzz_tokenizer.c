@@ -1,11 +1,11 @@
-/* fuzz_tokenizer.c - libFuzzer entry: hostile tables and hostile text.
+/* fuzz_tokenizer.c - libFuzzer target: any tables, and any text.
  *
- * The first byte of an input picks what the rest is: tables for qemb_tokenizer_open, or a text for
- * one of two fixed tokenizers and a limit. Beside not crashing, on every text:
- *   - a young state and one warm from all texts before give the same ids;
- *   - a limit gives the first ids and says whether some are missing;
- *   - without added tokens, the ids' bytes are the text in NFC: they encode to the same ids again,
- *     and they are the text itself where all of it is below U+0300.
+ * The first byte of an input chooses the rest: tables for qemb_tokenizer_open, or a text for one of
+ * two fixed tokenizers and a limit. Every text is checked:
+ *   - a new state and one used for all earlier texts give the same ids;
+ *   - a limit gives the first ids and reports whether some are missing;
+ *   - without added tokens, the bytes of the ids are the text in NFC. They encode to the same ids,
+ *     and equal the text if all of it is below U+0300.
  */
 #include "qemb.h"
 
@@ -120,13 +120,13 @@ static int32_t *encode(qemb_tokenizer_state *s, const char *text, size_t len, si
 }
 
 static void fuzz_text(int with_added, size_t limit, const char *text, size_t len) {
-    static qemb_tokenizer_state *both[2][2]; /* with added tokens or not; young, old */
+    static qemb_tokenizer_state *both[2][2]; /* [with added tokens][used before] */
     static unsigned long calls;
     const qemb_tokenizer *t = fixed_tokenizer(with_added);
     qemb_tokenizer_state *fresh = both[with_added][0], *warm = both[with_added][1];
     qemb_tokenizer_result whole, r;
     int32_t *ids, *other;
-    if (calls++ % 64 < 2 || !fresh) { /* a new state is megabytes of cache: not every time */
+    if (calls++ % 64 < 2 || !fresh) { /* a new state costs megabytes, so not every time */
         qemb_tokenizer_state_free(fresh);
         fresh = both[with_added][0] = qemb_tokenizer_state_new(t);
     }
@@ -172,7 +172,7 @@ static void fuzz_tables(const uint8_t *data, size_t size) {
         merges[i / 2][i % 2] = (uint32_t)data[1 + 2 * i] | (uint32_t)data[2 + 2 * i] << 8;
     data += 1 + 4 * (size_t)n;
     size -= 1 + 4 * (size_t)n;
-    added = malloc(size + !size); /* of its own, so that a read behind it shows */
+    added = malloc(size + !size); /* of exact size, so that ASan sees a read past its end */
     CHECK(added);
     memcpy(added, data, size);
     if (qemb_tokenizer_open(&t, merges[0], n, added, size, &err)) {

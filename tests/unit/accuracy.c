@@ -1,12 +1,12 @@
-/* accuracy.c - what each arithmetic costs, on models whose answer is known.
+/* accuracy.c - the error of each arithmetic, compared with an exact computation.
  *
  *   accuracy [--exact NAME] [--texts N] [--tokens N] MODEL.qemb...
  *
- * For each model and each table of this machine: N texts of random tokens (equal seeds give equal
- * texts), their unit vectors beside the exact ones, in a Markdown table: least and mean cosine,
- * largest and mean relative L2 error, largest error of a number. Exact is the oracle, in double
- * precision, or with --exact NAME a table, where the oracle would take hours; INT8 files are
- * compared with a file of the same name without "-int8", if there is one.
+ * Prints a Markdown table with one row per model and ops table of this machine. It embeds N texts
+ * of random tokens (equal seeds give equal texts) and compares the unit vectors with exact ones:
+ * least and mean cosine, largest and mean relative L2 error, largest error of a number. Exact is
+ * the oracle in double precision, or the ops table NAME for models where the oracle would take
+ * hours. An INT8 file is compared with the file of the same name without "-int8", if there is one.
  */
 #include "oracle.h"
 #include "support.h"

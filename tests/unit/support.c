@@ -26,7 +26,7 @@ void rng_floats(rng *r, float *x, size_t n, double scale) {
     for (size_t i = 0; i < n; i++) x[i] = (float)(scale * rng_uniform(r));
 }
 
-/* double to half, towards zero: the value does not matter, only that it is a half */
+/* double to half, rounded toward zero, since any half serves */
 static uint16_t half_of(double v) {
     int e;
     double m = frexp(fabs(v), &e); /* m in [.5, 1) */

@@ -1,5 +1,4 @@
-/* support.h - what the tests share: random numbers, comparisons, and a .qemb writer of their
- * own. */
+/* support.h - shared by the tests: random numbers, comparisons, a writer of .qemb files. */
 #ifndef SUPPORT_H
 #define SUPPORT_H
 
@@ -11,7 +10,7 @@
 /* Half an ulp of 1 in float: the relative error of one rounding. */
 #define U 0x1p-24
 
-/* 1 unless got is within tol of want; NaN anywhere is never within. */
+/* 1 unless got is within tol of want. NaN is never within. */
 static inline int far_off(double got, double want, double tol) {
     return !(fabs(got - want) <= tol);
 }
@@ -25,9 +24,8 @@ double rng_uniform(rng *r); /* -1 .. 1 */
 void rng_floats(rng *r, float *x, size_t n, double scale);
 void rng_halves(rng *r, uint16_t *x, size_t n, double scale); /* normal halves, scale <= 1 */
 
-/* Makes *w (not NULL) what op's matmul wants and *gate_up (or NULL) what its gate_up wants: places
- * them as a model of one layer with nothing else. Once for each backend, opened for a config of one
- * layer. */
+/* Loads *w for op's matmul and *gate_up (or NULL) for its gate_up, as the weights of a model of one
+ * layer. Call it once per backend, which has to be opened for a config of one layer. */
 void load_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *gate_up);
 
 /* The bytes of a valid .qemb of this config with random weights; malloc'ed, *bytes long. The

@@ -1,4 +1,4 @@
-/* test_format.c - every printed number reads back to its bits, and so on for the other forms. */
+/* test_format.c - the output formats: each number reads back to the same bits. */
 #include "frontends/format.h"
 #include "support.h"
 
@@ -24,8 +24,7 @@ static uint32_t to_bits(float x) {
 
 /* ---- numbers --------------------------------------------------------------------------------- */
 
-/* Prints x, NUL-terminated, into s (FORMAT_FLOAT_ROOM + 1) and fails unless nothing beyond the room
- * was touched. */
+/* Prints x, NUL-terminated, into s (FORMAT_FLOAT_ROOM + 1). Fails if it wrote beyond the room. */
 static size_t print(char *s, float x) {
     char room[FORMAT_FLOAT_ROOM + 8];
     memset(room, '#', sizeof room);
@@ -163,7 +162,7 @@ Test(format_half, every_half_is_exact) {
             cr_assert(format_half((float)half_value((uint16_t)h)) == h, "%04x", h);
 }
 
-/* Between two neighbours: the middle goes to the even one, anything beside it to the nearer. */
+/* Between two neighbours: the middle rounds to the even one, everything else to the nearer. */
 Test(format_half, rounds_to_nearest_even) {
     for (uint32_t h = 0; h < 0x7bff; h++) {
         const float middle = (float)((half_value((uint16_t)h) + half_value((uint16_t)(h + 1))) / 2);

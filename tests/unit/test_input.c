@@ -1,4 +1,4 @@
-/* test_input.c - records off descriptors, however the bytes arrive; objects in JSON lines. */
+/* test_input.c - records from descriptors, however the bytes arrive; objects in JSON lines. */
 #include "frontends/input.h"
 #include "support.h"
 
@@ -187,7 +187,7 @@ Test(records, errors_carry_errno) {
     close(dir);
 }
 
-/* A descriptor that someone else made non-blocking is waited for all the same. */
+/* input_next waits for a descriptor that another process made non-blocking. */
 Test(records, non_blocking_descriptor) {
     fixture f = open_input('\n');
     cr_assert(!fcntl(f.in, F_SETFL, O_NONBLOCK));
@@ -200,8 +200,8 @@ Test(records, non_blocking_descriptor) {
     close_input(&f);
 }
 
-/* No memory for a line: that record says so, and the next ones are there. The sanitizer keeps its
- * own account of memory, under which this cannot be staged. */
+/* A line that does not fit in memory is too_large, and the next ones are read. Not with ASan, which
+ * does not obey the limit on memory. */
 #if !defined(__SANITIZE_ADDRESS__)
 Test(records, a_line_without_memory_is_skipped) {
     FILE *file = tmpfile();

@@ -1,6 +1,6 @@
-/* test_model.c - whole models: against what transformers computed (tests/golden), against the
- * double-precision oracle, and against themselves: a text's vector has the same bits alone, in any
- * batch, behind any shared prefix and on any number of threads. */
+/* test_model.c - whole models, compared with transformers (tests/golden), with the double-precision
+ * oracle, and with themselves: a text's vector has the same bits alone, in any batch, behind any
+ * shared prefix and on any number of threads. */
 #include "oracle.h"
 #include "support.h"
 
@@ -86,8 +86,8 @@ static qemb_model *open_engine(const qemb_file *f, int batch_tokens, int threads
     return m;
 }
 
-/* What a unit vector may be off by, as a vector: what the arithmetic costs by the project's promise
- * (MODEL and README give the measured figures), INFINITY for float, which is held to more. */
+/* The largest allowed L2 error of a unit vector in this arithmetic; docs/accuracy.md gives measured
+ * errors. INFINITY for float, which has a bound per number. */
 static double allowed(void) {
     static const double l2[] = {INFINITY, 6e-3, 4e-4, 3.6e-2, 0.2};
     return l2[ops->math];
@@ -110,8 +110,8 @@ static void embed_alone(qemb_model *m, const int32_t *ids, int n, float *out) {
  * Arithmetics with less than float are held to allowed(), the L2 error of a whole vector. `massive`
  * has a neuron that multiplies by 3,200 twice what is above its threshold. It fires at position 0,
  * and in a model this small it comes near to that at position 1 as well (hf_fixture.Massive). Two
- * texts stand so close to the threshold that any rounding decides on which side they are: those two
- * may be off, but no more of them, and their numbers are finite. */
+ * texts are so close to the threshold that rounding decides. Those two may differ, but no others,
+ * and their numbers have to be finite. */
 static void check_goldens(const golden *g, const qemb_file *f) {
     qemb_model *m = open_engine(f, 1024, 2);
     const int D = f->config.hidden;
@@ -220,8 +220,8 @@ static int32_t *random_ids(rng *r, const qemb_config *c, int n) {
     return ids;
 }
 
-/* Shapes and lengths that no golden has: odd sizes; texts longer than the MLP's chunk of rows. On a
- * wrong formula these differ in the first digit; the bound is the project's own promise. */
+/* Shapes and lengths that no golden has: odd sizes; texts longer than the MLP's chunk of rows. A
+ * wrong formula changes the first digit. */
 static void check_oracle(qemb_dtype dtype, const qemb_config *c, int n, double gate_scale) {
     qemb_file *f = open_model_of(dtype, c, (uint64_t)n, gate_scale);
     qemb_model *m = open_engine(f, 64, 2);
@@ -232,7 +232,7 @@ static void check_oracle(qemb_dtype dtype, const qemb_config *c, int n, double g
     embed_alone(m, ids, n, out);
     oracle_embed(want, NULL, c, &f->weights, ids, n);
     cr_assert_eq(qemb_l2_normalize(out, out, c->hidden), 0);
-    /* gates of 30 times the size make a step of SwiGLU: what rounding did before it, doubles */
+    /* with 30 times larger gates SwiGLU is nearly a step, which doubles earlier errors */
     const double all = allowed() * (gate_scale > 1 ? 2 : 1);
     const double tol = ops->math == QEMB_MATH_F32 ? 2e-5 : all;
     double off = 0;
@@ -289,8 +289,8 @@ static qemb_model *open_spied(const qemb_file *f, qemb_options opt) {
     return m;
 }
 
-/* Texts that share more and more or less and less, equal ones among them: bits as alone, and every
- * shared row laid down once. */
+/* Texts that share longer and longer or shorter and shorter prefixes, some of them equal: the same
+ * bits as alone, and one copy of every shared row. */
 static void check_shared_prefixes(void) {
     const qemb_config *c = &small_configs[1];
     qemb_file *f = open_model(c, 4, 1);
@@ -337,7 +337,7 @@ static void check_shared_prefixes(void) {
 
 Test(model, shared_prefixes) { FOR_TABLES check_shared_prefixes(); }
 
-/* One text that is the beginning of another keeps a row of its own to be pooled. */
+/* A text that is a prefix of another keeps a row of its own for pooling. */
 Test(model, a_text_within_a_text) {
     const qemb_config *c = &small_configs[0];
     qemb_file *f = open_model(c, 4, 1);
@@ -362,7 +362,7 @@ Test(model, a_text_within_a_text) {
     qemb_file_close(f);
 }
 
-/* The budget counts rows as they will be laid, so a lost prefix can close a batch. */
+/* The budget counts rows as packed, so a prefix that becomes shorter can fill a batch. */
 Test(model, the_budget) {
     const qemb_config *c = &small_configs[0];
     qemb_file *f = open_model(c, 4, 1);
@@ -425,7 +425,7 @@ Test(model, the_plan_is_what_is_asked_for) {
     qemb_file_close(f);
 }
 
-/* Weights that are not finite end in a vector that qemb_l2_normalize refuses, and only there. */
+/* Weights that are not finite give vectors that qemb_l2_normalize refuses; other texts are fine. */
 static void check_not_finite(void) {
     const qemb_config *c = &small_configs[0];
     size_t bytes;
@@ -504,7 +504,7 @@ static void check_fallback(void) {
     }
     spy_failure = "the device is gone";
     spoiled_row = 1;
-    qemb_embed(m, b, out); /* nothing is computed again behind a failed device's back */
+    qemb_embed(m, b, out); /* a failed device's texts are not computed again on the CPU */
     cr_assert(isnan(out[64 + 9]) && qemb_health_of(m).recomputed == 3);
     spy_failure = NULL;
     qemb_batch_free(b);

@@ -1,4 +1,4 @@
-/* test_model_file.c - the loader takes a true file and refuses every other with one line. */
+/* test_model_file.c - the loader opens valid files and refuses others with one line. */
 #include "support.h"
 
 #include <criterion/criterion.h>
@@ -36,7 +36,7 @@ static int try_open(const uint8_t *data, size_t bytes, qemb_err *err) {
     return bad;
 }
 
-/* Refuses the model as it stands, and the message holds `what`. */
+/* Checks that the current model is refused with a message that contains `what`. */
 static void refuses(const char *what) {
     qemb_err err;
     seal_model(model, model_bytes);
@@ -265,7 +265,7 @@ Test(file, refuses_bad_prompts) {
     model[at + n - 1] = 0;
     model[at + 3] = 0; /* an odd number of strings */
     refuses("prompts: malformed");
-    memset(model + at, 0, n); /* 19 pairs of empty strings: strange but sound */
+    memset(model + at, 0, n); /* 19 pairs of empty strings: unusual but valid */
     qemb_err err;
     seal_model(model, model_bytes);
     cr_assert_eq(try_open(model, model_bytes, &err), 0, "%s", err.msg);

@@ -8,14 +8,14 @@
 
 /* ---- small tokenizers ------------------------------------------------------------------------ */
 
-/* A tokenizer in the making: merges and added tokens, by their text. */
+/* A tokenizer under construction: merges and added tokens, by their text. */
 typedef struct {
     tokenizer_data d;
     qemb_tokenizer *t;
     qemb_tokenizer_state *s;
 } small;
 
-/* The place of a byte in GPT-2's alphabet: first the bytes that Latin-1 prints, then the rest. */
+/* The index of a byte in GPT-2's alphabet: first the printable bytes of Latin-1, then the rest. */
 static uint32_t byte_id(unsigned b) {
     unsigned id = 0;
     bool prints[256];
@@ -132,7 +132,7 @@ static void check_split(const char *want) {
 Test(tokenizer, splits_as_defined) {
     static const char *const cases[] = {
         "Hello| world",
-        /* contractions: any case, also the long s, anywhere, and they stop where they stop */
+        /* contractions: any case, the long s too, anywhere */
         "don|'t",
         "DON|'T",
         "I|'ll",
@@ -171,7 +171,7 @@ Test(tokenizer, splits_as_defined) {
         "a| !\n| \n",
         "a|\xC2\xA0|!",
         "a|\t|!",
-        /* white space: through its last line end; else its last character goes to what follows */
+        /* white space up to its last line end; else its last character belongs to the next piece */
         "a|  | b",
         "a|  | |1",
         "a|  \n \r\n|  | b",
@@ -371,8 +371,8 @@ Test(tokenizer, does_not_depend_on_chunks) {
     close_small(&k);
 }
 
-/* Chunks aim at 16,384 bytes: every place of these, and of all that stands before them, comes to
- * lie there once. The same text behind less filling tells what is right. */
+/* A chunk has about 16,384 bytes. The filling before a text moves each of its bytes to that border
+ * once. The same text behind less filling gives the expected ids. */
 Test(tokenizer, cuts_only_where_nothing_shows) {
     static const char *const rests[] = {
         "e\xCC\x81x e\xCC\x81 ",
@@ -541,7 +541,7 @@ Test(tokenizer, limit_gives_the_first_ids) {
     close_small(&k);
 }
 
-/* What lies well behind the limit is not looked at. */
+/* Text far behind the limit is not read. */
 Test(tokenizer, limit_stops_early) {
     small k = {0};
     enum { N = 1 << 20 };
@@ -921,7 +921,7 @@ static void sweep_code_points(sweep *w, const char *context) {
     sweep_block(w, 0x110000, true);
 }
 
-/* Whether s (n) is valid UTF-8, by jansson. */
+/* Whether s (n) is valid UTF-8 according to jansson. */
 static bool valid_utf8(const char *s, size_t n) {
     json_t *j = json_stringn(s, n);
     json_decref(j);
