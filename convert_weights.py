@@ -8,15 +8,15 @@
 #   "tqdm>=4.60,<5",
 # ]
 # ///
-"""convert_weights.py - a Qwen3-Embedding checkpoint in, one .qemb file out.
+"""convert_weights.py - converts a Qwen3-Embedding checkpoint to one .qemb file.
 
-The source is a Hugging Face directory or a name on the hub. Whatever qemb would not compute exactly
-as the checkpoint's own program does is refused with one line: see read_config, read_tokenizer,
-read_modules and what follows, and check_tensors. The layout of a .qemb stands in qemb.h.
+The source is a Hugging Face directory or a name on the hub. A checkpoint that qemb would compute
+differently from transformers is refused with one line: read_config, read_tokenizer, read_modules
+and check_tensors look for the differences. qemb.h describes the layout of a .qemb file.
 
-Weights stream through in blocks of rows, so memory does not grow with the model. The file is
-written under a temporary name beside its place and renamed when all of it is on disk. It depends on
-nothing but the source and the options: the same checkpoint gives the same bytes.
+Weights are converted in blocks of rows, so memory does not grow with the model. The file is written
+under a temporary name in the same directory and renamed when it is complete on disk. It depends on
+the source and the options alone: the same checkpoint gives the same bytes.
 """
 import argparse
 import hashlib
@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 VERSION = "0.1.0"
-GROUP = 64  # weights of a row that share a scale in an INT8 matrix
+GROUP = 64  # weights in a row of an INT8 matrix that share a scale
 BLOCK = 1 << 22  # numbers converted at a time; a block takes about 24 bytes a number
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROMPTS, POOLING = "config_sentence_transformers.json", "1_Pooling/config.json"
@@ -47,11 +47,11 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
 
 
 class Refused(Exception):
-    """What the user is told, in one line."""
+    """An error for the user, in one line."""
 
 
 class Interrupted(BaseException):
-    """A signal, its number the argument."""
+    """A signal; the argument is its number."""
 
 
 def refuse(obj, what, got=None, want=None):
@@ -71,7 +71,7 @@ def expect(obj, what, got, *allowed):
 
 
 def parse(folder, name, read, *args):
-    """read(the JSON file's value, *args). Whatever read trips over, the file is refused."""
+    """Returns read(value of the JSON file, *args). Any exception in read refuses the file."""
     try:
         return read(json.loads((folder / name).read_bytes()), *args)
     except (FileNotFoundError, NotADirectoryError):
@@ -119,7 +119,7 @@ def read_config(j):
                 refuse(o, f"{key}.{name}", show(value), 'rope_type "default"')
     if len(thetas) != 1:
         refuse(o, "rope_theta", show(sorted(thetas)), "one value")
-    # 128 is Qwen3Config's own default; q_norm's shape proves it.
+    # 128 is the default of Qwen3Config; check_tensors compares it with the shape of q_norm.
     j = {"head_dim": 128, **j, "rope_theta": thetas.pop()}
     for _, key, low, high in FIELDS:
         kinds = (int,) if isinstance(low, int) else (int, float)
@@ -138,9 +138,9 @@ def read_config(j):
 
 
 def read_merges(model):
-    """(M, 2) u32. The vocabulary has to be the 256 bytes, then one id per merge, in order."""
+    """Returns (M, 2) u32. The vocabulary must be the 256 bytes, then one id per merge, in order."""
     o, vocab, merges = "tokenizer.json", model["vocab"], model["merges"]
-    # GPT-2's byte alphabet: printable bytes stand for themselves and come first, the others are
+    # GPT-2's byte alphabet: first the printable bytes as themselves, then the others as
     # U+0100 and up.
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     for i, ch in enumerate(plain + list(range(256, 512 - len(plain)))):
@@ -158,7 +158,7 @@ def read_merges(model):
 
 
 def read_added(tokens, first, vocab):
-    """The section added_tokens. Their ids are first .. vocab-1."""
+    """Returns the section added_tokens. Their ids are first .. vocab-1."""
     o, out, seen = "tokenizer.json", b"", set()
     for t in sorted(tokens, key=lambda t: t["id"]):
         name, i, text = f"added token {show(t['content'])}", t["id"], t["content"].encode()
@@ -174,10 +174,10 @@ def read_added(tokens, first, vocab):
 
 
 def read_eos(post, added):
-    """The id that the post-processor appends, once, to a single text."""
+    """Returns the id that the post-processor appends once to a text."""
     o = "tokenizer.json"
     steps = post["processors"] if post and post["type"] == "Sequence" else [post]
-    steps = [s for s in steps if s and s["type"] != "ByteLevel"]  # that one only moves offsets
+    steps = [s for s in steps if s and s["type"] != "ByteLevel"]  # ByteLevel only changes offsets
     expect(o, "post_processor", [s["type"] for s in steps], ["TemplateProcessing"])
     single = steps[0]["single"]
     expect(o, "post_processor, a single text", [list(piece)[0] for piece in single],
@@ -191,8 +191,8 @@ def read_eos(post, added):
 
 
 def read_tokenizer(j, vocab):
-    """-> merges, the section added_tokens, eos_id. `truncation` and `padding` are left-overs of
-    training, which the model's own programs overwrite: they are not looked at."""
+    """Returns merges, the section added_tokens, eos_id. Ignores `truncation` and `padding`, which
+    are left from training and overwritten by transformers."""
     o, model, added = "tokenizer.json", j["model"], j["added_tokens"]
     split, level = j["pre_tokenizer"].get("pretokenizers") or [j["pre_tokenizer"], {}]
     for what, got, want in (
@@ -238,7 +238,7 @@ def read_pooling(j):
 
 
 def read_prompts(j):
-    """The section prompts, and their names."""
+    """Returns the section prompts and their names."""
     o, prompts = PROMPTS, dict(j.get("prompts") or {})
     expect(o, "default_prompt_name", j.get("default_prompt_name"), None)
     if len(prompts) > 64 or any(not k or "\0" in k + v for k, v in prompts.items()):
@@ -253,7 +253,7 @@ SOURCE_DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 
 
 def read_index(j):
-    """-> {tensor: shard}"""
+    """Returns {tensor: shard}."""
     index = dict(j["weight_map"].items())
     for shard in index.values():
         if not shard or os.path.basename(shard) != shard:
@@ -262,7 +262,7 @@ def read_index(j):
 
 
 def open_tensors(folder):
-    """-> {name without 'model.': Tensor}, the shards' names. The package proves the headers."""
+    """Returns {name without 'model.': Tensor} and the shards. The package checks the headers."""
     index = {}
     if not (folder / SINGLE).exists():
         if not (folder / INDEX).exists():
@@ -298,7 +298,7 @@ def open_tensors(folder):
 
 
 def read_rows(t, row, n, cols):
-    """Rows row..row+n-1 of tensor t, as (n, cols) float32."""
+    """Returns rows row..row+n-1 of tensor t as float32 (n, cols)."""
     dtype = np.dtype(SOURCE_DTYPES[t.dtype])
     with open(t.path, "rb", buffering=0) as f:
         f.seek(t.offset + row * cols * dtype.itemsize)
@@ -314,12 +314,12 @@ def read_rows(t, row, n, cols):
 
 
 class Rounding:
-    """What it cost to write matrices in fewer bits."""
+    """The rounding error of the matrices written."""
 
     worst, where, tiny = 0.0, "", 0  # tiny: rounded numbers below FP16's normal range
 
     def __init__(self):
-        self.scales = []  # of the INT8 matrix last written, until the section of its scales
+        self.scales = []  # scales of the last INT8 matrix, until their section is written
 
     def note(self, error, t, row):
         r, col = divmod(int(error.argmax()), error.shape[1])
@@ -328,7 +328,7 @@ class Rounding:
 
 
 def check_range(w, limit, t, row):
-    """Refuses the first number of w (n, cols) that is not within +-limit, NaN included."""
+    """Refuses w (n, cols) at its first number that is NaN or beyond +-limit."""
     if not np.abs(w).max() <= limit:
         r, col = np.argwhere(~(np.abs(w) <= limit))[0]
         at = f"{row + r}, {col}" if len(t.shape) == 2 else col
@@ -350,13 +350,13 @@ def encode_f16(w, t, row, rounding):
 
 
 def encode_i8(w, t, row, rounding):
-    """A group's largest number becomes 127 or -127, so no number is off by more than half a step.
-    Of the numbers that an F16 file has, by the operations of backends/cpu/avx512.c's pack_int8_f16:
-    the two files give --math int8 the same bits."""
+    """Quantizes groups of numbers to INT8. The largest magnitude of a group becomes 127, so the
+    error is at most half a step. It starts from the numbers of an F16 file and uses the operations
+    of pack_int8_f16 in backends/cpu/avx512.c, so both files give --math int8 the same bits."""
     check_range(w, 65504, t, row)
     n, cols = w.shape
     groups = -(-cols // GROUP)
-    h = np.zeros((n, groups * GROUP), "<f4")  # what fills up the last group changes no maximum
+    h = np.zeros((n, groups * GROUP), "<f4")  # padded with zeros
     h[:, :cols] = w.astype("<f2")
     h = h.reshape(n, groups, GROUP)
     largest = np.abs(h).max(axis=2, keepdims=True)
@@ -381,14 +381,14 @@ MATRIX_DTYPES = {"f16": F16, "int8": Dtype(4, lambda cols: cols, encode_i8)}
 
 # ---- the .qemb file ----------------------------------------------------------------------------
 
-# data: bytes, or the source's tensors that follow each other, [(name, rows)]: none of them for the
-# scales of the matrix before
+# data: bytes; or [(name, rows)], the source tensors that are concatenated; or [] for the scales of
+# the previous matrix
 Section = namedtuple("Section", "name dtype rows cols data")
 
 
 def weight_sections(c, matrix):
-    """Every weight of a model with config c, in the file's order; `matrix`: dtype of the
-    layers'."""
+    """Returns the sections of all weights in the order of the file. `matrix` is the dtype of the
+    layer matrices."""
     D, F, hd, Q, KV = c.hidden, c.ffn, c.head_dim, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
 
     def mat(name, cols, *parts):
@@ -416,12 +416,12 @@ def weight_sections(c, matrix):
 
 
 def check_tensors(tensors, weights):
-    """The source holds exactly these. -> notes"""
+    """Checks that the source has exactly the tensors of the sections. Returns notes."""
     want = {name: (s.cols,) if s.dtype is F32 else (rows, s.cols)
             for s in weights for name, rows in s.data}
     missing, extra = [n for n in want if n not in tensors], [n for n in tensors if n not in want]
     notes = []
-    if "lm_head.weight" in extra:  # an untied Qwen3ForCausalLM saves it
+    if "lm_head.weight" in extra:  # saved by an untied Qwen3ForCausalLM
         extra.remove("lm_head.weight")
         notes.append("lm_head.weight left out: embeddings do not use it")
     if missing:
@@ -435,7 +435,7 @@ def check_tensors(tensors, weights):
 
 
 def layout(sections):
-    """-> the directory, the offset of each section, the size of the file."""
+    """Returns the directory, the offset of each section, the size of the file."""
     entries, offsets, end = b"", [], 4096 + 96 * len(sections)
     for s in sections:
         at, size = -(-end // 256) * 256, s.rows * s.dtype.row_bytes(s.cols)
@@ -449,14 +449,14 @@ def layout(sections):
 def header(c, eos_id, n_sections, size, sha, directory):
     h = b"qemb\r\n\x1a\n" + struct.pack("<IIQQII", 1, 0x01020304, size, 0, n_sections, 0) + sha
     h = (h + struct.pack("<9I2f", *c[:8], eos_id, *c[8:])).ljust(4096, b"\0")
-    check = 0xCBF29CE484222325  # FNV-1a 64, its own field still zero
+    check = 0xCBF29CE484222325  # FNV-1a 64, with its own field zero
     for byte in h + directory:
         check = (check ^ byte) * 0x100000001B3 % 2**64
     return h[:24] + struct.pack("<Q", check) + h[32:]
 
 
 def encoded(section, tensors, rounding):
-    """The section's bytes, a block at a time."""
+    """Yields the bytes of a section in blocks."""
     if isinstance(section.data, bytes):
         yield section.data
         return
@@ -472,7 +472,7 @@ def encoded(section, tensors, rounding):
 
 
 def write_sections(f, c, eos_id, sections, tensors, bar):
-    """-> sha256 (hex), Rounding"""
+    """Returns the SHA-256 (hex) and the Rounding."""
     directory, offsets, size = layout(sections)
     sha, rounding = hashlib.sha256(), Rounding()
 
@@ -493,21 +493,21 @@ def write_sections(f, c, eos_id, sections, tensors, bar):
 
 
 def write_file(out, write):
-    """write(f) into a temporary file that becomes `out`, whole and on disk, or vanishes."""
+    """Calls write(f) on a temporary file and renames it to `out`; removes it on failure."""
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "xb") as f:
             result = write(f)
             f.flush()
             os.fsync(f.fileno())
-        handle_signals(signal.SIG_IGN)  # from here on it is too late to stop
+        handle_signals(signal.SIG_IGN)  # from here on signals do not stop it
         os.replace(temporary, out)
         folder = os.open(out.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name, too
+        os.fsync(folder)  # sync the new name as well
         os.close(folder)
         return result
     except OSError as e:
-        refuse(e.filename or out, e.strerror)  # writing itself names no file
+        refuse(e.filename or out, e.strerror)  # an error of write() has no file name
     finally:
         handle_signals(signal.SIG_IGN)
         temporary.unlink(missing_ok=True)
@@ -526,7 +526,7 @@ def interrupt(number, frame):
 
 
 def find_source(name, quiet):
-    """-> directory, its name, commit (None if it is not from the hub)"""
+    """Returns the directory, its name, and the commit (None if it is not from the hub)."""
     path = Path(name)
     if path.is_dir():
         return path, path.resolve().name, None
@@ -541,9 +541,9 @@ def find_source(name, quiet):
     try:
         files = JSON_FILES + ["model*.safetensors", INDEX]
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
-    except Exception as e:  # network, access, spelling: in the hub's own words
+    except Exception as e:  # network, access, spelling: the message of the hub
         refuse(name, f"no such directory, and not from the hub: {' '.join(str(e).split())[:300]}")
-    return folder, name, folder.name  # the hub's cache names a snapshot by its commit
+    return folder, name, folder.name  # the directory of a snapshot is named by its commit
 
 
 def provenance(args, folder, source, commit, shards, dtypes, notes):

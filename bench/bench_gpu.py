@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""What qemb-cuda does on this machine's GPU: ceilings, kernels, products, accuracy, whole runs,
-memory.
+"""Measures qemb-cuda on a GPU: hardware limits, kernels, GEMMs, accuracy, whole runs, memory.
 
     bench/bench_gpu.py [--shape 0.6B|4B|8B ...] [--out DIR]
 
-Models of the real shapes with random weights are made on the spot and kept under build/bench (their
-speed is the real ones'). Prints tables and writes bench/results/GPU-COMMIT.json with GPU, driver,
-clocks and commit. Every step has a limit of ten minutes. `make gpu-bench` runs it. Without a GPU it
-says so and succeeds. transformers and sentence-transformers are timed beside it on the same weights
-and lengths or texts where this Python has them. """
+It makes models of the real shapes with random weights, which are as fast as the real ones, and
+keeps them under build/bench. It prints tables and writes bench/results/GPU-COMMIT.json with GPU,
+driver, clocks and commit. Every step has a limit of ten minutes. `make gpu-bench` runs it. Without
+a GPU it prints a message and succeeds. If transformers and sentence-transformers are installed,
+they are timed on the same weights and texts."""
 
 import argparse
 import json
@@ -55,7 +54,7 @@ def machine():
 
 
 def make_model(shape, dtype="f16"):
-    """A file of random weights of that shape; the INT8 one is made of the same weights."""
+    """Makes a file of random weights with that shape. The INT8 file has the same weights."""
     source = ROOT / "build/bench" / shape
     out = source.with_name(f"{shape}-{dtype}.qemb")
     if not out.exists():
@@ -184,7 +183,7 @@ def throughput(model, batch, name, *args):
 
 
 def latency(model, n, name, *args, count=200):
-    """Milliseconds from a line written to its answer read, one text at a time: median, 99th
+    """Latency in ms from writing a line to reading its vector, one text at a time: median and 99th
     percentile."""
     rng = random.Random(2)
     command = [ROOT / "qemb-cuda", "-m", model, "--input", "jsonl", "--output", "base64", *args]
@@ -220,9 +219,9 @@ def unit_vectors(data, n):
 
 
 def accuracy(model, int8):
-    """Least cosine and largest error of a number against the CPU's FP32 on the FP16 file: texts
-    that share a beginning computed together (its rows once) and alone. What was recomputed or
-    clamped stands in `stats`. """
+    """Least cosine and largest error of a number, compared with FP32 on the CPU and the FP16 file.
+    Texts that share a prefix are computed together and alone. `stats` says what was recomputed or
+    clamped."""
     rng = random.Random(3)
     shared = [rng.randrange(1000, 100000) for _ in range(20)]
     texts = [shared + ids(n, rng) for n in (1, 2, 9, 33, 64, 129)]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Breaks one line of the CUDA code at a time; the emulated tests must notice every time.
+"""Breaks one line of the CUDA code at a time; an emulated test must fail every time.
 
     mutants.py [--sample] [NAME...]
 

@@ -529,8 +529,8 @@ static void attention_op_case(int hd, int H, int K, const std::vector<int> &lens
             const size_t row = (size_t)(t < P ? t : f.cu[b] + t - P) * ld;
             for (int i = 0; i < ld; i++) q[(size_t)t * ld + i] = num(rotated[row + i]);
             std::vector<double> head(hd);
-            for (int h = 0; h < H + K;
-                 h++) { /* positions and weights: the bound of qknorm_rope_case */
+            /* Positions and weights: the bound of qknorm_rope_case. */
+            for (int h = 0; h < H + K; h++) {
                 for (int i = 0; i < hd; i++) head[i] = num(qkv[row + h * hd + i]);
                 oracle_rmsnorm(head.data(), head.data(), h < H ? wq.data() : wk.data(), hd, 1e-6);
                 std::vector<double> normed = head;

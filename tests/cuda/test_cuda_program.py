@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""The whole program on the CUDA table against the same program on the CPU's.
+"""Compares the program qemb-cuda with qemb on the CPU.
 
     test_cuda_program.py QEMB-CUDA QEMB-CPU
 
-QEMB-CUDA is the emulated build, or the real one on a machine with a GPU. Runs with the demo model:
-records of all kinds in, the same records out, vectors within the bound of test_cuda_model.cu; the
-options of a GPU; a model that overflows FP16. What needs another GPU than there is (none, an old
-one, a small one, one that fails) is asked of the emulated build alone, by the variable of
-tests/cuda/emu/emu.h. """
+QEMB-CUDA is the emulated build, or the real one on a machine with a GPU. With the demo model,
+records of all kinds give the same records, and vectors within the bound of test_cuda_model.cu.
+Options of a GPU and a model that overflows FP16 are tested too. Tests that need a missing, old,
+small or failing GPU run on the emulated build alone, which reads a variable described in
+tests/cuda/emu/emu.h."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples/demo.qemb"
 MIN_COSINE = 0.99998  # derived in test_cuda_model.cu
-MIN_COSINE_FP8 = 0.978  # in test_cuda_eight.cu
+MIN_COSINE_FP8 = 0.978  # in test_cuda_quantize.cu
 
 
 def records():

@@ -1,6 +1,6 @@
-/* test_cuda_quantize.cu - INT8 weights and FP8 products: the kernels and ops against double
- * precision, whole models against the CPU's FP32, and what each arithmetic costs (the table in
- * README).
+/* test_cuda_quantize.cu - INT8 weights and FP8 GEMMs: kernels and ops compared with double
+ * precision, whole models with FP32 on the CPU, and the error of each arithmetic (the table in
+ * docs/accuracy.md).
  *
  * e4m3 here is decoded by its definition: sign, four bits of exponent (bias 7), three of fraction;
  * subnormal below 2^-6, no infinity, all ones is NaN. Rounding to it is off by at most 2^-4 of the
@@ -328,8 +328,9 @@ struct int8_file {
     ~int8_file() { free(layers); }
 };
 
-/* The same file on the CPU: what INT8 costs is not in it. The bound is FP16's, with one rounding
- * more per layer's matrix, that of W to a half: of the size of those that the bound counts. */
+/* Compares an INT8 file with itself on the CPU, so the error of INT8 is not in it. The bound is
+ * FP16's, with one rounding more per layer's matrix, that of W to a half: of the size of those that
+ * the bound counts. */
 TEST_SCHEDULES(int8_against_cpu) {
     const qemb_config shapes[] = {config(2, 96, 2, 2, 64, 256, 200),
                                   config(2, 64, 4, 1, 128, 96, 200)};
@@ -347,9 +348,8 @@ TEST_SCHEDULES(int8_against_cpu) {
     }
 }
 
-/* A matrix of more than a slot's 8 MiB comes to an FP8 table in pieces: every row has its own
- * scales. */
-TEST(int8_placed_in_pieces) {
+/* A matrix larger than a staging slot (8 MiB) is loaded in pieces. Every row must get its scale. */
+TEST(int8_loaded_in_pieces) {
     const qemb_config c = config(1, 272, 2, 1, 64, 16000, 64);
     qemb_file *f = open_model_of(QEMB_I8, &c, 23, 1);
     qemb_options opt = {};
@@ -441,16 +441,16 @@ static void accuracy_case(const char *name, const qemb_file *f) {
         model cpu(f, &qemb_cpu_ops, 512);
         want = cpu.embed(texts);
     }
-    int8_file eight(f);
+    int8_file int8(f);
     const struct {
         const char *what;
         const qemb_file *f;
         const qemb_ops *ops;
         double gap;
     } kinds[] = {{"FP16", f, &qemb_cuda_ops, 1 - MIN_COSINE},
-                 {"INT8 storage, FP16", &eight.f, &qemb_cuda_ops, 3e-4},
+                 {"INT8 storage, FP16", &int8.f, &qemb_cuda_ops, 3e-4},
                  {"FP8", f, &qemb_cuda_fp8_ops, 2.2e-2},
-                 {"INT8 storage, FP8", &eight.f, &qemb_cuda_fp8_ops, 2.2e-2}};
+                 {"INT8 storage, FP8", &int8.f, &qemb_cuda_fp8_ops, 2.2e-2}};
     for (const auto &k : kinds) {
         const accuracy a = measure(k.f, k.ops, texts, want);
         check(1 - a.cosine <= k.gap, "%s, %s: cosine %.6f (want %.6f)", name, k.what, a.cosine,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The server on the CUDA table against the program on the CPU's, and with a device that fails.
+"""Compares the CUDA server with qemb on the CPU, and tests it with a device that fails.
 
     test_cuda_serve.py QEMB-SERVE-CUDA QEMB-CPU
 

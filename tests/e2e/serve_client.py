@@ -1,9 +1,9 @@
-"""What the tests of qemb-serve share: a server that is started and ended, answers, the ./qemb whose
-vectors must be met bit for bit.
+"""Shared by the tests of qemb-serve: starts and stops servers, sends requests, and runs ./qemb,
+whose vectors have to be the same to the bit.
 
-QEMB_SERVE_BIN names another binary (default ./qemb-serve), such as one with sanitizers: their
-reports turn up as a wrong exit status. QEMB_BIN: the ./qemb to compare with. Every server listens
-on a free port of the loopback and is ended by SIGTERM, with status 0. """
+QEMB_SERVE_BIN names the server (default ./qemb-serve), for example one with sanitizers, whose
+reports show as a wrong exit status. QEMB_BIN names the ./qemb to compare with. Every server listens
+on a free port of the loopback, is stopped by SIGTERM and has to exit with status 0."""
 import contextlib
 import http.client
 import json
@@ -44,7 +44,7 @@ TEXTS = [
 
 
 def qemb(*args, records, model=MODEL):
-    """What ./qemb answers to JSON records, line by line."""
+    """Returns the output lines of ./qemb for JSON records."""
     data = "".join(json.dumps(r) + "\n" for r in records).encode()
     command = [QEMB, *args[:1], "-m", model, "--input", "jsonl", *args[1:]]
     if args and args[0].startswith("-"):
@@ -99,7 +99,7 @@ class Server:
             self.changed.notify_all()
 
     def wait_log(self, event, n=1):
-        """The n-th log line of that event."""
+        """Returns the n-th log line of that event."""
 
         def found():
             lines = [e for e in self.log if e["event"] == event]
@@ -190,18 +190,18 @@ BUSY = ("--batch-tokens", LONG, *BUSY_CPU)
 
 
 def long_ids(i, n=LONG):
-    """Token ids of a text that is long, and unlike all others: none shares a prefix with it."""
+    """Returns the token ids of a long text that shares no prefix with any other."""
     return [i % 250, i // 250 % 250] + [(i * 7 + k) % 250 for k in range(n - 3)] + [EOS]
 
 
 def slow_request(n=10, start=0, **more):
-    """Work for a while: long texts, all different."""
+    """Returns long texts, all different, that take a while to compute."""
     texts = [long_ids(start + i) for i in range(n)]
     return {"model": "demo", "input": texts, "dimensions": 1, **more}
 
 
 class Slow:
-    """A request that keeps the model busy, in its own thread."""
+    """Sends a request that keeps the model busy, in a thread."""
 
     def __init__(self, s, n=10, start=0, **more):
         self.answer, self.server = None, s

@@ -1,4 +1,4 @@
-"""bench.sh and bench: what they count and write; never how fast anything is."""
+"""bench.sh and qemb-bench: what they count and write. No test looks at a speed."""
 
 import csv
 import json

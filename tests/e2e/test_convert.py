@@ -1,4 +1,4 @@
-"""convert_weights.py: what it writes, read back by other code, and everything that it refuses."""
+"""convert_weights.py: what it writes, read back by independent code, and what it refuses."""
 import hashlib
 import json
 import os
@@ -30,7 +30,7 @@ OTHER = "layers.0.mlp.up_proj.weight"
 
 
 class Qemb:
-    """A .qemb as qemb.h describes it; every rule there is an assertion here."""
+    """Reads a .qemb file as qemb.h describes it, and asserts every rule stated there."""
 
     DTYPES = {0: "u1", 1: "<u4", 2: "<f4", 3: "<f2", 4: "i1"}
 
@@ -164,7 +164,7 @@ def save_shards(folder, tensors, count=3):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A good source of one BF16 file; the test runs in an empty directory beside it."""
+    """Makes a valid source with one BF16 file, and runs the test in an empty directory."""
     d = tmp_path / "source"
     d.mkdir()
     hf.save_json(d / "config.json", hf.config_json(SHAPE))
@@ -195,7 +195,7 @@ def convert(folder, *args):
 
 
 def refused(*args):
-    """The one line with which the run ends; nothing is left behind."""
+    """Returns the one line of the error. Checks that no file is left."""
     before = sorted(os.listdir())
     with pytest.raises(SystemExit) as e:
         run(*args)
@@ -845,7 +845,7 @@ def test_refuses_a_truncated_file(folder, keep):
 
 
 def test_refuses_a_file_that_shrinks(folder, monkeypatch):
-    """Between the check of the header and the reading of the weights."""
+    """The file shrinks between the check of its header and the reading of its weights."""
     plain = convert_weights.check_tensors
 
     def check_tensors(*args):
@@ -1058,13 +1058,13 @@ def test_a_kill_leaves_the_old_file(folder):
     Path("out.qemb").write_bytes(b"old")
     status, _ = stop_halfway(folder, signal.SIGKILL)
     assert status == -signal.SIGKILL and Path("out.qemb").read_bytes() == b"old"
-    run(folder, "--out", "out.qemb")  # what it left behind is in nobody's way
+    run(folder, "--out", "out.qemb")  # the temporary file does not disturb the next run
     Qemb("out.qemb")
 
 
 @pytest.mark.parametrize("part", [0.02, 0.5, 0.9999])
 def test_a_full_disk(folder, part):
-    """A file size limit stands in for the disk: in the header, the weights, the last flush."""
+    """A limit on file size stands for a full disk: in the header, the weights, the last flush."""
     run(folder, "-q", "--out", "out.qemb")
     limit = int(part * Path("out.qemb").stat().st_size)
     Path("out.qemb").write_bytes(b"old")

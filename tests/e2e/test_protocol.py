@@ -1,6 +1,6 @@
-"""The command line and the line protocol, driven as a user would: ./qemb with pipes.
+"""The command line and the line protocol: ./qemb, run with pipes as a user does.
 
-QEMB_BIN names another binary (default ./qemb), such as one with sanitizers: their reports turn up
+QEMB_BIN names the program (default ./qemb), for example one with sanitizers, whose reports show
 as a wrong exit status.
 """
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
 MODEL = str(ROOT / "examples" / "demo.qemb")
 HIDDEN, MAX_TOKENS, EOS, VOCAB = 128, 2048, 2557, 2560
-GUARD = 60  # seconds after which a hang is one; nothing here is timed
+GUARD = 60  # seconds after which a test counts as hung; no test measures time
 BINARY = Path(QEMB).read_bytes() if os.path.exists(QEMB) else b""
 # OpenMP's threads would wait for each other spinning, which is slow on a machine with other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -95,7 +95,7 @@ def jsonl(*records):
 
 @pytest.fixture(scope="module")
 def alone():
-    """The vector of each of TEXTS, each from a process of its own, as stdout has it."""
+    """Returns the output for each of TEXTS, each from a separate process."""
     return [out(data=lines([t])) for t in TEXTS]
 
 
@@ -285,7 +285,7 @@ def test_floods_are_written_in_bounded_memory(tmp_path):
 
 
 def test_backpressure():
-    """Nobody reads stdout: reading stops, long before a hundred megabytes."""
+    """If stdout is not read, qemb stops reading its input, long before 100 MB."""
     p = start()
     fd = p.stdin.fileno()
     os.set_blocking(fd, False)
@@ -658,7 +658,7 @@ def test_many_errors_are_named_ten_times():
 
 
 def test_head_closes_the_pipe(alone):
-    """An endless input ends with the reader of the output, silently."""
+    """With an endless input, qemb ends without a message when the output is closed."""
     shell = f"(yes; true) | {{ {QEMB} -m {MODEL}; echo status $? >&2; }} | head -n 1"
     p = subprocess.run(
         ["bash", "-c", shell], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=GUARD

@@ -1,4 +1,4 @@
-"""qemb-serve, driven by the clients that it is for: openai's, curl, raw sockets."""
+"""qemb-serve, used through the openai client, curl and raw sockets."""
 
 import base64
 import contextlib
@@ -68,8 +68,7 @@ def test_vectors_are_qembs_bit_for_bit(serve, dim):
 
 
 def test_openai_client_decodes_what_it_asked_for(serve):
-    """Left to itself the client asks for base64 and decodes it; asked for floats it gets
-    numbers."""
+    """By default the client asks for base64 and decodes it; with "float" it gets numbers."""
     client = serve.openai()
     want = [
         np.frombuffer(base64.b64decode(v), "<f4")
@@ -458,7 +457,7 @@ def test_fallback_when_the_queue_is_full():
         want = vectors_of(texts, TINY, *BUSY_CPU)
         want7 = vectors_of(texts, TINY, "--dim", "7", *BUSY_CPU)
         s.wait_log("ready", 2)
-        assert s.post(ask(["x"], fallback=True)).json["model"] == "demo"  # it has no need of it
+        assert s.post(ask(["x"], fallback=True)).json["model"] == "demo"  # the first model answers
         slow = Slow(s, n)
         s.wait_metric("qemb_queue_tokens", lambda x: x > 0)
         a = s.post(ask(texts))
@@ -588,7 +587,7 @@ def test_deadline():
             assert a.status == 503 and a.error["code"] == "deadline_exceeded"
             assert int(a.headers["Retry-After"]) >= 1
         s.wait_metric("qemb_queue_tokens", lambda x: x == 0)
-        # the client that is told to come back comes back
+        # the client retries after Retry-After
         assert s.openai(max_retries=9).embeddings.create(model="demo", input="afterwards").data
 
 

@@ -1,4 +1,4 @@
-"""qemb-serve's memory of vectors: its own, and one that servers share in Redis."""
+"""The caches of qemb-serve: in memory, and in Redis shared by servers."""
 
 import base64
 import contextlib
