@@ -15,11 +15,11 @@ other_gemm *other_gemm_open(int which, qemb_math math, int T, int N, int K, cons
 void other_gemm_run(void *g, int i); /* for measure */
 void other_gemm_close(other_gemm *g);
 
-/* The table `own` with matrices packed and products computed by oneDNN. There may be one at a time,
- * for one model. NULL: oneDNN is not installed, or has not this arithmetic (its int8 has one scale
- * for a row). */
+/* Returns the table `own` with oneDNN packing the matrices and computing the GEMMs. There can be
+ * one at a time, for one model. NULL: oneDNN is not installed or lacks this arithmetic (its int8
+ * has one scale per row). */
 const qemb_ops *table_with_onednn(const qemb_ops *own);
-float *floats_of(
-    const qemb_mat *w); /* (rows, cols) of an F16 matrix, zeros of an INT8 one; the caller frees */
+/* The values (rows, cols) of an F16 matrix, zeros for an INT8 one. The caller frees. */
+float *floats_of(const qemb_mat *w);
 
 #endif

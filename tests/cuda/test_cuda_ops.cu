@@ -154,8 +154,8 @@ template <class A, int V> static void rmsnorm_case(int D, int T, double scale) {
     std::vector<double> xd = doubles(x), want(D);
     for (int t = 0; t < T; t++) {
         oracle_rmsnorm(want.data(), &xd[(size_t)t * D], w.data(), D, (double)eps);
-        for (int i = 0; i < D;
-             i++) { /* 4V sums in a thread, 5 + 8 over the block, and 8 roundings more */
+        /* 4V sums in a thread, 5 + 8 over the block, and 8 roundings more */
+        for (int i = 0; i < D; i++) {
             const double tol = fabs(want[i]) * (rounding<A>() + (4 * V + 21) * U) + tiny<A>();
             if (!check_near(num(got[(size_t)t * D + i]), want[i], tol, "y", (size_t)t * D + i))
                 return;

@@ -144,8 +144,8 @@ template <int V> static void rmsnorm_e4m3_case(int T, int D) {
     const std::vector<uint8_t> codes = dc.get();
     const std::vector<float> scales = ds.get();
     std::vector<double> xd = doubles(x), want(D);
-    for (int t = 0; t < T;
-         t++) { /* float sums as in rmsnorm_case: 8V in a thread, 13, 8 roundings */
+    /* float sums as in rmsnorm_case: 8V in a thread, 13, 8 roundings */
+    for (int t = 0; t < T; t++) {
         oracle_rmsnorm(want.data(), &xd[(size_t)t * D], w.data(), D, 1e-6);
         if (!row_near(&codes[(size_t)t * D], scales[t], want, (8 * V + 23) * U, t)) return;
     }

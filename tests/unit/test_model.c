@@ -127,8 +127,8 @@ static void check_goldens(const golden *g, const qemb_file *f) {
         cr_assert_eq(c->dim, D);
         if (c->text) {
             qemb_tokenizer_result r;
-            cr_assert_eq(
-                qemb_tokenizer_encode(s, c->text, (size_t)c->text_bytes, SIZE_MAX, &r, &err), 0);
+            const size_t len = (size_t)c->text_bytes;
+            cr_assert_eq(qemb_tokenizer_encode(s, c->text, len, SIZE_MAX, &r, &err), 0);
             cr_assert_eq((int)r.n + 1, c->n, "%s %s", g->model, c->label);
             cr_assert_arr_eq(r.ids, c->ids, r.n * sizeof *c->ids, "%s %s", g->model, c->label);
             cr_assert_eq(c->ids[r.n], f->config.eos_id);
