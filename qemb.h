@@ -1,7 +1,7 @@
 /* qemb.h - qemb's C interface, and what its modules agree on.
  *
  * A program that wants vectors of texts needs the first two parts, errors and embedders. The others
- * are for programs that batch, and for who changes qemb. From text to vector:
+ * are for programs that batch, and for people who change qemb. From text to vector:
  *
  *   lib/model_file.c  a .qemb file, mapped and validated           qemb_file
  *   tokenizer.c       text -> token ids                            qemb_tokenizer
@@ -268,7 +268,8 @@ typedef struct {
     const char *failure; /* one line that says why the device stopped; NULL: it works */
 } qemb_health;
 
-/* The arithmetic of matrix products. Sums, and all other operations, are at least float. */
+/* The arithmetic of the GEMMs. On a CPU everything else is float, except that attention multiplies
+ * 16-bit integers where the arithmetic is not f32. On CUDA activations are halves, sums float. */
 typedef enum {
     QEMB_MATH_F32,   /* weights as the file has them, activations in float */
     QEMB_MATH_BF16,  /* both rounded to bfloat16 */
@@ -280,8 +281,8 @@ typedef enum {
 
 /* One table per backend and arithmetic. Ops return void, assert on misuse, and read and write only
  * what their shapes say. The forward calls them in order, from one thread. The residual stream x is
- * float everywhere. A row's result depends on that row's inputs alone, never on T or on other
- * rows. */
+ * float everywhere. On a CPU, and on CUDA with `deterministic`, a row's result depends on that
+ * row's inputs alone, never on T or on other rows. */
 struct qemb_ops {
     const char *name;
     qemb_math math;
@@ -289,24 +290,24 @@ struct qemb_ops {
     int batch_tokens; /* rows of a bulk batch by default; 0: QEMB_BATCH_TOKENS */
     int mlp_rows;     /* rows that the MLP computes at a time; 0: QEMB_MLP_ROWS */
 
-    /* The table that computes a vector again that came out not finite, for tables whose activations
-     * can overflow where floats do not. It must read the map without copying weights. NULL: this
-     * table's activations cannot overflow. */
+    /* The table that recomputes vectors with infinities or NaN. It must read the map without
+     * copying weights. NULL: the activations cannot overflow earlier than float. */
     const qemb_ops *(*fallback)(void);
-    /* Rows to which a batch of T rows is padded with one more text, which is not pooled. At least
-     * T; not less for a larger T; pad_rows(pad_rows(T)) = pad_rows(T). Buffers have that many rows.
-     * NULL: T. */
+    /* The number of rows to which a batch of T rows is padded by one more text, which is not
+     * pooled. The result is at least T, never falls as T grows, and padding twice changes nothing.
+     * Buffers have that many rows. NULL: no padding. */
     int (*pad_rows)(int T);
-    /* The memory that the backend allocates itself (on a GPU), part by part, as open, load_weights
-     * and arena will for f, opt without zeros, and `arena` bytes of activations. Returns the number
-     * of parts, at most QEMB_PARTS. NULL: none, and the options for GPUs do not apply. */
+    /* Lists the GPU memory that open, load_weights and arena will allocate for f, the options opt
+     * (all defaults filled in) and `arena` bytes of activations. Returns the number of parts, at
+     * most QEMB_PARTS. NULL: a CPU table; the options for GPUs do not apply. */
     int (*plan)(qemb_part *parts, const qemb_file *f, const qemb_options *opt, size_t arena);
     /* Bytes that load_weights allocates for repacked copies of matrices. NULL: none. */
     size_t (*repacked_bytes)(const qemb_weights *w, int n_layers);
     /* Adds the faults of be to h. NULL: there are none to count. */
     void (*health)(const qemb_backend *be, qemb_health *h);
 
-    /* Opens a backend for config c, which outlives it. Codes: "device", "out_of_memory". */
+    /* Opens a backend for config c, which must stay valid until close. Codes: "device",
+     * "out_of_memory". */
     int (*open)(qemb_backend **be, const qemb_config *c, const qemb_options *opt, qemb_err *err);
     void (*close)(qemb_backend *be);
     /* Makes w usable by the ops: replaces pointers into the map by pointers to the backend's copies
@@ -373,8 +374,8 @@ typedef struct {
 /* The memory that qemb_open would use, without opening anything. */
 void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt, qemb_memory *mem);
 
-/* A model over f, which outlives it, and ops. opt may be NULL. The caller closes. Codes:
- * "device", "out_of_memory". */
+/* Opens a model over f, which must stay valid until qemb_close. opt may be NULL. Codes: "device",
+ * "out_of_memory". */
 int qemb_open(qemb_model **m, const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
               qemb_err *err);
 void qemb_close(qemb_model *m);

@@ -121,7 +121,7 @@ TEMPLATE void tile_rows_groups(dword_of of, const epilogue *o, int rows, const f
             for (int h = 0; h < 2; h++)
                 sum[i][h] = of == INT8 ? _mm512_load_ps(panel + NR + 16 * h) : _mm512_setzero_ps();
         }
-        next = prefetch_part(o, next);
+        next = prefetch_step(o, next);
         tile(of, DWORDS, sum, rows, x, 1, MR, panel + GROUP_HEAD(of), n);
         UNROLL
         for (int h = 0; h < 2; h++) {

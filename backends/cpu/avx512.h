@@ -151,7 +151,7 @@ TEMPLATE void tile_rows(dword_of of, panel_kind kind, const epilogue *o, int row
     const int step = 16 * (kind == HALVES ? HALF_ROW : DWORD_ROW);
     tile_begin(o, rows, acc);
     for (int k = 0; k < n; k += 16, panel += step) {
-        next = prefetch_part(o, next);
+        next = prefetch_step(o, next);
         tile(of, kind, acc, rows, x + k * next_k, next_row, next_k, panel, min_int(16, n - k));
     }
     UNROLL

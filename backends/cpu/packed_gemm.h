@@ -50,16 +50,16 @@ typedef struct {
     int cols, add;
     float factor;
     const float *factors; /* (rows), in place of factor: integers */
-    /* The next part of a panel, which the tiles that meet this one prefetch together: tile
-     * prefetch_part of prefetch_parts. NULL: nothing to prefetch. */
+    /* The next part of W, or NULL. The tiles that use the current part prefetch it together: this
+     * one is number prefetch_part of prefetch_parts. */
     const float *prefetch;
     int prefetch_floats; /* per step of the microkernel */
     int prefetch_part, prefetch_parts;
 } epilogue;
 
-/* Prefetches this tile's share of one step of the next panel. Returns where the following step
+/* Prefetches this tile's share of one step of the next part. Returns where the following step
  * begins. */
-static inline const float *prefetch_part(const epilogue *o, const float *next) {
+static inline const float *prefetch_step(const epilogue *o, const float *next) {
     if (!next) return NULL;
     for (int i = 16 * o->prefetch_part; i < o->prefetch_floats; i += 16 * o->prefetch_parts)
         __builtin_prefetch(next + i, 0, 2);
@@ -91,8 +91,8 @@ typedef struct gemm_type {
         microkernel *multiply;
     } by_dtype[2]; /* of QEMB_F16, of QEMB_I8 */
     /* Optional. Converts a packed F16 panel of n dwords to float, so that all tiles of x share one
-     * conversion; it then takes the microkernel of by_dtype[1]. NULL: the panel is used as
-     * packed. */
+     * conversion. The float panel is multiplied by by_dtype[1].multiply, which reads floats. NULL:
+     * the panel is used as packed. */
     void (*panel_f16_to_f32)(float *to, const float *panel, int n);
     /* h (rows, min(cols, 16)), ldh apart = silu of the first 16 columns of sums (rows, NR) times
      * the other 16 */
