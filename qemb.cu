@@ -17,8 +17,8 @@ static void cuda_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb,
     for (int first = 0, turn = 0; first < be->n_unique; first += rows, turn++) {
         const int n = std::min(rows, be->n_unique - first);
         staging *s = &be->slots[turn % SLOTS];
-        good(be, cudaEventSynchronize(s->free),
-             "embed"); /* slot_embed: the chunk two before is done */
+        /* The slot's last chunk, two before this one, has been read. */
+        good(be, cudaEventSynchronize(s->free), "embed"); /* slot_embed */
         act *host = (act *)s->host;
 #pragma omp parallel for num_threads(be->threads) if (n > 256)
         for (int i = 0; i < n; i++)
@@ -182,8 +182,8 @@ static void cuda_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb
              "gate_up");
         return;
     }
-    run_gemm(be, gu, x, w, false, T,
-             0); /* wgu has a dense[0] of its own, since the MLP's chunks need it again and again */
+    /* dense[0] is for wgu alone, since every chunk of the MLP needs it again. */
+    run_gemm(be, gu, x, w, false, T, 0);
     if (be->fp8) {
         const coded_rows to = be->rows; /* the product before has read them */
         be->coded = h;

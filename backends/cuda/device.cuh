@@ -163,8 +163,8 @@ static bool upload(qemb_backend *be, void *dst, const void *src, size_t bytes, i
     for (size_t at = 0; at < bytes && ok; at += SLOT_BYTES, ++*turn) {
         staging *s = &be->slots[*turn % SLOTS];
         const size_t n = std::min(SLOT_BYTES, bytes - at);
-        ok = good(be, cudaEventSynchronize(s->free),
-                  "upload"); /* slot_upload: the last copy from it */
+        /* The slot's last copy has ended. */
+        ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_upload */
         if (ok) memcpy(s->host, (const char *)src + at, n);
         ok = ok &&
              good(be, cudaMemcpyAsync((char *)dst + at, s->host, n, cudaMemcpyHostToDevice, be->st),
@@ -534,7 +534,7 @@ static bool load_e4m3(qemb_backend *be, const qemb_mat *m, uint8_t *codes, float
         const int n = std::min(step, m->rows - r);
         const size_t own = n * groups * sizeof(float); /* rows are multiples of 16 bytes */
         uint8_t *to = codes + (size_t)r * m->cols;
-        ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_quantize: as in upload */
+        ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_quantize */
         if (ok) memcpy(s->host, (const char *)m->data + r * row, n * row);
         if (ok && own) memcpy(s->host + n * row, m->scale + r * groups, own);
         ok = ok &&

@@ -73,8 +73,8 @@ static void cuda_begin(qemb_backend *be, const qemb_packed_batch *b) {
     const int tiles = be->n_narrow + be->n_wide + b->B;
     const size_t bytes = view_batch(&host, be->batch_host, b->T, b->B, tiles);
     view_batch(&be->dev, be->batch_dev, b->T, b->B, tiles);
-    good(be, cudaEventSynchronize(be->batch_free),
-         "begin"); /* batch_free: its upload has read it */
+    /* The last batch's upload has read batch_host. */
+    good(be, cudaEventSynchronize(be->batch_free), "begin"); /* batch_free */
     list_unique(be, host.slot, b);
     memcpy(host.pos, b->pos, (size_t)b->T * sizeof *host.pos);
     std::copy(be->narrow, be->narrow + be->n_narrow, host.tiles);
