@@ -388,14 +388,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 #if defined(HOPPER_CODE)
     SHARED_BYTES(smem);
     const ah_ring<HD> ring = {shared_address(smem)};
-    const ah_work<A, HD> work = {qkv,
-                                 tiles,
-                                 n_tiles,
-                                 H,
-                                 K,
-                                 lg,
-                                 smem + attention_hopper_shared_bytes<HD> - 2 * ah_rows_bytes<HD> -
-                                     16};
+    unsigned char *rest = smem + attention_hopper_shared_bytes<HD> - 2 * ah_rows_bytes<HD> - 16;
+    const ah_work<A, HD> work = {qkv, tiles, n_tiles, H, K, lg, rest};
     if (threadIdx.x == 0) {
         hopper_init(ring, 128);
         barrier_init(work.q_full(), 128);
