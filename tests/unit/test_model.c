@@ -74,7 +74,7 @@ static qemb_file *open_file(const char *path) {
     return f;
 }
 
-/* The table under test, and a loop over all that this machine's CPU can run. */
+/* The table under test, and a loop over all tables that this CPU can run. */
 static const qemb_ops *ops = &qemb_cpu_ops;
 #define FOR_TABLES for (int o = 0; (ops = qemb_cpu_table(o)); o++)
 
@@ -93,7 +93,7 @@ static double allowed(void) {
     return l2[ops->math];
 }
 
-/* out (D) = the vector of one text, alone in its batch, before cut and L2 */
+/* out (D) = the vector of one text, alone in its batch: not cut, not scaled to length 1 */
 static void embed_alone(qemb_model *m, const int32_t *ids, int n, float *out) {
     qemb_batch *b = qemb_batch_new(m);
     cr_assert_eq(qemb_pack_add(b, ids, n), 0);
@@ -162,8 +162,8 @@ static void check_goldens(const golden *g, const qemb_file *f) {
     qemb_close(m);
 }
 
-/* All cases of a golden in one batch, in either order, on 1 and on 3 threads: the bits they have
- * alone. */
+/* All cases of a golden in one batch have the bits that they have alone: in order on 1 thread, in
+ * reverse order on 3. */
 static void check_batches(const golden *g, const qemb_file *f) {
     const int D = f->config.hidden;
     float *alone = malloc((size_t)g->n * D * sizeof *alone),
@@ -305,7 +305,7 @@ static void check_shared_prefixes(void) {
             n[i] = shared + 1 + i * 7;
             texts[i] = random_ids(&r, c, n[i]);
             memcpy(texts[i], head, (size_t)shared * sizeof *head);
-            if (n[i] > shared + 1) texts[i][shared] = i; /* so that they part here */
+            if (n[i] > shared + 1) texts[i][shared] = i; /* the texts differ from here on */
             row[i] = qemb_pack_add(b, texts[i], n[i]);
             cr_assert_eq(row[i], i);
             cr_assert_eq(qemb_pack_add(b, texts[i], n[i]), i, "an equal text shares its row");
@@ -349,7 +349,7 @@ Test(model, a_text_within_a_text) {
     cr_assert_eq(qemb_pack_add(b, ids, 2), 1);
     qemb_embed(m, b, out);
     cr_assert(seen.P == 1 && seen.T == 1 + 3 + 1);
-    cr_assert_eq(qemb_pack_add(b, ids, 1), 2); /* shares nothing it could spare */
+    cr_assert_eq(qemb_pack_add(b, ids, 1), 2); /* its only row is pooled: no prefix */
     qemb_embed(m, b, out);
     cr_assert(seen.P == 0 && seen.T == 4 + 2 + 1);
     for (int i = 0; i < 3; i++) {
@@ -418,7 +418,7 @@ Test(model, the_plan_is_what_is_asked_for) {
     cr_assert(o->batch_tokens == QEMB_BATCH_TOKENS && o->max_tokens == 700 && o->threads >= 1);
     qemb_close(m);
     qemb_file_close(f);
-    f = open_model_of(QEMB_I8, c, 4, 1); /* a scale per 64: wdown, of 96 columns, has two a row */
+    f = open_model_of(QEMB_I8, c, 4, 1); /* one scale per 64 columns: a row of wdown (96) has two */
     qemb_plan(f, &qemb_cpu_ops, NULL, &plan);
     cr_assert_eq(plan.weights,
                  2 * (192 * 64 + 64 * 64 + 3 * 96 * 64 + 4 * (192 + 64 + 192 + 2 * 64)));
@@ -459,7 +459,7 @@ Test(model, not_finite) { FOR_TABLES check_not_finite(); }
 
 /* ---- a table whose activations overflow ------------------------------------------------------ */
 
-static int spoiled_row; /* of out: what an overflow leaves there */
+static int spoiled_row; /* the row of out that gets a NaN, as from an overflow */
 static const char *spy_failure;
 
 static void spoiling_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
@@ -492,7 +492,7 @@ static void check_fallback(void) {
     for (int i = 0; i < 3; i++) qemb_pack_add(b, ids[i], 4);
     for (spoiled_row = 0; spoiled_row < 3; spoiled_row++) {
         qemb_embed(m, b, out);
-        /* filled up to 16 rows by a fourth text that shares the prefix and has no vector */
+        /* a fourth text, which has no vector, pads the batch to 16 rows */
         cr_assert(seen.P == 1 && seen.B == 4 && seen.T == 16 && seen.cu[4] == 16);
         for (int t = seen.cu[3]; t < 16; t++)
             cr_assert(seen.pos[t] == 0 && seen.tokens[t] == c->eos_id);
