@@ -43,7 +43,7 @@ void rng_halves(rng *r, uint16_t *x, size_t n, double scale) {
 
 typedef struct {
     uint8_t *data;
-    size_t bytes, entry; /* so far; the next directory entry */
+    size_t bytes, entry; /* bytes written so far; the next directory entry */
     rng r;
 } writer;
 
@@ -51,7 +51,7 @@ static void put_le(uint8_t *p, uint64_t v, int n) {
     for (int i = 0; i < n; i++) p[i] = (uint8_t)(v >> 8 * i);
 }
 
-/* Appends a section and its directory entry; returns where its bytes go. */
+/* Appends a section and its directory entry; returns the address of the section's bytes. */
 static void *section(writer *w, const char *name, int dtype, uint64_t rows, uint64_t cols) {
     const int size[] = {1, 4, 4, 2, 1};
     uint64_t bytes = rows * cols * (uint64_t)size[dtype], at = (w->bytes + 255) & ~(uint64_t)255;
@@ -77,7 +77,7 @@ static void vector(writer *w, const char *name, int n) {
     for (int i = 0; i < n; i++) p[i] = (float)(1 + 0.5 * rng_uniform(&w->r));
 }
 
-/* Uniform in +-scale*sqrt(3/cols): rows of x of size 1 give rows of y of size `scale`. */
+/* Uniform in +-scale*sqrt(3/cols): if the numbers of x have RMS 1, those of y have RMS `scale`. */
 static void matrix(writer *w, qemb_dtype dtype, const char *name, int rows, int cols,
                    double scale) {
     const double most = scale * sqrt(3.0 / cols);

@@ -15,31 +15,31 @@ static inline int far_off(double got, double want, double tol) {
     return !(fabs(got - want) <= tol);
 }
 
-/* xorshift64*; equal seeds give equal numbers everywhere */
+/* xorshift64*: equal seeds give equal numbers on every machine */
 typedef struct {
     uint64_t s;
 } rng;
 uint64_t rng_u64(rng *r);
 double rng_uniform(rng *r); /* -1 .. 1 */
 void rng_floats(rng *r, float *x, size_t n, double scale);
-void rng_halves(rng *r, uint16_t *x, size_t n, double scale); /* normal halves, scale <= 1 */
+void rng_halves(rng *r, uint16_t *x, size_t n, double scale); /* in +-scale; scale <= 1 */
 
 /* Loads *w for op's matmul and *gate_up (or NULL) for its gate_up, as the weights of a model of one
  * layer. Call it once per backend, which has to be opened for a config of one layer. */
 void load_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *gate_up);
 
-/* The bytes of a valid .qemb of this config with random weights; malloc'ed, *bytes long. The
+/* Returns a valid .qemb file of this config with random weights: *bytes bytes, to be freed. The
  * tokenizer has the 256 bytes, one merge ("a" "b" -> 256) and one added token, "<eos>" = eos_id.
- * gate_scale multiplies the gate and up matrices: massive activations. */
+ * gate_scale multiplies the gate and up matrices; large values give massive activations. */
 uint8_t *make_model(const qemb_config *c, uint64_t seed, double gate_scale, size_t *bytes);
-/* The same with the layers' matrices of this dtype, QEMB_F16 or QEMB_I8. */
+/* The same, with layer matrices of this dtype: QEMB_F16 or QEMB_I8. */
 uint8_t *make_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, double gate_scale,
                        size_t *bytes);
-/* Writes size field and checksum again after a change of header or directory. */
+/* Updates the size field and the checksum after a change of header or directory. */
 void seal_model(uint8_t *model, size_t bytes);
-/* A temporary file with these bytes; path gets its name (>= 64 bytes). Remove it with unlink. */
+/* Writes a temporary file and its name into path (>= 64 bytes). The caller unlinks it. */
 void write_temporary(char *path, const void *data, size_t bytes);
-/* make_model, written and opened; aborts on failure. */
+/* make_model, written to a temporary file and opened; aborts on failure. */
 qemb_file *open_model(const qemb_config *c, uint64_t seed, double gate_scale);
 qemb_file *open_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, double gate_scale);
 

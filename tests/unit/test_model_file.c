@@ -18,7 +18,7 @@ static void teardown(void) { free(model); }
 
 TestSuite(file, .init = setup, .fini = teardown);
 
-/* Opens these bytes as a file. 0, or -1 with *err. */
+/* Opens a file with these bytes. Returns 0, or -1 with *err filled. */
 static int try_open(const uint8_t *data, size_t bytes, qemb_err *err) {
     char path[64];
     qemb_file *f = NULL;
@@ -73,7 +73,7 @@ Test(file, opens_and_binds_a_true_file) {
     cr_assert_null(qemb_file_prompt(f, "other"));
     cr_assert_eq(f->provenance_bytes, 14);
     cr_assert_arr_eq(f->provenance, "source: tests\n", 14);
-    /* every tensor is the section of its place in the directory */
+    /* Tensors point to the sections in the directory's order. */
     const qemb_weights *w = &f->weights;
     const qemb_layer *y = &w->layers[1];
     const void *const found[] = {w->tok_emb.data, w->layers[0].attn_norm,
@@ -91,7 +91,7 @@ Test(file, opens_and_binds_a_true_file) {
     qemb_file_close(f);
 }
 
-/* An INT8 file: four more sections a layer, bound as their matrices' scales. */
+/* An INT8 file has four more sections per layer: the scales of its matrices. */
 static void use_int8(void) {
     free(model);
     model = make_model_of(QEMB_I8, config, 7, 1, &model_bytes);
@@ -121,7 +121,7 @@ Test(file, opens_and_binds_an_int8_file) {
     qemb_file_close(f);
 }
 
-/* They had a scale per row. */
+/* Older INT8 files have one scale per row. */
 Test(file, refuses_an_older_int8_file) {
     use_int8();
     put(entry(7) + 56, 1, 8);
@@ -130,13 +130,12 @@ Test(file, refuses_an_older_int8_file) {
             "convert_weights.py: convert the model again");
 }
 
-/* Damage: any byte of header and directory. */
+/* Damage: a flip of any byte of header and directory is found. */
 Test(file, refuses_every_flipped_byte) {
     qemb_err err;
     const size_t end = entry((int)get(32, 4));
     for (size_t i = 0; i < end; i++) {
-        if (i >= 40 && i < 72)
-            continue; /* the digest is covered by the checksum, tested once below */
+        if (i >= 40 && i < 72) continue; /* the digest: the checksum covers it, tested once below */
         if (i > 200 && i < 4096 && i % 97) continue;
         model[i] ^= 0x41;
         cr_assert_eq(try_open(model, model_bytes, &err), -1, "byte %zu", i);
@@ -147,8 +146,8 @@ Test(file, refuses_every_flipped_byte) {
     cr_assert(strstr(err.msg, "checksum"));
 }
 
-/* Malice: the checksum is right, one field is not. Every byte of every directory field, and every
- * config field that shapes a tensor, at small and at overflowing values. */
+/* Malice: one field is wrong and the checksum matches. Covers every byte of every directory field,
+ * and small and overflowing values of every config field that determines a tensor's shape. */
 static void try_every_changed_field(void) {
     static const struct {
         int at, bytes;
@@ -197,7 +196,7 @@ Test(file, refuses_every_changed_field_of_an_int8_file) {
     try_every_changed_field();
 }
 
-/* Sections of both kinds in one file, one way and the other. */
+/* F16 and INT8 sections in one file, in both combinations. */
 Test(file, refuses_a_mixture_of_dtypes) {
     put(entry(6) + 48, QEMB_I8, 4);
     refuses("directory: sections (got 22, want 30)");
@@ -260,7 +259,7 @@ Test(file, refuses_bad_numbers) {
 
 Test(file, refuses_bad_prompts) {
     const size_t at = get(entry(2) + 72, 8), n = get(entry(2) + 80, 8);
-    model[at + n - 1] = 'x'; /* the last string has no end */
+    model[at + n - 1] = 'x'; /* the last string is not terminated */
     refuses("prompts: malformed");
     model[at + n - 1] = 0;
     model[at + 3] = 0; /* an odd number of strings */
@@ -288,7 +287,7 @@ Test(file, refuses_other_sizes) {
     for (int i = 0; i < 9; i++) {
         cr_assert_eq(try_open(model, cuts[i], &err), -1, "%zu bytes", cuts[i]);
         if (cuts[i] <= 40) continue;
-        uint8_t *cut = malloc(cuts[i] + 8); /* a cut file that lies about its size */
+        uint8_t *cut = malloc(cuts[i] + 8); /* truncated, with a wrong size field */
         memcpy(cut, model, cuts[i]);
         if (cuts[i] >= 4096) seal_model(cut, cuts[i]);
         cr_assert_eq(try_open(cut, cuts[i], &err), -1, "%zu bytes, sealed", cuts[i]);
@@ -318,7 +317,7 @@ Test(file, refuses_what_is_no_file) {
     unlink(path);
     refuses_path(path, "No such file");
     cr_assert_eq(mkfifo(path, 0600), 0);
-    refuses_path(path, "not a regular file"); /* at once: no writer is waited for */
+    refuses_path(path, "not a regular file"); /* without waiting for a writer */
     unlink(path);
     refuses_path("/", "not a regular file");
     refuses_path("/dev/zero", "not a regular file");

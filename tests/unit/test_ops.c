@@ -1,8 +1,8 @@
-/* test_ops.c - every op of every ops table against the double-precision oracle.
+/* test_ops.c - every op of every ops table, compared with the double-precision oracle.
  *
- * Bounds. U is one rounding's relative error. A sum of n products in float errs at most
- * n U sum|terms| to first order (Higham, Accuracy and Stability, 3.1), with n the longest chain of
- * additions; second-order terms are covered by the factor SLACK.
+ * Error bounds: U is the relative error of one rounding. The error of a float sum of n products is
+ * at most n U sum|terms| to first order (Higham, Accuracy and Stability, 3.1), where n is the
+ * longest chain of additions. The factor SLACK covers the second-order terms.
  */
 #include "oracle.h"
 #include "support.h"
@@ -13,7 +13,7 @@
 
 #define SLACK 1.01
 
-/* A backend for config c, with `rows` rows at most. */
+/* A backend for config c and batches of up to `rows` rows. */
 static qemb_backend *backend(const qemb_ops *op, const qemb_config *c, int rows, int threads) {
     const qemb_options opt = {.batch_tokens = rows, .max_tokens = rows, .threads = threads};
     qemb_backend *be;
@@ -42,7 +42,7 @@ Test(ops, comparators_reject_nan) {
     cr_assert_not(far_off(1, 1, 0));
 }
 
-/* All 65,536 halves: exact, Inf, NaN and subnormals included. */
+/* All 65,536 halves are converted exactly, Inf, NaN and subnormals included. */
 Test(ops, embed_converts_every_half) {
     enum { D = 256, V = 256 };
     const qemb_config c = {.hidden = D, .vocab = V, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
@@ -72,7 +72,7 @@ Test(ops, embed_converts_every_half) {
     }
 }
 
-/* Three roundings: the scale (of a double), times x, times w. */
+/* Three roundings: of the scale (computed in double), of its product with x, and of that with w. */
 Test(ops, rmsnorm) {
     const int sizes[] = {1, 7, 16, 33, 1024, 2560};
     for (int o = 0; qemb_cpu_table(o); o++)
@@ -231,7 +231,7 @@ Test(ops, matmul_of_parallel_rows) {
         }
 }
 
-/* A head's norm errs 3U; a cos - b sin adds the table's U, the product's and the sum's. */
+/* Rounding: 3U for a head's norm; for a cos - b sin one U each for the table, product and sum. */
 Test(ops, qknorm_rope) {
     for (int o = 0; qemb_cpu_table(o); o++)
         for (int s = 0; s < n_small_configs; s++) {
@@ -243,7 +243,7 @@ Test(ops, qknorm_rope) {
             float *qkv = numbers(&r, (size_t)T * ld, 2), *qn = numbers(&r, (size_t)hd, 2),
                   *kn = numbers(&r, (size_t)hd, 2);
             double *before = doubles(qkv, (size_t)T * ld);
-            /* a prefix of 10, a text of 10 more, one of 20, the last position of all in between */
+            /* a prefix of 10 rows, then two texts, of 10 and of 20 rows */
             int32_t pos[40], cu[] = {P, 20, T};
             for (int t = 0; t < T; t++) pos[t] = t < 20 ? t : t - 10;
             const qemb_packed_batch b = {2, T, P, NULL, pos, cu};
@@ -273,7 +273,7 @@ Test(ops, qknorm_rope) {
         }
 }
 
-/* The table's last row too: positions up to max_positions-1. */
+/* RoPE's table covers positions up to max_positions-1. */
 Test(ops, rope_reaches_the_last_position) {
     qemb_config c = small_configs[0];
     c.max_positions = 32768;
@@ -341,14 +341,14 @@ static void check_attention(const qemb_ops *op, const qemb_config *c, const int 
             for (int k = 0; k < ld; k++)
                 one[(size_t)t * ld + k] = qkv[(size_t)(t < P ? t : cu[i] + t - P) * ld + k];
         oracle_attention(want, size, reach, one, n, H, K, hd);
-        /* one: lengths are found, and values have their largest in their place */
+        /* Keeps the L2 norms of q and k; fills each value row with its largest magnitude. */
         for (int row = 0; integers && row < n * (H + 2 * K); row++) {
             double *head = one + (size_t)row * hd, square = 0, most = 0;
             const int t = row / (H + 2 * K), h = row % (H + 2 * K);
             for (int k = 0; k < hd; k++)
                 square += head[k] * head[k], most = fmax(most, fabs(head[k]));
             if (h < H + K) length[t * (H + K) + h] = sqrt(square);
-            /* of keys, the longest that a token sees */
+            /* of a key: the largest norm up to this position */
             if (h >= H && h < H + K && t)
                 length[t * (H + K) + h] = fmax(sqrt(square), length[(t - 1) * (H + K) + h]);
             for (int k = 0; h >= H + K && k < hd; k++) head[k] = most;
@@ -389,16 +389,16 @@ Test(ops, attention) {
                                     1, last);
 }
 
-/* Scores of +-100s: the running maximum has to hold exp in range. */
+/* Scores of several hundred, of both signs: exp overflows unless the maximum is subtracted. */
 Test(ops, attention_with_large_scores) {
     const int lengths[] = {70, 200};
     for (int o = 0; qemb_cpu_table(o); o++)
         check_attention(qemb_cpu_table(o), &small_configs[1], lengths, 2, 5, 8, 0);
 }
 
-/* Equal values under even weights, and one that takes all of it: what integers sum up to is largest
- * here. The mean of equal numbers is that number, but for n U in either sum and the division; of
- * integers, for the rounding of weights and values as above. */
+/* Equal values, first with equal weights, then with one weight that is nearly 1: integer sums are
+ * largest here. The mean of equal numbers is that number, up to n U in each sum and the division;
+ * for integers, up to the rounding of weights and values as above. */
 Test(ops, attention_of_equal_values) {
     const int T = 300;
     for (int o = 0; qemb_cpu_table(o); o++)
@@ -438,7 +438,7 @@ static double swiglu_error(const qemb_ops *op) {
     return 6 * SLACK * U + (rough ? 0x1p-13 : 0);
 }
 
-/* W is the identity, so gate and up are x to the bit, or x as the arithmetic rounds it. */
+/* W is the identity, so gate and up are x exactly, or x as rounded by the arithmetic. */
 Test(ops, gate_up) {
     enum { F = 1001, T = 3 };
     const qemb_config c = {

@@ -1,5 +1,5 @@
-/* test_simd.c - what only the CPU tables with vector instructions have. Their ops are tested with
- * all others, in test_ops.c and test_model.c. */
+/* test_simd.c - what only the CPU tables with vector instructions have. test_ops.c and test_model.c
+ * test their ops, with those of all other tables. */
 #include "exp.h"
 #include "oracle.h"
 #include "support.h"
@@ -83,8 +83,8 @@ Test(simd, avx512_int8_table_where_cpuinfo_has_it) {
 }
 
 #if defined(__x86_64__)
-/* Every stride-th float, negative and positive: within an ulp of what double precision says (whose
- * own error is 2^-28 of that), and the edges. */
+/* Every 257th float of either sign, and special values: exp is within an ulp of the result in double
+ * precision, whose own error is about 2^-28 ulp. */
 static void check_exp(void (*run)(float *y, const float *x, int n)) {
     enum { N = 4096 };
     static float x[N], y[N];
@@ -155,7 +155,7 @@ static void check_paths(const qemb_ops *op, qemb_dtype dtype, int N, int K) {
         const qemb_options opt = {.batch_tokens = T, .max_tokens = T, .threads = threads};
         qemb_backend *be;
         cr_assert_eq(op->open(&be, &c, &opt, NULL), 0);
-        /* of INT8: the bytes of halves */
+        /* QEMB_I8 reads the bytes of the halves as weights */
         qemb_mat m = {W, N, K, dtype, 0.3f, dtype == QEMB_I8 ? scale : NULL};
         load_matrices(op, be, &m, NULL);
         if (threads == 1)
@@ -176,12 +176,12 @@ Test(simd, a_row_has_the_same_bits_on_every_path) {
     for (int o = 0; qemb_cpu_table(o); o++) {
         check_paths(qemb_cpu_table(o), QEMB_F16, 77, 531);
         check_paths(qemb_cpu_table(o), QEMB_F16, 128, 40);
-        check_paths(qemb_cpu_table(o), QEMB_F16, 33, 6200); /* in blocks of columns */
+        check_paths(qemb_cpu_table(o), QEMB_F16, 33, 6200); /* several blocks of columns */
         check_paths(qemb_cpu_table(o), QEMB_I8, 77, 531);
     }
 }
 
-/* Bytes of the mapping at `map` that are in this process's memory */
+/* Resident bytes of the mapping that starts at `map` */
 static size_t resident(const uint8_t *map) {
     FILE *f = fopen("/proc/self/smaps", "r");
     char line[512], start[40];
@@ -223,7 +223,7 @@ Test(simd, copied_weights_leave_the_map) {
     }
 }
 
-/* q (N, K) and scale (N, groups) of the halves W (N, K), by the rule of convert_weights.py */
+/* q (N, K) and scale (N, groups) = the halves W (N, K), quantized as convert_weights.py does it */
 static void quantize(int8_t *q, float *scale, const uint16_t *W, int N, int K) {
     for (int n = 0; n < N; n++)
         for (int k = 0; k < K; k += 64, scale++) {

@@ -1,5 +1,5 @@
-/* test_tokenizer.c - the tokenizer against its definition and, where the shared data is there,
- * against the reference's vectors. Merging is compared with a slow restatement of the rule. */
+/* test_tokenizer.c - the tokenizer, compared with its definition and, where the shared data is
+ * available, with the reference's test vectors. Merging is compared with a slow implementation. */
 #include "support.h"
 #include "tokenizer_data.h"
 
@@ -24,7 +24,7 @@ static uint32_t byte_id(unsigned b) {
     return id;
 }
 
-/* Adds the merge of two ids; returns the id made. */
+/* Adds the merge of two ids; returns the new id. */
 static uint32_t add_merge(small *k, uint32_t l, uint32_t r) {
     tokenizer_data *d = &k->d;
     d->merges = realloc(d->merges, (d->n_merges + 1) * 2 * sizeof *d->merges);
@@ -40,7 +40,7 @@ static uint32_t find_merge(const small *k, uint32_t l, uint32_t r) {
     return UINT32_MAX;
 }
 
-/* The definition of BPE: merge 0 wherever it fits, left to right, then merge 1, and so on. */
+/* The definition of BPE: apply merge 0 everywhere, left to right, then merge 1, and so on. */
 static size_t slow_bpe(const small *k, const char *text, size_t n, uint32_t *ids) {
     for (size_t i = 0; i < n; i++) ids[i] = byte_id((uint8_t)text[i]);
     for (uint32_t m = 0; m < k->d.n_merges; m++) {
@@ -56,7 +56,7 @@ static size_t slow_bpe(const small *k, const char *text, size_t n, uint32_t *ids
     return n;
 }
 
-/* Adds the merges that make text one token; returns its id. What was one token stays one. */
+/* Adds the merges that make text one token; returns its id. Earlier words stay single tokens. */
 static uint32_t add_word(small *k, const char *text, size_t n) {
     uint32_t ids[64];
     cr_assert_leq(n, sizeof ids / sizeof *ids);
@@ -105,8 +105,8 @@ static char *bytes_of(const small *k, qemb_tokenizer_result r, size_t *n) {
 
 /* ---- step 3: pre-tokens ---------------------------------------------------------------------- */
 
-/* want is the text with | between its pre-tokens. Every pre-token is made one token; and each two
- * neighbours get, with a lower priority, a merge that would join them if they were one. */
+/* want is the text with | between its pre-tokens. The merges make every pre-token one token. Then
+ * merges of lower priority would join each two neighbours if they were not split. */
 static void check_split(const char *want) {
     small k = {0};
     uint32_t ids[64], n = 0;
@@ -151,7 +151,7 @@ Test(tokenizer, splits_as_defined) {
         "a|''|s",
         "'\xE2\x80\x99|s",
         "a|\xE2\x80\x99s",
-        /* one character before letters: anything but CR, LF, letter, number */
+        /* one leading character joins letters: anything but CR, LF, letter, number */
         "a|-b",
         "a|\tb",
         "a|\xC2\xA0  |\xC2\xA0z",
@@ -165,7 +165,7 @@ Test(tokenizer, splits_as_defined) {
         "a|1|b",
         " |1",
         "\xD9\xA1|\xC2\xBD|\xE2\x85\xA7",
-        /* punctuation: a space before, CR and LF behind */
+        /* punctuation: takes one space before it, and CR and LF after it */
         "a| !!",
         "a|!!\r\n\n|b",
         "a| !\n| \n",
@@ -180,11 +180,11 @@ Test(tokenizer, splits_as_defined) {
         "a|\xE3\x80\x80|\xE3\x80\x80z",
         "\xC2\x85|\xC2\x85z",
         "\xE2\x80\xA8\n",
-        /* these are no white space */
+        /* these are not white space */
         "a|\xEF\xBB\xBF\xE2\x80\x8B",
         "\x1C\x1D\x1E\x1F",
         "\xE1\xA0\x8E\n",
-        /* marks are no letters; letters beyond the BMP are */
+        /* marks are not letters; letters outside the BMP are */
         "\xE0\xA4\x95|\xE0\xA4\xBE\xE0\xA4\x95",
         "\xF0\x90\x90\x80\xF0\x90\x90\xA8|\xF0\x9F\x98\x80",
     };
@@ -242,7 +242,7 @@ Test(tokenizer, normalizes_as_unicode_9) {
         char many[4096], many_want[4096];
         check_nfc(&k, text, n, want, m);
         check_nfc(&k, want, m, want, m);
-        while (at + n + 3 < sizeof many / 3) { /* again amid other text, three times a round */
+        while (at + n + 3 < sizeof many / 3) { /* again within other text, repeated */
             at += (size_t)sprintf(many + at, "x\xC3\xA9 %s\n", text);
             want_at += (size_t)sprintf(many_want + want_at, "x\xC3\xA9 %s\n", want);
         }
@@ -305,10 +305,10 @@ Test(tokenizer, finds_added_tokens_leftmost_longest) {
     CHECK_IDS(&k, "ab", ab);
     CHECK_IDS(&k, "abc", B('a'), 305);                              /* before any merge */
     CHECK_IDS(&k, "a<a>b", B('a'), 300, B('b'));                    /* no merge across */
-    CHECK_IDS(&k, "  <a>  x", spaces, 300, B(' '), B(' '), B('x')); /* a piece's end is an end */
+    CHECK_IDS(&k, "  <a>  x", spaces, 300, B(' '), B(' '), B('x')); /* as at a text's end */
     CHECK_IDS(&k, "e<a>\xCC\x81", B('e'), 300, B(0xCC), B(0x81));
-    CHECK_IDS(&k, "\xC3\xA9", 310);               /* in the raw text ... */
-    CHECK_IDS(&k, "e\xCC\x81", B(0xC3), B(0xA9)); /* ... not in what NFC makes of it */
+    CHECK_IDS(&k, "\xC3\xA9", 310);               /* matched in the raw text, */
+    CHECK_IDS(&k, "e\xCC\x81", B(0xC3), B(0xA9)); /* not in its NFC */
     cr_expect_eq(qemb_tokenizer_token_bytes(k.t, 300, NULL, 0), 0);
     close_small(&k);
 
@@ -320,7 +320,7 @@ Test(tokenizer, finds_added_tokens_leftmost_longest) {
     close_small(&k);
 }
 
-/* Added tokens and changes by NFC at every distance from where chunks are cut. */
+/* Added tokens and changes by NFC, at every distance from the chunk boundaries. */
 Test(tokenizer, does_not_depend_on_chunks) {
     enum { WORDS = 40000 };
     static const char *const words[] = {" word",
@@ -350,13 +350,13 @@ Test(tokenizer, does_not_depend_on_chunks) {
     r = encode_n(&k, text, n, SIZE_MAX);
     memcpy(whole, r.ids, r.n * sizeof *whole);
     cr_assert_gt(n, 5 << 14);
-    /* Chunks are as long as the limit wants: ask for the ids a few at a time. */
+    /* The limit bounds the length of a chunk: with small limits there are many boundaries. */
     for (size_t limit = 1; limit < r.n; limit += 1 + limit / 3) {
         qemb_tokenizer_result part = encode_n(&k, text, n, limit);
         cr_assert_eq(part.n, limit);
         cr_assert_arr_eq(part.ids, whole, limit * sizeof *whole, "limit %zu", limit);
     }
-    /* Text between two added tokens is a text of its own. */
+    /* The text between two added tokens is tokenized like a separate text. */
     while (at < n) {
         const char *a = memmem(text + at, n - at, "<a>", 3);
         size_t end = a ? (size_t)(a - text) : n, done = 0;
@@ -426,8 +426,8 @@ Test(tokenizer, cuts_only_where_nothing_shows) {
 
 /* ---- step 4: merges -------------------------------------------------------------------------- */
 
-/* Letters that share bytes, so that merges of parts of them collide: two of one byte, two of two,
- * six of three, two of four. A run of them is one pre-token. */
+/* Letters that share bytes, so that merges of their parts compete: two letters of one byte, two of
+ * two, six of three, two of four. A run of them is one pre-token. */
 static const char *const letters[] = {
     "a",
     "b",
@@ -444,7 +444,7 @@ static const char *const letters[] = {
 };
 enum { N_LETTERS = sizeof letters / sizeof *letters };
 
-/* Merges that occur: each joins two neighbours in a random word as merged so far. */
+/* Merges that do occur: each joins two neighbours in a random word after the merges so far. */
 static void add_random_merges(small *k, rng *random, int n_merges) {
     for (int tries = 0; (int)k->d.n_merges < n_merges && tries < 100 * n_merges; tries++) {
         char word[64];
@@ -486,12 +486,12 @@ Test(tokenizer, merges_by_rank_then_leftmost) {
     }
 }
 
-/* Pre-tokens that differ only in length, in trailing NULs or past what the cache compares. */
+/* Pre-tokens that differ only in length, in trailing NULs or after the bytes the cache compares. */
 Test(tokenizer, cache_tells_words_apart) {
     small k = {0};
     char text[64] = {0};
     open_small(&k);
-    for (size_t n = 0; n <= sizeof text; n++) { /* NULs: one pre-token, one id a byte */
+    for (size_t n = 0; n <= sizeof text; n++) { /* NULs: one pre-token, one id per byte */
         qemb_tokenizer_result r = encode_n(&k, text, n, SIZE_MAX);
         cr_assert_eq(r.n, n);
         for (size_t i = 0; i < n; i++) cr_assert_eq(r.ids[i], B(0));
@@ -535,7 +535,7 @@ Test(tokenizer, limit_gives_the_first_ids) {
         for (size_t i = 0; i < r.n; i++)
             covered +=
                 r.ids[i] == 1000 ? 3 : qemb_tokenizer_token_bytes(k.t, (uint32_t)r.ids[i], NULL, 0);
-        if (limit) covered++; /* NFC makes the text one byte shorter, once it is looked at */
+        if (limit) covered++; /* NFC shortens the text by a byte as soon as it is read */
         cr_assert_eq(r.bytes_left, sizeof text - 1 - covered, "limit %zu", limit);
     }
     close_small(&k);
@@ -592,11 +592,11 @@ Test(tokenizer, refuses_invalid_utf8) {
         {"\xF4\x90\x80\x80"}, /* beyond U+10FFFF */
         {"\xF5\x80\x80\x80"},
         {"\xFF"},
-        {"\xC3"}, /* cut off */
+        {"\xC3"}, /* truncated */
         {"\xE4\xBD"},
         {"\xE4"},
         {"\xF0\x9F\x98"},
-        {"\xC3\x28"}, /* no continuation where one is due */
+        {"\xC3\x28"}, /* a continuation byte is missing */
         {"\xE4\xBD\x28"},
         {"\xE4\x28\xA0"},
         {"\xF0\x28\x98\x80"},
@@ -625,7 +625,7 @@ Test(tokenizer, refuses_invalid_utf8) {
             }
         }
     }
-    /* the edges of what is valid */
+    /* the first and last code points of each length */
     check_nfc(&k, "\x7F\xC2\x80\xDF\xBF\xE0\xA0\x80\xED\x9F\xBF\xEE\x80\x80\xF0\x90\x80\x80", 18,
               "\x7F\xC2\x80\xDF\xBF\xE0\xA0\x80\xED\x9F\xBF\xEE\x80\x80\xF0\x90\x80\x80", 18);
     check_nfc(&k, "\xEF\xBF\xBF\xF4\x8F\xBF\xBF", 7, "\xEF\xBF\xBF\xF4\x8F\xBF\xBF", 7);
@@ -634,7 +634,7 @@ Test(tokenizer, refuses_invalid_utf8) {
 
 /* ---- hostile text: under the timeout, and nothing lost --------------------------------------- */
 
-/* pattern repeated to about n bytes; checks that the ids cover want bytes for each repetition. */
+/* Encodes pattern, repeated to about n bytes. The ids must cover want bytes per repetition. */
 static void check_flood(const small *k, const char *pattern, size_t n, size_t want) {
     size_t len = strlen(pattern), times = n / len, covered = 0;
     char *text = malloc(times * len);
@@ -653,7 +653,7 @@ static void check_flood(const small *k, const char *pattern, size_t n, size_t wa
 Test(tokenizer, is_linear_on_hostile_text, .timeout = 300) {
     static const struct {
         const char *pattern;
-        size_t bytes; /* its NFC, amid its like */
+        size_t bytes; /* of its NFC, per repetition */
     } floods[] = {
         {"a", 1},
         {" ", 1},
@@ -729,7 +729,7 @@ Test(tokenizer, refuses_bad_merges) {
     k.d.n_merges = (1 << 20) + 1;
     check_refused(&k, "merges: too many (got 1048577, want at most 1048576)");
     close_small(&k);
-    /* Pairs that all hash to one place: (key * 2^64/phi) >> 55 for the 512 slots of 256 merges. */
+    /* Pairs that all hash to one slot: (key * 2^64/phi) >> 55, as 256 merges have 512 slots. */
     while (k.d.n_merges < 256) {
         uint64_t l = rng_u64(&random) % 256, r = rng_u64(&random) % (256 + k.d.n_merges);
         if ((l << 21 | r) * UINT64_C(0x9E3779B97F4A7C15) >> 55 == 77 &&
@@ -771,7 +771,8 @@ Test(tokenizer, refuses_bad_added_tokens) {
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         small k = {0};
-        k.d.added = malloc(bad[i].bytes); /* exactly, so that a sanitizer sees a read behind it */
+        k.d.added =
+            malloc(bad[i].bytes); /* of exact size, so that a sanitizer finds reads past the end */
         cr_assert_not_null(k.d.added);
         memcpy(k.d.added, bad[i].blob, bad[i].bytes);
         k.d.added_bytes = bad[i].bytes;
@@ -788,7 +789,7 @@ Test(tokenizer, refuses_bad_added_tokens) {
 
 /* ---- the reference's vectors ----------------------------------------------------------------- */
 
-/* The path of a file of shared data, or NULL. Static memory. */
+/* The path of a file of the shared data, in static memory, or NULL. */
 static const char *shared_file(const char *name) {
     static char path[4096];
     const char *root = getenv("QEMB_SHARED");
@@ -798,7 +799,7 @@ static const char *shared_file(const char *name) {
     return f ? path : NULL;
 }
 
-/* The path, or the test is skipped and says what is missing. */
+/* Sets the path; without the file the test is skipped and names it. */
 #define NEED(path, name)                                                                           \
     if (!((path) = shared_file(name)))                                                             \
     cr_skip_test("%s is not there: set QEMB_SHARED to the directory above tokenizer/", name)
@@ -810,7 +811,7 @@ static small open_real(const char *path) {
     return k;
 }
 
-/* Every case of a file of JSON lines; eos is appended to what comes out if not negative. */
+/* Compares every case of a file of JSON lines. An eos >= 0 is appended to our ids first. */
 static void check_vectors(const small *k, const char *path, const char *key, int32_t eos,
                           size_t want_cases) {
     FILE *f = fopen(path, "r");
@@ -877,7 +878,7 @@ static void sweep_case(sweep *w, const char *text, size_t n) {
     digest(w, 0xFFFFFFFF);
 }
 
-/* To be called before case number `at` of the sweep, and with last at its end. */
+/* Call it before case number `at` of the sweep, and with last = true at the sweep's end. */
 static void sweep_block(sweep *w, size_t at, bool last) {
     char hex[20];
     const char *want;
@@ -903,7 +904,7 @@ static size_t utf8(char *out, uint32_t c) {
     return n;
 }
 
-/* All code points in a context, where % stands for the code point. */
+/* Sweeps all code points in a context, in which % stands for the code point. */
 static void sweep_code_points(sweep *w, const char *context) {
     for (uint32_t c = 0; c < 0x110000; c++) {
         char text[64];
