@@ -57,7 +57,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     memcpy(copy, model, bytes);
     for (size_t i = 1; i + 3 <= size; i += 3) {
         size_t at = (size_t)data[i] | (size_t)data[i + 1] << 8;
-        if (at >= 128) at += 3968; /* the reserved bytes of the header are one case, not 4,000 */
+        if (at >= 128) at += 3968; /* skip the header's reserved bytes: they are all alike */
         copy[at % bytes] = data[i + 2];
     }
     if (!(data[0] & 1)) seal_model(copy, bytes);

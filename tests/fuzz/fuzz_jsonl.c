@@ -54,7 +54,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     qemb_err err = {NULL, ""};
     const int bad = input_parse(parser, (const char *)data, size, &o, &err);
     require(!o.id == !o.id_len);
-    if (o.id) { /* goes into the output as it is */
+    if (o.id) { /* is written to the output unchanged */
         require(!memchr(o.id, '\n', o.id_len));
         json_t *id = json_loadb(o.id, o.id_len, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
         require(id != NULL);
@@ -68,7 +68,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     require(o.dim >= 0 && o.dim <= HIDDEN);
     require(!o.instruct_len || (o.instruct && !o.ids));
     for (size_t i = 0; i < o.n_ids; i++) require(o.ids[i] >= 0 && o.ids[i] < VOCAB);
-    json_t *text = json_stringn(o.text ? o.text : "", o.text_len); /* refuses what is no UTF-8 */
+    json_t *text = json_stringn(o.text ? o.text : "", o.text_len); /* NULL unless UTF-8 */
     require(text != NULL);
     json_decref(text);
     return 0;

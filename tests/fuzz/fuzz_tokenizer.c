@@ -23,7 +23,7 @@
 
 enum { MERGES_MAX = 512 };
 
-/* Merges that make each of these one token, from its first byte on. */
+/* Merges that make each of these words one token, byte by byte from its first. */
 static uint32_t make_merges(uint32_t (*merges)[2]) {
     static const char *const words[] = {
         " the",
@@ -74,7 +74,7 @@ static uint32_t make_merges(uint32_t (*merges)[2]) {
     return n;
 }
 
-/* Two tokenizers that live as long as the program: without and with added tokens. */
+/* One of two tokenizers, without and with added tokens. They live until the program ends. */
 static const qemb_tokenizer *fixed_tokenizer(int with_added) {
     static const uint8_t added[] = "\x00\x04\0\0\x05\0\0\0<|a|>\0\0\0"
                                    "\x01\x04\0\0\x02\0\0\0<|\0\0"
@@ -90,7 +90,7 @@ static const qemb_tokenizer *fixed_tokenizer(int with_added) {
     return t[with_added];
 }
 
-/* The bytes of ids, malloc'ed. */
+/* The bytes of ids; the caller frees them. */
 static char *bytes_of(const qemb_tokenizer *t, const int32_t *ids, size_t n_ids, size_t *n) {
     size_t cap = 1;
     char *text;
@@ -104,7 +104,7 @@ static char *bytes_of(const qemb_tokenizer *t, const int32_t *ids, size_t n_ids,
     return text;
 }
 
-/* Encodes with s; the ids are copied, the caller frees them. 0 if the text is invalid. */
+/* Encodes with s. Returns a copy of the ids, which the caller frees; NULL if text is invalid. */
 static int32_t *encode(qemb_tokenizer_state *s, const char *text, size_t len, size_t limit,
                        qemb_tokenizer_result *r) {
     qemb_err err;
@@ -158,7 +158,7 @@ static void fuzz_text(int with_added, size_t limit, const char *text, size_t len
     free(other);
 }
 
-/* data: a number of merges, the merges in pairs of 16-bit ids, then the section of added tokens. */
+/* data: the number of merges, the merges as pairs of 16-bit ids, the section of added tokens. */
 static void fuzz_tables(const uint8_t *data, size_t size) {
     static const char text[] = "a <|endoftext|> the e\xCC\x81 \xE4\xB8\x80\xE4\xB8\x81 aaaaaaaa";
     uint32_t merges[256][2], n = size ? data[0] : 0;

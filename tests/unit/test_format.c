@@ -37,8 +37,8 @@ static size_t print(char *s, float x) {
     return len;
 }
 
-/* -?(0|[1-9][0-9]*)(.[0-9]+)?(e-?[0-9]+)?, with a point or an exponent: no JSON reader takes it for
- * an integer (which would lose the sign of -0). */
+/* Whether s is -?(0|[1-9][0-9]*)(.[0-9]+)?(e-?[0-9]+)? with a point or an exponent. Without either,
+ * a JSON reader would take it for an integer and lose the sign of -0. */
 static int is_json_real(const char *s) {
     int point = 0;
     if (*s == '-') s++;
@@ -95,7 +95,7 @@ Test(format_float, random_bits) {
     }
 }
 
-/* Next to powers of ten the number of digits before the point changes. */
+/* At powers of ten the number of digits before the point changes. */
 Test(format_float, around_powers_of_ten) {
     for (int p = -45; p <= 38; p++) {
         char s[16];
@@ -201,7 +201,7 @@ Test(format_base64, against_libcrypto) {
     }
 }
 
-/* What jansson reads from the string that s (n) became; NULL if that is not JSON. */
+/* Formats s (n) as a JSON string and parses it with jansson. NULL: not valid JSON. */
 static json_t *read_back(const char *s, size_t n, char *out) {
     const size_t len = (size_t)(format_json_string(out, s, n) - out);
     cr_assert(len <= 6 * n + 2);
@@ -230,7 +230,7 @@ Test(format_json_string, utf8_stays_and_anything_else_is_replaced) {
         {"\xed\xa0\x80", "\"\\ufffd\\ufffd\\ufffd\""}, /* a surrogate */
         {"\xf0\x80\x80\x80", "\"\\ufffd\\ufffd\\ufffd\\ufffd\""},
         {"\xf4\x90\x80\x80", "\"\\ufffd\\ufffd\\ufffd\\ufffd\""}, /* beyond U+10FFFF */
-        {"\xe4\xb8", "\"\\ufffd\\ufffd\""},                       /* cut off */
+        {"\xe4\xb8", "\"\\ufffd\\ufffd\""},                       /* truncated */
         {"", "\"\""}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         char out[64];
@@ -261,7 +261,7 @@ static const float sample[] = {0.25f, -0.0f, 1.0f, -0.031415927f};
 
 static void expect_vector(format_kind kind, const void *want, size_t len) {
     const size_t room = format_vector_room(kind, 4);
-    char *p = malloc(room); /* so that the sanitizer sees its end */
+    char *p = malloc(room); /* so that a sanitizer finds overruns */
     const size_t got = (size_t)(format_vector(p, kind, sample, 4) - p);
     cr_expect(got == len && !memcmp(p, want, len), "kind %d: %.*s", (int)kind, (int)got, p);
     free(p);
@@ -280,7 +280,7 @@ Test(format_vector, kinds) {
     expect_vector(FORMAT_BASE64, base64, strlen(base64));
 }
 
-/* The longest numbers there are must fit the room. */
+/* The longest numbers fit into the size that the functions promise. */
 Test(format_vector, room_is_enough) {
     static const float longest[] = {-1.23456794e-38f, -123456792.0f, -0.0000123456788f,
                                     -0.0123456791f, -3.40282347e38f};

@@ -12,7 +12,7 @@
 
 /* ---- records --------------------------------------------------------------------------------- */
 
-/* A pipe whose writing end `out` the test feeds. */
+/* A pipe; the test writes to `out`. */
 typedef struct {
     int in, out;
     input *input;
@@ -109,7 +109,7 @@ Test(records, wait_is_told_apart_from_the_end) {
     close_input(&f);
 }
 
-/* The same records wherever the writes are cut. */
+/* The records do not depend on where the writes are split. */
 Test(records, any_cut) {
     const char text[] = "a\nbc\r\n\n\0d\ne";
     const size_t n = sizeof text - 1;
@@ -137,7 +137,7 @@ Test(records, any_cut) {
     }
 }
 
-/* A file of lines of every length around the buffer's, random bytes but the separator. */
+/* A file with lines that are about as long as the buffer, twice as long, and far longer. */
 Test(records, long_lines) {
     static const size_t lengths[] = {0,      1,      262142, 262143, 262144,  262145, 3,
                                      524287, 524288, 524289, 5,      9000000, 0,      262144};
@@ -170,7 +170,7 @@ Test(records, a_wake_ends_the_wait) {
     feed(&f, "a\nb\nha", 6);
     expect_record(&f, "a", 1, 1);
     cr_assert(write(wake[1], "", 1) == 1);
-    expect_record(&f, "b", 1, 2); /* was read before */
+    expect_record(&f, "b", 1, 2); /* already in the buffer */
     input_record r;
     cr_assert(input_next(f.input, 1, &r) == INPUT_STOPPED);
     close_input(&f);
@@ -305,7 +305,7 @@ Test(objects, refusals) {
     input_parser_free(p);
 }
 
-/* Nesting without an end is refused before it can overflow the stack. */
+/* Deep nesting is refused before it can overflow the stack. */
 Test(objects, deep_nesting) {
     const size_t n = 1000000;
     char *s = malloc(n);

@@ -1,4 +1,4 @@
-/* test_serve_cache.c - what stays in cache.c, what goes, and what survives that. */
+/* test_serve_cache.c - what the server's cache keeps, what it evicts, and in which order. */
 #include "frontends/server/cache.h"
 
 #include <criterion/criterion.h>
@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* A key whose bucket is that of all keys with the same i % 1024. */
+/* A key. Keys with the same i % 1024 share a bucket. */
 static const uint8_t *key(int i) {
     static _Thread_local uint8_t k[KEY_BYTES];
     memset(k, 0, sizeof k);
@@ -41,7 +41,7 @@ static size_t entry_size(void) {
 
 Test(serve_cache, finds_what_was_put) {
     cache *c = cache_new(10 << 20);
-    for (int i = 0; i < 5000; i++) put(c, i); /* grows its table on the way */
+    for (int i = 0; i < 5000; i++) put(c, i); /* the table grows meanwhile */
     for (int i = 0; i < 5000; i++) cr_assert_eq(get(c, i), i);
     cr_expect_eq(get(c, 5000), -1);
     cr_expect_eq(cache_bytes(c), 5000 * entry_size());
@@ -53,7 +53,7 @@ Test(serve_cache, the_least_recently_used_goes_first) {
     put(c, 1);
     put(c, 2);
     put(c, 3);
-    cr_expect_eq(get(c, 1), 1); /* used: 2 is the oldest now */
+    cr_expect_eq(get(c, 1), 1); /* now 2 is the least recently used */
     put(c, 4);
     cr_expect(get(c, 2) == -1 && get(c, 1) == 1 && get(c, 3) == 3 && get(c, 4) == 4);
     put(c, 5);

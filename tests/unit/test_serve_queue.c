@@ -1,4 +1,5 @@
-/* test_serve_queue.c - the order of batches, sharing, limits and ends of queue.c. */
+/* test_serve_queue.c - the server's queue: order of batches, shared texts, limits, cancellation and
+ * shutdown. */
 #include "frontends/server/queue.h"
 #include "frontends/console.h"
 #include "support.h"
@@ -8,11 +9,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define BATCH     64 /* tokens: short texts have up to 8 */
+#define BATCH     64 /* tokens; texts of up to 8 are short */
 #define MAX_TEXTS 16
 
 typedef struct {
-    pending_request request; /* first */
+    pending_request request; /* must be first */
     int told, gone;
 } client;
 
@@ -48,7 +49,7 @@ TestSuite(serve_queue, .init = setup, .fini = teardown);
 static void told(pending_request *t) { ((client *)t)->told++; }
 static int departed(pending_request *t) { return ((client *)t)->gone; }
 
-/* A client that has texts of these lengths; name tells them from all others'. */
+/* A client with texts of these lengths. name distinguishes them from those of other clients. */
 static client *client_new(char name, const int *lengths, int n) {
     client *c = calloc(1, sizeof *c);
     c->request = (pending_request){.texts = calloc((size_t)n, sizeof(pending_text)),
@@ -76,7 +77,7 @@ static int submit(client *c) {
     return queue_submit(q, &c->request, &shared) ? -1 : shared;
 }
 
-/* Takes a batch and compares "a0 b1 ..." */
+/* Takes a batch and compares its texts with want, "a0 b1 ..." */
 static int take(const char *want) {
     char got[BATCH * 4] = "";
     qemb_batch_clear(batch);
@@ -88,7 +89,7 @@ static int take(const char *want) {
     return n;
 }
 
-/* Vectors whose only number is the row's. */
+/* Finishes the batch with n vectors; each holds one number, its row. */
 static void finish(int n) {
     vector *v[BATCH];
     for (int i = 0; i < n; i++) v[i] = vector_new(&(float){(float)i}, 1);
@@ -119,7 +120,7 @@ Test(serve_queue, what_waits_goes_together) {
 }
 
 Test(serve_queue, requests_take_turns) {
-    /* Each gives a share of eight tokens; the batch is full before a's last. */
+    /* Each client contributes eight tokens per round. The batch is full before a's last text. */
     client *a = ASK('a', 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4), *b = ASK('b', 8, 8), *c = ASK('c', 4);
     int n = take("a0 a1 b0 c0 a2 a3 b1 a4 a5 a6 a7 a8 a9 a10");
     cr_expect_gt(n, 0);
@@ -134,9 +135,9 @@ Test(serve_queue, requests_take_turns) {
 
 Test(serve_queue, long_and_short_texts_alternate) {
     client *a = ASK('a', 150, 150, 150), *b = ASK('b', 5), *c;
-    finish(take("b0")); /* short ones first, the long one does not fit */
+    finish(take("b0")); /* short texts first; the long one does not fit */
     c = ASK('c', 5);
-    finish(take("a0")); /* now it is its turn */
+    finish(take("a0")); /* now the long text is due */
     finish(take("c0"));
     client *d = ASK('d', 5);
     finish(take("a1"));
@@ -164,7 +165,7 @@ Test(serve_queue, equal_texts_are_computed_once) {
     cr_expect_eq(submit(b), 2);
     cr_expect_eq(queue_depth_of(q).tokens, 15);
     const int n = take("a0 a1 a2");
-    client *late = client_new('a', (int[]){4}, 1); /* it joins what is being computed */
+    client *late = client_new('a', (int[]){4}, 1); /* joins the batch in progress */
     cr_expect_eq(submit(late), 1);
     cr_expect_eq(queue_depth_of(q).tokens, 0);
     finish(n);
@@ -248,10 +249,10 @@ static void stop_queue(pending_request *t) {
     queue_stop(q);
 }
 
-/* The thread that computes has nothing else to do: the departed are told before it waits again. */
+/* With an idle queue, clients that left are notified before the computing thread waits again. */
 Test(serve_queue, departed_clients_are_told_at_once, .timeout = 60) {
     client *a = ASK('a', 4);
-    a->request.done = stop_queue; /* or queue_take would wait for ever */
+    a->request.done = stop_queue; /* otherwise queue_take would wait forever */
     a->gone = 1;
     cr_expect_eq(queue_take(q, batch, taken), 0);
     cr_expect(a->told == 1 && a->request.state == REQUEST_GONE);
@@ -266,7 +267,7 @@ Test(serve_queue, leaving_while_it_is_computed) {
     cr_expect(a->told == 1 && a->request.state == REQUEST_GONE);
     client_free(a);
     finish(n);
-    client *b = ASK('a', 4); /* it is not in flight any more */
+    client *b = ASK('a', 4); /* no longer in flight: computed again */
     finish(take("a0"));
     client_free(b);
 }
@@ -298,7 +299,7 @@ Test(serve_queue, the_end) {
     client_free(b);
 }
 
-/* Many clients, some impatient, against one thread that computes: every one is told once. */
+/* Many clients, some of which leave early, and one computing thread: each is notified once. */
 
 #define N_CLIENTS 400
 
@@ -323,7 +324,7 @@ static void *asker(void *arg) {
         int lengths[3];
         for (int k = 0; k < 3; k++) lengths[k] = 1 + (int)(rng_u64(&r) % (k ? 8 : 100));
         c[i] = client_new((char)(rng_u64(&r) % 20 + 'a'), lengths, 3);
-        /* a key stands for one text: give every length its own */
+        /* a key identifies one text: each length needs its own */
         for (int k = 0; k < 3; k++) c[i]->request.texts[k].text->key[2] = (uint8_t)lengths[k];
         c[i]->gone = !(rng_u64(&r) % 8);
         c[i]->request.deadline = rng_u64(&r) % 8 ? 100 : 0;
@@ -332,7 +333,7 @@ static void *asker(void *arg) {
         if (!(i % 16)) queue_tick(q, 1);
     }
     queue_tick(q, 1);
-    while (queue_depth_of(q).requests) sched_yield(); /* some may not have been told yet */
+    while (queue_depth_of(q).requests) sched_yield(); /* some may not have been notified */
     return NULL;
 }
 
@@ -346,7 +347,7 @@ Test(serve_queue, every_request_ends_once) {
     cr_expect_eq(atomic_load(&n_told), 2 * N_CLIENTS);
     for (int i = 0; i < 2 * N_CLIENTS; i++) {
         client *c = asked[i / N_CLIENTS][i % N_CLIENTS];
-        int vectors = 0; /* one that did not wait to the end may have some, but not all */
+        int vectors = 0; /* one that left early has some of them, not all */
         for (int k = 0; k < 3; k++) vectors += c->request.texts[k].vector != NULL;
         cr_expect_eq(c->told, 1);
         cr_expect_eq(c->request.state == REQUEST_DONE, vectors == 3);

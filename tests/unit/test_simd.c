@@ -83,8 +83,8 @@ Test(simd, avx512_int8_table_where_cpuinfo_has_it) {
 }
 
 #if defined(__x86_64__)
-/* Every 257th float of either sign, and special values: exp is within an ulp of the result in double
- * precision, whose own error is about 2^-28 ulp. */
+/* Every 257th float of either sign, and special values: exp is within an ulp of the result in
+ * double precision, whose own error is about 2^-28 ulp. */
 static void check_exp(void (*run)(float *y, const float *x, int n)) {
     enum { N = 4096 };
     static float x[N], y[N];
