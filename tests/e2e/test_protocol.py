@@ -31,10 +31,9 @@ MODEL = str(ROOT / "examples" / "demo.qemb")
 HIDDEN, MAX_TOKENS, EOS, VOCAB = 128, 2048, 2557, 2560
 GUARD = 60  # seconds after which a test counts as hung; no test measures time
 BINARY = Path(QEMB).read_bytes() if os.path.exists(QEMB) else b""
-# OpenMP's threads would wait for each other spinning, which is slow on a machine with other work.
+# By default OpenMP's threads spin while they wait, which is slow on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# A job in the background may begin with SIGINT ignored, and would hand that on to every program
-# here.
+# A background job may start with SIGINT ignored, which every program started here would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 SANITIZED = b"__asan_init" in BINARY or b"__tsan_init" in BINARY
 
@@ -270,7 +269,7 @@ def test_a_line_of_100_megabytes(alone, tmp_path):
 
 
 def test_floods_are_written_in_bounded_memory(tmp_path):
-    """Blank lines, errors, repeats: more records than a window may hold, always ready."""
+    """Blank lines, errors, repeats: more records than fit in a window, all of them ready at once."""
 
     def peak(n):
         path = tmp_path / "flood"
@@ -460,7 +459,7 @@ def test_dim_of_a_record():
     assert [len(g) for g in got] == [5, 1, 64, HIDDEN]
     for g in got:
         want = full[: len(g)] / np.linalg.norm(full[: len(g)])
-        # cut and scaled from vectors that differ by a rounding in each number
+        # cut and scaled from vectors whose numbers differ by one rounding
         assert np.all(np.abs(g - want) <= 4 * 2.0**-24)
     assert np.array_equal(got[3], vectors(data=b"x")[0])
 
@@ -654,7 +653,7 @@ def test_many_errors_are_named_ten_times():
     assert p.stderr.endswith(b"qemb: 50 of 50 records failed\n")
 
 
-# ---- how it ends -------------------------------------------------------------------------------
+# ---- end of a run ------------------------------------------------------------------------------
 
 
 def test_head_closes_the_pipe(alone):
@@ -737,7 +736,7 @@ def test_sigterm_finishes_what_was_taken():
 
 
 def feed(p, data):
-    """Writes as long as someone reads."""
+    """Writes until the reader closes the pipe."""
     try:
         while data:
             data = data[p.stdin.write(data[:4096]) :]
@@ -768,7 +767,7 @@ def is_pending(pid, sig):
 
 
 def test_a_second_signal_kills():
-    """stdout is full and nobody reads: the first signal can't end the run, the second does."""
+    """If stdout is full and nobody reads, the first signal cannot end the run; the second does."""
     p = start()
     feeder = threading.Thread(target=feed, args=(p, b"two\n" * 300000))
     feeder.start()
@@ -794,7 +793,7 @@ def test_an_ignored_signal_stays_ignored():
     assert finish(p) == first
 
 
-# ---- what is told ------------------------------------------------------------------------------
+# ---- messages ----------------------------------------------------------------------------------
 
 
 def test_stats():
@@ -832,7 +831,7 @@ def test_weights_that_are_copied_show_progress():
             args = "--cpu", cpu, "--math", math
             p = qemb(*args, "--progress", data=b"x\n")
             if p.returncode:
-                continue  # not with these instructions
+                continue  # not available with these instructions
             shown = re.findall(rb"\r\x1b\[Kweights: layer (\d+) of (\d+)", p.stderr)
             assert p.stderr.endswith(b"\r\x1b[K")
             assert len(shown) == (3 if cpu == "avx512" else 0), args
@@ -861,7 +860,7 @@ def test_progress(tmp_path):
         os.set_blocking(master, False)
         text = b""
         with contextlib.suppress(BlockingIOError):
-            while True:  # a read may end where a write did
+            while True:  # a read may return a part of the data
                 text += os.read(master, 1000)
         assert (b"1 texts" in text) == shown, text
     os.close(master)
@@ -932,7 +931,7 @@ def test_cpu_names_the_arithmetic(alone):
             # two float32 computations of a unit vector: tests/golden has their own error, 1.4e-7
             assert np.all(np.abs(a - np.array(b)) < 2e-5)
     if len(tables) > 1:
-        assert plain != b"".join(alone)  # other sums: the option is not ignored
+        assert plain != b"".join(alone)  # another order of summation: the option has an effect
 
 
 def test_math_names_the_arithmetic(alone):

@@ -321,7 +321,7 @@ def test_models():
 
 
 def test_curl(serve, tmp_path):
-    """As a user would: curl's own idea of a POST, and a body so large that it asks first."""
+    """curl's default POST, and a body so large that curl sends Expect: 100-continue."""
     if not shutil.which("curl"):
         pytest.skip("curl: not installed")
     url = f"http://127.0.0.1:{serve.port}/v1/embeddings"
@@ -349,7 +349,7 @@ def test_metrics():
         before = s.metrics()
         s.embed(["metrics one", "metrics two", "metrics one"])
         s.post(b"{")
-        # a request counts when its answer is sent, which its client may see first
+        # a request is counted after its answer is sent; the client may have read that already
         s.wait_metric("qemb_request_seconds_count", lambda x: x == 2)
         after = s.metrics()
 
@@ -414,13 +414,13 @@ def broken_model(tmp_path, token):
 
 
 def test_a_text_without_a_vector(tmp_path):
-    """Never a zero vector, never a null: an error that names the text; and health comes back."""
+    """The answer is an error that names the text, not a zero or null vector; health recovers."""
     with server("--name", "demo", model=broken_model(tmp_path, 65)) as s:
         a = s.post({"model": "demo", "input": [[66], [65], [67]]})
         assert a.status == 422 and a.error["code"] == "non_finite"
         assert a.error["message"].startswith("input[1]:")
         s.wait_log("failing")
-        s.wait_log("ready", 2)  # by a probe of its own
+        s.wait_log("ready", 2)  # the server probes the model itself
         assert s.request("GET", "/health").status == 200
         assert len(s.embed([[66], [67]])) == 2
 
@@ -434,7 +434,7 @@ def test_a_model_that_computes_nothing(tmp_path):
 
 
 def test_a_client_may_send_what_the_probe_sends(tmp_path):
-    """The empty text and a probe that wait for the same batch are one text, not two in one row."""
+    """An empty text and a probe in the same batch share one text."""
     with server(*BUSY, "--name", "demo", model=broken_model(tmp_path, EOS), wait="failing") as s:
         slow = Slow(s)
         s.wait_metric("qemb_queue_tokens", lambda x: x > 0)
@@ -453,7 +453,7 @@ def test_fallback_when_the_queue_is_full():
     with server(*BUSY, "--max-queue", n * LONG, "--fallback", TINY) as s:
         count = lambda texts: s.post({"input": texts}, "/tokenize").json["usage"]["total_tokens"]
         texts = [text(i) for i in range(n * LONG // count([text(0)]))]
-        assert (n - 1) * LONG < count(texts) <= n * LONG  # no place as long as a long text waits
+        assert (n - 1) * LONG < count(texts) <= n * LONG  # no room while a long text waits
         want = vectors_of(texts, TINY, *BUSY_CPU)
         want7 = vectors_of(texts, TINY, "--dim", "7", *BUSY_CPU)
         s.wait_log("ready", 2)
@@ -469,7 +469,7 @@ def test_fallback_when_the_queue_is_full():
         assert vectors_in(a) == want7 and a.json["model"] == "hf-tiny"
         got = s.openai().embeddings.create(model="demo", input=texts, extra_body={"fallback": True})
         assert got.model == "hf-tiny" and len(got.data[0].embedding) == 32
-        # more than the fallback has: the first answer stands
+        # more than the fallback can queue: the first answer is returned
         assert s.post(ask(texts, fallback=True, dimensions=33)).status == 429
         assert s.post(ask([*texts[:-7], "1" * 205], fallback=True)).status == 429
         assert s.metric("qemb_queue_tokens") > 0, "the queue was to be full all the time"
@@ -534,8 +534,8 @@ def test_equal_texts_in_flight_are_computed_once():
         assert slow.wait().status == 200
         assert len({v[0] for v in vectors}) == 1 and len({v[1] for v in vectors}) == 2
         m = s.metrics()
-        # a round or more: the first may have been taken before the last came, which the cache then
-        # has
+        # One round or more: the first text may be taken before the last arrives, and the cache then
+        # answers the last.
         computed = m[("qemb_computed_texts_total", ())] - 1 - 10
         shared, cached = m[("qemb_dedup_hits_total", ())], m[("qemb_cache_hits_total", ())]
         assert computed + shared + cached == 40 and shared > 0 and 3 <= computed < 20
@@ -601,7 +601,7 @@ def raw(s, data=b""):
 
 
 def drained(k):
-    """All that comes until the server closes."""
+    """Everything that the server sends until it closes the connection."""
     got = b""
     with k, contextlib.suppress(ConnectionResetError):
         while chunk := k.recv(65536):
@@ -662,7 +662,7 @@ def test_body_limit():
                 a = Answer(c.getresponse())
                 assert a.status == status, (extra, chunked)
                 assert status == 200 or a.error["code"] == "body_too_large"
-                # what was refused was read: the connection is good for more
+                # the refused body was read, so the connection can be used again
                 c.request("GET", "/health")
                 assert Answer(c.getresponse()).status == 200
                 c.close()
@@ -690,7 +690,7 @@ def test_memory_limit():
 
 
 def test_slow_clients_are_closed():
-    """Drips of a header, of a body, an idle connection and a reader that does not read."""
+    """A slow header, a slow body, an idle connection and a client that does not read."""
     with server("--receive-timeout", 1) as s:
         slow = [raw(s, b"POST /v1/emb") for _ in range(20)]
         slow += [raw(s, head(1000) + b"{") for _ in range(20)]
@@ -824,7 +824,7 @@ def test_locust(serve):
 
 
 def test_term_under_load():
-    """Whatever was sent on a connection that the server took is answered, in full."""
+    """Every request on an accepted connection gets a complete answer."""
     s = Server(*BUSY)
     bad, good, stop = [], [], threading.Event()
 
@@ -836,7 +836,7 @@ def test_term_under_load():
                 k = s.connect()
                 k.connect()
             except ConnectionError:
-                return  # it does not listen any more
+                return  # it no longer listens
             try:
                 text = f"load {i} {n}" * (1 + n % 30)
                 k.request("POST", "/v1/embeddings", json.dumps({**OK, "input": text}), JSON)
