@@ -39,9 +39,9 @@ GROUP = 64  # weights in a row of an INT8 matrix that share a scale
 BLOCK = 1 << 22  # numbers converted at a time; a block takes about 24 bytes a number
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROMPTS, POOLING = "config_sentence_transformers.json", "1_Pooling/config.json"
-BERT = "sentence_bert_config.json"  # of a model of any kind, in spite of its name
+BERT = "sentence_bert_config.json"  # sentence-transformers writes it for any kind of model
 JSON_FILES = ["config.json", "tokenizer.json", "modules.json", PROMPTS, POOLING, BERT]
-# The one pattern that tokenizer.c knows.
+# The only pre-tokenizer pattern that tokenizer.c implements.
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
@@ -230,7 +230,7 @@ def read_lower(j):
 
 
 def read_pooling(j):
-    # One flag per kind or, in newer files, one name.
+    # One flag per pooling mode or, in newer files, the mode's name.
     kinds = [k.removeprefix("pooling_mode_") for k, on in j.items()
              if k.startswith("pooling_mode_") and on]
     kinds += [j["pooling_mode"]] if "pooling_mode" in j else []
@@ -370,8 +370,8 @@ def encode_i8(w, t, row, rounding):
     return q.reshape(n, -1)[:, :cols].tobytes()
 
 
-# code: in the file. row_bytes: of a row of that many numbers. encode: rows (n, cols) float32, from
-# row `row` of tensor t -> bytes
+# code: the dtype's number in the file. row_bytes(n): bytes of a row of n numbers. encode: rows
+# (n, cols) float32, from row `row` of tensor t on -> bytes
 Dtype = namedtuple("Dtype", "code row_bytes encode")
 U8, U32 = Dtype(0, lambda cols: cols, None), Dtype(1, lambda cols: 4 * cols, None)
 F32 = Dtype(2, lambda cols: 4 * cols, encode_f32)

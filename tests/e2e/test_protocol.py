@@ -269,7 +269,7 @@ def test_a_line_of_100_megabytes(alone, tmp_path):
 
 
 def test_floods_are_written_in_bounded_memory(tmp_path):
-    """Blank lines, errors, repeats: more records than fit in a window, all of them ready at once."""
+    """Blank lines, errors, repeats: more records than fit in a window, all ready."""
 
     def peak(n):
         path = tmp_path / "flood"
