@@ -1,4 +1,4 @@
-"""Lets the tests import the makers of models in tests/fixtures."""
+"""Lets the tests import the model generators in tests/fixtures."""
 import sys
 from pathlib import Path
 

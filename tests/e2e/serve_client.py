@@ -25,7 +25,7 @@ MODEL = str(ROOT / "examples" / "demo.qemb")
 HIDDEN, MAX_TOKENS, EOS, VOCAB = 128, 2048, 2557, 2560
 BINARY = Path(SERVE).read_bytes() if os.path.exists(SERVE) else b""
 SANITIZED = b"__asan_init" in BINARY or b"__tsan_init" in BINARY
-GUARD = 240 if SANITIZED else 60  # seconds after which a hang is one; nothing here is timed
+GUARD = 240 if SANITIZED else 60  # seconds until a run counts as hung; nothing here is timed
 JSON = {"Content-Type": "application/json"}
 
 TEXTS = [
@@ -69,7 +69,7 @@ class Answer:
         return e
 
 
-PATIENT = ("--deadline", "600", "--receive-timeout", "600")  # on a busy machine, too
+PATIENT = ("--deadline", "600", "--receive-timeout", "600")  # long enough for a busy machine
 
 
 class Server:
@@ -184,7 +184,7 @@ def serve():
 
 
 LONG = 100 if SANITIZED else 300
-# Each long text is a batch of its own, and takes a while.
+# Each long text fills a batch of its own and takes a while.
 BUSY_CPU = () if SANITIZED else ("--cpu", "plain")
 BUSY = ("--batch-tokens", LONG, *BUSY_CPU)
 

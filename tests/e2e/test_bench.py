@@ -64,7 +64,7 @@ def test_a_peer_gets_the_texts_by_input_and_by_file(tmp_path):
     lines = piped.read_text().splitlines()
     assert tokens_of(piped.read_text()) == [16] * (1 + 16 + 1) + [64] * (1 + 4 + 1)
     assert lines[0] == lines[1] == lines[17] and lines[18] == lines[19] == lines[23]
-    assert lines[1].split()[0] != lines[2].split()[0]  # nothing that all of a batch begin with
+    assert lines[1].split()[0] != lines[2].split()[0]  # a batch shares no prefix
     assert (tmp_path / "said").read_text().split() == ["2,16"] * 3 + ["2,64"] * 3
     d = json.loads((tmp_path / "r/bench.json").read_text())
     assert (
@@ -213,7 +213,7 @@ def test_every_table_is_listed():
 
 
 def test_one_product_by_the_oracle_and_by_every_table():
-    """docs/matmul.md's figures. An error is a share of the sum of magnitudes of a number of y."""
+    """docs/matmul.md's figures. Errors of y are relative to the sum of the terms' magnitudes."""
     r = subprocess.run(
         [str(BENCH), "matmul", MODEL, "--threads", "1"],
         cwd=ROOT,

@@ -26,7 +26,7 @@ ADDED = (hf.EOS, "<think>", "é中")
 OTHER = "layers.0.mlp.up_proj.weight"
 
 
-# ---- a .qemb read by the book ------------------------------------------------------------------
+# ---- a reader of .qemb files, after qemb.h -----------------------------------------------------
 
 
 class Qemb:
@@ -90,7 +90,7 @@ class Qemb:
 
 
 def read_source(folder):
-    """name without 'model.' -> float32 array, over all safetensors files; shares nothing with the
+    """name without 'model.' -> float32 array, from all safetensors files. Shares no code with the
     converter's reader."""
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -217,7 +217,7 @@ def edit(path, change):
 
 
 def test_golden_is_reproduced(tmp_path, monkeypatch):
-    """A directory that transformers itself saved, BF16, two shards: the same bytes as committed."""
+    """A directory saved by transformers (BF16, two shards) gives the committed bytes."""
     monkeypatch.chdir(tmp_path)
     q = convert(TINY, "--note", "random weights", "-q")
     assert_weights(q, TINY)
@@ -291,7 +291,7 @@ def test_version_is_the_projects():
 
 
 def test_byte_alphabet_follows_its_definition():
-    """Bytes that print stand for themselves and come first, the others follow from U+0100 on."""
+    """Printable bytes stand for themselves and come first; the others follow from U+0100 on."""
     plain = [b for b in range(256) if chr(b).isprintable() and b not in (32, 173)]
     alphabet = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
     vocab = {ch: i for i, ch in enumerate(alphabet)}
@@ -299,7 +299,7 @@ def test_byte_alphabet_follows_its_definition():
 
 
 def test_int8(folder, capsys, monkeypatch):
-    """Groups of 64 columns, the last of a row of what is left: 72 = 64 + 8, 130 = 2 * 64 + 2,
+    """Groups of 64 columns; the last group of a row has the rest: 72 = 64 + 8, 130 = 2 * 64 + 2,
     40."""
     monkeypatch.setattr(convert_weights, "BLOCK", 300)  # a matrix in many pieces
     wide = dict(hidden=72, ffn=130)
@@ -350,7 +350,7 @@ def test_dtypes_prefixes_shards(folder, dtype, prefix, shards):
 
 
 def test_many_blocks(folder, monkeypatch):
-    """Blocks of a few rows, the last one short, give the same file as one block a tensor."""
+    """Blocks of a few rows, the last one short, give the same file as one block per tensor."""
     whole = convert(folder).sha256
     monkeypatch.setattr(convert_weights, "BLOCK", 7 * SHAPE["hidden"] + 1)
     assert convert(folder).sha256 == whole
@@ -441,7 +441,8 @@ def test_edge_values_and_rounding(folder, capsys):
     want = np.array([w for _, w in cases], "<f2")
     assert got[: len(cases)].tobytes() == want.tobytes()  # bytes: -0.0 is not 0.0
     out = capsys.readouterr().out
-    # The four ties and near-ties are off by 2^-25 or a little less, the last three by themselves.
+    # The four ties and near-ties have an error of 2^-25 or slightly less, the last three of their
+    # own magnitude.
     assert f"at most {2.0**-25:.3g} at model.{OTHER}[0, 8]; 7 numbers below 2^-14" in out
 
 
@@ -466,7 +467,7 @@ def test_f32_rounds_and_says_where(folder, capsys, monkeypatch):
 
 
 def without(*path):
-    """Takes away what is at a path of keys."""
+    """Removes the value at a path of keys."""
     *path, last = path
 
     def change(j):

@@ -41,7 +41,7 @@ def test_cache_serves_every_dimension():
             assert s.embed(texts, dimensions=dim) == want
         assert s.metric("qemb_computed_texts_total") == computed
         assert s.metric("qemb_cache_hits_total") == 3 * len(texts) + 1
-        assert s.metric("qemb_cache_misses_total") == len(texts) - 1  # the probe was the empty one
+        assert s.metric("qemb_cache_misses_total") == len(texts) - 1  # the probe was the empty text
         assert s.metric("qemb_cache_bytes") > 4 * HIDDEN * len(texts)
         assert s.embed([texts[0], "new"])[0] == s.embed(texts)[0]  # a known one beside a new one
         assert s.embed([texts[0]], instruct="T") != s.embed([texts[0]])
@@ -69,7 +69,7 @@ def free_port():
 
 
 def with_redis(port):
-    """Options of a server that waits for that Redis, on a busy machine too."""
+    """Options of a server that uses this Redis, with timeouts for a busy machine."""
     return ("--redis", f"127.0.0.1:{port}", "--redis-timeout", 60000)
 
 
@@ -200,8 +200,8 @@ def test_wrong_values_in_redis_are_misses(redis):
             hits = s.metric("qemb_redis_hits_total")
             assert s.embed([""]) == want
             assert s.metric("qemb_redis_hits_total") == hits
-            # What was computed is stored when there is time; not again, if the probe's batch had
-            # not quite ended and gave it.
+            # Vectors are stored asynchronously; not again, if the text joined the probe's batch,
+            # which had not ended.
             until = time.monotonic() + GUARD
             while redis.command(b"GET", key, lines=2) != good:
                 assert time.monotonic() < until
@@ -211,7 +211,7 @@ def test_wrong_values_in_redis_are_misses(redis):
 
 
 def test_redis_absent_slow_or_babbling():
-    listening = socket.create_server(("127.0.0.1", 0))  # takes connections, says nothing
+    listening = socket.create_server(("127.0.0.1", 0))  # accepts connections, never answers
     babbler = socket.create_server(("127.0.0.1", 0))
 
     def babble():
@@ -263,7 +263,7 @@ def test_two_models_share_no_vectors(redis):
     with server(*with_redis(redis.port), "--fallback", TINY) as s:
         s.wait_log("ready", 2)
         want = [vectors_of(SHORT, m) for m in (MODEL, TINY)]
-        ids = [[1, 2, 3], [4]]  # which are other texts, or none, for the other model
+        ids = [[1, 2, 3], [4]]  # other texts, or invalid, for the other model
         for n in range(2):
             for model, vectors in zip(("demo", "hf-tiny"), want):
                 a = s.post(ask(SHORT, model=model))
