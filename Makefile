@@ -200,7 +200,7 @@ C_TESTS   = $(TESTS:%=build/release/test_%) $(TESTS:%=build/asan/test_%)
 FUZZ_BINS = $(FUZZERS:%=build/fuzz/fuzz_%)
 CLANG_OBJ = $(patsubst %,build/clang/%.o,$(sort $(FRONT) $(SERVE) $(BACKEND) $(ENGINE)))
 
-test: need-test $(VENV_TEST) ## install what is missing, run everything (C, sanitizers, fuzzers, Python, the server, emulated CUDA)
+test: need-test $(VENV_TEST) ## install what is missing, run all tests but CUDA's (C, sanitizers, fuzzers, Python, the server)
 	@echo "building"; $(SUBMAKE) test-programs
 	@tests/run.sh "tests/style.py --self-test" "tests/style.py" \
 	  $(patsubst %,"% --tap",$(C_TESTS)) \
@@ -208,10 +208,12 @@ test: need-test $(VENV_TEST) ## install what is missing, run everything (C, sani
 	  "$(VENV)/bin/pytest -q -rs tests/e2e $(SERVE_FILES:%=--ignore=%)" \
 	  $(SERVE_TESTS) \
 	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py" \
-	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py" \
-	  "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) gpu-test"
+	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py"
 
-.PHONY: test-programs test-serve
+test-cuda: need-test ## the CUDA tests: emulated, compiled for each architecture, and on a GPU if there is one
+	@tests/run.sh "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) gpu-test"
+
+.PHONY: test-programs test-serve test-cuda
 test-programs: qemb qemb-serve build/lib/libqemb.a build/release/qemb-bench $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
   $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
 
