@@ -334,7 +334,7 @@ static int plan(const options *o) {
 
 /* ---- check ----------------------------------------------------------------------------------- */
 
-/* The example of the model card, and the published scores of the real models. */
+/* The example of the model card, and the expected scores of the real models. */
 static const char check_task[] =
     "Given a web search query, retrieve relevant passages that answer the query";
 static const char *const check_texts[] = {

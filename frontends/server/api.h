@@ -42,7 +42,7 @@ typedef struct {
 typedef enum { API_EMBEDDINGS, API_TOKENIZE } api_kind;
 
 /* Parses the request in body (len). Free *r in any case. Does not check what depends on the model:
- * ids and dimensions are only checked to be positive numbers of 31 bits. */
+ * ids are only checked to be 0..2^31-1, dimensions 1..2^31-1. */
 int api_parse(api_request *r, api_kind kind, const char *body, size_t len, int max_texts,
               api_error *e);
 void api_request_free(api_request *r);

@@ -201,8 +201,8 @@ static void *compute_main(void *arg) {
         metrics_add(m->opt.metrics, COUNT_COMPUTED_TOKENS, (uint64_t)tokens);
         const int bad = make_vectors(out, (int)D, vectors, n);
         metrics_add(m->opt.metrics, COUNT_NON_FINITE, (uint64_t)bad);
-        for (int i = 0; i < n;
-             i++) /* before queue_finish, so that a text is always in flight or cached */
+        /* Before queue_finish, so that a text is always in flight or cached. */
+        for (int i = 0; i < n; i++)
             if (vectors[i]) remember(m, taken[i]->key, vectors[i]);
         const int state = now.failure ? WORKER_DEAD : bad ? WORKER_FAILING : WORKER_READY;
         if (!now.failure && atomic_exchange(&m->state, state) != state)
@@ -264,8 +264,8 @@ static void probe_done(pending_request *t) {
     atomic_store(&m->probing, 0);
 }
 
-/* After a failed batch the worker computes the empty text until that succeeds. Load balancers send
- * nothing to a server whose /health is 503, so no client's batch could show that it recovered. */
+/* Until a batch has succeeded, at the start or after a failed one, the worker computes the empty
+ * text. Load balancers send nothing while /health is 503, so no client could show that it works. */
 static void probe(model_worker *m, double now) {
     int shared;
     if (atomic_exchange(&m->probing, 1)) return;

@@ -85,7 +85,8 @@ int queue_submit(queue *q, pending_request *t, int *shared);
 /* Waits for texts, adds a batch of them to b (empty) and sets taken[row] (room for batch_tokens).
  * Returns their number, or 0 if the queue is stopped. */
 int queue_take(queue *q, qemb_batch *b, text **taken);
-/* Gives vectors (n) to the waiters of the taken texts; NULL fails them. Takes the references. */
+/* Gives vectors (n) to the waiters of the taken texts; NULL fails them. Each waiter
+ * takes a reference; the caller keeps its own. */
 void queue_finish(queue *q, text **taken, vector **vectors, int n);
 /* Ends requests whose deadline has passed or whose client has left. */
 void queue_tick(queue *q, double now);

@@ -2,8 +2,8 @@
  *
  * The thread of a request asks for its texts in one MGET and waits for a bounded time. A separate
  * thread sets new vectors from a bounded list; if the list is full they are not stored. After a
- * failure Redis is not used for PAUSE seconds, so a Redis that is absent or slow costs one timeout
- * per pause. A value is the whole vector as little-endian floats.
+ * failure Redis is not used for PAUSE seconds, so a Redis that is absent or slow costs two
+ * timeouts per pause at most. A value is the whole vector as little-endian floats.
  */
 #include "redis.h"
 
