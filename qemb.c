@@ -373,10 +373,20 @@ static void cpu_pool(qemb_backend *be, float *out, const float *x, const float *
     cpu_rmsnorm(be, (qemb_act *)out, x, w, B);
 }
 
-int qemb_l2_normalize(float *dst, const float *src, int dim) {
+static double sum_of_squares(const float *x, int n) {
     double sum = 0;
-    for (int i = 0; i < dim; i++) sum += (double)src[i] * src[i];
-    if (!(sum > 0 && sum <= DBL_MAX)) return -1; /* NaN and Inf end here, and all zeros */
+    for (int i = 0; i < n; i++) sum += (double)x[i] * x[i];
+    return sum;
+}
+
+/* False for NaN, Inf and 0. */
+static int is_length(double sum) { return sum > 0 && sum <= DBL_MAX; }
+
+int qemb_has_length(const float *src, int dim) { return is_length(sum_of_squares(src, dim)); }
+
+int qemb_l2_normalize(float *dst, const float *src, int dim) {
+    const double sum = sum_of_squares(src, dim);
+    if (!is_length(sum)) return -1;
     const double scale = 1 / sqrt(sum);
     for (int i = 0; i < dim; i++) dst[i] = (float)(src[i] * scale);
     return 0;

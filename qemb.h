@@ -404,6 +404,8 @@ void qemb_embed(qemb_model *m, const qemb_batch *b, float *out);
 /* dst (dim) = the first dim numbers of src, scaled to length 1. Returns -1 and leaves dst alone if
  * their length is zero or not finite. Sums in double, in order: the same bits on every backend. */
 int qemb_l2_normalize(float *dst, const float *src, int dim);
+/* Whether qemb_l2_normalize can scale src (dim): 1, or 0. */
+int qemb_has_length(const float *src, int dim);
 
 #ifdef __cplusplus
 }

@@ -7,7 +7,6 @@
 #include "frontends/record_tokenizer.h"
 #include "log.h"
 
-#include <float.h>
 #include <math.h>
 #include <openssl/evp.h>
 #include <pthread.h>
@@ -120,20 +119,13 @@ model_worker *model_worker_open(const model_worker_options *o) {
 
 /* ---- the model's thread ---------------------------------------------------------------------- */
 
-/* Whether qemb_l2_normalize can scale the row to length 1. */
-static int has_length(const float *row, int D) {
-    double sum = 0;
-    for (int i = 0; i < D; i++) sum += (double)row[i] * row[i];
-    return sum > 0 && sum <= DBL_MAX;
-}
-
 /* vectors[i] = row i of out (n, D), or NULL if it has no finite length. Returns the number of
  * NULLs. */
 static int make_vectors(const float *out, int D, vector **vectors, int n) {
     int bad = 0;
     for (int i = 0; i < n; i++) {
         const float *row = out + (size_t)i * (size_t)D;
-        vectors[i] = has_length(row, D) ? vector_new(row, D) : NULL;
+        vectors[i] = qemb_has_length(row, D) ? vector_new(row, D) : NULL;
         bad += !vectors[i];
     }
     return bad;

@@ -87,17 +87,13 @@ static void make_name(char name[NAME_BYTES], const uint8_t *key) {
 
 /* ---- asking ---------------------------------------------------------------------------------- */
 
-/* Reads a value as a vector of n numbers. NULL if qemb_l2_normalize cannot scale it. */
+/* Reads a value as a vector of n numbers. NULL if it is none, or has no finite length. */
 static vector *read_value(const redisReply *v, int n) {
     if (v->type != REDIS_REPLY_STRING || v->len != (size_t)n * sizeof(float)) return NULL;
     vector *x = vector_new((const float *)(const void *)v->str, n);
-    float *unit = x ? malloc((size_t)n * sizeof *unit) : NULL;
-    if (x && (!unit || qemb_l2_normalize(unit, x->v, n))) {
-        vector_drop(x);
-        x = NULL;
-    }
-    free(unit);
-    return x;
+    if (!x || qemb_has_length(x->v, n)) return x;
+    vector_drop(x);
+    return NULL;
 }
 
 /* Sends MGET for the n texts of t that have a text. */
