@@ -26,7 +26,7 @@ BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
 CPU     := $(patsubst %,backends/cpu/%,memory threads row_ops packed_gemm avx2 avx512 avx512_attention dispatch)
-ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error lib/embed_text
+ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error lib/text_ids lib/embed_text
 SHARED  := $(patsubst %,frontends/%,console options model_options select_ops open_model record_tokenizer format input)
 CLI     := $(patsubst %,frontends/cli/%,main pipeline output)
 FRONT   := $(CLI) $(SHARED)

@@ -194,6 +194,9 @@ typedef struct qemb_tokenizer_state
  * n_merges. The caller closes. */
 int qemb_tokenizer_open(qemb_tokenizer **t, const uint32_t *merges, uint32_t n_merges,
                         const uint8_t *added, size_t added_bytes, qemb_err *err);
+/* Builds those of f, which must stay valid until close, in lib/model_file.c. Also refuses ids
+ * without a row in the embedding table. Codes: "model_file", "out_of_memory". */
+int qemb_file_tokenizer(qemb_tokenizer **t, const qemb_file *f, qemb_err *err);
 void qemb_tokenizer_close(qemb_tokenizer *t);
 qemb_tokenizer_state *qemb_tokenizer_state_new(const qemb_tokenizer *t); /* NULL: out of memory */
 void qemb_tokenizer_state_free(qemb_tokenizer_state *s);

@@ -504,8 +504,7 @@ static void bench_tokenizer(const char *path) {
     char *text = zeroed(64 << 20);
     if (!in || !(c.bytes = fread(text, 1, 64 << 20, in))) die("a text cannot be read");
     fclose(in);
-    if (qemb_tokenizer_open(&t, file->merges, file->n_merges, file->added, file->added_bytes, &err))
-        die(err.msg);
+    if (qemb_file_tokenizer(&t, file, &err)) die(err.msg);
     if (!(c.s = qemb_tokenizer_state_new(t))) die("out of memory");
     c.text = text;
     start = measure_now();

@@ -3,22 +3,19 @@
 #define QEMB_RECORD_TOKENIZER_H
 
 #include "input.h"
+#include "lib/text_ids.h"
 #include "model_options.h"
 #include "open_model.h"
 
 /* For one thread. A caller may change truncate, no other member. */
 typedef struct {
-    qemb_tokenizer_state *state;
+    text_ids text;
     input_parser *parser; /* NULL: records are bare texts */
     const char *prompt;   /* (prompt_len) for records without "instruct" */
     size_t prompt_len;
     char *own_prompt; /* owns prompt, or NULL if the file does */
-    int max_tokens, eos, truncate;
+    int truncate;
     int dim, one_dim; /* length of a vector; 1: the same for all records */
-    int32_t *ids;     /* (ids_cap) of the last record */
-    size_t ids_cap;
-    char *joined; /* (joined_cap) prompt and text as one string */
-    size_t joined_cap;
 } record_tokenizer;
 
 /* The form of records and vectors. All zeros: bare texts, whole vectors. */

@@ -395,6 +395,21 @@ int qemb_file_open(qemb_file **out, const char *path, qemb_err *err) {
     return 0;
 }
 
+int qemb_file_tokenizer(qemb_tokenizer **out, const qemb_file *f, qemb_err *err) {
+    qemb_tokenizer *t;
+    if (qemb_tokenizer_open(&t, f->merges, f->n_merges, f->added, f->added_bytes, err)) return -1;
+    const uint32_t n = qemb_tokenizer_n_ids(t);
+    if (n > (uint32_t)f->config.vocab) {
+        qemb_tokenizer_close(t);
+        return qemb_fail(err, "model_file",
+                         "tokenizer: more ids than rows of the embedding table "
+                         "(got %" PRIu32 ", want at most %d)",
+                         n, f->config.vocab);
+    }
+    *out = t;
+    return 0;
+}
+
 void qemb_file_close(qemb_file *f) {
     if (!f) return;
     if (f->map) munmap((void *)(uintptr_t)f->map, f->map_bytes);

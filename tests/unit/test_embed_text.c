@@ -117,6 +117,26 @@ Test(embed_text, refuses_a_vector_without_a_length) {
     unlink(name);
 }
 
+/* An id without a row would be read from beyond the embedding table. */
+Test(embed_text, refuses_a_token_without_a_row) {
+    const qemb_config *c = &small_configs[0];
+    size_t bytes;
+    uint8_t *model = make_model(c, 1, 1, &bytes);
+    uint8_t *eos = memmem(model, bytes, "<eos>", 5);
+    cr_assert_not_null(eos);
+    for (int i = 0; i < 4; i++) eos[i - 8] = (uint8_t)(c->vocab >> 8 * i);
+    char name[64];
+    write_temporary(name, model, bytes);
+    free(model);
+    qemb_embedder *e = NULL;
+    qemb_err err;
+    cr_expect_eq(qemb_embedder_open(&e, name, NULL, NULL, &err), -1);
+    cr_expect_str_eq(err.code, "model_file");
+    cr_expect_not_null(strstr(err.msg, "more ids than rows"), "%s", err.msg);
+    cr_expect_null(e);
+    unlink(name);
+}
+
 Test(embed_text, opens_nothing_it_cannot_open) {
     qemb_embedder *e = NULL;
     qemb_err err;
