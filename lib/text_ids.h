@@ -19,12 +19,13 @@ typedef struct {
 void text_ids_close(text_ids *t);
 
 /* t->ids = the ids of the n parts as one string; the last part is the text, those before it are the
- * prompt. cut gets the bytes of the text beyond max_tokens; NULL: a longer text is an error. Returns
- * the number of ids, or -1. Codes: "invalid_utf8" (the offset counts from the text), "too_long",
- * "out_of_memory". */
+ * prompt. cut gets the bytes of the text beyond max_tokens; NULL: a longer text is an error.
+ * Returns the number of ids, or -1. Codes: "invalid_utf8" (the offset counts from the text),
+ * "too_long", "out_of_memory". */
 int text_ids_encode(text_ids *t, const char *const part[], const size_t len[], int n, size_t *cut,
                     qemb_err *err);
-/* t->ids = ids (n), which may end in end-of-text. cut gets the number of ids beyond max_tokens. */
+/* t->ids = ids (n), which may end in end-of-text. cut gets the number of ids beyond max_tokens.
+ * Returns and fails as above. */
 int text_ids_take(text_ids *t, const int32_t *ids, size_t n, size_t *cut, qemb_err *err);
 
 #endif
