@@ -264,6 +264,23 @@ def accuracy(model, int8):
     return rows
 
 
+def reference(name, code, directory, stdin=None):
+    """The JSON values, a line each, that Python code prints about a model's directory. Empty if it
+    fails, as it does where the library or a GPU is missing."""
+    r = subprocess.run(
+        [sys.executable, "-c", code, directory],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LIMIT,
+    )
+    if r.returncode:
+        print(f"  {name}: not run:", (r.stderr.strip().splitlines() or ["?"])[-1])
+        return []
+    return [json.loads(x) for x in r.stdout.splitlines()]
+
+
 def transformers(directory):
     """The same weights and lengths through the reference library, in FP16, on the same GPU."""
     code = (
@@ -281,17 +298,7 @@ def transformers(directory):
         "    s=round(10*b/(time.time()-t),1)\n"
         "    print(json.dumps({'tokens':n,'batch':b,'texts_s':s}),flush=True)\n"
     )
-    r = subprocess.run(
-        [sys.executable, "-c", code, directory],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=LIMIT,
-    )
-    if r.returncode:
-        print("  transformers: not run:", (r.stderr.strip().splitlines() or ["?"])[-1])
-        return []
-    rows = [json.loads(x) for x in r.stdout.splitlines()]
+    rows = reference("transformers", code, directory)
     for row in rows:
         print("  transformers {tokens:5} tokens {texts_s:12.1f} texts/s".format(**row))
     return rows
@@ -311,22 +318,14 @@ def sentence_transformers(directory, model):
         "print(json.dumps(len(t)/(time.time()-s)))\n"
     )
     stdin = "\n".join(texts) + "\n"
-    r = subprocess.run(
-        [sys.executable, "-c", code, directory],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=LIMIT,
-    )
-    if r.returncode:
-        print("  sentence-transformers: not run:", (r.stderr.strip().splitlines() or ["?"])[-1])
+    rate = reference("sentence-transformers", code, directory, stdin)
+    if not rate:
         return {}
     _, start, _, _ = run_qemb(model, b"one\n", kind="text")
     _, seconds, _, _ = run_qemb(model, stdin.encode(), kind="text")
     row = {
         "texts": len(texts),
-        "sentence_transformers_texts_s": round(float(r.stdout), 1),
+        "sentence_transformers_texts_s": round(rate[0], 1),
         "qemb_texts_s": round(len(texts) / max(seconds - start, 1e-9), 1),
     }
     print(

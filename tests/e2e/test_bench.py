@@ -25,6 +25,12 @@ def bench_sh(out, *args):
     )
 
 
+def peer_run(out, *peers, tokens=32, lengths="16"):
+    """bench.sh with --peer options alone, in f32."""
+    parts = ["--only", "peer", "--tokens", str(tokens), "--lengths", lengths, "--math", "f32"]
+    return bench_sh(out, *parts, *peers)
+
+
 def rows(text):
     return list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
 
@@ -43,21 +49,9 @@ def tokens_of(lines):
 
 def test_a_peer_gets_the_texts_by_input_and_by_file(tmp_path):
     piped, named = tmp_path / "piped", tmp_path / "named"
-    r = bench_sh(
-        tmp_path / "r",
-        "--only",
-        "peer",
-        "--tokens",
-        "256",
-        "--lengths",
-        "16 64",
-        "--math",
-        "f32",
-        "--peer",
-        f"cat >>{piped}",
-        "--peer",
-        f"cat {{file}} >>{named}; echo {{threads}},{{length}} >>{tmp_path}/said",
-    )
+    by_file = f"cat {{file}} >>{named}; echo {{threads}},{{length}} >>{tmp_path}/said"
+    peers = ["--peer", f"cat >>{piped}", "--peer", by_file]
+    r = peer_run(tmp_path / "r", *peers, tokens=256, lengths="16 64")
     assert r.returncode == 0, r.stderr
     assert piped.read_text() == named.read_text()
     # the first text alone, untimed; all texts of a length; the first one alone again
@@ -67,12 +61,8 @@ def test_a_peer_gets_the_texts_by_input_and_by_file(tmp_path):
     assert lines[1].split()[0] != lines[2].split()[0]  # a batch shares no prefix
     assert (tmp_path / "said").read_text().split() == ["2,16"] * 3 + ["2,64"] * 3
     d = json.loads((tmp_path / "r/bench.json").read_text())
-    assert (
-        [p[:3] for p in d["peers"]] == ["cat", "cat"]
-        and d["compiler"]
-        and d["commit"]
-        and d["machine"]
-    )
+    assert [p[:3] for p in d["peers"]] == ["cat", "cat"]
+    assert d["compiler"] and d["commit"] and d["machine"]
     got = rows((tmp_path / "r/bench.csv").read_text())
     assert len(got) == len(d["rows"]) == 2 * (2 + 2 * 2 + 2 * 2)
     for n in ("16", "64"):
@@ -84,19 +74,7 @@ def test_a_peer_gets_the_texts_by_input_and_by_file(tmp_path):
 def test_a_rate_is_empty_where_the_further_texts_take_no_time(tmp_path):
     # the first text alone takes longer than all of them
     peer = "if [ $(wc -l <{file}) = 1 ]; then sleep 0.3; fi"
-    r = bench_sh(
-        tmp_path,
-        "--only",
-        "peer",
-        "--tokens",
-        "32",
-        "--lengths",
-        "16",
-        "--math",
-        "f32",
-        "--peer",
-        peer,
-    )
+    r = peer_run(tmp_path, "--peer", peer)
     assert r.returncode == 0, r.stderr
     d = {x["name"]: x["median"] for x in json.loads((tmp_path / "bench.json").read_text())["rows"]}
     assert d["peer 1: rate"] is None and d["qemb against peer 1: rate"] is None
@@ -105,20 +83,7 @@ def test_a_rate_is_empty_where_the_further_texts_take_no_time(tmp_path):
 
 def test_append_keeps_rows_and_goes_on_counting_peers(tmp_path):
     for more in ([], ["--append"]):
-        r = bench_sh(
-            tmp_path,
-            "--only",
-            "peer",
-            "--tokens",
-            "32",
-            "--lengths",
-            "16",
-            "--math",
-            "f32",
-            "--peer",
-            "cat",
-            *more,
-        )
+        r = peer_run(tmp_path, "--peer", "cat", *more)
         assert r.returncode == 0, r.stderr
     names = {x["name"] for x in rows((tmp_path / "bench.csv").read_text())}
     assert {"peer 1: whole run", "peer 2: whole run"} <= names
@@ -126,19 +91,7 @@ def test_append_keeps_rows_and_goes_on_counting_peers(tmp_path):
 
 
 def test_a_peer_that_fails_ends_the_run(tmp_path):
-    r = bench_sh(
-        tmp_path,
-        "--only",
-        "peer",
-        "--tokens",
-        "32",
-        "--lengths",
-        "16",
-        "--math",
-        "f32",
-        "--peer",
-        "echo no such model >&2; exit 3",
-    )
+    r = peer_run(tmp_path, "--peer", "echo no such model >&2; exit 3")
     assert r.returncode == 1 and "no such model" in r.stderr
 
 
@@ -166,9 +119,8 @@ def test_forward_counts_tokens_texts_and_shares():
     )
     got = rows("group,name,n,median,p10,p90,unit,percent,limit\n" + r.stdout)
     by = {(x["group"], x["name"]): float(x["median"]) for x in got}
-    assert by["forward", "tokens"] == pytest.approx(
-        16 * by["forward", "texts"], rel=1e-3
-    )  # 4 digits are printed
+    # 4 digits are printed
+    assert by["forward", "tokens"] == pytest.approx(16 * by["forward", "texts"], rel=1e-3)
     assert sum(v for (group, _), v in by.items() if group == "share") == pytest.approx(100, abs=0.1)
     # 4 texts of 16 tokens; demo: 4 layers of 128 -> (4 + 2 * 2) * 64, 4 * 64 -> 128 and 3 * 192 *
     # 128. In the last layer 4 rows go on after the keys and values, and 4 queries are asked.
