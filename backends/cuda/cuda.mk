@@ -13,6 +13,7 @@ EMU_HEADERS := $(wildcard tests/cuda/emu/*.h) tests/cuda/cuda_test.h tests/cuda/
 C_HEADERS   := $(wildcard *.h */*.h */*/*.h) # of all C files: a stale object is one of another layout
 EMU_TESTS   := tests/cuda/cuda_main.cu tests/cuda/test_cuda_ops.cu tests/cuda/test_cuda_hopper.cu tests/cuda/test_cuda_model.cu tests/cuda/test_cuda_quantize.cu
 EMU_C       := $(patsubst %,%.c,$(ENGINE)) tests/unit/oracle.c tests/unit/support.c
+EMU_OBJECTS := $(patsubst %.cu,%.cu.o,qemb.cu $(EMU_TESTS)) $(EMU_SOURCES:.cpp=.o) $(EMU_C:.c=.o) # of test_cuda
 EMU_WARN    := -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas
 EMU_CXX     := -std=c++20 -g $(EMU_WARN) -Wno-psabi -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/cuda/emu
 EMU_CC      := -std=c11 -D_GNU_SOURCE -I. -g $(EMU_WARN)
@@ -22,7 +23,7 @@ comma       := ,
 CUDA_PROGRAM = $(FRONT) backends/cuda/backend $(ENGINE)
 CUDA_SERVE   = $(SERVE) backends/cuda/backend $(ENGINE)
 
-.PHONY: test-emu emu-values emu-sanitizers emu-races emu-program emu-mutants cuda-archs mutants gpu-test gpu-check gpu-bench
+.PHONY: test-emu emu-values emu-sanitizers emu-races emu-program emu-mutants emu-objects cuda-archs mutants gpu-test gpu-check gpu-bench
 ifeq ($(wildcard $(CUDA)/include/cuda_fp16.h),)
 test-emu cuda-archs mutants gpu-test gpu-check gpu-bench qemb-cuda qemb-serve-cuda:
 	@echo "skipped: no CUDA toolkit (looked in /usr/local/cuda, /opt/cuda and PATH; set CUDA=)"
@@ -40,7 +41,7 @@ build/$(1)/%.o: %.cpp $$(EMU_HEADERS)
 build/$(1)/%.o: %.c $$(C_HEADERS)
 	@mkdir -p $$(@D)
 	$$(CC) $$(EMU_CC) -O3 -fopenmp $(3) -c $$< -o $$@
-build/$(1)/test_cuda: $$(patsubst %.cu,build/$(1)/%.cu.o,qemb.cu $$(EMU_TESTS)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES)) $$(patsubst %.c,build/$(1)/%.o,$$(EMU_C))
+build/$(1)/test_cuda: $$(EMU_OBJECTS:%=build/$(1)/%)
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -lcrypto -lm -o $$@
 build/$(1)/qemb-cuda: build/$(1)/qemb.cu.o $$(patsubst %,build/$(1)/%.o,$$(CUDA_PROGRAM)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -ljansson -lcrypto -lm -o $$@
@@ -66,6 +67,8 @@ emu-program: build/emu/qemb-cuda build/emu/qemb-cpu build/emu/qemb-serve
 	tests/cuda/test_cuda_serve.py build/emu/qemb-serve build/emu/qemb-cpu
 emu-mutants: build/emu/test_cuda build/emu-race/test_cuda
 	tests/cuda/mutants.py --sample
+emu-objects:
+	@echo $(EMU_OBJECTS)
 
 mutants: ## drop every barrier, wait and guard of the CUDA code in turn: the tests must notice each
 	tests/cuda/mutants.py

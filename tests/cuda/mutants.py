@@ -4,11 +4,12 @@
     mutants.py [--sample] [NAME...]
 
 A mutant replaces text that occurs exactly once in its file. It is built twice (plain, and with the
-race detector) and is caught if a build or a run of the tests named for it fails. --sample: a few
-that cover each kind of net. Exit 1 if one survives or no longer applies. CUDA and CXX as in
+race detector) and is caught if a run of the tests named for it fails. --sample: a few that cover
+each kind of net. Exit 1 if one survives, does not build or no longer applies. CUDA and CXX as in
 backends/cuda/cuda.mk. """
 
 import concurrent.futures
+import functools
 import os
 import pathlib
 import re
@@ -635,49 +636,32 @@ MUTANTS = [
     ("ah_filled_up", P, "if (w.t0 >= w.len) break; /* padding", "/* padding", "attention_hopper"),
 ]
 
-SOURCES = (
-    "qemb.cu",
-    "tests/cuda/cuda_main.cu",
-    "tests/cuda/test_cuda_ops.cu",
-    "tests/cuda/test_cuda_hopper.cu",
-    "tests/cuda/test_cuda_model.cu",
-    "tests/cuda/test_cuda_quantize.cu",
-)
 CODE = [
     f.relative_to(ROOT)
     for d in (".", "backends/cuda", "tests/cuda", "tests/cuda/emu", "tests/unit")
     for f in (ROOT / d).glob("*.*")
     if f.suffix in (".cu", ".cuh", ".h", ".cpp")
 ]
-# Per net: flags of the code under test. Objects that the mutants share come from build/NET.
+# Per net: flags of the code under test. The other objects come from build/NET.
 FLAGS = {
     "emu": ["-O1", "-fopenmp"],
     "emu-race": ["-O1", "-fopenmp", "-fsanitize=thread", "-fno-threadsafe-statics", "-fno-pie"]
     + ["-DEMU_RACE"],
 }
-SHARED = [
-    f"tests/cuda/emu/emu_{x}.o" for x in ("fibers", "runtime", "race", "hopper", "cublaslt")
-] + [
-    "qemb.o",
-    *(
-        f"backends/cpu/{x}.o"
-        for x in (
-            "memory",
-            "threads",
-            "row_ops",
-            "packed_gemm",
-            "avx2",
-            "avx512",
-            "avx512_attention",
-            "dispatch",
-        )
-    ),
-    "lib/model_file.o",
-    "lib/error.o",
-    "tests/unit/oracle.o",
-    "tests/unit/support.o",
-    "tests/cuda/cuda_main.cu.o",
-]
+
+
+def make(*targets, **options):
+    # Not a part of the make that runs this program: its job server is out of reach.
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
+    return subprocess.run(["make", "-s", *targets], cwd=ROOT, env=env, check=False, **options)
+
+
+@functools.cache
+def test_objects():
+    """The objects of test_cuda, relative to build/NET, in the order in which make links them."""
+    made = make("emu-objects", stdout=subprocess.PIPE, text=True)
+    made.check_returncode()
+    return made.stdout.split()
 
 
 def find_cuda():
@@ -719,19 +703,28 @@ def touched(file, tests):
     return ["qemb.cu", "tests/cuda/test_cuda_ops.cu"]
 
 
+def build(command):
+    """Raises RuntimeError with the first error. A mutant that does not build proves nothing."""
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        errors = [x for x in made.stderr.splitlines() if "error" in x or "undefined" in x]
+        raise RuntimeError(f"does not build: {(errors or ['exit ' + str(made.returncode)])[0]}")
+
+
 def run_net(net, work, file, tests, cuda):
     """None if the mutant survives in this net, else what caught it."""
     # Mutated objects come first: kernels are templates, and of equal ones the linker takes the
     # first.
-    objects, others = [], [str(ROOT / "build" / net / o) for o in SHARED]
+    objects, others = [], []
     only_model = all(t.startswith(MODEL_TESTS) for t in tests)
     only_ops = not any(t.startswith(MODEL_TESTS) for t in tests)
-    for source in SOURCES[:1] + SOURCES[2:]:
+    for name in test_objects():
+        source = name.removesuffix(".o")
         ops = source.endswith(("ops.cu", "hopper.cu"))
         if (ops and only_model) or (source.endswith("model.cu") and only_ops):
             continue
         if source not in touched(file, tests):
-            others.append(str(ROOT / "build" / net / (source + ".o")))
+            others.append(str(ROOT / "build" / net / name))
             continue
         out = work / net / (pathlib.Path(source).name + ".o")
         out.parent.mkdir(exist_ok=True)
@@ -753,28 +746,12 @@ def run_net(net, work, file, tests, cuda):
             "-o",
             str(out),
         ]
-        if subprocess.run(cmd, capture_output=True, check=False).returncode:
-            return "does not build"
+        build(cmd)
         objects.append(str(out))
     program = work / net / "t"
-    link = subprocess.run(
-        [
-            os.environ.get("CXX", "g++"),
-            "-fopenmp",
-            "-no-pie",
-            *objects,
-            *others,
-            "-lcrypto",
-            "-lm",
-            "-o",
-            str(program),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if link.returncode:
-        raise RuntimeError(link.stderr)
+    cxx = os.environ.get("CXX", "g++")
+    libraries = ["-lcrypto", "-lm"]
+    build([cxx, "-fopenmp", "-no-pie", *objects, *others, *libraries, "-o", str(program)])
     schedules = ["--schedules", "5"] if net == "emu" else []
     try:
         r = subprocess.run(
@@ -807,10 +784,13 @@ def try_mutant(mutant, cuda):
             (work / f).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / f, work / f)
         (work / file).write_text(pattern.sub(lambda _: replacement, source))
-        for net in FLAGS:
-            caught = run_net(net, work, file, tests.split(), cuda)
-            if caught:
-                return name, True, caught
+        try:
+            for net in FLAGS:
+                caught = run_net(net, work, file, tests.split(), cuda)
+                if caught:
+                    return name, True, caught
+        except RuntimeError as e:
+            return name, False, str(e)
     return name, False, "survives"
 
 
@@ -819,10 +799,7 @@ def main(args):
     if not cuda:
         print("skipped: no CUDA toolkit")
         return 0
-    make = subprocess.run(
-        ["make", "-s", "build/emu/test_cuda", "build/emu-race/test_cuda"], cwd=ROOT, check=False
-    )
-    if make.returncode:
+    if make("build/emu/test_cuda", "build/emu-race/test_cuda").returncode:
         return 1
     names = [a for a in args if not a.startswith("-")]
     chosen = [
