@@ -32,7 +32,8 @@ static void print_row(FILE *out, const option_row *r) {
              r->letter ? ", " : "", r->name, r->argument ? " " : "",
              r->argument ? r->argument : "");
     fprintf(out, "  %-22s  %s", left, r->help);
-    if (r->standard) fprintf(out, "  [%s]", r->standard);
+    const char *standard = r->standard ? r->standard : r->unset;
+    if (standard) fprintf(out, "  [%s]", standard);
     fputc('\n', out);
 }
 
@@ -144,14 +145,22 @@ static void operand(const option_table *t, const char *value, int n) {
     t->operand(t->operand_options, value, n);
 }
 
+static void set_defaults(const option_table *t) {
+    const option_row *r;
+    void *options = NULL;
+    for (int i = 0; (r = row_at(t, i, &options)); i++)
+        if (r->standard) set_option(r, options, r->standard);
+}
+
 void options_parse(option_table *t, int argc, char **argv) {
     struct option longs[OPTION_ROWS + 3];
     char letters[8 + 2 * OPTION_ROWS];
     int opt, n_operands = 0;
     make_getopt(t, longs, letters);
+    set_defaults(t);
     opterr = 0;
     while ((opt = getopt_long(argc, argv, letters, longs, NULL)) != -1) {
-        void *options;
+        void *options = NULL;
         if (opt == 'h') print_help(t);
         if (opt == 'V') print_version();
         if (opt == 1) {

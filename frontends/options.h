@@ -1,7 +1,7 @@
 /* options.h - command-line options from a table.
  *
- * An option is one row. Parsing, --help and the tests of the manuals read the rows, so the row is
- * the only place where an option is added. A test demands its paragraph in the manual.
+ * An option is one row, and the member that the row sets. Parsing, the default, --help and the tests
+ * of the manuals read the row. A test demands the option's paragraph in the manual.
  */
 #ifndef QEMB_OPTIONS_H
 #define QEMB_OPTIONS_H
@@ -22,9 +22,10 @@ typedef struct {
     const char *name;     /* without the dashes */
     const char *argument; /* the value's name in --help; NULL: no value */
     const char *help;     /* one line */
-    const char *standard; /* the default as --help shows it, or NULL */
+    const char *standard; /* the default, as on a command line; NULL: the member starts as 0 */
     option_kind kind;
     size_t at;                  /* offset of the member that is set */
+    const char *unset;          /* without `standard`: --help's words for the default, or NULL */
     char letter;                /* the short form, or 0 */
     int value;                  /* of OPTION_FLAG */
     int min, max;               /* of OPTION_INT, OPTION_DOUBLE, OPTION_SIZE */
@@ -56,8 +57,8 @@ typedef struct {
     int n_seen;
 } option_table;
 
-/* Sets the members for the options in argv and fills seen. --help and --version print and end the
- * process. Ends it with STATUS_USAGE if argv is wrong. */
+/* Sets the members to the rows' defaults, then for the options in argv. Fills seen. --help and
+ * --version print and end the process. Ends it with STATUS_USAGE if argv is wrong. */
 void options_parse(option_table *t, int argc, char **argv);
 /* Ends with STATUS_USAGE if an option was given that does not apply: to the command of bit
  * `command`, called `name`, or to a program without a GPU. */

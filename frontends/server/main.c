@@ -47,11 +47,12 @@ static const option_row rows[] = {
     {"host", "ADDRESS", "where to listen", "127.0.0.1", OPTION_STRING, AT(http.host)},
     {"port", "N", "0: any free one, which the log names", "8080",
      OPTION_INT, AT(http.port), .min = 0, .max = 65535},
-    {"name", "NAME", "the model's name; repeat for more names", "the file's",
-     OPTION_CALL, .call = add_name},
+    {"name", "NAME", "the model's name; repeat for more names", NULL,
+     OPTION_CALL, .unset = "the file's", .call = add_name},
     {"fallback", "FILE", "another model, for requests that allow it", NULL,
      OPTION_STRING, AT(fallback)},
-    {"fallback-name", "NAME", "its name", "the file's", OPTION_STRING, AT(http.fallback_name)},
+    {"fallback-name", "NAME", "its name", NULL,
+     OPTION_STRING, AT(http.fallback_name), .unset = "the file's"},
     {"api-key-file", "FILE", "a key per line: requests must bring one", NULL,
      OPTION_STRING, AT(http.key_file)},
     {"http-threads", "N", "threads that parse, tokenize and format", "2",
@@ -111,19 +112,7 @@ static void check_names(options *o) {
 }
 
 static void parse_options(options *o, int argc, char **argv) {
-    *o = (options){.cache_mib = 64,
-                   .redis_timeout = 50,
-                   .worker = {.max_queue_tokens = 262144},
-                   .http = {.host = "127.0.0.1",
-                            .port = 8080,
-                            .http_threads = 2,
-                            .max_connections = 1024,
-                            .max_texts = 2048,
-                            .max_body = (size_t)4 << 20,
-                            .max_memory = (size_t)1 << 30,
-                            .deadline = 60,
-                            .receive_timeout = 30,
-                            .drain = 30}};
+    *o = (options){0};
     option_table t = {.synopsis = synopsis,
                       .ending = ending,
                       .sections = {{model_option_rows, n_model_option_rows, &o->worker.model},
