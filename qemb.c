@@ -5,9 +5,10 @@
  * calls them and is the same for every backend; opening and closing; and the packer, which lays
  * many texts end to end so that nothing is padded.
  *
- * Every op computes a row from that row's inputs alone, with the same instructions in the same
- * order whatever T is and however threads divide the rows. Therefore a text's vector has the same
- * bits alone, in any batch and with any number of threads.
+ * Every op computes a row from that row's inputs alone, attention from those of its text up to that
+ * row. The instructions and their order are the same whatever T is and however threads divide the
+ * rows. Therefore a text's vector has the same bits alone, in any batch and with any number of
+ * threads.
  */
 #include "backends/cpu/cpu.h"
 

@@ -20,7 +20,7 @@
 #endif
 
 #if defined(__has_include) &&                                                                      \
-    defined(__x86_64__) /* the vector tables, which it is compared with, are for x86 */
+    defined(__x86_64__) /* the SIMD tables, which it is compared with, are for x86 */
 #if __has_include(<oneapi/dnnl/dnnl.h>)
 #include <oneapi/dnnl/dnnl.h>
 #define HAVE_DNNL

@@ -1,7 +1,7 @@
 /* options.h - command-line options from a table.
  *
- * An option is one row, and the member that the row sets. Parsing, the default, --help and the tests
- * of the manuals read the row. A test demands the option's paragraph in the manual.
+ * An option is one row, and the member that the row sets. Parsing, the default, --help and the
+ * tests of the manuals read the row. A test demands the option's paragraph in the manual.
  */
 #ifndef QEMB_OPTIONS_H
 #define QEMB_OPTIONS_H

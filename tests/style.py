@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks the form of the files: line and function lengths, links, first lines, includes.
+"""Checks the form of the files: lengths of lines and functions, links, first lines, includes.
 
     style.py [DIRECTORY]   the checks, on this repository or on the git checkout DIRECTORY
     style.py --self-test   that each check finds a fault in a tree made for it
@@ -99,6 +99,29 @@ def links(root, files):
                 yield f"{f}: {target}: no such heading"
 
 
+def names(root, files):
+    """Source files that the pages name exist. The log of old attempts may name others."""
+    known = {posixpath.basename(f) for f in files}
+    for f in files:
+        if f.endswith(".md") and not f.endswith("-log.md"):
+            text = (root / f).read_text(encoding="utf-8")
+            for name in re.findall(r"\b[\w-]+\.(?:cuh?|[ch]|py|sh|mk)\b", text):
+                if name not in known:
+                    yield f"{f}: {name}: no such file"
+
+
+def paths(root, files):
+    """Files that Python programs name as ROOT / "a" / "b" exist, or are made (.gitignore)."""
+    for f in files:
+        if not f.endswith(".py") or f == "tests/style.py":  # whose own trees are below
+            continue
+        for parts in re.findall(r'\bROOT((?: / "[^"{}]+")+)', (root / f).read_text("utf-8")):
+            path = posixpath.join(*re.findall(r'"([^"]+)"', parts))
+            made = ["git", "-c", "safe.directory=*", "check-ignore", "-q", path]
+            if not (root / path).exists() and subprocess.run(made, cwd=root).returncode:
+                yield f"{f}: {path}: no such file"
+
+
 def openings(root, files):
     """A source file begins with a comment that names it."""
     for f in files:
@@ -141,7 +164,7 @@ def circles(root, files):
         yield from visit(node, [])
 
 
-CHECKS = (columns, functions, top_level, readme, links, openings, circles)
+CHECKS = (columns, functions, top_level, readme, links, names, paths, openings, circles)
 
 
 def check(root):
@@ -156,6 +179,8 @@ FAULTS = {  # check -> the files of a tree in which it must find something
     "top_level": {f"f{i}": "" for i in range(21)},
     "readme": {"README.md": "word " * 900},
     "links": {"a.md": "[x](b.md)"},
+    "names": {"a.md": "See b.c.\n"},
+    "paths": {"a.py": 'x = ROOT / "b" / "c.txt"\n'},
     "openings": {"a.c": "/* b.c - x */\n"},
     "circles": {"a.h": '/* a.h - x */\n#include "b.h"\n', "b.h": '/* b.h - x */\n#include "a.h"\n'},
 }
@@ -164,6 +189,9 @@ GOOD = {
     "a.md": "# One, two\n",
     "a.c": '/* a.c - x */\n#include "a.h"\nvoid f(void) {\n' + BODY * 98 + "}\n" + "/" * 100 + "\n",
     "a.h": "/* a.h - x */\n",
+    "c.md": "See a.c and d.py.\n",
+    "d.py": 'x = ROOT / "a.h", ROOT / "build" / "x"\n',
+    ".gitignore": "/build/\n",
     "b.py": "def f():\n" + "    x()\n" * 99 + "\n\ny = 1\n",
 }
 

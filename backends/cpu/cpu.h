@@ -30,7 +30,7 @@ static inline int round_up(int a, int to) { return ceil_div(a, to) * to; }
 
 struct attention_tile;
 
-/* What a vector table computes with its instructions: one row, or one block of attention. Sizes are
+/* What a SIMD table computes with its instructions: one row, or one block of attention. Sizes are
  * the model's and may be odd; nothing beyond them is read or written. */
 typedef struct {
     /* Tokens x query heads of an attention block (or one token): as many as keep its memory, an
@@ -83,7 +83,7 @@ int cpu_load_weights(qemb_backend *be, qemb_weights *w,
 /* Drops a file's mapped pages within [p, p + bytes) from this process's memory. */
 void cpu_drop_pages(const void *p, size_t bytes);
 
-/* ---- qemb.c: plain ops that the vector tables use too ---------------------------------------- */
+/* ---- qemb.c: plain ops that the SIMD tables use too ---------------------------------------- */
 
 void cpu_begin(qemb_backend *be, const qemb_packed_batch *b);
 void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);

@@ -1,4 +1,4 @@
-/* threads.c - the threads that run the ops of the vector tables.
+/* threads.c - the threads that run the ops of the SIMD tables.
  *
  * A job is a number of items. The caller and its helpers take them one by one. The caller waits for
  * the helpers that have taken an item, but not for those that have not: on a busy machine a helper

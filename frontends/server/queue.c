@@ -5,8 +5,8 @@
  *   1. the first long text, if a long text waited while the previous batch took none;
  *   2. short texts, at most `share` tokens from each request in turn, round after round;
  *   3. long texts that still fit, once no short text is left.
- * So a request with a thousand texts leaves room for the next request. A short text waits for at
- * most one batch with a long text, and a long text for at most one batch of short ones.
+ * So a request with a thousand texts leaves room for the next request. While long texts wait, at
+ * least one of two successive batches contains a long text.
  */
 #include "queue.h"
 

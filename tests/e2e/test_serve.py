@@ -811,7 +811,7 @@ def test_locust(serve):
     url = f"http://127.0.0.1:{serve.port}"
     args = [
         "-f",
-        str(ROOT / "tests" / "locustfile.py"),
+        str(ROOT / "tests" / "e2e" / "locustfile.py"),
         "--host",
         url,
         "--headless",

@@ -1,4 +1,4 @@
-/* exp.h - the vector tables' exp, for tests. Each function needs a CPU that its table runs on. */
+/* exp.h - the SIMD tables' exp, for tests. Each function needs a CPU that its table runs on. */
 #ifndef TEST_EXP_H
 #define TEST_EXP_H
 
