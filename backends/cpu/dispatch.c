@@ -23,25 +23,37 @@ static int has_avx512(void) {
            __builtin_cpu_supports("bmi2");
 }
 
-static int has_avx512_bf16(void) {
-    unsigned eax, ebx, ecx, edx;
-    return has_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1;
-}
-
 static int has_avx512_vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
+/* Attention of the table for bfloat16 multiplies 16-bit integers, with VNNI. */
+static int has_avx512_bf16(void) {
+    unsigned eax, ebx, ecx, edx;
+    return has_avx512_vnni() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1;
+}
+
 #endif
 
-const qemb_ops *qemb_cpu_table(int i) {
-    const qemb_ops *tables[6] = {&qemb_cpu_ops};
-    int n = 1;
+static int always(void) { return 1; }
+
+/* Every table, and whether this CPU has its instructions. Of an arithmetic, the fastest is last. */
+static const struct {
+    const qemb_ops *ops;
+    int (*runs)(void);
+} tables[] = {
+    {&qemb_cpu_ops, always},
 #if defined(__x86_64__)
-    if (has_avx2()) tables[n++] = &avx2_ops;
-    if (has_avx512()) tables[n++] = &avx512_ops;
-    if (has_avx512_vnni() && has_avx512_bf16()) tables[n++] = &avx512_bf16_ops;
-    if (has_avx512_vnni()) tables[n++] = &avx512_int16_ops, tables[n++] = &avx512_int8_ops;
+    {&avx2_ops, has_avx2},
+    {&avx512_ops, has_avx512},
+    {&avx512_bf16_ops, has_avx512_bf16},
+    {&avx512_int16_ops, has_avx512_vnni},
+    {&avx512_int8_ops, has_avx512_vnni},
 #endif
-    return i >= 0 && i < n ? tables[i] : NULL;
+};
+
+const qemb_ops *qemb_cpu_table(int i) {
+    for (size_t k = 0; i >= 0 && k < sizeof tables / sizeof *tables; k++)
+        if (tables[k].runs() && !i--) return tables[k].ops;
+    return NULL;
 }
 
 /* Names are those of the instructions, and for other arithmetic than float, with that:
