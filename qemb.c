@@ -25,7 +25,8 @@ enum {
     NR = 16,   /* rows of W: the tile's MR x NR sums stay in registers */
     KC = 256,  /* columns of a packed panel: KC x NR floats are half of a 32 KiB L1 cache */
     KEYS = 64, /* keys of an attention tile; tiles begin at multiples of it in absolute position */
-    QUERIES = 32, /* tokens of an attention block */
+    QUERIES = 32,      /* tokens of an attention block */
+    MAX_IN_FLIGHT = 2, /* of any table */
 };
 
 static float *f32(qemb_act *a) { return (float *)a; }
@@ -370,8 +371,9 @@ void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_pack
     for (int i = 0; i < b->B; i++) memcpy(y + i * D, x + (b->cu[i + 1] - 1) * D, D * sizeof *y);
 }
 
-static void cpu_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
+static int cpu_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
     cpu_rmsnorm(be, (qemb_act *)out, x, w, B);
+    return 0;
 }
 
 static double sum_of_squares(const float *x, int n) {
@@ -400,10 +402,11 @@ static int cpu_open(qemb_backend **out, const qemb_config *c, const qemb_options
     return cpu_open_scratch(out, c, opt, attention_scratch_floats(c), 0, err);
 }
 
-void cpu_begin(qemb_backend *be, const qemb_packed_batch *b) {
+int cpu_begin(qemb_backend *be, const qemb_packed_batch *b) {
     int longest = b->P;
     for (int i = 0; i < b->B; i++) longest = max_int(longest, b->P + b->cu[i + 1] - b->cu[i]);
     rope_extend(be, longest);
+    return 0;
 }
 
 const qemb_ops qemb_cpu_ops = {
@@ -447,6 +450,11 @@ struct qemb_model {
     int32_t *tokens, *pos, *cu; /* of the batch being computed */
     qemb_model *fallback;       /* the same model over ops->fallback, or NULL */
     uint64_t recomputed;
+    struct { /* batches that are submitted and not collected, oldest first */
+        const qemb_batch *b;
+        float *out;
+    } running[MAX_IN_FLIGHT];
+    int n_running;
 };
 
 static int mlp_rows(const qemb_ops *ops) { return ops->mlp_rows ? ops->mlp_rows : QEMB_MLP_ROWS; }
@@ -476,16 +484,14 @@ static size_t plan_activations(activations *a, const qemb_config *c, const qemb_
 
 /* clang-format off */
 
-/* The model, written once for every backend. out (n_out, D) = the vectors of the first n_out
- * texts. */
-static void qemb_forward(qemb_model *m, const qemb_packed_batch *b, float *out, int n_out) {
+/* The model, written once for every backend: x_last (B, D) = the texts' last rows. */
+static void qemb_forward(qemb_model *m, const qemb_packed_batch *b) {
     const qemb_config *c = &m->file->config;
     const qemb_ops *op = m->ops;
     qemb_backend *be = m->be;
     const activations *a = &m->a;
     float *x = a->x;
 
-    op->begin(be, b);
     op->embed(be, x, &m->w.tok_emb, b);                                     /* x   (T, D)         */
     for (int l = 0; l < c->n_layers; l++) {
         const qemb_layer *w = &m->w.layers[l];
@@ -507,10 +513,17 @@ static void qemb_forward(qemb_model *m, const qemb_packed_batch *b, float *out, 
             op->matmul_add(be, xr, a->h, &w->wdown, n);                     /* xr += h Wdown^T    */
         }
     }
-    op->pool(be, out, x, m->w.final_norm, n_out);                           /* out (n_out, D)     */
 }
 
 /* clang-format on */
+
+/* out (n_out, D) = the vectors of the first n_out texts. */
+static void run_batch(qemb_model *m, const qemb_packed_batch *b, float *out, int n_out) {
+    const qemb_ops *op = m->ops;
+    do {
+        if (!op->begin(m->be, b)) qemb_forward(m, b);
+    } while (op->pool(m->be, out, m->a.x_last, m->w.final_norm, n_out));
+}
 
 /* ---- opening --------------------------------------------------------------------------------- */
 
@@ -734,13 +747,32 @@ static void compute_again(qemb_model *m, const packed_text *text, float *out) {
     m->recomputed++;
 }
 
-void qemb_embed(qemb_model *m, const qemb_batch *b, float *out) {
+int qemb_in_flight(const qemb_model *m) { return max_int(m->ops->in_flight, 1); }
+
+void qemb_submit(qemb_model *m, const qemb_batch *b, float *out) {
+    assert(m->n_running < qemb_in_flight(m));
+    m->running[m->n_running].b = b;
+    m->running[m->n_running++].out = out;
     if (!b->B) return;
-    const size_t D = (size_t)m->file->config.hidden;
     const qemb_packed_batch packed = pack(m, b);
-    qemb_forward(m, &packed, out, b->B);
+    run_batch(m, &packed, out, b->B);
+}
+
+void qemb_collect(qemb_model *m) {
+    assert(m->n_running);
+    const size_t D = (size_t)m->file->config.hidden;
+    const qemb_batch *b = m->running[0].b;
+    float *out = m->running[0].out;
+    memmove(m->running, m->running + 1, (size_t)--m->n_running * sizeof *m->running);
+    if (!b->B) return;
+    if (m->ops->in_flight) m->ops->collect(m->be);
     if (!m->fallback || qemb_health_of(m).failure) return; /* a failed device ends the run */
     for (int i = 0; i < b->B; i++)
         if (!all_finite(out + (size_t)i * D, D))
             compute_again(m, &b->texts[i], out + (size_t)i * D);
+}
+
+void qemb_embed(qemb_model *m, const qemb_batch *b, float *out) {
+    qemb_submit(m, b, out);
+    qemb_collect(m);
 }

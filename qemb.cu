@@ -219,7 +219,7 @@ static void start_pool(qemb_backend *be, staging *s, const float *x, const float
     good(be, cudaEventRecord(s->free, be->st), "pool");
 }
 
-static void cuda_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
+static int cuda_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
     const int rows = (int)(SLOT_BYTES / (be->c->hidden * sizeof(float)));
     const size_t D = (size_t)be->c->hidden;
     finish_graph(be);
@@ -240,6 +240,7 @@ static void cuda_pool(qemb_backend *be, float *out, const float *x, const float 
     if (good(be, cudaStreamSynchronize(be->st), "pool"))
         memcpy(&be->n_clamped, s->host, sizeof be->n_clamped);
     if (be->failure[0]) std::fill(out, out + B * D, NAN);
+    return 0;
 }
 
 /* ---- the tables ------------------------------------------------------------------------------ */

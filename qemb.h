@@ -239,6 +239,7 @@ struct qemb_options {
     int max_tokens;   /* longest text, end-of-text included; 0: the model's max_positions */
     int threads;      /* CPU threads; 0: as many as this process may use */
     /* For the CUDA backend; the CPU's tables ignore them. */
+    int device;        /* which GPU, from 0 on */
     int deterministic; /* a vector's bits do not depend on its batch (always so on a CPU) */
     int hopper;        /* the kernels for sm_90, where the shapes allow; off if deterministic */
     int no_graphs;     /* launches small batches op by op instead of replaying CUDA graphs */
@@ -293,6 +294,7 @@ struct qemb_ops {
     size_t act_size;  /* bytes of one qemb_act */
     int batch_tokens; /* rows of a bulk batch by default; 0: QEMB_BATCH_TOKENS */
     int mlp_rows;     /* rows that the MLP computes at a time; 0: QEMB_MLP_ROWS */
+    int in_flight;    /* batches that may be between pool and collect; 0: there is no collect */
 
     /* The table that recomputes vectors with infinities or NaN. It must read the map without
      * copying weights. NULL: the activations cannot overflow earlier than float. */
@@ -307,6 +309,8 @@ struct qemb_ops {
     int (*plan)(qemb_part *parts, const qemb_file *f, const qemb_options *opt, size_t arena);
     /* Bytes that load_weights allocates for repacked copies of matrices. NULL: none. */
     size_t (*repacked_bytes)(const qemb_weights *w, int n_layers);
+    /* The number of GPUs that options.device can name. NULL: a CPU table. */
+    int (*devices)(void);
     /* Adds the faults of be to h. NULL: there are none to count. */
     void (*health)(const qemb_backend *be, qemb_health *h);
 
@@ -319,8 +323,9 @@ struct qemb_ops {
     int (*load_weights)(qemb_backend *be, qemb_weights *w, qemb_err *err);
     /* Memory for the activations, aligned to 256 bytes, freed by close. Called once. */
     void *(*arena)(qemb_backend *be, size_t bytes, qemb_err *err);
-    /* Announces the batch of the following calls, up to pool. b lies in host memory. */
-    void (*begin)(qemb_backend *be, const qemb_packed_batch *b);
+    /* Announces the batch of the following calls, up to pool. b lies in host memory. Returns 1 if the
+     * table has recorded the ops for such a batch: then only pool is called. Else 0. */
+    int (*begin)(qemb_backend *be, const qemb_packed_batch *b);
 
     /* x (T, D) = rows tokens[t] of tok_emb (V, D) */
     void (*embed)(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_packed_batch *b);
@@ -345,8 +350,12 @@ struct qemb_ops {
                     const qemb_mat *w, int T);
     /* y (B, D) = rows cu[b+1]-1 of x (T, D) */
     void (*gather_last)(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
-    /* out (B, D), in host memory = rmsnorm of x (B, D) with w (D). Returns when out is written. */
-    void (*pool)(qemb_backend *be, float *out, const float *x, const float *w, int B);
+    /* out (B, D), in host memory = rmsnorm of x (B, D) with w (D). Without in_flight, out is written
+     * here, else in collect. Returns 1 if the ops have to be called again, from begin on (they could
+     * not be recorded). Else 0. */
+    int (*pool)(qemb_backend *be, float *out, const float *x, const float *w, int B);
+    /* Waits for the oldest batch between pool and collect, and writes its out. */
+    void (*collect)(qemb_backend *be);
 };
 
 /* The table "plain" of qemb.c: portable C, threads by OpenMP. */
@@ -404,6 +413,13 @@ size_t qemb_batch_tokens_saved(const qemb_batch *b);
 /* out (qemb_batch_rows, D) = the texts' last rows after the final norm, neither cut nor scaled. If
  * the device fails, out holds NaN and qemb_health_of says why. */
 void qemb_embed(qemb_model *m, const qemb_batch *b, float *out);
+/* The same in two steps, so that a GPU has its next batch before the host has looked at the last
+ * one: submit starts a batch, collect waits for the oldest one and writes its out. Up to
+ * qemb_in_flight batches may be submitted and not collected; b and out stay the caller's and
+ * unchanged until then. All calls on a model are made by one thread at a time. */
+void qemb_submit(qemb_model *m, const qemb_batch *b, float *out);
+void qemb_collect(qemb_model *m);
+int qemb_in_flight(const qemb_model *m); /* at least 1 */
 
 /* dst (dim) = the first dim numbers of src, scaled to length 1. Returns -1 and leaves dst alone if
  * their length is zero or not finite. Sums in double, in order: the same bits on every backend. */

@@ -85,7 +85,7 @@ void cpu_drop_pages(const void *p, size_t bytes);
 
 /* ---- qemb.c: plain ops that the SIMD tables use too ---------------------------------------- */
 
-void cpu_begin(qemb_backend *be, const qemb_packed_batch *b);
+int cpu_begin(qemb_backend *be, const qemb_packed_batch *b);
 void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
 
 /* ---- threads (threads.c) --------------------------------------------------------------------- */
@@ -146,7 +146,7 @@ void simd_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm, cons
 void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
                     const qemb_packed_batch *b, int last_only);
 void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
-void simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B);
+int simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B);
 
 /* ---- the tables (avx2.c, avx512.c) ----------------------------------------------------------- */
 

@@ -55,8 +55,9 @@ void simd_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w,
     for_rows(&(rows_job){be, rmsnorm_rows, T, 16, .y = f32(y), .x = x, .w = w});
 }
 
-void simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
+int simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
     simd_rmsnorm(be, (qemb_act *)out, x, w, B);
+    return 0;
 }
 
 static void qknorm_rope_rows(const rows_job *j, int first, int end) {

@@ -60,7 +60,7 @@ static void list_unique(qemb_backend *be, int *slot, const qemb_packed_batch *b)
     }
 }
 
-static void cuda_begin(qemb_backend *be, const qemb_packed_batch *b) {
+static int cuda_begin(qemb_backend *be, const qemb_packed_batch *b) {
     assert(b->T <= be->max_rows && b->B >= 1 && b->cu[0] == b->P && b->cu[b->B] == b->T);
     be->n_narrow = be->n_wide = 0;
     if (b->P) list_tiles(be, 0, b->P, 0);
@@ -89,6 +89,7 @@ static void cuda_begin(qemb_backend *be, const qemb_packed_batch *b) {
     good(be, cudaMemcpyAsync(be->batch_dev, be->batch_host, bytes, cudaMemcpyHostToDevice, be->st),
          "begin");
     good(be, cudaEventRecord(be->batch_free, be->st), "begin");
+    return 0;
 }
 
 /* ---- recording and replaying ----------------------------------------------------------------- */

@@ -269,9 +269,9 @@ Test(model, oracle) { FOR_TABLES check_shapes(); }
 static qemb_packed_batch seen;
 static size_t arena_asked;
 
-static void spy_begin(qemb_backend *be, const qemb_packed_batch *b) {
+static int spy_begin(qemb_backend *be, const qemb_packed_batch *b) {
     seen = *b;
-    ops->begin(be, b);
+    return ops->begin(be, b);
 }
 
 static void *spy_arena(qemb_backend *be, size_t bytes, qemb_err *err) {
@@ -462,10 +462,11 @@ Test(model, not_finite) { FOR_TABLES check_not_finite(); }
 static int spoiled_row; /* the row of out that gets a NaN, as from an overflow */
 static const char *spy_failure;
 
-static void spoiling_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
+static int spoiling_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
     const int D = small_configs[0].hidden;
     ops->pool(be, out, x, w, B);
     if (spoiled_row < B) out[spoiled_row * D + 9] = NAN;
+    return 0;
 }
 static void spy_health(const qemb_backend *be, qemb_health *h) {
     (void)be;
@@ -513,3 +514,70 @@ static void check_fallback(void) {
     qemb_file_close(f);
 }
 Test(model, overflow_is_computed_again) { FOR_TABLES check_fallback(); }
+
+/* ---- a table with two batches in flight ------------------------------------------------------ */
+
+static struct {
+    float *rows[2], *out[2]; /* of batches between pool and collect */
+    size_t bytes[2];
+    int n, refuse; /* refuse: pools that ask for their batch again */
+} later;
+
+static int later_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
+    if (later.refuse > 0) return later.refuse--, 1;
+    const size_t bytes = (size_t)B * (size_t)small_configs[0].hidden * sizeof(float);
+    float *rows = malloc(bytes);
+    ops->pool(be, rows, x, w, B);
+    cr_assert_lt(later.n, 2);
+    later.rows[later.n] = rows, later.out[later.n] = out, later.bytes[later.n++] = bytes;
+    return 0;
+}
+static void later_collect(qemb_backend *be) {
+    (void)be;
+    memcpy(later.out[0], later.rows[0], later.bytes[0]);
+    free(later.rows[0]);
+    later.rows[0] = later.rows[1], later.out[0] = later.out[1], later.bytes[0] = later.bytes[1];
+    later.n--;
+}
+
+/* submit and collect: in order, out untouched until its collect, and a batch that the table asks
+ * for again. */
+static void check_in_flight(void) {
+    qemb_file *f = open_model(&small_configs[0], 4, 1);
+    qemb_ops table = *ops;
+    table.pool = later_pool, table.collect = later_collect, table.in_flight = 2;
+    qemb_model *m, *plain;
+    qemb_err err;
+    const qemb_options opt = {.batch_tokens = 100, .threads = 2};
+    cr_assert_eq(qemb_open(&m, f, &table, &opt, &err), 0, "%s", err.msg);
+    cr_assert_eq(qemb_open(&plain, f, ops, &opt, &err), 0, "%s", err.msg);
+    cr_assert(qemb_in_flight(m) == 2 && qemb_in_flight(plain) == 1);
+    const int32_t ids[3][4] = {{3, 17, 4, 299}, {5, 16, 4, 299}, {3, 17, 299, 299}};
+    float out[3][64] = {{0}}, want[3][64];
+    qemb_batch *b[3], *none = qemb_batch_new(m);
+    for (int i = 0; i < 3; i++) {
+        b[i] = qemb_batch_new(m);
+        qemb_pack_add(b[i], ids[i], 4);
+        embed_alone(plain, ids[i], 4, want[i]);
+    }
+    qemb_submit(m, b[0], out[0]);
+    later.refuse = 1;
+    qemb_submit(m, b[1], out[1]);
+    cr_assert(out[0][0] == 0 && out[1][0] == 0);
+    qemb_collect(m);
+    cr_assert(out[1][0] == 0);
+    qemb_submit(m, none, out[2]); /* an empty batch takes its turn too */
+    qemb_collect(m);
+    qemb_collect(m);
+    cr_assert(out[2][0] == 0 && later.n == 0);
+    qemb_embed(m, b[2], out[2]);
+    for (int i = 0; i < 3; i++) {
+        cr_assert_arr_eq(out[i], want[i], sizeof want[i], "text %d", i);
+        qemb_batch_free(b[i]);
+    }
+    qemb_batch_free(none);
+    qemb_close(m);
+    qemb_close(plain);
+    qemb_file_close(f);
+}
+Test(model, batches_in_flight) { FOR_TABLES check_in_flight(); }
