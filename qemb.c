@@ -371,7 +371,7 @@ void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_pack
     for (int i = 0; i < b->B; i++) memcpy(y + i * D, x + (b->cu[i + 1] - 1) * D, D * sizeof *y);
 }
 
-static int cpu_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
+static int cpu_pool(qemb_backend *be, float *out, float *x, const float *w, int B) {
     cpu_rmsnorm(be, (qemb_act *)out, x, w, B);
     return 0;
 }
@@ -457,15 +457,14 @@ struct qemb_model {
     int n_running;
 };
 
-static int mlp_rows(const qemb_ops *ops) { return ops->mlp_rows ? ops->mlp_rows : QEMB_MLP_ROWS; }
 static int padded_rows(const qemb_ops *ops, int T) { return ops->pad_rows ? ops->pad_rows(T) : T; }
 
-/* Lays buffers for that many rows and texts end to end from base; returns their bytes. a: NULL to
- * count only. */
+/* Lays buffers for that many rows and texts, C rows in the MLP, end to end from base; returns their
+ * bytes. a: NULL to count only. */
 static size_t plan_activations(activations *a, const qemb_config *c, const qemb_ops *ops, int rows,
-                               int texts, char *base) {
+                               int texts, int mlp_rows, char *base) {
     const size_t R = (size_t)padded_rows(ops, rows), B = (size_t)padded_rows(ops, texts);
-    const size_t C = (size_t)min_int((int)R, mlp_rows(ops)), D = (size_t)c->hidden;
+    const size_t C = (size_t)min_int((int)R, mlp_rows), D = (size_t)c->hidden;
     const size_t act = ops->act_size;
     const size_t Q = (size_t)c->n_heads * c->head_dim, KV = (size_t)c->n_kv_heads * c->head_dim;
     const size_t F = (size_t)c->ffn;
@@ -505,8 +504,8 @@ static void qemb_forward(qemb_model *m, const qemb_packed_batch *b) {
         if (last) op->gather_last(be, a->x_last, x, b), x = a->x_last;      /* x   (rows, D)      */
         op->matmul_add(be, x, a->att, &w->wo, rows);                        /* x  += att Wo^T     */
 
-        for (int r = 0; r < rows; r += mlp_rows(op)) {
-            const int n = min_int(mlp_rows(op), rows - r);
+        for (int r = 0; r < rows; r += m->opt.mlp_rows) {
+            const int n = min_int(m->opt.mlp_rows, rows - r);
             float *xr = x + (size_t)r * c->hidden;                          /* xr  (n, D)         */
             op->rmsnorm(be, a->xn, xr, w->mlp_norm, n);                     /* xn  (n, D)         */
             op->gate_up(be, a->h, a->gu, a->xn, &w->wgu, n);                /* h   (n, F)         */
@@ -531,17 +530,37 @@ int qemb_batch_tokens(const qemb_ops *ops) {
     return ops->batch_tokens ? ops->batch_tokens : QEMB_BATCH_TOKENS;
 }
 
-static qemb_options fill_options(const qemb_config *c, const qemb_ops *ops,
-                                 const qemb_options *opt) {
-    qemb_options o = opt ? *opt : (qemb_options){0};
-    if (o.batch_tokens <= 0) o.batch_tokens = qemb_batch_tokens(ops);
-    if (o.max_tokens <= 0 || o.max_tokens > c->max_positions) o.max_tokens = c->max_positions;
-    if (o.threads <= 0) o.threads = omp_get_num_procs();
-    return o;
-}
-
 /* Rows of the largest batch: batch_tokens, or one longer text. */
 static int max_rows(const qemb_options *o) { return max_int(o->batch_tokens, o->max_tokens); }
+
+static size_t arena_bytes(const qemb_config *c, const qemb_ops *ops, const qemb_options *o) {
+    return plan_activations(NULL, c, ops, max_rows(o), o->batch_tokens, o->mlp_rows, NULL);
+}
+
+/* Whether a GPU with options o keeps a sixteenth of its memory free. */
+static int fits(const qemb_file *f, const qemb_ops *ops, const qemb_options *o) {
+    qemb_part parts[QEMB_PARTS];
+    const int n = ops->plan(parts, f, o, arena_bytes(&f->config, ops, o));
+    size_t sum = 0, left = ops->free_memory(o->device);
+    for (int i = 0; i < n; i++) sum += parts[i].bytes;
+    if (o->vram && o->vram < left) left = o->vram;
+    return sum <= left / 16 * 15;
+}
+
+/* On a GPU with memory for it, the defaults of batch_tokens and mlp_rows are doubled. */
+static qemb_options fill_options(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt) {
+    qemb_options o = opt ? *opt : (qemb_options){0}, large;
+    const int max_positions = f->config.max_positions;
+    const int any_batch = o.batch_tokens <= 0, any_mlp = o.mlp_rows <= 0;
+    if (any_batch) o.batch_tokens = qemb_batch_tokens(ops);
+    if (any_mlp) o.mlp_rows = ops->mlp_rows ? ops->mlp_rows : QEMB_MLP_ROWS;
+    if (o.max_tokens <= 0 || o.max_tokens > max_positions) o.max_tokens = max_positions;
+    if (o.threads <= 0) o.threads = omp_get_num_procs();
+    large = o;
+    if (any_batch) large.batch_tokens *= 2;
+    if (any_mlp) large.mlp_rows *= 2;
+    return ops->free_memory && fits(f, ops, &large) ? large : o;
+}
 
 static size_t matrix_bytes(const qemb_mat *m) {
     const size_t rows = (size_t)m->rows, n = rows * (size_t)m->cols;
@@ -551,25 +570,26 @@ static size_t matrix_bytes(const qemb_mat *m) {
 
 void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt, qemb_memory *mem) {
     const qemb_config *c = &f->config;
-    const qemb_options o = fill_options(c, ops, opt);
+    const qemb_options o = fill_options(f, ops, opt);
     qemb_mat *m[QEMB_LAYER_MATRICES];
     qemb_layer_matrices(&f->weights.layers[0], m); /* all layers are alike */
-    mem->arena_batch = plan_activations(NULL, c, ops, o.batch_tokens, o.batch_tokens, NULL);
-    mem->arena_text = plan_activations(NULL, c, ops, o.max_tokens, 1, NULL);
+    mem->batch_tokens = o.batch_tokens;
+    mem->arena_batch =
+        plan_activations(NULL, c, ops, o.batch_tokens, o.batch_tokens, o.mlp_rows, NULL);
+    mem->arena_text = plan_activations(NULL, c, ops, o.max_tokens, 1, o.mlp_rows, NULL);
     mem->weights = 0;
     for (int i = 0; i < QEMB_LAYER_MATRICES; i++)
         mem->weights += (size_t)c->n_layers * matrix_bytes(m[i]);
     mem->table = matrix_bytes(&f->weights.tok_emb);
     mem->repacked_bytes = ops->repacked_bytes ? ops->repacked_bytes(&f->weights, c->n_layers) : 0;
-    const size_t arena = plan_activations(NULL, c, ops, max_rows(&o), o.batch_tokens, NULL);
-    mem->n_parts = ops->plan ? ops->plan(mem->parts, f, &o, arena) : 0;
+    mem->n_parts = ops->plan ? ops->plan(mem->parts, f, &o, arena_bytes(c, ops, &o)) : 0;
 }
 
 /* The fallback takes one text at a time. It is opened at the start, so that nothing can be missing
  * when a vector overflows; until then its memory is only address space. */
 static int open_fallback(qemb_model *m, qemb_err *err) {
     qemb_options o = m->opt;
-    o.batch_tokens = 1;
+    o.batch_tokens = 1, o.mlp_rows = 0;
     return qemb_open(&m->fallback, m->file, m->ops->fallback(), &o, err);
 }
 
@@ -578,7 +598,7 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
     const qemb_config *c = &f->config;
     qemb_model *m = calloc(1, sizeof *m);
     if (!m) return qemb_fail(err, "out_of_memory", "model: out of memory");
-    m->file = f, m->ops = ops, m->opt = fill_options(c, ops, opt), m->w = f->weights;
+    m->file = f, m->ops = ops, m->opt = fill_options(f, ops, opt), m->w = f->weights;
     const size_t rows = (size_t)padded_rows(ops, max_rows(&m->opt));
     const size_t layers_bytes = c->n_layers * sizeof *m->w.layers;
     m->w.layers = malloc(layers_bytes);
@@ -590,13 +610,14 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
         qemb_fail(err, "out_of_memory", "model: out of memory");
     else
         memcpy(m->w.layers, f->weights.layers, layers_bytes);
-    bad = bad || ops->open(&m->be, c, &m->opt, err) || ops->load_weights(m->be, &m->w, err);
+    bad = bad || ops->open(&m->be, c, &m->opt, err);
     if (!bad) {
-        size_t bytes = plan_activations(NULL, c, ops, (int)rows, m->opt.batch_tokens, NULL);
-        char *base = ops->arena(m->be, bytes, err);
+        char *base = ops->arena(m->be, arena_bytes(c, ops, &m->opt), err);
         bad = !base;
-        if (base) plan_activations(&m->a, c, ops, (int)rows, m->opt.batch_tokens, base);
+        if (base)
+            plan_activations(&m->a, c, ops, (int)rows, m->opt.batch_tokens, m->opt.mlp_rows, base);
     }
+    bad = bad || ops->load_weights(m->be, &m->w, err);
     bad = bad || (ops->fallback && open_fallback(m, err));
     if (bad) {
         qemb_close(m);

@@ -11,30 +11,11 @@
 
 static void cuda_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb,
                        const qemb_packed_batch *b) {
-    const int D = be->c->hidden, rows = (int)(SLOT_BYTES / (D * sizeof(act)));
-    assert(tok_emb->dtype == QEMB_F16 && tok_emb->cols == D);
-    const act *table = (const act *)tok_emb->data;
-    for (int first = 0, turn = 0; first < be->n_unique; first += rows, turn++) {
-        const int n = std::min(rows, be->n_unique - first);
-        staging *s = &be->slots[turn % SLOTS];
-        /* The slot's last chunk, two before this one, has been read. */
-        good(be, cudaEventSynchronize(s->free), "embed"); /* slot_embed */
-        act *host = (act *)s->host;
-#pragma omp parallel for num_threads(be->threads) if (n > 256)
-        for (int i = 0; i < n; i++)
-            memcpy(host + (size_t)i * D, table + (size_t)be->unique[first + i] * D,
-                   D * sizeof(act));
-        good(be,
-             cudaMemcpyAsync(s->dev, s->host, (size_t)n * D * sizeof(act), cudaMemcpyHostToDevice,
-                             be->st),
-             "embed");
-        good(be,
-             launch(embed_kernel<act>, dim3(blocks(b->T, EMBED_WARPS)), dim3(EMBED_WARPS * 32), 0,
-                    be->st, x, (const act *)s->dev, be->dev.slot, first, n, b->T, D),
-             "embed");
-        good(be, cudaEventRecord(s->free, be->st), "embed");
-    }
-    start_recording(be);
+    assert(tok_emb->dtype == QEMB_F16 && tok_emb->cols == be->c->hidden);
+    good(be,
+         launch(embed_kernel<act>, dim3(blocks(b->T, EMBED_WARPS)), dim3(EMBED_WARPS * 32), 0,
+                be->st, x, (const act *)tok_emb->data, be->dev.tokens, b->T, be->c->hidden),
+         "embed");
 }
 
 template <class A, int V>
@@ -59,8 +40,7 @@ static void any_rmsnorm(qemb_backend *be, A *y, const float *x, const float *w, 
 static void cuda_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T) {
     if (!be->fp8) return any_rmsnorm(be, (act *)y, x, w, T);
     const int D = be->c->hidden;
-    const coded_rows to = be->rows;
-    be->coded = y;
+    const coded_rows to(y, T, D);
     by_columns(D, [&](auto v) {
         good(be,
              launch(rmsnorm_e4m3_kernel<v>, dim3(stride_blocks(be, T)), dim3(ROW_THREADS),
@@ -86,25 +66,31 @@ static qemb_mat dense_matrix(qemb_backend *be, const qemb_mat *w, int i) {
     return qemb_mat{be->dense[i], w->rows, w->cols, QEMB_F16, w->alpha, nullptr};
 }
 
-/* y = x W^T or, add, y += x W^T; x (T, in). In FP8 the product reads be->rows, which hold x already
- * or are made of its halves here. dense: which memory an INT8 file's matrix is dequantized to. */
+/* y (T, N) = alpha sums, with the scales of x's rows and w's, or += where ADD. */
+template <class Y, bool ADD>
+static void apply_scales(qemb_backend *be, Y *y, const coded_rows &x, const qemb_mat *w, int T) {
+    good(be,
+         launch(scale_kernel<Y, ADD>,
+                dim3(stride_blocks(be, blocks((size_t)T * w->rows / 8, SCALE_THREADS))),
+                dim3(SCALE_THREADS), 0, be->st, y, (const float *)be->sums, (const float *)x.scales,
+                w->scale, w->alpha, T, w->rows),
+         "scale");
+}
+
+/* y = x W^T or, add, y += x W^T; x (T, in). dense: which memory an INT8 file's matrix is dequantized
+ * to. */
 static void run_gemm(qemb_backend *be, void *y, const qemb_act *x, const qemb_mat *w, bool add,
                      int T, int dense = 1) {
-    const void *in = x;
-    if (be->fp8) {
-        in = be->rows.codes;
-        if (be->coded != x) { /* attention's output comes in halves */
-            launch_quantize(be, be->rows.codes, be->rows.scales, (const act *)x, nullptr, T,
-                            w->cols);
-            be->coded = nullptr; /* x may change while rows do not */
-        }
-    }
+    const coded_rows rows(x, T, w->cols); /* FP8: what x holds */
+    const bool unscaled = be->gemm.kind == GEMM_E4M3_SUMS;
     const qemb_mat m = dense_matrix(be, w, dense);
     const cublasStatus_t s =
-        gemm_run(&be->gemm, y, in, be->fp8 ? be->rows.scales : nullptr, &m, add, T, be->st);
+        gemm_run(&be->gemm, unscaled ? be->sums : y, x, rows.scales, &m, add, T, be->st);
     char why[32];
     snprintf(why, sizeof why, "cuBLASLt status %d", (int)s);
     if (s) note_failure(be, add ? "matmul_add" : "matmul", why);
+    if (unscaled && add) apply_scales<float, true>(be, (float *)y, rows, w, T);
+    if (unscaled && !add) apply_scales<act, false>(be, (act *)y, rows, w, T);
 }
 static void cuda_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w,
                         int T) {
@@ -165,10 +151,13 @@ static void any_attention(qemb_backend *be, act *att, const act *qkv, int B, int
 }
 static void cuda_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
                            const qemb_packed_batch *b, int last_only) {
+    const int rows = last_only ? b->B : b->T, Q = be->c->n_heads * be->c->head_dim;
+    act *out = be->fp8 ? be->att : (act *)att;
     if (be->c->head_dim == 64)
-        any_attention<64>(be, (act *)att, (const act *)qkv, b->B, last_only);
+        any_attention<64>(be, out, (const act *)qkv, b->B, last_only);
     else
-        any_attention<128>(be, (act *)att, (const act *)qkv, b->B, last_only);
+        any_attention<128>(be, out, (const act *)qkv, b->B, last_only);
+    if (be->fp8) launch_quantize(be, coded_rows(att, rows, Q), (const act *)out, nullptr, rows, Q);
 }
 
 static void cuda_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
@@ -185,8 +174,7 @@ static void cuda_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb
     /* dense[0] is for wgu alone, since every chunk of the MLP needs it again. */
     run_gemm(be, gu, x, w, false, T, 0);
     if (be->fp8) {
-        const coded_rows to = be->rows; /* the product before has read them */
-        be->coded = h;
+        const coded_rows to(h, T, F);
         return by_columns(F, [&](auto v) {
             good(be,
                  launch(swiglu_e4m3_kernel<act, v>, dim3(stride_blocks(be, T)), dim3(ROW_THREADS),
@@ -210,40 +198,48 @@ static void cuda_gather_last(qemb_backend *be, float *y, const float *x,
          "gather_last");
 }
 
-/* Norms n rows from x on into a slot, and starts the copy to its host side. */
-static void start_pool(qemb_backend *be, staging *s, const float *x, const float *w, int n) {
-    const size_t bytes = (size_t)n * be->c->hidden * sizeof(float);
-    good(be, cudaEventSynchronize(s->free), "pool");
-    any_rmsnorm(be, (float *)s->dev, x, w, n);
-    good(be, cudaMemcpyAsync(s->host, s->dev, bytes, cudaMemcpyDeviceToHost, be->st), "pool");
-    good(be, cudaEventRecord(s->free, be->st), "pool");
-}
-
-static int cuda_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
-    const int rows = (int)(SLOT_BYTES / (be->c->hidden * sizeof(float)));
-    const size_t D = (size_t)be->c->hidden;
-    finish_graph(be);
-    start_pool(be, &be->slots[0], x, w, std::min(rows, B));
-    for (int first = 0, turn = 0; first < B; first += rows, turn++) {
-        staging *s = &be->slots[turn % SLOTS];
-        const int n = std::min(rows, B - first), next = first + rows;
-        if (next < B) /* the next chunk is computed while this one is copied out */
-            start_pool(be, &be->slots[(turn + 1) % SLOTS], x + next * D, w,
-                       std::min(rows, B - next));
-        good(be, cudaEventSynchronize(s->free), "pool"); /* slot_pool: the copy to its host side */
-        memcpy(out + first * D, s->host, n * D * sizeof(float));
-    }
-    staging *s = &be->slots[0];
+static int cuda_pool(qemb_backend *be, float *out, float *x, const float *w, int B) {
+    const size_t bytes = (size_t)B * be->c->hidden * sizeof(float);
+    if (finish_graph(be)) return 1;
+    assert(be->n_pooled < IN_FLIGHT);
+    pooled_batch *p = &be->pooled[(be->first_pooled + be->n_pooled++) % IN_FLIGHT];
+    p->out = out, p->B = B;
+    any_rmsnorm(be, x, x, w, B); /* in place: a block reads its row before it writes it */
+    good(be, cudaMemcpyAsync(p->vectors, x, bytes, cudaMemcpyDeviceToHost, be->st), "pool");
     good(be,
-         cudaMemcpyAsync(s->host, be->clamps, sizeof *be->clamps, cudaMemcpyDeviceToHost, be->st),
+         cudaMemcpyAsync(p->clamps, be->clamps, sizeof *p->clamps, cudaMemcpyDeviceToHost, be->st),
          "pool");
-    if (good(be, cudaStreamSynchronize(be->st), "pool"))
-        memcpy(&be->n_clamped, s->host, sizeof be->n_clamped);
-    if (be->failure[0]) std::fill(out, out + B * D, NAN);
+    good(be, cudaEventRecord(p->done, be->st), "pool");
     return 0;
 }
 
+static void cuda_collect(qemb_backend *be) {
+    cudaSetDevice(be->device);
+    assert(be->n_pooled);
+    const pooled_batch *p = &be->pooled[be->first_pooled];
+    const size_t n = (size_t)p->B * be->c->hidden;
+    be->first_pooled = (be->first_pooled + 1) % IN_FLIGHT;
+    be->n_pooled--;
+    if (good(be, cudaEventSynchronize(p->done), "collect")) { /* pooled */
+        memcpy(p->out, p->vectors, n * sizeof(float));
+        be->n_clamped = *p->clamps;
+    }
+    if (be->failure[0]) std::fill(p->out, p->out + n, NAN);
+}
+
 /* ---- the tables ------------------------------------------------------------------------------ */
+
+static int cuda_devices(void) {
+    int n = 0;
+    return cudaGetDeviceCount(&n) == cudaSuccess ? n : 0;
+}
+static size_t cuda_free_memory(int device) {
+    size_t left = 0, total = 0;
+    if (device >= cuda_devices() || cudaSetDevice(device) != cudaSuccess ||
+        cudaMemGetInfo(&left, &total) != cudaSuccess)
+        return 0;
+    return left;
+}
 
 static void cuda_health(const qemb_backend *be, qemb_health *h) {
     h->clamped += be->n_clamped;
@@ -268,14 +264,14 @@ static int cuda_fp8_plan(qemb_part *p, const qemb_file *f, const qemb_options *o
 #define TABLE(NAME, MATH, OPEN, PLAN)                                                              \
     {                                                                                              \
         .name = NAME, .math = MATH, .act_size = sizeof(act), .batch_tokens = 8192,                 \
-        .mlp_rows = MLP_ROWS, .fallback = qemb_cpu_mapped, .pad_rows = pad_rows, .plan = PLAN,     \
-        .repacked_bytes = nullptr, .health = cuda_health, .open = OPEN, .close = cuda_close,       \
-        .load_weights = cuda_load_weights, .arena = cuda_arena, .begin = cuda_begin,               \
-        .embed = cuda_embed, .rmsnorm = in_graph<cuda_rmsnorm>::run,                               \
-        .matmul = in_graph<cuda_matmul>::run, .matmul_add = in_graph<cuda_matmul_add>::run,        \
-        .qknorm_rope = in_graph<cuda_qknorm_rope>::run,                                            \
-        .attention = in_graph<cuda_attention>::run, .gate_up = in_graph<cuda_gate_up>::run,        \
-        .gather_last = in_graph<cuda_gather_last>::run, .pool = cuda_pool,                         \
+        .mlp_rows = MLP_ROWS, .in_flight = IN_FLIGHT, .fallback = qemb_cpu_mapped,                 \
+        .pad_rows = pad_rows, .plan = PLAN, .repacked_bytes = nullptr,                             \
+        .free_memory = cuda_free_memory, .devices = cuda_devices, .health = cuda_health,           \
+        .open = OPEN, .close = cuda_close, .arena = cuda_arena, .load_weights = cuda_load_weights, \
+        .begin = cuda_begin, .embed = cuda_embed, .rmsnorm = cuda_rmsnorm, .matmul = cuda_matmul,  \
+        .matmul_add = cuda_matmul_add, .qknorm_rope = cuda_qknorm_rope,                            \
+        .attention = cuda_attention, .gate_up = cuda_gate_up, .gather_last = cuda_gather_last,     \
+        .pool = cuda_pool, .collect = cuda_collect,                                                \
     }
 const qemb_ops qemb_cuda_ops = TABLE("cuda", QEMB_MATH_F16, cuda_open, cuda_plan);
 const qemb_ops qemb_cuda_fp8_ops = TABLE("cuda-fp8", QEMB_MATH_FP8, cuda_fp8_open, cuda_fp8_plan);

@@ -110,7 +110,7 @@ typedef struct {
 } qemb_layer;
 
 typedef struct {
-    qemb_mat tok_emb;        /* (V, D); stays in the file's map on every backend */
+    qemb_mat tok_emb;        /* (V, D) */
     qemb_layer *layers;      /* (L) */
     const float *final_norm; /* (D) */
     int mapped; /* all of this lies in a file's map: pages dropped from memory can be read again */
@@ -237,6 +237,7 @@ typedef struct {
 struct qemb_options {
     int batch_tokens; /* rows of a bulk batch; 0: the table's default */
     int max_tokens;   /* longest text, end-of-text included; 0: the model's max_positions */
+    int mlp_rows;     /* rows that the MLP computes at a time; 0: the table's default */
     int threads;      /* CPU threads; 0: as many as this process may use */
     /* For the CUDA backend; the CPU's tables ignore them. */
     int device;        /* which GPU, from 0 on */
@@ -293,7 +294,7 @@ struct qemb_ops {
     qemb_math math;
     size_t act_size;  /* bytes of one qemb_act */
     int batch_tokens; /* rows of a bulk batch by default; 0: QEMB_BATCH_TOKENS */
-    int mlp_rows;     /* rows that the MLP computes at a time; 0: QEMB_MLP_ROWS */
+    int mlp_rows;     /* rows that the MLP computes at a time by default; 0: QEMB_MLP_ROWS */
     int in_flight;    /* batches that may be between pool and collect; 0: there is no collect */
 
     /* The table that recomputes vectors with infinities or NaN. It must read the map without
@@ -309,6 +310,8 @@ struct qemb_ops {
     int (*plan)(qemb_part *parts, const qemb_file *f, const qemb_options *opt, size_t arena);
     /* Bytes that load_weights allocates for repacked copies of matrices. NULL: none. */
     size_t (*repacked_bytes)(const qemb_weights *w, int n_layers);
+    /* Bytes of free memory of a GPU; 0: not known. NULL: a CPU table. */
+    size_t (*free_memory)(int device);
     /* The number of GPUs that options.device can name. NULL: a CPU table. */
     int (*devices)(void);
     /* Adds the faults of be to h. NULL: there are none to count. */
@@ -318,11 +321,12 @@ struct qemb_ops {
      * "out_of_memory". */
     int (*open)(qemb_backend **be, const qemb_config *c, const qemb_options *opt, qemb_err *err);
     void (*close)(qemb_backend *be);
+    /* Memory for the activations, aligned to 256 bytes, freed by close. Called once, before
+     * load_weights. */
+    void *(*arena)(qemb_backend *be, size_t bytes, qemb_err *err);
     /* Makes w usable by the ops: replaces pointers into the map by pointers to the backend's copies
      * where it makes some (the plain table makes none). Called once. */
     int (*load_weights)(qemb_backend *be, qemb_weights *w, qemb_err *err);
-    /* Memory for the activations, aligned to 256 bytes, freed by close. Called once. */
-    void *(*arena)(qemb_backend *be, size_t bytes, qemb_err *err);
     /* Announces the batch of the following calls, up to pool. b lies in host memory. Returns 1 if the
      * table has recorded the ops for such a batch: then only pool is called. Else 0. */
     int (*begin)(qemb_backend *be, const qemb_packed_batch *b);
@@ -350,10 +354,10 @@ struct qemb_ops {
                     const qemb_mat *w, int T);
     /* y (B, D) = rows cu[b+1]-1 of x (T, D) */
     void (*gather_last)(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
-    /* out (B, D), in host memory = rmsnorm of x (B, D) with w (D). Without in_flight, out is written
-     * here, else in collect. Returns 1 if the ops have to be called again, from begin on (they could
+    /* out (B, D), in host memory = rmsnorm of x (B, D) with w (D); x is scratch from here on. Without
+     * in_flight, out is written here, else in collect. Returns 1 if the ops have to be called again, from begin on (they could
      * not be recorded). Else 0. */
-    int (*pool)(qemb_backend *be, float *out, const float *x, const float *w, int B);
+    int (*pool)(qemb_backend *be, float *out, float *x, const float *w, int B);
     /* Waits for the oldest batch between pool and collect, and writes its out. */
     void (*collect)(qemb_backend *be);
 };
@@ -375,6 +379,7 @@ typedef struct qemb_batch qemb_batch; /* texts that one forward will compute */
 
 /* Memory of a model, in bytes. */
 typedef struct {
+    int batch_tokens;   /* as in the options, filled in */
     size_t arena_batch; /* activations of a bulk batch of batch_tokens rows */
     size_t arena_text;  /* activations of one text of max_tokens */
     size_t weights;     /* the layers' matrices in the map: every batch reads them, or their copy */

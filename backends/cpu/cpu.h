@@ -146,7 +146,7 @@ void simd_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm, cons
 void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
                     const qemb_packed_batch *b, int last_only);
 void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
-int simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B);
+int simd_pool(qemb_backend *be, float *out, float *x, const float *w, int B);
 
 /* ---- the tables (avx2.c, avx512.c) ----------------------------------------------------------- */
 

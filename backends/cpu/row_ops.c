@@ -55,7 +55,7 @@ void simd_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w,
     for_rows(&(rows_job){be, rmsnorm_rows, T, 16, .y = f32(y), .x = x, .w = w});
 }
 
-int simd_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
+int simd_pool(qemb_backend *be, float *out, float *x, const float *w, int B) {
     simd_rmsnorm(be, (qemb_act *)out, x, w, B);
     return 0;
 }

@@ -1,7 +1,8 @@
 /* device.cuh - the CUDA backend's state: device memory, uploads, opening, the weights. qemb.cu and
  * graphs.cuh work on it.
  *
- * There is one stream. Host and device meet in the two staging slots and in pool.
+ * There is one stream. Host and device meet in begin, which uploads a batch's lists, and in collect,
+ * which waits for its vectors. In between a second batch may be launched.
  */
 #ifndef CUDA_DEVICE_CUH
 #define CUDA_DEVICE_CUH
@@ -23,16 +24,19 @@
 
 typedef __half act; /* a number of a qemb_act */
 
-enum { SLOTS = 2 };
+enum { SLOTS = 2, IN_FLIGHT = 2 };
 constexpr size_t SLOT_BYTES = (size_t)8 << 20;
-/* Rows that the MLP computes at a time: enough to fill the GPU with tiles of the down projection
- * (4B: 32 x 20 of 128 x 128), and little memory beside the weights. */
+/* Rows that the MLP computes at a time, doubled by the engine where there is memory for it: enough
+ * to fill the GPU with tiles of the down projection (4B: 32 x 20 of 128 x 128). */
 enum { MLP_ROWS = 4096 };
 enum { WIDE_FROM = 512 }; /* texts of at least this many tokens get 128-row attention tiles */
 /* Rows from which Hopper's gate_up pays: it multiplies 128 at a time, and fewer leave it idle. */
 enum { GATE_UP_FROM = 256 };
 enum { BLOCKS_PER_SM = 8 }; /* of grid-stride kernels */
 constexpr double MIB = 1 << 20;
+/* Memory that stays free beside the embedding table, for CUDA graphs and cuBLASLt's kernels, which
+ * the driver loads when they are first used. */
+constexpr size_t TABLE_RESERVE = (size_t)512 << 20;
 
 /* Small batches run as CUDA graphs: 400 launches (4B) take the host about as long as a short text
  * takes the GPU. A graph's sizes are fixed. So the engine pads a batch to one of these numbers of
@@ -41,24 +45,37 @@ constexpr double MIB = 1 << 20;
 constexpr int GRAPH_ROWS[] = {16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024};
 enum { GRAPH_SIZES = 13, GRAPH_TEXTS = 5 }; /* texts: four, and the one that fills up */
 
-/* Pinned host memory and device memory of the same size, for transfers in both directions. */
+/* Pinned host memory and device memory of the same size, for the upload of weights. */
 struct staging {
     char *host, *dev;
     cudaEvent_t free; /* recorded after the last device work that uses the slot */
 };
 
-/* The lists of a batch on the device, uploaded in one copy. */
-struct batch_view {
-    int *pos, *slot; /* (T)  position; which distinct table row */
-    int *last;       /* (B)  row of each text's last token */
-    att_tile *tiles; /* 64-row tiles, then 128-row tiles, then one tile per text's last token */
+/* A batch between pool and collect. */
+struct pooled_batch {
+    float *vectors;             /* (batch_tokens, D), pinned; its first B rows are copied to out */
+    unsigned long long *clamps; /* behind them: the counter, as this batch left it */
+    cudaEvent_t done;           /* both have been copied from the device */
+    float *out;
+    int B;
 };
 
-/* FP8: rows of K numbers as e4m3 codes, with a scale for each row. Products read rows up to the
- * next multiple of 16. */
+/* The lists of a batch on the device, uploaded in one copy. */
+struct batch_view {
+    int *pos, *tokens; /* (T) */
+    int *last;         /* (B)  row of each text's last token */
+    att_tile *tiles;   /* 64-row tiles, then 128-row tiles, then one tile per text's last token */
+};
+
+/* FP8: an activation that a product reads, T rows of K numbers. Its memory holds e4m3 codes and then
+ * a scale for each row. Products read rows up to the next multiple of 16. Codes and scales of so
+ * many rows fit where as many halves would. */
 struct coded_rows {
     uint8_t *codes; /* (T, K) */
     float *scales;  /* (T) */
+    coded_rows(uint8_t *codes_, float *scales_) : codes(codes_), scales(scales_) {}
+    coded_rows(const qemb_act *a, int T, int K)
+        : codes((uint8_t *)a), scales((float *)(codes + (size_t)(T + 15) / 16 * 16 * K)) {}
 };
 
 struct batch_graph {
@@ -69,13 +86,15 @@ enum graph_mode { PLAIN, RECORD, REPLAY };
 
 /* Device memory, part by part. */
 struct device_sizes {
-    size_t staging, lists, workspace, counter, rope, weights;
+    size_t staging, lists, workspace, counter, rope, weights, table;
     size_t dense[2]; /* INT8 files in FP16: a dequantized wgu, and any other matrix */
-    size_t codes;    /* FP8: rows of a product's input as e4m3, with their scales */
+    size_t att;      /* FP8: attention's output in halves, before it is quantized */
+    size_t sums;     /* GEMM_E4M3_SUMS: a product without its scales */
 };
 
 struct qemb_backend {
     const qemb_config *c;
+    int device;
     cudaStream_t st;
     char failure[160];    /* the first one; empty: none */
     int sms, threads, lg; /* H/K = 1 << lg */
@@ -84,30 +103,33 @@ struct qemb_backend {
     hopper_state hopper;
     void (*on_layer_loaded)(int layers, int of); /* from the options */
     gemm_state gemm;
-    size_t used, budget;      /* device bytes allocated; allowed (0: all there is) */
-    void *device[QEMB_PARTS]; /* freed by close */
-    int n_device;
-    char *cache_path;  /* of the timed algorithms; NULL: none */
-    qemb_mat timed[4]; /* the weights that are timed: one layer's */
-    float2 *rope;      /* (max_tokens, hd/2) cos, sin */
+    size_t used, budget;         /* device bytes allocated; allowed (0: all there is) */
+    void *allocated[QEMB_PARTS]; /* freed by close */
+    int n_allocated;
+    char *cache_path;   /* of the timed algorithms; NULL: none */
+    void *pinned_table; /* the embedding table, if it is not on the device */
+    float2 *rope;       /* (max_tokens, hd/2) cos, sin */
     unsigned long long *clamps, n_clamped;
+    char *arena; /* the activations, also scratch for timing */
+    size_t arena_bytes;
     staging slots[SLOTS];
+    pooled_batch pooled[IN_FLIGHT];
+    int first_pooled, n_pooled;   /* the oldest one; how many are not collected */
     char *batch_host, *batch_dev; /* a batch_view's memory, pinned and on the device */
     cudaEvent_t batch_free;
-    int max_rows;
+    int max_rows, mlp_rows;
     batch_view dev; /* of the batch being computed */
-    int n_narrow, n_wide, n_unique;
-    int32_t *unique;  /* (max_rows) distinct tokens of the batch, in order of appearance */
-    int32_t *slot_of; /* (V) their index, valid where unique agrees */
+    int n_narrow, n_wide;
     att_tile *narrow, *wide_tiles; /* (2 max_rows + 1) tiles being listed */
 
     act *dense[2];           /* INT8: see device_sizes */
     const void *dense_of[2]; /* the matrix that dense holds */
-    coded_rows rows;         /* FP8: the input of the next product */
-    const qemb_act *coded;   /* FP8: the activation that rows holds; NULL: none */
+    act *att;                /* (max_rows, H*hd) FP8: see device_sizes */
+    float *sums;             /* (T, N) FP8: see device_sizes */
 
     bool graphs_off;
     enum graph_mode mode;
+    bool unrecorded;    /* RECORD: an op could not be recorded */
     batch_graph *graph; /* of the class of the batch being computed, or NULL */
     batch_graph graphs[GRAPH_SIZES][GRAPH_TEXTS + 1];
 };
@@ -122,8 +144,12 @@ static int pad_rows(int T) {
 
 /* ---- failures -------------------------------------------------------------------------------- */
 
+/* While a graph is recorded nothing runs: a failure then ends the recording alone. */
 static void note_failure(qemb_backend *be, const char *op, const char *why) {
-    if (!be->failure[0]) snprintf(be->failure, sizeof be->failure, "GPU: %s failed (%s)", op, why);
+    if (be->mode == RECORD)
+        be->unrecorded = true;
+    else if (!be->failure[0])
+        snprintf(be->failure, sizeof be->failure, "GPU: %s failed (%s)", op, why);
 }
 static bool good(qemb_backend *be, cudaError_t e, const char *op) {
     if (e != cudaSuccess) note_failure(be, op, cudaGetErrorString(e));
@@ -134,7 +160,7 @@ static bool good(qemb_backend *be, cudaError_t e, const char *op) {
 static void *device_alloc(qemb_backend *be, size_t bytes, const char *what, qemb_err *err) {
     size_t left = 0, total = 0;
     void *p = nullptr;
-    assert(be->n_device < (int)(sizeof be->device / sizeof *be->device));
+    assert(be->n_allocated < (int)(sizeof be->allocated / sizeof *be->allocated));
     cudaMemGetInfo(&left, &total);
     if (be->budget) left = std::min(left, be->budget - std::min(be->used, be->budget));
     if (bytes > left || cudaMalloc(&p, bytes) != cudaSuccess) {
@@ -147,7 +173,7 @@ static void *device_alloc(qemb_backend *be, size_t bytes, const char *what, qemb
         return nullptr;
     }
     be->used += bytes;
-    return be->device[be->n_device++] = p;
+    return be->allocated[be->n_allocated++] = p;
 }
 
 static int pinned_alloc(void **p, size_t bytes, qemb_err *err) {
@@ -182,11 +208,21 @@ static size_t view_batch(batch_view *v, char *base, size_t T, size_t B, size_t t
     const size_t ints = align256((2 * T + B) * sizeof(int));
     if (v) {
         v->pos = (int *)base;
-        v->slot = v->pos + T;
-        v->last = v->slot + T;
+        v->tokens = v->pos + T;
+        v->last = v->tokens + T;
         v->tiles = (att_tile *)(base + ints);
     }
     return ints + tiles * sizeof(att_tile);
+}
+
+/* How the GPU computes FP8 products: with the scales where cuBLASLt applies them. Without a GPU, as
+ * for an sm_90. */
+static gemm_kind kind_of(bool fp8, int device) {
+    int major = 9, minor = 0;
+    if (!fp8) return GEMM_F16;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return major == 9 && minor == 0 ? GEMM_E4M3 : GEMM_E4M3_SUMS;
 }
 
 /* Bytes of m's scales on the device: one a row for e4m3, INT8's own otherwise. */
@@ -197,7 +233,8 @@ static size_t scale_bytes(const qemb_mat *m, bool fp8) {
 
 /* The device memory for layers like y. y NULL: without the layers. */
 static device_sizes size_parts(const qemb_config *c, const qemb_options *opt, const qemb_layer *y,
-                               bool fp8) {
+                               gemm_kind kind) {
+    const bool fp8 = kind != GEMM_F16;
     const size_t R = (size_t)pad_rows(std::max(opt->batch_tokens, opt->max_tokens));
     const size_t D = (size_t)c->hidden, hd = (size_t)c->head_dim, Q = c->n_heads * hd;
     device_sizes s = {};
@@ -206,8 +243,12 @@ static device_sizes size_parts(const qemb_config *c, const qemb_options *opt, co
     s.workspace = GEMM_WORKSPACE;
     s.counter = sizeof(unsigned long long);
     s.rope = (size_t)opt->max_tokens * (hd / 2) * sizeof(float2);
-    const size_t chunk = std::min(R, (size_t)MLP_ROWS), F = (size_t)c->ffn;
-    if (fp8) s.codes = align256(R * sizeof(float)) + std::max(R * std::max(D, Q), chunk * F);
+    s.table = (size_t)c->vocab * D * sizeof(act);
+    const size_t chunk = std::min(R, (size_t)opt->mlp_rows), F = (size_t)c->ffn;
+    if (fp8) s.att = R * Q * sizeof(act);
+    if (kind == GEMM_E4M3_SUMS)
+        s.sums =
+            std::max(R * std::max(D, Q + 2 * c->n_kv_heads * hd), chunk * 2 * F) * sizeof(float);
     if (!y) return s;
     size_t layer = 2 * (align256(D * sizeof(float)) + align256(hd * sizeof(float)));
     for (const qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown}) {
@@ -231,7 +272,8 @@ static size_t graph_bytes(const qemb_config *c, bool by_bytes) {
 
 static int plan(qemb_part *p, const qemb_file *f, const qemb_options *opt, size_t arena, bool fp8) {
     const qemb_layer *y = &f->weights.layers[0];
-    const device_sizes s = size_parts(&f->config, opt, y, fp8);
+    const gemm_kind kind = kind_of(fp8, opt->device);
+    const device_sizes s = size_parts(&f->config, opt, y, kind);
     const bool by_bytes = fp8 || y->wqkv.dtype == QEMB_I8;
     const qemb_part all[] = {
         {fp8        ? "weights of the layers, e4m3 with a scale per row"
@@ -240,16 +282,22 @@ static int plan(qemb_part *p, const qemb_file *f, const qemb_options *opt, size_
          s.weights},
         {"a layer's matrices in FP16, made from int8 before each product", s.dense[0] + s.dense[1]},
         {"activations", arena},
-        {"the input of an FP8 product, e4m3 with a scale per row", s.codes},
+        {"attention's output in FP16, before it is made e4m3", s.att},
+        {"an FP8 product before its scales are applied", s.sums},
         {"cuBLASLt's workspace", s.workspace},
-        {"transfers, as much again pinned in main memory", s.staging},
+        {"the upload of weights, as much again pinned in main memory", s.staging},
         {"a batch's lists, as much again pinned in main memory", s.lists + s.counter},
         {"the rope table", s.rope},
         {"CUDA graphs, at most (an estimate; taken when first used)",
-         opt->no_graphs ? 0 : graph_bytes(&f->config, by_bytes)}};
+         opt->no_graphs ? 0 : graph_bytes(&f->config, by_bytes)},
+        {"the embedding table, if it fits; else pinned in main memory", s.table}};
     int n = 0;
-    for (const qemb_part &part : all)
-        if (part.bytes) p[n++] = part;
+    size_t sum = 0;
+    for (const qemb_part &part : all) {
+        sum += part.bytes;
+        const bool table = &part == std::end(all) - 1;
+        if (part.bytes && !(table && opt->vram && sum > opt->vram)) p[n++] = part;
+    }
     return n;
 }
 
@@ -277,13 +325,14 @@ template <class F> static void by_columns(int K, F f) {
         f(std::integral_constant<int, 8>());
 }
 
+/* to = x (T, K), FP16, or INT8 with x_scales. */
 template <class X>
-static void launch_quantize(qemb_backend *be, uint8_t *codes, float *scales, const X *x,
+static void launch_quantize(qemb_backend *be, const coded_rows &to, const X *x,
                             const float *x_scales, int T, int K) {
     by_columns(K, [&](auto v) {
         good(be,
              launch(quantize_kernel<X, v>, dim3(stride_blocks(be, T)), dim3(ROW_THREADS),
-                    ROW_WARPS * sizeof(float), be->st, codes, scales, x, x_scales, T, K),
+                    ROW_WARPS * sizeof(float), be->st, to.codes, to.scales, x, x_scales, T, K),
              "quantize");
     });
 }
@@ -317,9 +366,9 @@ static int check_config(const qemb_config *c, bool fp8, qemb_err *err) {
 }
 
 /* The name of the file under dir for this GPU and library. NULL: out of memory. */
-static char *cache_file(const char *dir, bool fp8) {
+static char *cache_file(const char *dir, bool fp8, int device) {
     cudaDeviceProp p;
-    if (cudaGetDeviceProperties(&p, 0) != cudaSuccess) return nullptr;
+    if (cudaGetDeviceProperties(&p, device) != cudaSuccess) return nullptr;
     for (char *s = p.name; *s; s++)
         if (!strchr("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.", *s))
             *s = '-';
@@ -331,7 +380,7 @@ static char *cache_file(const char *dir, bool fp8) {
     return path;
 }
 
-/* Finds device 0 and proves that this program has code for it. */
+/* Finds the device and proves that this program has code for it. */
 static int check_device(qemb_backend *be, qemb_err *err) {
     int n = 0, major = 0, minor = 0, driver = 0, shared = 0;
     cudaFuncAttributes attributes;
@@ -345,19 +394,25 @@ static int check_device(qemb_backend *be, qemb_err *err) {
     }
     if (e != cudaSuccess || n == 0)
         return qemb_fail(err, "device", "GPU: none found (%s)", cudaGetErrorString(e));
-    cudaSetDevice(0);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0);
-    cudaDeviceGetAttribute(&be->sms, cudaDevAttrMultiProcessorCount, 0);
-    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+    if (be->device < 0 || be->device >= n)
+        return qemb_fail(err, "device", "GPU: no such device (got %d, want 0..%d)", be->device,
+                         n - 1);
+    e = cudaSetDevice(be->device);
+    if (e != cudaSuccess)
+        return qemb_fail(err, "device", "GPU %d: cannot be used (%s)", be->device,
+                         cudaGetErrorString(e));
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, be->device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, be->device);
+    cudaDeviceGetAttribute(&be->sms, cudaDevAttrMultiProcessorCount, be->device);
+    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, be->device);
     if (major < 8)
         return qemb_fail(err, "device",
                          "GPU: too old (got compute capability %d.%d, want 8.0 or newer)", major,
                          minor);
-    if (be->fp8 && (major != 9 || minor != 0 || cublasLtGetVersion() < 120900))
+    if (be->fp8 && (10 * major + minor < 89 || cublasLtGetVersion() < 120900))
         return qemb_fail(err, "device",
                          "FP8 products: not on this GPU (got compute capability %d.%d and cuBLASLt "
-                         "%zu, want 9.0 and 120900 or newer); --math f16 computes here",
+                         "%zu, want 8.9 and 120900 or newer); --math f16 computes here",
                          major, minor, cublasLtGetVersion());
     e = cudaFuncGetAttributes(&attributes, (const void *)gather_last_kernel<float4>);
     if (e != cudaSuccess)
@@ -375,10 +430,12 @@ template <int HD, int M> static cudaError_t allow_shared() {
                                 att_shared_bytes<HD, M>());
 }
 
-static int open_device(qemb_backend *be, const qemb_options *opt, qemb_err *err) {
+static int open_allocated(qemb_backend *be, qemb_err *err) {
     cudaError_t e = cudaStreamCreateWithFlags(&be->st, cudaStreamNonBlocking);
     for (int i = 0; i < SLOTS && e == cudaSuccess; i++)
         e = cudaEventCreateWithFlags(&be->slots[i].free, cudaEventDisableTiming);
+    for (int i = 0; i < IN_FLIGHT && e == cudaSuccess; i++)
+        e = cudaEventCreateWithFlags(&be->pooled[i].done, cudaEventDisableTiming);
     if (e == cudaSuccess) e = cudaEventCreateWithFlags(&be->batch_free, cudaEventDisableTiming);
     if (e == cudaSuccess) e = allow_shared<64, 1>();
     if (e == cudaSuccess) e = allow_shared<128, 1>();
@@ -387,16 +444,32 @@ static int open_device(qemb_backend *be, const qemb_options *opt, qemb_err *err)
     if (e == cudaSuccess && be->hopper.on) e = hopper_open<act>(&be->hopper, be->sms);
     if (e != cudaSuccess)
         return qemb_fail(err, "device", "GPU: cannot start (%s)", cudaGetErrorString(e));
+    return 0;
+}
 
+/* Opens cuBLASLt and asks it for the four products of a layer now, so that a missing one is an
+ * error of open. */
+static int open_products(qemb_backend *be, const qemb_options *opt, qemb_err *err) {
     const qemb_config *c = be->c;
     const int hd = c->head_dim, Q = c->n_heads * hd, KV = c->n_kv_heads * hd;
-    cublasStatus_t s = gemm_open(&be->gemm, opt->deterministic, be->fp8);
-    if (!s) s = gemm_add_shape(&be->gemm, Q + 2 * KV, c->hidden, false);
-    if (!s) s = gemm_add_shape(&be->gemm, c->hidden, Q, true);
-    if (!s) s = gemm_add_shape(&be->gemm, 2 * c->ffn, c->hidden, false);
-    if (!s) s = gemm_add_shape(&be->gemm, c->hidden, c->ffn, true);
+    gemm_state *g = &be->gemm;
+    cublasStatus_t s = gemm_open(g, kind_of(be->fp8, be->device), opt->deterministic);
+    if (!s) s = gemm_add_shape(g, Q + 2 * KV, c->hidden, false);
+    if (!s) s = gemm_add_shape(g, c->hidden, Q, true);
+    if (!s) s = gemm_add_shape(g, 2 * c->ffn, c->hidden, false);
+    if (!s) s = gemm_add_shape(g, c->hidden, c->ffn, true);
     if (s) return qemb_fail(err, "device", "cuBLASLt: cannot start (status %d)", (int)s);
-    if (opt->cache_dir && !opt->deterministic) be->cache_path = cache_file(opt->cache_dir, be->fp8);
+    for (int i = 0; i < g->n_shapes; i++) {
+        s = gemm_choose(g, &g->shapes[i], be->max_rows);
+        if (s)
+            return qemb_fail(err, "device",
+                             "%s products: cuBLASLt %zu has none of %d x %d that serves here "
+                             "(status %d)%s",
+                             be->fp8 ? "FP8" : "FP16", cublasLtGetVersion(), g->shapes[i].N,
+                             g->shapes[i].K, (int)s, be->fp8 ? "; --math f16 computes here" : "");
+    }
+    if (opt->cache_dir && !opt->deterministic)
+        be->cache_path = cache_file(opt->cache_dir, be->fp8, be->device);
     return 0;
 }
 
@@ -426,31 +499,38 @@ static int make_rope(qemb_backend *be, int positions, qemb_err *err) {
     return be->rope ? 0 : -1;
 }
 
-static int open_buffers(qemb_backend *be, const qemb_options *opt, qemb_err *err) {
-    const size_t R = (size_t)be->max_rows, V = (size_t)be->c->vocab;
-    const device_sizes s = size_parts(be->c, opt, nullptr, be->fp8);
-    be->unique = (int32_t *)malloc(R * sizeof *be->unique);
-    be->slot_of = (int32_t *)calloc(V, sizeof *be->slot_of);
-    be->narrow = (att_tile *)malloc((2 * R + 1) * sizeof *be->narrow);
-    be->wide_tiles = (att_tile *)malloc((2 * R + 1) * sizeof *be->wide_tiles);
-    if (!be->unique || !be->slot_of || !be->narrow || !be->wide_tiles)
-        return qemb_fail(err, "out_of_memory", "batch lists: out of memory");
-    char *dev = (char *)device_alloc(be, s.staging, "transfers", err);
-    if (!dev || pinned_alloc((void **)&be->slots[0].host, s.staging, err)) return -1;
+/* Lists, and what batches bring back: pinned, and on the device. */
+static int open_transfers(qemb_backend *be, const qemb_options *opt, const device_sizes *s,
+                          qemb_err *err) {
+    char *dev = (char *)device_alloc(be, s->staging, "the upload of weights", err);
+    if (!dev || pinned_alloc((void **)&be->slots[0].host, s->staging, err)) return -1;
     for (int i = 0; i < SLOTS; i++) {
         be->slots[i].dev = dev + i * SLOT_BYTES;
         be->slots[i].host = be->slots[0].host + i * SLOT_BYTES;
     }
-    be->batch_dev = (char *)device_alloc(be, s.lists, "a batch's lists", err);
-    if (!be->batch_dev || pinned_alloc((void **)&be->batch_host, s.lists, err)) return -1;
+    be->batch_dev = (char *)device_alloc(be, s->lists, "a batch's lists", err);
+    if (!be->batch_dev || pinned_alloc((void **)&be->batch_host, s->lists, err)) return -1;
+    const size_t vectors = align256((size_t)opt->batch_tokens * be->c->hidden * sizeof(float));
+    for (pooled_batch &p : be->pooled) {
+        if (pinned_alloc((void **)&p.vectors, vectors + sizeof *p.clamps, err)) return -1;
+        p.clamps = (unsigned long long *)((char *)p.vectors + vectors);
+    }
+    return 0;
+}
+
+static int open_buffers(qemb_backend *be, const qemb_options *opt, qemb_err *err) {
+    const size_t R = (size_t)be->max_rows;
+    const device_sizes s = size_parts(be->c, opt, nullptr, kind_of(be->fp8, be->device));
+    be->narrow = (att_tile *)malloc((2 * R + 1) * sizeof *be->narrow);
+    be->wide_tiles = (att_tile *)malloc((2 * R + 1) * sizeof *be->wide_tiles);
+    if (!be->narrow || !be->wide_tiles)
+        return qemb_fail(err, "out_of_memory", "batch lists: out of memory");
+    if (open_transfers(be, opt, &s, err)) return -1;
     be->gemm.workspace = device_alloc(be, s.workspace, "cuBLASLt's workspace", err);
     be->clamps = (unsigned long long *)device_alloc(be, s.counter, "a counter", err);
     if (!be->gemm.workspace || !be->clamps) return -1;
-    if (s.codes) {
-        char *p = (char *)device_alloc(be, s.codes, "the input of FP8 products", err);
-        if (!p) return -1;
-        be->rows = {(uint8_t *)p + align256(R * sizeof(float)), (float *)p};
-    }
+    if (s.att && !(be->att = (act *)device_alloc(be, s.att, "attention's output", err))) return -1;
+    if (s.sums && !(be->sums = (float *)device_alloc(be, s.sums, "FP8 products", err))) return -1;
     if (!good(be, cudaMemsetAsync(be->clamps, 0, s.counter, be->st), "memset"))
         return qemb_fail(err, "device", "%s", be->failure);
     return make_rope(be, opt->max_tokens, err);
@@ -458,42 +538,28 @@ static int open_buffers(qemb_backend *be, const qemb_options *opt, qemb_err *err
 
 static void cuda_close(qemb_backend *be) {
     if (!be) return;
+    cudaSetDevice(be->device);
     if (be->st) cudaStreamSynchronize(be->st);
     for (auto &sizes : be->graphs)
         for (batch_graph &g : sizes)
             if (g.exec) cudaGraphExecDestroy(g.exec);
     gemm_close(&be->gemm);
-    for (int i = 0; i < be->n_device; i++) cudaFree(be->device[i]);
+    for (int i = 0; i < be->n_allocated; i++) cudaFree(be->allocated[i]);
     if (be->slots[0].host) cudaFreeHost(be->slots[0].host);
     if (be->batch_host) cudaFreeHost(be->batch_host);
+    if (be->pinned_table) cudaFreeHost(be->pinned_table);
+    for (pooled_batch &p : be->pooled) {
+        if (p.vectors) cudaFreeHost(p.vectors);
+        if (p.done) cudaEventDestroy(p.done);
+    }
     for (int i = 0; i < SLOTS; i++)
         if (be->slots[i].free) cudaEventDestroy(be->slots[i].free);
     if (be->batch_free) cudaEventDestroy(be->batch_free);
     if (be->st) cudaStreamDestroy(be->st);
     free(be->cache_path);
-    free(be->unique);
-    free(be->slot_of);
     free(be->narrow);
     free(be->wide_tiles);
     free(be);
-}
-
-/* Asks the library for its FP8 products now, so that a missing one is an error of open. */
-static int check_fp8(qemb_backend *be, qemb_err *err) {
-    for (int i = 0; i < be->gemm.n_shapes; i++) {
-        cublasLtMatmulHeuristicResult_t found;
-        int n;
-        const float *somewhere = be->rows.scales;
-        cublasStatus_t s = gemm_scales(&be->gemm, somewhere, somewhere);
-        if (!s) s = gemm_ask(&be->gemm, &be->gemm.shapes[i], 16, &found, 1, &n);
-        if (s)
-            return qemb_fail(
-                err, "device",
-                "FP8 products: cuBLASLt %zu has none with a scale per row here (status "
-                "%d); --math f16 computes here",
-                cublasLtGetVersion(), (int)s);
-    }
-    return 0;
 }
 
 static int open_math(qemb_backend **out, const qemb_config *c, const qemb_options *opt, bool fp8,
@@ -502,7 +568,9 @@ static int open_math(qemb_backend **out, const qemb_config *c, const qemb_option
     qemb_backend *be = (qemb_backend *)calloc(1, sizeof *be);
     if (!be) return qemb_fail(err, "out_of_memory", "backend: out of memory");
     be->c = c;
+    be->device = opt->device;
     be->threads = std::max(opt->threads, 1);
+    be->mlp_rows = opt->mlp_rows;
     be->max_rows = pad_rows(std::max(opt->batch_tokens, opt->max_tokens));
     be->budget = opt->vram;
     be->fp8 = fp8;
@@ -510,8 +578,8 @@ static int open_math(qemb_backend **out, const qemb_config *c, const qemb_option
     be->hopper.on = opt->hopper && !opt->deterministic;
     be->on_layer_loaded = opt->on_layer_loaded;
     while (1 << be->lg < c->n_heads / c->n_kv_heads) be->lg++;
-    if (check_device(be, err) || open_device(be, opt, err) || open_buffers(be, opt, err) ||
-        (fp8 && check_fp8(be, err))) {
+    if (check_device(be, err) || open_allocated(be, err) || open_buffers(be, opt, err) ||
+        open_products(be, opt, err)) {
         cuda_close(be);
         return -1;
     }
@@ -533,7 +601,7 @@ static bool load_e4m3(qemb_backend *be, const qemb_mat *m, uint8_t *codes, float
         staging *s = &be->slots[*turn % SLOTS];
         const int n = std::min(step, m->rows - r);
         const size_t own = n * groups * sizeof(float); /* rows are multiples of 16 bytes */
-        uint8_t *to = codes + (size_t)r * m->cols;
+        const coded_rows to(codes + (size_t)r * m->cols, scales + r);
         ok = good(be, cudaEventSynchronize(s->free), "upload"); /* slot_quantize */
         if (ok) memcpy(s->host, (const char *)m->data + r * row, n * row);
         if (ok && own) memcpy(s->host + n * row, m->scale + r * groups, own);
@@ -542,10 +610,10 @@ static bool load_e4m3(qemb_backend *be, const qemb_mat *m, uint8_t *codes, float
                   cudaMemcpyAsync(s->dev, s->host, n * row + own, cudaMemcpyHostToDevice, be->st),
                   "upload");
         if (own)
-            launch_quantize(be, to, scales + r, (const int8_t *)s->dev,
-                            (const float *)(s->dev + n * row), n, m->cols);
+            launch_quantize(be, to, (const int8_t *)s->dev, (const float *)(s->dev + n * row), n,
+                            m->cols);
         else
-            launch_quantize(be, to, scales + r, (const act *)s->dev, nullptr, n, m->cols);
+            launch_quantize(be, to, (const act *)s->dev, nullptr, n, m->cols);
         ok = ok && good(be, cudaEventRecord(s->free, be->st), "upload");
     }
     return ok && !be->failure[0];
@@ -576,10 +644,10 @@ static bool load_vector(qemb_backend *be, const float **v, int n, char **at, int
     return ok;
 }
 
-static int cuda_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+static int load_layers(qemb_backend *be, qemb_weights *w, qemb_err *err) {
     const qemb_config *c = be->c;
     const qemb_options opt = {}; /* sizes of weights do not depend on them */
-    const device_sizes s = size_parts(c, &opt, &w->layers[0], be->fp8);
+    const device_sizes s = size_parts(c, &opt, &w->layers[0], be->gemm.kind);
     for (int i = 0; i < 2; i++)
         if (s.dense[i] &&
             !(be->dense[i] = (act *)device_alloc(be, s.dense[i], "a dequantized matrix", err)))
@@ -602,42 +670,68 @@ static int cuda_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
     ok = ok && load_vector(be, &w->final_norm, c->hidden, &at, &turn);
     if (!ok) return qemb_fail(err, "device", "%s", be->failure);
     assert(at == dev + s.weights);
-    const qemb_layer *y = &w->layers[0];
-    const qemb_mat mats[] = {y->wqkv, y->wo, y->wgu,
-                             y->wdown}; /* the order of open_device's shapes */
-    std::copy(mats, mats + 4, be->timed);
-    for (int i = 0; i < 4; i++)
-        if (be->dense[0]) be->timed[i].data = be->dense[i != 2]; /* what the products read */
+    return 0;
+}
+
+/* The embedding table goes to the device, if it fits beside everything else, or else to pinned
+ * memory. */
+static int load_table(qemb_backend *be, qemb_mat *table, qemb_err *err) {
+    const size_t bytes = (size_t)table->rows * table->cols * sizeof(act);
+    size_t left = 0, total = 0;
+    int turn = 0;
+    cudaMemGetInfo(&left, &total);
+    left -= std::min(left, TABLE_RESERVE);
+    if (be->budget) left = std::min(left, be->budget - std::min(be->used, be->budget));
+    if (bytes > left) {
+        if (pinned_alloc(&be->pinned_table, bytes, err)) return -1;
+        memcpy(be->pinned_table, table->data, bytes);
+        table->data = be->pinned_table;
+        return 0;
+    }
+    void *dev = device_alloc(be, bytes, "the embedding table", err);
+    if (!dev) return -1;
+    if (!upload(be, dev, table->data, bytes, &turn))
+        return qemb_fail(err, "device", "%s", be->failure);
+    table->data = dev;
     return 0;
 }
 
 /* Reads the algorithms from the cache file and times those that it lacks, in the memory of the
  * activations. Leaves out buckets that no batch reaches. */
-static void tune(qemb_backend *be, char *arena, size_t bytes) {
-    gemm_bench b = {be->st, nullptr, nullptr, arena, bytes};
+static void tune(qemb_backend *be, const qemb_layer *y) {
+    gemm_bench b = {be->st, nullptr, nullptr, be->arena, be->arena_bytes};
     gemm_load(&be->gemm, be->cache_path);
     bool ok =
-        good(be, cudaMemsetAsync(arena, 0x2c, bytes, be->st), "timing") && /* halves of 0.066 */
+        good(be, cudaMemsetAsync(b.scratch, 0x2c, b.bytes, b.st), "timing") && /* halves of 0.066 */
         good(be, cudaEventCreateWithFlags(&b.start, cudaEventDefault), "timing") &&
         good(be, cudaEventCreateWithFlags(&b.stop, cudaEventDefault), "timing");
     for (int i = 0; ok && i < be->gemm.n_shapes; i++) {
         gemm_shape *p = &be->gemm.shapes[i];
         const bool mlp = p->N == 2 * be->c->ffn || p->K == be->c->ffn;
-        const int rows = mlp ? std::min(be->max_rows, (int)MLP_ROWS) : be->max_rows;
-        const qemb_mat *w = be->timed;
-        while (w->rows != p->N || w->cols != p->K) w++;
+        const int rows = mlp ? std::min(be->max_rows, be->mlp_rows) : be->max_rows;
+        const void *w = nullptr; /* what the product reads */
+        for (const qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown})
+            if (m->rows == p->N && m->cols == p->K)
+                w = be->dense[0] ? be->dense[m != &y->wgu] : m->data;
         for (int k = 0; k <= gemm_bucket(&be->gemm, rows); k++)
-            if (!p->buckets[k].ready && gemm_tune(&be->gemm, p, k, &b, w->data))
+            if (!p->buckets[k].timed && gemm_tune(&be->gemm, p, k, &b, w))
                 gemm_save(&be->gemm, p, k, be->cache_path);
     }
     if (b.start) cudaEventDestroy(b.start);
     if (b.stop) cudaEventDestroy(b.stop);
 }
 
+static int cuda_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+    cudaSetDevice(be->device);
+    if (load_layers(be, w, err) || load_table(be, &w->tok_emb, err)) return -1;
+    if (be->cache_path) tune(be, &w->layers[0]);
+    return 0;
+}
+
 static void *cuda_arena(qemb_backend *be, size_t bytes, qemb_err *err) {
-    void *arena = device_alloc(be, bytes, "the activations", err);
-    if (arena && be->cache_path) tune(be, (char *)arena, bytes);
-    return arena;
+    cudaSetDevice(be->device);
+    be->arena_bytes = bytes;
+    return be->arena = (char *)device_alloc(be, bytes, "the activations", err);
 }
 
 #endif

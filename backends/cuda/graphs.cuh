@@ -2,7 +2,9 @@
  *
  * A class of batches, (rows, texts), goes through three modes: the first batch is launched op by op
  * (PLAIN), the second records its ops as a graph and launches it (RECORD), later ones launch the
- * graph (REPLAY). Nothing in a graph may depend on a batch except through the uploaded lists.
+ * graph (REPLAY): begin then says that the ops need not be called. Nothing in a graph may depend on
+ * a batch except through the uploaded lists. If the driver refuses a recording, the batch is
+ * launched op by op, and so are all later ones.
  */
 #ifndef CUDA_GRAPHS_CUH
 #define CUDA_GRAPHS_CUH
@@ -46,21 +48,19 @@ static void choose_graph(qemb_backend *be, const qemb_packed_batch *b) {
     if (be->wide && b->T >= WIDE_FROM) fill(be->wide_tiles, &be->n_wide, 128 >> be->lg);
 }
 
-static void list_unique(qemb_backend *be, int *slot, const qemb_packed_batch *b) {
-    be->n_unique = 0;
-    for (int t = 0; t < b->T; t++) {
-        const int token = b->tokens[t];
-        assert(token >= 0 && token < be->c->vocab);
-        int s = be->slot_of[token];
-        if (s >= be->n_unique || be->unique[s] != token) {
-            s = be->slot_of[token] = be->n_unique++;
-            be->unique[s] = token;
-        }
-        slot[t] = s;
+/* Starts the recording of a RECORD batch. It ends in finish_graph. */
+static void start_recording(qemb_backend *be) {
+    be->unrecorded = false;
+    if (be->mode == RECORD &&
+        cudaStreamBeginCapture(be->st, cudaStreamCaptureModeThreadLocal) != cudaSuccess) {
+        cudaGetLastError(); /* reported here, not by the next launch */
+        be->graphs_off = true;
+        be->mode = PLAIN;
     }
 }
 
 static int cuda_begin(qemb_backend *be, const qemb_packed_batch *b) {
+    cudaSetDevice(be->device);
     assert(b->T <= be->max_rows && b->B >= 1 && b->cu[0] == b->P && b->cu[b->B] == b->T);
     be->n_narrow = be->n_wide = 0;
     if (b->P) list_tiles(be, 0, b->P, 0);
@@ -75,7 +75,7 @@ static int cuda_begin(qemb_backend *be, const qemb_packed_batch *b) {
     view_batch(&be->dev, be->batch_dev, b->T, b->B, tiles);
     /* The last batch's upload has read batch_host. */
     good(be, cudaEventSynchronize(be->batch_free), "begin"); /* batch_free */
-    list_unique(be, host.slot, b);
+    memcpy(host.tokens, b->tokens, (size_t)b->T * sizeof *host.tokens);
     memcpy(host.pos, b->pos, (size_t)b->T * sizeof *host.pos);
     std::copy(be->narrow, be->narrow + be->n_narrow, host.tiles);
     std::copy(be->wide_tiles, be->wide_tiles + be->n_wide, host.tiles + be->n_narrow);
@@ -89,36 +89,33 @@ static int cuda_begin(qemb_backend *be, const qemb_packed_batch *b) {
     good(be, cudaMemcpyAsync(be->batch_dev, be->batch_host, bytes, cudaMemcpyHostToDevice, be->st),
          "begin");
     good(be, cudaEventRecord(be->batch_free, be->st), "begin");
-    return 0;
+    start_recording(be);
+    return be->mode == REPLAY;
 }
 
-/* ---- recording and replaying ----------------------------------------------------------------- */
+/* ---- the end of a batch's ops ---------------------------------------------------------------- */
 
-/* Starts recording, if the batch is to make its class's graph. To be called after embed: all ops
- * from here to pool are the same for the whole class. */
-static void start_recording(qemb_backend *be) {
-    if (be->mode == RECORD)
-        good(be, cudaStreamBeginCapture(be->st, cudaStreamCaptureModeThreadLocal), "graph");
-}
-
-/* Ends the recording, if there is one, and launches the graph. To be called in pool. */
-static void finish_graph(qemb_backend *be) {
+/* Ends the recording, if there is one, and launches the graph. Returns 1 if the ops could not be
+ * recorded: they have not run, and have to be called again. */
+static int finish_graph(qemb_backend *be) {
     cudaGraph_t recorded = nullptr;
-    if (be->mode == RECORD && good(be, cudaStreamEndCapture(be->st, &recorded), "graph") &&
-        !good(be, cudaGraphInstantiate(&be->graph->exec, recorded, 0), "graph"))
-        be->graph->exec = nullptr;
-    if (recorded) cudaGraphDestroy(recorded);
-    if (be->mode != PLAIN && be->graph->exec)
-        good(be, cudaGraphLaunch(be->graph->exec, be->st), "graph");
-    be->mode = PLAIN;
-}
-
-/* in_graph<op>::run is the op, except in a batch that replays a graph: there the graph runs it. */
-template <auto op> struct in_graph;
-template <class... Args, void (*op)(qemb_backend *, Args...)> struct in_graph<op> {
-    static void run(qemb_backend *be, Args... args) {
-        if (be->mode != REPLAY) op(be, args...);
+    cudaError_t e = cudaSuccess;
+    if (be->mode == PLAIN) return 0;
+    if (be->mode == RECORD) {
+        e = cudaStreamEndCapture(be->st, &recorded);
+        if (e == cudaSuccess && be->unrecorded) e = cudaErrorStreamCaptureInvalidated;
+        if (e == cudaSuccess) e = cudaGraphInstantiate(&be->graph->exec, recorded, 0);
+        if (recorded) cudaGraphDestroy(recorded);
     }
-};
+    be->mode = PLAIN;
+    if (e == cudaSuccess) {
+        good(be, cudaGraphLaunch(be->graph->exec, be->st), "graph");
+        return 0;
+    }
+    cudaGetLastError(); /* dealt with here, not by the next launch */
+    be->graph->exec = nullptr;
+    be->graphs_off = true;
+    return 1;
+}
 
 #endif

@@ -15,19 +15,17 @@ __device__ __forceinline__ float group_sum(float v, int lanes) {
 }
 
 /* ---- embed --------------------------------------------------------------------------------------
- * x (T, D) fp32 = rows[slot[t] - first] for the t whose slot lies in first .. first+n-1. rows (n,
- * D) are distinct table rows that the host gathered from its map; the table itself is never here. A
- * warp per token, 8 numbers per lane and step. 6 D bytes. */
+ * x (T, D) fp32 = rows tokens[t] of table (V, D), which is device memory, or pinned memory that the
+ * device reads over the bus. A warp per token, 8 numbers per lane and step. 6 D bytes. */
 enum { EMBED_WARPS = 4 };
 template <class A>
 __global__ void __launch_bounds__(EMBED_WARPS * 32)
-    embed_kernel(float *x, const A *rows, const int *slot, int first, int n, int T, int D) {
+    embed_kernel(float *x, const A *table, const int *tokens, int T, int D) {
     const int t = blockIdx.x * EMBED_WARPS + threadIdx.x / 32;
     if (t >= T) return;
-    const int s = slot[t] - first;
-    if (s < 0 || s >= n) return;
+    const A *row = table + (size_t)tokens[t] * D;
     for (int i = threadIdx.x % 32 * 8; i < D; i += 256) {
-        const eight<A> e = *(const eight<A> *)(rows + (size_t)s * D + i);
+        const eight<A> e = *(const eight<A> *)(row + i);
         const float2 a = to_float2(e.v[0]), b = to_float2(e.v[1]);
         const float2 c = to_float2(e.v[2]), d = to_float2(e.v[3]);
         float4 *to = (float4 *)(x + (size_t)t * D + i);

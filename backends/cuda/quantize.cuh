@@ -37,6 +37,35 @@ __global__ void __launch_bounds__(DEQUANTIZE_THREADS)
     }
 }
 
+/* ---- scale --------------------------------------------------------------------------------------
+ * y (T, N) = alpha x_scale[t] w_scale[n] sums[t][n], or += where ADD: what the sums of e4m3
+ * products become where cuBLASLt applies no scales. 8 numbers per thread and step, grid-stride. 4 +
+ * sizeof(Y) bytes per number, and 4 more where ADD. */
+enum { SCALE_THREADS = 256 };
+template <class Y, bool ADD>
+__global__ void __launch_bounds__(SCALE_THREADS)
+    scale_kernel(Y *y, const float *sums, const float *x_scale, const float *w_scale, float alpha,
+                 int T, int N) {
+    const unsigned N8 = (unsigned)N / 8, n = (unsigned)T * N8;
+    for (unsigned i = blockIdx.x * SCALE_THREADS + threadIdx.x; i < n;
+         i += gridDim.x * SCALE_THREADS) {
+        const float4 *from = (const float4 *)sums + (size_t)i * 2;
+        const float4 *w = (const float4 *)w_scale + i % N8 * 2;
+        const float s = alpha * x_scale[i / N8];
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const float4 v = from[k], b = w[k];
+            Y *to = y + (size_t)i * 8 + k * 4;
+            float4 r = make_float4(s * b.x * v.x, s * b.y * v.y, s * b.z * v.z, s * b.w * v.w);
+            if constexpr (ADD) {
+                const float4 old = *(const float4 *)to;
+                r = make_float4(old.x + r.x, old.y + r.y, old.z + r.z, old.w + r.w);
+            }
+            store4(to, r.x, r.y, r.z, r.w);
+        }
+    }
+}
+
 /* ---- rows to e4m3 -------------------------------------------------------------------------------
  * A block per row, grid-stride. A thread keeps V groups of 8 numbers in registers between the
  * maximum and the rounding: numbers (j * ROW_THREADS + thread) * 8 .. + 7, V * 8 * ROW_THREADS >=

@@ -299,20 +299,22 @@ static int plan(const options *o) {
               f->config.max_positions);
     if (!opt.max_tokens) opt.max_tokens = f->config.max_positions;
     qemb_plan(f, o->model.ops, &opt, &mem);
+    const int standard = mem.batch_tokens, on_gpu = mem.n_parts > 0;
     printf("%10.1f MiB  layers, mapped: %s\n", mib(mem.weights),
-           mem.repacked_bytes ? "read once, not kept in memory" : "every batch reads them");
+           on_gpu || mem.repacked_bytes ? "read once, not kept in memory"
+                                        : "every batch reads them");
     if (mem.repacked_bytes)
         printf("%10.1f MiB  layers, copied for this CPU and --math: every batch reads them\n",
                mib(mem.repacked_bytes));
-    printf("%10.1f MiB  embedding table, mapped: rows in use are read\n", mib(mem.table));
+    printf("%10.1f MiB  embedding table, mapped: %s\n", mib(mem.table),
+           on_gpu ? "read once" : "rows in use are read");
     printf("%10.1f MiB  activations: one text of --max-tokens %d\n", mib(mem.arena_text),
            opt.max_tokens);
     for (int i = 0; i < (o->model.engine.batch_tokens ? 1 : LENGTH(usual)); i++) {
         if (!o->model.engine.batch_tokens) opt.batch_tokens = usual[i];
         qemb_plan(f, o->model.ops, &opt, &mem);
         printf("%10.1f MiB  activations: a batch of --batch-tokens %d%s\n", mib(mem.arena_batch),
-               opt.batch_tokens,
-               opt.batch_tokens == qemb_batch_tokens(o->model.ops) ? " (default)" : "");
+               opt.batch_tokens, opt.batch_tokens == standard ? " (default)" : "");
     }
     printf("A run takes the layers that every batch reads, rows of the table, and the larger one "
            "of its\n"

@@ -462,7 +462,7 @@ Test(model, not_finite) { FOR_TABLES check_not_finite(); }
 static int spoiled_row; /* the row of out that gets a NaN, as from an overflow */
 static const char *spy_failure;
 
-static int spoiling_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
+static int spoiling_pool(qemb_backend *be, float *out, float *x, const float *w, int B) {
     const int D = small_configs[0].hidden;
     ops->pool(be, out, x, w, B);
     if (spoiled_row < B) out[spoiled_row * D + 9] = NAN;
@@ -523,7 +523,7 @@ static struct {
     int n, refuse; /* refuse: pools that ask for their batch again */
 } later;
 
-static int later_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
+static int later_pool(qemb_backend *be, float *out, float *x, const float *w, int B) {
     if (later.refuse > 0) return later.refuse--, 1;
     const size_t bytes = (size_t)B * (size_t)small_configs[0].hidden * sizeof(float);
     float *rows = malloc(bytes);

@@ -64,6 +64,8 @@ struct device {
     cudaError_t fault;   /* not cudaSuccess: the device has failed; launches and waits say so */
     long fault_after;    /* launches until it does; 0: never */
     bool no_fp8;         /* cuBLASLt has no product of e4m3 here */
+    int capture_fault;   /* recording fails: 1 at its begin, 2 a launch, 3 at its end, 4 when it is
+                          made executable; 0: never */
 };
 extern device dev;
 

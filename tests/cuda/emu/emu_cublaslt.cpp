@@ -1,11 +1,15 @@
 /* emu_cublaslt.cpp - the cuBLASLt calls that qemb makes, on the CPU, with the library's own types
  * and with the argument checks that the library applies on sm_80 and later to FP16 TN products, and
- * on sm_90 to e4m3 ones with a scale per row of either operand.
+ * on sm_89 and later to e4m3 ones; on sm_90 these may have a scale per row of either operand.
  *
  * Algorithms are numbered 0..7 (word 0 of the opaque algorithm, word 1 a seal). They give the same
  * values up to rounding: 2, 3, 6 and 7 sum from the end of K to its beginning, and the odd ones
- * split K in two, as split-K does, where M decides. Small products are offered them in another
- * order. A program that asks for no split gets even ones only.
+ * split K in two, as split-K does, where M decides. 1 and 5 add the parts in FP32, 3 and 7 in the
+ * type of the result, which the program can forbid. Small products are offered them in another
+ * order. A program that asks for no split gets even ones only. Algorithm 2 serves no single row.
+ *
+ * With fast accumulation, 32 e4m3 products and the sum so far are cut to 13 bits of fraction below
+ * the largest of them, as the tensor cores of sm_90 are reported to do (DeepSeek-V3 2024).
  */
 #include "emu_internal.h"
 
@@ -19,6 +23,7 @@ struct lt_desc {
     cublasComputeType_t compute;
     cudaDataType scale;
     int32_t ta = CUBLAS_OP_N, tb = CUBLAS_OP_N, a_mode = 0, b_mode = 0;
+    int8_t fast = 0;
     const float *a_scale = nullptr, *b_scale = nullptr;
 };
 struct lt_layout {
@@ -72,8 +77,27 @@ struct product {
     const float *a_scale, *b_scale; /* (N), (M) of e4m3; else null */
     void *D;
     lt_layout a, b, c;
-    bool split, backwards;
+    bool split, narrow, backwards, fast; /* narrow: the parts of K are added in C's type */
 };
+
+/* Rounds to the type of the result. */
+static float narrowed(cudaDataType t, float v) {
+    return t == CUDA_R_16F ? __half2float(__float2half_rn(v)) : v;
+}
+/* The sum of w[k] y[k] as a tensor core with 13 bits of fraction adds 32 at a time. */
+static float fast_sum(const float *w, const float *y, uint64_t K) {
+    double sum = 0;
+    for (uint64_t k0 = 0; k0 < K; k0 += 32) {
+        const uint64_t end = std::min(k0 + 32, K);
+        double top = fabs(sum), next = 0;
+        for (uint64_t k = k0; k < end; k++) top = std::max(top, fabs((double)w[k] * y[k]));
+        if (!(top > 0)) continue;
+        const double unit = ldexp(1, ilogb(top) - 13);
+        for (uint64_t k = k0; k < end; k++) next += trunc((double)w[k] * y[k] / unit);
+        sum = (next + trunc(sum / unit)) * unit;
+    }
+    return (float)sum;
+}
 static void multiply(const product &p) {
     std::vector<float> x(p.N * p.K), y(p.K);
     for (uint64_t i = 0; i < p.N; i++)
@@ -90,8 +114,11 @@ static void multiply(const product &p) {
                 for (int l = 0; l < 8; l++) part[l] += w[k + l] * y[k + l];
             }
             for (uint64_t k = steps * 8; k < p.K; k++) tail += w[k] * y[k];
-            float s = tail;
+            if (p.narrow) tail = narrowed(p.c.type, tail);
+            float s = 0;
             for (float v : part) s += v;
+            s = (p.narrow ? narrowed(p.c.type, s) : s) + tail;
+            if (p.fast) s = fast_sum(w, y.data(), p.K);
             s *= p.alpha;
             if (p.a_scale) s *= p.a_scale[i] * p.b_scale[j];
             size_t at = i + j * p.c.ld;
@@ -121,14 +148,17 @@ static cublasStatus_t check(const lt_desc &d, const lt_layout &a, const lt_layou
                        d.b_mode == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
     if (size_of(a.type) == 2)
         return d.a_mode || d.b_mode ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_SUCCESS;
-    /* e4m3: the one form of scales modelled, which sm_90 alone has */
-    if (!outer || dev.major != 9 || dev.minor != 0 || dev.no_fp8)
+    /* e4m3: scales per row, which sm_90 alone has, or none */
+    if (10 * dev.major + dev.minor < 89 || dev.no_fp8) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (outer ? dev.major != 9 || dev.minor != 0 : d.a_mode || d.b_mode)
         return CUBLAS_STATUS_NOT_SUPPORTED;
     if (a.rows % 16 || a.cols % 16 || b.cols % 16) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (!outer) return CUBLAS_STATUS_SUCCESS;
     if (!d.a_scale || !d.b_scale || ((uintptr_t)d.a_scale | (uintptr_t)d.b_scale) % 16)
         return CUBLAS_STATUS_INVALID_VALUE;
     return CUBLAS_STATUS_SUCCESS;
 }
+static bool algo_serves(uint64_t id, uint64_t M) { return id != 2 || M > 1; }
 static uint64_t algo_workspace(uint64_t id) { return id % 2 ? (uint64_t)1 << 20 : 0; }
 
 } // namespace emu
@@ -165,6 +195,10 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d,
         break;
     case CUBLASLT_MATMUL_DESC_TRANSB:
         to = &x->tb;
+        break;
+    case CUBLASLT_MATMUL_DESC_FAST_ACCUM:
+        to = &x->fast;
+        size = 1;
         break;
     case CUBLASLT_MATMUL_DESC_A_SCALE_MODE:
         to = &x->a_mode;
@@ -260,7 +294,9 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
     const uint64_t first = ((lt_layout *)b)->cols <= 256;
     for (uint64_t k = 0; k < 8 && *got < want; k++) {
         const uint64_t id = (k + first) % 8;
-        if (id % 2 && p.reduction == CUBLASLT_REDUCTION_SCHEME_NONE) continue;
+        if (id % 4 == 1 && !(p.reduction & CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE)) continue;
+        if (id % 4 == 3 && !(p.reduction & CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE)) continue;
+        if (!algo_serves(id, ((lt_layout *)b)->cols)) continue;
         if (algo_workspace(id) > p.workspace) continue;
         cublasLtMatmulHeuristicResult_t &x = r[(*got)++];
         memset(&x, 0, sizeof x);
@@ -280,6 +316,7 @@ cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t d,
     cublasStatus_t s = check(*(lt_desc *)d, *(lt_layout *)a, *(lt_layout *)b, *(lt_layout *)c);
     if (s) return s;
     if (algo->data[1] != SEAL || algo->data[0] > 7) return CUBLAS_STATUS_INVALID_VALUE;
+    if (!algo_serves(algo->data[0], ((lt_layout *)b)->cols)) return CUBLAS_STATUS_NOT_SUPPORTED;
     memset(r, 0, sizeof *r);
     r->workspaceSize = algo_workspace(algo->data[0]);
     return CUBLAS_STATUS_SUCCESS;
@@ -298,12 +335,13 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
     if (!algo || algo->data[1] != SEAL || algo->data[0] > 7) return CUBLAS_STATUS_INVALID_VALUE;
     if (((uintptr_t)A | (uintptr_t)B | (uintptr_t)C | (uintptr_t)D) % 16)
         return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (algo_workspace(algo->data[0]) > ws_bytes || (ws_bytes && (uintptr_t)ws % 256))
+    if (!algo_serves(algo->data[0], b.cols) || algo_workspace(algo->data[0]) > ws_bytes ||
+        (ws_bytes && (uintptr_t)ws % 256))
         return CUBLAS_STATUS_NOT_SUPPORTED;
     const lt_desc &d = *(lt_desc *)desc;
-    const bool fp8 = size_of(a.type) == 1;
-    for (const void *p : {A, B, C, (const void *)D, fp8 ? (const void *)d.a_scale : A,
-                          fp8 ? (const void *)d.b_scale : A})
+    const bool fp8 = size_of(a.type) == 1, scaled = fp8 && d.a_mode;
+    for (const void *p : {A, B, C, (const void *)D, scaled ? (const void *)d.a_scale : A,
+                          scaled ? (const void *)d.b_scale : A})
         if (!in_device_heap(p)) die("cublasLtMatmul: an operand is not device memory");
     product p = {c.rows,
                  c.cols,
@@ -313,16 +351,18 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
                  A,
                  B,
                  C,
-                 fp8 ? d.a_scale : nullptr,
-                 fp8 ? d.b_scale : nullptr,
+                 scaled ? d.a_scale : nullptr,
+                 scaled ? d.b_scale : nullptr,
                  D,
                  a,
                  b,
                  c,
                  algo->data[0] % 2 == 1,
-                 algo->data[0] / 2 % 2 == 1};
-    double cost =
-        (algo->data[0] ^ 2) * 0.01; /* algorithm 2 is the fastest: tuning has something to find */
+                 algo->data[0] % 4 == 3,
+                 algo->data[0] / 2 % 2 == 1,
+                 fp8 && d.fast};
+    /* Algorithm 3 is the fastest, then 2: tuning has something to find, and to be kept from. */
+    double cost = (double)(algo->data[0] ^ 3) * 0.01 + (fp8 && d.fast ? 0 : 0.005);
     submit(st, [p, cost] {
         multiply(p);
         clock_ms += cost;

@@ -24,7 +24,7 @@
 namespace emu {
 
 static device from_environment() {
-    device d = {1, 9, 0, 4, (size_t)8 << 30, 227 << 10, true, true, cudaSuccess, 0, false};
+    device d = {1, 9, 0, 4, (size_t)8 << 30, 227 << 10, true, true, cudaSuccess, 0, false, 0};
     const char *s = getenv("QEMB_EMU");
     char name[32];
     long value;
@@ -216,6 +216,7 @@ static cudaError_t fail(cudaError_t e) { return last_error = e; }
 cudaError_t submit_launch(cudaStream_t st, const launch_info &info) {
     if (dev.fault_after && !--dev.fault_after) dev.fault = cudaErrorIllegalAddress;
     if (dev.fault != cudaSuccess) return fail(dev.fault);
+    if (dev.capture_fault == 2 && of(st)->capture) return fail(cudaErrorStreamCaptureUnsupported);
     dim3 g = info.grid, b = info.block;
     size_t limit = shared_limit.count(info.kernel) ? shared_limit[info.kernel] : 48 << 10;
     if (info.shared > limit || (size_t)b.x * b.y * b.z > MAX_THREADS || !b.x || !b.y || !b.z ||
@@ -337,15 +338,22 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t st, cudaStreamCaptureMode) {
+    if (dev.capture_fault == 1) return fail(cudaErrorStreamCaptureUnsupported);
     of(st)->capture = new graph;
     return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t st, cudaGraph_t *g) {
     *g = (cudaGraph_t)of(st)->capture;
     of(st)->capture = nullptr;
+    if (dev.capture_fault == 3) {
+        delete (graph *)*g;
+        *g = nullptr;
+        return fail(cudaErrorStreamCaptureInvalidated);
+    }
     return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *x, cudaGraph_t g, unsigned long long) {
+    if (dev.capture_fault == 4) return fail(cudaErrorMemoryAllocation);
     *x = (cudaGraphExec_t) new graph(*(graph *)g);
     return cudaSuccess;
 }
