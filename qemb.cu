@@ -77,8 +77,8 @@ static void apply_scales(qemb_backend *be, Y *y, const coded_rows &x, const qemb
          "scale");
 }
 
-/* y = x W^T or, add, y += x W^T; x (T, in). dense: which memory an INT8 file's matrix is dequantized
- * to. */
+/* y = x W^T or, add, y += x W^T; x (T, in). dense: which memory an INT8 file's matrix is
+ * dequantized to. */
 static void run_gemm(qemb_backend *be, void *y, const qemb_act *x, const qemb_mat *w, bool add,
                      int T, int dense = 1) {
     const coded_rows rows(x, T, w->cols); /* FP8: what x holds */

@@ -327,8 +327,8 @@ struct qemb_ops {
     /* Makes w usable by the ops: replaces pointers into the map by pointers to the backend's copies
      * where it makes some (the plain table makes none). Called once. */
     int (*load_weights)(qemb_backend *be, qemb_weights *w, qemb_err *err);
-    /* Announces the batch of the following calls, up to pool. b lies in host memory. Returns 1 if the
-     * table has recorded the ops for such a batch: then only pool is called. Else 0. */
+    /* Announces the batch of the following calls, up to pool. b lies in host memory. Returns 1 if
+     * the table has recorded the ops for such a batch: then only pool is called. Else 0. */
     int (*begin)(qemb_backend *be, const qemb_packed_batch *b);
 
     /* x (T, D) = rows tokens[t] of tok_emb (V, D) */
@@ -354,9 +354,9 @@ struct qemb_ops {
                     const qemb_mat *w, int T);
     /* y (B, D) = rows cu[b+1]-1 of x (T, D) */
     void (*gather_last)(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
-    /* out (B, D), in host memory = rmsnorm of x (B, D) with w (D); x is scratch from here on. Without
-     * in_flight, out is written here, else in collect. Returns 1 if the ops have to be called again, from begin on (they could
-     * not be recorded). Else 0. */
+    /* out (B, D), in host memory = rmsnorm of x (B, D) with w (D); x is scratch from here on.
+     * Without in_flight, out is written here, else in collect. Returns 1 if the ops have to be
+     * called again, from begin on (they could not be recorded). Else 0. */
     int (*pool)(qemb_backend *be, float *out, float *x, const float *w, int B);
     /* Waits for the oldest batch between pool and collect, and writes its out. */
     void (*collect)(qemb_backend *be);

@@ -1,8 +1,8 @@
 /* device.cuh - the CUDA backend's state: device memory, uploads, opening, the weights. qemb.cu and
  * graphs.cuh work on it.
  *
- * There is one stream. Host and device meet in begin, which uploads a batch's lists, and in collect,
- * which waits for its vectors. In between a second batch may be launched.
+ * There is one stream. Host and device meet in begin, which uploads a batch's lists, and in
+ * collect, which waits for its vectors. In between a second batch may be launched.
  */
 #ifndef CUDA_DEVICE_CUH
 #define CUDA_DEVICE_CUH
@@ -67,9 +67,9 @@ struct batch_view {
     att_tile *tiles;   /* 64-row tiles, then 128-row tiles, then one tile per text's last token */
 };
 
-/* FP8: an activation that a product reads, T rows of K numbers. Its memory holds e4m3 codes and then
- * a scale for each row. Products read rows up to the next multiple of 16. Codes and scales of so
- * many rows fit where as many halves would. */
+/* FP8: an activation that a product reads, T rows of K numbers. Its memory holds e4m3 codes, then a
+ * scale for each row. Products read rows up to the next multiple of 16. Codes and scales of so many
+ * rows fit where as many halves would. */
 struct coded_rows {
     uint8_t *codes; /* (T, K) */
     float *scales;  /* (T) */
@@ -157,12 +157,19 @@ static bool good(qemb_backend *be, cudaError_t e, const char *op) {
 }
 /* ---- memory ---------------------------------------------------------------------------------- */
 
-static void *device_alloc(qemb_backend *be, size_t bytes, const char *what, qemb_err *err) {
+/* Bytes that may still be allocated: what the device has free, less the reserve, within the
+ * budget. */
+static size_t memory_left(const qemb_backend *be, size_t reserve) {
     size_t left = 0, total = 0;
+    cudaMemGetInfo(&left, &total);
+    left -= std::min(left, reserve);
+    return be->budget ? std::min(left, be->budget - std::min(be->used, be->budget)) : left;
+}
+
+static void *device_alloc(qemb_backend *be, size_t bytes, const char *what, qemb_err *err) {
+    const size_t left = memory_left(be, 0);
     void *p = nullptr;
     assert(be->n_allocated < (int)(sizeof be->allocated / sizeof *be->allocated));
-    cudaMemGetInfo(&left, &total);
-    if (be->budget) left = std::min(left, be->budget - std::min(be->used, be->budget));
     if (bytes > left || cudaMalloc(&p, bytes) != cudaSuccess) {
         cudaGetLastError(); /* reported here, not by the next launch */
         qemb_fail(
@@ -289,15 +296,15 @@ static int plan(qemb_part *p, const qemb_file *f, const qemb_options *opt, size_
         {"a batch's lists, as much again pinned in main memory", s.lists + s.counter},
         {"the rope table", s.rope},
         {"CUDA graphs, at most (an estimate; taken when first used)",
-         opt->no_graphs ? 0 : graph_bytes(&f->config, by_bytes)},
-        {"the embedding table, if it fits; else pinned in main memory", s.table}};
+         opt->no_graphs ? 0 : graph_bytes(&f->config, by_bytes)}};
     int n = 0;
     size_t sum = 0;
     for (const qemb_part &part : all) {
         sum += part.bytes;
-        const bool table = &part == std::end(all) - 1;
-        if (part.bytes && !(table && opt->vram && sum > opt->vram)) p[n++] = part;
+        if (part.bytes) p[n++] = part;
     }
+    if (!opt->vram || sum + s.table <= opt->vram)
+        p[n++] = {"the embedding table, if it fits; else pinned in main memory", s.table};
     return n;
 }
 
@@ -677,12 +684,8 @@ static int load_layers(qemb_backend *be, qemb_weights *w, qemb_err *err) {
  * memory. */
 static int load_table(qemb_backend *be, qemb_mat *table, qemb_err *err) {
     const size_t bytes = (size_t)table->rows * table->cols * sizeof(act);
-    size_t left = 0, total = 0;
     int turn = 0;
-    cudaMemGetInfo(&left, &total);
-    left -= std::min(left, TABLE_RESERVE);
-    if (be->budget) left = std::min(left, be->budget - std::min(be->used, be->budget));
-    if (bytes > left) {
+    if (bytes > memory_left(be, TABLE_RESERVE)) {
         if (pinned_alloc(&be->pinned_table, bytes, err)) return -1;
         memcpy(be->pinned_table, table->data, bytes);
         table->data = be->pinned_table;

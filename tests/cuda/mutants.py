@@ -284,8 +284,8 @@ MUTANTS = [
     (
         "fp8_attention",
         Q,
-        "if (be->fp8) launch_quantize(be, coded_rows(att, rows, Q), (const act *)out, nullptr, rows, Q);",
-        "",
+        "if (be->fp8) launch_quantize(be, coded_rows(att",
+        "if (0) launch_quantize(be, coded_rows(att",
         "accuracy",
     ),
     (
@@ -464,15 +464,8 @@ MUTANTS = [
     (
         "table_reserve",
         D,
-        "left -= std::min(left, TABLE_RESERVE);",
+        "left -= std::min(left, reserve);",
         "",
-        "table_in_pinned",
-    ),
-    (
-        "table_budget",
-        D,
-        "if (be->budget) left = std::min(left, be->budget - std::min(be->used, be->budget));\n    if (bytes > left) {\n        if (pinned",
-        "if (bytes > left) {\n        if (pinned",
         "table_in_pinned",
     ),
     (
@@ -563,9 +556,9 @@ MUTANTS = [
     (
         "budget",
         D,
-        "if (be->budget) left = std::min(left, be->budget - std::min(be->used, be->budget));\n    if (bytes > left ||",
-        "if (bytes > left ||",
-        "refuse_memory",
+        "return be->budget ? std::min(left, be->budget - std::min(be->used, be->budget)) : left;",
+        "return left;",
+        "refuse_memory table_in_pinned",
     ),
     (
         "beta",
