@@ -137,8 +137,8 @@ static void wide_attention(qemb_backend *be, act *att, const act *qkv, const att
     if (be->n_wide)
         good(be,
              attention_hopper_launch<act, HD>(
-                 &be->hopper, att, qkv, tiles, be->n_wide, be->c->n_heads, be->c->n_kv_heads,
-                 be->lg, (float)(1.4426950408889634 / sqrt((double)HD)), be->st),
+                 &be->hopper, att, qkv, be->max_rows, tiles, be->n_wide, be->c->n_heads,
+                 be->c->n_kv_heads, be->lg, (float)(1.4426950408889634 / sqrt((double)HD)), be->st),
              "attention");
 }
 template <int HD>

@@ -195,9 +195,15 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
  * and the weights as wgmma's register operand. While the tensor cores multiply a tile's weights
  * with v, the next tile's scores are on their way and its softmax is computed.
  *
- * K and V are copied by cp.async: a tile can cross from the prefix's rows into the text's, and keys
- * past the end must be zeros, which rows of a tensor map cannot say. A stage holds a tile's K, then
- * V, each in blocks of 64 columns: K's rows are n of q k^T, V's are k of p v. */
+ * A whole tile of keys, 64 rows of qkv that follow each other, is loaded by TMA. The other tiles
+ * are copied by cp.async: one crosses from the prefix's rows into the text's, or has keys past
+ * the end, which must be zeros. A stage holds a tile's K, then V, each in blocks of 64 columns:
+ * K's rows are n of q k^T, V's are k of p v.
+ *
+ * Either kind may refill a stage that held either kind. Before a loader writes, all multiplying
+ * warps have waited for the wgmmas that read the stage and arrived at `empty`; a wgmma that has
+ * ended needs no proxy fence. Copies by cp.async were followed by fence_async in their threads
+ * before `full`, so TMA's later writes to the same bytes come after them. */
 enum { AH_STAGES = 4 };
 template <int HD> constexpr int ah_stage_bytes = 2 * att_tile_bytes<HD>;
 template <int HD> using ah_ring = hopper_ring<AH_STAGES, ah_stage_bytes<HD>>;
@@ -214,6 +220,7 @@ constexpr int attention_hopper_shared_bytes = (hopper_ring_bytes<AH_STAGES, ah_s
 /* The kernel's work items: every query tile with every kv head; a tile's heads are adjacent. */
 template <class A, int HD> struct ah_work {
     const A *qkv;
+    const CUtensorMap *map; /* of qkv */
     const att_tile *tiles;
     int n_tiles, H, K, lg;
     unsigned char *rest; /* behind the ring */
@@ -244,6 +251,28 @@ template <class A, int HD> struct ah_work {
 };
 __device__ __forceinline__ int ah_key_tiles(int keys) { return (keys + ATT_KEYS - 1) / ATT_KEYS; }
 
+template <class A> __device__ __forceinline__ int ah_row(const att_view<A> &s, int p) {
+    return p < s.prefix ? p : s.own + p;
+}
+/* Whether key tile n consists of rows that follow each other. Rows ascend with the position. */
+template <class A> __device__ __forceinline__ bool ah_whole(const att_view<A> &s, int n) {
+    const int p = n * ATT_KEYS, last = p + ATT_KEYS - 1;
+    return last < s.keys && ah_row(s, last) - ah_row(s, p) == ATT_KEYS - 1;
+}
+/* A whole tile. `full` counts 128 arrivals for either kind of tile. */
+template <class A, int HD>
+__device__ __forceinline__ void ah_load_whole(const ah_work<A, HD> &work, const att_view<A> &s,
+                                              shared_addr stage, shared_addr full, int n) {
+    if (threadIdx.x > 0) return barrier_arrive(full);
+    const int row = ah_row(s, n * ATT_KEYS), column = (int)(s.k - work.qkv);
+    barrier_expect(full, ah_stage_bytes<HD>);
+#pragma unroll
+    for (int c = 0; c < HD; c += 64) {
+        const shared_addr to = stage + c * (ATT_KEYS * 2);
+        tma_load(to, work.map, full, column + c, row);
+        tma_load(to + att_tile_bytes<HD>, work.map, full, column + s.to_v + c, row);
+    }
+}
 template <class A, int HD>
 __device__ __forceinline__ void ah_load_kv(const att_view<A> &s, shared_addr stage, int n) {
     constexpr int CHUNKS = HD / 8, STEPS = ATT_KEYS * CHUNKS / 128;
@@ -252,7 +281,7 @@ __device__ __forceinline__ void ah_load_kv(const att_view<A> &s, shared_addr sta
         const int id = (int)threadIdx.x + i * 128, r = id / CHUNKS, c = id % CHUNKS;
         const int p = n * ATT_KEYS + r;
         const bool ok = p < s.keys;
-        const int row = ok ? (p < s.prefix ? p : s.own + p) : 0;
+        const int row = ok ? ah_row(s, p) : 0;
         const A *k = s.k + (size_t)row * s.ld + c * 8;
         const shared_addr to = stage + c / 8 * (ATT_KEYS * HOPPER_ROW) + att_swizzle<64>(r, c % 8);
         cp_async16(to, k, ok);
@@ -261,18 +290,18 @@ __device__ __forceinline__ void ah_load_kv(const att_view<A> &s, shared_addr sta
     cp_async_commit();
 }
 
-/* The loading warpgroup. It signals that a group of copies has landed after issuing the next
- * one. */
+/* The loading warpgroup. It signals that a group of copies has landed after issuing the next tile.
+ * A whole tile signals by itself; its empty group keeps one group per tile. */
 template <class A, int HD>
 __device__ __forceinline__ void ah_load(const ah_work<A, HD> &work, ah_ring<HD> ring) {
-    shared_addr landing = 0; /* the mbarrier of the group before */
+    shared_addr landing = 0; /* the mbarrier of the group before; 0: the group is empty */
     int turn = 0;
     for (int n = blockIdx.x; n < work.count(); n += gridDim.x, turn ^= 1) {
         const att_tile w = work.tile(n);
         if (w.t0 >= w.len) break; /* padding of the list in a graph */
         const att_view<A> s = work.view(n, w);
         for (int t = -1; t < ah_key_tiles(s.keys); t++) { /* -1: q */
-            shared_addr full;
+            shared_addr full = 0;
             if (t < 0) {
                 barrier_wait(work.q_empty(), turn ^ 1); /* ah_q_empty */
                 att_load_q<A, HD, 2>(work.qkv + (size_t)(work.head(n) << work.lg) * HD, s.ld, w,
@@ -280,8 +309,14 @@ __device__ __forceinline__ void ah_load(const ah_work<A, HD> &work, ah_ring<HD> 
                 full = work.q_full();
             } else {
                 barrier_wait(ring.empty(ring.i), ring.parity(ring.i) ^ 1); /* ah_empty */
-                ah_load_kv<A, HD>(s, ring.stage(ring.i), t);
-                full = ring.full(ring.i++);
+                if (ah_whole(s, t)) {
+                    ah_load_whole(work, s, ring.stage(ring.i), ring.full(ring.i), t);
+                    cp_async_commit(); /* ah_group: cp_async_wait counts it */
+                } else {
+                    ah_load_kv<A, HD>(s, ring.stage(ring.i), t);
+                    full = ring.full(ring.i);
+                }
+                ring.i++;
             }
             if (landing) {
                 cp_async_wait<1>(); /* ah_landed */
@@ -380,16 +415,18 @@ __device__ __forceinline__ void ah_multiply(const ah_work<A, HD> &work, ah_ring<
 }
 #endif
 
-/* Grid: one block per multiprocessor. Arguments as in attention_kernel. */
+/* Grid: one block per multiprocessor. map: of qkv, boxes of 64 columns and 64 rows; the other
+ * arguments as in attention_kernel. */
 template <class A, int HD>
 __global__ void __launch_bounds__(HOPPER_THREADS, 1)
-    attention_hopper_kernel(A *att, const A *qkv, const att_tile *tiles, int n_tiles, int H, int K,
-                            int lg, float scale_log2e) {
+    attention_hopper_kernel(A *att, const A *qkv, const __grid_constant__ CUtensorMap map,
+                            const att_tile *tiles, int n_tiles, int H, int K, int lg,
+                            float scale_log2e) {
 #if defined(HOPPER_CODE)
     SHARED_BYTES(smem);
     const ah_ring<HD> ring = {shared_address(smem)};
     unsigned char *rest = smem + attention_hopper_shared_bytes<HD> - 2 * ah_rows_bytes<HD> - 16;
-    const ah_work<A, HD> work = {qkv, tiles, n_tiles, H, K, lg, rest};
+    const ah_work<A, HD> work = {qkv, &map, tiles, n_tiles, H, K, lg, rest};
     if (threadIdx.x == 0) {
         hopper_init(ring, 128);
         barrier_init(work.q_full(), 128);
@@ -440,12 +477,13 @@ template <class A> static cudaError_t hopper_open(hopper_state *s, int multiproc
     return e;
 }
 
-/* Makes the tensor map of p (rows, columns) with the boxes of gate_up_kernel. */
+/* Makes the tensor map of p (rows, columns) with boxes of 64 columns and box_rows rows. */
 template <class A>
-static bool hopper_map(const hopper_state *s, CUtensorMap *map, const A *p, int rows, int columns) {
+static bool hopper_map(const hopper_state *s, CUtensorMap *map, const A *p, int rows, int columns,
+                       int box_rows = HOPPER_ROWS) {
     const cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)rows},
                      pitch[1] = {(cuuint64_t)columns * sizeof(A)};
-    const cuuint32_t box[2] = {GU_DEPTH, HOPPER_ROWS}, step[2] = {1, 1};
+    const cuuint32_t box[2] = {GU_DEPTH, (cuuint32_t)box_rows}, step[2] = {1, 1};
     const auto type = std::is_same<A, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                      : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     return s->encode(map, type, 2, (void *)p, size, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -464,12 +502,16 @@ static cudaError_t gate_up_launch(const hopper_state *s, A *h, const A *x, const
                   gate_up_shared_bytes, st, h, x_map, w_map, alpha, T, F, D, clamps);
 }
 
+/* rows: of the memory at qkv. In a graph they may not depend on the batch. */
 template <class A, int HD>
-static cudaError_t attention_hopper_launch(const hopper_state *s, A *att, const A *qkv,
+static cudaError_t attention_hopper_launch(const hopper_state *s, A *att, const A *qkv, int rows,
                                            const att_tile *tiles, int n, int H, int K, int lg,
                                            float scale_log2e, cudaStream_t st) {
+    CUtensorMap map;
+    if (!hopper_map(s, &map, qkv, rows, (H + 2 * K) * HD, ATT_KEYS)) return cudaErrorInvalidValue;
     return launch(attention_hopper_kernel<A, HD>, dim3((unsigned)s->blocks), dim3(HOPPER_THREADS),
-                  attention_hopper_shared_bytes<HD>, st, att, qkv, tiles, n, H, K, lg, scale_log2e);
+                  attention_hopper_shared_bytes<HD>, st, att, qkv, map, tiles, n, H, K, lg,
+                  scale_log2e);
 }
 
 #endif

@@ -24,7 +24,7 @@ OPCODES = {
 WANT = {"attention_kernel": ("HMMA", "LDSM", "LDGSTS")}
 WANT_SM90A = {
     "gate_up_kernel": ("HGMMA", "UTMALDG"),  # elsewhere these kernels trap
-    "attention_hopper_kernel": ("HGMMA", "LDSM", "LDGSTS"),
+    "attention_hopper_kernel": ("HGMMA", "LDSM", "LDGSTS", "UTMALDG"),
 }
 
 

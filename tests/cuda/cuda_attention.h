@@ -10,7 +10,7 @@ template <class A> struct attention_args {
     A *att;
     const A *qkv;
     const att_tile *tiles;
-    int n_tiles, H, K, lg;
+    int T, n_tiles, H, K, lg;
     float scale_log2e;
 };
 template <class A> using attention_start = cudaError_t (*)(const attention_args<A> &);
@@ -47,7 +47,7 @@ static void attention_case(const std::vector<int> &lens, int P, int K, int lg, b
     std::vector<A> qkv = random_numbers<A>(&r, (size_t)T * ld, scale);
     device_array<A> dqkv(qkv), datt((size_t)rows * H * HD);
     device_array<att_tile> dt(tiles);
-    cuda_ok(start({datt.p, dqkv.p, dt.p, (int)tiles.size(), H, K, lg,
+    cuda_ok(start({datt.p, dqkv.p, dt.p, T, (int)tiles.size(), H, K, lg,
                    (float)(1.4426950408889634 / sqrt((double)HD))}),
             "launch");
     std::vector<A> got = datt.get();

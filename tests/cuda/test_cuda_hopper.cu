@@ -238,8 +238,8 @@ TEST(gate_up_hopper_nan) {
 
 template <class A, int HD, int BLOCKS>
 static cudaError_t attention_wgmma(const attention_args<A> &a) {
-    return attention_hopper_launch<A, HD>(hopper<A>(BLOCKS), a.att, a.qkv, a.tiles, a.n_tiles, a.H,
-                                          a.K, a.lg, a.scale_log2e, (cudaStream_t)0);
+    return attention_hopper_launch<A, HD>(hopper<A>(BLOCKS), a.att, a.qkv, a.T, a.tiles, a.n_tiles,
+                                          a.H, a.K, a.lg, a.scale_log2e, (cudaStream_t)0);
 }
 template <class A, int HD, int BLOCKS = 3>
 static void attention_hopper_case(const std::vector<int> &lens, int P, int K, int lg,
@@ -268,6 +268,80 @@ TEST(attention_hopper_bf16) {
 TEST(attention_hopper_sharp) {
     attention_hopper_case<__half, 128>({200}, 0, 1, 2, 12);
     attention_hopper_case<__half, 64>({200}, 3, 1, 2, 12);
+}
+
+#if defined(QEMB_EMU)
+/* Boxes that the copy engine must bring for a list of tiles: K and V of the key tiles whose 64 rows
+ * follow each other. */
+static long wanted_boxes(const std::vector<att_tile> &tiles, int HD, int K, int lg) {
+    long whole = 0;
+    for (const att_tile &w : tiles) {
+        const int keys = w.prefix + std::min(w.len, w.t0 + (HOPPER_ROWS >> lg));
+        for (int p = 0; p + ATT_KEYS <= keys; p += ATT_KEYS) {
+            int breaks = 0;
+            for (int i = p + 1; i < p + ATT_KEYS; i++) breaks += i == w.prefix && w.row0 != i;
+            whole += !breaks;
+        }
+    }
+    return whole * K * 2 * (HD / 64);
+}
+#endif
+/* att of the tokens P.. of a text, v (n, ld), with the first P as a shared prefix. Rows of NaN lie
+ * between the prefix and the others, and behind them. */
+template <class A, int HD>
+static std::vector<A> attention_behind(const std::vector<A> &v, int n, int P, int gap, int K,
+                                       int lg) {
+    const int H = K << lg, ld = (H + 2 * K) * HD, own = n - P, row0 = P + gap, T = row0 + own + 70;
+    std::vector<att_tile> tiles;
+    for (int t = 0; t < own; t += HOPPER_ROWS >> lg)
+        tiles.push_back(att_tile{t, row0, own, P, 0, {}});
+    std::vector<A> qkv((size_t)T * ld, make<A>(NAN));
+    std::copy(v.begin(), v.begin() + (size_t)P * ld, qkv.begin());
+    std::copy(v.begin() + (size_t)P * ld, v.end(), qkv.begin() + (size_t)row0 * ld);
+    device_array<A> dqkv(qkv), datt((size_t)own * H * HD);
+    device_array<att_tile> dt(tiles);
+#if defined(QEMB_EMU)
+    const long before = emu::count.loads;
+#endif
+    cuda_ok(attention_wgmma<A, HD, 3>({datt.p, dqkv.p, dt.p, T, (int)tiles.size(), H, K, lg,
+                                       (float)(1.4426950408889634 / sqrt((double)HD))}),
+            "launch");
+    const std::vector<A> got = datt.get();
+#if defined(QEMB_EMU)
+    const long boxes = emu::count.loads - before, want = wanted_boxes(tiles, HD, K, lg);
+    check(boxes == want, "prefix %d, gap %d, %d tokens: %ld boxes (want %ld)", P, gap, n, boxes,
+          want);
+#endif
+    return got;
+}
+/* A tile of keys can come by TMA or by cp.async: no bit may tell which. */
+template <class A, int HD>
+static void attention_whole_case(int own, const std::vector<int> &prefixes, int K, int lg) {
+    if (!hopper_here()) return;
+    for (int P : prefixes) {
+        const int H = K << lg, ld = (H + 2 * K) * HD, n = P + own;
+        rng r = {(uint64_t)n};
+        const std::vector<A> v = random_numbers<A>(&r, (size_t)n * ld, 1.7);
+        const std::vector<A> want = attention_behind<A, HD>(v, n, 0, 0, K, lg);
+        for (int gap : {0, 5}) {
+            const std::vector<A> got = attention_behind<A, HD>(v, n, P, gap, K, lg);
+            check(!memcmp(got.data(), want.data() + (size_t)P * H * HD, got.size() * sizeof(A)),
+                  "prefix %d, gap %d, %d tokens: other bits", P, gap, n);
+            for (const A &x : got)
+                if (!check(!std::isnan(num(x)), "prefix %d, gap %d, %d tokens: NaN", P, gap, n))
+                    return;
+        }
+    }
+}
+TEST_SCHEDULES(attention_hopper_whole) {
+    attention_whole_case<__half, 64>(512, {64, 70}, 1, 1);
+    attention_whole_case<__half, 64>(130, {1, 62, 63, 65, 127, 128, 129, 200}, 2, 2);
+    attention_whole_case<__half, 128>(63, {1, 64, 70, 200}, 1, 1);
+}
+TEST(attention_hopper_whole_long) {
+    attention_whole_case<__half, 128>(577, {70, 200}, 1, 1);
+    attention_whole_case<__nv_bfloat16, 128>(600, {128}, 1, 1);
+    attention_whole_case<__half, 64>(575, {64, 200}, 1, 2);
 }
 
 /* ---- the whole forward ----------------------------------------------------------------------- */

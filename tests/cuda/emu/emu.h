@@ -71,6 +71,7 @@ extern device dev;
 
 struct counters {
     long launches, collectives, races, copies, gemms, graph_launches, wgmmas;
+    long loads;       /* boxes that tma_load has brought */
     long allocations; /* device and pinned; a test of "nothing is allocated in the hot path" */
 };
 extern counters count;

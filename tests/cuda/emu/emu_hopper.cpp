@@ -128,6 +128,7 @@ bool land_one() {
         }
     race_publish(l.barrier, l.thread, l.tick);
     barriers[l.barrier].bytes -= bytes;
+    count.loads++;
     end_phase(l.barrier);
     return true;
 }
