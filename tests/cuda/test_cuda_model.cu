@@ -22,6 +22,13 @@ static long products() {
     return -1;
 #endif
 }
+static long kernels() {
+#if defined(QEMB_EMU)
+    return emu::count.launches;
+#else
+    return -1;
+#endif
+}
 static long graph_launches() {
 #if defined(QEMB_EMU)
     return emu::count.graph_launches;
@@ -297,8 +304,12 @@ static void graph_case(qemb_dtype dtype, const qemb_ops *ops,
         const long before = graph_launches();
         for (const graph_batch &b : batches) {
             const auto texts = random_texts(b.lens, b.prefix, 7 + b.lens[0]);
-            check(with.embed(texts) == without.embed(texts), "%zu texts, %d tokens, prefix %d",
-                  b.lens.size(), b.lens[0], b.prefix);
+            const long start = kernels();
+            const auto got = with.embed(texts);
+            const long middle = kernels();
+            check(got == without.embed(texts), "%zu texts, %d tokens, prefix %d", b.lens.size(),
+                  b.lens[0], b.prefix);
+            check(middle - start <= kernels() - middle, "a graph, and its kernels again");
         }
         const long launched = graph_launches() - before;
         check(before < 0 || launched == replays, "%ld batches ran as graphs (want %ld)", launched,
