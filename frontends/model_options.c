@@ -5,6 +5,7 @@
 #include "select_ops.h"
 
 #include <limits.h>
+#include <string.h>
 
 #define TEXTS   (FOR_EMBED | FOR_TOKENIZE)
 #define COMPUTE (FOR_EMBED | FOR_PLAN | FOR_CHECK)
@@ -32,7 +33,9 @@ const option_row model_option_rows[] = {
      OPTION_STRING, AT(cpu), .unset = "the fastest", .commands = COMPUTE},
     {"math", "NAME", "f32, bf16, int16, int8; GPU: f16, fp8", NULL,
      OPTION_STRING, AT(math), .unset = "f32; GPU: f16", .commands = COMPUTE},
-    {"vram", "MIB", "GPU: memory to use at most", NULL,
+    {"devices", "LIST", "GPU: which, such as 0,2, or all", "0",
+     OPTION_STRING, AT(device_list), .commands = COMPUTE, .gpu = 1},
+    {"vram", "MIB", "GPU: memory to use at most, of each", NULL,
      OPTION_SIZE, AT(engine.vram), .unset = "what is free", .min = 1, .max = 1 << 30, .shift = 20,
      .commands = COMPUTE, .gpu = 1},
     {"deterministic", NULL, "GPU: a vector does not depend on its batch", NULL,
@@ -45,10 +48,43 @@ const option_row model_option_rows[] = {
 /* clang-format on */
 const int n_model_option_rows = LENGTH(model_option_rows);
 
+static void add_device(model_options *o, int device) {
+    for (int i = 0; i < o->n_devices; i++)
+        if (o->devices[i] == device) usage("--devices: GPU %d twice", device);
+    if (o->n_devices == MAX_DEVICES) usage("--devices: too many (want at most %d)", MAX_DEVICES);
+    o->devices[o->n_devices++] = device;
+}
+
+/* Fills devices. Whether there is a GPU at all is left to qemb_open, which knows why not. */
+static void find_devices(model_options *o) {
+    const char *p = o->device_list;
+    if (!o->ops->devices || !strcmp(p, "0")) { /* no GPU is asked */
+        add_device(o, 0);
+        return;
+    }
+    const int n = o->ops->devices();
+    if (!strcmp(p, "all")) {
+        for (int i = 0; i < (n ? n : 1); i++) add_device(o, i);
+        return;
+    }
+    do {
+        int device = 0;
+        const char *start = p;
+        for (; *p >= '0' && *p <= '9' && device < 10000; p++) device = 10 * device + (*p - '0');
+        if (p == start || (*p && *p != ','))
+            usage("--devices: not a list of GPUs (got %.40s, want numbers such as 0,2, or all)",
+                  o->device_list);
+        if (n && device >= n)
+            usage("--devices: no GPU %d (got %d GPU%s)", device, n, n == 1 ? "" : "s");
+        add_device(o, device);
+    } while (*p++);
+}
+
 void model_options_check(model_options *o) {
     qemb_err err;
     o->ops = select_ops(o->cpu, o->math, &err);
     if (!o->ops) usage("%s", err.msg);
+    find_devices(o);
     if (!o->model) usage("no model (want -m MODEL.qemb)");
     if (o->query && o->instruct) usage("--query and --instruct: only one of them");
     if (o->instruct && !*o->instruct)

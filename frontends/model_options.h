@@ -5,13 +5,19 @@
 #include "options.h"
 #include "qemb.h"
 
+enum { MAX_DEVICES = 64 };
+
 typedef struct {
     const char *model;
     const char *instruct; /* NULL: none */
     int query, truncate;
     const char *cpu, *math; /* NULL: not given */
-    qemb_options engine;    /* 0: the engine's default */
-    const qemb_ops *ops;    /* the table that cpu and math name, after model_options_check */
+    const char *device_list;
+    qemb_options engine; /* 0: the engine's default */
+    /* After model_options_check: */
+    const qemb_ops *ops;      /* the table that cpu and math name */
+    int devices[MAX_DEVICES]; /* (n_devices) the GPUs that compute; a CPU's table has 0 alone */
+    int n_devices;
 } model_options;
 
 /* The commands of qemb, as the rows' `commands` name them. qemb-serve has no commands. */
@@ -20,7 +26,7 @@ enum { FOR_EMBED = 1, FOR_INFO = 2, FOR_TOKENIZE = 4, FOR_PLAN = 8, FOR_CHECK = 
 extern const option_row model_option_rows[];
 extern const int n_model_option_rows;
 
-/* Finds ops. Ends with STATUS_USAGE if the options contradict each other or the machine. */
+/* Finds ops and devices. Ends with STATUS_USAGE if the options contradict each other or the machine. */
 void model_options_check(model_options *o);
 
 #endif

@@ -59,7 +59,8 @@ void output_close(output *o); /* closes standard output too */
 /* ---- pipeline.c ------------------------------------------------------------------------------ */
 
 /* Embeds standard input to standard output until the input ends, an error stops the run or a signal
- * arrives. hidden: D. Returns the exit status; does not return after a signal. */
-int embed_stream(const options *o, qemb_model *m, int hidden, record_tokenizer *t);
+ * arrives. m: the replicas on the devices of o->model. hidden: D. Returns the exit status; does not
+ * return after a signal. */
+int embed_stream(const options *o, qemb_model *const *m, int hidden, record_tokenizer *t);
 
 #endif

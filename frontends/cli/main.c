@@ -3,6 +3,7 @@
 
 #include "frontends/console.h"
 #include "frontends/options.h"
+#include "frontends/replicas.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -111,12 +112,9 @@ static void show_loaded(int layers, int of) {
     say_progress(line);
 }
 
-static void open_model(qemb_model **m, const model_file *f, const options *o) {
-    qemb_err err;
-    qemb_options opt = o->model.engine;
-    if (o->progress > 0 || (!o->progress && isatty(STDERR_FILENO)))
-        opt.on_layer_loaded = show_loaded;
-    if (qemb_open(m, f->file, o->model.ops, &opt, &err)) DIE(STATUS_MODEL, "%s", err.msg);
+/* What is told about a model that is being opened, or NULL. */
+static layer_loaded *loading(const options *o) {
+    return o->progress > 0 || (!o->progress && isatty(STDERR_FILENO)) ? show_loaded : NULL;
 }
 
 static void open_record_tokenizer(record_tokenizer *t, const model_file *f, const options *o) {
@@ -130,12 +128,12 @@ static void open_record_tokenizer(record_tokenizer *t, const model_file *f, cons
 static int embed(const options *o) {
     model_file f;
     record_tokenizer t;
-    qemb_model *m;
+    qemb_model *m[MAX_DEVICES];
     open_model_file(&f, o->model.model);
     open_record_tokenizer(&t, &f, o);
-    open_model(&m, &f, o);
+    replicas_open(m, f.file, &o->model, loading(o));
     const int status = embed_stream(o, m, f.file->config.hidden, &t);
-    qemb_close(m);
+    for (int i = 0; i < o->model.n_devices; i++) qemb_close(m[i]);
     record_tokenizer_close(&t);
     close_model_file(&f);
     return status;
@@ -328,6 +326,8 @@ static int plan(const options *o) {
         sum += mem.parts[i].bytes;
     }
     if (mem.n_parts) printf("%10.1f MiB  in all, beside what the driver takes\n", mib(sum));
+    if (o->model.n_devices > 1)
+        printf("Each of the %d GPUs of --devices takes as much.\n", o->model.n_devices);
     if (mem.n_parts && opt.vram && sum > opt.vram)
         DIE(STATUS_MODEL, "GPU memory: more than --vram (got %.0f MiB, want at most %.0f MiB)",
             mib(sum), mib(opt.vram));
@@ -400,13 +400,12 @@ static void embed_example(const options *o, qemb_model *m, record_tokenizer *t, 
     qemb_batch_free(b);
 }
 
-/* Computes score[2 q + d], the cosine of the example's query q and document d. */
-static void check_scores(const model_file *f, const options *o, double score[4]) {
+/* Computes score[2 q + d], the cosine of the example's query q and document d, on a device. */
+static void compute_scores(const model_file *f, const options *o, int device, double score[4]) {
     const int D = f->file->config.hidden;
     record_tokenizer t;
-    qemb_model *m;
     open_record_tokenizer(&t, f, o);
-    open_model(&m, f, o);
+    qemb_model *m = replica_open(f->file, &o->model, device, loading(o));
     float *unit = need(malloc(4 * (size_t)D * sizeof *unit));
     for (int i = 0; i < 4; i++)
         embed_example(o, m, &t, check_texts[i], i < 2, D, unit + (size_t)i * D);
@@ -420,14 +419,10 @@ static void check_scores(const model_file *f, const options *o, double score[4])
     record_tokenizer_close(&t);
 }
 
-static int check(const options *o) {
-    model_file f;
-    double score[4];
+/* Prints the scores, beside the expected ones if known is not NULL. Returns whether they are
+ * within its tolerance. */
+static int compare_scores(const double score[4], const known_model *known) {
     int within = 1;
-    open_model_file(&f, o->model.model);
-    check_scores(&f, o, score);
-    const known_model *known = find_known(&f.file->config);
-    for (int i = 0; i < 4; i++) printf("%c%d  %s\n", i < 2 ? 'q' : 'd', i % 2, check_texts[i]);
     printf("%18s%s\n", "score", known ? "    expected  difference" : "");
     for (int i = 0; i < 4; i++) {
         printf("q%d.d%d %12.7f", i / 2, i % 2, score[i]);
@@ -437,6 +432,22 @@ static int check(const options *o) {
             printf("%12.7f%12.1e", known->score[i], d);
         }
         putchar('\n');
+    }
+    return within;
+}
+
+static int check(const options *o) {
+    model_file f;
+    double score[4];
+    int within = 1;
+    open_model_file(&f, o->model.model);
+    const known_model *known = find_known(&f.file->config);
+    for (int i = 0; i < o->model.n_devices; i++) {
+        compute_scores(&f, o, i, score);
+        for (int k = 0; k < 4 && !i; k++)
+            printf("%c%d  %s\n", k < 2 ? 'q' : 'd', k % 2, check_texts[k]);
+        if (o->model.n_devices > 1) printf("device %d\n", o->model.devices[i]);
+        within &= compare_scores(score, known);
     }
     close_model_file(&f);
     if (!known) {

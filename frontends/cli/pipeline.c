@@ -1,14 +1,18 @@
-/* pipeline.c - the embed command: three threads read, compute and write at the same time.
+/* pipeline.c - the embed command: threads read, compute and write at the same time.
  *
  *   stdin ──> reader thread: input.c, record_tokenizer.c, qemb_pack_add ──> a batch
- *         ──> main thread: qemb_embed
+ *         ──> a compute thread a device: qemb_submit, qemb_collect
  *         ──> writer thread: qemb_l2_normalize, format.c ──> stdout, flushed after every batch
  *
- * N_JOBS batches circulate between the threads. Reading stops while all are in use. The reader
- * hands a batch to the main thread when the next text does not fit, when stdin has no bytes ready
- * and the main thread is idle, or at the end of input. So a file is computed in full batches; a
- * program that writes one line and waits gets its answer at once; and texts that arrive during a
- * computation are computed together afterwards.
+ * A fixed number of batches circulates between the threads. Reading stops while all are in use. The
+ * reader hands a batch to the compute threads when the next text does not fit, when stdin has no
+ * bytes ready and a compute thread is idle, or at the end of input. So a file is computed in full
+ * batches; a program that writes one line and waits gets its answer at once; and texts that arrive
+ * during a computation are computed together afterwards.
+ *
+ * Compute threads take batches from one list. A batch has a turn, its place in the input; the
+ * writer writes them by turn. If a device fails, the batches that it has not finished go back into
+ * the list.
  */
 #include "cli.h"
 
@@ -30,8 +34,6 @@
 
 /* ---- the window: batches on their way -------------------------------------------------------- */
 
-/* One batch is filled, one computed, one written. */
-#define N_JOBS 3
 /* A batch has at most this many records (or its token budget, if that is less), ... */
 #define JOB_RECORDS 16384
 /* ... this many ids, since repeated texts and a shared prompt are free in the budget, ... */
@@ -55,7 +57,9 @@ typedef struct block {
     int32_t ids[]; /* (cap) */
 } block;
 
-typedef struct {
+typedef struct job {
+    struct job *next; /* in the list that has it */
+    uint64_t turn;    /* its place in the input */
     qemb_batch *batch;
     record *records; /* (max_records), n in use */
     int n, max_records;
@@ -142,39 +146,72 @@ static int job_add_text(job *j, const record_ids *t) {
     return row;
 }
 
-typedef struct {
-    job *item[N_JOBS];
-    int n;
-} queue;
+/* Lists keep their jobs in the order of their turns, except those of append. */
+static void insert(job **list, job *j) {
+    while (*list && (*list)->turn < j->turn) list = &(*list)->next;
+    j->next = *list;
+    *list = j;
+}
 
-static void push(queue *q, job *j) { q->item[q->n++] = j; }
+static void append(job **list, job *j) {
+    while (*list) list = &(*list)->next;
+    j->next = NULL;
+    *list = j;
+}
 
-static job *pop(queue *q) {
-    job *j = q->item[0];
-    q->n--;
-    memmove(q->item, q->item + 1, (size_t)q->n * sizeof *q->item);
+/* Takes the first job, or returns NULL. */
+static job *pop(job **list) {
+    job *j = *list;
+    if (j) *list = j->next;
     return j;
 }
 
+static int length(const job *list) {
+    int n = 0;
+    for (; list; list = list->next) n++;
+    return n;
+}
+
+typedef struct pipeline pipeline;
+
+/* A model on one device, and the thread that computes with it. */
 typedef struct {
+    pipeline *p;
+    qemb_model *model;
+    int device;
+    pthread_t thread;
+    job *submitted; /* and not collected, oldest first */
+    int n_submitted;
+    /* under the pipeline's lock */
+    qemb_health health; /* after its last batch; failure: its thread has ended */
+    uint64_t batches, texts;
+} replica;
+
+struct pipeline {
     pthread_mutex_t lock; /* guards the members up to the empty line */
     pthread_cond_t changed;
-    queue free, ready, done;
+    job *free, *ready, *done;
     job *offered; /* the batch being filled, while the reader waits for input */
-    int reader_ended, compute_ended;
+    int reader_ended;
+    int computing;           /* batches that compute threads have */
+    int idle, ended, failed; /* compute threads: without a batch, ended, ended by their device */
+    const char *failure;     /* of the device that failed last */
+    uint64_t filled;         /* batches that were given a turn */
 
     const options *opt;
-    qemb_model *model;
+    replica *replicas;
+    int n_replicas;
     size_t hidden;
     input *in;
     record_tokenizer *record_tokenizer;
-    job jobs[N_JOBS];
+    job *jobs;
+    int n_jobs;
     int read_errno; /* of standard input; 0: no failure */
-} pipeline;
+};
 
-static void pass(pipeline *p, queue *q, job *j) {
+static void pass(pipeline *p, job **list, job *j) {
     pthread_mutex_lock(&p->lock);
-    push(q, j);
+    insert(list, j);
     pthread_cond_broadcast(&p->changed);
     pthread_mutex_unlock(&p->lock);
 }
@@ -209,8 +246,9 @@ static void catch_signals(void) {
 
 static job *next_free(pipeline *p) {
     pthread_mutex_lock(&p->lock);
-    while (!p->free.n) pthread_cond_wait(&p->changed, &p->lock);
+    while (!p->free) pthread_cond_wait(&p->changed, &p->lock);
     job *j = pop(&p->free);
+    j->turn = p->filled++;
     pthread_mutex_unlock(&p->lock);
     return j;
 }
@@ -223,7 +261,7 @@ static void offer(pipeline *p, job *j) {
     pthread_mutex_unlock(&p->lock);
 }
 
-/* Returns the batch to fill: the one offered, or another if the main thread took it. */
+/* Returns the batch to fill: the one offered, or another if a compute thread took it. */
 static job *after_offer(pipeline *p) {
     pthread_mutex_lock(&p->lock);
     job *j = p->offered;
@@ -274,7 +312,7 @@ static void *reader_main(void *arg) {
         input_record r;
         status = input_next(p->in, 0, &r);
         if (status == INPUT_WAIT) {
-            const int offered = j->n > 0; /* from here on the main thread may own j */
+            const int offered = j->n > 0; /* from here on a compute thread may own j */
             if (offered) offer(p, j);
             status = input_next(p->in, 1, &r);
             if (status == INPUT_FAILED) p->read_errno = errno;
@@ -287,47 +325,100 @@ static void *reader_main(void *arg) {
     }
     j->bytes = input_bytes(p->in);
     pthread_mutex_lock(&p->lock);
-    if (j->n) push(&p->ready, j);
+    if (j->n) insert(&p->ready, j);
     p->reader_ended = 1;
     pthread_cond_broadcast(&p->changed);
     pthread_mutex_unlock(&p->lock);
     return NULL;
 }
 
-/* ---- the computation (main thread) ----------------------------------------------------------- */
+/* ---- the computation ------------------------------------------------------------------------- */
 
-/* Returns the next batch to compute, or NULL at the end. */
-static job *next_ready(pipeline *p) {
+/* Returns the next batch for r. Without one, waits if r has none submitted; otherwise returns NULL.
+ * Returns NULL at the end too: then no batch can come back from another device.
+ *
+ * A thread that has a batch takes a second one only if it is full, and if the idle threads have one
+ * each. */
+static job *take(replica *r) {
+    pipeline *p = r->p;
     job *j = NULL;
     pthread_mutex_lock(&p->lock);
-    while (!p->ready.n && !p->offered && !p->reader_ended) pthread_cond_wait(&p->changed, &p->lock);
-    if (p->ready.n) {
+    if (r->n_submitted) {
+        if (length(p->ready) > p->idle) j = pop(&p->ready);
+    } else {
+        p->idle++;
+        while (!p->ready && !p->offered && (!p->reader_ended || p->computing))
+            pthread_cond_wait(&p->changed, &p->lock);
+        p->idle--;
         j = pop(&p->ready);
-    } else if (p->offered) {
-        j = p->offered;
-        p->offered = NULL;
+        if (!j) {
+            j = p->offered;
+            p->offered = NULL;
+        }
     }
+    p->computing += j != NULL;
     pthread_mutex_unlock(&p->lock);
     return j;
 }
 
-/* Computes until the last batch, or until the device fails; drops the batch that it failed in. */
-static void compute_all(pipeline *p) {
-    for (job *j; (j = next_ready(p));) {
-        const size_t floats = (size_t)qemb_batch_rows(j->batch) * p->hidden;
-        if (floats > j->out_cap) {
-            free(j->out);
-            j->out = need(malloc(floats * sizeof *j->out));
-            j->out_cap = floats;
-        }
-        if (floats) qemb_embed(p->model, j->batch, j->out);
-        if (qemb_health_of(p->model).failure) break;
-        pass(p, &p->done, j);
+static void submit(replica *r, job *j) {
+    const size_t floats = (size_t)qemb_batch_rows(j->batch) * r->p->hidden;
+    if (floats > j->out_cap) {
+        free(j->out);
+        j->out = need(malloc(floats * sizeof *j->out));
+        j->out_cap = floats;
     }
+    append(&r->submitted, j);
+    r->n_submitted++;
+    qemb_submit(r->model, j->batch, j->out);
+}
+
+/* Passes the oldest batch on to the writer. If the device has failed, gives all of r's batches back
+ * instead and returns -1. */
+static int collect(replica *r) {
+    pipeline *p = r->p;
+    qemb_collect(r->model);
+    const qemb_health h = qemb_health_of(r->model);
     pthread_mutex_lock(&p->lock);
-    p->compute_ended = 1;
+    r->health = h;
+    if (h.failure) {
+        p->computing -= r->n_submitted;
+        for (job *j; (j = pop(&r->submitted));) insert(&p->ready, j);
+        p->failure = h.failure;
+        p->failed++;
+    } else {
+        job *j = pop(&r->submitted);
+        r->n_submitted--;
+        p->computing--;
+        r->batches += qemb_batch_rows(j->batch) > 0;
+        r->texts += (uint64_t)qemb_batch_rows(j->batch);
+        insert(&p->done, j);
+    }
+    const int others = p->n_replicas - p->failed;
     pthread_cond_broadcast(&p->changed);
     pthread_mutex_unlock(&p->lock);
+    if (!h.failure) return 0;
+    if (others) say("device %d: %s; the other devices take its batches", r->device, h.failure);
+    return -1;
+}
+
+/* Computes until the last batch, or until the device fails. */
+static void *compute_main(void *arg) {
+    replica *r = arg;
+    pipeline *p = r->p;
+    for (int failed = 0; !failed;) {
+        job *j = take(r);
+        if (j)
+            submit(r, j);
+        else if (!r->n_submitted)
+            break;
+        if (!j || r->n_submitted == qemb_in_flight(r->model)) failed = collect(r);
+    }
+    pthread_mutex_lock(&p->lock);
+    p->ended++;
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->lock);
+    return NULL;
 }
 
 /* ---- the writer ------------------------------------------------------------------------------ */
@@ -338,8 +429,8 @@ static void compute_all(pipeline *p) {
 typedef struct {
     pipeline *p;
     output out;
-    float *unit; /* (hidden) */
-    uint64_t rows;
+    float *unit;            /* (hidden) */
+    uint64_t rows, written; /* vectors; batches */
     /* for --stats */
     uint64_t texts, tokens, batches, distinct, saved, truncated, errors;
     double start, last_progress;
@@ -347,10 +438,12 @@ typedef struct {
     off_t input_start, input_size; /* size 0: unknown */
 } writer;
 
-static job *next_done(pipeline *p) {
+/* Returns the batch of this turn, or NULL if it does not come any more. */
+static job *next_done(pipeline *p, uint64_t turn) {
     pthread_mutex_lock(&p->lock);
-    while (!p->done.n && !p->compute_ended) pthread_cond_wait(&p->changed, &p->lock);
-    job *j = p->done.n ? pop(&p->done) : NULL;
+    while (!(p->done && p->done->turn == turn) && p->ended < p->n_replicas)
+        pthread_cond_wait(&p->changed, &p->lock);
+    job *j = p->done && p->done->turn == turn ? pop(&p->done) : NULL;
     pthread_mutex_unlock(&p->lock);
     return j;
 }
@@ -375,6 +468,26 @@ static double peak_mib(void) {
     return (double)kib / 1024;
 }
 
+/* The devices' part of --stats. */
+static void print_devices(pipeline *p) {
+    qemb_health sum = {0};
+    pthread_mutex_lock(&p->lock);
+    for (int i = 0; i < p->n_replicas; i++) {
+        sum.recomputed += p->replicas[i].health.recomputed;
+        sum.clamped += p->replicas[i].health.clamped;
+    }
+    if (p->opt->model.ops->fallback)
+        say("%" PRIu64 " vectors recomputed on the CPU, %" PRIu64 " numbers clamped",
+            sum.recomputed, sum.clamped);
+    if (p->n_replicas > 1) say("%d devices, %d failed", p->n_replicas, p->failed);
+    for (int i = 0; i < p->n_replicas && p->n_replicas > 1; i++) {
+        const replica *r = &p->replicas[i];
+        say("device %d: %" PRIu64 " batches, %" PRIu64 " distinct texts%s", r->device, r->batches,
+            r->texts, r->health.failure ? ", failed" : "");
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
 static void print_summary(const writer *w) {
     if (w->errors)
         say("%" PRIu64 " of %" PRIu64 " records failed", w->errors, w->texts + w->errors);
@@ -385,10 +498,7 @@ static void print_summary(const writer *w) {
     say("%" PRIu64 " batches, %" PRIu64 " distinct texts, %" PRIu64 " prefix tokens saved, %" PRIu64
         " truncated, %" PRIu64 " errors, peak memory %.1f MiB",
         w->batches, w->distinct, w->saved, w->truncated, w->errors, peak_mib());
-    const qemb_health h = qemb_health_of(w->p->model);
-    if (w->p->opt->model.ops->fallback)
-        say("%" PRIu64 " vectors recomputed on the CPU, %" PRIu64 " numbers clamped", h.recomputed,
-            h.clamped);
+    print_devices(w->p);
 }
 
 static void print_progress(writer *w, uint64_t bytes) {
@@ -473,7 +583,7 @@ static void write_record(writer *w, const job *j, record *r) {
 
 static void *writer_main(void *arg) {
     writer *w = arg;
-    for (job *j; (j = next_done(w->p));) {
+    for (job *j; (j = next_done(w->p, w->written)); w->written++) {
         const int rows = qemb_batch_rows(j->batch);
         w->batches += rows > 0;
         w->distinct += (uint64_t)rows;
@@ -507,32 +617,52 @@ static void start_thread(pthread_t *t, void *(*main)(void *), void *arg) {
     if (error) DIE(STATUS_MODEL, "thread: cannot start it (%s)", strerror(error));
 }
 
-int embed_stream(const options *o, qemb_model *m, int hidden, record_tokenizer *t) {
+/* Opens the replicas and the jobs: one that is filled, and for each replica those that may be
+ * submitted and one that is written or waits for its turn. */
+static void pipeline_open(pipeline *p, qemb_model *const *m) {
+    p->n_replicas = p->opt->model.n_devices;
+    p->replicas = need(calloc((size_t)p->n_replicas, sizeof *p->replicas));
+    p->n_jobs = 1 + p->n_replicas * (qemb_in_flight(m[0]) + 1);
+    p->jobs = need(calloc((size_t)p->n_jobs, sizeof *p->jobs));
+    for (int i = 0; i < p->n_replicas; i++)
+        p->replicas[i] = (replica){.p = p, .model = m[i], .device = p->opt->model.devices[i]};
+    for (int i = 0; i < p->n_jobs; i++) {
+        job_open(&p->jobs[i], m[0]);
+        insert(&p->free, &p->jobs[i]);
+    }
+}
+
+static void pipeline_close(pipeline *p) {
+    input_free(p->in);
+    for (int i = 0; i < p->n_jobs; i++) job_free(&p->jobs[i]);
+    free(p->jobs);
+    free(p->replicas);
+}
+
+int embed_stream(const options *o, qemb_model *const *m, int hidden, record_tokenizer *t) {
     writer w;
     pthread_t reader_thread, writer_thread;
     pipeline p = {.lock = PTHREAD_MUTEX_INITIALIZER,
                   .changed = PTHREAD_COND_INITIALIZER,
                   .opt = o,
-                  .model = m,
                   .hidden = (size_t)hidden,
                   .record_tokenizer = t};
-    for (int i = 0; i < N_JOBS; i++) {
-        job_open(&p.jobs[i], m);
-        push(&p.free, &p.jobs[i]);
-    }
+    pipeline_open(&p, m);
     catch_signals();
     p.in = need(input_new(STDIN_FILENO, wake_pipe[0], o->null_separated ? '\0' : '\n'));
     writer_open(&w, &p);
     start_thread(&reader_thread, reader_main, &p);
     start_thread(&writer_thread, writer_main, &w);
-    compute_all(&p);
-    const char *failure = qemb_health_of(m).failure;
-    if (!failure) pthread_join(reader_thread, NULL); /* otherwise it may be blocked on input */
-    pthread_join(writer_thread, NULL);               /* all computed vectors are written */
-    if (failure) {
+    for (int i = 0; i < p.n_replicas; i++)
+        start_thread(&p.replicas[i].thread, compute_main, &p.replicas[i]);
+    for (int i = 0; i < p.n_replicas; i++) pthread_join(p.replicas[i].thread, NULL);
+    const int failed = p.failed == p.n_replicas;
+    if (!failed) pthread_join(reader_thread, NULL); /* otherwise it may be blocked on input */
+    pthread_join(writer_thread, NULL);              /* what could be computed is written */
+    if (failed) {
         output_finish(&w.out, o->output, w.rows, t->dim);
         print_summary(&w);
-        DIE(STATUS_MODEL, "%s", failure);
+        DIE(STATUS_MODEL, "%s", p.failure);
     }
     output_finish(&w.out, o->output, w.rows, t->dim);
     output_close(&w.out);
@@ -540,8 +670,7 @@ int embed_stream(const options *o, qemb_model *m, int hidden, record_tokenizer *
     print_summary(&w);
     if (p.read_errno) say("standard input: cannot read (%s)", strerror(p.read_errno));
     free(w.unit);
-    input_free(p.in);
-    for (int i = 0; i < N_JOBS; i++) job_free(&p.jobs[i]);
+    pipeline_close(&p);
     const int sig = atomic_load(&stop_signal);
     if (sig) { /* so that the parent sees the signal as the cause */
         signal(sig, SIG_DFL);

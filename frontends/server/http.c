@@ -509,6 +509,7 @@ static enum MHD_Result tell_metrics(request *r) {
     http *h = r->h;
     buffer body = {0};
     gauges g = {.healthy = !strcmp(health_of(h), "ok"),
+                .devices = model_worker_devices(h->worker),
                 .cache_bytes = model_worker_cache_bytes(h->worker)};
     model_worker *const workers[] = {h->worker, h->fallback};
     for (int i = 0; i < 2 && workers[i]; i++) {

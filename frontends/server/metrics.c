@@ -32,6 +32,7 @@ static const struct {
     [COUNT_CLAMPED] = {"clamped",
                        "Numbers cut to the largest that an activation can be, on a GPU."},
     [COUNT_RECOMPUTED] = {"recomputed", "Vectors that a GPU could not give and the CPU computed."},
+    [COUNT_FAILED_DEVICES] = {"failed_devices", "GPUs that failed."},
     [COUNT_FALLBACKS] = {"fallbacks", "Requests that the fallback took, as they allow."},
     [COUNT_DEPARTED] = {"departed", "Requests dropped because their client had left."},
     [COUNT_EXPIRED] = {"expired", "Requests whose deadline came before their vectors."},
@@ -171,6 +172,8 @@ void metrics_text(metrics *m, buffer *out, const gauges *g) {
             counted(m, (count)c));
     gauge_text(out, "healthy", "1 when /health says 200.", (size_t)g->healthy);
     gauge_text(out, "connections", "Open connections.", (size_t)g->connections);
+    gauge_text(out, "devices", "GPUs that compute the model, or 1 for the CPU.",
+               (size_t)g->devices);
     gauge_text(out, "queue_texts", "Distinct texts that wait for a batch.",
                (size_t)g->worker[0].queue_texts);
     gauge_text(out, "queue_tokens", "Their tokens.", (size_t)g->worker[0].queue_tokens);

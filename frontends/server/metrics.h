@@ -27,6 +27,7 @@ typedef enum {
     COUNT_NON_FINITE,
     COUNT_CLAMPED,
     COUNT_RECOMPUTED,
+    COUNT_FAILED_DEVICES,
     COUNT_FALLBACKS,
     COUNT_DEPARTED,
     COUNT_EXPIRED,
@@ -49,7 +50,7 @@ typedef enum {
 } histogram;
 
 typedef struct {
-    int healthy, connections;
+    int healthy, connections, devices;
     size_t cache_bytes;
     struct {
         const char *model, *fingerprint;               /* NULL: no such model */

@@ -1,10 +1,11 @@
-/* model_worker.c - a model, its queue and the thread that computes; see model_worker.h. */
+/* model_worker.c - a model, its queue and the threads that compute; see model_worker.h. */
 #include "model_worker.h"
 
 #include "frontends/console.h"
 #include "frontends/format.h"
 #include "frontends/open_model.h"
 #include "frontends/record_tokenizer.h"
+#include "frontends/replicas.h"
 #include "log.h"
 
 #include <math.h>
@@ -23,14 +24,37 @@ typedef struct scratch {
     EVP_MD_CTX *digest;
 } scratch;
 
+/* A batch on its way through the model. */
+typedef struct {
+    qemb_batch *batch;
+    text **taken; /* (n) the texts of its rows */
+    float *out;   /* (rows, hidden) */
+    int n, rows;
+    double start; /* when it was submitted */
+} job;
+
+/* A model on one device, and the thread that computes with it. */
+typedef struct {
+    model_worker *worker;
+    int i; /* of the options' devices */
+    qemb_model *model;
+    pthread_t thread;
+    job *jobs; /* (n_jobs) a ring: from first on, n_submitted that are submitted, oldest first */
+    int n_jobs, first, n_submitted;
+    vector **vectors;   /* of the batch that is finished */
+    qemb_health before; /* after the last batch */
+    double end;         /* of the last batch */
+} replica;
+
 struct model_worker {
     model_worker_options opt;
     model_file file;
-    qemb_model *model;
+    replica *replicas; /* one a device */
     queue *queue;
-    pthread_t thread;
+    pthread_barrier_t loaded; /* all replicas */
     int started;
-    atomic_int state; /* model_worker_state */
+    atomic_int working; /* devices that have not failed */
+    atomic_int state;   /* model_worker_state */
     pthread_mutex_t lock;
     scratch *unused; /* under lock */
     EVP_MD *sha256;
@@ -102,6 +126,10 @@ model_worker *model_worker_open(const model_worker_options *o) {
     model_worker *m = need(calloc(1, sizeof *m));
     m->opt = *o;
     pthread_mutex_init(&m->lock, NULL);
+    m->working = o->model.n_devices;
+    pthread_barrier_init(&m->loaded, NULL, (unsigned)o->model.n_devices);
+    m->replicas = need(calloc((size_t)o->model.n_devices, sizeof *m->replicas));
+    for (int i = 0; i < o->model.n_devices; i++) m->replicas[i] = (replica){.worker = m, .i = i};
     open_model_file(&m->file, o->model.model);
     m->sha256 = EVP_MD_fetch(NULL, "SHA256", NULL);
     if (!m->sha256) DIE(STATUS_MODEL, "SHA-256: not available");
@@ -117,7 +145,7 @@ model_worker *model_worker_open(const model_worker_options *o) {
     return m;
 }
 
-/* ---- the model's thread ---------------------------------------------------------------------- */
+/* ---- the replicas' threads ------------------------------------------------------------------- */
 
 /* vectors[i] = row i of out (n, D), or NULL if it has no finite length. Returns the number of
  * NULLs. */
@@ -142,78 +170,144 @@ static void remember(model_worker *m, const uint8_t *key, vector *v) {
     if (m->opt.redis) redis_put(m->opt.redis, key, v);
 }
 
-static void load(model_worker *m) {
-    qemb_err err;
-    if (qemb_open(&m->model, m->file.file, m->opt.model.ops, &m->opt.model.engine, &err))
-        DIE(STATUS_MODEL, "%s", err.msg);
-    log_line("info", "loaded", "\"fallback\":%s,\"fingerprint\":\"%s\"",
-             m->opt.is_fallback ? "true" : "false", m->fingerprint_hex);
+/* Opens the model, on a GPU computes a few batches, and waits for the other replicas. */
+static void load(replica *r) {
+    model_worker *m = r->worker;
+    const model_options *o = &m->opt.model;
+    r->model = replica_open(m->file.file, o, r->i, NULL);
+    r->n_jobs = qemb_in_flight(r->model);
+    r->jobs = need(calloc((size_t)r->n_jobs, sizeof *r->jobs));
+    const size_t most = (size_t)qemb_options_of(r->model)->batch_tokens;
+    r->vectors = need(malloc(most * sizeof *r->vectors));
+    for (int i = 0; i < r->n_jobs; i++) {
+        r->jobs[i].batch = need(qemb_batch_new(r->model));
+        r->jobs[i].taken = need(malloc(most * sizeof(text *)));
+    }
+    if (o->ops->plan) {
+        const double start = seconds_now();
+        const int batches = replica_warm_up(r->model, m->file.file, o->ops);
+        log_line("info", "warmed_up", "\"device\":%d,\"batches\":%d,\"seconds\":%.3f",
+                 o->devices[r->i], batches, seconds_now() - start);
+    }
+    if (pthread_barrier_wait(&m->loaded) != PTHREAD_BARRIER_SERIAL_THREAD) return;
+    log_line("info", "loaded", "\"fallback\":%s,\"devices\":%d,\"fingerprint\":\"%s\"",
+             m->opt.is_fallback ? "true" : "false", o->n_devices, m->fingerprint_hex);
 }
 
-/* A failed device computes NaN until the process ends. Waiting requests get 503, not 422, since
- * their texts are not the cause. */
-static void device_failed(model_worker *m, const char *why) {
+static void unload(replica *r) {
+    for (int i = 0; i < r->n_jobs; i++) {
+        free(r->jobs[i].out);
+        free(r->jobs[i].taken);
+        qemb_batch_free(r->jobs[i].batch);
+    }
+    free(r->jobs);
+    free(r->vectors);
+}
+
+static void submit(replica *r, job *j) {
+    const size_t D = (size_t)r->worker->file.file->config.hidden;
+    if (j->n > j->rows) {
+        free(j->out);
+        j->rows = j->n;
+        j->out = need(malloc((size_t)j->rows * D * sizeof *j->out));
+    }
+    j->start = seconds_now();
+    qemb_submit(r->model, j->batch, j->out);
+    r->n_submitted++;
+}
+
+/* Gives the texts back to the replicas on other devices. If there is none, the worker is dead:
+ * waiting requests get 503, not 422, since their texts are not the cause. */
+static void device_failed(replica *r, const char *why) {
+    model_worker *m = r->worker;
     char quoted[6 * 256 + 3];
     const size_t n = strlen(why);
+    const int left = atomic_fetch_sub(&m->working, 1) - 1;
     *format_json_string(quoted, why, n < 256 ? n : 256) = 0;
-    log_line("error", "device_failed", "\"message\":%s", quoted);
-    atomic_store(&m->state, WORKER_DEAD);
-    queue_stop(m->queue);
+    log_line("error", "device_failed", "\"device\":%d,\"working\":%d,\"message\":%s",
+             m->opt.model.devices[r->i], left, quoted);
+    metrics_add(m->opt.metrics, COUNT_FAILED_DEVICES, 1);
+    if (!left) {
+        atomic_store(&m->state, WORKER_DEAD);
+        queue_stop(m->queue);
+    }
+    for (; r->n_submitted; r->n_submitted--, r->first = (r->first + 1) % r->n_jobs)
+        queue_give_back(m->queue, r->jobs[r->first].taken, r->jobs[r->first].n);
 }
 
-static void *compute_main(void *arg) {
-    model_worker *m = arg;
-    load(m);
-    const size_t D = (size_t)m->file.file->config.hidden;
-    const size_t most = (size_t)qemb_options_of(m->model)->batch_tokens;
-    qemb_batch *b = need(qemb_batch_new(m->model));
-    text **taken = need(malloc(most * sizeof(text *)));
-    vector **vectors = need(malloc(most * sizeof(vector *)));
-    float *out = NULL;
-    size_t rows = 0; /* of out */
-    qemb_health before = {0};
-    for (int n; (n = queue_take(m->queue, b, taken)); qemb_batch_clear(b)) {
-        if ((size_t)n > rows) {
-            free(out);
-            rows = (size_t)n;
-            out = need(malloc(rows * D * sizeof *out));
-        }
-        const int tokens = count_tokens(taken, n);
-        const double start = seconds_now();
-        qemb_embed(m->model, b, out);
-        const qemb_health now = qemb_health_of(m->model);
-        if (now.failure) device_failed(m, now.failure);
-        metrics_add(m->opt.metrics, COUNT_CLAMPED, now.clamped - before.clamped);
-        metrics_add(m->opt.metrics, COUNT_RECOMPUTED, now.recomputed - before.recomputed);
-        before = now;
-        metrics_observe(m->opt.metrics, HISTOGRAM_BATCH_SECONDS, seconds_now() - start);
-        metrics_observe(m->opt.metrics, HISTOGRAM_BATCH_TEXTS, n);
-        metrics_observe(m->opt.metrics, HISTOGRAM_BATCH_TOKENS, tokens);
-        metrics_add(m->opt.metrics, COUNT_COMPUTED_TEXTS, (uint64_t)n);
-        metrics_add(m->opt.metrics, COUNT_COMPUTED_TOKENS, (uint64_t)tokens);
-        const int bad = make_vectors(out, (int)D, vectors, n);
-        metrics_add(m->opt.metrics, COUNT_NON_FINITE, (uint64_t)bad);
-        /* Before queue_finish, so that a text is always in flight or cached. */
-        for (int i = 0; i < n; i++)
-            if (vectors[i]) remember(m, taken[i]->key, vectors[i]);
-        const int state = now.failure ? WORKER_DEAD : bad ? WORKER_FAILING : WORKER_READY;
-        if (!now.failure && atomic_exchange(&m->state, state) != state)
-            log_line(bad ? "error" : "info", bad ? "failing" : "ready",
-                     "\"texts\":%d,\"non_finite\":%d", n, bad);
-        queue_finish(m->queue, taken, vectors, n);
-        for (int i = 0; i < n; i++) vector_drop(vectors[i]);
+static void count_batch(replica *r, const job *j, const qemb_health *now) {
+    metrics *m = r->worker->opt.metrics;
+    const int tokens = count_tokens(j->taken, j->n);
+    const double end = seconds_now();
+    metrics_add(m, COUNT_CLAMPED, now->clamped - r->before.clamped);
+    metrics_add(m, COUNT_RECOMPUTED, now->recomputed - r->before.recomputed);
+    r->before = *now;
+    /* A batch that was submitted behind another one began when that one ended. */
+    metrics_observe(m, HISTOGRAM_BATCH_SECONDS, end - (j->start > r->end ? j->start : r->end));
+    r->end = end;
+    metrics_observe(m, HISTOGRAM_BATCH_TEXTS, j->n);
+    metrics_observe(m, HISTOGRAM_BATCH_TOKENS, tokens);
+    metrics_add(m, COUNT_COMPUTED_TEXTS, (uint64_t)j->n);
+    metrics_add(m, COUNT_COMPUTED_TOKENS, (uint64_t)tokens);
+}
+
+/* Finishes the oldest batch. Returns -1 if the device has failed. */
+static int collect(replica *r) {
+    model_worker *m = r->worker;
+    job *j = &r->jobs[r->first];
+    qemb_collect(r->model);
+    const qemb_health now = qemb_health_of(r->model);
+    if (now.failure) {
+        device_failed(r, now.failure);
+        return -1;
     }
-    free(out);
-    free(vectors);
-    free(taken);
-    qemb_batch_free(b);
+    count_batch(r, j, &now);
+    const int bad = make_vectors(j->out, m->file.file->config.hidden, r->vectors, j->n);
+    metrics_add(m->opt.metrics, COUNT_NON_FINITE, (uint64_t)bad);
+    /* Before queue_finish, so that a text is always in flight or cached. */
+    for (int i = 0; i < j->n; i++)
+        if (r->vectors[i]) remember(m, j->taken[i]->key, r->vectors[i]);
+    const int state = bad ? WORKER_FAILING : WORKER_READY;
+    if (atomic_exchange(&m->state, state) != state)
+        log_line(bad ? "error" : "info", bad ? "failing" : "ready",
+                 "\"texts\":%d,\"non_finite\":%d", j->n, bad);
+    queue_finish(m->queue, j->taken, r->vectors, j->n);
+    for (int i = 0; i < j->n; i++) vector_drop(r->vectors[i]);
+    qemb_batch_clear(j->batch);
+    r->n_submitted--;
+    r->first = (r->first + 1) % r->n_jobs;
+    return 0;
+}
+
+/* A second batch is submitted behind the first one only if it is full: otherwise texts that arrive
+ * meanwhile would be computed in small batches. */
+static void *compute_main(void *arg) {
+    replica *r = arg;
+    queue *q = r->worker->queue;
+    load(r);
+    const int full = qemb_options_of(r->model)->batch_tokens;
+    for (int failed = 0; !failed;) {
+        job *j = &r->jobs[(r->first + r->n_submitted) % r->n_jobs];
+        j->n = r->n_submitted ? queue_try_take(q, full, j->batch, j->taken)
+                              : queue_take(q, j->batch, j->taken);
+        const int got = j->n;
+        if (got)
+            submit(r, j);
+        else if (!r->n_submitted)
+            break; /* the queue is stopped */
+        if (!got || r->n_submitted == r->n_jobs) failed = collect(r);
+    }
+    unload(r);
     return NULL;
 }
 
 void model_worker_start(model_worker *m) {
-    const int error = pthread_create(&m->thread, NULL, compute_main, m);
-    if (error) DIE(STATUS_MODEL, "thread: cannot start it (%s)", strerror(error));
     m->started = 1;
+    for (int i = 0; i < m->opt.model.n_devices; i++) {
+        const int error =
+            pthread_create(&m->replicas[i].thread, NULL, compute_main, &m->replicas[i]);
+        if (error) DIE(STATUS_MODEL, "thread: cannot start it (%s)", strerror(error));
+    }
 }
 
 void model_worker_stop(model_worker *m) { queue_stop(m->queue); }
@@ -224,7 +318,9 @@ int model_worker_join(model_worker *m, double seconds) {
     const double until = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec + seconds;
     t.tv_sec = (time_t)until;
     t.tv_nsec = (long)((until - floor(until)) * 1e9);
-    return !m->started || !pthread_timedjoin_np(m->thread, NULL, &t);
+    for (int i = 0; m->started && i < m->opt.model.n_devices; i++)
+        if (pthread_timedjoin_np(m->replicas[i].thread, NULL, &t)) return 0;
+    return 1;
 }
 
 void model_worker_free(model_worker *m) {
@@ -235,9 +331,11 @@ void model_worker_free(model_worker *m) {
         free(s);
     }
     queue_free(m->queue);
-    qemb_close(m->model);
+    for (int i = 0; i < m->opt.model.n_devices; i++) qemb_close(m->replicas[i].model);
+    free(m->replicas);
     EVP_MD_free(m->sha256);
     close_model_file(&m->file);
+    pthread_barrier_destroy(&m->loaded);
     pthread_mutex_destroy(&m->lock);
     free(m);
 }
@@ -280,6 +378,7 @@ int model_worker_submit(model_worker *m, pending_request *t, int *shared) {
 }
 
 int model_worker_retry_after(model_worker *m) { return queue_retry_after(m->queue); }
+int model_worker_devices(model_worker *m) { return atomic_load(&m->working); }
 queue_depth model_worker_depth(model_worker *m) { return queue_depth_of(m->queue); }
 int model_worker_hidden(const model_worker *m) { return m->file.file->config.hidden; }
 const char *model_worker_fingerprint(const model_worker *m) { return m->fingerprint_hex; }

@@ -1,4 +1,4 @@
-/* model_worker.h - a model, its queue of requests and the thread that computes. */
+/* model_worker.h - a model, its queue of requests and the threads that compute, one a device. */
 #ifndef QEMB_MODEL_WORKER_H
 #define QEMB_MODEL_WORKER_H
 
@@ -7,7 +7,7 @@
 #include "frontends/model_options.h"
 #include "redis.h"
 
-/* WORKER_DEAD: the device has failed and the queue is stopped; the process has to end. */
+/* WORKER_DEAD: all devices have failed and the queue is stopped; the process has to end. */
 typedef enum { WORKER_LOADING, WORKER_READY, WORKER_FAILING, WORKER_DEAD } model_worker_state;
 
 typedef struct model_worker model_worker;
@@ -22,10 +22,10 @@ typedef struct {
 
 /* Opens the file and the tokenizer. Ends the process with a message on failure. */
 model_worker *model_worker_open(const model_worker_options *o);
-/* Starts the thread that opens the model, which may take long, and then computes. Ends the process
- * with a message on failure. */
+/* Starts the threads that open the model on the devices, which may take long, and then compute.
+ * Ends the process with a message on failure. */
 void model_worker_start(model_worker *w);
-/* stop ends every wait. join waits for the thread; it returns 0 if that takes too long. */
+/* stop ends every wait. join waits for the threads; it returns 0 if that takes too long. */
 void model_worker_stop(model_worker *w);
 int model_worker_join(model_worker *w, double seconds);
 void model_worker_free(model_worker *w); /* after model_worker_join returned 1 */
@@ -51,5 +51,6 @@ int model_worker_lookup(model_worker *w, pending_request *t);
 int model_worker_submit(model_worker *w, pending_request *t, int *shared);
 int model_worker_retry_after(model_worker *w);
 queue_depth model_worker_depth(model_worker *w);
+int model_worker_devices(model_worker *w); /* those that have not failed */
 
 #endif

@@ -31,8 +31,10 @@ struct queue {
     int max_tokens, share;
     int long_turn; /* the next batch begins with a long text */
     int stopped;
-    int taken_tokens;
-    double taken_at, rate; /* rate: tokens per second, smoothed */
+    int idle;      /* threads that wait in queue_take */
+    int computing; /* batches that are taken and not finished */
+    double since;  /* the last batch was finished, or the first one was taken, then */
+    double done_tokens, done_seconds; /* of finished batches; older ones weigh less */
 };
 
 /* ---- texts, requests ------------------------------------------------------------------------- */
@@ -247,7 +249,6 @@ static int take(builder *b, pending_request *t, text *x) {
     x->computing = 1;
     b->q->depth.texts--;
     b->q->depth.tokens -= x->n;
-    b->q->taken_tokens += x->n;
     b->has_long |= x->n > b->q->share;
     t->cursor++;
     return 1;
@@ -312,19 +313,21 @@ static void drop_departed(queue *q, pending_request **ended) {
 static void build(builder *b) {
     queue *q = b->q;
     drop_departed(q, &b->ended);
-    q->taken_tokens = 0;
     if (q->long_turn) take_long(b, 1);
     take_short(b);
     const int long_left = take_long(b, 0);
     q->long_turn = long_left && !b->has_long;
-    q->taken_at = seconds_now();
+    if (b->n && !q->computing++) q->since = seconds_now();
+    if (q->ring) pthread_cond_signal(&q->changed); /* there may be a batch for another thread */
 }
 
 int queue_take(queue *q, qemb_batch *batch, text **taken) {
     for (;;) {
         builder b = {.q = q, .batch = batch, .taken = taken};
         pthread_mutex_lock(&q->lock);
+        q->idle++;
         while (!q->ring && !q->stopped) pthread_cond_wait(&q->changed, &q->lock);
+        q->idle--;
         const int stopped = q->stopped;
         if (!stopped) build(&b);
         pthread_mutex_unlock(&q->lock);
@@ -333,14 +336,32 @@ int queue_take(queue *q, qemb_batch *batch, text **taken) {
     }
 }
 
+int queue_try_take(queue *q, int tokens, qemb_batch *batch, text **taken) {
+    builder b = {.q = q, .batch = batch, .taken = taken};
+    pthread_mutex_lock(&q->lock);
+    if (!q->stopped && !q->idle && q->depth.tokens >= tokens) build(&b);
+    pthread_mutex_unlock(&q->lock);
+    tell(b.ended);
+    return b.n;
+}
+
+/* Tokens and seconds are summed apart: of batches that run at the same time, all but the first add
+ * tokens in nearly no time. */
+static void note_rate(queue *q, double tokens) {
+    const double now = seconds_now(), keep = 0.95;
+    q->done_tokens = keep * q->done_tokens + tokens;
+    q->done_seconds = keep * q->done_seconds + now - q->since;
+    q->since = now;
+}
+
 void queue_finish(queue *q, text **taken, vector **vectors, int n) {
     pending_request *ended = NULL;
+    int tokens = 0;
     pthread_mutex_lock(&q->lock);
-    const double seconds = seconds_now() - q->taken_at;
-    const double rate = q->taken_tokens / (seconds > 1e-6 ? seconds : 1e-6);
-    q->rate = q->rate > 0 ? 0.8 * q->rate + 0.2 * rate : rate;
+    q->computing--;
     for (int i = 0; i < n; i++) {
         text *t = taken[i];
+        tokens += t->n;
         for (pending_text *s = t->waiters, *next; s; s = next) {
             next = s->next;
             s->text = NULL;
@@ -353,8 +374,34 @@ void queue_finish(queue *q, text **taken, vector **vectors, int n) {
         index_remove(q, t);
         free(t);
     }
+    note_rate(q, tokens);
     pthread_mutex_unlock(&q->lock);
     tell(ended);
+}
+
+void queue_give_back(queue *q, text **taken, int n) {
+    pthread_mutex_lock(&q->lock);
+    q->computing--;
+    for (int i = n - 1; i >= 0; i--) { /* so that the first text's request becomes the head */
+        text *t = taken[i];
+        t->computing = 0;
+        if (!t->waiters) {
+            index_remove(q, t);
+            free(t);
+            continue;
+        }
+        q->depth.texts++;
+        q->depth.tokens += t->n;
+        for (pending_text *s = t->waiters; s; s = s->next) {
+            pending_request *r = s->request;
+            const int at = (int)(s - r->texts);
+            if (r->cursor > at) r->cursor = at;
+            if (!r->ring_next) ring_add(q, r);
+            q->ring = r;
+        }
+    }
+    pthread_cond_signal(&q->changed);
+    pthread_mutex_unlock(&q->lock);
 }
 
 /* ---- time, the end --------------------------------------------------------------------------- */
@@ -392,7 +439,8 @@ queue_depth queue_depth_of(queue *q) {
 
 int queue_retry_after(queue *q) {
     pthread_mutex_lock(&q->lock);
-    const double seconds = q->rate > 0 ? q->depth.tokens / q->rate : 1;
+    const double seconds =
+        q->done_tokens > 0 ? q->depth.tokens * q->done_seconds / q->done_tokens : 1;
     pthread_mutex_unlock(&q->lock);
     return seconds < 1 ? 1 : seconds > 60 ? 60 : (int)(seconds + 0.999);
 }

@@ -83,11 +83,17 @@ void queue_free(queue *q); /* q has to be empty */
  * -1 with nothing done if the queue is full or stopped. */
 int queue_submit(queue *q, pending_request *t, int *shared);
 /* Waits for texts, adds a batch of them to b (empty) and sets taken[row] (room for batch_tokens).
- * Returns their number, or 0 if the queue is stopped. */
+ * Returns their number, or 0 if the queue is stopped. Several threads may take batches. Each batch
+ * then goes to queue_finish or queue_give_back. */
 int queue_take(queue *q, qemb_batch *b, text **taken);
+/* The same for a thread that has something to compute: returns 0 instead of waiting, and also if
+ * fewer than `tokens` tokens wait, or if a thread that has nothing to compute waits for them. */
+int queue_try_take(queue *q, int tokens, qemb_batch *b, text **taken);
 /* Gives vectors (n) to the waiters of the taken texts; NULL fails them. Each waiter
  * takes a reference; the caller keeps its own. */
 void queue_finish(queue *q, text **taken, vector **vectors, int n);
+/* Puts the taken texts (n) back, to be taken first. */
+void queue_give_back(queue *q, text **taken, int n);
 /* Ends requests whose deadline has passed or whose client has left. */
 void queue_tick(queue *q, double now);
 /* Stops the queue: ends every request; queue_take returns 0 and queue_submit -1 from then on. */

@@ -51,13 +51,19 @@ enum schedule { IN_ORDER, REVERSE, RANDOM, PRIORITY, N_SCHEDULES };
  * leave it queued until something waits for it, as late as a device may. */
 void set_schedule(schedule s, uint64_t seed);
 
-/* The device that the program sees. For whole programs the environment can say otherwise:
- * QEMB_EMU="count=0 driver=0 image=0 major=7 minor=5 memory=MIB fault_after=N", any of them. */
+/* The devices that the program sees, all alike. For whole programs the environment can say
+ * otherwise: QEMB_EMU="count=0 driver=0 image=0 major=7 minor=5 memory=MIB fault_after=N
+ * fault_device=N report=1", any of them.
+ *
+ * A host thread has a current device (cudaSetDevice). Streams, events, memory and cuBLASLt handles
+ * belong to the device that was current when they were made; use of another device's ends the
+ * process. All calls and the work that they run hold one lock. */
+enum { MAX_GPUS = 8 };
 struct device {
     int count;           /* GPUs; 0: cudaErrorNoDevice */
     int major, minor;    /* compute capability */
     int sms;             /* multiprocessors */
-    size_t memory;       /* bytes; cudaMalloc beyond them fails */
+    size_t memory;       /* bytes of each device; cudaMalloc beyond them fails */
     size_t shared_optin; /* dynamic shared bytes a kernel may ask for */
     bool driver;         /* false: cudaErrorInsufficientDriver */
     bool image;          /* false: no kernel image for this device */
@@ -66,6 +72,8 @@ struct device {
     bool no_fp8;         /* cuBLASLt has no product of e4m3 here */
     int capture_fault;   /* recording fails: 1 at its begin, 2 a launch, 3 at its end, 4 when it is
                           made executable; 0: never */
+    int fault_device;    /* the one that fails; -1: all, and fault_after counts all launches */
+    bool report;         /* the process writes each device's launches to standard error at exit */
 };
 extern device dev;
 
@@ -73,6 +81,7 @@ struct counters {
     long launches, collectives, races, copies, gemms, graph_launches, wgmmas;
     long loads;       /* boxes that tma_load has brought */
     long allocations; /* device and pinned; a test of "nothing is allocated in the hot path" */
+    long launches_on[MAX_GPUS];
 };
 extern counters count;
 

@@ -168,7 +168,7 @@ using namespace emu;
 extern "C" {
 
 cublasStatus_t cublasLtCreate(cublasLtHandle_t *h) {
-    *h = (cublasLtHandle_t)&dev;
+    *h = (cublasLtHandle_t)(intptr_t)(current_device() + 1);
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t) { return CUBLAS_STATUS_SUCCESS; }
@@ -322,16 +322,20 @@ cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t d,
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void *alpha,
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void *alpha,
                               const void *A, cublasLtMatrixLayout_t la, const void *B,
                               cublasLtMatrixLayout_t lb, const void *beta, const void *C,
                               cublasLtMatrixLayout_t lc, void *D, cublasLtMatrixLayout_t,
                               const cublasLtMatmulAlgo_t *algo, void *ws, size_t ws_bytes,
                               cudaStream_t st) {
+    const std::lock_guard<std::recursive_mutex> held(api_lock);
+    if ((intptr_t)handle != current_device() + 1)
+        die("cublasLtMatmul: a handle of device %d while device %d is current",
+            (int)(intptr_t)handle - 1, current_device());
     lt_layout a = *(lt_layout *)la, b = *(lt_layout *)lb, c = *(lt_layout *)lc;
     cublasStatus_t s = check(*(lt_desc *)desc, a, b, c);
     if (s) return s;
-    if (dev.fault != cudaSuccess) return CUBLAS_STATUS_EXECUTION_FAILED;
+    if (device_failed()) return CUBLAS_STATUS_EXECUTION_FAILED;
     if (!algo || algo->data[1] != SEAL || algo->data[0] > 7) return CUBLAS_STATUS_INVALID_VALUE;
     if (((uintptr_t)A | (uintptr_t)B | (uintptr_t)C | (uintptr_t)D) % 16)
         return CUBLAS_STATUS_NOT_SUPPORTED;

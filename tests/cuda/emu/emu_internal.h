@@ -5,6 +5,7 @@
 
 #include "emu.h"
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -94,6 +95,9 @@ char *fiber_stacks(); /* MAX_THREADS * STACK_BYTES, contiguous */
 
 /* ---- memory (emu_runtime.cpp) ---------------------------------------------------------------- */
 bool in_device_heap(const void *p);
+extern std::recursive_mutex api_lock; /* held in every call and while stream work runs */
+int current_device();                 /* of this host thread */
+bool device_failed();                 /* the current one */
 /* Stream work: runs at once or queues; device memory is accessible only while it runs. */
 cudaError_t submit(cudaStream_t st, std::function<void()> work);
 
