@@ -195,7 +195,6 @@ struct pipeline {
     int reader_ended;
     int computing;           /* batches that compute threads have */
     int idle, ended, failed; /* compute threads: without a batch, ended, ended by their device */
-    const char *failure;     /* of the device that failed last */
     uint64_t filled;         /* batches that were given a turn */
 
     const options *opt;
@@ -384,7 +383,6 @@ static int collect(replica *r) {
     if (h.failure) {
         p->computing -= r->n_submitted;
         for (job *j; (j = pop(&r->submitted));) insert(&p->ready, j);
-        p->failure = h.failure;
         p->failed++;
     } else {
         job *j = pop(&r->submitted);
@@ -398,7 +396,9 @@ static int collect(replica *r) {
     pthread_cond_broadcast(&p->changed);
     pthread_mutex_unlock(&p->lock);
     if (!h.failure) return 0;
-    if (others) say("device %d: %s; the other devices take its batches", r->device, h.failure);
+    if (p->n_replicas > 1)
+        say("device %d: %s; %s", r->device, h.failure,
+            others ? "the other devices take its batches" : "no device is left");
     return -1;
 }
 
@@ -662,7 +662,8 @@ int embed_stream(const options *o, qemb_model *const *m, int hidden, record_toke
     if (failed) {
         output_finish(&w.out, o->output, w.rows, t->dim);
         print_summary(&w);
-        DIE(STATUS_MODEL, "%s", p.failure);
+        if (p.n_replicas > 1) leave(STATUS_MODEL);
+        DIE(STATUS_MODEL, "%s", p.replicas[0].health.failure);
     }
     output_finish(&w.out, o->output, w.rows, t->dim);
     output_close(&w.out);

@@ -396,7 +396,8 @@ void queue_give_back(queue *q, text **taken, int n) {
             pending_request *r = s->request;
             const int at = (int)(s - r->texts);
             if (r->cursor > at) r->cursor = at;
-            if (!r->ring_next) ring_add(q, r);
+            ring_remove(q, r);
+            ring_add(q, r);
             q->ring = r;
         }
     }

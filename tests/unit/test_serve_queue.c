@@ -299,13 +299,118 @@ Test(serve_queue, the_end) {
     client_free(b);
 }
 
-/* Many clients, some of which leave early, and one computing thread: each is notified once. */
+/* ---- several computing threads --------------------------------------------------------------- */
 
-#define N_CLIENTS 400
+Test(serve_queue, texts_given_back_come_first) {
+    client *a = ASK('a', 4, 5), *b = ASK('b', 3), *gone = ASK('g', 4);
+    const int n = take("a0 b0 g0 a1");
+    client *late = ASK('l', 2), *shares = client_new('a', (int[]){4}, 1);
+    cr_expect_eq(submit(shares), 1);
+    gone->gone = 1;
+    queue_tick(q, 0);
+    cr_expect_eq(gone->request.state, REQUEST_GONE);
+    queue_give_back(q, taken, n);
+    const queue_depth d = queue_depth_of(q);
+    cr_expect(d.texts == 4 && d.tokens == 14 && d.requests == 4);
+    finish(take("a0 b0 l0 a1")); /* nobody waits for g's any more */
+    cr_expect(a->told == 1 && b->told == 1 && late->told == 1 && shares->told == 1);
+    client *again = ASK('g', 4); /* it is not in flight either */
+    finish(take("g0"));
+    client_free(a);
+    client_free(b);
+    client_free(gone);
+    client_free(late);
+    client_free(shares);
+    client_free(again);
+}
+
+Test(serve_queue, given_back_while_another_batch_computes) {
+    client *a = ASK('a', 60, 60);
+    text *first[BATCH];
+    const int n = take("a0");
+    memcpy(first, taken, sizeof first);
+    finish(take("a1")); /* as another thread would */
+    cr_expect(!a->told);
+    queue_give_back(q, first, n);
+    finish(take("a0"));
+    cr_expect(a->told && a->request.texts[0].vector && a->request.texts[1].vector);
+    client_free(a);
+}
+
+Test(serve_queue, given_back_after_the_end) {
+    client *a = ASK('a', 4);
+    const int n = take("a0");
+    queue_stop(q);
+    cr_expect_eq(a->request.state, REQUEST_STOPPED);
+    queue_give_back(q, taken, n);
+    cr_expect_eq(queue_depth_of(q).texts, 0);
+    client_free(a);
+}
+
+static void *take_once(void *arg) {
+    qemb_batch *b = qemb_batch_new(model);
+    text *texts[BATCH];
+    *(int *)arg = queue_take(q, b, texts);
+    vector *v[BATCH] = {NULL};
+    queue_finish(q, texts, v, *(int *)arg);
+    qemb_batch_free(b);
+    return NULL;
+}
+
+Test(serve_queue, only_full_batches_without_waiting, .timeout = 60) {
+    client *a = ASK('a', 30, 30);
+    cr_expect_eq(queue_try_take(q, BATCH, batch, taken), 0);
+    client *b = ASK('b', 8);
+    const int n = queue_try_take(q, BATCH, batch, taken);
+    cr_expect_eq(n, 2); /* b0 and a0 */
+    finish(n);
+    cr_expect_eq(queue_try_take(q, BATCH, batch, taken), 0);
+    queue_stop(q);
+    cr_expect_eq(queue_try_take(q, 0, batch, taken), 0);
+    client_free(a);
+    client_free(b);
+}
+
+/* A request of two batches, two threads that wait: the first one wakes the second. Each thread takes
+ * one batch, so neither can take the other's. */
+Test(serve_queue, a_request_for_two_threads, .timeout = 60) {
+    pthread_t threads[2];
+    int n[2] = {0};
+    for (int i = 0; i < 2; i++) pthread_create(&threads[i], NULL, take_once, &n[i]);
+    sched_yield();
+    client *a = ASK('a', 60, 60);
+    for (int i = 0; i < 2; i++) pthread_join(threads[i], NULL);
+    cr_expect(n[0] == 1 && n[1] == 1 && a->told == 1);
+    client_free(a);
+}
+
+/* Many clients, some of which leave early, and several computing threads, which give every eighth
+ * batch back: each client is notified once. */
+
+enum { N_CLIENTS = 400, N_COMPUTERS = 3 };
 
 static void *computer(void *arg) {
-    (void)arg;
-    for (int n; (n = queue_take(q, batch, taken)); qemb_batch_clear(batch)) finish(n);
+    rng r = {(uint64_t)(uintptr_t)arg};
+    qemb_batch *b[2] = {qemb_batch_new(model), qemb_batch_new(model)};
+    text *texts[2][BATCH];
+    vector *v[BATCH];
+    int n[2], done = 0;
+    while (!done) {
+        n[0] = queue_take(q, b[0], texts[0]);
+        n[1] = queue_try_take(q, 20, b[1], texts[1]);
+        done = !n[0];
+        for (int k = 0; k < 2; k++) {
+            if (!n[k]) continue;
+            for (int i = 0; i < n[k]; i++) v[i] = vector_new(&(float){(float)i}, 1);
+            if (rng_u64(&r) % 8)
+                queue_finish(q, texts[k], v, n[k]);
+            else
+                queue_give_back(q, texts[k], n[k]);
+            for (int i = 0; i < n[k]; i++) vector_drop(v[i]);
+            qemb_batch_clear(b[k]);
+        }
+    }
+    for (int k = 0; k < 2; k++) qemb_batch_free(b[k]);
     return NULL;
 }
 
@@ -338,12 +443,13 @@ static void *asker(void *arg) {
 }
 
 Test(serve_queue, every_request_ends_once) {
-    pthread_t compute, ask_thread[2];
-    pthread_create(&compute, NULL, computer, NULL);
+    pthread_t compute[N_COMPUTERS], ask_thread[2];
+    for (int i = 0; i < N_COMPUTERS; i++)
+        pthread_create(&compute[i], NULL, computer, (void *)(uintptr_t)(i + 1));
     for (int i = 0; i < 2; i++) pthread_create(&ask_thread[i], NULL, asker, asked[i]);
     for (int i = 0; i < 2; i++) pthread_join(ask_thread[i], NULL);
     queue_stop(q);
-    pthread_join(compute, NULL);
+    for (int i = 0; i < N_COMPUTERS; i++) pthread_join(compute[i], NULL);
     cr_expect_eq(atomic_load(&n_told), 2 * N_CLIENTS);
     for (int i = 0; i < 2 * N_CLIENTS; i++) {
         client *c = asked[i / N_CLIENTS][i % N_CLIENTS];
