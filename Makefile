@@ -92,6 +92,10 @@ build/$(1)/qemb: $$(patsubst %,build/$(1)/%.o,$(FRONT) $(BACKEND) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$(SERVE) $(BACKEND) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
+build/$(1)/qemb-devices: $$(patsubst %,build/$(1)/%.o,$(FRONT) tests/unit/fake_gpus $(ENGINE))
+	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
+build/$(1)/qemb-serve-devices: $$(patsubst %,build/$(1)/%.o,$(SERVE) tests/unit/fake_gpus $(ENGINE))
+	$(2) $(3) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
 build/$(1)/test_%: build/$(1)/tests/unit/test_%.o $$(patsubst %,build/$(1)/%.o,$(TESTED) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
 build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/measure bench/limits bench/vendor_gemm frontends/console frontends/select_ops frontends/format tests/unit/oracle $(BACKEND) $(ENGINE))
@@ -215,7 +219,7 @@ test-cuda: need-test ## the CUDA tests: emulated, compiled for each architecture
 
 .PHONY: test-programs test-serve test-cuda
 test-programs: qemb qemb-serve build/lib/libqemb.a build/release/qemb-bench $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
-  $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
+  $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve) build/tsan/qemb-devices build/tsan/qemb-serve-devices
 
 test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/tsan/qemb-serve ## the server's tests alone: real clients, attacks, sanitizers
 	@tests/run.sh $(SERVE_TESTS)
