@@ -12,6 +12,7 @@ tests/cuda/emu/emu.h."""
 import json
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -158,6 +159,7 @@ def check_plan(cuda, cpu):
         ["--deterministic"],
         ["--no-graphs"],
         ["--hopper"],
+        ["--devices", "0"],
         ["--cache", "."],
     ):
         p = run(cpu, *option)
@@ -200,6 +202,42 @@ def check_devices(cuda, cpu):
     assert "qemb: 0 vectors recomputed" in p.stderr, p.stderr
 
 
+def check_several(cuda):
+    """The same vectors in the same order from several devices, also if some of them fail."""
+    batch = ("--batch-tokens", "64", "--stats")
+    want = run(cuda, *batch)
+    for emu, devices, used in (
+        ("count=2 report=1", "0,1", [0, 1]),
+        ("count=2 report=1", "1", [1]),
+        ("count=4 report=1", "all", [0, 1, 2, 3]),
+    ):
+        p = run(cuda, *batch, "--devices", devices, emu=emu)
+        assert p.returncode == want.returncode and p.stdout == want.stdout, (emu, p.stderr)
+        launches = re.findall(r"emulated: device (\d): (\d+) launches\n", p.stderr)
+        assert [int(d) for d, n in launches if int(n)] == used, p.stderr
+        lines = re.findall(r"qemb: device \d: [1-9]\d* batches", p.stderr)
+        assert len(lines) == (len(used) if len(used) > 1 else 0), p.stderr
+    for emu, failed in (
+        ("count=2 fault_device=1 fault_after=60", 1),
+        ("count=4 fault_device=0 fault_after=30", 1),
+    ):
+        p = run(cuda, *batch, "--devices", "all", emu=emu)
+        assert p.returncode == want.returncode and p.stdout == want.stdout, (emu, p.stderr)
+        assert f" devices, {failed} failed\n" in p.stderr, p.stderr
+        assert p.stderr.count("; the other devices take its batches\n") == failed, p.stderr
+    p = run(cuda, *batch, "--devices", "all", emu="count=2 fault_after=120")
+    assert p.returncode == 2 and p.stdout and want.stdout.startswith(p.stdout), p.stderr
+    assert "qemb: 2 devices, 2 failed\n" in p.stderr, p.stderr
+    p = run(cuda, "--devices", "0,1", emu="count=2 memory=40")
+    assert p.returncode == 2 and re.match("qemb: device [01]: GPU memory: ", p.stderr), p.stderr
+    for devices, message in (("0,3", "no GPU 3 (got 2 GPUs)"), ("1,1", "GPU 1 twice")):
+        p = run(cuda, "--devices", devices, emu="count=2")
+        assert p.returncode == 1 and f"--devices: {message}" in p.stderr, p.stderr
+    for devices in ("all", "3"):  # no GPU at all: what is wrong with the machine comes first
+        p = run(cuda, "--devices", devices, emu="count=0")
+        assert p.returncode == 2 and "GPU: none found" in p.stderr, p.stderr
+
+
 def main(cuda, cpu):
     emulated = "emu" in Path(cuda).parent.name
     fp8 = emulated or run(cuda, "--math", "fp8", stdin="").returncode == 0
@@ -208,6 +246,7 @@ def main(cuda, cpu):
     check_plan(cuda, cpu)
     if emulated:
         check_devices(cuda, cpu)
+        check_several(cuda)
     print(
         f"program: {STDIN.count(chr(10))} records as from the CPU, least cosine {worst:.7f};"
         " overflow, plan, messages"

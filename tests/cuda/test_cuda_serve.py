@@ -17,15 +17,21 @@ import threading
 
 from test_cuda_program import MIN_COSINE, MODEL, ROOT, cosine, run
 
-OPTIONS = ("-m", str(MODEL), "--port", "0", "--batch-tokens", "256", "--threads", "1")
+# Texts of up to 64 tokens: the server computes one of each padded size before it is ready.
+OPTIONS = ("-m", str(MODEL), "--port", "0", "--batch-tokens", "256", "--threads", "1",
+           "--max-tokens", "64")
+WARM_UP = 13  # batches: 1, 17, 33 and 49 tokens, three times each because of the graphs, and 64
+# A device that fails does so after launches, and a batch without graphs has about 23: this is past
+# the warm-up, which has 5 batches then, and past the probe.
+FAULT = ("--no-graphs", "fault_after=300")
 TEXTS = [*(ROOT / "examples/demo.txt").read_text(encoding="utf-8").splitlines()[:3], "", "same",
          "same"]
 
 
 @contextlib.contextmanager
-def server(program, status, **env):
+def server(program, status, *options, **env):
     """The port of a server that is ready, and its log; it has to end with that status."""
-    p = subprocess.Popen([program, *OPTIONS], stderr=subprocess.PIPE, text=True,
+    p = subprocess.Popen([program, *OPTIONS, *options], stderr=subprocess.PIPE, text=True,
                          env={**os.environ, **env})
     try:
         log = []
@@ -59,42 +65,71 @@ def floats(s):
     return struct.unpack(f"<{len(data) // 4}f", data)
 
 
+def metrics(port):
+    c = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    c.request("GET", "/metrics")
+    text = c.getresponse().read().decode()
+    c.close()
+    return text
+
+
+def ask_often(port, n):
+    """The answers to four clients with n requests each; one that gets an error asks no more."""
+    answers = []
+
+    def client(i):
+        for k in range(n):
+            answers.append(ask(port, [f"{i} {k}"]))
+            if answers[-1][0] != 200:
+                return
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return answers
+
+
+def check_several(serve):
+    emu = f"count=2 fault_device=1 {FAULT[1]}"
+    with server(serve, 0, "--devices", "all", FAULT[0], QEMB_EMU=emu) as (port, log):
+        answers = ask_often(port, 20)
+        text = metrics(port)
+    assert [status for status, _ in answers] == 80 * [200]
+    assert "\nqemb_devices 1\n" in text and "\nqemb_failed_devices_total 1\n" in text, text
+    assert "\nqemb_healthy 1\n" in text
+    failed = [(e["device"], e["working"]) for e in log if e["event"] == "device_failed"]
+    assert failed == [(1, 1)], log
+    warm = {e["device"]: e["batches"] for e in log if e["event"] == "warmed_up"}
+    assert warm == {0: 5, 1: 5}, log
+
+
 def main(serve, cpu):
     lines = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS)
     got = run(cpu, "--output", "json", stdin=lines)
     want = [json.loads(line) for line in got.stdout.splitlines()]
-    with server(serve, 0) as (port, _):
+    with server(serve, 0) as (port, log):
         status, body = ask(port, TEXTS)
         assert status == 200, body
         pairs = zip((floats(e["embedding"]) for e in body["data"]), want, strict=True)
         worst = min(cosine(a, b) for a, b in pairs)
         assert worst >= MIN_COSINE, worst
-        c = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-        c.request("GET", "/metrics")
-        metrics = c.getresponse().read().decode()
-        c.close()
-        assert "\nqemb_clamped_total 0\n" in metrics and "\nqemb_recomputed_total 0\n" in metrics
+        text = metrics(port)
+        assert "\nqemb_clamped_total 0\n" in text and "\nqemb_recomputed_total 0\n" in text
+    warm = [e["batches"] for e in log if e["event"] == "warmed_up"]
+    assert warm == [WARM_UP], log
     print(f"server: {len(TEXTS)} vectors as from the CPU, least cosine {worst:.7f}")
     if b"QEMB_EMU" not in open(serve, "rb").read():
         return
-    answers = []
-
-    def client(i):
-        for n in range(100):
-            answers.append(ask(port, [f"{i} {n}"]))
-            if answers[-1][0] != 200:
-                return
-
-    with server(serve, 2, QEMB_EMU="fault_after=300") as (port, log):  # past the probe
-        threads = [threading.Thread(target=client, args=(i,)) for i in range(4)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
+    with server(serve, 2, FAULT[0], QEMB_EMU=FAULT[1]) as (port, log):
+        answers = ask_often(port, 100)
     last = [body["error"]["code"] for status, body in answers if status != 200]
     assert last == 4 * ["shutting_down"], last
     assert [e["event"] for e in log].count("device_failed") == 1
     print("server: a device that fails is told to every client, and ends it with status 2")
+    check_several(serve)
+    print("server: of two devices one fails, and no request notices")
 
 
 if __name__ == "__main__":
