@@ -26,7 +26,8 @@ enum { FOR_EMBED = 1, FOR_INFO = 2, FOR_TOKENIZE = 4, FOR_PLAN = 8, FOR_CHECK = 
 extern const option_row model_option_rows[];
 extern const int n_model_option_rows;
 
-/* Finds ops and devices. Ends with STATUS_USAGE if the options contradict each other or the machine. */
+/* Finds ops and devices. Ends with STATUS_USAGE if the options contradict each other or the
+ * machine. */
 void model_options_check(model_options *o);
 
 #endif

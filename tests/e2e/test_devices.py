@@ -1,7 +1,7 @@
 """Several devices and two batches in flight, in qemb and qemb-serve.
 
 The programs are linked with tests/unit/fake_gpus.c instead of a backend, and run with the thread
-sanitizer, whose reports show as a wrong exit status. tests/cuda has such tests with emulated GPUs."""
+sanitizer, whose reports show as a wrong exit status. tests/cuda has tests with emulated GPUs."""
 import json
 import re
 import subprocess
@@ -51,7 +51,8 @@ def test_the_same_vectors_in_the_same_order(gpus, devices):
     if devices == "1":
         assert not seen and b"device" not in got.stderr
         return
-    assert [d for d, *_ in seen] == ([*range(4)] if devices == "all" else [*map(int, devices.split(","))])
+    used = [0, 1, 2, 3] if devices == "all" else [*map(int, devices.split(","))]
+    assert [d for d, *_ in seen] == used
     assert all(b > 0 and t > 0 and not f for _, b, t, f in seen), seen
     batches = int(re.search(rb"(\d+) batches, \d+ distinct texts, \d+ prefix", got.stderr)[1])
     assert sum(b for _, b, _, _ in seen) == batches and sum(t for _, _, t, _ in seen) == len(TEXTS)
@@ -104,9 +105,8 @@ def test_a_line_gets_its_answer(gpus):
 def test_records_without_vectors_keep_their_place(gpus):
     gpus("3")
     lines = [json.dumps({"text": t}) if i % 7 else "{" for i, t in enumerate(TEXTS)]
-    want, got = (
-        run("--input", "jsonl", "--output", "jsonl", "--devices", d, texts=lines) for d in ("0", "all")
-    )
+    json_lines = ("--input", "jsonl", "--output", "jsonl")
+    want, got = (run(*json_lines, "--devices", d, texts=lines) for d in ("0", "all"))
     assert got.returncode == want.returncode == 3 and got.stdout == want.stdout
 
 

@@ -1,6 +1,6 @@
 /* fake_gpus.c - a backend whose GPUs compute with the plain CPU table, for tests of what the
- * programs do with several devices and two batches in flight. tests/cuda/emu is closer to a GPU, but
- * slow, and its fibers cannot run under the thread sanitizer.
+ * programs do with several devices and two batches in flight. tests/cuda/emu is closer to a GPU,
+ * but slow, and its fibers cannot run under the thread sanitizer.
  *
  * FAKE_GPUS="COUNT", or "COUNT DEVICE BATCHES": how many there are, and which one (-1: each) fails
  * in which of its batches. A batch takes a few milliseconds, so that every GPU gets some. */

@@ -371,8 +371,8 @@ Test(serve_queue, only_full_batches_without_waiting, .timeout = 60) {
     client_free(b);
 }
 
-/* A request of two batches, two threads that wait: the first one wakes the second. Each thread takes
- * one batch, so neither can take the other's. */
+/* A request of two batches, two threads that wait: the first one wakes the second. Each takes one
+ * batch, so neither can take the other's. */
 Test(serve_queue, a_request_for_two_threads, .timeout = 60) {
     pthread_t threads[2];
     int n[2] = {0};
