@@ -52,6 +52,7 @@ struct model_worker {
     replica *replicas; /* one a device */
     queue *queue;
     pthread_barrier_t loaded; /* all replicas */
+    atomic_int loading;       /* replicas that are not loaded */
     int started;
     atomic_int working; /* devices that have not failed */
     atomic_int state;   /* model_worker_state */
@@ -126,7 +127,7 @@ model_worker *model_worker_open(const model_worker_options *o) {
     model_worker *m = need(calloc(1, sizeof *m));
     m->opt = *o;
     pthread_mutex_init(&m->lock, NULL);
-    m->working = o->model.n_devices;
+    m->working = m->loading = o->model.n_devices;
     pthread_barrier_init(&m->loaded, NULL, (unsigned)o->model.n_devices);
     m->replicas = need(calloc((size_t)o->model.n_devices, sizeof *m->replicas));
     for (int i = 0; i < o->model.n_devices; i++) m->replicas[i] = (replica){.worker = m, .i = i};
@@ -189,9 +190,10 @@ static void load(replica *r) {
         log_line("info", "warmed_up", "\"device\":%d,\"batches\":%d,\"seconds\":%.3f",
                  o->devices[r->i], batches, seconds_now() - start);
     }
-    if (pthread_barrier_wait(&m->loaded) != PTHREAD_BARRIER_SERIAL_THREAD) return;
-    log_line("info", "loaded", "\"fallback\":%s,\"devices\":%d,\"fingerprint\":\"%s\"",
-             m->opt.is_fallback ? "true" : "false", o->n_devices, m->fingerprint_hex);
+    if (atomic_fetch_sub(&m->loading, 1) == 1)
+        log_line("info", "loaded", "\"fallback\":%s,\"devices\":%d,\"fingerprint\":\"%s\"",
+                 m->opt.is_fallback ? "true" : "false", o->n_devices, m->fingerprint_hex);
+    pthread_barrier_wait(&m->loaded);
 }
 
 static void unload(replica *r) {
