@@ -3,7 +3,8 @@
  * but slow, and its fibers cannot run under the thread sanitizer.
  *
  * FAKE_GPUS="COUNT", or "COUNT DEVICE BATCHES": how many there are, and which one (-1: each) fails
- * in which of its batches. A batch takes a few milliseconds, so that every GPU gets some. */
+ * in which of its batches. A batch takes a few milliseconds, so that every GPU gets some. At the end
+ * each GPU prints how many batches it had in flight at most. */
 #include "backends/backend.h"
 #include "backends/cpu/cpu.h"
 
@@ -25,7 +26,8 @@ static struct gpu {
     _Atomic(qemb_backend *) be; /* which finds it: the backend is the plain table's */
     size_t hidden;
     pooled batches[IN_FLIGHT]; /* (n) between pool and collect */
-    int n, good;               /* batches until it fails; negative: never */
+    int n, most;               /* at any time */
+    int good;                  /* batches until it fails; negative: never */
 } gpus[GPUS];
 
 static struct gpu *gpu_of(const qemb_backend *be) {
@@ -66,7 +68,12 @@ static int fake_open(qemb_backend **out, const qemb_config *c, const qemb_option
 }
 
 static void fake_close(qemb_backend *be) {
-    if (be) gpu_of(be)->be = NULL;
+    if (be) {
+        struct gpu *g = gpu_of(be);
+        fprintf(stderr, "{\"event\":\"closed\",\"device\":%d,\"in_flight\":%d}\n", (int)(g - gpus),
+                g->most);
+        g->be = NULL;
+    }
     qemb_cpu_ops.close(be);
 }
 
@@ -75,6 +82,7 @@ static int fake_pool(qemb_backend *be, float *out, const float *x, const float *
     assert(g->n < IN_FLIGHT);
     const size_t n = (size_t)B * g->hidden;
     pooled *p = &g->batches[g->n++];
+    if (g->n > g->most) g->most = g->n;
     *p = (pooled){malloc(n * sizeof(float)), out, n};
     return qemb_cpu_ops.pool(be, p->rows, x, w, B);
 }
