@@ -3,8 +3,8 @@
  * but slow, and its fibers cannot run under the thread sanitizer.
  *
  * FAKE_GPUS="COUNT", or "COUNT DEVICE BATCHES": how many there are, and which one (-1: each) fails
- * in which of its batches. A batch takes a few milliseconds, so that every GPU gets some. At the end
- * each GPU prints how many batches it had in flight at most. */
+ * in which of its batches. A batch takes a few milliseconds, so that every GPU gets some. At the
+ * end each GPU prints how many batches it had in flight at most. */
 #include "backends/backend.h"
 #include "backends/cpu/cpu.h"
 
