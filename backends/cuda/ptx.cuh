@@ -93,19 +93,32 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
-/* Every launch goes through here: plain C++ in both builds, and one place for launch attributes. */
+/* Every launch goes through here: plain C++ in both builds, and one place for launch attributes.
+ * Blocks run in clusters of `cluster` neighbours in x. */
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t st,
-                   A &&...args) {
+cudaError_t launch_clusters(int cluster, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
+                            cudaStream_t st, A &&...args) {
+    cudaLaunchAttribute size = {};
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim.x = (unsigned)cluster;
+    size.val.clusterDim.y = size.val.clusterDim.z = 1;
     cudaLaunchConfig_t c = {};
     c.gridDim = grid;
     c.blockDim = block;
     c.dynamicSmemBytes = shared;
     c.stream = st;
+    c.attrs = &size;
+    c.numAttrs = cluster > 1; /* before sm_90 the attribute is an error */
     return cudaLaunchKernelEx(&c, kernel, std::forward<A>(args)...);
 }
 
 #endif
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t st,
+                   A &&...args) {
+    return launch_clusters(1, kernel, grid, block, shared, st, std::forward<A>(args)...);
+}
 
 /* ---- 16-bit numbers, two and eight at a time ------------------------------------------------- */
 

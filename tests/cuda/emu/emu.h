@@ -1,16 +1,17 @@
 /* emu.h - CUDA's device language on the CPU. Test builds only: g++ or clang++ with -DQEMB_EMU and
  * the toolkit's real headers, no preprocessing of the source, no libcudart, no GPU.
  *
- * A CUDA thread is a fiber; blocks run one after the other. Fibers switch at barriers and at warp
- * collectives only, in an order that emu::set_schedule draws. The runtime API and cuBLASLt are not
- * macros here: emu_runtime.cpp and emu_cublaslt.cpp define the library's own functions.
+ * A CUDA thread is a fiber; clusters run one after the other, the blocks of a cluster together.
+ * Fibers switch at barriers and at warp collectives only, in an order that emu::set_schedule draws.
+ * The runtime API and cuBLASLt are not macros here: emu_runtime.cpp and emu_cublaslt.cpp define the
+ * library's own functions.
  *
  * Shared memory is dynamic only (SHARED_BYTES in ptx.cuh): the emulator knows its bounds, fills it
  * with NaN before every block and shadows it for the race detector (emu_race.cpp).
  *
  * What this cannot see: the PTX text itself, weak memory ordering (of the fences, only a missing
- * fence_async), the tensor cores' rounding, the approximate functions, registers, bank conflicts,
- * speed.
+ * fence_async), the tensor cores' rounding (but for e4m3's), the approximate functions, registers,
+ * bank conflicts, speed.
  */
 #ifndef EMU_H
 #define EMU_H
@@ -122,16 +123,22 @@ void mma_16816(float *d, const uint32_t *a, const uint32_t *b, bool bf16);
 
 uint32_t shared_offset(const char *p);
 void barrier_init(char *b, int arrivals);
-void barrier_arrive(char *b, int bytes); /* bytes: announced with it */
+void barrier_arrive(char *b, int bytes);   /* bytes: announced with it */
+void barrier_arrive_at(char *b, int rank); /* at block rank's barrier in the place of b */
 void barrier_wait(char *b, int parity);
 void fence_async();
 void tma_load(char *dst, const CUtensorMap *map, char *b, int x, int y);
+void tma_multicast(char *dst, const CUtensorMap *map, char *b, int x, int y, unsigned blocks);
+int cluster_rank();
+void cluster_sync();
+enum operand { F16, BF16, E4M3 };
 struct wgmma_call {
     int n;             /* columns of d */
     float *d;          /* this thread's n/2 sums */
     const uint32_t *r; /* its four registers of a; null: a by descriptor */
     uint64_t a, b;     /* descriptors */
-    bool add, across, bf16;
+    bool add, across;
+    operand type;
 };
 void wgmma(const wgmma_call &c);
 void wgmma_fence();
@@ -142,6 +149,7 @@ void wgmma_wait(int newest);
 
 struct launch_info {
     const char *name;
+    int cluster; /* blocks, neighbours in x */
     dim3 grid, block;
     size_t shared;
     std::shared_ptr<void> args; /* a held_call */
@@ -188,11 +196,11 @@ inline float __fdividef(float a, float b) { return a / b; }
 inline int min(int a, int b) { return a < b ? a : b; }
 
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t st,
-                   A &&...args) {
+cudaError_t launch_clusters(int cluster, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
+                            cudaStream_t st, A &&...args) {
     typedef emu::held_call<P...> held;
     auto h = std::make_shared<held>(held{kernel, {std::forward<A>(args)...}});
-    return emu::submit_launch(st, {__PRETTY_FUNCTION__, grid, block, shared, h, sizeof *h,
+    return emu::submit_launch(st, {__PRETTY_FUNCTION__, cluster, grid, block, shared, h, sizeof *h,
                                    held::call, (const void *)kernel});
 }
 

@@ -14,7 +14,7 @@
 
 namespace emu {
 
-block_state now;
+cluster_state now;
 counters count;
 
 static schedule order = IN_ORDER;
@@ -43,18 +43,18 @@ void die(const char *fmt, ...) {
     vfprintf(stderr, fmt, ap);
     va_end(ap);
     if (now.cur)
-        fprintf(stderr, " [block (%u,%u,%u) thread %d of %s]", now.bidx.x, now.bidx.y, now.bidx.z,
-                now.cur->linear, now.info.name);
+        fprintf(stderr, " [block (%u,%u,%u) thread %d of %s]", here().index.x, here().index.y,
+                here().index.z, now.cur->linear % now.block_threads, now.info.name);
     fprintf(stderr, "\n");
     fflush(stderr);
     _exit(86);
 }
 
 uint3 thread_index() { return now.cur->tid; }
-uint3 block_index() { return now.bidx; }
+uint3 block_index() { return here().index; }
 dim3 block_dim() { return now.bdim; }
 dim3 grid_dim() { return now.gdim; }
-char *dynamic_shared() { return now.shared; }
+char *dynamic_shared() { return here().shared; }
 int lane() { return now.cur->lane; }
 
 /* ---- switching ------------------------------------------------------------------------------- */
@@ -121,7 +121,7 @@ static void go(void **save, void **fake, void *load, const void *bottom, size_t 
 
 /* The next runnable fiber by the schedule, or null. */
 static fiber *pick_runnable() {
-    block_state &s = now;
+    cluster_state &s = now;
     if (order == IN_ORDER && s.cur &&
         s.warps[s.cur->warp].runnable) { /* the common case, at once */
         fiber *me = s.cur;
@@ -161,13 +161,14 @@ static fiber *pick() {
 }
 
 [[noreturn]] static void deadlock() {
-    fprintf(stderr, "emu: DEADLOCK in block (%u,%u,%u) of %s\n", now.bidx.x, now.bidx.y, now.bidx.z,
-            now.info.name);
+    const uint3 b = now.blocks[0].index;
+    fprintf(stderr, "emu: DEADLOCK in block (%u,%u,%u) of %s\n", b.x, b.y, b.z, now.info.name);
     for (int i = 0; i < now.n_warps; i++)
         fprintf(stderr,
-                "  warp %d: live %08x, in collective %d %08x of %08x, at the barrier %08x\n", i,
-                now.warps[i].live, now.warps[i].op, now.warps[i].arrived, now.warps[i].mask,
-                now.at_barrier[i]);
+                "  warp %d: live %08x, in collective %d %08x of %08x, at the barrier %08x, at the "
+                "cluster's %08x\n",
+                i, now.warps[i].live, now.warps[i].op, now.warps[i].arrived, now.warps[i].mask,
+                now.at_barrier[i], now.at_cluster_barrier[i]);
     fflush(stderr);
     _exit(86);
 }
@@ -189,20 +190,39 @@ void wake(int warp, uint32_t lanes) { now.warps[warp].runnable |= lanes; }
 
 /* ---- barriers and collectives ---------------------------------------------------------------- */
 
-static void release_barrier() {
-    for (int i = 0; i < now.n_warps; i++) {
-        now.warps[i].runnable |= now.at_barrier[i];
-        now.at_barrier[i] = 0;
+static void release(uint32_t *waiting, int first, int warps) {
+    for (int i = first; i < first + warps; i++) {
+        now.warps[i].runnable |= waiting[i];
+        waiting[i] = 0;
     }
+}
+static void release_barrier(int b) {
+    const int warps = now.n_warps / now.n_blocks;
+    release(now.at_barrier, b * warps, warps);
+    now.blocks[b].arrived = 0;
+    now.blocks[b].epoch++;
+    race_block(b);
+}
+static void release_cluster() {
+    release(now.at_cluster_barrier, 0, now.n_warps);
     now.arrived = 0;
     now.epoch++;
 }
+static void wait_in(uint32_t *waiting) {
+    fiber *me = now.cur;
+    waiting[me->warp] |= 1u << me->lane;
+    now.warps[me->warp].runnable &= ~(1u << me->lane);
+}
 
 void sync_threads() {
-    fiber *me = now.cur;
-    now.at_barrier[me->warp] |= 1u << me->lane;
-    now.warps[me->warp].runnable &= ~(1u << me->lane);
-    if (++now.arrived == now.live) release_barrier();
+    wait_in(now.at_barrier);
+    if (++here().arrived == here().live) release_barrier(now.cur->block);
+    yield();
+}
+int cluster_rank() { return now.cur->block; }
+void cluster_sync() {
+    wait_in(now.at_cluster_barrier);
+    if (++now.arrived == now.live) release_cluster();
     yield();
 }
 
@@ -262,8 +282,8 @@ uint64_t shuffle(unsigned mask, uint64_t v, int from_lane) {
 void cp_async16(char *dst, const void *src, bool ok) {
     void *pc = __builtin_return_address(0);
     if (((uintptr_t)dst | (uintptr_t)src) & 15) die("cp.async: address not aligned to 16 bytes");
-    if (dst < now.shared || dst + 16 > now.shared + now.shared_bytes)
-        die("cp.async: writes outside of shared memory (offset %ld)", (long)(dst - now.shared));
+    if (!in_shared(dst, 16))
+        die("cp.async: writes outside of shared memory (offset %ld)", (long)(dst - here().shared));
     if (ok) {
         if (!in_device_heap(src)) die("cp.async: source is not device memory");
         volatile char probe = (char)(((const char *)src)[0] ^ ((const char *)src)[15]);
@@ -320,8 +340,8 @@ template <bool TRANSPOSED> static void ldmatrix_combine(void **slot, uint32_t) {
 void ldmatrix_x4(uint32_t *r, const char *row, bool transposed) {
     ldmatrix_slot s = {row, r};
     if ((uintptr_t)row & 15) die("ldmatrix: row not aligned to 16 bytes");
-    if (row < now.shared || row + 16 > now.shared + now.shared_bytes)
-        die("ldmatrix: reads outside of shared memory (offset %ld)", (long)(row - now.shared));
+    if (!in_shared(row, 16))
+        die("ldmatrix: reads outside of shared memory (offset %ld)", (long)(row - here().shared));
     race_touch(row, 16, false, __builtin_return_address(0));
     if (transposed)
         collective(OP_LDMATRIX_T, ~0u, &s, ldmatrix_combine<true>);
@@ -388,7 +408,7 @@ void mma_16816(float *d, const uint32_t *a, const uint32_t *b, bool bf16) {
         collective(OP_MMA_F16, ~0u, &s, mma_combine<false>);
 }
 
-/* ---- a block, a launch ----------------------------------------------------------------------- */
+/* ---- a cluster, a launch --------------------------------------------------------------------- */
 
 char *fiber_stacks() {
     static char *stacks =
@@ -412,8 +432,11 @@ static void fiber_main() {
     w.live &= ~(1u << me->lane);
     w.runnable &= ~(1u << me->lane);
     now.live--;
+    here().live--;
     if (!w.live) hopper_exit();
-    if (now.live && now.arrived == now.live) release_barrier();
+    if (!here().live) hopper_leave();
+    if (here().live && here().arrived == here().live) release_barrier(me->block);
+    if (now.live && now.arrived == now.live) release_cluster();
     fiber *next = now.live ? pick() : nullptr;
     if (now.live && !next) deadlock();
     now.cur = next;
@@ -424,20 +447,29 @@ static void fiber_main() {
     abort();
 }
 
-static void run_block() {
-    now.live = now.n_threads;
+/* Of the blocks whose index and shared memory are set. */
+static void run_cluster() {
+    now.n_threads = now.live = now.n_blocks * now.block_threads;
     now.n_warps = (now.n_threads + WARP - 1) / WARP;
     now.serial++;
     now.epoch = 0;
     now.arrived = 0;
+    for (int b = 0; b < now.n_blocks; b++) {
+        now.blocks[b].live = now.block_threads;
+        now.blocks[b].arrived = 0;
+        now.blocks[b].epoch = 0;
+        memset(now.blocks[b].shared, 0xFF, now.shared_bytes); /* NaN in every float format */
+    }
     memset(now.at_barrier, 0, sizeof now.at_barrier);
+    memset(now.at_cluster_barrier, 0, sizeof now.at_cluster_barrier);
     memset(now.warps, 0, sizeof now.warps);
 #if defined(EMU_ASAN)
     __asan_unpoison_memory_region(fiber_stacks(), (size_t)now.n_threads * STACK_BYTES);
 #endif
     for (int i = 0; i < now.n_threads; i++) {
         fiber &f = now.fibers[i];
-        unsigned u = (unsigned)i;
+        unsigned u = (unsigned)(i % now.block_threads);
+        f.block = i / now.block_threads;
         f.linear = i;
         f.lane = i % WARP;
         f.warp = i / WARP;
@@ -454,12 +486,34 @@ static void run_block() {
         now.warps[i].runnable = now.warps[i].live;
         now.warps[i].priority = (int)(random_bits() % 1000);
     }
-    memset(now.shared, 0xFF, now.shared_bytes); /* NaN in every float format */
     hopper_start();
     now.cur = pick();
     go(&main_sp, &main_fake, now.cur->sp, now.cur->stack, STACK_BYTES);
     now.cur = nullptr;
     hopper_end();
+}
+
+/* Shared memory for the blocks of a cluster. Each ends where its own allocation ends, so that ASan
+ * sees what goes beyond it. */
+static void shared_alloc(char **raw) {
+    for (int b = 0; b < now.n_blocks; b++) {
+        raw[b] = (char *)malloc(now.shared_bytes + 1024);
+        if (!raw[b]) die("no memory for shared memory");
+        now.blocks[b].shared = (char *)(((uintptr_t)raw[b] + 1023) & ~(uintptr_t)1023);
+#if defined(EMU_ASAN)
+        __asan_poison_memory_region(raw[b], now.shared_bytes + 1024);
+        __asan_unpoison_memory_region(now.blocks[b].shared, now.shared_bytes);
+#endif
+    }
+}
+static void shared_free(char **raw) {
+    for (int b = 0; b < now.n_blocks; b++) {
+#if defined(EMU_ASAN)
+        __asan_unpoison_memory_region(raw[b], now.shared_bytes + 1024);
+#endif
+        free(raw[b]);
+    }
+    now.n_blocks = 0;
 }
 
 void run_launch(const launch_info &info) {
@@ -469,32 +523,26 @@ void run_launch(const launch_info &info) {
     now.launch++;
     now.gdim = g;
     now.bdim = b;
-    now.n_threads = (int)(b.x * b.y * b.z);
+    now.n_blocks = info.cluster;
+    now.block_threads = (int)(b.x * b.y * b.z);
     now.shared_bytes = info.shared;
-    char *raw =
-        (char *)malloc(info.shared + 1024); /* ends where the block's memory ends: ASan sees it */
-    if (!raw) die("no memory for shared memory");
-    now.shared = (char *)(((uintptr_t)raw + 1023) & ~(uintptr_t)1023);
-#if defined(EMU_ASAN)
-    __asan_poison_memory_region(raw, info.shared + 1024);
-    __asan_unpoison_memory_region(now.shared, info.shared);
-#endif
-    std::vector<uint32_t> blocks((size_t)g.x * g.y * g.z);
-    size_t n = blocks.size();
-    for (size_t i = 0; i < n; i++) blocks[i] = (uint32_t)i;
+    char *raw[MAX_CLUSTER];
+    shared_alloc(raw);
+    const uint32_t size = (uint32_t)info.cluster, across = g.x / size;
+    std::vector<uint32_t> order_of((size_t)across * g.y * g.z);
+    size_t n = order_of.size();
+    for (size_t i = 0; i < n; i++) order_of[i] = (uint32_t)i;
     if (order == REVERSE)
-        for (size_t i = 0; i < n / 2; i++) std::swap(blocks[i], blocks[n - 1 - i]);
+        for (size_t i = 0; i < n / 2; i++) std::swap(order_of[i], order_of[n - 1 - i]);
     if (order == RANDOM || order == PRIORITY)
-        for (size_t i = n; i > 1; i--) std::swap(blocks[i - 1], blocks[random_bits() % i]);
-    for (uint32_t i : blocks) {
-        now.bidx = uint3{i % g.x, i / g.x % g.y, i / (g.x * g.y)};
-        run_block();
+        for (size_t i = n; i > 1; i--) std::swap(order_of[i - 1], order_of[random_bits() % i]);
+    for (uint32_t i : order_of) {
+        for (uint32_t k = 0; k < size; k++)
+            now.blocks[k].index =
+                uint3{i % across * size + k, i / across % g.y, i / (across * g.y)};
+        run_cluster();
     }
-#if defined(EMU_ASAN)
-    __asan_unpoison_memory_region(raw, info.shared + 1024);
-#endif
-    free(raw);
-    now.shared = nullptr;
+    shared_free(raw);
     now.shared_bytes = 0;
 }
 

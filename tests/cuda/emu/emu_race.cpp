@@ -1,12 +1,12 @@
 /* emu_race.cpp - races and stray accesses, whatever the schedule. Compile the code under test with
  * -fsanitize=thread and link without libtsan: the compiler's access hooks land here.
  *
- * Shared memory: two accesses of one block, one of them a write, must have a barrier (or, inside a
- * warp, a __syncwarp) between them, or a chain of mbarriers; bytes of a cp.async or of the copy
- * engine may not be touched before they have landed, and what ordinary stores wrote for wgmma wants
- * a fence_async. Device memory: two blocks of one launch may not touch the same bytes if one of
- * them writes. Anything else a kernel touches must be its own stack, its arguments or the program's
- * constants.
+ * Shared memory: two accesses, one of them a write, must have a barrier of their block or cluster
+ * (or, inside a warp, a __syncwarp) between them, or a chain of mbarriers; bytes of a cp.async or
+ * of the copy engine may not be touched before they have landed, and what ordinary stores wrote for
+ * wgmma wants a fence_async. Device memory: two blocks of one launch may not touch the same bytes
+ * if one of them writes. Anything else a kernel touches must be its own stack, its arguments or the
+ * program's constants.
  */
 #include "emu_internal.h"
 
@@ -23,7 +23,7 @@ namespace emu {
 
 struct access { /* of a 2-byte granule */
     int32_t thread;
-    uint32_t epoch, warp_epoch, serial;
+    uint32_t epoch, warp_epoch, cluster_epoch, serial;
     uint32_t tick;   /* of its thread's clock; 0: no clocks then */
     uint32_t fences; /* an ordinary write: its thread's fence_async so far, and one; else 0 */
     void *pc;
@@ -52,9 +52,12 @@ static struct {
 } clocks;
 
 static bool ordered(const access &p, int t, uint32_t warp_epoch) {
+    if (p.serial != now.serial || p.cluster_epoch != now.epoch || p.thread == t) return true;
     if (clocks.on && p.tick && clocks.at[t][p.thread] >= p.tick) return true;
-    return p.serial != now.serial || p.epoch != now.epoch || p.thread == t ||
-           (p.thread / WARP == t / WARP && p.warp_epoch != warp_epoch);
+    const int b = t / now.block_threads;
+    return p.thread / now.block_threads == b &&
+           (p.epoch != now.blocks[b].epoch ||
+            (p.thread / WARP == t / WARP && p.warp_epoch != warp_epoch));
 }
 
 static void report(const char *kind, const char *where, int t, int earlier, void *pc,
@@ -82,15 +85,22 @@ static void remember_read(shared_cell *c, const access &mine) {
 }
 
 enum how { ORDINARY, ASYNC };
-static void touch_shared(size_t offset, int bytes, bool write, void *pc, int t, how proxy) {
+static shared_cell *cell_of(const char *p, int owner) {
     if (!shared_cells) {
-        shared_cells = (shared_cell *)calloc(SHARED_MAX / GRANULE, sizeof *shared_cells);
+        shared_cells =
+            (shared_cell *)calloc((size_t)MAX_CLUSTER * SHARED_MAX / GRANULE, sizeof *shared_cells);
         if (!shared_cells) die("no memory for the race detector");
     }
+    return shared_cells +
+           ((size_t)owner * SHARED_MAX + (size_t)(p - now.blocks[owner].shared)) / GRANULE;
+}
+static void touch_shared(const char *at, int owner, int bytes, bool write, void *pc, int t,
+                         how proxy) {
     uint32_t we = now.warps[t / WARP].epoch;
-    access mine = {t, now.epoch, we, now.serial, clocks.on ? clocks.at[t][t] : 0, 0, pc};
+    const uint32_t epoch = now.blocks[t / now.block_threads].epoch;
+    access mine = {t, epoch, we, now.epoch, now.serial, clocks.on ? clocks.at[t][t] : 0, 0, pc};
     if (write && proxy == ORDINARY) mine.fences = now.fibers[t].fences + 1;
-    shared_cell *c = shared_cells + offset / GRANULE;
+    shared_cell *c = cell_of(at, owner);
     for (size_t i = 0; i < (bytes + GRANULE - 1) / GRANULE; i++, c++) {
         const char *kind = nullptr;
         const access *p = &c->write;
@@ -107,7 +117,7 @@ static void touch_shared(size_t offset, int bytes, bool write, void *pc, int t, 
         }
         if (kind) {
             char where[48];
-            snprintf(where, sizeof where, "shared byte %zu", offset);
+            snprintf(where, sizeof where, "shared byte %td", at - now.blocks[owner].shared);
             report(kind, where, t, p->thread, pc, p->pc);
             return;
         }
@@ -118,7 +128,7 @@ static void touch_shared(size_t offset, int bytes, bool write, void *pc, int t, 
     }
 }
 
-static void touch_global(const char *p, int bytes, bool write, void *pc) {
+static void touch_global(const char *p, int bytes, bool write, void *pc, int t) {
     const size_t window = (size_t)8 << 30;
     if (!global_cells) {
         global_base = (const char *)((uintptr_t)p & ~(((uintptr_t)1 << 30) - 1));
@@ -129,7 +139,8 @@ static void touch_global(const char *p, int bytes, bool write, void *pc) {
     }
     if (p < global_base || p + bytes > global_base + window)
         die("race detector: device heap outgrew its window");
-    uint32_t block = now.bidx.x + now.gdim.x * (now.bidx.y + now.gdim.y * now.bidx.z);
+    const uint3 b = now.blocks[t / now.block_threads].index;
+    uint32_t block = b.x + now.gdim.x * (b.y + now.gdim.y * b.z);
     global_cell *c = global_cells + (p - global_base) / GRANULE;
     for (size_t i = 0; i < (bytes + GRANULE - 1) / GRANULE; i++, c++) {
         bool written = c->write_launch == now.launch && c->write_block != block;
@@ -153,26 +164,28 @@ void race_touch(const void *at, int bytes, bool write, void *pc, int thread) {
     if (!now.cur) return;
     const char *p = (const char *)at;
     int t = thread < 0 ? now.cur->linear : thread;
-    if (now.shared && p >= now.shared && p < now.shared + now.shared_bytes)
-        return touch_shared((size_t)(p - now.shared), bytes, write, pc, t, ORDINARY);
-    if (in_device_heap(p)) return touch_global(p, bytes, write, pc);
+    if (in_device_heap(p)) return touch_global(p, bytes, write, pc, t);
+    const int owner = shared_owner(p);
+    if (owner == t / now.block_threads)
+        return touch_shared(p, owner, bytes, write, pc, t, ORDINARY);
     const char *stacks = fiber_stacks(), *args = (const char *)now.info.args.get();
     if (p >= stacks && p < stacks + (size_t)MAX_THREADS * STACK_BYTES) return;
     if (p >= args && p < args + now.info.args_bytes && !write) return;
     if (p >= &__executable_start && p < &_end && !write) return;
-    report("stray access: neither device nor shared memory", write ? "write" : "read", t, t, pc,
-           nullptr);
+    report("stray access: neither device memory nor the block's shared memory",
+           write ? "write" : "read", t, t, pc, nullptr);
 }
 
 void race_pending(const void *at, int bytes, int pending) {
     const char *p = (const char *)at;
-    if (!shared_cells || p < now.shared || p >= now.shared + now.shared_bytes) return;
-    shared_cell *c = shared_cells + (p - now.shared) / GRANULE;
+    const int owner = shared_owner(p);
+    if (owner < 0) return;
+    shared_cell *c = cell_of(p, owner);
     for (size_t i = 0; i < bytes / GRANULE; i++) c[i].pending = pending;
 }
 
 void race_async(const void *at, int bytes, bool write, void *pc, int thread) {
-    touch_shared((size_t)((const char *)at - now.shared), bytes, write, pc, thread, ASYNC);
+    touch_shared((const char *)at, shared_owner(at), bytes, write, pc, thread, ASYNC);
 }
 
 static void learn(uint32_t *to, const uint32_t *from) {
@@ -202,13 +215,18 @@ void race_phase(int barrier) {
            sizeof clocks.barriers[barrier].ended);
 }
 void race_wait(int barrier, int t) { learn(clocks.at[t], clocks.barriers[barrier].ended); }
-void race_warp(int warp, uint32_t mask) {
+static void meet(int first, int n, uint32_t mask) {
     if (!clocks.on) return;
     uint32_t all[MAX_THREADS] = {};
-    for (int l = 0; l < WARP; l++)
-        if (mask >> l & 1) learn(all, clocks.at[warp * WARP + l]);
-    for (int l = 0; l < WARP; l++)
-        if (mask >> l & 1) learn(clocks.at[warp * WARP + l], all), race_tick(warp * WARP + l);
+    for (int i = 0; i < n; i++)
+        if (mask >> i % WARP & 1) learn(all, clocks.at[first + i]);
+    for (int i = 0; i < n; i++)
+        if (mask >> i % WARP & 1) learn(clocks.at[first + i], all), race_tick(first + i);
+}
+void race_warp(int warp, uint32_t mask) { meet(warp * WARP, WARP, mask); }
+/* A block that is alone needs no clocks here: `epoch` says what is before the barrier. */
+void race_block(int b) {
+    if (now.n_blocks > 1) meet(b * now.block_threads, now.block_threads, ~0u);
 }
 
 } // namespace emu
@@ -252,6 +270,7 @@ void race_publish(int, int, uint32_t) {}
 void race_phase(int) {}
 void race_wait(int, int) {}
 void race_warp(int, uint32_t) {}
+void race_block(int) {}
 } // namespace emu
 
 #endif

@@ -288,8 +288,12 @@ cudaError_t submit_launch(cudaStream_t st, const launch_info &info) {
     std::map<const void *, size_t> &limits = shared_limits[current];
     size_t limit = limits.count(info.kernel) ? limits[info.kernel] : 48 << 10;
     if (info.shared > limit || (size_t)b.x * b.y * b.z > MAX_THREADS || !b.x || !b.y || !b.z ||
-        !g.x || !g.y || !g.z || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535)
+        !g.x || !g.y || !g.z || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535 ||
+        info.cluster < 1 || info.cluster > MAX_CLUSTER || g.x % (unsigned)info.cluster)
         return fail(cudaErrorInvalidValue);
+    if (info.cluster > 1 &&
+        (b.x * b.y * b.z % WARP || b.x * b.y * b.z * info.cluster > MAX_THREADS))
+        die("a cluster of partial warps, or of more threads than the emulator has");
     return submit(st, [info, on = current] {
         count.launches_on[on]++;
         run_launch(info);
