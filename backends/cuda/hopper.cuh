@@ -1,6 +1,6 @@
 /* hopper.cuh - two kernels for sm_90a, built on wgmma: the gate and up projections with SwiGLU
- * fused, and attention for long texts. They have not been measured, so they run only with
- * qemb_options.hopper.
+ * fused, in 16 bits and in e4m3, and attention for long texts. They have not been measured, so
+ * they run only with qemb_options.hopper.
  *
  * Both are persistent kernels with one block per multiprocessor. One warpgroup loads; two multiply,
  * 64 rows each. Tiles pass through a ring of stages in shared memory. A stage has two mbarriers:
@@ -34,28 +34,71 @@ template <int N, int BYTES> constexpr int hopper_ring_bytes = N *(BYTES + 16);
 
 #if defined(HOPPER_CODE)
 template <int N, int BYTES>
-__device__ __forceinline__ void hopper_init(const hopper_ring<N, BYTES> &ring, int loaders) {
+__device__ __forceinline__ void hopper_init(const hopper_ring<N, BYTES> &ring, int loaders,
+                                            int readers = HOPPER_WARPS) {
     for (int j = 0; j < N; j++) {
         barrier_init(ring.full(j), loaders);
-        barrier_init(ring.empty(j), HOPPER_WARPS);
+        barrier_init(ring.empty(j), readers);
     }
 }
 #endif
 
 /* ---- gate_up ------------------------------------------------------------------------------------
  * h (T, F) = silu(gate) * up * 2^-SWIGLU_SHIFT as swiglu_kernel has it, clamps counted, gate and up
- * (T, F) = alpha x W^T by halves of W (2F, D),  x (T, D); sums FP32, not rounded on the way. F and
- * D multiples of 8. maps: boxes of 64 columns and 128 rows of x and W.
+ * (T, F) = x W^T by halves of W (2F, D),  x (T, D), scaled: by alpha, or where x and W are e4m3 by
+ * x_scale (T) of the row and w_scale (2F) of the column. Sums FP32, not rounded on the way. Rows of
+ * x and W are multiples of 16 bytes, F of 8. maps: boxes of 128 bytes and 128 rows of x and W.
  *
- * Tile: 128 rows x 128 columns of gate and the same 128 of up, 64 of D per stage. A warpgroup's
- * wgmma has 64 rows, 128 columns of gate and 128 of up, so a thread holds both halves of its
- * outputs. Neighbouring blocks work on the same rows of W, and all of them on GU_GROUP tiles of x,
- * which stay in L2. Bytes per token: 2 D of x per 128 columns from L2, 2 F of h; 4 F D of W per 128
- * rows from L2. 4 F D flops. */
-enum { GU_COLUMNS = 128, GU_DEPTH = 64, GU_STAGES = 4, GU_GROUP = 16 };
+ * Tile: 128 rows x 128 columns of gate and the same 128 of up, 128 bytes of D per stage. A
+ * warpgroup's wgmma has 64 rows, 128 columns of gate and 128 of up, so a thread holds both halves
+ * of its outputs.
+ *
+ * Clusters: the two blocks of a cluster take neighbouring tiles of rows and share their columns.
+ * Each loads its own x, and one half of W, gate or up, for both. So a stage is refilled when the
+ * warpgroups of both blocks have read it. A block without rows works on zeros: its half of W is
+ * needed.
+ *
+ * Overlap: the second warpgroup starts GU_LAG stages behind the first. While the first runs its
+ * epilogue, the second multiplies the stages between them; then the second runs its epilogue and
+ * the first multiplies the next tile's stages, up to GU_STAGES of them. Two warpgroups with whole
+ * tiles of their own, in turns (ping-pong), would overlap everything, but their tiles of 128 x 128
+ * move too many bytes through shared memory, which moves 128 a clock. Per stage and warpgroup, 32
+ * KiB are written and 8 wgmmas (64 x 128) read 6 KiB each while the tensor cores need 512 clocks:
+ * 160 bytes a clock. Here 48 KiB are written and 8 wgmmas (64 x 256) read 10 KiB each in 1,024
+ * clocks: 125. Calculated, not measured.
+ *
+ * Per stage and block 32 KiB come from L2. Neighbouring clusters work on the same rows of W, and
+ * all of them on GU_GROUP pairs of tiles of x, which stay in L2. h is 2 F bytes per token, 4 F D
+ * flops.
+ *
+ * e4m3: the tensor cores shift the 32 products of a wgmma and the sum so far to the exponent of the
+ * largest and drop what is below 2^-13 of it, so each of the 33 errs by less than 2^-13 M, M the
+ * largest magnitude among all of them. The D / 32 wgmmas of a sum err by less than (D / 32) 33
+ * 2^-13 M: 0.52 M for D = 4096, if every term loses all it can and all signs agree. Products of
+ * either sign lose toward zero in either direction: with independent signs, uniform losses have a
+ * root mean square of 2^-13 M / sqrt(3), D of them 2^-13 M sqrt(D / 3), or 0.0045 M. The codes
+ * themselves are off by up to 2^-4, uniformly by 2.6 % of a number, hence 3.7 % of the sum's
+ * spread. Promoting partial sums to FP32, as cuBLASLt does without fast accumulation, needs a
+ * second set of 128 registers. */
+constexpr int GU_COLUMNS = 128, GU_STAGES = 4, GU_GROUP = 8, GU_CLUSTER = 2, GU_LAG = 2;
 constexpr int GU_PART = HOPPER_ROWS * HOPPER_ROW; /* bytes of x, of gate's rows, of up's rows */
+template <class X> constexpr int gu_depth = HOPPER_ROW / (int)sizeof(X); /* of D per stage */
 typedef hopper_ring<GU_STAGES, 3 * GU_PART> gate_up_ring;
-constexpr int gate_up_shared_bytes = hopper_ring_bytes<GU_STAGES, 3 * GU_PART>;
+constexpr int gate_up_shared_bytes = hopper_ring_bytes<GU_STAGES, 3 * GU_PART> + 8;
+
+/* What sums are multiplied by: row(r) * columns(c), columns(c) of c and c + 1. */
+struct gate_up_alpha {
+    float alpha;
+    __device__ __forceinline__ float row(int) const { return alpha; }
+    __device__ __forceinline__ float2 columns(int, bool) const { return make_float2(1, 1); }
+};
+struct gate_up_scales {
+    const float *x, *w; /* w aligned to 8 bytes */
+    __device__ __forceinline__ float row(int r) const { return x[r]; }
+    __device__ __forceinline__ float2 columns(int c, bool ok) const {
+        return ok ? *(const float2 *)(w + c) : make_float2(0, 0);
+    }
+};
 
 #if defined(HOPPER_CODE)
 
@@ -77,71 +120,99 @@ __device__ __forceinline__ void hopper_transpose(uint32_t (&w)[4], int lane) {
 
 /* d: blocks 0..15 gate, 16..31 up. r: the thread's first row, c: the tile's first column. Beyond
  * T and F, x or up is zero, so h is zero and counts no clamp. */
-template <class A>
-__device__ __forceinline__ void gate_up_store(A *h, const float (&d)[32][4], float alpha, int r,
+template <class A, class S>
+__device__ __forceinline__ void gate_up_store(A *h, const float (&d)[32][4], const S &scale, int r,
                                               int c, int T, int F, int *clamped) {
     const int lane = threadIdx.x % 32;
+    float by_row[2];
 #pragma unroll
-    for (int e = 0; e < 4; e += 2, r += 8) {
+    for (int e = 0; e < 2; e++) by_row[e] = r + e * 8 < T ? scale.row(r + e * 8) : 0;
 #pragma unroll
-        for (int j = 0; j < 16; j += 4) {
-            const int column = c + (j + lane % 4) * 8; /* after the transposition */
-            uint32_t w[4];
+    for (int j = 0; j < 16; j += 4) {
+        const int column = c + (j + lane % 4) * 8; /* after the transposition */
+        uint32_t w[2][4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float(&g)[4] = d[j + i], (&u)[4] = d[16 + j + i];
-                w[i] = to_bits<A>(swiglu_one(alpha * g[e], alpha * u[e], clamped),
-                                  swiglu_one(alpha * g[e + 1], alpha * u[e + 1], clamped));
+        for (int i = 0; i < 4; i++) {
+            const float(&g)[4] = d[j + i], (&u)[4] = d[16 + j + i];
+            const int own = c + (j + i) * 8 + lane % 4 * 2;
+            const float2 sg = scale.columns(own, own < F), su = scale.columns(F + own, own < F);
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const float s = by_row[e];
+                w[e][i] = to_bits<A>(
+                    swiglu_one(s * sg.x * g[2 * e], s * su.x * u[2 * e], clamped),
+                    swiglu_one(s * sg.y * g[2 * e + 1], s * su.y * u[2 * e + 1], clamped));
             }
-            hopper_transpose(w, lane);
-            if (r < T && column < F)
-                *(uint4 *)(h + (size_t)r * F + column) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const uint32_t(&v)[4] = w[e];
+            hopper_transpose(w[e], lane);
+            if (r + e * 8 < T && column < F)
+                *(uint4 *)(h + (size_t)(r + e * 8) * F + column) =
+                    make_uint4(v[0], v[1], v[2], v[3]);
         }
     }
 }
 
-/* The order of a GEMM's tiles: groups of GU_GROUP row tiles; within a group, rows first. */
+/* The order of a GEMM's tiles, a cluster's pair of them at a time: groups of GU_GROUP pairs along
+ * T; within a group, T first. */
 struct gate_up_tiles {
-    int rows, columns, steps; /* tiles along T and F, stages along D */
+    int pairs, columns, steps; /* along T and F; stages along D */
 
-    __device__ __forceinline__ int count() const { return rows * columns; }
-    __device__ __forceinline__ void place(int t, int *row, int *column) const {
+    __device__ __forceinline__ int count() const { return pairs * columns; }
+    __device__ __forceinline__ static int first() { return (int)blockIdx.x / GU_CLUSTER; }
+    __device__ __forceinline__ static int stride() { return (int)gridDim.x / GU_CLUSTER; }
+    __device__ __forceinline__ void place(int t, int rank, int *row, int *column) const {
         const int first = t / (GU_GROUP * columns) * GU_GROUP,
-                  in_group = min(GU_GROUP, rows - first);
+                  in_group = min(GU_GROUP, pairs - first);
         t -= first * columns;
-        *row = (first + t % in_group) * HOPPER_ROWS;
+        *row = ((first + t % in_group) * GU_CLUSTER + rank) * HOPPER_ROWS;
         *column = t / in_group * GU_COLUMNS;
     }
 };
 
-/* The loading warpgroup; one thread does it all. */
+/* The loading warpgroup; one thread does it all. The other block may bring its half of W before
+ * this one has announced the bytes: the phase waits for the announcement's arrival as well. */
+template <class X>
 __device__ __forceinline__ void gate_up_load(gate_up_ring ring, const gate_up_tiles &tiles,
                                              const CUtensorMap *x, const CUtensorMap *w, int F) {
-    for (int t = blockIdx.x; t < tiles.count(); t += gridDim.x) {
+    const int rank = cluster_rank();
+    for (int t = tiles.first(); t < tiles.count(); t += tiles.stride()) {
         int row, column;
-        tiles.place(t, &row, &column);
+        tiles.place(t, rank, &row, &column);
         for (int k = 0; k < tiles.steps; k++, ring.i++) {
             const shared_addr to = ring.stage(ring.i), full = ring.full(ring.i);
             barrier_wait(ring.empty(ring.i), ring.parity(ring.i) ^ 1); /* gu_empty */
             barrier_expect(full, 3 * GU_PART);
-            tma_load(to, x, full, k * GU_DEPTH, row);
-            tma_load(to + GU_PART, w, full, k * GU_DEPTH, column);
-            tma_load(to + 2 * GU_PART, w, full, k * GU_DEPTH, F + column);
+            tma_load(to, x, full, k * gu_depth<X>, row);
+            tma_multicast(to + (1 + rank) * GU_PART, w, full, k * gu_depth<X>, column + rank * F,
+                          (1 << GU_CLUSTER) - 1);
         }
     }
 }
 
-/* One of the two multiplying warpgroups, the one of rows 64 half .. 64 half + 63. */
-template <class A>
+/* A warp has read a stage: says so to the loaders of both blocks. */
+__device__ __forceinline__ void gate_up_release(shared_addr empty) {
+    if (threadIdx.x % 32 > 0) return;
+#pragma unroll
+    for (int rank = 0; rank < GU_CLUSTER; rank++) barrier_arrive_at(empty, rank);
+}
+
+/* One of the two multiplying warpgroups, the one of rows 64 half .. 64 half + 63. lag: the mbarrier
+ * at which the second one waits for the first. */
+template <class X, class A, class S>
 __device__ __forceinline__ void gate_up_multiply(gate_up_ring ring, const gate_up_tiles &tiles,
-                                                 A *h, float alpha, int T, int F, int half,
-                                                 unsigned long long *clamps) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+                                                 shared_addr lag, A *h, const S &scale, int T,
+                                                 int F, int half, unsigned long long *clamps) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, rank = cluster_rank();
+    const int ahead = min(GU_LAG, tiles.steps) - 1;
     int clamped = 0;
     float d[32][4];
-    for (int t = blockIdx.x; t < tiles.count(); t += gridDim.x) {
+    if (half && tiles.first() < tiles.count()) barrier_wait(lag, 0); /* gu_lag */
+    for (int t = tiles.first(); t < tiles.count(); t += tiles.stride()) {
         int row, column;
-        tiles.place(t, &row, &column);
+        tiles.place(t, rank, &row, &column);
         for (int k = 0; k < tiles.steps; k++, ring.i++) {
             barrier_wait(ring.full(ring.i), ring.parity(ring.i)); /* gu_full */
             const shared_addr at = ring.stage(ring.i);
@@ -149,42 +220,48 @@ __device__ __forceinline__ void gate_up_multiply(gate_up_ring ring, const gate_u
                            w = wgmma_tile(at + GU_PART);
             wgmma_fence(); /* gu_fence */
 #pragma unroll
-            for (int s = 0; s < GU_DEPTH / 16; s++) /* descriptors count in 16 bytes */
-                wgmma256<A>(d, x + s * 2, w + s * 2, k + s > 0);
+            for (int s = 0; s < HOPPER_ROW / 32; s++) /* descriptors count in 16 bytes */
+                wgmma256<X>(d, x + s * 2, w + s * 2, k + s > 0);
             wgmma_commit();
+            if (!half && ring.i == ahead && lane == 0) barrier_arrive(lag);
             wgmma_wait<1>(); /* gu_step: the previous stage has been multiplied */
-            if (k > 0 && lane == 0) barrier_arrive(ring.empty(ring.i - 1));
+            if (k > 0) gate_up_release(ring.empty(ring.i - 1));
         }
-        wgmma_wait<0>(d);                                      /* gu_sums */
-        if (lane == 0) barrier_arrive(ring.empty(ring.i - 1)); /* gu_last */
-        gate_up_store(h, d, alpha, row + half * 64 + warp * 16 + lane / 4, column, T, F, &clamped);
+        wgmma_wait<0>(d);                        /* gu_sums */
+        gate_up_release(ring.empty(ring.i - 1)); /* gu_last */
+        gate_up_store(h, d, scale, row + half * 64 + warp * 16 + lane / 4, column, T, F, &clamped);
     }
     if (clamped) atomicAdd(clamps, (unsigned long long)clamped);
 }
 #endif
 
-template <class A>
+/* X: the type of x and W. S: gate_up_alpha or gate_up_scales. */
+template <class X, class A, class S>
 __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     gate_up_kernel(A *h, const __grid_constant__ CUtensorMap x,
-                   const __grid_constant__ CUtensorMap w, float alpha, int T, int F, int D,
+                   const __grid_constant__ CUtensorMap w, S scale, int T, int F, int D,
                    unsigned long long *clamps) {
 #if defined(HOPPER_CODE)
     SHARED_BYTES(smem);
     const gate_up_ring ring = {shared_address(smem)};
-    const gate_up_tiles tiles = {(T + HOPPER_ROWS - 1) / HOPPER_ROWS,
-                                 (F + GU_COLUMNS - 1) / GU_COLUMNS, (D + GU_DEPTH - 1) / GU_DEPTH};
+    const shared_addr lag = shared_address(smem) + gate_up_shared_bytes - 8;
+    constexpr int pair = GU_CLUSTER * (int)HOPPER_ROWS, depth = gu_depth<X>;
+    const gate_up_tiles tiles = {(T + pair - 1) / pair, (F + GU_COLUMNS - 1) / GU_COLUMNS,
+                                 (D + depth - 1) / depth};
     if (threadIdx.x == 0) {
-        hopper_init(ring, 1);
+        hopper_init(ring, 1, GU_CLUSTER * HOPPER_WARPS);
+        barrier_init(lag, HOPPER_WARPS / 2);
         barrier_init_done();
     }
-    __syncthreads(); /* gu_init: the mbarriers are made before anyone uses one */
+    cluster_sync(); /* gu_init: the mbarriers of both blocks are made before anyone uses one */
     if (threadIdx.x < 128) {
         registers_lower<HOPPER_LOADER_REGS>();
-        if (threadIdx.x == 0) gate_up_load(ring, tiles, &x, &w, F);
+        if (threadIdx.x == 0) gate_up_load<X>(ring, tiles, &x, &w, F);
     } else {
         registers_raise<HOPPER_REGS>();
-        gate_up_multiply(ring, tiles, h, alpha, T, F, threadIdx.x / 128 - 1, clamps);
+        gate_up_multiply<X>(ring, tiles, lag, h, scale, T, F, threadIdx.x / 128 - 1, clamps);
     }
+    cluster_sync(); /* gu_exit: the other block arrives at this one's mbarriers until its end */
 #else
     __trap(); /* the host launches it on sm_90a alone */
 #endif
@@ -460,6 +537,10 @@ template <class A, int HD> static cudaError_t hopper_allow_attention() {
                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 attention_hopper_shared_bytes<HD>);
 }
+template <class X, class A, class S> static cudaError_t hopper_allow_gate_up() {
+    return cudaFuncSetAttribute((const void *)gate_up_kernel<X, A, S>,
+                                cudaFuncAttributeMaxDynamicSharedMemorySize, gate_up_shared_bytes);
+}
 /* Prepares the kernels of activation type A. Does not change s->on. */
 template <class A> static cudaError_t hopper_open(hopper_state *s, int multiprocessors) {
     cudaDriverEntryPointQueryResult found;
@@ -469,37 +550,54 @@ template <class A> static cudaError_t hopper_open(hopper_state *s, int multiproc
                                                      cudaEnableDefault, &found);
     if (e == cudaSuccess && !f) e = cudaErrorNotSupported;
     s->encode = (decltype(s->encode))f;
-    if (e == cudaSuccess)
-        e = cudaFuncSetAttribute((const void *)gate_up_kernel<A>,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, gate_up_shared_bytes);
+    if (e == cudaSuccess) e = hopper_allow_gate_up<A, A, gate_up_alpha>();
+    if (e == cudaSuccess) e = hopper_allow_gate_up<uint8_t, __half, gate_up_scales>();
     if (e == cudaSuccess) e = hopper_allow_attention<A, 64>();
     if (e == cudaSuccess) e = hopper_allow_attention<A, 128>();
     return e;
 }
 
-/* Makes the tensor map of p (rows, columns) with boxes of 64 columns and box_rows rows. */
+/* Makes the tensor map of p (rows, columns) with boxes of 128 bytes and box_rows rows. uint8_t:
+ * e4m3. */
 template <class A>
 static bool hopper_map(const hopper_state *s, CUtensorMap *map, const A *p, int rows, int columns,
                        int box_rows = HOPPER_ROWS) {
     const cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)rows},
                      pitch[1] = {(cuuint64_t)columns * sizeof(A)};
-    const cuuint32_t box[2] = {GU_DEPTH, (cuuint32_t)box_rows}, step[2] = {1, 1};
-    const auto type = std::is_same<A, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const cuuint32_t box[2] = {HOPPER_ROW / sizeof(A), (cuuint32_t)box_rows}, step[2] = {1, 1};
+    const auto type = sizeof(A) == 1                   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                      : std::is_same<A, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                       : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     return s->encode(map, type, 2, (void *)p, size, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
                      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+template <class X, class A, class S>
+static cudaError_t gate_up_launch_scaled(const hopper_state *s, A *h, const X *x, const X *w,
+                                         S scale, int T, int F, int D, unsigned long long *clamps,
+                                         cudaStream_t st) {
+    CUtensorMap x_map, w_map;
+    if (!hopper_map(s, &x_map, x, T, D) || !hopper_map(s, &w_map, w, 2 * F, D))
+        return cudaErrorInvalidValue;
+    const int clusters = s->blocks < GU_CLUSTER ? 1 : s->blocks / GU_CLUSTER;
+    return launch_clusters(GU_CLUSTER, gate_up_kernel<X, A, S>,
+                           dim3((unsigned)(clusters * GU_CLUSTER)), dim3(HOPPER_THREADS),
+                           gate_up_shared_bytes, st, h, x_map, w_map, scale, T, F, D, clamps);
+}
 template <class A>
 static cudaError_t gate_up_launch(const hopper_state *s, A *h, const A *x, const A *w, float alpha,
                                   int T, int F, int D, unsigned long long *clamps,
                                   cudaStream_t st) {
-    CUtensorMap x_map, w_map;
-    if (!hopper_map(s, &x_map, x, T, D) || !hopper_map(s, &w_map, w, 2 * F, D))
-        return cudaErrorInvalidValue;
-    return launch(gate_up_kernel<A>, dim3((unsigned)s->blocks), dim3(HOPPER_THREADS),
-                  gate_up_shared_bytes, st, h, x_map, w_map, alpha, T, F, D, clamps);
+    return gate_up_launch_scaled(s, h, x, w, gate_up_alpha{alpha}, T, F, D, clamps, st);
+}
+/* x and w are e4m3 codes, D a multiple of 16. h is FP16: a row's codes for the down projection need
+ * the maximum over all F columns, which many blocks compute, so quantize_kernel follows. */
+inline cudaError_t gate_up_e4m3_launch(const hopper_state *s, __half *h, const uint8_t *x,
+                                       const float *x_scale, const uint8_t *w, const float *w_scale,
+                                       int T, int F, int D, unsigned long long *clamps,
+                                       cudaStream_t st) {
+    return gate_up_launch_scaled(s, h, x, w, gate_up_scales{x_scale, w_scale}, T, F, D, clamps, st);
 }
 
 /* rows: of the memory at qkv. In a graph they may not depend on the batch. */

@@ -10,20 +10,25 @@ import re
 import struct
 import sys
 
-# HGMMA takes its first matrix from shared memory or from registers: two forms.
+# HGMMA takes its first matrix from shared memory or from registers: two forms. QGMMA is e4m3's. A
+# multicast is another form of UTMALDG.
 OPCODES = {
     "HMMA": {0x23C},
     "HGMMA": {0x9F0, 0xDF0},
+    "QGMMA": {0x9F3},
     "LDSM": {0x83B},
     "LDGSTS": {0xFAE},
     "UTMALDG": {0x5B4},
+    "UTMALDG.MULTICAST": {0x3B4},
     "STL": {0x387},
     "LDL": {0x983},
 }
 # Kernels by their name in the mangled symbol: what must be there. No kernel may touch local memory.
 WANT = {"attention_kernel": ("HMMA", "LDSM", "LDGSTS")}
 WANT_SM90A = {
-    "gate_up_kernel": ("HGMMA", "UTMALDG"),  # elsewhere these kernels trap
+    "gate_up_kernelI6__half": ("HGMMA", "UTMALDG", "UTMALDG.MULTICAST"),  # elsewhere they trap
+    "gate_up_kernelI13__nv_bfloat16": ("HGMMA", "UTMALDG", "UTMALDG.MULTICAST"),
+    "gate_up_kernelIh": ("QGMMA", "UTMALDG", "UTMALDG.MULTICAST"),
     "attention_hopper_kernel": ("HGMMA", "LDSM", "LDGSTS", "UTMALDG"),
 }
 

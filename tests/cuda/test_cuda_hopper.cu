@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(128)
         if (threadIdx.x == 0) {
             barrier_expect(bar, 2 * GU_PART);
             tma_load(at, &map, bar, x, y);
-            tma_load(at + GU_PART, &map, bar, x + GU_DEPTH, y + round);
+            tma_load(at + GU_PART, &map, bar, x + gu_depth<__half>, y + round);
         }
         barrier_wait(bar, round);
         for (int i = threadIdx.x; i < 2 * GU_PART / 16; i += blockDim.x)
@@ -64,8 +64,8 @@ TEST_SCHEDULES(ptx_tma) {
     const std::vector<uint4> got = o.get();
     for (int box = 0; box < 4; box++)
         for (int r = 0; r < HOPPER_ROWS; r++)
-            for (int c = 0; c < GU_DEPTH; c++) {
-                const int x = x0 + box % 2 * GU_DEPTH + c, y = y0 + r + (box == 3);
+            for (int c = 0; c < gu_depth<__half>; c++) {
+                const int x = x0 + box % 2 * gu_depth<__half> + c, y = y0 + r + (box == 3);
                 __half h;
                 memcpy(&h,
                        (const char *)got.data() + box * GU_PART + r * 128 +
@@ -78,21 +78,97 @@ TEST_SCHEDULES(ptx_tma) {
             }
 }
 
-/* d (64, N) = a b over two steps of 16. a (64, 32) by rows; b (N, 32), or ACROSS (32, N).
- * FROM_SHARED: a by descriptor. Shared memory: a's 64 rows of 64 numbers, b's N rows or N/64 blocks
- * of 64 rows of k. */
+/* Two clusters of two blocks. In each round, block r of a cluster sends box 2r to both blocks and
+ * box 2r + 1 to the other block alone, so that each gets boxes 0, 2 and the other's second one, in
+ * their places; the next round starts when both have read them. out: the bytes of every block and
+ * round; the box that it must not get stays at 0xFF. */
+enum { MC_ROUNDS = 3, MC_BYTES = 4 * GU_PART };
+__global__ void __launch_bounds__(64)
+    multicast_kernel(uint4 *out, const __grid_constant__ CUtensorMap map) {
+#if defined(HOPPER_CODE)
+    SHARED_BYTES(smem);
+    const shared_addr at = shared_address(smem), full = at + MC_BYTES, empty = full + 8;
+    const int rank = cluster_rank();
+    for (int i = threadIdx.x; i < MC_BYTES / 16; i += blockDim.x)
+        ((uint4 *)smem)[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+    fence_async();
+    if (threadIdx.x == 0) {
+        barrier_init(full, 1);
+        barrier_init(empty, 2);
+        barrier_init_done();
+    }
+    cluster_sync();
+    for (int round = 0; round < MC_ROUNDS; round++) {
+        if (threadIdx.x == 0) {
+            barrier_wait(empty, round % 2 ^ 1);
+            barrier_expect(full, 3 * GU_PART);
+            for (int k = 0; k < 2; k++)
+                tma_multicast(at + (2 * rank + k) * GU_PART, &map, full, (2 * rank + k) * 8,
+                              (int)blockIdx.x / 2 * 5 + round, k ? 2 >> rank : 3);
+        }
+        barrier_wait(full, round % 2);
+        for (int i = threadIdx.x; i < MC_BYTES / 16; i += blockDim.x)
+            out[(blockIdx.x * MC_ROUNDS + round) * (MC_BYTES / 16) + i] = ((uint4 *)smem)[i];
+        __syncthreads();
+        if (threadIdx.x == 32)
+            for (int r = 0; r < 2; r++) barrier_arrive_at(empty, r);
+    }
+    cluster_sync();
+#endif
+}
+TEST_SCHEDULES(ptx_cluster) {
+    if (!hopper_here()) return;
+    const int rows = 150, columns = 96;
+    std::vector<__half> v((size_t)rows * columns);
+    for (size_t i = 0; i < v.size(); i++) v[i] = make<__half>((double)(i % 2039) + 1);
+    device_array<__half> d(v);
+    device_array<uint4> o((size_t)4 * MC_ROUNDS * MC_BYTES / 16);
+    CUtensorMap map;
+    check(hopper_map(hopper<__half>(1), &map, d.p, rows, columns), "the map is refused");
+    cuda_ok(cudaFuncSetAttribute((const void *)multicast_kernel,
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, MC_BYTES + 16),
+            "attribute");
+    cuda_ok(launch_clusters(2, multicast_kernel, dim3(4), dim3(64), MC_BYTES + 16, (cudaStream_t)0,
+                            o.p, map),
+            "launch");
+    const std::vector<uint4> got = o.get();
+    for (int n = 0; n < 4 * MC_ROUNDS * 4; n++) /* block, round, box */
+        for (int r = 0; r < HOPPER_ROWS; r++)
+            for (int c = 0; c < gu_depth<__half>; c++) {
+                const int box = n % 4, block = n / 4 / MC_ROUNDS;
+                const bool gets = box % 2 == 0 || box / 2 != block % 2;
+                const int x = box * 8 + c, y = block / 2 * 5 + n / 4 % MC_ROUNDS + r;
+                uint16_t bits, want = 0xFFFF;
+                const char *from = (const char *)got.data() + (size_t)n * GU_PART;
+                memcpy(&bits, from + r * 128 + ((c / 8) ^ (r % 8)) * 16 + c % 8 * 2, 2);
+                if (gets) {
+                    const __half h =
+                        x < columns && y < rows ? v[(size_t)y * columns + x] : make<__half>(0);
+                    memcpy(&want, &h, 2);
+                }
+                if (!check(bits == want, "block %d box %d row %d column %d (got %04x, want %04x)",
+                           block, box, r, c, bits, want))
+                    return;
+            }
+}
+
+/* d (64, N) = a b over two wgmmas, K numbers of 64 bytes. a (64, K) by rows; b (N, K), or ACROSS
+ * (K, N), 16-bit numbers. FROM_SHARED: a by descriptor. Shared memory: a's 64 rows of 128 bytes,
+ * b's N rows or N/64 blocks of 64 rows of k. Copied by two bytes, 32 a row. */
+template <class A> constexpr int wgmma_depth = 64 / (int)sizeof(A);
 template <class A, int N, bool FROM_SHARED, bool ACROSS>
-__global__ void __launch_bounds__(128) wgmma_kernel(float *out, const A *a, const A *b) {
+__global__ void __launch_bounds__(128)
+    wgmma_kernel(float *out, const uint16_t *a, const uint16_t *b) {
 #if defined(HOPPER_CODE)
     SHARED_BYTES(smem);
     unsigned char *sb = smem + 64 * 128;
     const int t = threadIdx.x;
     for (int i = t; i < 64 * 32; i += 128)
-        *(A *)(smem + i / 32 * 128 + ((i % 32 / 8) ^ (i / 32 % 8)) * 16 + i % 8 * 2) = a[i];
+        *(uint16_t *)(smem + i / 32 * 128 + ((i % 32 / 8) ^ (i / 32 % 8)) * 16 + i % 8 * 2) = a[i];
     for (int i = t; i < N * 32; i += 128) {
         const int row = ACROSS ? i / N : i / 32, column = ACROSS ? i % N : i % 32;
-        *(A *)(sb + column / 64 * (64 * 128) + row * 128 + ((column % 64 / 8) ^ (row % 8)) * 16 +
-               column % 8 * 2) = b[i];
+        *(uint16_t *)(sb + column / 64 * (64 * 128) + row * 128 +
+                      ((column % 64 / 8) ^ (row % 8)) * 16 + column % 8 * 2) = b[i];
     }
     fence_async();
     __syncthreads();
@@ -118,31 +194,71 @@ __global__ void __launch_bounds__(128) wgmma_kernel(float *out, const A *a, cons
             out[(t / 32 * 16 + t % 32 / 4 + e / 2 * 8) * N + j * 8 + t % 4 * 2 + e % 2] = d[j][e];
 #endif
 }
+
+/* e4m3 codes: numbers by value, random ones (all codes but NaN's), and the bound of a sum of K
+ * products that start from zero: hopper.cuh derives a wgmma's 33 2^-13 M. M is taken from the exact
+ * sums, plus what they may be off by. */
+static double num(uint8_t code) {
+    __nv_fp8_e4m3 v;
+    v.__x = code;
+    return (double)(float)v;
+}
+static std::vector<uint8_t> random_codes(rng *r, size_t n, double scale) {
+    std::vector<uint8_t> v(n);
+    for (uint8_t &c : v) c = (uint8_t)e4m3_pair((float)(scale * rng_uniform(r)), 0);
+    return v;
+}
+template <class A, class F> /* products(k), k < K, in order */
+static double wgmma_bound(int K, F products) {
+    if (sizeof(A) == 2) { /* truncated to FP32, each term twice: into the products, into the sum */
+        double size = 0;
+        for (int k = 0; k < K; k++) size += fabs(products(k));
+        return size * K * 2 * U;
+    }
+    double sum = 0, off = 0;
+    for (int k = 0; k < K;) {
+        double most = fabs(sum) + off;
+        for (const int end = std::min(K, k + 32); k < end; k++) {
+            most = std::max(most, fabs(products(k)));
+            sum += products(k);
+        }
+        off += 33 * 0x1p-13 * most;
+    }
+    return off;
+}
+
+template <class A> static std::vector<A> wgmma_numbers(rng *r, size_t n, double scale) {
+    if constexpr (sizeof(A) == 1)
+        return random_codes(r, n, scale);
+    else
+        return random_numbers<A>(r, n, scale);
+}
 template <class A, int N, bool FROM_SHARED, bool ACROSS> static void wgmma_case() {
     if (!hopper_here()) return;
+    constexpr int K = wgmma_depth<A>;
     rng r = {(uint64_t)N + ACROSS};
-    std::vector<A> a = random_numbers<A>(&r, 64 * 32, 1), b = random_numbers<A>(&r, N * 32, 1);
+    std::vector<A> a = wgmma_numbers<A>(&r, 64 * K, 1), b = wgmma_numbers<A>(&r, N * K, 1);
     device_array<A> da(a), db(b);
     device_array<float> o(64 * N);
     const size_t shared = 64 * 128 + N * 128;
     cuda_ok(launch(wgmma_kernel<A, N, FROM_SHARED, ACROSS>, dim3(1), dim3(128), shared,
-                   (cudaStream_t)0, o.p, da.p, db.p),
+                   (cudaStream_t)0, o.p, (const uint16_t *)da.p, (const uint16_t *)db.p),
             "launch");
     const std::vector<float> got = o.get();
     for (int i = 0; i < 64; i++)
         for (int j = 0; j < N; j++) {
-            double want = 0, size = 0;
-            for (int k = 0; k < 32; k++) {
-                const double p = num(a[i * 32 + k]) * num(b[ACROSS ? k * N + j : j * 32 + k]);
-                want += p, size += fabs(p);
-            }
-            check_near(got[i * N + j], want, size * 32 * 2 * U, "d", /* 32 terms, truncated */
-                       (size_t)(i * N + j));
+            auto product = [&](int k) {
+                return num(a[i * K + k]) * num(b[ACROSS ? k * N + j : j * K + k]);
+            };
+            double want = 0;
+            for (int k = 0; k < K; k++) want += product(k);
+            check_near(got[i * N + j], want, wgmma_bound<A>(K, product), "d", (size_t)(i * N + j));
         }
 }
 TEST_SCHEDULES(ptx_wgmma256) {
     wgmma_case<__half, 256, true, false>();
     wgmma_case<__nv_bfloat16, 256, true, false>();
+    wgmma_case<uint8_t, 256, true, false>();
 }
 TEST_SCHEDULES(ptx_wgmma_regs) {
     wgmma_case<__half, 64, false, false>();
@@ -157,25 +273,76 @@ TEST_SCHEDULES(ptx_wgmma_across) {
 
 /* ---- gate_up --------------------------------------------------------------------------------- */
 
-/* h against double precision. gate and up are sums of D products that the tensor cores may
- * truncate: 2 D U of their sizes, times alpha with a rounding. |silu'| <= 1.1, |silu(g)| <= |g|;
- * then swiglu_case's bound. Outputs within that of the limit may be clamped or not. */
-template <class A>
-static void gate_up_check(const std::vector<A> &got, const std::vector<A> &x,
-                          const std::vector<A> &w, double alpha, int T, int F, int D,
+/* What the kernel computes from: x (T, D), w (2F, D), each sum times row(t) * column(c). h lies
+ * behind a guard of NaN and before one: what the kernel writes beyond T rows shows. */
+template <class X> struct gate_up_inputs {
+    int T, F, D;
+    std::vector<X> x, w;
+    std::vector<float> x_scale, w_scale; /* e4m3 */
+    double alpha = 1;
+
+    double scale(int t, int c) const {
+        return sizeof(X) == 1 ? (double)x_scale[t] * w_scale[c] : alpha;
+    }
+};
+template <class X>
+static gate_up_inputs<X> gate_up_random(int T, int F, int D, double scale, double alpha) {
+    rng r = {(uint64_t)(T + F + D)};
+    gate_up_inputs<X> in = {T, F, D, {}, {}, {}, {}, alpha};
+    /* e4m3: codes up to 448, as quantize_kernel makes them, and their scales */
+    constexpr bool codes = sizeof(X) == 1;
+    in.x = wgmma_numbers<X>(&r, (size_t)T * D, codes ? 448 : scale);
+    in.w = wgmma_numbers<X>(&r, (size_t)2 * F * D, codes ? 448 : 0.5);
+    for (int t = 0; t < T; t++)
+        in.x_scale.push_back((float)(scale / 448 * (1 + 0.5 * rng_uniform(&r))));
+    for (int c = 0; c < 2 * F; c++)
+        in.w_scale.push_back((float)(0.5 / 448 * (1 + 0.5 * rng_uniform(&r))));
+    return in;
+}
+template <class X, class A>
+static std::vector<A> gate_up_run(const gate_up_inputs<X> &in, int blocks,
+                                  unsigned long long *clamped) {
+    const int T = in.T, F = in.F, D = in.D;
+    device_array<X> dx(in.x), dw(in.w);
+    device_array<A> dh((size_t)(T + 1) * F);
+    device_array<float> xs(in.x_scale), ws(in.w_scale);
+    device_array<unsigned long long> clamps(std::vector<unsigned long long>{0});
+    cudaError_t e;
+    if constexpr (sizeof(X) == 1)
+        e = gate_up_e4m3_launch(hopper<__half>(blocks), dh.p, dx.p, xs.p, dw.p, ws.p, T, F, D,
+                                clamps.p, (cudaStream_t)0);
+    else
+        e = gate_up_launch<A>(hopper<A>(blocks), dh.p, dx.p, dw.p, (float)in.alpha, T, F, D,
+                              clamps.p, (cudaStream_t)0);
+    cuda_ok(e, "launch");
+    std::vector<A> got = dh.get();
+    *clamped = clamps.get()[0];
+    for (int i = 0; i < F; i++)
+        if (!check(std::isnan(num(got[(size_t)T * F + i])), "row %d is written", T)) break;
+    return got;
+}
+
+/* h against double precision. gate and up are sums of D products, off by wgmma_bound, then scaled
+ * with two roundings. |silu'| <= 1.1, |silu(g)| <= |g|; then swiglu_case's bound. Outputs within
+ * that of the limit may be clamped or not. */
+template <class X, class A>
+static void gate_up_check(const gate_up_inputs<X> &in, const std::vector<A> &got,
                           unsigned long long counted, bool wants_clamps) {
+    const int T = in.T, F = in.F, D = in.D;
     unsigned long long least = 0, most = 0;
-    std::vector<double> xd = doubles(x), wd = doubles(w);
+    std::vector<double> xd, wd;
+    for (X v : in.x) xd.push_back(num(v));
+    for (X v : in.w) wd.push_back(num(v));
     for (int t = 0; t < T; t++)
         for (int i = 0; i < F; i++) {
             double v[2] = {}, off[2] = {};
             for (int half = 0; half < 2; half++) {
-                const double *row = &wd[(size_t)(half * F + i) * D];
-                for (int k = 0; k < D; k++)
-                    v[half] += xd[(size_t)t * D + k] * row[k],
-                        off[half] += fabs(xd[(size_t)t * D + k] * row[k]);
-                v[half] *= alpha;
-                off[half] = alpha * off[half] * 2 * D * U + fabs(v[half]) * U;
+                const double *x = &xd[(size_t)t * D], *w = &wd[(size_t)(half * F + i) * D];
+                const double scale = in.scale(t, half * F + i);
+                for (int k = 0; k < D; k++) v[half] += x[k] * w[k];
+                v[half] *= scale;
+                off[half] = scale * wgmma_bound<X>(D, [&](int k) { return x[k] * w[k]; }) +
+                            2 * fabs(v[half]) * U;
             }
             const double g = v[0], u = v[1], limit = 65504;
             double want = oracle_swiglu(g, u) / 64;
@@ -191,47 +358,49 @@ static void gate_up_check(const std::vector<A> &got, const std::vector<A> &x,
           least, most);
     check(!wants_clamps || least > 0, "the case clamps nothing");
 }
-
-/* h lies behind a guard of NaN and before one: what the kernel writes beyond T rows shows. */
-template <class A>
+template <class X, class A>
 static void gate_up_case(int T, int F, int D, int blocks, double scale = 2, double alpha = 1) {
     if (!hopper_here()) return;
-    rng r = {(uint64_t)(T + F + D)};
-    std::vector<A> x = random_numbers<A>(&r, (size_t)T * D, scale),
-                   w = random_numbers<A>(&r, (size_t)2 * F * D, 0.5);
-    device_array<A> dx(x), dw(w), dh((size_t)(T + 1) * F);
-    device_array<unsigned long long> clamps(std::vector<unsigned long long>{0});
-    cuda_ok(gate_up_launch<A>(hopper<A>(blocks), dh.p, dx.p, dw.p, (float)alpha, T, F, D, clamps.p,
-                              (cudaStream_t)0),
-            "launch");
-    std::vector<A> got = dh.get();
-    for (int i = 0; i < F; i++)
-        if (!check(std::isnan(num(got[(size_t)T * F + i])), "row %d is written", T)) return;
-    gate_up_check(got, x, w, alpha, T, F, D, clamps.get()[0], scale > 1000);
+    const gate_up_inputs<X> in = gate_up_random<X>(T, F, D, scale, alpha);
+    unsigned long long clamped;
+    const std::vector<A> got = gate_up_run<X, A>(in, blocks, &clamped);
+    gate_up_check(in, got, clamped, scale > 1000);
 }
+/* Tiles are 128 rows by 128 columns by 64 of D; a cluster has two tiles of rows. */
 TEST_SCHEDULES(gate_up_hopper) {
-    gate_up_case<__half>(200, 136, 200, 3); /* four tiles, four steps, none of them full */
-    gate_up_case<__half>(128, 128, 64, 1);
-    gate_up_case<__half>(1, 8, 8, 2);               /* a block has nothing to do */
-    gate_up_case<__half>(70, 264, 400, 1, 2, 0.25); /* a ring goes round five times */
+    gate_up_case<__half, __half>(200, 136, 200, 3); /* two rounds of four steps, none full */
+    gate_up_case<__half, __half>(128, 128, 64, 1);  /* half of the cluster is empty */
+    gate_up_case<__half, __half>(1, 8, 8, 4);       /* a cluster has nothing to do */
+    gate_up_case<__half, __half>(300, 136, 72, 4);  /* four tiles in a wave; one pair is half */
+    gate_up_case<__half, __half>(70, 264, 400, 2, 2, 0.25); /* a ring goes round five times */
 }
-TEST(gate_up_hopper_clamps) { gate_up_case<__half>(130, 72, 96, 2, 6000); }
-TEST(gate_up_hopper_bf16) { gate_up_case<__nv_bfloat16>(130, 72, 96, 2); }
-/* A row that is not a number stays one, alone */
-TEST(gate_up_hopper_nan) {
+TEST(gate_up_hopper_order) { gate_up_case<__half, __half>(2200, 136, 8, 5); } /* two GU_GROUPs */
+TEST(gate_up_hopper_clamps) { gate_up_case<__half, __half>(130, 72, 96, 2, 6000); }
+TEST(gate_up_hopper_bf16) { gate_up_case<__nv_bfloat16, __nv_bfloat16>(130, 72, 96, 2); }
+/* T and 2F floats end where the device's memory does: a scale beyond them is a fault. */
+TEST_SCHEDULES(gate_up_hopper_e4m3) {
+    gate_up_case<uint8_t, __half>(192, 96, 400, 3);
+    gate_up_case<uint8_t, __half>(64, 160, 1040, 2); /* a ring goes round four times */
+    gate_up_case<uint8_t, __half>(1, 16, 16, 2);
+}
+TEST(gate_up_hopper_e4m3_clamps) { gate_up_case<uint8_t, __half>(130, 80, 96, 2, 6000); }
+
+/* A row that is not a number stays one, alone. */
+template <class X> static void gate_up_nan(X nan, X one) {
     if (!hopper_here()) return;
     const int T = 3, F = 16, D = 64;
-    std::vector<__half> x((size_t)T * D, make<__half>(1)), w((size_t)2 * F * D, make<__half>(0.5));
-    x[D + 7] = make<__half>(NAN);
-    device_array<__half> dx(x), dw(w), dh((size_t)T * F);
-    device_array<unsigned long long> clamps(std::vector<unsigned long long>{0});
-    cuda_ok(gate_up_launch<__half>(hopper<__half>(1), dh.p, dx.p, dw.p, 1, T, F, D, clamps.p,
-                                   (cudaStream_t)0),
-            "launch");
-    std::vector<__half> got = dh.get();
+    gate_up_inputs<X> in = gate_up_random<X>(T, F, D, 1, 1);
+    std::fill(in.x.begin(), in.x.end(), one);
+    in.x[D + 7] = nan;
+    unsigned long long clamped;
+    const std::vector<__half> got = gate_up_run<X, __half>(in, 2, &clamped);
     for (int i = 0; i < T * F; i++)
         check(std::isnan(num(got[i])) == (i / F == 1), "h[%d] is %g", i, num(got[i]));
-    check(clamps.get()[0] == 0, "clamps (got %llu, want 0)", clamps.get()[0]);
+    check(clamped == 0, "clamps (got %llu, want 0)", clamped);
+}
+TEST(gate_up_hopper_nan) {
+    gate_up_nan(make<__half>(NAN), make<__half>(1));
+    gate_up_nan<uint8_t>(0x7F, 0x38);
 }
 
 /* ---- attention ------------------------------------------------------------------------------- */
