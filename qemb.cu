@@ -160,17 +160,30 @@ static void cuda_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
     if (be->fp8) launch_quantize(be, coded_rows(att, rows, Q), (const act *)out, nullptr, rows, Q);
 }
 
+static void hopper_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
+                           const qemb_mat *w, int T) {
+    const int F = be->c->ffn;
+    if (be->fp8) { /* gu takes h in halves, the first half of its memory */
+        const coded_rows from(x, T, w->cols);
+        good(be,
+             gate_up_e4m3_launch(&be->hopper, (act *)gu, from.codes, from.scales,
+                                 (const uint8_t *)w->data, w->scale, T, F, w->cols, be->clamps,
+                                 be->st),
+             "gate_up");
+        launch_quantize(be, coded_rows(h, T, F), (const act *)gu, nullptr, T, F);
+        return;
+    }
+    const qemb_mat m = dense_matrix(be, w, 0);
+    good(be,
+         gate_up_launch(&be->hopper, (act *)h, (const act *)x, (const act *)m.data, m.alpha, T, F,
+                        m.cols, be->clamps, be->st),
+         "gate_up");
+}
+
 static void cuda_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
                          const qemb_mat *w, int T) {
     const int F = be->c->ffn;
-    if (be->hopper.on && !be->fp8 && T >= GATE_UP_FROM) {
-        const qemb_mat m = dense_matrix(be, w, 0);
-        good(be,
-             gate_up_launch(&be->hopper, (act *)h, (const act *)x, (const act *)m.data, m.alpha, T,
-                            F, m.cols, be->clamps, be->st),
-             "gate_up");
-        return;
-    }
+    if (be->hopper.on && T >= GATE_UP_FROM) return hopper_gate_up(be, h, gu, x, w, T);
     /* dense[0] is for wgu alone, since every chunk of the MLP needs it again. */
     run_gemm(be, gu, x, w, false, T, 0);
     if (be->fp8) {

@@ -25,7 +25,7 @@ const option_row model_option_rows[] = {
      OPTION_INT, AT(engine.max_tokens), .unset = "the model's", .min = 1, .max = INT_MAX,
      .commands = TEXTS | FOR_PLAN},
     {"batch-tokens", "N", "tokens that are computed together", NULL,
-     OPTION_INT, AT(engine.batch_tokens), .unset = "1024; GPU: 8192", .min = 1, .max = 1 << 24,
+     OPTION_INT, AT(engine.batch_tokens), .unset = "1024; GPU: 8192 or 16384", .min = 1, .max = 1 << 24,
      .commands = FOR_EMBED | FOR_PLAN},
     {"threads", "N", "CPU threads of the model", NULL,
      OPTION_INT, AT(engine.threads), .unset = "all", .min = 1, .max = 4096, .commands = COMPUTE},

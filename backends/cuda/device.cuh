@@ -671,7 +671,7 @@ static int load_layers(qemb_backend *be, qemb_weights *w, qemb_err *err) {
              load_vector(be, &y->mlp_norm, c->hidden, &at, &turn);
         for (qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown})
             ok = ok && load_matrix(be, m, &at, &turn);
-        if (!be->fp8) y->wdown.alpha *= 1 << SWIGLU_SHIFT;
+        y->wdown.alpha *= 1 << SWIGLU_SHIFT;
         if (ok && be->on_layer_loaded) be->on_layer_loaded(l + 1, c->n_layers);
     }
     ok = ok && load_vector(be, &w->final_norm, c->hidden, &at, &turn);

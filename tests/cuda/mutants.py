@@ -275,13 +275,6 @@ MUTANTS = [
         "fp8_same accuracy",
     ),
     (
-        "fp8_alpha",
-        D,
-        "if (!be->fp8) y->wdown.alpha *= 1 << SWIGLU_SHIFT;",
-        "y->wdown.alpha *= 1 << SWIGLU_SHIFT;",
-        "accuracy",
-    ),
-    (
         "fp8_attention",
         Q,
         "if (be->fp8) launch_quantize(be, coded_rows(att",
@@ -507,9 +500,23 @@ MUTANTS = [
     (
         "alpha",
         D,
-        "if (!be->fp8) y->wdown.alpha *= 1 << SWIGLU_SHIFT;",
+        "y->wdown.alpha *= 1 << SWIGLU_SHIFT;",
         ";",
         "forward_shapes golden",
+    ),
+    (
+        "fp8_shift",
+        E,
+        "silu(v[j][e]) * up[e] * (1.0f / (1 << SWIGLU_SHIFT))",
+        "silu(v[j][e]) * up[e]",
+        "accuracy",
+    ),
+    (
+        "hopper_fp8",
+        Q,
+        "launch_quantize(be, coded_rows(h, T, F), (const act *)gu, nullptr, T, F);\n        return;",
+        "return;",
+        "hopper_fp8_forward",
     ),
     (
         "failure_hidden",

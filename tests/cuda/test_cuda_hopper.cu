@@ -535,6 +535,19 @@ TEST(hopper_forward) {
     hopper_forward_case(config(2, 136, 4, 2, 128, 200, 1200), 70, QEMB_F16);
     hopper_forward_case(config(1, 64, 2, 1, 64, 64, 1200), 0, QEMB_I8); /* made dense first */
 }
+/* e4m3 gate and up, then the codes of h. The bound of accuracy_case in test_cuda_quantize.cu. */
+TEST(hopper_fp8_forward) {
+    if (!hopper_here()) return;
+    const qemb_config c = config(2, 128, 2, 1, 64, 160, 1200);
+    qemb_file *f = open_model(&c, 31, 1);
+    {
+        model cuda(f, &qemb_cuda_fp8_ops, 2048, asked_for()), cpu(f, &qemb_cpu_ops, 2048);
+        double worst = 1;
+        if (check(cuda.m, "%s", cuda.err.msg))
+            compare(cuda, cpu, random_texts({700, 3, 525, 300}, 0, 7), &worst, 1 - 2.2e-2);
+    }
+    qemb_file_close(f);
+}
 /* Batches that run as graphs: launches and tensor maps of the first run serve the ones that
  * follow. */
 TEST(hopper_graphs) {

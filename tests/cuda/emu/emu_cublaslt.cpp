@@ -6,7 +6,8 @@
  * values up to rounding: 2, 3, 6 and 7 sum from the end of K to its beginning, and the odd ones
  * split K in two, as split-K does, where M decides. 1 and 5 add the parts in FP32, 3 and 7 in the
  * type of the result, which the program can forbid. Small products are offered them in another
- * order. A program that asks for no split gets even ones only. Algorithm 2 takes no fewer than four rows.
+ * order. A program that asks for no split gets even ones only. Algorithm 2 takes no fewer than four
+ * rows.
  *
  * With fast accumulation, 32 e4m3 products and the sum so far are cut to 13 bits of fraction below
  * the largest of them, as the tensor cores of sm_90 are reported to do (DeepSeek-V3 2024).

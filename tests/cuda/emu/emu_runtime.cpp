@@ -24,9 +24,8 @@
 namespace emu {
 
 static device from_environment() {
-    device d = {1, 9,     0,  4,    (size_t)8 << 30, 227 << 10, true, true, cudaSuccess,
-                0, false, -1, false};
-    device d = {1, 9, 0, 4, (size_t)8 << 30, 227 << 10, true, true, cudaSuccess, 0, false, 0};
+    device d = {1, 9,     0, 4,  (size_t)8 << 30, 227 << 10, true, true, cudaSuccess,
+                0, false, 0, -1, false};
     const char *s = getenv("QEMB_EMU");
     char name[32];
     long value;
