@@ -339,7 +339,7 @@ int queue_take(queue *q, qemb_batch *batch, text **taken) {
 int queue_try_take(queue *q, int tokens, qemb_batch *batch, text **taken) {
     builder b = {.q = q, .batch = batch, .taken = taken};
     pthread_mutex_lock(&q->lock);
-    if (!q->stopped && !q->idle && q->depth.tokens >= tokens) build(&b);
+    if (!q->idle && q->depth.tokens >= tokens) build(&b); /* a stopped queue is empty */
     pthread_mutex_unlock(&q->lock);
     tell(b.ended);
     return b.n;
