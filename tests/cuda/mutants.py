@@ -690,7 +690,7 @@ MUTANTS = [
         "in_group = GU_GROUP;",
         "gate_up_hopper",
     ),
-    ("gu_lag", P, "barrier_wait(lag, 0); /* gu_lag", "/* gu_lag", "gate_up_hopper"),
+    ("gu_lag", P, "barrier_wait(lag, 0); /* gu_lag", "; /* gu_lag", "gate_up_hopper"),
     (
         "gu_lag_arrive",
         P,

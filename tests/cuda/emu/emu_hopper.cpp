@@ -30,7 +30,9 @@ static std::vector<mbarrier> barriers;
 static int find_barrier(const char *at) {
     for (size_t i = 0; i < barriers.size(); i++)
         if (barriers[i].at == at) return (int)i;
-    die("mbarrier: used before its init (offset %ld)", (long)(at - here().shared));
+    const int owner = shared_owner(at);
+    die("mbarrier: used before its init (offset %ld in block %d of the cluster)",
+        owner < 0 ? -1 : (long)(at - now.blocks[owner].shared), owner);
 }
 /* The same place in block `rank` of the cluster. */
 static char *in_block(const char *at, int rank, const char *who) {
