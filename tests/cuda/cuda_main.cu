@@ -3,32 +3,51 @@
 
 #include <ctime>
 
+enum { SKIPPED = 77 }; /* as automake has it; gpu_day.py reads it */
+
+struct chosen_tests {
+    std::vector<std::string> names;
+    bool exact;
+    bool has(const char *test) const {
+        bool found = names.empty();
+        for (const std::string &s : names)
+            found = found || (exact ? s == test : strstr(test, s.c_str()) != nullptr);
+        return found;
+    }
+};
+
 int main(int argc, char **argv) {
     int schedules = 1, ran = 0;
-    bool times = false;
-    std::vector<std::string> only;
+    bool times = false, list = false;
+    chosen_tests chosen = {};
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--schedules") && i + 1 < argc)
             schedules = atoi(argv[++i]);
         else if (!strcmp(argv[i], "--times"))
             times = true;
+        else if (!strcmp(argv[i], "--exact"))
+            chosen.exact = true;
+        else if (!strcmp(argv[i], "--list"))
+            list = true;
         else
-            only.push_back(argv[i]);
+            chosen.names.push_back(argv[i]);
     }
-#if !defined(QEMB_EMU)
-    int n = 0;
-    cudaError_t e = cudaGetDeviceCount(&n);
-    if (e != cudaSuccess || !n) {
-        printf("skipped %zu tests: no GPU (%s)\n", all_tests().size(), cudaGetErrorString(e));
+    if (list) {
+        for (const test_case &t : all_tests()) puts(t.name);
         return 0;
     }
+    int n = 0;
+    const cudaError_t e = cudaGetDeviceCount(&n);
+    if (e != cudaSuccess || !n) {
+        printf("skipped %zu tests: no GPU (%s)\n", all_tests().size(), cudaGetErrorString(e));
+        return SKIPPED;
+    }
+#if !defined(QEMB_EMU)
     schedules = 1;
 #endif
     setvbuf(stdout, nullptr, _IOLBF, 0);
     for (const test_case &t : all_tests()) {
-        bool chosen = only.empty();
-        for (const std::string &s : only) chosen = chosen || strstr(t.name, s.c_str());
-        if (!chosen) continue;
+        if (!chosen.has(t.name)) continue;
         ran++;
         running = t.name;
         n_shown = 0;

@@ -2,11 +2,13 @@
  * the emulation (whose fibers and access hooks do not suit its worker processes) and, built by
  * nvcc, on machines with a GPU, where one process must pay for one CUDA context.
  *
- *   test_cuda [--schedules N] [--times] [NAME...]     tests whose name contains a NAME; all without
+ *   test_cuda [--schedules N] [--times] [--exact] [NAME...]     tests whose name contains a NAME
+ *   test_cuda --list                                            the names of all tests
  *
- * N schedules of the emulator (in order, reverse, random, random priorities, random ...) for every
- * test that asks for them; 1 without. Ends with one line of counts; exit status 1 if a check
- * failed.
+ * Without a NAME all tests run. --exact: whose name is a NAME. N schedules of the emulator (in
+ * order, reverse, random, random priorities, random ...) for every test that asks for them; 1
+ * without. --times: a line for each test when it has ended. The last line has the counts. Exit
+ * status 1 if a check failed, 77 if there is no GPU.
  */
 #ifndef CUDA_TEST_H
 #define CUDA_TEST_H
@@ -78,6 +80,17 @@ inline void cuda_ok(cudaError_t e, const char *what) {
     exit(1);
 }
 
+/* Whether the device has FP8 products (device.cuh); says so where a test has to do without. */
+inline bool has_fp8() {
+    int major = 0, minor = 0;
+    cuda_ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attribute");
+    cuda_ok(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "attribute");
+    const bool has = 10 * major + minor >= 89;
+    if (!has)
+        printf("skipped %s: no FP8 products on compute capability %d.%d\n", running, major, minor);
+    return has;
+}
+
 inline qemb_health health_of(const qemb_backend *be) {
     qemb_health h = {};
     qemb_cuda_ops.health(be, &h);
@@ -92,12 +105,14 @@ template <class T> struct device_array {
     explicit device_array(size_t n_) : n(n_) {
         cuda_ok(cudaMalloc((void **)&p, n * sizeof(T)), "cudaMalloc");
         cuda_ok(cudaMemset(p, 0xFF, n * sizeof(T)), "cudaMemset"); /* NaN */
+        wait();
     }
     explicit device_array(const std::vector<T> &v) : device_array(v.size()) {
         cuda_ok(cudaMemcpy(p, v.data(), n * sizeof(T), cudaMemcpyHostToDevice), "upload");
-        cuda_ok(cudaDeviceSynchronize(),
-                "upload"); /* the backend's stream does not wait for this one */
+        wait();
     }
+    /* cudaMemset returns before it has run, and the backend's stream does not wait for its own. */
+    static void wait() { cuda_ok(cudaDeviceSynchronize(), "device_array"); /* array_set */ }
     device_array(const device_array &) = delete;
     ~device_array() { cudaFree(p); }
     std::vector<T> get() const {

@@ -23,7 +23,7 @@ A, K, E, G, P, D, R = (
     f"backends/cuda/{x}.cuh"
     for x in ("attention", "kernels", "quantize", "gemm", "hopper", "device", "graphs")
 )
-Q = "qemb.cu"
+Q, T = "qemb.cu", "tests/cuda/cuda_test.h"
 
 # name, file, text, replacement, tests that must notice; * in front: in the sample
 MUTANTS = [
@@ -964,6 +964,14 @@ MUTANTS = [
         "attention_hopper",
     ),
     ("ah_group", P, "cp_async_commit(); /* ah_group", "/* ah_group", "attention_hopper"),
+    # the tests' own
+    (
+        "array_set",
+        T,
+        'cuda_ok(cudaDeviceSynchronize(), "device_array"); /* array_set */',
+        "/* array_set */",
+        "op_gather_last_pool",
+    ),
     ("ah_filled_up", P, "if (w.t0 >= w.len) break; /* padding", "/* padding", "attention_hopper"),
 ]
 
@@ -1027,6 +1035,8 @@ def touched(file, tests):
         return ["tests/cuda/test_cuda_quantize.cu"]
     if file == P and all("hopper" in t for t in tests):
         return ["tests/cuda/test_cuda_hopper.cu"]
+    if file == T:
+        return ["tests/cuda/test_cuda_ops.cu"]
     if file not in (A, K):
         return ["qemb.cu"]
     if all(t.startswith(KERNEL_TESTS) for t in tests):

@@ -293,6 +293,7 @@ static void fp8_product_case(int T) {
     qemb_cuda_fp8_ops.close(be);
 }
 TEST_SCHEDULES(op_fp8_products) {
+    if (!has_fp8()) return;
     for (int T : {1, 16, 17, 50}) fp8_product_case(T);
 }
 #if defined(QEMB_EMU)
@@ -311,6 +312,7 @@ TEST_SCHEDULES(op_fp8_sums) {
  * and of either sign, so their sum stays within six times its largest standard deviation, sqrt(32)
  * units a step (Hoeffding: exceeded once in 10^7). K as in the down projection of the 4B model. */
 TEST(fp8_fast_accumulation) {
+    if (!has_fp8()) return;
     const int N = 16, T = 16, K = 9728;
     rng r = {5};
     std::vector<uint8_t> w((size_t)N * K), x((size_t)T * K);
@@ -423,6 +425,7 @@ TEST_SCHEDULES(int8_against_cpu) {
 
 /* A matrix larger than a staging slot (8 MiB) is loaded in pieces. Every row must get its scale. */
 TEST(int8_loaded_in_pieces) {
+    if (!has_fp8()) return;
     const qemb_config c = config(1, 272, 2, 1, 64, 16000, 64);
     qemb_file *f = open_model_of(QEMB_I8, &c, 23, 1);
     qemb_options opt = {};
@@ -524,7 +527,9 @@ static void accuracy_case(const char *name, const qemb_file *f) {
                  {"INT8 storage, FP16", &int8.f, &qemb_cuda_ops, 3e-4},
                  {"FP8", f, &qemb_cuda_fp8_ops, 2.2e-2},
                  {"INT8 storage, FP8", &int8.f, &qemb_cuda_fp8_ops, 2.2e-2}};
+    const bool fp8 = has_fp8();
     for (const auto &k : kinds) {
+        if (k.ops == &qemb_cuda_fp8_ops && !fp8) continue;
         const accuracy a = measure(k.f, k.ops, texts, want);
         check(1 - a.cosine <= k.gap, "%s, %s: cosine %.6f (want %.6f)", name, k.what, a.cosine,
               1 - k.gap);
@@ -568,7 +573,9 @@ static void fp8_same_bits_case() {
     }
     qemb_file_close(f);
 }
-TEST_SCHEDULES(fp8_same_bits) { fp8_same_bits_case(); }
+TEST_SCHEDULES(fp8_same_bits) {
+    if (has_fp8()) fp8_same_bits_case();
+}
 #if defined(QEMB_EMU)
 TEST_SCHEDULES(fp8_sums_same_bits) {
     const emu::device standard = emu::dev;

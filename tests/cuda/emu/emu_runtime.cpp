@@ -260,6 +260,8 @@ static void drain(stream *s, uint64_t until) {
         f();
     }
 }
+/* The legacy stream. The program's streams are non-blocking: neither kind waits for the other. */
+static void drain_legacy() { drain(null_stream(), null_stream()->submitted); }
 static void push(stream *s, std::function<void()> f) {
     s->queue.push_back(std::move(f));
     s->submitted++;
@@ -343,7 +345,7 @@ cudaError_t cudaFreeHost(void *p) {
 }
 cudaError_t cudaMemcpy(void *dst, const void *src, size_t n, cudaMemcpyKind) {
     locked api;
-    cudaDeviceSynchronize();
+    drain_legacy();
     if (device_failed()) return device_state();
     heap_open access;
     return copy(dst, src, n);
@@ -357,13 +359,7 @@ cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t n, cudaMemcpyKind
     if (!in_device_heap(src)) need_pinned(src, n, "source");
     return submit(st, [=] { copy(dst, src, n); });
 }
-cudaError_t cudaMemset(void *dst, int v, size_t n) {
-    locked api;
-    cudaDeviceSynchronize();
-    heap_open access;
-    memset(dst, v, n);
-    return cudaSuccess;
-}
+cudaError_t cudaMemset(void *dst, int v, size_t n) { return cudaMemsetAsync(dst, v, n, nullptr); }
 cudaError_t cudaMemsetAsync(void *dst, int v, size_t n, cudaStream_t st) {
     locked api;
     if (device_failed()) return device_state();
@@ -397,9 +393,9 @@ cudaError_t cudaStreamSynchronize(cudaStream_t st) {
 }
 cudaError_t cudaDeviceSynchronize() {
     locked api;
-    drain(null_stream(), null_stream()->submitted);
     for (stream *s : streams)
         if (s->device == current) drain(s, s->submitted);
+    drain_legacy(); /* last: whoever needs its work before a stream's must have waited for it */
     return device_state();
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
@@ -500,6 +496,9 @@ cudaError_t cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int device) {
         break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
         *v = (int)dev.shared_optin;
+        break;
+    case cudaDevAttrL2CacheSize:
+        *v = 256 << 10;
         break;
     default:
         die("device attribute %d is not modelled", (int)a);
