@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Checks the output of ptxas: no kernel spills, and each kernel has its tensor-core code.
+"""Checks the output of ptxas: no kernel spills, none waits after every wgmma, and each kernel has
+its tensor-core code.
 
     check_sass.py FILE...   *.log: the output of nvcc -Xptxas -v; *.cubin: one architecture
 
@@ -83,6 +84,9 @@ def check_log(path):
             ):
                 if any(int(x) for x in m.groups()):
                     problems.append(f"{path}: {name}: {m[0]}")
+            # C7510 to C7515, for ptxas only a remark: each wgmma waits for the one before it.
+            if re.search(r"\(C751[0-5]\)|wgmma\S* instructions are serialized", line):
+                problems.append(f"{path}: {line.strip()}")
     if not kernels:
         problems.append(f"{path}: no report of ptxas")
     return kernels, problems
