@@ -1,15 +1,19 @@
 /* bench_cuda.cu - the CUDA backend's own ops, timed on a GPU. Each line: op, sizes, microseconds,
- * and GB/s of the bytes in the kernel's header or TFLOP/s of the product. bench_gpu.py runs it;
- * --json for that.
+ * and GB/s of the bytes in the kernel's header or TFLOP/s of the product. tests/cuda/gpu_day.py
+ * runs it; --json for that.
  *
- *   bench_cuda [--json] [--math f16|fp8] [D H K hd F]   the shape; default Qwen3-Embedding-4B
+ *   bench_cuda [--json] [--math f16|fp8] [--only TEXT] [D H K hd F]
  *
- * fp8 times what it alone has: products, with the rounding of what is not rounded yet (o's input),
- * and rmsnorm.
+ * The five numbers are the shape; without them it is Qwen3-Embedding-4B's. --only: the rows whose
+ * op and sizes, as they are printed, contain TEXT.
+ *
+ * fp8 times what it alone has: products of codes (o's with the rounding of attention's halves, as
+ * in the forward), gate_up, and rmsnorm.
  *
  * Times are the median of RUNS runs of BATCH calls, after a warm-up, taken on the host: the ops run
  * on the backend's own stream. Device memory holds random numbers: zeros draw less power and clock
- * higher.
+ * higher. A product takes the next of several copies of its weights in every call, together twice
+ * the L2 cache or more: in a forward each layer's weights come from memory.
  */
 #include "backends/cuda/qemb_cuda.h"
 
@@ -39,17 +43,32 @@ struct bench {
     const qemb_ops *ops;
     qemb_backend *be;
     bool json;
-    bool hopper; /* be runs Hopper's own kernels where it has them */
+    const char *only; /* part of a row's op and sizes; null: all rows */
+    size_t l2;        /* bytes of the L2 cache */
+    bool hopper;      /* be runs Hopper's own kernels where it has them */
     int T;
     std::vector<int32_t> tokens, pos, cu;
     qemb_packed_batch b;
 };
 
-/* n halves or floats of device memory, random in -1 .. 1. */
+/* A number from 64 random bits (xorshift): signs, and all sizes up to 1. */
+static uint64_t random_bits() {
+    static uint64_t x = 0x9e3779b97f4a7c15u;
+    x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+    return x;
+}
+template <class T> static T random_number() {
+    return (T)((float)(random_bits() >> 40) * 0x1p-23f - 1);
+}
+template <> uint8_t random_number<uint8_t>() {
+    return (uint8_t)(random_bits() >> 56) & 0xb7; /* e4m3: both signs, below 1, no NaN */
+}
+
+/* n numbers of device memory, random in -1 .. 1. */
 template <class T> static T *random_device(size_t n) {
     const size_t period = 1 << 20;
     std::vector<T> v(std::min(n, period));
-    for (T &x : v) x = (T)(float)(2.0 * rand() / RAND_MAX - 1);
+    for (T &x : v) x = random_number<T>();
     T *p;
     ok(cudaMalloc((void **)&p, n * sizeof(T)), "cudaMalloc");
     for (size_t at = 0; at < n; at += period)
@@ -59,27 +78,32 @@ template <class T> static T *random_device(size_t n) {
     return p;
 }
 
-/* W (N, K), random, and x (T, K), as the table multiplies them; FP8: codes of all sizes but NaN,
- * and scales. */
+/* Copies of W (N, K) as the table multiplies it, and x (T, K). */
 struct operands {
-    void *w, *x;
+    void *w;
+    __half *x;
     float *scale;
-    qemb_mat m;
-    operands(const bench *s, int N, int K, int T) : scale(nullptr) {
-        const size_t n = (size_t)N * K, t = (size_t)T * K;
-        w = random_device<__half>(n), x = random_device<__half>(t);
-        if (s->ops->math == QEMB_MATH_FP8) {
-            for (void *p : {w, x}) {
-                std::vector<uint8_t> codes(p == w ? n : 2 * t); /* behind x's codes its scales */
-                for (uint8_t &v : codes) v = (uint8_t)(rand() & 0x37);
-                ok(cudaMemcpy(p, codes.data(), codes.size(), cudaMemcpyHostToDevice), "upload");
-            }
-            scale = random_device<float>((size_t)N);
-        }
-        m = qemb_mat{w, N, K, QEMB_F16, 1, scale};
+    size_t bytes, count, turn; /* of a copy; copies; the next */
+    qemb_mat first;
+    operands(const bench *s, int N, int K, int T) : scale(nullptr), turn(0) {
+        const bool fp8 = s->ops->math == QEMB_MATH_FP8;
+        const size_t n = (size_t)N * K;
+        bytes = n * (fp8 ? 1 : sizeof(__half));
+        count = 1 + (2 * s->l2 + bytes - 1) / bytes;
+        w = fp8 ? (void *)random_device<uint8_t>(count * n)
+                : (void *)random_device<__half>(count * n);
+        x = random_device<__half>((size_t)T * K);
+        if (fp8) scale = random_device<float>((size_t)N);
+        first = {w, N, K, QEMB_F16, 1, scale};
     }
+    qemb_mat next() {
+        qemb_mat m = first;
+        m.data = (char *)w + turn++ % count * bytes;
+        return m;
+    }
+    operands(const operands &) = delete;
     ~operands() {
-        for (void *p : {w, x, (void *)scale}) cudaFree(p);
+        for (void *p : {w, (void *)x, (void *)scale}) cudaFree(p);
     }
 };
 
@@ -98,6 +122,13 @@ template <class F> static double microseconds(F f) {
     }
     std::sort(t.begin(), t.end());
     return t[t.size() / 2];
+}
+
+/* Whether a row is asked for */
+static bool chosen(const bench *s, const char *op, const char *sizes) {
+    char row[128];
+    snprintf(row, sizeof row, "%s %s", op, sizes);
+    return !s->only || strstr(row, s->only);
 }
 
 static void report(const bench *s, const char *op, const char *sizes, double us, double bytes,
@@ -132,62 +163,95 @@ static void memory_bound(bench *s, int T) {
     const double D = s->c.hidden, hd = s->c.head_dim, H = s->c.n_heads, K = s->c.n_kv_heads;
     char sizes[64];
     snprintf(sizes, sizeof sizes, "T %d", T);
+    if (!chosen(s, "rmsnorm", sizes) && !chosen(s, "qknorm_rope", sizes)) return;
     layout(s, T, std::min(T, 512));
     float *x = random_device<float>((size_t)(T * D)),
           *w = random_device<float>((size_t)std::max(D, hd));
     __half *a = random_device<__half>((size_t)(T * (H + 2 * K) * hd));
     __half *o = random_device<__half>((size_t)(T * D));
-    double us = microseconds([&] { op->rmsnorm(s->be, (qemb_act *)o, x, w, T); });
-    report(s, "rmsnorm", sizes, us, 6 * D * T, 0);
-    us = microseconds([&] { op->qknorm_rope(s->be, (qemb_act *)a, w, w, &s->b); });
-    report(s, "qknorm_rope", sizes, us, 4 * (H + K) * hd * T, 0);
+    if (chosen(s, "rmsnorm", sizes)) {
+        const double us = microseconds([&] { op->rmsnorm(s->be, (qemb_act *)o, x, w, T); });
+        report(s, "rmsnorm", sizes, us, 6 * D * T, 0);
+    }
+    if (chosen(s, "qknorm_rope", sizes)) {
+        const double us = microseconds([&] { op->qknorm_rope(s->be, (qemb_act *)a, w, w, &s->b); });
+        report(s, "qknorm_rope", sizes, us, 4 * (H + K) * hd * T, 0);
+    }
     for (void *p : {(void *)x, (void *)w, (void *)a, (void *)o}) cudaFree(p);
 }
 
 static void attention(bench *s, int T, int n) {
     const double hd = s->c.head_dim, H = s->c.n_heads, K = s->c.n_kv_heads;
+    const char *op = s->hopper ? "attention_hopper" : "attention";
     char sizes[64];
     snprintf(sizes, sizeof sizes, "T %d, texts of %d", T, n);
+    if (!chosen(s, op, sizes)) return;
     layout(s, T, n);
     __half *qkv = random_device<__half>((size_t)(T * (H + 2 * K) * hd)),
            *att = random_device<__half>((size_t)(T * H * hd));
     const double us =
         microseconds([&] { s->ops->attention(s->be, (qemb_act *)att, (qemb_act *)qkv, &s->b, 0); });
-    report(s, s->hopper ? "attention_hopper" : "attention", sizes, us, 4 * hd * (H + K) * T,
-           4 * hd * H * T * (n + 1) / 2);
+    report(s, op, sizes, us, 4 * hd * (H + K) * T, 4 * hd * H * T * (n + 1) / 2);
     cudaFree(qkv);
     cudaFree(att);
 }
 
+/* In FP8: makes the backend hold the codes of x (T, K), as the op before this product leaves them,
+ * so that the product's time is its own. */
+static void make_codes(bench *s, __half *x, int K, int T) {
+    if (K == s->c.hidden) { /* the norm's output */
+        float *in = random_device<float>((size_t)T * K), *w = random_device<float>((size_t)K);
+        s->ops->rmsnorm(s->be, (qemb_act *)x, in, w, T);
+        ok(cudaDeviceSynchronize(), "rmsnorm");
+        cudaFree(in), cudaFree(w);
+    } else if (K == s->c.ffn) { /* SwiGLU's */
+        operands up(s, 2 * K, s->c.hidden, T);
+        __half *gu = random_device<__half>((size_t)T * 2 * K);
+        s->ops->gate_up(s->be, (qemb_act *)x, (qemb_act *)gu, (qemb_act *)up.x, &up.first, T);
+        ok(cudaDeviceSynchronize(), "gate_up");
+        cudaFree(gu);
+    }
+}
+
 static void product(bench *s, const char *name, int N, int K, bool add, int T) {
+    const char *op = add ? "matmul_add" : "matmul";
     char sizes[64];
     snprintf(sizes, sizeof sizes, "%s T %d N %d K %d", name, T, N, K);
-    const operands in(s, N, K, T);
+    if (!chosen(s, op, sizes)) return;
+    operands in(s, N, K, T);
     float *y = random_device<float>((size_t)T * N);
+    if (s->ops->math == QEMB_MATH_FP8 && strcmp(name, "o")) make_codes(s, in.x, K, T);
     const double us = microseconds([&] {
+        const qemb_mat w = in.next();
         if (add)
-            s->ops->matmul_add(s->be, y, (qemb_act *)in.x, &in.m, T);
+            s->ops->matmul_add(s->be, y, (qemb_act *)in.x, &w, T);
         else
-            s->ops->matmul(s->be, (qemb_act *)y, (qemb_act *)in.x, &in.m, T);
+            s->ops->matmul(s->be, (qemb_act *)y, (qemb_act *)in.x, &w, T);
     });
-    report(s, add ? "matmul_add" : "matmul", sizes, us, 2.0 * N * K, 2.0 * T * N * K);
+    report(s, op, sizes, us, 2.0 * N * K, 2.0 * T * N * K);
     cudaFree(y);
 }
 
+/* FP8: with the rounding of x, since SwiGLU's codes take the place of x's in every call. */
 static void gate_up(bench *s, int T) {
     const int D = s->c.hidden, F = s->c.ffn;
+    const char *op = s->hopper ? "gate_up_hopper" : "gate_up";
     char sizes[64];
     snprintf(sizes, sizeof sizes, "T %d F %d D %d", T, F, D);
-    const operands in(s, 2 * F, D, T);
+    if (!chosen(s, op, sizes)) return;
+    operands in(s, 2 * F, D, T);
     __half *gu = random_device<__half>((size_t)T * 2 * F),
            *h = random_device<__half>((size_t)T * F);
-    const double us = microseconds(
-        [&] { s->ops->gate_up(s->be, (qemb_act *)h, (qemb_act *)gu, (qemb_act *)in.x, &in.m, T); });
-    report(s, s->hopper ? "gate_up_hopper" : "gate_up", sizes, us, 4.0 * F * D, 4.0 * T * F * D);
+    const double us = microseconds([&] {
+        const qemb_mat w = in.next();
+        s->ops->gate_up(s->be, (qemb_act *)h, (qemb_act *)gu, (qemb_act *)in.x, &w, T);
+    });
+    report(s, op, sizes, us, 4.0 * F * D, 4.0 * T * F * D);
     for (void *p : {(void *)gu, (void *)h}) cudaFree(p);
 }
 
 static void copy_ceiling(bench *s) {
+    if (!chosen(s, "device_copy", "256 MiB")) return;
     const size_t n = (size_t)256 << 20;
     char *a = (char *)random_device<float>(n / 4), *b = (char *)random_device<float>(n / 4);
     const double us =
@@ -217,23 +281,44 @@ static void close_backend(bench *s) {
 static void product_ceiling(const bench *from) {
     bench s = *from;
     s.c = qemb_config{1, 8192, 2, 1, 64, 4096, 16, 8192, 0, 1e6f, 1e-6f};
+    if (!chosen(&s, "matmul", "ceiling T 8192 N 8192 K 8192")) return;
     open_backend(&s, 8192);
     product(&s, "ceiling", 8192, 8192, false, 8192);
     close_backend(&s);
 }
 
+static void read_arguments(bench *s, int argc, char **argv) {
+    int32_t *shape[] = {&s->c.hidden, &s->c.n_heads, &s->c.n_kv_heads, &s->c.head_dim, &s->c.ffn};
+    int i = 1, n = 0;
+    for (; i < argc; i++) {
+        if (!strcmp(argv[i], "--json"))
+            s->json = true;
+        else if (!strcmp(argv[i], "--math") && i + 1 < argc)
+            s->ops = strcmp(argv[++i], "fp8") ? &qemb_cuda_ops : &qemb_cuda_fp8_ops;
+        else if (!strcmp(argv[i], "--only") && i + 1 < argc)
+            s->only = argv[++i];
+        else if (n < 5 && atoi(argv[i]) > 0)
+            *shape[n++] = atoi(argv[i]);
+        else
+            break;
+    }
+    if (i < argc || (n && n < 5))
+        die("usage", "bench_cuda [--json] [--math f16|fp8] [--only TEXT] [D H K hd F]");
+}
+
 int main(int argc, char **argv) {
     bench s = {};
+    int count = 0, major = 0, l2 = 0;
     s.ops = &qemb_cuda_ops;
     s.c = qemb_config{1, 2560, 32, 8, 128, 9728, 16, 32768, 0, 1e6f, 1e-6f};
-    int first = 1;
-    if (argc > first && !strcmp(argv[first], "--json")) s.json = true, first++;
-    if (argc > first + 1 && !strcmp(argv[first], "--math"))
-        s.ops = strcmp(argv[first + 1], "fp8") ? &qemb_cuda_ops : &qemb_cuda_fp8_ops, first += 2;
-    int32_t *shape[] = {&s.c.hidden, &s.c.n_heads, &s.c.n_kv_heads, &s.c.head_dim, &s.c.ffn};
-    if (argc > first && argc != first + 5)
-        die("usage", "bench_cuda [--json] [--math f16|fp8] [D H K hd F]");
-    for (int i = 0; i < 5 && argc > first; i++) *shape[i] = atoi(argv[first + i]);
+    read_arguments(&s, argc, argv);
+    if (cudaGetDeviceCount(&count) != cudaSuccess || !count) {
+        puts("skipped: no GPU");
+        return 77;
+    }
+    ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attribute");
+    ok(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, 0), "attribute");
+    s.l2 = (size_t)l2;
     const bool fp8 = s.ops->math == QEMB_MATH_FP8;
     open_backend(&s, 32768);
     const int D = s.c.hidden, F = s.c.ffn, Q = s.c.n_heads * s.c.head_dim,
@@ -253,8 +338,6 @@ int main(int argc, char **argv) {
     close_backend(&s);
 
     /* The same calls with Hopper's own kernels, in rows of their own. */
-    int major = 0;
-    ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attribute");
     if (major != 9 || fp8) return 0;
     s.hopper = true;
     open_backend(&s, 32768);
