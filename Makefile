@@ -215,7 +215,7 @@ test: need-test $(VENV_TEST) ## install what is missing, run all tests but CUDA'
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py"
 
 test-cuda: need-test ## the CUDA tests: emulated, compiled for each architecture, and on a GPU if there is one
-	@tests/run.sh "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) gpu-test"
+	@tests/run.sh "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) test-gpu-pack" "$(SUBMAKE) gpu-day PHASE=check"
 
 .PHONY: test-programs test-serve test-cuda
 test-programs: qemb qemb-serve build/lib/libqemb.a build/release/qemb-bench $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \

@@ -4,9 +4,14 @@
 
 CUDA ?= $(firstword $(wildcard /usr/local/cuda /opt/cuda) $(patsubst %/bin/nvcc,%,$(shell command -v nvcc 2>/dev/null)) none)
 NVCC := $(CUDA)/bin/nvcc
-CUDA_ARCHS := 80 89 90a 120
+# The first toolkit whose cuBLASLt has FP8 products with a scale for each row.
+CUDA_OLDEST  := 12090
+CUDA_VERSION := $(or $(shell sed -n 's/^\#define CUDA_VERSION \([0-9]*\)$$/\1/p' $(CUDA)/include/cuda.h 2>/dev/null),0)
+# Machine code runs on its own compute capability and on newer ones of the same major number; 90a on
+# 9.0 alone. Everything else from 10.0 on (11.0, and what comes after 12.x) gets PTX of 10.0.
+CUDA_ARCHS := 80 89 90a 100 120
 CUDA_SOURCES := qemb.cu $(wildcard backends/cuda/*.h backends/cuda/*.cuh) qemb.h
-GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
+GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_100,code=compute_100
 
 EMU_SOURCES := tests/cuda/emu/emu_fibers.cpp tests/cuda/emu/emu_runtime.cpp tests/cuda/emu/emu_race.cpp tests/cuda/emu/emu_hopper.cpp tests/cuda/emu/emu_cublaslt.cpp
 EMU_HEADERS := $(wildcard tests/cuda/emu/*.h) tests/cuda/cuda_test.h tests/cuda/cuda_model.h tests/cuda/cuda_attention.h tests/unit/oracle.h tests/unit/support.h $(CUDA_SOURCES)
@@ -23,10 +28,13 @@ comma       := ,
 CUDA_PROGRAM = $(FRONT) backends/cuda/backend $(ENGINE)
 CUDA_SERVE   = $(SERVE) backends/cuda/backend $(ENGINE)
 
-.PHONY: test-emu emu-values emu-sanitizers emu-races emu-program emu-mutants emu-objects cuda-archs mutants gpu-test gpu-check gpu-bench
+.PHONY: test-emu emu-values emu-sanitizers emu-races emu-program emu-day emu-mutants emu-objects cuda-archs mutants gpu-needs gpu-pack gpu-day test-gpu-pack
 ifeq ($(wildcard $(CUDA)/include/cuda_fp16.h),)
-test-emu cuda-archs mutants gpu-test gpu-check gpu-bench qemb-cuda qemb-serve-cuda:
+test-emu cuda-archs mutants gpu-pack gpu-day test-gpu-pack qemb-cuda qemb-serve-cuda:
 	@echo "skipped: no CUDA toolkit (looked in /usr/local/cuda, /opt/cuda and PATH; set CUDA=)"
+else ifeq ($(shell test $(CUDA_VERSION) -ge $(CUDA_OLDEST) && echo new enough),)
+test-emu cuda-archs mutants gpu-pack gpu-day test-gpu-pack qemb-cuda qemb-serve-cuda:
+	@echo "CUDA toolkit: too old (got CUDA_VERSION $(CUDA_VERSION) in $(CUDA), want $(CUDA_OLDEST) or newer)"; exit 1
 else
 
 # $(eval $(call emu,NAME,FLAGS OF THE CODE UNDER TEST,FLAGS OF ALL)): build/NAME/test_cuda. The access
@@ -45,6 +53,8 @@ build/$(1)/test_cuda: $$(EMU_OBJECTS:%=build/$(1)/%)
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -lcrypto -lm -o $$@
 build/$(1)/qemb-cuda: build/$(1)/qemb.cu.o $$(patsubst %,build/$(1)/%.o,$$(CUDA_PROGRAM)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -ljansson -lcrypto -lm -o $$@
+build/$(1)/bench_cuda: build/$(1)/bench/bench_cuda.cu.o build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES)) $$(EMU_C:%.c=build/$(1)/%.o)
+	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -lcrypto -lm -o $$@
 build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$$(CUDA_SERVE)) build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ $$(SERVE_LIBS) -ljansson -lcrypto -lm -o $$@
 endef
@@ -55,7 +65,7 @@ $(eval $(call emu,emu-race,-O1 -fopenmp -fsanitize=thread -fno-threadsafe-static
 build/emu/qemb-cpu: $(patsubst %,build/emu/%.o,$(FRONT) $(BACKEND) $(ENGINE))
 	$(CC) $(EMU_CC) -O2 -fopenmp $^ -ljansson -lcrypto -lm -o $@
 
-test-emu: emu-values emu-sanitizers emu-races emu-program emu-mutants ## CUDA kernels and the CUDA program on the CPU (make -j2): values, sanitizers, races, mutants
+test-emu: emu-values emu-sanitizers emu-races emu-program emu-day emu-mutants ## CUDA kernels and the CUDA program on the CPU (make -j2): values, sanitizers, races, mutants
 emu-values: build/emu/test_cuda
 	build/emu/test_cuda --schedules 4
 emu-sanitizers: build/emu-asan/test_cuda
@@ -65,6 +75,8 @@ emu-races: build/emu-race/test_cuda
 emu-program: build/emu/qemb-cuda build/emu/qemb-cpu build/emu/qemb-serve
 	tests/cuda/test_cuda_program.py build/emu/qemb-cuda build/emu/qemb-cpu
 	tests/cuda/test_cuda_serve.py build/emu/qemb-serve build/emu/qemb-cpu
+emu-day: build/emu/test_cuda build/emu/bench_cuda build/emu/qemb-cuda build/emu/qemb-cpu build/emu/qemb-serve
+	tests/cuda/test_gpu_day.py build/emu
 emu-mutants: build/emu/test_cuda build/emu-race/test_cuda
 	tests/cuda/mutants.py --sample
 emu-objects:
@@ -91,18 +103,15 @@ build/cuda/tests_%.cubin: tests/cuda/test_cuda_ops.cu $(CUDA_SOURCES) tests/cuda
 build/cuda/hopper_%.cubin: tests/cuda/test_cuda_hopper.cu $(CUDA_SOURCES) tests/cuda/cuda_test.h tests/cuda/cuda_attention.h tests/cuda/cuda_model.h
 	$(CHECKED_CUBIN)
 
-cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin ## build the CUDA code for sm_80, 89, 90a, 120 and check it: no spills, tensor-core instructions
+cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin ## build the CUDA code for sm_80, 89, 90a, 100, 120 and check it: no spills, tensor-core instructions
 	tests/cuda/check_sass.py $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o.log build/cuda/tests_$(a).cubin.log build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin.log build/cuda/hopper_90a.cubin
 
-build/cuda/%.cu.o: %.cu $(CUDA_SOURCES) tests/cuda/cuda_test.h
+build/cuda/%.cu.o: %.cu $(CUDA_SOURCES)
 	@mkdir -p $(@D)
 	$(NVCC) -I. -std=c++20 -O3 -Xcompiler -fopenmp $(GENCODE) -c $< -o $@
 build/cuda/%.o: %.c $(C_HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(EMU_CC) -O3 -fopenmp -c $< -o $@
-build/cuda/test_cuda: $(patsubst %.cu,build/cuda/%.cu.o,qemb.cu $(EMU_TESTS)) $(patsubst %.c,build/cuda/%.o,$(EMU_C))
-	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -lcrypto -lm -o $@
-
 build/cuda/qemb-cuda: build/cuda/qemb.cu.o $(patsubst %,build/cuda/%.o,$(CUDA_PROGRAM))
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -ljansson -lcrypto -lm -o $@
 qemb-cuda: build/cuda/qemb-cuda ## qemb for NVIDIA GPUs: same options, same protocol
@@ -111,19 +120,74 @@ build/cuda/qemb-serve: $(patsubst %,build/cuda/%.o,$(CUDA_SERVE)) build/cuda/qem
 	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(SERVE_LIBS) -ljansson -lcrypto -lm -o $@
 qemb-serve-cuda: need-serve build/cuda/qemb-serve ## qemb-serve for NVIDIA GPUs: same options and requests
 	cp build/cuda/qemb-serve qemb-serve-cuda
-build/cuda/bench_cuda: build/cuda/bench/bench_cuda.cu.o build/cuda/qemb.cu.o $(patsubst %.c,build/cuda/%.o,$(EMU_C))
-	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -lcrypto -lm -o $@
 
-gpu-test: build/cuda/test_cuda ## the CUDA tests on this machine's GPU; a counted skip without one
-	build/cuda/test_cuda
+# ---- a GPU's day ----------------------------------------------------------------------------------
 
-gpu-check: build/cuda/test_cuda build/cuda/bench_cuda qemb-cuda build/release/qemb ## on a GPU: all CUDA tests, compute-sanitizer, the program against the CPU's
-	tests/cuda/gpu_check.sh
+# What a machine with a GPU runs, built beforehand or there. Nothing is installed: such a machine may
+# have no network. GPU_ARCHS: the compute capabilities to build for.
+GPU_ARCHS ?= $(patsubst 90,90a,$(or $(subst .,,$(firstword $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null))),90a))
+GPU       := build/gpu-$(subst $(subst ,, ),-,$(strip $(GPU_ARCHS)))
+GPU_PACK  := build/gpu-pack
+GPU_PROGRAMS := test_cuda bench_cuda qemb-cuda qemb-serve-cuda qemb
+GPU_FILES := tests/cuda/gpu_day.py tests/cuda/test_cuda_program.py tests/cuda/test_cuda_serve.py tests/fixtures/make_big_qemb.py bench/bench_transformers.py examples/demo.qemb examples/demo.txt $(wildcard tests/golden/*.qemb tests/golden/*.vec)
+# cuBLASLt's directory: the toolkit's, or where PyTorch keeps it.
+CUBLASLT  = $(shell python3 tests/cuda/gpu_day.py cublaslt $(CUDA))
+# A program needs no library but glibc's and cuBLASLt. libstdc++.a has std::random_device beside
+# std::string and with it arc4random of glibc 2.36, which nothing calls.
+GPU_LINK  = g++ -static-libstdc++ -static-libgcc -pthread -Wl,--defsym=arc4random=main
+GPU_CUDA  = -L$(CUDA)/lib64 -lcudart_static $(firstword $(wildcard $(CUBLASLT)/libcublasLt.so.*)) -Wl,-rpath,$(CUDA)/lib64
+GPU_LIBS  = -l:libjansson.a -l:libcrypto.a -l:libgomp.a -ldl -lrt -lm
+# File and Debian package
+GPU_NEEDS := gcc:gcc g++:g++ make:make python3:python3 jansson.h:libjansson-dev libjansson.a:libjansson-dev openssl/evp.h:libssl-dev libcrypto.a:libssl-dev \
+  microhttpd.h:libmicrohttpd-dev libmicrohttpd.a:libmicrohttpd-dev hiredis/hiredis.h:libhiredis-dev libhiredis.a:libhiredis-dev libgomp.a:libgcc-dev
 
-gpu-bench: qemb-cuda build/cuda/bench_cuda build/release/qemb $(VENV)/.convert ## on a GPU: kernels, products, accuracy, whole runs, transformers beside; a table and bench/results/*.json
-	bench/bench_gpu.py
+gpu-needs:
+	@missing=; for need in $(GPU_NEEDS); do file=$${need%%:*}; \
+	case $$file in \
+	*.h) echo "#include <$$file>" | $(CC) -E -x c - >/dev/null 2>&1 ;; \
+	*.a) case $$($(CC) -print-file-name=$$file) in /*) ;; *) false ;; esac ;; \
+	*) command -v $$file >/dev/null ;; esac || case $$missing in *$${need#*:}*) ;; *) missing="$$missing $${need#*:}" ;; esac; done; \
+	[ -n "$(CUBLASLT)" ] || missing="$$missing libcublasLt.so"; \
+	[ -z "$$missing" ] || { echo "gpu-pack: this machine lacks$$missing"; exit 1; }
+
+$(GPU)/%.cu.o: %.cu $(CUDA_SOURCES) $(wildcard tests/cuda/*.h) | gpu-needs
+	@mkdir -p $(@D)
+	$(NVCC) -I. -I$(CUBLASLT)/../include -std=c++20 -O3 -Werror all-warnings -Xcompiler -fopenmp $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -c $< -o $@
+$(GPU)/%.o: %.c $(C_HEADERS) | gpu-needs
+	@mkdir -p $(@D)
+	$(CC) $(EMU_CC) -O3 -fopenmp -c $< -o $@
+$(GPU)/test_cuda: $(patsubst %.cu,$(GPU)/%.cu.o,qemb.cu $(EMU_TESTS)) $(patsubst %.c,$(GPU)/%.o,$(EMU_C))
+	$(GPU_LINK) $^ $(GPU_CUDA) $(GPU_LIBS) -o $@
+$(GPU)/bench_cuda: $(GPU)/bench/bench_cuda.cu.o $(GPU)/qemb.cu.o $(patsubst %.c,$(GPU)/%.o,$(EMU_C))
+	$(GPU_LINK) $^ $(GPU_CUDA) $(GPU_LIBS) -o $@
+$(GPU)/qemb-cuda: $(GPU)/qemb.cu.o $(patsubst %,$(GPU)/%.o,$(CUDA_PROGRAM))
+	$(GPU_LINK) $^ $(GPU_CUDA) $(GPU_LIBS) -o $@
+$(GPU)/qemb: $(patsubst %,$(GPU)/%.o,$(FRONT) $(BACKEND) $(ENGINE))
+	$(GPU_LINK) $^ $(GPU_LIBS) -o $@
+# libmicrohttpd.a names functions of GnuTLS, which has no static library. A server without TLS calls
+# gnutls_global_init and gnutls_global_deinit alone.
+$(GPU)/no_tls.o: | gpu-needs
+	@mkdir -p $(@D)
+	nm $$($(CC) -print-file-name=libmicrohttpd.a) 2>/dev/null | sed -n 's/^ *U \(gnutls_.*\)/\1/p' | sort -u | \
+	    awk '{ print "int " $$1 "(void) {" ($$1 ~ /global_(de)?init$$/ ? "return 0;" : "__builtin_trap();") "}" }' | $(CC) -w -x c -c - -o $@
+$(GPU)/qemb-serve-cuda: $(patsubst %,$(GPU)/%.o,$(CUDA_SERVE)) $(GPU)/qemb.cu.o $(GPU)/no_tls.o
+	$(GPU_LINK) $^ $(GPU_CUDA) -l:libmicrohttpd.a -l:libhiredis.a $(GPU_LIBS) -o $@
+
+gpu-pack: gpu-needs $(GPU_PROGRAMS:%=$(GPU)/%) ## all that a GPU machine needs for its day, in build/gpu-pack (GPU_ARCHS="80 90a": compute capabilities)
+	rm -rf $(GPU_PACK)
+	mkdir -p $(GPU_PACK)
+	cp --parents $(GPU_FILES) $(GPU_PACK)
+	for p in $(GPU_PROGRAMS); do strip -o $(GPU_PACK)/$$p $(GPU)/$$p || exit 1; done
+	echo "$$(git rev-parse --short HEAD 2>/dev/null)$$(git diff --quiet HEAD 2>/dev/null || echo ' with changes')" >$(GPU_PACK)/COMMIT
+
+# Status 77: there is no GPU, as the day has said.
+gpu-day: gpu-pack ## on a machine with a GPU: all tests and measurements in order of value (PHASE="check speed variants", OUT=bench/results)
+	python3 $(GPU_PACK)/tests/cuda/gpu_day.py $(or $(PHASE),check speed variants) --out $(or $(OUT),bench/results) || [ $$? = 77 ]
+
+test-gpu-pack: gpu-pack
+	tests/cuda/test_gpu_pack.py $(GPU_PACK)
 else
-cuda-archs gpu-test gpu-check gpu-bench qemb-cuda qemb-serve-cuda:
+cuda-archs gpu-pack gpu-day test-gpu-pack qemb-cuda qemb-serve-cuda:
 	@echo "skipped: no nvcc in $(CUDA)/bin"
 endif
 endif
