@@ -140,8 +140,8 @@ model_worker *model_worker_open(const model_worker_options *o) {
     if (!make_key(m, s, m->probe_key, &(record_ids){.ids = &eos, .n = 1}))
         DIE(STATUS_MODEL, "SHA-256: not available");
     give_scratch(m, s);
-    /* The engine would take larger batches where a GPU has the memory. They are a little faster, and
-     * requests would wait twice as long for the one that is being computed. */
+    /* The engine would take larger batches where a GPU has the memory. They are a little faster,
+     * and requests would wait twice as long for the one that is being computed. */
     int *batch = &m->opt.model.engine.batch_tokens;
     if (!*batch) *batch = qemb_batch_tokens(o->model.ops);
     m->queue = need(queue_new(o->max_queue_tokens, *batch, o->metrics));

@@ -514,8 +514,8 @@ MUTANTS = [
     (
         "hopper_fp8",
         Q,
-        "launch_quantize(be, coded_rows(h, T, F), (const act *)gu, nullptr, T, F);\n        return;",
-        "return;",
+        "launch_quantize(be, coded_rows(h, T, F), (const act *)gu, nullptr, T, F);",
+        "",
         "hopper_fp8_forward",
     ),
     (
