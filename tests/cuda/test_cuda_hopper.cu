@@ -205,7 +205,7 @@ static double num(uint8_t code) {
 }
 static std::vector<uint8_t> random_codes(rng *r, size_t n, double scale) {
     std::vector<uint8_t> v(n);
-    for (uint8_t &c : v) c = (uint8_t)e4m3_pair((float)(scale * rng_uniform(r)), 0);
+    for (uint8_t &c : v) c = __nv_fp8_e4m3((float)(scale * rng_uniform(r))).__x;
     return v;
 }
 template <class A, class F> /* products(k), k < K, in order */
