@@ -291,6 +291,7 @@ static int plan(const options *o) {
     qemb_file *f;
     qemb_memory mem;
     qemb_options opt = o->model.engine;
+    opt.device = o->model.devices[0];
     if (qemb_file_open(&f, o->model.model, &err)) DIE(STATUS_MODEL, "%s", err.msg);
     if (opt.max_tokens > f->config.max_positions)
         usage("--max-tokens: more than the model can (got %d, want 1..%d)", opt.max_tokens,

@@ -620,14 +620,18 @@ static void start_thread(pthread_t *t, void *(*main)(void *), void *arg) {
 /* Opens the replicas and the jobs: one that is filled, and for each replica those that may be
  * submitted and one that is written or waits for its turn. */
 static void pipeline_open(pipeline *p, qemb_model *const *m) {
+    const qemb_model *least = m[0]; /* any replica may get any batch, and GPUs' memory may differ */
     p->n_replicas = p->opt->model.n_devices;
     p->replicas = need(calloc((size_t)p->n_replicas, sizeof *p->replicas));
     p->n_jobs = 1 + p->n_replicas * (qemb_in_flight(m[0]) + 1);
     p->jobs = need(calloc((size_t)p->n_jobs, sizeof *p->jobs));
     for (int i = 0; i < p->n_replicas; i++)
         p->replicas[i] = (replica){.p = p, .model = m[i], .device = p->opt->model.devices[i]};
+    for (int i = 1; i < p->n_replicas; i++)
+        if (qemb_options_of(m[i])->batch_tokens < qemb_options_of(least)->batch_tokens)
+            least = m[i];
     for (int i = 0; i < p->n_jobs; i++) {
-        job_open(&p->jobs[i], m[0]);
+        job_open(&p->jobs[i], least);
         insert(&p->free, &p->jobs[i]);
     }
 }

@@ -88,6 +88,22 @@ def test_all_devices_fail(gpus, devices):
     assert p.stderr.count(b"; no device is left\n") == (n > 1)
 
 
+def test_gpus_that_take_batches_of_different_sizes(gpus):
+    """Of two GPUs the second has no memory for the larger default, so all batches are small."""
+    gpus("2")
+    texts = [f"{i} {'many words ' * 8}" for i in range(60)]
+    command = [QEMB, "-m", TINY, "--threads", "1", "--output", "base64", "--stats", "--devices"]
+    stdin = "".join(t + "\n" for t in texts).encode()
+    runs = {}
+    for devices in ("0", "1", "0,1", "1,0"):
+        p = subprocess.run([*command, devices], input=stdin, capture_output=True, timeout=GUARD)
+        assert p.returncode == 0, p.stderr
+        runs[devices] = p.stdout, int(re.search(rb"(\d+) batches,", p.stderr)[1])
+    assert len({out for out, _ in runs.values()}) == 1
+    batches = {devices: n for devices, (_, n) in runs.items()}
+    assert batches["0"] < batches["1"] == batches["0,1"] == batches["1,0"], batches
+
+
 def test_a_line_gets_its_answer(gpus):
     """A program that writes one line and waits."""
     gpus("2")

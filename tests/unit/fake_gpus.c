@@ -48,6 +48,9 @@ static int fake_devices(void) {
     return count;
 }
 
+/* Enough for the larger default batches on the even ones alone. */
+static size_t fake_free_memory(int device) { return device % 2 ? 1 : (size_t)1 << 40; }
+
 static int fake_plan(qemb_part *parts, const qemb_file *f, const qemb_options *opt, size_t arena) {
     (void)f, (void)opt;
     parts[0] = (qemb_part){"activations", arena};
@@ -60,6 +63,7 @@ static int fake_open(qemb_backend **out, const qemb_config *c, const qemb_option
     read_environment(&count, &device, &batches);
     struct gpu *g = &gpus[opt->device];
     assert(opt->device < count && count <= GPUS && !g->be);
+    if (opt->device % 2) usleep(500000); /* the others are ready first */
     if (qemb_cpu_ops.open(out, c, opt, err)) return -1;
     g->hidden = (size_t)c->hidden;
     g->good = device == -1 || device == opt->device ? batches : -1;
@@ -77,7 +81,7 @@ static void fake_close(qemb_backend *be) {
     qemb_cpu_ops.close(be);
 }
 
-static int fake_pool(qemb_backend *be, float *out, const float *x, const float *w, int B) {
+static int fake_pool(qemb_backend *be, float *out, float *x, const float *w, int B) {
     struct gpu *g = gpu_of(be);
     assert(g->n < IN_FLIGHT);
     const size_t n = (size_t)B * g->hidden;
@@ -112,7 +116,8 @@ const qemb_ops *qemb_backend_table(int i) {
         table = qemb_cpu_ops;
         table.name = "fake";
         table.in_flight = IN_FLIGHT, table.pad_rows = fake_pad_rows;
-        table.plan = fake_plan, table.devices = fake_devices, table.health = fake_health;
+        table.plan = fake_plan, table.free_memory = fake_free_memory, table.devices = fake_devices,
+        table.health = fake_health;
         table.open = fake_open, table.close = fake_close;
         table.pool = fake_pool, table.collect = fake_collect;
     }
