@@ -178,7 +178,7 @@ MUTANTS = [
         "l[u][h] = l[u][h] + sum;",
         "attention_sharp",
     ),
-    ("embed_rows", K, "if (t >= T) return;", "", "op_embed forward_shapes golden"),
+    ("embed_rows", K, "if (t >= T) return;", "", "embed"),
     (
         "norm_tail",
         K,
@@ -460,13 +460,6 @@ MUTANTS = [
         "left -= std::min(left, reserve);",
         "",
         "table_in_pinned",
-    ),
-    (
-        "embed_end",
-        K,
-        "if (t >= T) return;\n    const A *row",
-        "const A *row",
-        "embed",
     ),
     (
         "batch_free",
