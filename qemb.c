@@ -537,7 +537,7 @@ static size_t arena_bytes(const qemb_config *c, const qemb_ops *ops, const qemb_
     return plan_activations(NULL, c, ops, max_rows(o), o->batch_tokens, o->mlp_rows, NULL);
 }
 
-/* Whether a GPU with options o keeps a sixteenth of its memory free. */
+/* Whether options o leave a sixteenth of what a GPU has free, or of vram. */
 static int fits(const qemb_file *f, const qemb_ops *ops, const qemb_options *o) {
     qemb_part parts[QEMB_PARTS];
     const int n = ops->plan(parts, f, o, arena_bytes(&f->config, ops, o));
@@ -554,6 +554,7 @@ static qemb_options fill_options(const qemb_file *f, const qemb_ops *ops, const 
     const int any_batch = o.batch_tokens <= 0, any_mlp = o.mlp_rows <= 0;
     if (any_batch) o.batch_tokens = qemb_batch_tokens(ops);
     if (any_mlp) o.mlp_rows = ops->mlp_rows ? ops->mlp_rows : QEMB_MLP_ROWS;
+    o.mlp_rows = padded_rows(ops, o.mlp_rows); /* a product may write as many */
     if (o.max_tokens <= 0 || o.max_tokens > max_positions) o.max_tokens = max_positions;
     if (o.threads <= 0) o.threads = omp_get_num_procs();
     large = o;

@@ -356,7 +356,7 @@ struct qemb_ops {
     void (*gather_last)(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
     /* out (B, D), in host memory = rmsnorm of x (B, D) with w (D); x is scratch from here on.
      * Without in_flight, out is written here, else in collect. Returns 1 if the ops have to be
-     * called again, from begin on (they could not be recorded). Else 0. */
+     * called again, from begin on, because the recording failed. Else 0. */
     int (*pool)(qemb_backend *be, float *out, float *x, const float *w, int B);
     /* Waits for the oldest batch between pool and collect, and writes its out. */
     void (*collect)(qemb_backend *be);

@@ -7,8 +7,7 @@
  * The five numbers are the shape; without them it is Qwen3-Embedding-4B's. --only: the rows whose
  * op and sizes, as they are printed, contain TEXT.
  *
- * fp8 times what it alone has: products of codes (o's with the rounding of attention's halves, as
- * in the forward), gate_up, and rmsnorm.
+ * fp8 times what it alone has: products of codes, gate_up, and rmsnorm.
  *
  * Times are the median of RUNS runs of BATCH calls, after a warm-up, taken on the host: the ops run
  * on the backend's own stream. Device memory holds random numbers: zeros draw less power and clock
@@ -78,7 +77,8 @@ template <class T> static T *random_device(size_t n) {
     return p;
 }
 
-/* Copies of W (N, K) as the table multiplies it, and x (T, K). */
+/* Copies of W (N, K) as the table multiplies it, and x (T, K); in FP8 codes, and behind them a
+ * scale for each row, of whole sixteens of rows. */
 struct operands {
     void *w;
     __half *x;
@@ -92,8 +92,18 @@ struct operands {
         count = 1 + (2 * s->l2 + bytes - 1) / bytes;
         w = fp8 ? (void *)random_device<uint8_t>(count * n)
                 : (void *)random_device<__half>(count * n);
-        x = random_device<__half>((size_t)T * K);
-        if (fp8) scale = random_device<float>((size_t)N);
+        if (fp8) {
+            const size_t rows = (size_t)(T + 15) / 16 * 16, codes = rows * K;
+            float *scales = random_device<float>(rows);
+            scale = random_device<float>((size_t)N);
+            x = (__half *)random_device<uint8_t>(codes + rows * sizeof(float));
+            ok(cudaMemcpy((char *)x + codes, scales, rows * sizeof(float),
+                          cudaMemcpyDeviceToDevice),
+               "copy");
+            cudaFree(scales);
+        } else {
+            x = random_device<__half>((size_t)T * K);
+        }
         first = {w, N, K, QEMB_F16, 1, scale};
     }
     qemb_mat next() {
@@ -196,23 +206,6 @@ static void attention(bench *s, int T, int n) {
     cudaFree(att);
 }
 
-/* In FP8: makes the backend hold the codes of x (T, K), as the op before this product leaves them,
- * so that the product's time is its own. */
-static void make_codes(bench *s, __half *x, int K, int T) {
-    if (K == s->c.hidden) { /* the norm's output */
-        float *in = random_device<float>((size_t)T * K), *w = random_device<float>((size_t)K);
-        s->ops->rmsnorm(s->be, (qemb_act *)x, in, w, T);
-        ok(cudaDeviceSynchronize(), "rmsnorm");
-        cudaFree(in), cudaFree(w);
-    } else if (K == s->c.ffn) { /* SwiGLU's */
-        operands up(s, 2 * K, s->c.hidden, T);
-        __half *gu = random_device<__half>((size_t)T * 2 * K);
-        s->ops->gate_up(s->be, (qemb_act *)x, (qemb_act *)gu, (qemb_act *)up.x, &up.first, T);
-        ok(cudaDeviceSynchronize(), "gate_up");
-        cudaFree(gu);
-    }
-}
-
 static void product(bench *s, const char *name, int N, int K, bool add, int T) {
     const char *op = add ? "matmul_add" : "matmul";
     char sizes[64];
@@ -220,7 +213,6 @@ static void product(bench *s, const char *name, int N, int K, bool add, int T) {
     if (!chosen(s, op, sizes)) return;
     operands in(s, N, K, T);
     float *y = random_device<float>((size_t)T * N);
-    if (s->ops->math == QEMB_MATH_FP8 && strcmp(name, "o")) make_codes(s, in.x, K, T);
     const double us = microseconds([&] {
         const qemb_mat w = in.next();
         if (add)
@@ -232,7 +224,6 @@ static void product(bench *s, const char *name, int N, int K, bool add, int T) {
     cudaFree(y);
 }
 
-/* FP8: with the rounding of x, since SwiGLU's codes take the place of x's in every call. */
 static void gate_up(bench *s, int T) {
     const int D = s->c.hidden, F = s->c.ffn;
     const char *op = s->hopper ? "gate_up_hopper" : "gate_up";
@@ -263,7 +254,7 @@ static void copy_ceiling(bench *s) {
 
 static void open_backend(bench *s, int rows) {
     qemb_options opt = {};
-    opt.batch_tokens = opt.max_tokens = rows;
+    opt.batch_tokens = opt.max_tokens = opt.mlp_rows = rows;
     opt.threads = 1;
     opt.hopper = s->hopper;
     qemb_err err = {};

@@ -24,7 +24,7 @@ const option_row model_option_rows[] = {
     {"max-tokens", "N", "longest text, end-of-text included", NULL,
      OPTION_INT, AT(engine.max_tokens), .unset = "the model's", .min = 1, .max = INT_MAX,
      .commands = TEXTS | FOR_PLAN},
-    {"batch-tokens", "N", "tokens that are computed together", NULL,
+    {"batch-tokens", "N", "tokens computed together", NULL,
      OPTION_INT, AT(engine.batch_tokens), .unset = "1024; GPU: 8192 or 16384", .min = 1,
      .max = 1 << 24, .commands = FOR_EMBED | FOR_PLAN},
     {"threads", "N", "CPU threads of the model", NULL,

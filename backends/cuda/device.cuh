@@ -30,7 +30,7 @@ constexpr size_t SLOT_BYTES = (size_t)8 << 20;
  * to fill the GPU with tiles of the down projection (4B: 32 x 20 of 128 x 128). */
 enum { MLP_ROWS = 4096 };
 enum { WIDE_FROM = 512 }; /* texts of at least this many tokens get 128-row attention tiles */
-/* Rows from which Hopper's gate_up pays: it multiplies 128 at a time, and fewer leave it idle. */
+/* Rows from which Hopper's gate_up pays: two blocks take 256, and fewer leave one of them idle. */
 enum { GATE_UP_FROM = 256 };
 enum { BLOCKS_PER_SM = 8 }; /* of grid-stride kernels */
 constexpr double MIB = 1 << 20;

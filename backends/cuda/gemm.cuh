@@ -13,9 +13,9 @@
  * (16, 32, 64 ...), and its algorithm serves every T in the bucket. A deterministic run has one
  * bucket and no split of K, so the order of a row's sums does not depend on T. Otherwise, if a
  * directory is given, the heuristic's first choices are timed once, and the fastest is kept in a
- * file there, one file per GPU and library version. In FP8 they are timed with and without fast
- * accumulation: the tensor cores sum e4m3 products with about 13 bits of fraction, and without it
- * partial sums are moved to FP32 registers in between.
+ * file there, one file per GPU and library version. FP8 algorithms are timed twice: with fast
+ * accumulation the tensor cores keep about 13 bits of fraction of a sum; without it partial sums
+ * are moved to FP32 registers in between.
  */
 #ifndef GEMM_CUH
 #define GEMM_CUH

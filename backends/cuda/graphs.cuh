@@ -39,7 +39,8 @@ static void choose_graph(qemb_backend *be, const qemb_packed_batch *b) {
     be->graph = nullptr;
     if (be->graphs_off || size == GRAPH_ROWS + GRAPH_SIZES || b->B > GRAPH_TEXTS) return;
     be->graph = &be->graphs[size - GRAPH_ROWS][b->B];
-    be->mode = be->graph->exec ? REPLAY : be->graph->seen++ ? RECORD : PLAIN;
+    be->graph->seen++;
+    if (be->graph->exec) be->mode = REPLAY;
     const auto fill = [&](att_tile *tiles, int *n, int tokens) {
         const int full = b->T / tokens + b->B + 1;
         while (*n < full) tiles[(*n)++] = att_tile{};
@@ -48,14 +49,15 @@ static void choose_graph(qemb_backend *be, const qemb_packed_batch *b) {
     if (be->wide && b->T >= WIDE_FROM) fill(be->wide_tiles, &be->n_wide, 128 >> be->lg);
 }
 
-/* Starts the recording of a RECORD batch. It ends in finish_graph. */
+/* Starts to record the second batch of a class. The recording ends in finish_graph. */
 static void start_recording(qemb_backend *be) {
+    if (!be->graph || be->mode == REPLAY || be->graph->seen < 2) return;
     be->unrecorded = false;
-    if (be->mode == RECORD &&
-        cudaStreamBeginCapture(be->st, cudaStreamCaptureModeThreadLocal) != cudaSuccess) {
+    if (cudaStreamBeginCapture(be->st, cudaStreamCaptureModeThreadLocal) == cudaSuccess) {
+        be->mode = RECORD;
+    } else {
         cudaGetLastError(); /* reported here, not by the next launch */
         be->graphs_off = true;
-        be->mode = PLAIN;
     }
 }
 

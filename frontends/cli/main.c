@@ -57,7 +57,7 @@ static const option_row rows[] = {
      OPTION_FLAG, AT(progress), .value = 1, .commands = FOR_EMBED},
     {"quiet", NULL, "a progress line: never", NULL,
      OPTION_FLAG, AT(progress), .value = -1, .commands = FOR_EMBED},
-    {"cache", "DIR", "GPU: time cuBLASLt's algorithms, keep the times here", NULL,
+    {"cache", "DIR", "GPU: time cuBLASLt's algorithms, keep the best here", NULL,
      OPTION_STRING, AT(model.engine.cache_dir), .gpu = 1,
      .commands = FOR_EMBED | FOR_PLAN | FOR_CHECK},
     {"verify", NULL, "with info: compare the weights with their SHA-256", NULL,
@@ -328,7 +328,8 @@ static int plan(const options *o) {
     }
     if (mem.n_parts) printf("%10.1f MiB  in all, beside what the driver takes\n", mib(sum));
     if (o->model.n_devices > 1)
-        printf("Each of the %d GPUs of --devices takes as much.\n", o->model.n_devices);
+        printf("That is GPU %d. The others of --devices may choose other batch sizes.\n",
+               o->model.devices[0]);
     if (mem.n_parts && opt.vram && sum > opt.vram)
         DIE(STATUS_MODEL, "GPU memory: more than --vram (got %.0f MiB, want at most %.0f MiB)",
             mib(sum), mib(opt.vram));

@@ -336,8 +336,8 @@ static void *reader_main(void *arg) {
 /* Returns the next batch for r. Without one, waits if r has none submitted; otherwise returns NULL.
  * Returns NULL at the end too: then no batch can come back from another device.
  *
- * A thread that has a batch takes a second one only if it is full, and if the idle threads have one
- * each. */
+ * A thread that has a batch takes a second one only from the ready ones, and only if the idle
+ * threads have one each. */
 static job *take(replica *r) {
     pipeline *p = r->p;
     job *j = NULL;

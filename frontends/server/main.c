@@ -78,7 +78,7 @@ static const option_row rows[] = {
     {"redis", "HOST:PORT", "a Redis that keeps vectors too", NULL, OPTION_STRING, AT(redis)},
     {"redis-timeout", "MS", "after which it is left alone for a second", "50",
      OPTION_INT, AT(redis_timeout), .min = 1, .max = 60000},
-    {"gpu-cache", "DIR", "GPU: time cuBLASLt's algorithms, keep the times here", NULL,
+    {"gpu-cache", "DIR", "GPU: time cuBLASLt's algorithms, keep the best here", NULL,
      OPTION_STRING, AT(worker.model.engine.cache_dir), .gpu = 1},
 };
 /* clang-format on */

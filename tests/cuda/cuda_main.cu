@@ -16,6 +16,12 @@ struct chosen_tests {
     }
 };
 
+static double seconds() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
 int main(int argc, char **argv) {
     int schedules = 1, ran = 0;
     bool times = false, list = false;
@@ -51,14 +57,14 @@ int main(int argc, char **argv) {
         ran++;
         running = t.name;
         n_shown = 0;
-        const clock_t start = clock();
+        const double start = seconds();
         for (int s = 0; s < (t.schedules ? schedules : 1); s++) {
 #if defined(QEMB_EMU)
             emu::set_schedule((emu::schedule)(s % emu::N_SCHEDULES), (uint64_t)s);
 #endif
             t.run();
         }
-        if (times) printf("%8.2f s  %s\n", (double)(clock() - start) / CLOCKS_PER_SEC, t.name);
+        if (times) printf("%8.2f s  %s\n", seconds() - start, t.name);
     }
     long races = 0;
 #if defined(QEMB_EMU)

@@ -35,7 +35,7 @@ SKIPPED = 77  # exit status of a program that found no GPU, or not what it needs
 # Every test of test_cuda is in one group (test_gpu_day.py). A group is a process: what stops one
 # stops no other. What relies on unproven instructions comes last.
 GROUPS = [
-    ("ptx", r"ptx_(?!tma|wgmma).*"),
+    ("ptx", r"ptx_(?!tma|wgmma|cluster).*"),
     ("kernels", r"(rmsnorm|qknorm_rope|swiglu|quantize|dequantize|embed).*"),
     ("attention", r"attention_(?!hopper).*"),
     ("ops", r"op_(?!fp8|.*hopper).*"),
@@ -47,6 +47,7 @@ GROUPS = [
     ("refusals", r"(refuse|device).*"),
     ("ptx tma", r"ptx_tma.*"),
     ("ptx wgmma", r"ptx_wgmma.*"),
+    ("ptx cluster", r"ptx_cluster.*"),
     ("hopper gate_up", r"gate_up_hopper.*"),
     ("hopper attention", r"attention_hopper.*"),
     ("hopper ops", r"op_.*hopper.*"),
@@ -70,6 +71,7 @@ OWN_KERNELS = {
 }
 TEXTS = {16: 32000, 32: 16000, 64: 8000, 128: 4000, 512: 1000}  # tokens: texts of a run
 END_OF_TEXT = 151643
+MODEL_BYTES = 24 << 30  # of the files of a day
 
 
 def cublaslt(toolkit=None):
@@ -165,6 +167,9 @@ def execute(command, limit, stdin=None, env=None, discard=False):
         late = True
         kill_group(p)
         out, err = p.communicate()
+    except BaseException:  # the day is ended from outside
+        kill_group(p)
+        raise
     out, seconds = out or b"", time.monotonic() - start
     said = re.search(rb"^skipped", out + b"\n" + err, re.M)
     if late:
@@ -352,16 +357,19 @@ def one_by_one(day, step, model, lines, warm, *args):
             p.stdin.write(line)
             p.stdin.flush()
             answer = p.stdout.readline()
-            if not answer or b"error" in answer:
+            if not answer or answer.startswith(b"{"):  # an error
                 break
             ms.append((time.monotonic() - begin) * 1e3)
             got.append(answer)
         p.stdin.close()
+        err = tail(p.stderr.read(), 1000)
+        p.wait()
     except BrokenPipeError:
-        pass
-    killer.cancel()
-    err = tail(p.stderr.read(), 1000)
-    p.wait()
+        err = tail(p.stderr.read(), 1000)
+        p.wait()
+    finally:
+        killer.cancel()
+        kill_group(p)
     if len(got) == len(lines):
         ms = sorted(ms[warm:])
         day.say(step, "ok", median_ms=round(ms[len(ms) // 2], 3), texts=len(ms),
@@ -453,6 +461,8 @@ class Model:
                 shape = "tiny" if self.day.o.quick else self.shape
                 done = execute(["python3", "tests/fixtures/make_big_qemb.py", self.path, "--shape",
                                 shape, *self.flags], 60)
+                if not done.ok:
+                    self.path.unlink(missing_ok=True)
                 self.day.say(f"make {self.name}", done.result, seconds=round(done.seconds, 1),
                              output=tail(done.err, 1000))
         return self.path
@@ -595,11 +605,10 @@ def speed(day):
                 env=dict(os.environ))
     int8.throughput("f16", (32, 512))
     profile(day)
-    keep_cache(day)
 
 
 def keep_cache(day):
-    """The times of cuBLASLt's algorithms, for the next run on such a GPU."""
+    """The fastest of cuBLASLt's algorithms, for the next run on such a GPU."""
     for path in day.cache.glob("cublaslt-*"):
         shutil.copy(path, day.o.out)
 
@@ -627,7 +636,6 @@ def variants(day):
     accuracy(day, model, ("f16", "qemb-cuda", ()),
              [(name, (*(model.cache if timed else ()), *args))
               for name, timed, _, args in VARIANTS[1:] if "batch" not in name])
-    keep_cache(day)
 
 
 PHASES = {"check": check, "speed": speed, "variants": variants}
@@ -656,8 +664,10 @@ def main():
         return 0
     o = options()
     o.out.mkdir(parents=True, exist_ok=True)
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="qemb-", dir=memory if memory.is_dir() else None) as t:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    memory = Path("/dev/shm")  # if it holds the models; else the disk
+    fits = memory.is_dir() and shutil.disk_usage(memory).free > MODEL_BYTES
+    with tempfile.TemporaryDirectory(prefix="qemb-", dir=memory if fits else None) as t:
         o.tmp = Path(t)
         failed = False
         for phase in o.phases:
@@ -672,6 +682,7 @@ def main():
             try:
                 PHASES[phase](day)
             finally:
+                keep_cache(day)
                 day.clocks.close()
                 day.say("end", "ok", left=round(day.end - time.monotonic(), 1))
             failed = failed or day.failed

@@ -420,8 +420,8 @@ MUTANTS = [
     (
         "graph_no_start",
         R,
-        "be->graphs_off = true;\n        be->mode = PLAIN;",
-        "be->graphs_off = true;",
+        "if (cudaStreamBeginCapture(be->st, cudaStreamCaptureModeThreadLocal) == cudaSuccess)",
+        "if (cudaStreamBeginCapture(be->st, cudaStreamCaptureModeThreadLocal), true)",
         "graph_refused",
     ),
     (

@@ -165,7 +165,7 @@ def test_plan_and_check(gpus):
         assert p.returncode == 0, p.stderr
         return p.stdout
 
-    note = "Each of the 2 GPUs of --devices takes as much.\n"
+    note = "That is GPU 0. The others of --devices may choose other batch sizes.\n"
     assert command("plan", "0,2") == command("plan", "0") + note
     both = command("check", "2,0")
     assert re.findall("device .", both) == ["device 2", "device 0"]
