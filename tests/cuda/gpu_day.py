@@ -568,7 +568,8 @@ def profile(day):
         found = found or [(0, "rmsnorm", "T 32")]
     for part, op, sizes in found:
         # --kill yes: its status says nothing once the kernel is measured
-        shell = 'said=$(ncu "$@"); echo "$said"; case $said in *Section:*) ;; *) exit 1; esac'
+        shell = (f'command -v ncu >/dev/null || exit {SKIPPED}; said=$(ncu "$@"); echo "$said"; '
+                 "case $said in *Section:*) ;; *) exit 1; esac")
         day.run(f"ncu {op} {sizes}", 40,
                 ["sh", "-c", shell, "ncu", "--clock-control", "none", "--kill", "yes",
                  "--kernel-name", f"regex:{OWN_KERNELS[op]}", "--launch-skip", "3",
