@@ -629,7 +629,7 @@ TEST_SCHEDULES(op_gather_last_pool) {
     f.begin(lens, 2, &r);
     std::vector<float> x = random_numbers<float>(&r, (size_t)f.b.T * D, 3),
                        w = random_numbers<float>(&r, D, 1, 1);
-    device_array<float> dx(x), dw(w), dl((size_t)600 * D), other(x);
+    device_array<float> dx(x), dw(w), other(x), dl((size_t)600 * D); /* dl last: see array_set */
     qemb_cuda_ops.gather_last(f.be, dl.p, dx.p, &f.b);
     std::vector<float> out((size_t)600 * D), rows = dl.get(), later(7 * D, 0);
     check(!qemb_cuda_ops.pool(f.be, out.data(), dl.p, dw.p, 600), "pool asks again");
