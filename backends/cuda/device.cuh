@@ -437,7 +437,7 @@ template <int HD, int M> static cudaError_t allow_shared() {
                                 att_shared_bytes<HD, M>());
 }
 
-static int open_allocated(qemb_backend *be, qemb_err *err) {
+static int open_device(qemb_backend *be, qemb_err *err) {
     cudaError_t e = cudaStreamCreateWithFlags(&be->st, cudaStreamNonBlocking);
     for (int i = 0; i < SLOTS && e == cudaSuccess; i++)
         e = cudaEventCreateWithFlags(&be->slots[i].free, cudaEventDisableTiming);
@@ -585,7 +585,7 @@ static int open_math(qemb_backend **out, const qemb_config *c, const qemb_option
     be->hopper.on = opt->hopper && !opt->deterministic;
     be->on_layer_loaded = opt->on_layer_loaded;
     while (1 << be->lg < c->n_heads / c->n_kv_heads) be->lg++;
-    if (check_device(be, err) || open_allocated(be, err) || open_buffers(be, opt, err) ||
+    if (check_device(be, err) || open_device(be, err) || open_buffers(be, opt, err) ||
         open_products(be, opt, err)) {
         cuda_close(be);
         return -1;
