@@ -39,8 +39,10 @@ static void choose_graph(qemb_backend *be, const qemb_packed_batch *b) {
     be->graph = nullptr;
     if (be->graphs_off || size == GRAPH_ROWS + GRAPH_SIZES || b->B > GRAPH_TEXTS) return;
     be->graph = &be->graphs[size - GRAPH_ROWS][b->B];
-    be->graph->seen++;
-    if (be->graph->exec) be->mode = REPLAY;
+    if (be->graph->exec)
+        be->mode = REPLAY;
+    else
+        be->graph->seen++;
     const auto fill = [&](att_tile *tiles, int *n, int tokens) {
         const int full = b->T / tokens + b->B + 1;
         while (*n < full) tiles[(*n)++] = att_tile{};
