@@ -17,6 +17,7 @@ from pathlib import Path
 
 import check_sass
 import gpu_day
+from run_tests import run_tests
 
 ROOT = Path(__file__).resolve().parents[2]
 DAY = ROOT / "tests/cuda/gpu_day.py"
@@ -234,20 +235,5 @@ def test_ptxas_log(_built):
             assert len(check_sass.check_log(f.name)[1]) == problems, text
 
 
-def main(built):
-    built, failed, ran = Path(built).resolve(), 0, 0
-    for name, test in list(globals().items()):
-        if not name.startswith("test_"):
-            continue
-        ran += 1
-        try:
-            test(built)
-        except AssertionError as e:
-            failed += 1
-            print(f"FAIL {name}: {e}")
-    print(f"{ran} tests, {failed} failed")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    sys.exit(run_tests(globals(), Path(sys.argv[1]).resolve()))

@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from run_tests import run_tests
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("test_cuda", "bench_cuda", "qemb-cuda", "qemb-serve-cuda", "qemb")
 MIB = 64  # what a machine may take at most
@@ -134,20 +136,5 @@ def test_old_toolkit(_pack):
         check(p.returncode == 0 and p.stdout.startswith("skipped: no CUDA toolkit"), p.stdout)
 
 
-def main(pack):
-    pack, failed, ran = Path(pack).resolve(), 0, 0
-    for name, test in list(globals().items()):
-        if not name.startswith("test_"):
-            continue
-        ran += 1
-        try:
-            test(pack)
-        except AssertionError as e:
-            failed += 1
-            print(f"FAIL {name}: {e}")
-    print(f"{ran} tests, {failed} failed")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    sys.exit(run_tests(globals(), Path(sys.argv[1]).resolve()))
