@@ -12,6 +12,7 @@ ran out of time, 77 if there is no GPU. bench/gpu_table.py makes tables of the r
 alone. `make gpu-day` runs it."""
 
 import argparse
+import contextlib
 import glob
 import json
 import math
@@ -352,19 +353,17 @@ def one_by_one(day, step, model, lines, warm, *args):
     killer = threading.Timer(limit, kill_group, [p])
     killer.start()
     try:
-        for line in lines:
-            begin = time.monotonic()
-            p.stdin.write(line)
-            p.stdin.flush()
-            answer = p.stdout.readline()
-            if not answer or answer.startswith(b"{"):  # an error
-                break
-            ms.append((time.monotonic() - begin) * 1e3)
-            got.append(answer)
-        p.stdin.close()
-        err = tail(p.stderr.read(), 1000)
-        p.wait()
-    except BrokenPipeError:
+        with contextlib.suppress(BrokenPipeError):
+            for line in lines:
+                begin = time.monotonic()
+                p.stdin.write(line)
+                p.stdin.flush()
+                answer = p.stdout.readline()
+                if not answer or answer.startswith(b"{"):  # an error
+                    break
+                ms.append((time.monotonic() - begin) * 1e3)
+                got.append(answer)
+            p.stdin.close()
         err = tail(p.stderr.read(), 1000)
         p.wait()
     finally:
