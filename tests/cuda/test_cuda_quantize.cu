@@ -585,6 +585,25 @@ TEST_SCHEDULES(fp8_sums_same_bits) {
 }
 #endif
 
+/* The MLP in chunks of rows that are no multiple of 16: a product writes whole sixteens, which must
+ * not reach into the next chunk's rows. */
+TEST(fp8_mlp_chunks) {
+    if (!has_fp8()) return;
+    const qemb_config c = config(2, 64, 2, 1, 64, 96, 200);
+    qemb_file *f = open_model(&c, 47, 1);
+    {
+        qemb_options opt = {};
+        opt.deterministic = 1;
+        model whole(f, &qemb_cuda_fp8_ops, 2048, opt);
+        opt.mlp_rows = 20;
+        model chunks(f, &qemb_cuda_fp8_ops, 2048, opt);
+        const auto texts = random_texts({50, 7, 64, 33}, 0, 9);
+        if (check(whole.m && chunks.m, "%s%s", whole.err.msg, chunks.err.msg))
+            check(whole.embed(texts) == chunks.embed(texts), "chunks change the vectors");
+    }
+    qemb_file_close(f);
+}
+
 TEST(refuse_fp8_shapes) {
     const qemb_config c = config(1, 72, 2, 1, 64, 64, 64);
     qemb_file *f = open_model(&c, 51, 1);
