@@ -205,13 +205,14 @@ def check_devices(cuda, cpu):
 def check_several(cuda):
     """The same vectors in the same order from several devices, also if some of them fail."""
     batch = ("--batch-tokens", "64", "--stats")
-    want = run(cuda, *batch)
+    many = STDIN * 4  # so many batches that each device gets some, whichever thread wakes first
+    want = run(cuda, *batch, stdin=many)
     for emu, devices, used in (
         ("count=2 report=1", "0,1", [0, 1]),
         ("count=2 report=1", "1", [1]),
         ("count=4 report=1", "all", [0, 1, 2, 3]),
     ):
-        p = run(cuda, *batch, "--devices", devices, emu=emu)
+        p = run(cuda, *batch, "--devices", devices, stdin=many, emu=emu)
         assert p.returncode == want.returncode and p.stdout == want.stdout, (emu, p.stderr)
         launches = re.findall(r"emulated: device (\d): (\d+) launches\n", p.stderr)
         assert [int(d) for d, n in launches if int(n)] == used, p.stderr
@@ -219,13 +220,13 @@ def check_several(cuda):
         assert len(lines) == (len(used) if len(used) > 1 else 0), p.stderr
     for emu, failed in (
         ("count=2 fault_device=1 fault_after=60", 1),
-        ("count=4 fault_device=0 fault_after=30", 1),
+        ("count=4 fault_device=0 fault_after=5", 1),
     ):
-        p = run(cuda, *batch, "--devices", "all", emu=emu)
+        p = run(cuda, *batch, "--devices", "all", stdin=many, emu=emu)
         assert p.returncode == want.returncode and p.stdout == want.stdout, (emu, p.stderr)
         assert f" devices, {failed} failed\n" in p.stderr, p.stderr
         assert p.stderr.count("; the other devices take its batches\n") == failed, p.stderr
-    p = run(cuda, *batch, "--devices", "all", emu="count=2 fault_after=120")
+    p = run(cuda, *batch, "--devices", "all", stdin=many, emu="count=2 fault_after=300")
     assert p.returncode == 2 and p.stdout and want.stdout.startswith(p.stdout), p.stderr
     assert "qemb: 2 devices, 2 failed\n" in p.stderr, p.stderr
     p = run(cuda, "--devices", "0,1", emu="count=2 memory=40")
