@@ -63,7 +63,7 @@ static qemb_mat dense_matrix(qemb_backend *be, const qemb_mat *w, int i) {
              "dequantize");
         be->dense_of[i] = w->data;
     }
-    return qemb_mat{be->dense[i], w->rows, w->cols, QEMB_F16, w->alpha, nullptr};
+    return qemb_mat{be->dense[i], w->rows, w->cols, QEMB_F16, w->alpha, nullptr, QEMB_BITS_UNKNOWN};
 }
 
 /* y (T, N) = alpha sums, with the scales of x's rows and w's, or += where ADD. */

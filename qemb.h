@@ -87,6 +87,15 @@ typedef enum { QEMB_U8 = 0, QEMB_U32 = 1, QEMB_F32 = 2, QEMB_F16 = 3, QEMB_I8 = 
 #define QEMB_GROUP        64
 #define QEMB_GROUPS(cols) (((cols) + QEMB_GROUP - 1) / QEMB_GROUP)
 
+/* Significant bits of a matrix of halves, from the first 1 to the last 1 of a number; 0 has none.
+ * A half with at most 8 of them is also a bfloat16 number. All weights of a BF16 checkpoint have
+ * at most 8, since rounding one below 2^-17 to a half only removes bits. */
+typedef enum {
+    QEMB_BITS_UNKNOWN = 0, /* an older file, a matrix that a caller built */
+    QEMB_BITS_8 = 8,       /* every number has at most 8 */
+    QEMB_BITS_11 = 11      /* some number has more */
+} qemb_bits;
+
 /* A weight matrix W (rows = out, cols = in), for products y = alpha * x W^T. alpha is 1 in a file;
  * a backend that scales x sets alpha to undo it (the CUDA table scales SwiGLU's output). */
 typedef struct {
@@ -96,7 +105,13 @@ typedef struct {
     float alpha;
     const float *scale; /* (rows, QEMB_GROUPS(cols)) of QEMB_I8, else NULL:
                            W[r][c] = scale[r][c / QEMB_GROUP] * data[r][c] */
+    qemb_bits bits;     /* of QEMB_F16, as the file records them */
 } qemb_mat;
+
+/* m->bits, or if they are unknown those of m's halves, which are read until one has more than 8.
+ * A matrix that is not QEMB_F16 has QEMB_BITS_UNKNOWN. Call it before load_weights repacks m. In
+ * lib/model_file.c. */
+qemb_bits qemb_mat_bits(const qemb_mat *m);
 
 typedef struct {
     const float *attn_norm; /* (D)  */
@@ -137,8 +152,10 @@ static inline void qemb_layer_matrices(qemb_layer *w, qemb_mat *m[QEMB_LAYER_MAT
  *   108   f32[2] rope_theta rms_eps
  *   116   zeros up to 4096
  *   4096  the directory: per section, 96 bytes
- *           0 u8[48] name, padded with zeros   48 u32 dtype   52 u32 0   56 u64 rows   64 u64 cols
- *           72 u64 offset                      80 u64 bytes   88 u64 0
+ *           0 u8[48] name, padded with zeros   48 u32 dtype   52 u32 bits   56 u64 rows
+ *           64 u64 cols   72 u64 offset        80 u64 bytes   88 u64 0
+ *         bits, of an f16 section: the significant bits of its numbers. 8: at most 8 in every one;
+ *         11: more in some; 0: not recorded (older files). 0 for every other dtype.
  *   then the sections, each at the next multiple of 256; the file ends where the last one ends.
  * Sections, in this order, all present:
  *   merges         u32 (M, 2)    BPE merge i joins ids [0],[1] into id 256+i

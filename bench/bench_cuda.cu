@@ -104,7 +104,7 @@ struct operands {
         } else {
             x = random_device<__half>((size_t)T * K);
         }
-        first = {w, N, K, QEMB_F16, 1, scale};
+        first = {w, N, K, QEMB_F16, 1, scale, QEMB_BITS_UNKNOWN};
     }
     qemb_mat next() {
         qemb_mat m = first;

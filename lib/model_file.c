@@ -2,7 +2,7 @@
  *
  * qemb.h describes the layout. A config and the sizes of the tables determine it completely. So the
  * loader computes the layout itself and compares the directory with it; no offset of the file is
- * used before that. It does not read the weights; `qemb info --verify` checks their SHA-256.
+ * used before that. Opening does not read the weights; `qemb info --verify` checks their SHA-256.
  */
 #include "qemb.h"
 
@@ -124,6 +124,7 @@ typedef struct {
     char name[NAME_BYTES];
     qemb_dtype dtype;
     uint64_t rows, cols;
+    qemb_bits bits;       /* as the file records them */
     qemb_mat *matrix;     /* bound to the section, or NULL */
     const float **vector; /* bound to the section, or NULL */
 } section;
@@ -189,8 +190,20 @@ static void expected_sections(section *s, const qemb_config *c, qemb_dtype dtype
     s->vector = &w->final_norm;
 }
 
-/* Compares the directory with the sections in want, whose table sizes it takes from the file. On
- * success offset[i] is the offset of section i. */
+/* Sets w->bits from its directory entry e. */
+static int read_bits(section *w, const uint8_t *e, const char *path, qemb_err *err) {
+    const uint32_t bits = get_u32(e + 52);
+    if (w->dtype != QEMB_F16 && bits)
+        return refuse(path, err, "%s: significant bits (got %" PRIu32 ", want 0)", w->name, bits);
+    if (bits != QEMB_BITS_UNKNOWN && bits != QEMB_BITS_8 && bits != QEMB_BITS_11)
+        return refuse(path, err, "%s: significant bits (got %" PRIu32 ", want 0, 8 or 11)", w->name,
+                      bits);
+    w->bits = (qemb_bits)bits;
+    return 0;
+}
+
+/* Compares the directory with the sections in want, whose table sizes and bits it takes from the
+ * file. On success offset[i] is the offset of section i. */
 static int check_directory(const qemb_file *f, section *want, uint64_t *offset, uint32_t n,
                            const char *path, qemb_err *err) {
     uint64_t end = HEADER_BYTES + (uint64_t)n * ENTRY_BYTES;
@@ -210,8 +223,10 @@ static int check_directory(const qemb_file *f, section *want, uint64_t *offset, 
         if (dtype != w->dtype)
             return refuse(path, err, "%s: dtype (got %" PRIu32 ", want %d)", w->name, dtype,
                           w->dtype);
-        if (get_u32(e + 52) || get_u64(e + 88))
-            return refuse(path, err, "%s: reserved fields (got a number, want 0)", w->name);
+        if (read_bits(w, e, path, err)) return -1;
+        if (get_u64(e + 88))
+            return refuse(path, err, "%s: reserved field (got %" PRIu64 ", want 0)", w->name,
+                          get_u64(e + 88));
         if (i < BLOBS) { /* a table: any size within the file */
             if (rows > f->map_bytes || cols > f->map_bytes)
                 return refuse(path, err, "%s: larger than the file (got %" PRIu64 " x %" PRIu64 ")",
@@ -258,7 +273,8 @@ static void bind_weights(qemb_file *f, const section *s, const uint64_t *offset,
                                       .rows = (int32_t)s[i].rows,
                                       .cols = (int32_t)s[i].cols,
                                       .dtype = s[i].dtype,
-                                      .alpha = 1};
+                                      .alpha = 1,
+                                      .bits = s[i].bits};
         if (s[i].vector) *s[i].vector = data;
     }
     f->weights.mapped = 1;
@@ -302,6 +318,32 @@ const char *qemb_file_prompt(const qemb_file *f, const char *name) {
     for (int i = 0; i < f->n_prompts; i++)
         if (!strcmp(f->prompts[i].name, name)) return f->prompts[i].text;
     return NULL;
+}
+
+/* ---- significant bits ------------------------------------------------------------------------ */
+
+/* Whether each of n halves has at most 8 significant bits. h without its sign has the mantissa in
+ * its low 10 bits. Below 1024 the half is subnormal, h * 2^-24: numbers from 256 on have 9 bits,
+ * from 512 on 10. From 1024 on there is an implicit 1 before the mantissa, so 11 bits. All that
+ * follow the first 8 must be 0: the last 1, 2 or 3. Infinity passes, as does a NaN that is also a
+ * bfloat16 NaN. */
+static int have_8_bits(const uint16_t *h, size_t n) {
+    uint16_t below = 0; /* of any number */
+    for (size_t i = 0; i < n; i++) {
+        const int16_t a = (int16_t)(h[i] & 0x7fff); /* signed, which every vector unit compares */
+        below |= h[i] & ((a > 255) | (a > 511) << 1 | (a > 1023) << 2);
+    }
+    return !below;
+}
+
+qemb_bits qemb_mat_bits(const qemb_mat *m) {
+    enum { BLOCK = 4096 }; /* halves between two looks at the result */
+    if (m->bits || m->dtype != QEMB_F16) return m->bits;
+    const size_t n = (size_t)m->rows * (size_t)m->cols;
+    for (size_t i = 0; i < n; i += BLOCK)
+        if (!have_8_bits((const uint16_t *)m->data + i, n - i < BLOCK ? n - i : BLOCK))
+            return QEMB_BITS_11;
+    return QEMB_BITS_8;
 }
 
 /* ---- opening --------------------------------------------------------------------------------- */

@@ -395,7 +395,7 @@ TEST_SCHEDULES(op_embed_back_to_back) {
     bench_backend f(64, 2, 1, 64, 64, 300, 200);
     const std::vector<uint16_t> table = random_table(&r, (size_t)300 * 64);
     device_array<uint16_t> dt(table);
-    qemb_mat m = {dt.p, 300, 64, QEMB_F16, 1, nullptr};
+    qemb_mat m = {dt.p, 300, 64, QEMB_F16, 1, nullptr, QEMB_BITS_UNKNOWN};
     device_array<float> a((size_t)100 * 64), b((size_t)100 * 64);
     f.begin({100}, 0, &r);
     const std::vector<int32_t> first = f.tokens;
@@ -444,7 +444,7 @@ static void matmul_case(bool add, int T, double alpha) {
     device_array<uint16_t> dw(w);
     device_array<__half> dx(x), dy((size_t)T * N);
     device_array<float> dr(before);
-    qemb_mat m = {dw.p, N, K, QEMB_F16, (float)alpha, nullptr};
+    qemb_mat m = {dw.p, N, K, QEMB_F16, (float)alpha, nullptr, QEMB_BITS_UNKNOWN};
     if (add) {
         qemb_cuda_ops.matmul_add(f.be, dr.p, (qemb_act *)dx.p, &m, T);
         after = dr.get();
@@ -478,7 +478,7 @@ TEST_SCHEDULES(op_matmul_add) {
 TEST(op_matmul_unknown_shape) {
     bench_backend f(96, 2, 1, 64, 128, 16, 64);
     device_array<__half> w(80 * 96), x(96), y(80);
-    qemb_mat m = {w.p, 80, 96, QEMB_F16, 1, nullptr};
+    qemb_mat m = {w.p, 80, 96, QEMB_F16, 1, nullptr, QEMB_BITS_UNKNOWN};
     qemb_cuda_ops.matmul(f.be, (qemb_act *)y.p, (qemb_act *)x.p, &m, 1);
     const char *why = failure_of(f.be);
     check(why && strstr(why, "matmul") && strstr(why, "cuBLASLt status"), "failure (got %s)",
@@ -566,7 +566,7 @@ static void gate_up_op_case(int T, qemb_options opt) {
     std::vector<__half> x = random_numbers<__half>(&r, (size_t)T * D, 2);
     device_array<uint16_t> dw(w);
     device_array<__half> dx(x), gu((size_t)T * 2 * F), h((size_t)T * F);
-    qemb_mat m = {dw.p, 2 * F, D, QEMB_F16, 1, nullptr};
+    qemb_mat m = {dw.p, 2 * F, D, QEMB_F16, 1, nullptr, QEMB_BITS_UNKNOWN};
     f.begin({T}, 0, &r);
     qemb_cuda_ops.gate_up(f.be, (qemb_act *)h.p, (qemb_act *)gu.p, (qemb_act *)dx.p, &m, T);
     const std::vector<__half> got = h.get();

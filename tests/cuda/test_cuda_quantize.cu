@@ -246,7 +246,7 @@ static void fp8_product_case(int T) {
                        (const __half *)dw.p, (const float *)nullptr, n, k),
                 "launch");
         cuda_ok(cudaDeviceSynchronize(), "quantize");
-        const qemb_mat m = {codes.p, n, k, QEMB_F16, 1, ws.p};
+        const qemb_mat m = {codes.p, n, k, QEMB_F16, 1, ws.p, QEMB_BITS_UNKNOWN};
         qemb_act *in = (qemb_act *)in_codes.p; /* codes, then scales of whole sixteens of rows */
         if (add) {
             cuda_ok(launch(quantize_kernel<__half, 1>, dim3(3), dim3(ROW_THREADS),

@@ -39,6 +39,14 @@ void rng_halves(rng *r, uint16_t *x, size_t n, double scale) {
     for (size_t i = 0; i < n; i++) x[i] = half_of(scale * rng_uniform(r));
 }
 
+int significant_bits(uint16_t h) {
+    const int exponent = h >> 10 & 31, mantissa = h & 1023;
+    double m = exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
+    int e, n = 0;
+    for (m = frexp(m, &e); m > 0; n++) m = 2 * m - floor(2 * m); /* drops the first bit */
+    return n;
+}
+
 /* ---- a model file ---------------------------------------------------------------------------- */
 
 typedef struct {
@@ -83,7 +91,12 @@ static void matrix(writer *w, qemb_dtype dtype, const char *name, int rows, int 
     const double most = scale * sqrt(3.0 / cols);
     void *p = section(w, name, dtype, (uint64_t)rows, (uint64_t)cols);
     if (dtype == QEMB_F16) {
+        const uint16_t *h = p;
+        int bits = 8;
         rng_halves(&w->r, p, (size_t)rows * (size_t)cols, most);
+        for (int i = 0; i < rows * cols; i++)
+            if (significant_bits(h[i]) > 8) bits = 11;
+        put_le(w->data + w->entry - 96 + 52, (uint64_t)bits, 4);
         return;
     }
     int8_t *q = p;

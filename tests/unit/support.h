@@ -24,6 +24,10 @@ double rng_uniform(rng *r); /* -1 .. 1 */
 void rng_floats(rng *r, float *x, size_t n, double scale);
 void rng_halves(rng *r, uint16_t *x, size_t n, double scale); /* in +-scale; scale <= 1 */
 
+/* The significant bits of the half h, from the first 1 to the last 1 of its mantissa. Infinity and
+ * NaN count as numbers of the exponent 16. */
+int significant_bits(uint16_t h);
+
 /* Loads *w for op's matmul and *gate_up (or NULL) for its gate_up, as the weights of a model of one
  * layer. Call it once per backend, which has to be opened for a config of one layer. */
 void load_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *gate_up);

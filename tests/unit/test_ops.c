@@ -48,7 +48,7 @@ Test(ops, embed_converts_every_half) {
     const qemb_config c = {.hidden = D, .vocab = V, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
     uint16_t table[V * D];
     for (int i = 0; i < V * D; i++) table[i] = (uint16_t)i;
-    const qemb_mat m = {table, V, D, QEMB_F16, 1, NULL};
+    const qemb_mat m = {table, V, D, QEMB_F16, 1, NULL, QEMB_BITS_UNKNOWN};
     for (int o = 0; qemb_cpu_table(o); o++) {
         qemb_backend *be = backend(qemb_cpu_table(o), &c, V, 1);
         int32_t tokens[V], pos[V], cu[] = {0, V};
@@ -147,8 +147,13 @@ static void check_matmul(const qemb_ops *op, qemb_dtype dtype, int T, int N, int
     for (int i = 0; i < N * K; i++) Q[i] = (int8_t)(127.99 * rng_uniform(&r));
     float *x = numbers(&r, (size_t)T * K, 2), *y = numbers(&r, (size_t)T * N, 5);
     double *before = doubles(y, (size_t)T * N), *xd = doubles(x, (size_t)T * K);
-    const qemb_mat m = {dtype == QEMB_I8 ? (void *)Q : W,        N, K, dtype, alpha,
-                        dtype == QEMB_I8 ? scale : (float *)NULL};
+    const qemb_mat m = {dtype == QEMB_I8 ? (void *)Q : W,
+                        N,
+                        K,
+                        dtype,
+                        alpha,
+                        dtype == QEMB_I8 ? scale : (float *)NULL,
+                        QEMB_BITS_UNKNOWN};
     qemb_mat placed = m;
     load_matrices(op, be, &placed, NULL);
     if (add)
@@ -202,7 +207,7 @@ Test(ops, matmul_of_parallel_rows) {
     for (int o = 0; qemb_cpu_table(o); o++)
         for (int sign = -1; sign <= 1; sign += 2) {
             qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
-            const qemb_mat m = {W, N, K, QEMB_F16, 1, NULL};
+            const qemb_mat m = {W, N, K, QEMB_F16, 1, NULL, QEMB_BITS_UNKNOWN};
             qemb_mat placed = m;
             /* 1 everywhere, in one column of 64, or 63 times 2^-4 */
             for (int n = 0; n < N; n++)
@@ -446,7 +451,7 @@ Test(ops, gate_up) {
     uint16_t *W = calloc((size_t)4 * F * F, sizeof *W);
     float *scratch = malloc((size_t)T * 2 * F * sizeof *scratch);
     float *product = malloc((size_t)T * 2 * F * sizeof *product);
-    const qemb_mat m = {W, 2 * F, 2 * F, QEMB_F16, 1, NULL};
+    const qemb_mat m = {W, 2 * F, 2 * F, QEMB_F16, 1, NULL, QEMB_BITS_UNKNOWN};
     for (int i = 0; i < 2 * F; i++) W[(size_t)i * 2 * F + i] = 0x3c00; /* 1 */
     for (int o = 0; qemb_cpu_table(o); o++) {
         rng r = {5};
@@ -485,7 +490,7 @@ Test(ops, gate_up_of_many_columns) {
     float *x = numbers(&r, (size_t)T * K, 0.05), *scratch = numbers(&r, (size_t)T * 2 * F, 1);
     float *product = numbers(&r, (size_t)T * 2 * F, 1), *h = numbers(&r, (size_t)T * F, 1);
     rng_halves(&r, W, (size_t)2 * F * K, 1);
-    const qemb_mat m = {W, 2 * F, K, QEMB_F16, 1, NULL};
+    const qemb_mat m = {W, 2 * F, K, QEMB_F16, 1, NULL, QEMB_BITS_UNKNOWN};
     for (int o = 0; qemb_cpu_table(o); o++) {
         qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
         qemb_mat w = m, wgu = m;

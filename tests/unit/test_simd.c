@@ -156,7 +156,7 @@ static void check_paths(const qemb_ops *op, qemb_dtype dtype, int N, int K) {
         qemb_backend *be;
         cr_assert_eq(op->open(&be, &c, &opt, NULL), 0);
         /* QEMB_I8 reads the bytes of the halves as weights */
-        qemb_mat m = {W, N, K, dtype, 0.3f, dtype == QEMB_I8 ? scale : NULL};
+        qemb_mat m = {W, N, K, dtype, 0.3f, dtype == QEMB_I8 ? scale : NULL, QEMB_BITS_UNKNOWN};
         load_matrices(op, be, &m, NULL);
         if (threads == 1)
             for (int t = 0; t < T; t++)
@@ -256,7 +256,8 @@ Test(simd, int8_weights_are_what_halves_become) {
     for (int k = 0; k < K; k++) W[2 * K + k] = (uint16_t)(rng_u64(&r) % 9); /* up to 2^-21 */
     memset(W + 3 * K, 0, K * sizeof *W);
     quantize(q, scale, W, N, K);
-    qemb_mat m[] = {{W, N, K, QEMB_F16, 0.3f, NULL}, {q, N, K, QEMB_I8, 0.3f, scale}};
+    qemb_mat m[] = {{W, N, K, QEMB_F16, 0.3f, NULL, QEMB_BITS_UNKNOWN},
+                    {q, N, K, QEMB_I8, 0.3f, scale, QEMB_BITS_UNKNOWN}};
     const qemb_options opt = {.batch_tokens = T, .max_tokens = T, .threads = 2};
     for (int i = 0; i < 2; i++) {
         qemb_backend *be;
