@@ -37,6 +37,7 @@ from tqdm import tqdm
 VERSION = "0.1.0"
 GROUP = 64  # weights in a row of an INT8 matrix that share a scale
 BLOCK = 1 << 22  # numbers converted at a time; a block takes about 24 bytes a number
+BITS_BLOCK = 1 << 16  # numbers whose significant bits are looked at together
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROMPTS, POOLING = "config_sentence_transformers.json", "1_Pooling/config.json"
 BERT = "sentence_bert_config.json"  # sentence-transformers writes it for any kind of model
@@ -310,6 +311,14 @@ def read_rows(t, row, n, cols):
     return w.astype("<f4", copy=False).reshape(n, cols)
 
 
+def read_blocks(t, rows, cols, block):
+    """Yields (row, w), where w (n, cols) are the rows of tensor t from `row` on as float32: all of
+    them in blocks of about `block` numbers."""
+    step = max(1, block // cols)
+    for row in range(0, rows, step):
+        yield row, read_rows(t, row, min(step, rows - row), cols)
+
+
 # ---- dtypes of a .qemb -------------------------------------------------------------------------
 
 
@@ -379,11 +388,24 @@ F16 = Dtype(3, lambda cols: 2 * cols, encode_f16)
 MATRIX_DTYPES = {"f16": F16, "int8": Dtype(4, lambda cols: cols, encode_i8)}
 
 
+def has_8_bits(t, rows, cols):
+    """Whether every number of tensor t has at most 8 significant bits in FP16. Rounding to FP16 can
+    only remove bits, so BF16 need not be read. A tensor is read up to the first block with more."""
+    if t.dtype == "BF16":
+        return True
+    for _, w in read_blocks(t, rows, cols, BITS_BLOCK):
+        with np.errstate(over="ignore"):  # encode_f16 refuses what is too large
+            bits = w.astype("<f2").astype("<f4").view("<u4")
+        if np.bitwise_or.reduce(bits, axis=None) & 0xFFFF:  # the upper half holds 8 bits
+            return False
+    return True
+
+
 # ---- the .qemb file ----------------------------------------------------------------------------
 
 # data: bytes; or [(name, rows)], the source tensors that are concatenated; or [] for the scales of
-# the previous matrix
-Section = namedtuple("Section", "name dtype rows cols data")
+# the previous matrix. bits: significant bits of an F16 section's numbers, 8 or 11; else 0
+Section = namedtuple("Section", "name dtype rows cols data bits", defaults=[0])
 
 
 def weight_sections(c, matrix):
@@ -434,13 +456,22 @@ def check_tensors(tensors, weights):
     return notes
 
 
+def add_bits(section, tensors):
+    """Returns the section with its significant bits. The SHA-256 begins with the directory, so they
+    are found before the section is written."""
+    if section.dtype is not F16:
+        return section
+    eight = all(has_8_bits(tensors[name], rows, section.cols) for name, rows in section.data)
+    return section._replace(bits=8 if eight else 11)
+
+
 def layout(sections):
     """Returns the directory, the offset of each section, the size of the file."""
     entries, offsets, end = b"", [], 4096 + 96 * len(sections)
     for s in sections:
         at, size = -(-end // 256) * 256, s.rows * s.dtype.row_bytes(s.cols)
-        entries += struct.pack("<48sIIQQQQQ", s.name.encode(), s.dtype.code, 0, s.rows, s.cols, at,
-                               size, 0)
+        entries += struct.pack("<48sIIQQQQQ", s.name.encode(), s.dtype.code, s.bits, s.rows,
+                               s.cols, at, size, 0)
         offsets.append(at)
         end = at + size
     return entries, offsets, end
@@ -464,10 +495,8 @@ def encoded(section, tensors, rounding):
         yield b"".join(rounding.scales)
         rounding.scales.clear()
         return
-    step = max(1, BLOCK // section.cols)
     for t, rows in ((tensors[name], rows) for name, rows in section.data):
-        for row in range(0, rows, step):
-            w = read_rows(t, row, min(step, rows - row), section.cols)
+        for row, w in read_blocks(t, rows, section.cols, BLOCK):
             yield section.dtype.encode(w, t, row, rounding)
 
 
@@ -581,6 +610,7 @@ def convert(args):
     tensors, shards = open_tensors(folder)
     weights = list(weight_sections(c, MATRIX_DTYPES[args.dtype]))
     notes = check_tensors(tensors, weights) + args.note
+    weights = [add_bits(s, tensors) for s in weights]
     dtypes = " ".join(sorted({t.dtype for t in tensors.values()}))
     about = provenance(args, folder, source, commit, shards, dtypes, notes)
     sections = [Section("merges", U32, len(merges), 2, merges.tobytes()),

@@ -29,6 +29,12 @@ OTHER = "layers.0.mlp.up_proj.weight"
 # ---- a reader of .qemb files, after qemb.h -----------------------------------------------------
 
 
+def significant_bits(halves):
+    """8 if every number is an integer below 2^8 times a power of two, else 11."""
+    eighths = np.frexp(halves.astype("f8"))[0] * 256
+    return 8 if (eighths == np.rint(eighths)).all() else 11
+
+
 class Qemb:
     """Reads a .qemb file as qemb.h describes it, and asserts every rule stated there."""
 
@@ -50,15 +56,17 @@ class Qemb:
             h = ((h ^ byte) * 0x100000001B3) % (1 << 64)
         assert h == check
 
-        self.sections, end = {}, 4096 + 96 * n
+        self.sections, self.bits, end = {}, {}, 4096 + 96 * n
         for i in range(n):
-            name, dtype, zero, rows, cols, at, size, zero8 = struct.unpack_from(
+            name, dtype, bits, rows, cols, at, size, zero8 = struct.unpack_from(
                 "<48sIIQQQQQ", b, 4096 + 96 * i)
-            assert zero == zero8 == 0
+            assert zero8 == 0
             assert at % 256 == 0 and 0 <= at - end < 256 and not any(b[end:at])
             data = np.frombuffer(b, self.DTYPES[dtype], rows * cols, at).reshape(rows, cols)
             assert data.nbytes == size
-            self.sections[name.rstrip(b"\0").decode()] = data
+            name = name.rstrip(b"\0").decode()
+            self.sections[name], self.bits[name] = data, bits
+            assert bits in (0, significant_bits(data) if dtype == 3 else 0)
             end = at + size
         assert end == len(b)
         assert list(self.sections) == self.expected_names()
@@ -217,11 +225,18 @@ def edit(path, change):
 
 
 def test_golden_is_reproduced(tmp_path, monkeypatch):
-    """A directory saved by transformers (BF16, two shards) gives the committed bytes."""
+    """A directory saved by transformers (BF16, two shards) gives the committed bytes, but for what
+    an older converter did not write."""
     monkeypatch.chdir(tmp_path)
     q = convert(TINY, "--note", "random weights", "-q")
     assert_weights(q, TINY)
-    assert (tmp_path / "out.qemb").read_bytes() == (TINY.parent / "hf-tiny.qemb").read_bytes()
+    got, want = (bytearray(p.read_bytes()) for p in (tmp_path / "out.qemb",
+                                                     TINY.parent / "hf-tiny.qemb"))
+    for b in got, want:  # the golden has no significant bits, and so other digests
+        b[24:32], b[40:72] = bytes(8), bytes(32)
+        for i in range(struct.unpack_from("<I", b, 32)[0]):
+            b[4096 + 96 * i + 52 : 4096 + 96 * i + 56] = bytes(4)
+    assert got == want
     assert q.config == dict(n_layers=2, hidden=32, n_heads=2, n_kv_heads=1, head_dim=32, ffn=48,
                             vocab=512, max_positions=200, eos_id=500)
     assert q.rope_theta == np.float32(1e6) and q.rms_eps == np.float32(1e-6)
@@ -331,6 +346,7 @@ def test_int8(folder, capsys, monkeypatch):
             assert (np.abs(codes * s - group) <= s * (0.5 + 127 * 3 * 2.0**-24)).all(), name
             worst = max(worst, np.abs(codes * s - w[:, at : at + 64]).max())
     assert q.sections["layers.1.wqkv.scale"][-shape[0], 1] == 0
+    assert q.bits.pop("tok_emb") == 11 and not any(q.bits.values())
     out = capsys.readouterr().out
     shown = float(re.search(r"rounding   at most (\S+) at model." + OTHER, out)[1])
     assert abs(shown - worst) <= 0.01 * worst
@@ -346,7 +362,53 @@ def test_dtypes_prefixes_shards(folder, dtype, prefix, shards):
         save_shards(folder, tensors, shards)
     else:
         save(folder / "model.safetensors", tensors)
-    assert_weights(convert(folder), folder)
+    q = convert(folder)
+    assert_weights(q, folder)
+    assert recorded(q) == dict.fromkeys(recorded(q), 8 if dtype == "BF16" else 11)
+
+
+def recorded(q):
+    """Matrix -> its significant bits."""
+    return {name: bits for name, bits in q.bits.items() if q.sections[name].dtype == "<f2"}
+
+
+def of_8_bits(dtype):
+    """The weights of a BF16 model in F16 or F32."""
+    return {name: (dtype, shape, hf.to_bytes(np.frombuffer(
+        b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2)), "<f4"), dtype))
+        for name, (_, shape, data) in weights().items()}
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F32"])
+@pytest.mark.parametrize("row", [0, 19])
+def test_one_number_of_9_bits(folder, monkeypatch, dtype, row):
+    """At the beginning or in the last block of the second tensor of a matrix."""
+    monkeypatch.setattr(convert_weights, "BITS_BLOCK", 2 * SHAPE["hidden"])
+    tensors = of_8_bits(dtype)
+    save(folder / "model.safetensors", tensors)
+    assert set(recorded(convert(folder)).values()) == {8}
+    put(tensors, "model." + OTHER, row * SHAPE["hidden"] + 5, 1 + 2.0**-8)
+    save(folder / "model.safetensors", tensors)
+    got = recorded(convert(folder))
+    assert got.pop("layers.0.wgu") == 11 and set(got.values()) == {8}
+
+
+@pytest.mark.filterwarnings("error")
+def test_significant_bits_of_a_refused_number(folder):
+    """They are looked for first, and overflow silently."""
+    tensors = of_8_bits("F32")
+    put(tensors, "model." + OTHER, 5, 2.0**20)
+    save(folder / "model.safetensors", tensors)
+    assert "number (got 1.04858e+06, want a finite one" in refused(folder)
+
+
+def test_bf16_below_the_range_of_fp16(folder):
+    """Halves below 2^-14 lose the last bits of a BF16 number; what rounds up has fewer."""
+    tensors = weights()
+    for k in range(40):
+        put(tensors, "model." + OTHER, k, (1 + k % 2 * 127 / 128) * 2.0 ** -(10 + k // 2))
+    save(folder / "model.safetensors", tensors)
+    assert set(recorded(convert(folder)).values()) == {8}  # Qemb compares it with the numbers
 
 
 def test_many_blocks(folder, monkeypatch):
