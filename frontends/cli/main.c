@@ -223,6 +223,26 @@ static void print_provenance(const qemb_file *f) {
     }
 }
 
+/* How many of the layers' matrices of halves are also matrices of bfloat16 numbers. */
+static void print_exact_in_bfloat16(const qemb_file *f) {
+    int exact = 0, known = 0, n = 0;
+    for (int l = 0; l < f->config.n_layers; l++) {
+        qemb_mat *m[QEMB_LAYER_MATRICES];
+        qemb_layer_matrices(&f->weights.layers[l], m);
+        for (int i = 0; i < QEMB_LAYER_MATRICES; i++, n++) {
+            if (m[i]->dtype != QEMB_F16) return;
+            exact += m[i]->bits == QEMB_BITS_8;
+            known += m[i]->bits != QEMB_BITS_UNKNOWN;
+        }
+    }
+    if (known < n)
+        printf("exact in bf16    not recorded (an older file)\n");
+    else if (exact < n)
+        printf("exact in bf16    %d of %d matrices of the layers\n", exact, n);
+    else
+        printf("exact in bf16    all %d matrices of the layers\n", n);
+}
+
 static void print_config(const qemb_file *f) {
     const qemb_config *c = &f->config;
     const size_t D = (size_t)c->hidden, Q = (size_t)c->n_heads * (size_t)c->head_dim;
@@ -230,6 +250,7 @@ static void print_config(const qemb_file *f) {
     const size_t norms = 2 * D + 2 * (size_t)c->head_dim;
     const size_t layer = (Q + 2 * KV) * D + D * Q + 3 * F * D + norms;
     printf("dtype            %s\n", dtype_name(f->weights.layers[0].wqkv.dtype));
+    print_exact_in_bfloat16(f);
     printf("parameters       %zu in the layers, %zu in the embedding table\n",
            (size_t)c->n_layers * layer + D, (size_t)c->vocab * D);
     printf("layers           %d\n", c->n_layers);

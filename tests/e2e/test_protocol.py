@@ -1020,6 +1020,31 @@ def test_info(tmp_path):
     assert "verified         no" in got
 
 
+def convert(folder, file, *options):
+    script = ROOT / "convert_weights.py"
+    command = [sys.executable, script, folder, "--quiet", "--out", file, *options]
+    subprocess.run(command, check=True)
+
+
+def test_info_says_what_is_exact_in_bfloat16(tmp_path):
+    def shown(path):
+        return re.findall(r"^exact in bf16    (.*)$", out("info", path, model=False).decode(), re.M)
+
+    assert shown(MODEL) == ["not recorded (an older file)"]
+    s = dict(layers=2, hidden=8, heads=2, kv=1, hd=4, ffn=8, vocab=300, max=64)
+    hf.save_random_model(tmp_path / "model", s, json.dumps(hf.tokenizer_json([("a", "b")])))
+    file = tmp_path / "model.qemb"
+    for wide, exact in (("no tensor", "all 8"), ("layers.1.mlp.up", "7 of 8"), ("", "0 of 8")):
+        tensors = hf.random_tensors(s, 1, "BF16")
+        more = hf.random_tensors(s, 1, "F32")
+        tensors |= {name: t for name, t in more.items() if wide in name}
+        hf.save_safetensors(tmp_path / "model/model.safetensors", tensors)
+        convert(tmp_path / "model", file)
+        assert shown(file) == [f"{exact} matrices of the layers"]
+    convert(tmp_path / "model", file, "--dtype", "int8")
+    assert shown(file) == []
+
+
 def test_plan():
     def batch(text):
         return {
@@ -1063,19 +1088,7 @@ def test_int8_file_beside_its_f16_file(tmp_path):
     hf.save_safetensors(tmp_path / "model/model.safetensors", hf.random_tensors(s, 1, "F32"))
     files = [tmp_path / "f16.qemb", tmp_path / "int8.qemb"]
     for file in files:
-        subprocess.run(
-            [
-                sys.executable,
-                ROOT / "convert_weights.py",
-                tmp_path / "model",
-                "--quiet",
-                "--out",
-                file,
-                "--dtype",
-                file.stem,
-            ],
-            check=True,
-        )
+        convert(tmp_path / "model", file, "--dtype", file.stem)
     embed = lambda file, math: vectors("-m", file, "--math", math, data=lines(TEXTS), model=False)
     halves, eight = (np.array(embed(file, "f32")) for file in files)
     off = np.linalg.norm(halves - eight, axis=1)
