@@ -494,60 +494,61 @@ TEMPLATE void swiglu_tile(int rough, float *h, size_t ldh, int rows, int cols, c
         store_first(h, swiglu16(rough, _mm512_load_ps(sums), _mm512_load_ps(sums + 16)), cols);
 }
 
-AVX512 static void swiglu_f32(float *h, size_t ldh, int rows, int cols, const float *sums) {
+AVX512 void avx512_swiglu_f32(float *h, size_t ldh, int rows, int cols, const float *sums) {
     swiglu_tile(0, h, ldh, rows, cols, sums);
 }
 
-AVX512 static void swiglu_8bit(float *h, size_t ldh, int rows, int cols, const float *sums) {
+AVX512 void avx512_swiglu_8bit(float *h, size_t ldh, int rows, int cols, const float *sums) {
     swiglu_tile(1, h, ldh, rows, cols, sums);
 }
 
 /* ---- the gemm_types -------------------------------------------------------------------------- */
 
-static const gemm_type f32 = {.per_dword = 1,
-                              .columns = 16,
-                              .x_floats = 16 * MR,
-                              .w_floats = 16 * HALF_ROW,
-                              .pack_x = pack_f32_x,
-                              .by_dtype = {{1, pack_halves, tile_f16}, {0, pack_f32_i8, tile_f32}},
-                              .panel_f16_to_f32 = halves_to_floats,
-                              .swiglu = swiglu_f32};
+static const gemm_type f32 = {
+    .per_dword = 1,
+    .columns = 16,
+    .x_floats = 16 * MR,
+    .pack_x = pack_f32_x,
+    .weights = {[W_F16] = {1, 16 * HALF_ROW, pack_halves, tile_f16, NULL},
+                [W_I8] = {0, 16 * DWORD_ROW, pack_f32_i8, tile_f32, NULL}},
+    .panel_f16_to_f32 = halves_to_floats,
+    .swiglu = avx512_swiglu_f32};
 static const gemm_type bf16 = {
     .per_dword = 2,
     .columns = 32,
     .x_floats = 16 * MR,
-    .w_floats = 16 * DWORD_ROW,
     .pack_x = pack_bf16_x,
-    .by_dtype = {{1, pack_bf16_f16, tile_bf16}, {0, pack_bf16_i8, tile_bf16}},
-    .swiglu = swiglu_8bit};
+    .weights = {[W_F16] = {1, 16 * DWORD_ROW, pack_bf16_f16, tile_bf16, NULL},
+                [W_I8] = {0, 16 * DWORD_ROW, pack_bf16_i8, tile_bf16, NULL}},
+    .swiglu = avx512_swiglu_8bit};
 static const gemm_type int16 = {
     .per_dword = 2,
     .columns = GROUP,
     .x_floats = X_GROUP(INT16),
-    .w_floats = W_GROUP(INT16),
     .pack_x = pack_int16_x,
-    .by_dtype = {{1, pack_int16_f16, tile_int16}, {0, pack_int16_i8, tile_int16}},
-    .swiglu = swiglu_f32};
+    .weights = {[W_F16] = {1, W_GROUP(INT16), pack_int16_f16, tile_int16, NULL},
+                [W_I8] = {0, W_GROUP(INT16), pack_int16_i8, tile_int16, NULL}},
+    .swiglu = avx512_swiglu_f32};
 static const gemm_type int8 = {
     .per_dword = 4,
     .columns = GROUP,
     .x_floats = X_GROUP(INT8),
-    .w_floats = W_GROUP(INT8),
     .pack_x = pack_int8_x,
-    .by_dtype = {{1, pack_int8_f16, tile_int8}, {1, pack_int8_i8, tile_int8}},
-    .swiglu = swiglu_8bit};
+    .weights = {[W_F16] = {1, W_GROUP(INT8), pack_int8_f16, tile_int8, NULL},
+                [W_I8] = {1, W_GROUP(INT8), pack_int8_i8, tile_int8, NULL}},
+    .swiglu = avx512_swiglu_8bit};
 
 /* ---- the tables ------------------------------------------------------------------------------ */
 
 #define KERNELS(name, attention)                                                                   \
-    static const cpu_kernels name = {ATTENTION_ROWS, half_row,   rmsnorm_row,                      \
-                                     norm_rotate,    swiglu_row, attention};
-KERNELS(with_floats, avx512_attention_f32)
-KERNELS(with_int16, avx512_attention_int16)
+    const cpu_kernels name = {ATTENTION_ROWS, half_row,   rmsnorm_row,                             \
+                              norm_rotate,    swiglu_row, attention};
+KERNELS(avx512_with_f32_attention, avx512_attention_f32)
+KERNELS(avx512_with_int16_attention, avx512_attention_int16)
 
-PACKED_TABLE(avx512_ops, "avx512", QEMB_MATH_F32, f32, with_floats)
-PACKED_TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, bf16, with_int16)
-PACKED_TABLE(avx512_int16_ops, "avx512-int16", QEMB_MATH_INT16, int16, with_int16)
-PACKED_TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, int8, with_int16)
+PACKED_TABLE(avx512_ops, "avx512", QEMB_MATH_F32, f32, avx512_with_f32_attention)
+PACKED_TABLE(avx512_bf16_ops, "avx512-bf16", QEMB_MATH_BF16, bf16, avx512_with_int16_attention)
+PACKED_TABLE(avx512_int16_ops, "avx512-int16", QEMB_MATH_INT16, int16, avx512_with_int16_attention)
+PACKED_TABLE(avx512_int8_ops, "avx512-int8", QEMB_MATH_INT8, int8, avx512_with_int16_attention)
 
 #endif

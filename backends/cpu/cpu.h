@@ -155,5 +155,12 @@ extern const qemb_ops avx2_ops;
 /* For CPUs with BMI2 and AVX-512 F, BW, DQ and VL; bf16 also wants BF16 and VNNI, the integers
  * VNNI. Attention multiplies floats in the first one, 16-bit integers in the others. */
 extern const qemb_ops avx512_ops, avx512_bf16_ops, avx512_int16_ops, avx512_int8_ops;
+/* Their rows and attention, and gemm_type.swiglu, exact to float or to 13 bits. */
+extern const cpu_kernels avx512_with_f32_attention, avx512_with_int16_attention;
+void avx512_swiglu_f32(float *h, size_t ldh, int rows, int cols, const float *sums);
+void avx512_swiglu_8bit(float *h, size_t ldh, int rows, int cols, const float *sums);
+/* For CPUs with tiles (AMX-TILE and AMX-BF16), AVX-512 as above and VNNI. All multiply bfloat16
+ * tiles, into which numbers are split: 3, 2 or 1 of x, 1 of W, or 2 if it has more than 8 bits. */
+extern const qemb_ops amx_ops, amx_bf16_ops, amx_int16_ops, amx_int8_ops;
 
 #endif

@@ -15,8 +15,6 @@
  */
 #include "packed_gemm.h"
 
-#if defined(__x86_64__)
-
 #include <assert.h>
 
 enum {
@@ -24,18 +22,6 @@ enum {
     FEW_TILES = 3,   /* up to this many tiles of x, panels of halves are not converted */
     X_TILES = 86,    /* tiles of x that are packed at a time and share the reading of W */
 };
-
-typedef struct {
-    const qemb_backend *be;
-    float *y; /* (T, N) */
-    const float *x;
-    const qemb_mat *w;
-    float *packed; /* (tiles, x_floats): x */
-    int T, add, tiles;
-    int is_gate_up; /* 1: y (T, N/2) = silu of the first N/2 columns times the others */
-    int few;        /* at most FEW_TILES tiles */
-    int panels;     /* of an item */
-} matmul_job;
 
 static int panel_count(const qemb_mat *w, int is_gate_up) {
     return is_gate_up ? ceil_div(w->rows / 2, 16) : ceil_div(w->rows, NR);
@@ -49,20 +35,27 @@ static w_panel panel_of(const qemb_mat *w, int p, int is_gate_up) {
     return (w_panel){w, {first, first + (is_gate_up ? w->rows / 2 : 16)}};
 }
 
-static int tile_start(const matmul_job *j, int i) { return (int)((long)j->T * i / j->tiles); }
+static int tile_rows(const gemm_type *a) { return a->tile_rows ? a->tile_rows : MR; }
+static int x_tiles(const gemm_type *a) { return a->x_tiles ? a->x_tiles : X_TILES; }
 
-/* Memory of K columns of a tile of x and of a packed panel of W, in floats */
-static size_t x_floats(const gemm_type *a, int K) {
-    return (size_t)ceil_div(K, a->columns) * (size_t)a->x_floats;
+/* The first row of tile i: tiles of about equal height. Of tile_rows all but the last are whole. */
+static int tile_start(const matmul_job *j, int i) {
+    const int rows = j->be->gemm_type->tile_rows;
+    return rows ? min_int(j->T, i * rows) : (int)((long)j->T * i / j->tiles);
 }
-static size_t w_floats(const gemm_type *a, int K) {
-    return (size_t)ceil_div(K, a->columns) * (size_t)a->w_floats;
+
+weight_kind packed_kind(const gemm_type *a, const qemb_mat *w) {
+    if (w->dtype == QEMB_I8) return W_I8;
+    return a->weights[W_BF16].pack_w && w->bits == QEMB_BITS_8 ? W_BF16 : W_F16;
 }
 
 /* Memory of the part of a panel that a thread packs for itself or converts to float */
 static size_t room_floats(const gemm_type *a) {
-    const size_t placed = w_floats(a, KC * a->per_dword), dwords = (size_t)KC * NR;
-    return placed > dwords ? placed : dwords;
+    const int columns = KC * a->per_dword;
+    size_t most = (size_t)KC * NR;
+    for (int kind = 0; kind < W_KINDS; kind++)
+        if (w_floats(a, kind, columns) > most) most = w_floats(a, kind, columns);
+    return most;
 }
 
 /* ---- load_weights: matrices are repacked, one after the other -----------------------------------
@@ -85,13 +78,14 @@ typedef struct {
 static void repack_panel(const void *job, work_item item) {
     const repacking *p = job;
     const w_panel panel = panel_of(p->w, item.i, p->is_gate_up);
-    p->a->by_dtype[p->w->dtype == QEMB_I8].pack_w(p->to + item.i * w_floats(p->a, p->w->cols),
-                                                  &panel, 0, p->w->cols,
-                                                  (size_t)panel_rows(p->is_gate_up) * p->w->cols);
+    const weight_kind kind = packed_kind(p->a, p->w);
+    p->a->weights[kind].pack_w(p->to + item.i * w_floats(p->a, kind, p->w->cols), &panel, 0,
+                               p->w->cols, (size_t)panel_rows(p->is_gate_up) * p->w->cols);
 }
 
 static void repack_matrix(qemb_mat *w, int is_gate_up, repacking *p) {
     const size_t rows = (size_t)w->rows, cols = (size_t)w->cols;
+    if (p->a->weights[W_BF16].pack_w) w->bits = qemb_mat_bits(w);
     p->w = w, p->is_gate_up = is_gate_up;
     cpu_parallel(p->be->pool, panel_count(w, is_gate_up), repack_panel, p);
     if (p->mapped) {
@@ -108,9 +102,11 @@ static size_t repack_layers(const gemm_type *a, qemb_layer *layers, int n_layers
         qemb_mat *all[QEMB_LAYER_MATRICES];
         qemb_layer_matrices(&layers[l], all);
         for (int i = 0; i < QEMB_LAYER_MATRICES; i++) {
-            if (!a->by_dtype[all[i]->dtype == QEMB_I8].repacked) continue;
+            /* W_BF16 takes the memory of W_F16: `bits` need not be known yet */
+            const weight_kind kind = packed_kind(a, all[i]);
+            if (!a->weights[kind].repacked) continue;
             const int is_gate_up = all[i] == &layers[l].wgu;
-            const size_t n = panel_count(all[i], is_gate_up) * w_floats(a, all[i]->cols);
+            const size_t n = panel_count(all[i], is_gate_up) * w_floats(a, kind, all[i]->cols);
             if (p) repack_matrix(all[i], is_gate_up, p), p->to += n;
             floats += n;
         }
@@ -165,7 +161,7 @@ static void multiply_tile(const matmul_job *j, const block *b, int i) {
                   .add = j->add || b->k,
                   .factor = j->w->alpha,
                   .prefetch = b->prefetch,
-                  .prefetch_floats = a->w_floats,
+                  .prefetch_floats = a->weights[packed_kind(a, j->w)].w_floats,
                   .prefetch_part = i,
                   .prefetch_parts = j->tiles};
     if (j->is_gate_up) {
@@ -181,22 +177,24 @@ static void multiply_tile(const matmul_job *j, const block *b, int i) {
 /* Finds the block's panel: as load_weights packed it, or packed or converted into `room` */
 static void find_panel(const matmul_job *j, block *b, float *room) {
     const gemm_type *a = j->be->gemm_type;
-    const int K = j->w->cols, i8 = j->w->dtype == QEMB_I8;
-    b->multiply = a->by_dtype[i8].multiply;
-    if (!a->by_dtype[i8].repacked) {
+    const weight_kind kind = packed_kind(a, j->w);
+    const packed_weights *form = &a->weights[kind];
+    const int K = j->w->cols;
+    b->multiply = form->multiply;
+    if (!form->repacked) {
         const w_panel p = panel_of(j->w, b->p, j->is_gate_up);
         /* the next columns of these rows; after the last columns, the rows of the next panel */
         const size_t prefetch_distance =
             b->end < K ? (size_t)(b->end - b->k) : (size_t)panel_rows(j->is_gate_up) * K - b->k;
-        a->by_dtype[i8].pack_w(room, &p, b->k, b->end, prefetch_distance);
+        form->pack_w(room, &p, b->k, b->end, prefetch_distance);
         b->panel = room;
         return;
     }
-    b->panel = (const float *)j->w->data + b->p * w_floats(a, K) + w_floats(a, b->k);
-    b->prefetch = b->panel + w_floats(a, b->end - b->k);
+    b->panel = (const float *)j->w->data + b->p * w_floats(a, kind, K) + w_floats(a, kind, b->k);
+    b->prefetch = b->panel + w_floats(a, kind, b->end - b->k);
     if (a->panel_f16_to_f32 && !j->few) {
         a->panel_f16_to_f32(room, b->panel, b->end - b->k);
-        b->panel = room, b->multiply = a->by_dtype[1].multiply;
+        b->panel = room, b->multiply = a->weights[W_I8].multiply;
     }
 }
 
@@ -205,6 +203,11 @@ static void multiply_panels(const void *job, work_item item) {
     const int columns = KC * j->be->gemm_type->per_dword, K = j->w->cols;
     const int last = min_int((item.i + 1) * j->panels, panel_count(j->w, j->is_gate_up));
     float *room = j->be->scratch + (size_t)item.thread * j->be->scratch_floats;
+    const packed_weights *form = &j->be->gemm_type->weights[packed_kind(j->be->gemm_type, j->w)];
+    if (form->multiply_panels) {
+        form->multiply_panels(j, item.i * j->panels, last, room);
+        return;
+    }
     block b = {.p = item.i * j->panels, .sums = room + room_floats(j->be->gemm_type)};
     for (; b.p < last; b.p++)
         for (b.k = 0; b.k < K; b.k = b.end) {
@@ -214,26 +217,34 @@ static void multiply_panels(const void *job, work_item item) {
         }
 }
 
+/* The panels of an item. Small items, so that threads end together. But a panel is prefetched while
+ * the panel before it in the same item is multiplied, which matters most with few tiles. */
+static int item_panels(const matmul_job *j) {
+    const gemm_type *a = j->be->gemm_type;
+    const int panels = panel_count(j->w, j->is_gate_up);
+    const int most = a->item_panels ? a->item_panels : j->few ? panels : ITEM_TILES / j->tiles;
+    return max_int(1, min_int(most, panels / (4 * j->be->threads)));
+}
+
 /* y (T, N) = (add ? y : 0) + alpha x W^T, or is_gate_up: y (T, N/2) */
 static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_mat *w, int T,
                        int add, int is_gate_up) {
+    const gemm_type *a = be->gemm_type;
     assert(w->dtype == QEMB_F16 || (w->dtype == QEMB_I8 && w->scale));
-    assert(!be->gemm_type->by_dtype[w->dtype == QEMB_I8].repacked || is_repacked(be, w));
-    const int panels = panel_count(w, is_gate_up), chunks = ceil_div(T, X_TILES * MR);
+    assert(!a->weights[packed_kind(a, w)].repacked || is_repacked(be, w));
     matmul_job j = {.be = be, .w = w, .add = add, .is_gate_up = is_gate_up, .packed = be->packed};
-    for (int i = 0; i < chunks; i++) {
-        const int t = (int)((long)T * i / chunks);
-        j.T = (int)((long)T * (i + 1) / chunks) - t;
-        j.tiles = ceil_div(j.T, MR);
+    const int tiles = ceil_div(T, tile_rows(a)), chunks = ceil_div(tiles, x_tiles(a));
+    for (int i = 0, t = 0; i < chunks; i++, t += j.T) {
+        const int end = a->tile_rows ? (int)((long)tiles * (i + 1) / chunks) * a->tile_rows
+                                     : (int)((long)T * (i + 1) / chunks);
+        j.T = min_int(T, end) - t;
+        j.tiles = ceil_div(j.T, tile_rows(a));
         j.few = j.tiles <= FEW_TILES;
-        /* Small items, so that threads end together. But a panel is prefetched by the tiles that
-         * meet the panel before it in the same item, which matters most with few tiles. */
-        j.panels =
-            max_int(1, min_int(j.few ? panels : ITEM_TILES / j.tiles, panels / (4 * be->threads)));
+        j.panels = item_panels(&j);
         j.x = x + (size_t)t * w->cols;
         j.y = y + (size_t)t * (is_gate_up ? w->rows / 2 : w->rows);
         cpu_parallel(be->pool, j.tiles, pack_tile, &j);
-        cpu_parallel(be->pool, ceil_div(panels, j.panels), multiply_panels, &j);
+        cpu_parallel(be->pool, ceil_div(panel_count(w, is_gate_up), j.panels), multiply_panels, &j);
     }
 }
 
@@ -254,11 +265,9 @@ void packed_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act 
 int packed_open(qemb_backend **be, const gemm_type *a, const cpu_kernels *kernels,
                 const qemb_config *c, const qemb_options *opt, qemb_err *err) {
     const int widest = max_int(max_int(c->hidden, c->n_heads * c->head_dim), c->ffn);
-    if (simd_open(be, c, opt, kernels, room_floats(a) + X_TILES * MR * NR,
-                  X_TILES * x_floats(a, widest), err))
-        return -1;
+    const size_t scratch =
+        a->scratch_floats ? (size_t)a->scratch_floats : room_floats(a) + X_TILES * MR * NR;
+    if (simd_open(be, c, opt, kernels, scratch, x_tiles(a) * x_floats(a, widest), err)) return -1;
     (*be)->gemm_type = a;
     return 0;
 }
-
-#endif

@@ -76,28 +76,66 @@ typedef struct {
 /* Computes a register tile of `rows` <= MR rows over n dwords of x (n, MR) and panel (n, NR). */
 typedef void microkernel(const epilogue *o, int rows, const float *x, const float *panel, int n);
 
+/* A product y (T, N) = (add ? y : 0) + alpha x W^T, or for gate_up y (T, N/2) = silu of the first
+ * N/2 columns times the others. */
+typedef struct {
+    const qemb_backend *be;
+    float *y;
+    const float *x; /* (T, K) */
+    const qemb_mat *w;
+    float *packed; /* (tiles, x_floats): x */
+    int T, add, tiles;
+    int is_gate_up;
+    int few;    /* at most FEW_TILES tiles */
+    int panels; /* of an item */
+} matmul_job;
+
+/* The numbers of a matrix. An F16 matrix whose numbers have 8 significant bits is W_BF16 if the
+ * gemm_type has a form for it, else W_F16. */
+typedef enum { W_F16, W_I8, W_BF16, W_KINDS } weight_kind;
+
+/* How a kind of matrix is packed, and what multiplies it. */
+typedef struct {
+    int repacked; /* load_weights packs such matrices once; 0: each op packs what it needs */
+    int w_floats; /* memory of `columns` columns of a panel */
+    /* panel = columns k0 .. k1-1 of the panel's rows. Prefetches the weights that are packed
+     * next: those prefetch_distance numbers further on in each row. */
+    void (*pack_w)(float *panel, const w_panel *p, int k0, int k1, size_t prefetch_distance);
+    microkernel *multiply;
+    /* Optional, in place of loops 1 to 3: multiplies panels first .. last-1 by all tiles of x.
+     * `room` is the thread's scratch, scratch_floats of it. */
+    void (*multiply_panels)(const matmul_job *j, int first, int last, float *room);
+} packed_weights;
+
 /* A number format of the product, and the instructions for it. */
 typedef struct gemm_type {
-    int per_dword;          /* numbers */
-    int columns;            /* packed at a time: a step of packing and prefetching */
-    int x_floats, w_floats; /* memory of `columns` columns of a tile of x, of a panel of W */
-    /* to = x (rows, K), packed; rows < MR: the missing rows are zeros. */
+    int per_dword; /* numbers */
+    int columns;   /* packed at a time: a step of packing and prefetching */
+    int x_floats;  /* memory of `columns` columns of a tile of x */
+    /* With multiply_panels: rows of a tile of x, tiles that are packed at a time, panels of an item
+     * at most, and scratch of a thread. 0: MR, X_TILES, as many as ITEM_TILES allows, room for one
+     * panel. */
+    int tile_rows, x_tiles, item_panels, scratch_floats;
+    /* to = x (rows, K), packed; the missing rows of a tile are zeros. */
     void (*pack_x)(float *to, const float *x, int rows, int K);
-    struct {
-        int repacked; /* load_weights packs such matrices once; 0: each op packs what it needs */
-        /* panel = columns k0 .. k1-1 of the panel's rows. Prefetches the weights that are packed
-         * next: those prefetch_distance numbers further on in each row. */
-        void (*pack_w)(float *panel, const w_panel *p, int k0, int k1, size_t prefetch_distance);
-        microkernel *multiply;
-    } by_dtype[2]; /* of QEMB_F16, of QEMB_I8 */
+    packed_weights weights[W_KINDS]; /* W_BF16: optional */
     /* Optional. Converts a packed F16 panel of n dwords to float, so that all tiles of x share one
-     * conversion. The float panel is multiplied by by_dtype[1].multiply, which reads floats. NULL:
+     * conversion. The float panel is multiplied by weights[W_I8].multiply, which reads floats. NULL:
      * the panel is used as packed. */
     void (*panel_f16_to_f32)(float *to, const float *panel, int n);
     /* h (rows, min(cols, 16)), ldh apart = silu of the first 16 columns of sums (rows, NR) times
      * the other 16 */
     void (*swiglu)(float *h, size_t ldh, int rows, int cols, const float *sums);
 } gemm_type;
+
+weight_kind packed_kind(const gemm_type *a, const qemb_mat *w);
+/* Memory of K columns of a tile of x and of a packed panel of W, in floats */
+static inline size_t x_floats(const gemm_type *a, int K) {
+    return (size_t)ceil_div(K, a->columns) * (size_t)a->x_floats;
+}
+static inline size_t w_floats(const gemm_type *a, weight_kind kind, int K) {
+    return (size_t)ceil_div(K, a->columns) * (size_t)a->weights[kind].w_floats;
+}
 
 /* The ops of a table with packed weights. w and opt as in qemb_ops. */
 int packed_open(qemb_backend **be, const gemm_type *a, const cpu_kernels *kernels,

@@ -3,8 +3,6 @@
  */
 #include "cpu.h"
 
-#if defined(__x86_64__)
-
 #include <assert.h>
 
 static float *f32(qemb_act *a) { return (float *)a; }
@@ -193,5 +191,3 @@ void simd_close(qemb_backend *be) {
     if (be) cpu_pool_close(be->pool);
     cpu_close(be);
 }
-
-#endif
