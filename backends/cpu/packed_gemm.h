@@ -120,8 +120,8 @@ typedef struct gemm_type {
     void (*pack_x)(float *to, const float *x, int rows, int K);
     packed_weights weights[W_KINDS]; /* W_BF16: optional */
     /* Optional. Converts a packed F16 panel of n dwords to float, so that all tiles of x share one
-     * conversion. The float panel is multiplied by weights[W_I8].multiply, which reads floats. NULL:
-     * the panel is used as packed. */
+     * conversion. weights[W_I8].multiply then multiplies the float panel. NULL: the panel is used
+     * as packed. */
     void (*panel_f16_to_f32)(float *to, const float *panel, int n);
     /* h (rows, min(cols, 16)), ldh apart = silu of the first 16 columns of sums (rows, NR) times
      * the other 16 */
