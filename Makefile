@@ -25,16 +25,16 @@ LIBS     := -ljansson -lcrypto -lm
 BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-CPU     := $(patsubst %,backends/cpu/%,memory threads row_ops packed_gemm avx2 avx512 avx512_attention dispatch)
+CPU     := $(patsubst %,backends/cpu/%,memory threads row_ops packed_gemm avx2 avx512 avx512_attention amx dispatch)
 ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error lib/text_ids lib/embed_text
 SHARED  := $(patsubst %,frontends/%,console options model_options select_ops open_model replicas record_tokenizer format input)
 CLI     := $(patsubst %,frontends/cli/%,main pipeline output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main http listen api model_worker queue cache redis metrics log buffer vector) $(SHARED)
-TESTS   := embed_text model_file format input model ops serve_cache serve_queue simd tokenizer
+TESTS   := amx embed_text model_file format input model ops serve_cache serve_queue simd tokenizer
 FUZZERS := file jsonl request tokenizer
-TESTED  := $(patsubst %,tests/unit/%,oracle support exp_avx2 exp_avx512) $(patsubst %,frontends/%,console format input server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
+TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512) $(patsubst %,frontends/%,console format input server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
 
 VENV      := .venv
@@ -100,7 +100,7 @@ build/$(1)/test_%: build/$(1)/tests/unit/test_%.o $$(patsubst %,build/$(1)/%.o,$
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
 build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/measure bench/limits bench/vendor_gemm frontends/console frontends/select_ops frontends/format tests/unit/oracle $(BACKEND) $(ENGINE))
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
-build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support $(ENGINE))
+build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support tests/unit/emulated_amx $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support $(patsubst %,frontends/%,console format input server/api server/buffer) $$(ENGINE))
 	$(2) $(3) $$^ $(LIBS) -o $$@

@@ -8,6 +8,7 @@
  * the oracle in double precision, or the ops table NAME for models where the oracle would take
  * hours. An INT8 file is compared with the file of the same name without "-int8", if there is one.
  */
+#include "emulated_amx.h"
 #include "oracle.h"
 #include "support.h"
 
@@ -95,8 +96,8 @@ static const char *original(const char *path) {
 
 static void run(const char *path, const char *exact_name) {
     const qemb_ops *exact = NULL;
-    for (int i = 0; exact_name && qemb_cpu_table(i); i++)
-        if (!strcmp(qemb_cpu_table(i)->name, exact_name)) exact = qemb_cpu_table(i);
+    for (int i = 0; exact_name && test_table(i); i++)
+        if (!strcmp(test_table(i)->name, exact_name)) exact = test_table(i);
     if (exact_name && !exact) die("--exact: no such table here");
     qemb_file *f = open_path(path), *truth = open_path(original(path));
     const char *slash = strrchr(path, '/'), *base = slash ? slash + 1 : path;
@@ -105,10 +106,10 @@ static void run(const char *path, const char *exact_name) {
            *got = malloc(sizeof *got * (size_t)texts * D);
     int32_t *ids = random_texts(&truth->config);
     embed(want, truth, exact, ids);
-    for (int i = 0; qemb_cpu_table(i); i++) {
-        if (qemb_cpu_table(i) == exact && truth->map_bytes == f->map_bytes) continue;
-        embed(got, f, qemb_cpu_table(i), ids);
-        compare(base, qemb_cpu_table(i)->name, got, want, D);
+    for (int i = 0; test_table(i); i++) {
+        if (test_table(i) == exact && truth->map_bytes == f->map_bytes) continue;
+        embed(got, f, test_table(i), ids);
+        compare(base, test_table(i)->name, got, want, D);
     }
     free(want), free(got), free(ids);
     qemb_file_close(f), qemb_file_close(truth);

@@ -1,6 +1,7 @@
 /* test_model.c - whole models, compared with transformers (tests/golden), with the double-precision
  * oracle, and with themselves: a text's vector has the same bits alone, in any batch, behind any
  * shared prefix and on any number of threads. */
+#include "emulated_amx.h"
 #include "oracle.h"
 #include "support.h"
 
@@ -74,9 +75,11 @@ static qemb_file *open_file(const char *path) {
     return f;
 }
 
-/* The table under test, and a loop over all tables that this CPU can run. */
+/* The table under test, and loops over all tables that this CPU can run, and over these and the
+ * emulated ones. */
 static const qemb_ops *ops = &qemb_cpu_ops;
-#define FOR_TABLES for (int o = 0; (ops = qemb_cpu_table(o)); o++)
+#define FOR_CPU_TABLES for (int o = 0; (ops = qemb_cpu_table(o)); o++)
+#define FOR_TABLES     for (int o = 0; (ops = test_table(o)); o++)
 
 static qemb_model *open_engine(const qemb_file *f, int batch_tokens, int threads) {
     const qemb_options opt = {.batch_tokens = batch_tokens, .threads = threads};
@@ -335,7 +338,7 @@ static void check_shared_prefixes(void) {
     qemb_file_close(f);
 }
 
-Test(model, shared_prefixes) { FOR_TABLES check_shared_prefixes(); }
+Test(model, shared_prefixes) { FOR_CPU_TABLES check_shared_prefixes(); }
 
 /* A text that is a prefix of another keeps a row of its own for pooling. */
 Test(model, a_text_within_a_text) {
@@ -513,7 +516,7 @@ static void check_fallback(void) {
     qemb_close(cpu);
     qemb_file_close(f);
 }
-Test(model, overflow_is_computed_again) { FOR_TABLES check_fallback(); }
+Test(model, overflow_is_computed_again) { FOR_CPU_TABLES check_fallback(); }
 
 /* ---- a table with two batches in flight ------------------------------------------------------ */
 
@@ -580,4 +583,4 @@ static void check_in_flight(void) {
     qemb_close(plain);
     qemb_file_close(f);
 }
-Test(model, batches_in_flight) { FOR_TABLES check_in_flight(); }
+Test(model, batches_in_flight) { FOR_CPU_TABLES check_in_flight(); }

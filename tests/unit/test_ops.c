@@ -4,6 +4,7 @@
  * at most n U sum|terms| to first order (Higham, Accuracy and Stability, 3.1), where n is the
  * longest chain of additions. The factor SLACK covers the second-order terms.
  */
+#include "emulated_amx.h"
 #include "oracle.h"
 #include "support.h"
 
@@ -101,12 +102,12 @@ Test(ops, rmsnorm) {
         }
 }
 
-/* What a product errs by for its factors' rounding, summed over a row: x (K), row n of W. bfloat16
- * keeps 8 bits: each factor errs by 2^-8 of itself. Integers err by half a step, of a group of 64
- * of x and of W: of 8 bits its largest magnitude / 127, and W that is INT8 already stays what it
- * is; of 16 bits that / 32767 or the group's length / 46330, what is more, and of W up to twice as
- * much, as its steps are powers of two. */
-static double rounding(qemb_math math, const float *x, const qemb_mat *w, int n) {
+/* What a product errs by because its factors are rounded to integers, summed over a row: x (K), row
+ * n of W. An integer errs by half a step, of a group of 64 of x and of W: of 8 bits its largest
+ * magnitude / 127, and W that is INT8 already stays what it is; of 16 bits that / 32767 or the
+ * group's length / 46330, whichever is larger, and of W up to twice as much, as its steps are
+ * powers of two. */
+static double integer_rounding(int of_x, qemb_math math, const float *x, const qemb_mat *w, int n) {
     const int K = w->cols;
     double err = 0;
     for (int k0 = 0; k0 < K; k0 += 64) {
@@ -116,24 +117,51 @@ static double rounding(qemb_math math, const float *x, const qemb_mat *w, int n)
             for (int i = 0; i < 2; i++)
                 most[i] = fmax(most[i], fabs(v[i])), square[i] += v[i] * v[i],
                 size[i] += fabs(v[i]);
-            if (math == QEMB_MATH_BF16) err += fabs(v[0] * v[1]) * (0x1p-7 + 0x1p-16);
         }
         for (int i = 0; i < 2; i++)
             step[i] = math == QEMB_MATH_INT8 ? most[i] / 127
                                              : fmax(most[i] / 32767, sqrt(square[i]) / 46330);
+        if (!of_x) step[0] = 0;
         if (math == QEMB_MATH_INT16) step[1] *= 2;
         if (math == QEMB_MATH_INT8 && w->dtype == QEMB_I8) step[1] = 0;
-        if (math == QEMB_MATH_INT8 || math == QEMB_MATH_INT16)
-            err += size[0] * step[1] / 2 + size[1] * step[0] / 2 + 64 * step[0] * step[1] / 4;
+        err += size[0] * step[1] / 2 + size[1] * step[0] / 2 + 64 * step[0] * step[1] / 4;
     }
     return err;
 }
 
+/* What a product errs by because its factors are rounded; size = sum |x| |w|.
+ *
+ * A number rounded to the 8 bits of bfloat16 errs by at most 2^-8 of itself, so a product of two by
+ * at most 2^-7 + 2^-16.
+ *
+ * The tile unit's tables (amx.c) round so in bf16 and int8, and int8 makes bytes of an F16 file's
+ * weights before. In f32 and int16 they multiply parts: x = x1 + .. + xp + e with
+ * |e| <= 2^-8p |x|, w = w1 + w2 with |w2| <= 2^-8 |w|. int16 leaves out e (p = 2) and x2 w2:
+ * 2 2^-16. f32 leaves out x3 w2: 2^-24. */
+static double rounding(const qemb_ops *op, const float *x, const qemb_mat *w, int n, double size) {
+    const int tiles = strstr(op->name, "amx") != NULL;
+    const double of_bf16 = (0x1p-7 + 0x1p-16) * size;
+    switch (op->math) {
+    case QEMB_MATH_F32:
+        return tiles ? U * size : 0;
+    case QEMB_MATH_BF16:
+        return of_bf16;
+    case QEMB_MATH_INT16:
+        return tiles ? 0x1p-15 * size : integer_rounding(1, op->math, x, w, n);
+    default:
+        return integer_rounding(!tiles, op->math, x, w, n) + (tiles ? 1.01 * of_bf16 : 0);
+    }
+}
+
+/* Halves of 11 significant bits, halves of 8 (those of a BF16 checkpoint), and INT8. */
+typedef enum { OF_11_BITS, OF_8_BITS, OF_INT8, N_WEIGHTS } weights;
+
 /* y = x W^T and y += alpha x W^T. The longest chain of additions: up to 256 columns in a register
  * tile, one per block of 256, one for the add; plus the product, alpha and INT8's scale: all of K +
  * 4 covers any way of blocking. */
-static void check_matmul(const qemb_ops *op, qemb_dtype dtype, int T, int N, int K, float alpha,
+static void check_matmul(const qemb_ops *op, weights kind, int T, int N, int K, float alpha,
                          int add) {
+    const qemb_dtype dtype = kind == OF_INT8 ? QEMB_I8 : QEMB_F16;
     const qemb_config c = {
         .n_layers = 1, .hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
     rng r = {(uint64_t)(T * 1000003 + N * 1009 + K)};
@@ -143,6 +171,7 @@ static void check_matmul(const qemb_ops *op, qemb_dtype dtype, int T, int N, int
     const int n_scales = N * ((K + 63) / 64);
     float *scale = malloc((size_t)n_scales * sizeof *scale);
     rng_halves(&r, W, (size_t)N * K, 1);
+    for (int i = 0; kind == OF_8_BITS && i < N * K; i++) W[i] &= (uint16_t)~7;
     for (int i = 0; i < n_scales; i++) scale[i] = (float)(0.01 + 0.009 * rng_uniform(&r));
     for (int i = 0; i < N * K; i++) Q[i] = (int8_t)(127.99 * rng_uniform(&r));
     float *x = numbers(&r, (size_t)T * K, 2), *y = numbers(&r, (size_t)T * N, 5);
@@ -167,9 +196,9 @@ static void check_matmul(const qemb_ops *op, qemb_dtype dtype, int T, int N, int
             const double start = add ? before[t * N + n] : 0;
             const double expected = start + alpha * want[n], most = fabs((double)alpha);
             const double tol = SLACK * ((K + 4) * U * (most * size[n] + fabs(start)) +
-                                        most * rounding(op->math, x + (size_t)t * K, &m, n));
+                                        most * rounding(op, x + (size_t)t * K, &m, n, size[n]));
             cr_assert_not(far_off(y[t * N + n], expected, tol),
-                          "%s dtype %d T=%d N=%d K=%d (%d,%d): %g, want %g", op->name, (int)dtype,
+                          "%s weights %d T=%d N=%d K=%d (%d,%d): %g, want %g", op->name, (int)kind,
                           T, N, K, t, n, (double)y[t * N + n], expected);
         }
     }
@@ -180,19 +209,27 @@ static void check_matmul(const qemb_ops *op, qemb_dtype dtype, int T, int N, int
 
 Test(ops, matmul) {
     const int Ts[] = {1, 5, 6, 7, 13}, Ns[] = {1, 15, 16, 33, 50}, Ks[] = {1, 31, 256, 257, 600};
-    for (int o = 0; qemb_cpu_table(o); o++) {
-        for (int d = 0; d < 2; d++) {
-            const qemb_dtype dtype = d ? QEMB_I8 : QEMB_F16;
+    for (int o = 0; test_table(o); o++) {
+        for (weights kind = 0; kind < N_WEIGHTS; kind++) {
+            const qemb_ops *op = test_table(o);
             for (int i = 0; i < 5 * 5 * 5; i++)
-                check_matmul(qemb_cpu_table(o), dtype, Ts[i % 5], Ns[i / 5 % 5], Ks[i / 25], 1,
-                             i & 1);
-            check_matmul(qemb_cpu_table(o), dtype, 14, 33, 12350, 1, 1);
-            check_matmul(qemb_cpu_table(o), dtype, 40, 50, 3090, 1, 1); /* many rows, two blocks */
-            check_matmul(qemb_cpu_table(o), dtype, 7, 33, 40, 64, 1);
-            check_matmul(qemb_cpu_table(o), dtype, 7, 33, 40, 64, 0);
-            check_matmul(qemb_cpu_table(o), dtype, 7, 33, 2100, 1, 0); /* blocks of up to 2,048 */
+                check_matmul(op, kind, Ts[i % 5], Ns[i / 5 % 5], Ks[i / 25], 1, i & 1);
+            check_matmul(op, kind, 14, 33, 12350, 1, 1);
+            check_matmul(op, kind, 40, 50, 3090, 1, 1); /* many rows, two blocks */
+            check_matmul(op, kind, 7, 33, 40, 64, 1);
+            check_matmul(op, kind, 7, 33, 40, 64, 0);
+            check_matmul(op, kind, 7, 33, 2100, 1, 0); /* blocks of up to 2,048 */
         }
     }
+}
+
+/* One row, column or weight more or less than tile registers, pairs of them, groups and chunks. */
+Test(ops, matmul_at_tile_edges) {
+    const int Ts[] = {15, 16, 17, 32, 33, 65}, Ns[] = {31, 32, 65}, Ks[] = {32, 63, 65, 1025};
+    for (int o = 0; test_table(o); o++)
+        for (weights kind = 0; kind < N_WEIGHTS; kind++)
+            for (int i = 0; i < 6 * 3 * 4; i++)
+                check_matmul(test_table(o), kind, Ts[i % 6], Ns[i / 6 % 3], Ks[i / 18], 1, i & 1);
 }
 
 /* Sums as large as integers of 16 bits make them: x along W, groups of even numbers, of one number
@@ -204,9 +241,9 @@ Test(ops, matmul_of_parallel_rows) {
     const double large[] = {1, 1e10, 1e17, 1e-10, 1e-17};
     static uint16_t W[N * K];
     static float x[T * K], y[T * N];
-    for (int o = 0; qemb_cpu_table(o); o++)
+    for (int o = 0; test_table(o); o++)
         for (int sign = -1; sign <= 1; sign += 2) {
-            qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
+            qemb_backend *be = backend(test_table(o), &c, T, 2);
             const qemb_mat m = {W, N, K, QEMB_F16, 1, NULL, QEMB_BITS_UNKNOWN};
             qemb_mat placed = m;
             /* 1 everywhere, in one column of 64, or 63 times 2^-4 */
@@ -218,21 +255,21 @@ Test(ops, matmul_of_parallel_rows) {
             for (int t = 0; t < T; t++)
                 for (int k = 0; k < K; k++)
                     x[t * K + k] = (float)(sign * large[t] * oracle_half(W[7 * t * K + k]));
-            load_matrices(qemb_cpu_table(o), be, &placed, NULL);
-            qemb_cpu_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &placed, T);
+            load_matrices(test_table(o), be, &placed, NULL);
+            test_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &placed, T);
             for (int t = 0; t < T; t++) {
                 double *xd = doubles(x + t * K, K), want[N], size[N];
                 oracle_matvec(want, size, xd, &m);
                 for (int n = 0; n < N; n++) {
                     const double tol =
-                        (K + 4) * U * size[n] + rounding(qemb_cpu_table(o)->math, x + t * K, &m, n);
+                        (K + 4) * U * size[n] + rounding(test_table(o), x + t * K, &m, n, size[n]);
                     cr_assert_not(far_off(y[t * N + n], want[n], SLACK * tol),
-                                  "%s (%d,%d): %g, want %g +- %g", qemb_cpu_table(o)->name, t, n,
+                                  "%s (%d,%d): %g, want %g +- %g", test_table(o)->name, t, n,
                                   (double)y[t * N + n], want[n], tol);
                 }
                 free(xd);
             }
-            qemb_cpu_table(o)->close(be);
+            test_table(o)->close(be);
         }
 }
 
@@ -453,28 +490,28 @@ Test(ops, gate_up) {
     float *product = malloc((size_t)T * 2 * F * sizeof *product);
     const qemb_mat m = {W, 2 * F, 2 * F, QEMB_F16, 1, NULL, QEMB_BITS_UNKNOWN};
     for (int i = 0; i < 2 * F; i++) W[(size_t)i * 2 * F + i] = 0x3c00; /* 1 */
-    for (int o = 0; qemb_cpu_table(o); o++) {
+    for (int o = 0; test_table(o); o++) {
         rng r = {5};
-        qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
+        qemb_backend *be = backend(test_table(o), &c, T, 2);
         float *gu = numbers(&r, (size_t)T * 2 * F, 4), h[T * F];
         for (int i = 0; i < F; i++) gu[i] = (float)(i - F / 2) * 0.25f; /* -125 .. 125 */
         qemb_mat w = m, wgu = m;
-        load_matrices(qemb_cpu_table(o), be, &w, &wgu);
-        qemb_cpu_table(o)->matmul(be, (qemb_act *)product, (qemb_act *)gu, &w, T);
-        qemb_cpu_table(o)->gate_up(be, (qemb_act *)h, (qemb_act *)scratch, (qemb_act *)gu, &wgu, T);
+        load_matrices(test_table(o), be, &w, &wgu);
+        test_table(o)->matmul(be, (qemb_act *)product, (qemb_act *)gu, &w, T);
+        test_table(o)->gate_up(be, (qemb_act *)h, (qemb_act *)scratch, (qemb_act *)gu, &wgu, T);
         for (int t = 0; t < T; t++)
             for (int i = 0; i < F; i++) {
                 const float gate = product[t * 2 * F + i], up = product[t * 2 * F + F + i];
-                if (qemb_cpu_table(o)->math == QEMB_MATH_F32)
+                if (test_table(o)->math == QEMB_MATH_F32)
                     cr_assert(gate == gu[t * 2 * F + i] && up == gu[t * 2 * F + F + i]);
                 const double want = oracle_swiglu(gate, up);
-                const double tol = swiglu_error(qemb_cpu_table(o)) * fabs(want) + 1e-34 * fabs(up);
+                const double tol = swiglu_error(test_table(o)) * fabs(want) + 1e-34 * fabs(up);
                 cr_assert_not(far_off(h[t * F + i], want, tol), "%s gate %g up %g: %g, want %g",
-                              qemb_cpu_table(o)->name, (double)gate, (double)up,
-                              (double)h[t * F + i], want);
+                              test_table(o)->name, (double)gate, (double)up, (double)h[t * F + i],
+                              want);
             }
         free(gu);
-        qemb_cpu_table(o)->close(be);
+        test_table(o)->close(be);
     }
     free(W), free(scratch), free(product);
 }
@@ -491,21 +528,21 @@ Test(ops, gate_up_of_many_columns) {
     float *product = numbers(&r, (size_t)T * 2 * F, 1), *h = numbers(&r, (size_t)T * F, 1);
     rng_halves(&r, W, (size_t)2 * F * K, 1);
     const qemb_mat m = {W, 2 * F, K, QEMB_F16, 1, NULL, QEMB_BITS_UNKNOWN};
-    for (int o = 0; qemb_cpu_table(o); o++) {
-        qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
+    for (int o = 0; test_table(o); o++) {
+        qemb_backend *be = backend(test_table(o), &c, T, 2);
         qemb_mat w = m, wgu = m;
-        load_matrices(qemb_cpu_table(o), be, &w, &wgu);
-        qemb_cpu_table(o)->matmul(be, (qemb_act *)product, (qemb_act *)x, &w, T);
-        qemb_cpu_table(o)->gate_up(be, (qemb_act *)h, (qemb_act *)scratch, (qemb_act *)x, &wgu, T);
+        load_matrices(test_table(o), be, &w, &wgu);
+        test_table(o)->matmul(be, (qemb_act *)product, (qemb_act *)x, &w, T);
+        test_table(o)->gate_up(be, (qemb_act *)h, (qemb_act *)scratch, (qemb_act *)x, &wgu, T);
         for (int i = 0; i < T * F; i++) {
             const float gate = product[i / F * 2 * F + i % F],
                         up = product[(i / F * 2 + 1) * F + i % F];
             const double want = oracle_swiglu(gate, up);
-            const double tol = swiglu_error(qemb_cpu_table(o)) * fabs(want) + 1e-34 * fabs(up);
-            cr_assert_not(far_off(h[i], want, tol), "%s %d: %g, want %g", qemb_cpu_table(o)->name,
-                          i, (double)h[i], want);
+            const double tol = swiglu_error(test_table(o)) * fabs(want) + 1e-34 * fabs(up);
+            cr_assert_not(far_off(h[i], want, tol), "%s %d: %g, want %g", test_table(o)->name, i,
+                          (double)h[i], want);
         }
-        qemb_cpu_table(o)->close(be);
+        test_table(o)->close(be);
     }
     free(W), free(x), free(scratch), free(product), free(h);
 }
