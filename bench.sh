@@ -25,7 +25,7 @@
 set -u
 cd "$(dirname "$0")" || exit 1
 model=examples/demo.qemb out=bench/results threads=$(nproc) tokens=8192 cpu_time='' rounds=3 append=''
-parts='ops gemm beside forward tokenizer print run latency peer' lengths='16 64 512 4096' maths='' peers=()
+parts='ops gemm beside forward tokenizer print run latency peer' lengths='16 64 512 4096' maths='' tables='' peers=()
 
 fail() { echo "bench.sh: $*" >&2; exit 1; }
 usage() { sed -n '4,6s/^# *//p' "$0" >&2; exit 1; }
@@ -74,11 +74,16 @@ csv=$out/bench.csv
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
 
-have=$("$bench" tables | awk '{ print $2 }' | sort -u)
+# The fastest table of each arithmetic. Its name selects it: --math may be served by another one.
+declare -A table
+while read -r name m; do table[$m]=$name; done < <("$bench" tables)
 if [ -z "$maths" ]; then
-    for m in f32 bf16 int16 int8; do grep -qx $m <<<"$have" && maths+="$m "; done
+    for m in f32 bf16 int16 int8; do [ -n "${table[$m]:-}" ] && maths+="$m "; done
 fi
-for m in $maths; do grep -qx "$m" <<<"$have" || fail "--math: $m is not on this machine"; done
+for m in $maths; do
+    [ -n "${table[$m]:-}" ] || fail "--math: $m is not on this machine"
+    tables+="${tables:+ }${table[$m]}"
+done
 most=$(./qemb info -m "$model" | awk '/^longest text/ { print $3 }')
 lengths=$(for n in $lengths; do [ "$n" -le "${most:-4096}" ] && echo "$n"; done)
 
@@ -86,8 +91,8 @@ machine="$(lscpu 2>/dev/null | sed -n 's/^Model name: *//p' | head -n 1), family
 compiler=$(${CC:-gcc} --version | head -n 1)
 commit=$(git describe --always --dirty 2>/dev/null)
 if [ -z "$append" ] || [ ! -s "$csv" ]; then
-    printf '# %s, %s CPUs, %s threads; %s; commit %s; %s; clock: %s\ngroup,name,math,n,median,p10,p90,unit,percent,limit\n' \
-        "$machine" "$(nproc)" "$threads" "$compiler" "$commit" "$(basename "$model")" "${cpu_time:+cpu}${cpu_time:-wall}" >"$csv"
+    printf '# %s, %s CPUs, %s threads; %s; commit %s; %s; clock: %s; tables: %s\ngroup,name,math,n,median,p10,p90,unit,percent,limit\n' \
+        "$machine" "$(nproc)" "$threads" "$compiler" "$commit" "$(basename "$model")" "${cpu_time:+cpu}${cpu_time:-wall}" "$tables" >"$csv"
 fi
 
 want() { case " $parts " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
@@ -100,17 +105,17 @@ record() {
 # median, p10 and p90 of the numbers on stdin, with commas between
 quantiles() { sort -g | awk '{ v[NR] = $1 } END { printf "%s,%s,%s", v[int((NR + 1) / 2)], v[int(NR / 10) + 1], v[NR - int(NR / 10)] }'; }
 seconds_of() { local start=$EPOCHREALTIME; "$@" || return; awk -v a="$start" -v b="$EPOCHREALTIME" 'BEGIN { print b - a }'; }
-# qemb in arithmetic $1; f32 is what it does unasked
-engine() { local m=$1; shift; if [ "$m" = f32 ]; then ./qemb -m "$model" --threads "$threads" --quiet "$@"; else ./qemb -m "$model" --threads "$threads" --quiet --math "$m" "$@"; fi; }
+# qemb in arithmetic $1
+engine() { local m=$1; shift; ./qemb -m "$model" --threads "$threads" --quiet --cpu "${table[$m]}" "$@"; }
 
 common=(--threads "$threads" $cpu_time)
 for m in $maths; do
-    want ops && "$bench" ops "$model" "${common[@]}" --math "$m" | record "$m"
-    want gemm && "$bench" gemm "$model" "${common[@]}" --math "$m" | record "$m"
+    want ops && "$bench" ops "$model" "${common[@]}" --cpu "${table[$m]}" | record "$m"
+    want gemm && "$bench" gemm "$model" "${common[@]}" --cpu "${table[$m]}" | record "$m"
     # shellcheck disable=SC2086
-    want beside && "$bench" beside "$model" $lengths "${common[@]}" --math "$m" --tokens "$tokens" | record "$m"
+    want beside && "$bench" beside "$model" $lengths "${common[@]}" --cpu "${table[$m]}" --tokens "$tokens" | record "$m"
     # shellcheck disable=SC2086
-    want forward && "$bench" forward "$model" $lengths "${common[@]}" --math "$m" --tokens "$tokens" | record "$m"
+    want forward && "$bench" forward "$model" $lengths "${common[@]}" --cpu "${table[$m]}" --tokens "$tokens" | record "$m"
 done
 want tokenizer && "$bench" tokenizer "$model" examples/demo.txt HACKING.md tokenizer.c "${common[@]}" --threads 1 | record ''
 want print && "$bench" print "$model" "${common[@]}" --threads 1 | record ''
@@ -213,8 +218,8 @@ fi
 
 # The same rows as JSON, with where they come from.
 {
-    printf '{"machine": "%s", "cpus": %s, "threads": %s, "compiler": "%s", "commit": "%s", "date": "%s", "model": "%s", "clock": "%s", ' \
-        "$machine" "$(nproc)" "$threads" "$compiler" "$commit" "$(date -u +%FT%TZ)" "$(basename "$model")" "${cpu_time:+cpu}${cpu_time:-wall}"
+    printf '{"machine": "%s", "cpus": %s, "threads": %s, "compiler": "%s", "commit": "%s", "date": "%s", "model": "%s", "clock": "%s", "tables": "%s", ' \
+        "$machine" "$(nproc)" "$threads" "$compiler" "$commit" "$(date -u +%FT%TZ)" "$(basename "$model")" "${cpu_time:+cpu}${cpu_time:-wall}" "$tables"
     sed -n 's/^# peer [0-9]*: //p' "$csv" | awk 'BEGIN { printf "\"peers\": [" } { gsub(/\\/, "\\\\"); gsub(/"/, "\\\""); printf "%s\"%s\"", (NR > 1 ? ", " : ""), $0 } END { print "], \"rows\": [" }'
     awk -F, 'function num(x) { return x == "" ? "null" : x } /^#/ || /^group,/ { next } {
         printf "%s{\"group\": \"%s\", \"name\": \"%s\", \"math\": \"%s\", \"n\": %s, \"median\": %s, \"p10\": %s, \"p90\": %s, \"unit\": \"%s\", \"percent\": %s, \"limit\": \"%s\"}",

@@ -384,7 +384,9 @@ extern const qemb_ops qemb_cpu_ops;
 /* backends/cpu/dispatch.c: the tables that this CPU can run, "plain" first, the fastest of each
  * arithmetic last; NULL past the end. */
 const qemb_ops *qemb_cpu_table(int i);
-/* The table of that name (NULL: the fastest) and arithmetic, or NULL. */
+/* The fastest table whose error is at most that of math, which may be another arithmetic. Errors:
+ * f32 < int16 < bf16 < int8. The name is a table's ("avx512-int8") or that of instructions
+ * ("avx512": all their tables); NULL: any. NULL if there is none, as for fp8 and f16. */
 const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math);
 /* The fastest table in float that reads the map and copies no weights. */
 const qemb_ops *qemb_cpu_mapped(void);

@@ -9,8 +9,8 @@
 extern "C" {
 #endif
 
-/* Its tables on this machine, the fastest of each arithmetic last; NULL past the end. */
-const qemb_ops *qemb_backend_table(int i);
+/* Its table for --math, or NULL. */
+const qemb_ops *qemb_backend_choose(qemb_math math);
 extern const qemb_math qemb_backend_math; /* its default arithmetic */
 
 #ifdef __cplusplus

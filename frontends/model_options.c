@@ -9,6 +9,7 @@
 
 #define TEXTS   (FOR_EMBED | FOR_TOKENIZE)
 #define COMPUTE (FOR_EMBED | FOR_PLAN | FOR_CHECK)
+#define TABLE   (COMPUTE | FOR_INFO)
 #define AT(m)   .at = offsetof(model_options, m)
 
 /* clang-format off */
@@ -29,10 +30,10 @@ const option_row model_option_rows[] = {
      .max = 1 << 24, .commands = FOR_EMBED | FOR_PLAN},
     {"threads", "N", "CPU threads of the model", NULL,
      OPTION_INT, AT(engine.threads), .unset = "all", .min = 1, .max = 4096, .commands = COMPUTE},
-    {"cpu", "NAME", "instructions: plain, avx2 or avx512", NULL,
-     OPTION_STRING, AT(cpu), .unset = "the fastest", .commands = COMPUTE},
-    {"math", "NAME", "f32, bf16, int16, int8; GPU: f16, fp8", NULL,
-     OPTION_STRING, AT(math), .unset = "f32; GPU: f16", .commands = COMPUTE},
+    {"cpu", "NAME", "instructions such as avx2, or a table", NULL,
+     OPTION_STRING, AT(cpu), .unset = "the fastest", .commands = TABLE},
+    {"math", "NAME", "f32, int16, bf16, int8; GPU: f16, fp8", NULL,
+     OPTION_STRING, AT(math), .unset = "f32; GPU: f16", .commands = TABLE},
     {"devices", "LIST", "GPU: which, such as 0,2, or all", "0",
      OPTION_STRING, AT(device_list), .commands = COMPUTE, .gpu = 1},
     {"vram", "MIB", "GPU: memory to use at most, of each", NULL,

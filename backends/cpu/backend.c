@@ -3,4 +3,4 @@
 
 const qemb_math qemb_backend_math = QEMB_MATH_F32;
 
-const qemb_ops *qemb_backend_table(int i) { return qemb_cpu_table(i); }
+const qemb_ops *qemb_backend_choose(qemb_math math) { return qemb_cpu_choose(NULL, math); }

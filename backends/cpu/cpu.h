@@ -5,7 +5,7 @@
  *   row_ops.c           ops that compute row by row, and how attention is cut into blocks
  *   packed_gemm.c       matrix products of repacked weights (packed_gemm.h)
  *   avx2.c, avx512.c, avx512_attention.c   the instructions
- *   dispatch.c          which tables this CPU can run
+ *   dispatch.c          which tables a CPU can run, and which of them serves --math
  *
  * Each uses only those above it, and qemb.c's plain ops where nothing is gained from vectors.
  */
@@ -162,5 +162,28 @@ void avx512_swiglu_8bit(float *h, size_t ldh, int rows, int cols, const float *s
 /* For CPUs with tiles (AMX-TILE and AMX-BF16), AVX-512 as above and VNNI. All multiply bfloat16
  * tiles, into which numbers are split: 3, 2 or 1 of x, 1 of W, or 2 if it has more than 8 bits. */
 extern const qemb_ops amx_ops, amx_bf16_ops, amx_int16_ops, amx_int8_ops;
+
+/* ---- the choice of a table (dispatch.c) ------------------------------------------------------ */
+
+/* What a CPU is and has. CPU_AVX2 is also FMA and F16C; CPU_AVX512 is F, BW, DQ, VL and BMI2. */
+enum {
+    CPU_INTEL = 1,
+    CPU_AVX2 = 2,
+    CPU_AVX512 = 4,
+    CPU_AVX512_VNNI = 8,
+    CPU_AVX512_BF16 = 16,
+};
+unsigned cpu_features(void); /* this machine's */
+
+typedef struct {
+    const qemb_ops *ops;
+    unsigned needs; /* of the bits above */
+    int speed[2];   /* on CPUs without and with CPU_INTEL, relative to the other tables */
+} cpu_table;
+/* All tables: plain first, the fastest of each arithmetic last. */
+extern const cpu_table cpu_tables[];
+extern const int n_cpu_tables;
+/* qemb_cpu_choose for a CPU with these features. */
+const qemb_ops *cpu_choose(unsigned features, const char *name, qemb_math math);
 
 #endif

@@ -7,74 +7,93 @@
 
 #include <cpuid.h>
 
-/* The builtin knows whether the system saves the wide registers, but not of F16C in every compiler:
- * that is bit 29 of ECX in leaf 1. */
-static int has_avx2(void) {
-    unsigned eax, ebx, ecx = 0, edx;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx >> 29 & 1;
+/* The builtins know which registers the system saves. Not every compiler's know F16C (bit 29 of ECX
+ * in leaf 1) and BF16 (bit 5 of EAX in leaf 7, 1); these use the registers of AVX2 and AVX-512. */
+unsigned cpu_features(void) {
+    unsigned eax, ebx, ecx, edx, found = 0;
+    if (__builtin_cpu_is("intel")) found |= CPU_INTEL;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx >> 29 & 1)
+        found |= CPU_AVX2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("bmi2"))
+        found |= CPU_AVX512;
+    if (__builtin_cpu_supports("avx512vnni")) found |= CPU_AVX512_VNNI;
+    if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1) found |= CPU_AVX512_BF16;
+    return found;
 }
 
-/* The builtin knows what the system saves of AVX-512's registers. Not every compiler's knows BF16:
- * bit 5 of EAX in leaf 7, 1. */
-static int has_avx512(void) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("bmi2");
-}
+#else
 
-static int has_avx512_vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
-
-/* Attention of the table for bfloat16 multiplies 16-bit integers, with VNNI. */
-static int has_avx512_bf16(void) {
-    unsigned eax, ebx, ecx, edx;
-    return has_avx512_vnni() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1;
-}
+unsigned cpu_features(void) { return 0; }
 
 #endif
 
-static int always(void) { return 1; }
-
-/* Every table, and whether this CPU has its instructions. Of an arithmetic, the fastest is last. */
-static const struct {
-    const qemb_ops *ops;
-    int (*runs)(void);
-} tables[] = {
-    {&qemb_cpu_ops, always},
+/* The second number of a row is its speed on AMD's and other CPUs, the third on Intel's. Only the
+ * ratios within a column count.
+ *
+ * AMD: tokens/s of the forward of the 0.6B's shape, texts of 64 tokens, 2 threads, Zen 4
+ * (docs/benchmarks.md; avx2: docs/speed-log.md, in the row of int16 with AVX2). plain: 0.28 of avx2
+ * on Zen 3.
+ *
+ * Intel: billions of multiply-adds per second of one thread of a Sapphire Rapids or Emerald Rapids,
+ * many rows. Its vdpbf16ps has half the rate of its FMA in float, so int16 serves bf16. avx2 has
+ * half the width of avx512, and plain the same share of avx2 as on Zen 3; both were not timed.
+ *
+ * Attention of the table for bfloat16 multiplies 16-bit integers, with VNNI. */
+const cpu_table cpu_tables[] = {
+    {&qemb_cpu_ops, 0, {62, 10}},
 #if defined(__x86_64__)
-    {&avx2_ops, has_avx2},
-    {&avx512_ops, has_avx512},
-    {&avx512_bf16_ops, has_avx512_bf16},
-    {&avx512_int16_ops, has_avx512_vnni},
-    {&avx512_int8_ops, has_avx512_vnni},
+    {&avx2_ops, CPU_AVX2, {225, 36}},
+    {&avx512_ops, CPU_AVX512, {245, 72}},
+    {&avx512_bf16_ops, CPU_AVX512 | CPU_AVX512_VNNI | CPU_AVX512_BF16, {454, 37}},
+    {&avx512_int16_ops, CPU_AVX512 | CPU_AVX512_VNNI, {452, 140}},
+    {&avx512_int8_ops, CPU_AVX512 | CPU_AVX512_VNNI, {806, 250}},
 #endif
 };
+const int n_cpu_tables = sizeof cpu_tables / sizeof *cpu_tables;
 
-const qemb_ops *qemb_cpu_table(int i) {
-    for (size_t k = 0; i >= 0 && k < sizeof tables / sizeof *tables; k++)
-        if (tables[k].runs() && !i--) return tables[k].ops;
-    return NULL;
-}
+/* The largest relative L2 error of an F16 file's vectors (docs/accuracy.md). Arithmetics that only
+ * GPUs have are 0, which is less than any table's. */
+static const float errors[] = {
+    [QEMB_MATH_F32] = 2.7e-6f,  [QEMB_MATH_INT16] = 2.4e-4f, [QEMB_MATH_BF16] = 5.9e-3f,
+    [QEMB_MATH_INT8] = 3.6e-2f, [QEMB_MATH_FP8] = 0,         [QEMB_MATH_F16] = 0};
+
+static int runs(const cpu_table *t, unsigned features) { return (t->needs & features) == t->needs; }
 
 /* Names are those of the instructions, and for other arithmetic than float, with that:
- * avx512-bf16. */
+ * avx512-bf16. The instructions alone name all their tables. */
 static int is_named(const qemb_ops *ops, const char *name) {
     const size_t n = strlen(name);
-    return !strcmp(ops->name, name) || (n && !strncmp(ops->name, name, n) && ops->name[n] == '-');
+    return !strcmp(ops->name, name) || (!strncmp(ops->name, name, n) && ops->name[n] == '-');
+}
+
+const qemb_ops *cpu_choose(unsigned features, const char *name, qemb_math math) {
+    const int kind = (features & CPU_INTEL) != 0;
+    const cpu_table *found = NULL;
+    for (const cpu_table *t = cpu_tables; t < cpu_tables + n_cpu_tables; t++)
+        if (runs(t, features) && (!name || is_named(t->ops, name)) &&
+            errors[t->ops->math] <= errors[math] && (!found || t->speed[kind] > found->speed[kind]))
+            found = t;
+    return found ? found->ops : NULL;
+}
+
+const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math) {
+    return cpu_choose(cpu_features(), name, math);
+}
+
+const qemb_ops *qemb_cpu_table(int i) {
+    const unsigned features = cpu_features();
+    for (int k = 0; i >= 0 && k < n_cpu_tables; k++)
+        if (runs(&cpu_tables[k], features) && !i--) return cpu_tables[k].ops;
+    return NULL;
 }
 
 const qemb_ops *qemb_cpu_mapped(void) {
     const qemb_ops *found = NULL;
     for (int i = 0; qemb_cpu_table(i); i++)
         if (qemb_cpu_table(i)->math == QEMB_MATH_F32 && !qemb_cpu_table(i)->repacked_bytes)
-            found = qemb_cpu_table(i);
-    return found;
-}
-
-const qemb_ops *qemb_cpu_choose(const char *name, qemb_math math) {
-    const qemb_ops *found = NULL;
-    for (int i = 0; qemb_cpu_table(i); i++)
-        if (qemb_cpu_table(i)->math == math && (!name || is_named(qemb_cpu_table(i), name)))
             found = qemb_cpu_table(i);
     return found;
 }

@@ -289,6 +289,7 @@ static int info(const options *o) {
     if (qemb_file_open(&f, o->model.model, &err)) DIE(STATUS_MODEL, "%s", err.msg);
     printf("file             %s (%.1f MiB)\n", o->model.model, mib(f->map_bytes));
     print_config(f);
+    printf("table            %s, on this machine\n", o->model.ops->name);
     for (int i = 0; i < f->n_prompts; i++) {
         printf("prompt           ");
         print_quoted(f->prompts[i].name);

@@ -496,8 +496,9 @@ static void print_summary(const writer *w) {
     say("%" PRIu64 " texts, %" PRIu64 " tokens in %.3f s (%.1f texts/s, %.1f tokens/s)", w->texts,
         w->tokens, seconds, per_second(w->texts, seconds), per_second(w->tokens, seconds));
     say("%" PRIu64 " batches, %" PRIu64 " distinct texts, %" PRIu64 " prefix tokens saved, %" PRIu64
-        " truncated, %" PRIu64 " errors, peak memory %.1f MiB",
-        w->batches, w->distinct, w->saved, w->truncated, w->errors, peak_mib());
+        " truncated, %" PRIu64 " errors, peak memory %.1f MiB, table %s",
+        w->batches, w->distinct, w->saved, w->truncated, w->errors, peak_mib(),
+        w->p->opt->model.ops->name);
     print_devices(w->p);
 }
 

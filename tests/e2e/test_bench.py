@@ -159,6 +159,25 @@ def test_the_forward_with_onednns_products_makes_the_same_vectors(math):
     assert got["forward: oneDNN"]["unit"] == "tokens/s" and got["forward of oneDNN"]["unit"] == "%"
 
 
+@pytest.mark.parametrize("math", ["f32", "int16", "bf16", "int8"])
+def test_exactly_the_arithmetic_that_was_asked_is_timed(math):
+    """qemb may serve --math by a table that is more exact. That is not what a row of bench says."""
+    tables = subprocess.run([str(BENCH), "tables"], capture_output=True, text=True, check=True)
+    of_math = [name for name, m in map(str.split, tables.stdout.splitlines()) if m == math]
+    for args in [["--math", math]] + [["--cpu", name] for name in of_math]:
+        r = subprocess.run(
+            [str(BENCH), "print", MODEL, "--threads", "1", *args],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        if of_math:
+            want = of_math[-1] if args[0] == "--math" else args[1]
+            assert r.returncode == 0 and r.stderr == f"bench: table {want}\n"
+        else:
+            assert r.returncode == 1 and "another arithmetic would serve it" in r.stderr
+
+
 def test_every_table_is_listed():
     r = subprocess.run([str(BENCH), "tables"], capture_output=True, text=True, check=True)
     assert r.stdout.splitlines()[0] == "plain f32"

@@ -817,7 +817,7 @@ def test_stats():
     assert (
         re.fullmatch(
             r"qemb: 1 batches, 3 distinct texts, 0 prefix tokens saved, 1 truncated, "
-            r"1 errors, peak memory [0-9.]+ MiB",
+            r"1 errors, peak memory [0-9.]+ MiB, table [a-z0-9-]+",
             lines_[2],
         )
         and len(lines_) == 3
@@ -825,18 +825,14 @@ def test_stats():
 
 
 def test_weights_that_are_copied_show_progress():
-    wanted = lambda *a: re.search(r"want (.*)\)", qemb(*a).stderr.decode())[1].split(", ")
-    for cpu in wanted("--cpu", "roman"):
-        for math in wanted("--math", "roman"):
-            args = "--cpu", cpu, "--math", math
-            p = qemb(*args, "--progress", data=b"x\n")
-            if p.returncode:
-                continue  # not available with these instructions
-            shown = re.findall(rb"\r\x1b\[Kweights: layer (\d+) of (\d+)", p.stderr)
-            assert p.stderr.endswith(b"\r\x1b[K")
-            assert len(shown) == (3 if cpu == "avx512" else 0), args
-            assert all(int(a) == i + 2 for i, (a, _) in enumerate(shown))
-            assert b"weights" not in qemb(*args, data=b"x\n").stderr
+    for table in tables():
+        p = qemb("--cpu", table, "--progress", data=b"x\n")
+        shown = re.findall(rb"\r\x1b\[Kweights: layer (\d+) of (\d+)", p.stderr)
+        assert p.returncode == 0 and p.stderr.endswith(b"\r\x1b[K")
+        copies = b"layers, copied" in out("plan", "--cpu", table)
+        assert len(shown) == (3 if copies else 0), table
+        assert all(int(a) == i + 2 for i, (a, _) in enumerate(shown))
+        assert b"weights" not in qemb("--cpu", table, data=b"x\n").stderr
 
 
 def test_progress(tmp_path):
@@ -883,8 +879,14 @@ def test_help_has_a_line_for_each_option():
 USAGE = [
     (["--cpu", "abacus"], "--cpu: not on this machine"),
     (["--cpu", ""], "--cpu: not on this machine"),
+    (["--cpu", "plai"], r"--cpu: not on this machine .got plai, want plain"),
+    (["info", "--cpu", "abacus"], "--cpu: not on this machine"),
     (["--math", "fp1"], r"--math: not with this program on this machine .got fp1, want f32"),
     (["--math", "f16"], r"--math: not with this program on this machine .got f16, want f32"),
+    (
+        ["--cpu", "plain", "--math", "fp8"],
+        r"--math: not with --cpu plain .got fp8, want f32, bf16, int16, int8\)",
+    ),
     ((), r"no model \(want -m"),
     (("-m",), "-m: needs a value"),
     (("-m", MODEL, "--dim"), "--dim: needs a value"),
@@ -919,37 +921,64 @@ USAGE = [
 ]
 
 
-def test_cpu_names_the_arithmetic(alone):
-    data = lines(TEXTS)
-    plain = out("--cpu", "plain", data=data)
-    tables = re.search(r"want (.*)\)", qemb("--cpu", "abacus").stderr.decode())[1].split(", ")
-    assert tables[0] == "plain"
-    assert out("--cpu", tables[-1], data=data) == b"".join(alone)  # the fastest is the default
-    for name in tables:
-        got = vectors("--cpu", name, data=data)
-        for a, b in zip(got, map(json.loads, plain.splitlines())):
-            # two float32 computations of a unit vector: tests/golden has their own error, 1.4e-7
-            assert np.all(np.abs(a - np.array(b)) < 2e-5)
-    if len(tables) > 1:
-        assert plain != b"".join(alone)  # another order of summation: the option has an effect
+def tables():
+    """The names of this machine's tables."""
+    return re.search(r"want (.*)\)", qemb("--cpu", "abacus").stderr.decode())[1].split(", ")
 
 
-def test_math_names_the_arithmetic(alone):
+def table_of(*args):
+    """The table that a run with these options uses. `info` names the same one."""
+    p = qemb(*args, "--stats", data=b"x\n")
+    assert p.returncode == 0, p.stderr
+    table = re.search(r", table (.*)\n", p.stderr.decode())[1]
+    told = out("info", *args).decode()
+    assert re.search(r"^table +(.*), on this machine$", told, re.M)[1] == table
+    return table
+
+
+MATHS = ["f32", "int16", "bf16", "int8"]  # the least error first: docs/accuracy.md
+
+
+def math_of(table):
+    return table.split("-")[1] if "-" in table else "f32"
+
+
+def test_cpu_names_a_table(alone):
     data = lines(TEXTS)
-    maths = re.search(r"want (.*)\)", qemb("--math", "roman").stderr.decode())[1].split(", ")
-    assert maths[0] == "f32" and "f16" not in maths
-    assert out("--math", "f32", data=data) == b"".join(alone)
-    seen = {b"".join(alone)}
-    for name in maths[1:]:
-        got = out("--math", name, data=data)
-        assert got not in seen  # the option is not ignored
+    assert tables()[0] == "plain" == table_of("--cpu", "plain")
+    assert out("--cpu", table_of(), data=data) == b"".join(alone)  # what is used by default
+    seen = set()
+    for name in tables():
+        assert table_of("--cpu", name) == name
+        got = out("--cpu", name, data=data)
+        assert got not in seen  # each rounds differently
         seen.add(got)
         for a, b in zip(got.splitlines(), alone):
-            # a sanity check: tests/unit/accuracy.c has what an arithmetic costs
-            assert np.dot(json.loads(a), json.loads(b)) > 0.99
-    for name in ("plain", "avx2"):
-        r = qemb("--cpu", name, "--math", "roman").stderr.decode()
-        assert "--math: not with this --cpu (got roman, want f32" in r or "--cpu: not on" in r
+            a, b = np.array(json.loads(a)), np.array(json.loads(b))
+            if math_of(name) == "f32":
+                # float32 computations of a unit vector: tests/golden has their own error, 1.4e-7
+                assert np.all(np.abs(a - b) < 2e-5)
+            else:  # a sanity check: tests/unit/accuracy.c has what an arithmetic costs
+                assert np.dot(a, b) > 0.99
+
+
+def test_math_is_the_largest_error(alone):
+    """Every arithmetic is served, where the CPU lacks its instructions too."""
+    assert out("--math", "f32", data=lines(TEXTS)) == b"".join(alone)
+    for i, math in enumerate(MATHS):
+        assert math_of(table_of("--math", math)) in MATHS[: i + 1]
+        assert table_of("--math", math, "--cpu", "plain") == "plain"
+        for name in tables():
+            if i >= MATHS.index(math_of(name)):
+                served = table_of("--math", math, "--cpu", name)
+                assert served == name or name in ("avx2", "avx512", "amx")
+                assert served.split("-")[0] == name.split("-")[0]
+                continue
+            p = qemb("--math", math, "--cpu", name, data=b"x\n")
+            said = f"--math: a smaller error than that of --cpu {name} (got {math}, want "
+            assert p.returncode == 1 and said in p.stderr.decode()
+            want = re.search(r"want (.*)\)", p.stderr.decode())[1].split(", ")
+            assert set(want) == set(MATHS[MATHS.index(math_of(name)) :])
 
 
 @pytest.mark.parametrize("args, message", USAGE, ids=[m for _, m in USAGE])
@@ -1068,36 +1097,35 @@ def test_plan():
     assert "copied" not in out("plan", "--cpu", "plain").decode()
     # halves, or a byte for each of 688,128 weights and a half for each 64, in whole panels of 32
     # rows
-    for math, least, most in ("f32", 1.2, 1.5), ("int16", 1.2, 1.5), ("int8", 0.6, 0.9):
-        if (
-            b"avx512" in qemb("--cpu", "roman").stderr
-            and math.encode() in qemb("--math", "roman").stderr
-        ):
-            copied = re.search(
-                r"([0-9.]+) MiB  layers, copied", out("plan", "--math", math).decode()
-            )
-            assert least < float(copied[1]) < most
+    sizes = {"avx512": (1.2, 1.5), "avx512-int16": (1.2, 1.5), "avx512-int8": (0.6, 0.9)}
+    for table in set(sizes) & set(tables()):
+        copied = re.search(r"([0-9.]+) MiB  layers, copied", out("plan", "--cpu", table).decode())
+        assert sizes[table][0] < float(copied[1]) < sizes[table][1]
 
 
 def test_int8_file_beside_its_f16_file(tmp_path):
-    """What --math int8 makes of F16 weights when it loads them is what an int8 file has: the same
-    bits. Rows of 72 and 130 weights, so that groups end early; F32 weights, which both round to
-    halves. """
+    """What a table for int8 makes of F16 weights when it loads them is what an int8 file has: the
+    same bits. Rows of 72 and 130 weights, so that groups end early; F32 weights, which both round
+    to halves. """
     s = dict(layers=2, hidden=72, heads=4, kv=2, hd=18, ffn=130, vocab=300, max=64)
     hf.save_random_model(tmp_path / "model", s, json.dumps(hf.tokenizer_json([("a", "b")])))
     hf.save_safetensors(tmp_path / "model/model.safetensors", hf.random_tensors(s, 1, "F32"))
     files = [tmp_path / "f16.qemb", tmp_path / "int8.qemb"]
     for file in files:
         convert(tmp_path / "model", file, "--dtype", file.stem)
-    embed = lambda file, math: vectors("-m", file, "--math", math, data=lines(TEXTS), model=False)
-    halves, eight = (np.array(embed(file, "f32")) for file in files)
+    embed = lambda file, *args: np.array(
+        vectors("-m", file, *args, data=lines(TEXTS), model=False)
+    )
+    halves, eight = (embed(file) for file in files)
     off = np.linalg.norm(halves - eight, axis=1)
     assert (off > 1e-4).all() and (off < 3.6e-2).all()  # rounded, and by no more than is promised
     assert "int8, a scale per 64 weights" in out("info", "-m", files[1], model=False).decode()
-    if "int8" not in qemb("--math", "roman").stderr.decode():
-        pytest.skip("this CPU has no AVX512_VNNI")
-    halves, eight = (np.array(embed(file, "int8")) for file in files)
-    assert halves.tobytes() == eight.tobytes()
+    names = [name for name in tables() if math_of(name) == "int8"]
+    if not names:
+        pytest.skip("this CPU has no table for int8")
+    for name in names:
+        halves, eight = (embed(file, "--cpu", name) for file in files)
+        assert halves.tobytes() == eight.tobytes()
 
 
 def test_check_of_an_unknown_shape():

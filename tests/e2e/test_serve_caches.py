@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import re
 import shutil
 import socket
 import struct
@@ -173,20 +174,26 @@ def test_models_do_not_share_keys(redis, tmp_path):
         assert b.embed([[1, 2]]) == one and b.metric("qemb_redis_hits_total") == 0
 
 
-def test_arithmetics_share_no_vectors(redis):
+def test_tables_share_no_vectors(redis):
     lists, stored = [[1, 2, 3], [4, 5]], 0
-    for math in ("f32", "bf16", "int16", "int8"):
-        command = [QEMB, "-m", MODEL, "--math", math, "--input", "jsonl", "--output", "base64"]
-        records = "".join(json.dumps({"ids": ids}) + "\n" for ids in lists).encode()
-        done = subprocess.run(command, input=records, stdout=subprocess.PIPE, timeout=GUARD)
-        if done.returncode == 1:
-            continue  # not on this machine
-        with server(*with_redis(redis.port), "--math", math) as s:
-            assert s.embed(lists) == done.stdout.decode().splitlines()
+    refusal = subprocess.run([QEMB, "--cpu", "abacus"], stderr=subprocess.PIPE, timeout=GUARD)
+    for table in re.search(r"want (.*)\)", refusal.stderr.decode())[1].split(", "):
+        want = qemb("--cpu", table, "--output", "base64", records=[{"ids": ids} for ids in lists])
+        with server(*with_redis(redis.port), "--cpu", table) as s:
+            assert s.embed(lists) == want
             assert s.metric("qemb_redis_hits_total") == 0
             stored += 1 + len(lists)
             wait_stored(redis, stored)
     assert stored
+
+
+def test_what_one_table_serves_is_shared(redis):
+    """Keys hold the table, whatever options chose it."""
+    with server(*with_redis(redis.port), "--cpu", "plain") as s:
+        one = s.embed([[1, 2]])
+        wait_stored(redis, 2)
+    with server(*with_redis(redis.port), "--cpu", "plain", "--math", "int8") as s:
+        assert s.embed([[1, 2]]) == one and s.metric("qemb_redis_hits_total") == 1
 
 
 def test_wrong_values_in_redis_are_misses(redis):

@@ -110,7 +110,7 @@ static int fake_pad_rows(int T) { return (T + ROWS - 1) / ROWS * ROWS; }
 
 const qemb_math qemb_backend_math = QEMB_MATH_F32;
 
-const qemb_ops *qemb_backend_table(int i) {
+const qemb_ops *qemb_backend_choose(qemb_math math) {
     static qemb_ops table;
     if (!table.name) { /* by the main thread, before it starts others */
         table = qemb_cpu_ops;
@@ -121,5 +121,5 @@ const qemb_ops *qemb_backend_table(int i) {
         table.open = fake_open, table.close = fake_close;
         table.pool = fake_pool, table.collect = fake_collect;
     }
-    return i ? NULL : &table;
+    return math == table.math ? &table : NULL;
 }

@@ -4,41 +4,144 @@
 #include "oracle.h"
 #include "support.h"
 
+#include "backends/cpu/cpu.h"
+
 #include <criterion/criterion.h>
 #include <float.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-Test(simd, the_choice) {
+Test(simd, the_tables_of_this_machine) {
     cr_assert_eq(qemb_cpu_table(0), &qemb_cpu_ops);
-    cr_assert_eq(qemb_cpu_choose("plain", QEMB_MATH_F32), &qemb_cpu_ops);
-    cr_assert_null(qemb_cpu_choose("mmx", QEMB_MATH_F32));
-    cr_assert_null(qemb_cpu_choose("", QEMB_MATH_F32));
     cr_assert_null(qemb_cpu_table(-1));
     int n = 0;
-    const qemb_ops *last[5] = {NULL};
-    for (; qemb_cpu_table(n); n++) {
-        const qemb_ops *op = qemb_cpu_table(n);
+    for (const qemb_ops *op; (op = qemb_cpu_table(n)); n++) {
         char name[32];
         cr_assert_eq(qemb_cpu_choose(op->name, op->math), op);
         snprintf(name, sizeof name, "%s", op->name);
-        name[strcspn(name, "-")] = 0; /* the instructions alone: the last table that has them */
-        const qemb_ops *found = op;
-        for (int i = n; qemb_cpu_table(i); i++)
-            if (qemb_cpu_table(i)->math == op->math &&
-                !strncmp(qemb_cpu_table(i)->name, name, strlen(name)))
-                found = qemb_cpu_table(i);
-        cr_assert_eq(qemb_cpu_choose(name, op->math), found);
         name[strlen(name) - 1] = 0;
-        cr_assert_null(qemb_cpu_choose(name, op->math));
-        last[op->math] = op;
+        cr_assert_null(qemb_cpu_choose(name, QEMB_MATH_INT8));
+        for (int m = 0; m <= QEMB_MATH_F16; m++)
+            cr_assert_eq(qemb_cpu_choose(op->name, (qemb_math)m),
+                         cpu_choose(cpu_features(), op->name, (qemb_math)m));
     }
-    for (int m = 0; m < 5; m++) cr_assert_eq(qemb_cpu_choose(NULL, (qemb_math)m), last[m]);
+    cr_assert_null(qemb_cpu_table(n + 1));
     const qemb_ops *avx2 = qemb_cpu_choose("avx2", QEMB_MATH_F32);
     cr_assert_eq(qemb_cpu_mapped(), avx2 ? avx2 : &qemb_cpu_ops);
-    cr_assert_null(qemb_cpu_table(n + 1));
 }
+
+/* Place in the order of errors (docs/accuracy.md), least first. GPUs' arithmetics: before all. */
+static int rank(qemb_math math) {
+    static const int ranks[] = {[QEMB_MATH_F32] = 1,  [QEMB_MATH_INT16] = 2, [QEMB_MATH_BF16] = 3,
+                                [QEMB_MATH_INT8] = 4, [QEMB_MATH_FP8] = 0,   [QEMB_MATH_F16] = 0};
+    return ranks[math];
+}
+
+/* Whether a CPU with these features may be given t for this name and arithmetic. */
+static int allowed(const cpu_table *t, unsigned features, const char *name, qemb_math math) {
+    const size_t n = name ? strlen(name) : 0;
+    const char *of = t->ops->name;
+    const int named = !name || (!strncmp(of, name, n) && (!of[n] || of[n] == '-'));
+    return named && !(t->needs & ~features) && rank(t->ops->math) <= rank(math);
+}
+
+static void check_choice(unsigned features, const char *name, qemb_math math) {
+    const qemb_ops *got = cpu_choose(features, name, math);
+    const cpu_table *chosen = NULL;
+    const int kind = features & CPU_INTEL ? 1 : 0;
+    for (int i = 0; i < n_cpu_tables; i++)
+        if (cpu_tables[i].ops == got) chosen = &cpu_tables[i];
+    cr_assert_eq(!got, !chosen);
+    cr_assert(!chosen || allowed(chosen, features, name, math), "features %x: %s serves math %d",
+              features, got->name, math);
+    for (int i = 0; i < n_cpu_tables; i++)
+        if (allowed(&cpu_tables[i], features, name, math))
+            cr_assert(chosen && cpu_tables[i].speed[kind] <= chosen->speed[kind],
+                      "features %x, math %d: %s is faster than what was chosen", features, math,
+                      cpu_tables[i].ops->name);
+}
+
+/* On every CPU that could be, for every name and arithmetic: the table is one that the CPU can run,
+ * has no larger error than was accepted, and no other such table is faster. */
+Test(simd, the_choice_on_every_cpu) {
+    unsigned all = CPU_INTEL;
+    for (int i = 0; i < n_cpu_tables; i++) all |= cpu_tables[i].needs;
+    for (unsigned features = 0; features <= all; features++) {
+        if (features & ~all) continue;
+        for (int m = 0; m <= QEMB_MATH_F16; m++) {
+            check_choice(features, NULL, (qemb_math)m);
+            check_choice(features, "", (qemb_math)m);
+            check_choice(features, "mmx", (qemb_math)m);
+            for (int i = 0; i < n_cpu_tables; i++) {
+                const char *name = cpu_tables[i].ops->name;
+                char instructions[32];
+                snprintf(instructions, sizeof instructions, "%.*s", (int)strcspn(name, "-"), name);
+                check_choice(features, name, (qemb_math)m);
+                check_choice(features, instructions, (qemb_math)m);
+            }
+        }
+    }
+}
+
+/* bench takes the last table of an arithmetic for its fastest one. */
+Test(simd, the_fastest_of_an_arithmetic_is_last) {
+    for (int i = 0; i < n_cpu_tables; i++)
+        for (int k = 0; k < i; k++)
+            for (int kind = 0; kind < 2; kind++)
+                cr_assert(cpu_tables[i].ops->math != cpu_tables[k].ops->math ||
+                              cpu_tables[i].speed[kind] > cpu_tables[k].speed[kind],
+                          "%s after %s", cpu_tables[i].ops->name, cpu_tables[k].ops->name);
+}
+
+#if defined(__x86_64__)
+/* What known CPUs get for f32, int16, bf16 and int8. */
+Test(simd, the_choice_on_known_cpus) {
+    enum { AVX512 = CPU_AVX2 | CPU_AVX512, VNNI = AVX512 | CPU_AVX512_VNNI };
+    static const qemb_math maths[] = {QEMB_MATH_F32, QEMB_MATH_INT16, QEMB_MATH_BF16,
+                                      QEMB_MATH_INT8};
+    static const struct {
+        const char *cpu;
+        unsigned features;
+        const char *name, *want[4]; /* NULL: none */
+    } known[] = {
+        {"no AVX2", 0, NULL, {"plain", "plain", "plain", "plain"}},
+        {"Zen 3", CPU_AVX2, NULL, {"avx2", "avx2", "avx2", "avx2"}},
+        {"Zen 3", CPU_AVX2, "plain", {"plain", "plain", "plain", "plain"}},
+        {"Zen 3", CPU_AVX2, "avx512", {NULL}},
+        {"Zen 4",
+         VNNI | CPU_AVX512_BF16,
+         NULL,
+         {"avx512", "avx512-int16", "avx512-bf16", "avx512-int8"}},
+        {"Zen 4", VNNI | CPU_AVX512_BF16, "avx2", {"avx2", "avx2", "avx2", "avx2"}},
+        {"Skylake", CPU_INTEL | AVX512, NULL, {"avx512", "avx512", "avx512", "avx512"}},
+        {"Cascade Lake",
+         CPU_INTEL | VNNI,
+         NULL,
+         {"avx512", "avx512-int16", "avx512-int16", "avx512-int8"}},
+        {"Cooper Lake",
+         CPU_INTEL | VNNI | CPU_AVX512_BF16,
+         NULL,
+         {"avx512", "avx512-int16", "avx512-int16", "avx512-int8"}},
+        {"Cooper Lake",
+         CPU_INTEL | VNNI | CPU_AVX512_BF16,
+         "avx512",
+         {"avx512", "avx512-int16", "avx512-int16", "avx512-int8"}},
+        {"Cooper Lake",
+         CPU_INTEL | VNNI | CPU_AVX512_BF16,
+         "avx512-bf16",
+         {NULL, NULL, "avx512-bf16", "avx512-bf16"}},
+    };
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        for (int m = 0; m < 4; m++) {
+            const qemb_ops *got = cpu_choose(known[i].features, known[i].name, maths[m]);
+            const char *name = got ? got->name : "none";
+            const char *want = known[i].want[m] ? known[i].want[m] : "none";
+            cr_assert_str_eq(name, want, "%s, --cpu %s, math %d: %s", known[i].cpu,
+                             known[i].name ? known[i].name : "not given", maths[m], name);
+        }
+}
+#endif
 
 /* Whether the kernel lists all of these flags, separated by spaces, for this CPU. */
 static int cpuinfo_has(const char *flags) {
@@ -73,13 +176,13 @@ Test(simd, avx512_table_where_cpuinfo_has_it) {
     expect_table("avx512", QEMB_MATH_F32, AVX512_FLAGS);
 }
 Test(simd, avx512_bf16_table_where_cpuinfo_has_it) {
-    expect_table("avx512", QEMB_MATH_BF16, AVX512_FLAGS " avx512_bf16 avx512_vnni");
+    expect_table("avx512-bf16", QEMB_MATH_BF16, AVX512_FLAGS " avx512_bf16 avx512_vnni");
 }
 Test(simd, avx512_int16_table_where_cpuinfo_has_it) {
-    expect_table("avx512", QEMB_MATH_INT16, AVX512_FLAGS " avx512_vnni");
+    expect_table("avx512-int16", QEMB_MATH_INT16, AVX512_FLAGS " avx512_vnni");
 }
 Test(simd, avx512_int8_table_where_cpuinfo_has_it) {
-    expect_table("avx512", QEMB_MATH_INT8, AVX512_FLAGS " avx512_vnni");
+    expect_table("avx512-int8", QEMB_MATH_INT8, AVX512_FLAGS " avx512_vnni");
 }
 
 #if defined(__x86_64__)
@@ -242,7 +345,7 @@ static void quantize(int8_t *q, float *scale, const uint16_t *W, int N, int K) {
  * of one large number, of subnormal ones, of zeros; groups of 64 and a last one of 19. */
 Test(simd, int8_weights_are_what_halves_become) {
     enum { N = 45, K = 531, T = 31 };
-    const qemb_ops *op = qemb_cpu_choose("avx512", QEMB_MATH_INT8);
+    const qemb_ops *op = qemb_cpu_choose("avx512-int8", QEMB_MATH_INT8);
     if (!op) cr_skip_test("this CPU has no AVX512_VNNI");
     const qemb_config c = {
         .n_layers = 1, .hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
