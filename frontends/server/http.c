@@ -515,6 +515,7 @@ static enum MHD_Result tell_metrics(request *r) {
     for (int i = 0; i < 2 && workers[i]; i++) {
         const queue_depth d = model_worker_depth(workers[i]);
         g.worker[i].model = name_of(h, workers[i]);
+        g.worker[i].table = model_worker_table(workers[i]);
         g.worker[i].fingerprint = model_worker_fingerprint(workers[i]);
         g.worker[i].queue_texts = d.texts;
         g.worker[i].queue_tokens = d.tokens;

@@ -187,8 +187,8 @@ void metrics_text(metrics *m, buffer *out, const gauges *g) {
     for (int i = 0; i < 2 && g->worker[i].model; i++) {
         buffer_printf(out, "qemb_model_info{role=\"%s\",model=\"", i ? "fallback" : "main");
         label_text(out, g->worker[i].model);
-        buffer_printf(out, "\",fingerprint=\"%s\",version=\"%s\"} 1\n", g->worker[i].fingerprint,
-                      QEMB_VERSION);
+        buffer_printf(out, "\",table=\"%s\",fingerprint=\"%s\",version=\"%s\"} 1\n",
+                      g->worker[i].table, g->worker[i].fingerprint, QEMB_VERSION);
     }
     for (int h = 0; h < N_HISTOGRAMS; h++) histogram_text(m, out, (histogram)h);
 }

@@ -53,7 +53,7 @@ typedef struct {
     int healthy, connections, devices;
     size_t cache_bytes;
     struct {
-        const char *model, *fingerprint;               /* NULL: no such model */
+        const char *model, *table, *fingerprint;       /* NULL: no such model */
         int queue_texts, queue_tokens, queue_requests; /* waiting */
     } worker[2];                                       /* model, fallback */
 } gauges;

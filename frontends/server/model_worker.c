@@ -71,16 +71,15 @@ struct model_worker {
 /* ---- opening --------------------------------------------------------------------------------- */
 
 /* The file's header holds the model's shape and the SHA-256 of the rest. Ops tables round
- * differently, so their vectors are not shared. */
+ * differently, so their vectors are not shared. --cpu and --math do not tell the table: machines
+ * differ in what serves them. */
 #define HEADER_BYTES 4096
 
 static void make_fingerprint(model_worker *m) {
-    const char *backend = m->opt.model.ops->name;
-    const uint8_t math = (uint8_t)m->opt.model.ops->math;
+    const char *table = m->opt.model.ops->name;
     EVP_MD_CTX *c = need(EVP_MD_CTX_new());
     const int good = EVP_DigestInit_ex(c, m->sha256, NULL) &&
-                     EVP_DigestUpdate(c, backend, strlen(backend) + 1) &&
-                     EVP_DigestUpdate(c, &math, sizeof math) &&
+                     EVP_DigestUpdate(c, table, strlen(table) + 1) &&
                      EVP_DigestUpdate(c, m->file.file->map, HEADER_BYTES) &&
                      EVP_DigestFinal_ex(c, m->fingerprint, NULL);
     EVP_MD_CTX_free(c);
@@ -193,8 +192,10 @@ static void load(replica *r) {
                  o->devices[r->i], batches, seconds_now() - start);
     }
     if (atomic_fetch_sub(&m->loading, 1) == 1)
-        log_line("info", "loaded", "\"fallback\":%s,\"devices\":%d,\"fingerprint\":\"%s\"",
-                 m->opt.is_fallback ? "true" : "false", o->n_devices, m->fingerprint_hex);
+        log_line("info", "loaded",
+                 "\"fallback\":%s,\"devices\":%d,\"table\":\"%s\",\"fingerprint\":\"%s\"",
+                 m->opt.is_fallback ? "true" : "false", o->n_devices, o->ops->name,
+                 m->fingerprint_hex);
     pthread_barrier_wait(&m->loaded);
 }
 
@@ -385,6 +386,7 @@ int model_worker_retry_after(model_worker *m) { return queue_retry_after(m->queu
 int model_worker_devices(model_worker *m) { return atomic_load(&m->working); }
 queue_depth model_worker_depth(model_worker *m) { return queue_depth_of(m->queue); }
 int model_worker_hidden(const model_worker *m) { return m->file.file->config.hidden; }
+const char *model_worker_table(const model_worker *m) { return m->opt.model.ops->name; }
 const char *model_worker_fingerprint(const model_worker *m) { return m->fingerprint_hex; }
 
 size_t model_worker_cache_bytes(const model_worker *m) {

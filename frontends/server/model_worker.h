@@ -35,6 +35,7 @@ void model_worker_tick(model_worker *w, double now); /* call it a few times per 
 int model_worker_hidden(const model_worker *w);
 int model_worker_max_tokens(const model_worker *w);
 size_t model_worker_cache_bytes(const model_worker *w);
+const char *model_worker_table(const model_worker *w); /* the name of the ops table */
 /* 64 hex digits that stand for the file and the ops table: all that vectors depend on beside
  * ids. */
 const char *model_worker_fingerprint(const model_worker *w);

@@ -344,6 +344,16 @@ def test_curl(serve, tmp_path):
     assert out == b"200"
 
 
+def test_the_table_is_named():
+    for args in (), ("--math", "bf16"), ("--cpu", "plain", "--math", "int8"):
+        info = subprocess.run([QEMB, "info", MODEL, *args], stdout=subprocess.PIPE, check=True)
+        table = re.search(r"^table +(.*), on this machine$", info.stdout.decode(), re.M)[1]
+        with server(*args) as s:
+            assert s.wait_log("loaded")["table"] == table
+            told = [dict(k[1])["table"] for k in s.metrics() if k[0] == "qemb_model_info"]
+            assert told == [table]
+
+
 def test_metrics():
     with server() as s:
         before = s.metrics()
