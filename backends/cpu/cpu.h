@@ -165,13 +165,15 @@ extern const qemb_ops amx_ops, amx_bf16_ops, amx_int16_ops, amx_int8_ops;
 
 /* ---- the choice of a table (dispatch.c) ------------------------------------------------------ */
 
-/* What a CPU is and has. CPU_AVX2 is also FMA and F16C; CPU_AVX512 is F, BW, DQ, VL and BMI2. */
+/* What a CPU is and has. CPU_AVX2 is also FMA and F16C; CPU_AVX512 is F, BW, DQ, VL and BMI2.
+ * CPU_AMX is TILE and BF16, and the kernel's permission to use tiles. */
 enum {
     CPU_INTEL = 1,
     CPU_AVX2 = 2,
     CPU_AVX512 = 4,
     CPU_AVX512_VNNI = 8,
     CPU_AVX512_BF16 = 16,
+    CPU_AMX = 32,
 };
 unsigned cpu_features(void); /* this machine's */
 

@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 
+#include "amx.h"
+
 #include <cpuid.h>
 
 /* The builtins know which registers the system saves. Not every compiler's know F16C (bit 29 of ECX
@@ -21,6 +23,7 @@ unsigned cpu_features(void) {
         found |= CPU_AVX512;
     if (__builtin_cpu_supports("avx512vnni")) found |= CPU_AVX512_VNNI;
     if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1) found |= CPU_AVX512_BF16;
+    if (!amx_open()) found |= CPU_AMX;
     return found;
 }
 
@@ -38,10 +41,14 @@ unsigned cpu_features(void) { return 0; }
  * on Zen 3.
  *
  * Intel: billions of multiply-adds per second of one thread of a Sapphire Rapids or Emerald Rapids,
- * many rows. Its vdpbf16ps has half the rate of its FMA in float, so int16 serves bf16. avx2 has
- * half the width of avx512, and plain the same share of avx2 as on Zen 3; both were not timed.
+ * many rows. Its vdpbf16ps has half the rate of its FMA in float, so without tiles int16 serves
+ * bf16. avx2 has half the width of avx512, and plain the same share of avx2 as on Zen 3; both were
+ * not timed. Tiles: amx.c's loops in a program of their own, weights of 8 bits (others: 108, 195,
+ * 499, 459). bf16 is faster than int8, which has to make bfloat16 of its bytes, so it serves int8.
+ * No AMD CPU has tiles: the first column has Intel's ratios to avx512.
  *
- * Attention of the table for bfloat16 multiplies 16-bit integers, with VNNI. */
+ * The tables for bfloat16 need VNNI, since their attention multiplies 16-bit integers. */
+enum { TILES = CPU_AVX512 | CPU_AVX512_VNNI | CPU_AMX };
 const cpu_table cpu_tables[] = {
     {&qemb_cpu_ops, 0, {62, 10}},
 #if defined(__x86_64__)
@@ -50,6 +57,10 @@ const cpu_table cpu_tables[] = {
     {&avx512_bf16_ops, CPU_AVX512 | CPU_AVX512_VNNI | CPU_AVX512_BF16, {454, 37}},
     {&avx512_int16_ops, CPU_AVX512 | CPU_AVX512_VNNI, {452, 140}},
     {&avx512_int8_ops, CPU_AVX512 | CPU_AVX512_VNNI, {806, 250}},
+    {&amx_ops, TILES, {840, 247}},
+    {&amx_int16_ops, TILES, {1211, 356}},
+    {&amx_int8_ops, TILES, {1562, 459}},
+    {&amx_bf16_ops, TILES, {1698, 499}},
 #endif
 };
 const int n_cpu_tables = sizeof cpu_tables / sizeof *cpu_tables;

@@ -4,6 +4,7 @@
 #include "oracle.h"
 #include "support.h"
 
+#include "backends/cpu/amx.h"
 #include "backends/cpu/cpu.h"
 
 #include <criterion/criterion.h>
@@ -97,7 +98,11 @@ Test(simd, the_fastest_of_an_arithmetic_is_last) {
 #if defined(__x86_64__)
 /* What known CPUs get for f32, int16, bf16 and int8. */
 Test(simd, the_choice_on_known_cpus) {
-    enum { AVX512 = CPU_AVX2 | CPU_AVX512, VNNI = AVX512 | CPU_AVX512_VNNI };
+    enum {
+        AVX512 = CPU_AVX2 | CPU_AVX512,
+        VNNI = AVX512 | CPU_AVX512_VNNI,
+        TILES = CPU_INTEL | VNNI | CPU_AVX512_BF16 | CPU_AMX
+    };
     static const qemb_math maths[] = {QEMB_MATH_F32, QEMB_MATH_INT16, QEMB_MATH_BF16,
                                       QEMB_MATH_INT8};
     static const struct {
@@ -131,6 +136,13 @@ Test(simd, the_choice_on_known_cpus) {
          CPU_INTEL | VNNI | CPU_AVX512_BF16,
          "avx512-bf16",
          {NULL, NULL, "avx512-bf16", "avx512-bf16"}},
+        {"Sapphire Rapids", TILES, NULL, {"amx", "amx-int16", "amx-bf16", "amx-bf16"}},
+        {"Sapphire Rapids", TILES, "amx", {"amx", "amx-int16", "amx-bf16", "amx-bf16"}},
+        {"Sapphire Rapids", TILES, "amx-int8", {NULL, NULL, NULL, "amx-int8"}},
+        {"Sapphire Rapids",
+         TILES,
+         "avx512",
+         {"avx512", "avx512-int16", "avx512-int16", "avx512-int8"}},
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         for (int m = 0; m < 4; m++) {
@@ -186,6 +198,18 @@ Test(simd, avx512_int8_table_where_cpuinfo_has_it) {
 }
 
 #if defined(__x86_64__)
+/* The kernel may refuse the permission that tiles need: then the CPU counts as one without. */
+Test(simd, amx_tables_where_cpuinfo_and_the_kernel_have_tiles) {
+    const char *refused = amx_open();
+    const qemb_math maths[] = {QEMB_MATH_F32, QEMB_MATH_INT16, QEMB_MATH_BF16, QEMB_MATH_INT8};
+    const char *names[] = {"amx", "amx-int16", "amx-bf16", "amx-int8"};
+    for (int i = 0; refused && i < 4; i++)
+        cr_assert_null(qemb_cpu_choose(names[i], maths[i]), "%s", refused);
+    if (refused) cr_skip_test("%s", refused);
+    for (int i = 0; i < 4; i++)
+        expect_table(names[i], maths[i], AVX512_FLAGS " avx512_vnni amx_tile amx_bf16");
+}
+
 /* Every 257th float of either sign, and special values: exp is within an ulp of the result in
  * double precision, whose own error is about 2^-28 ulp. */
 static void check_exp(void (*run)(float *y, const float *x, int n)) {
