@@ -291,7 +291,9 @@ typedef struct {
 } qemb_health;
 
 /* The arithmetic of the GEMMs. On a CPU everything else is float, except that attention multiplies
- * 16-bit integers where the arithmetic is not f32. On CUDA activations are halves, sums float. */
+ * 16-bit integers where the arithmetic is not f32. Tables for tiles (amx.c) do not scale: INT16 has
+ * 16 bits of each activation, INT8 has bfloat16 activations. On CUDA activations are halves, sums
+ * float. */
 typedef enum {
     QEMB_MATH_F32,   /* weights as the file has them, activations in float */
     QEMB_MATH_BF16,  /* both rounded to bfloat16 */
