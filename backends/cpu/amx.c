@@ -39,15 +39,18 @@
 #include "amx.h"
 
 #include <math.h>
-#ifdef AMX_EMULATE
+/* INLINE: a function of vectors. TEMPLATE: a function that is inlined with constant arguments, so
+ * that its branches disappear. */
+#ifdef AMX_EMULATE /* branches cost nothing beside the emulation, copies cost time to compile */
 #define WITH_AVX512
+#define TEMPLATE static
 #else
 #include <immintrin.h>
 #define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,bmi2")))
+#define TEMPLATE    INLINE
 #endif
-/* A function that is inlined with constant arguments, so that its branches disappear. */
-#define TEMPLATE static inline __attribute__((always_inline)) WITH_AVX512
-#define UNROLL   _Pragma("GCC unroll 16")
+#define INLINE static inline __attribute__((always_inline)) WITH_AVX512
+#define UNROLL _Pragma("GCC unroll 16")
 
 enum {
     TILE_BYTES = 1024,
@@ -96,37 +99,37 @@ typedef uint16_t u16vec __attribute__((vector_size(32), aligned(2), may_alias));
 typedef int8_t s8vec __attribute__((vector_size(16), aligned(1), may_alias));
 
 #ifdef AMX_EMULATE
-TEMPLATE vec fma16(vec a, vec b, vec c) {
+INLINE vec fma16(vec a, vec b, vec c) {
     for (int i = 0; i < 16; i++) c[i] = fmaf(a[i], b[i], c[i]);
     return c;
 }
 /* 16 finite halves. The multiplication makes subnormal ones normal. */
-TEMPLATE vec halves16(const void *p) {
+INLINE vec halves16(const void *p) {
     const uvec h = __builtin_convertvector(*(const u16vec *)p, uvec);
     const vec magnitude = (vec)((h & 0x7fff) << 13) * 0x1p112f;
     return (vec)((uvec)magnitude | (h & 0x8000) << 16);
 }
 #else
-TEMPLATE vec fma16(vec a, vec b, vec c) {
+INLINE vec fma16(vec a, vec b, vec c) {
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
-TEMPLATE vec halves16(const void *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+INLINE vec halves16(const void *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 #endif
 
-TEMPLATE vec all16(float f) { return f - (vec){0}; }
+INLINE vec all16(float f) { return f - (vec){0}; }
 
-TEMPLATE vec bytes16(const int8_t *p) { return __builtin_convertvector(*(const s8vec *)p, vec); }
+INLINE vec bytes16(const int8_t *p) { return __builtin_convertvector(*(const s8vec *)p, vec); }
 
 /* Floats, as their bits, rounded to nearest even to the 8 bits of bfloat16. What would round to Inf
  * is cut off instead, so that the rest of a finite number stays finite. Inf and NaN do not become
  * finite. */
-TEMPLATE uvec to_bf16(uvec u) {
+INLINE uvec to_bf16(uvec u) {
     const uvec in_range = (uvec)((u & 0x7fffffff) < 0x7f7f8000);
     return (u + (in_range & (0x7fff + (u >> 16 & 1)))) & 0xffff0000;
 }
 
 /* The first n of 16 numbers of p; the others are 0. */
-TEMPLATE vec load_first(const float *p, int n) {
+INLINE vec load_first(const float *p, int n) {
     if (n >= 16) return *(const vec *)p;
     if (n <= 0) return (vec){0};
     float v[16] = {0};
@@ -284,7 +287,7 @@ typedef struct {
 } work;
 
 /* y[0 .. n-1] = (add ? y : 0) + alpha v, n <= 16 */
-TEMPLATE void store_y(float *y, vec v, int n, int add, float alpha) {
+INLINE void store_y(float *y, vec v, int n, int add, float alpha) {
     const vec sum = fma16(v, all16(alpha), load_first(y, add ? n : 0));
     if (n >= 16)
         *(vec *)y = sum;

@@ -146,10 +146,8 @@ static void multiply_rows(const product *p, float *y, int first, int n) {
                   n);
 }
 
-/* A row alone, in any number of rows and with any number of threads: the same bits. T is above the
- * rows that are packed at a time (at most 512), K has several chunks. */
-static void check_rows(const qemb_ops *op, weights kind, int N, int K) {
-    enum { T = 530 };
+/* A row alone, in up to T rows and with any number of threads: the same bits. */
+static void check_rows(const qemb_ops *op, weights kind, int T, int N, int K) {
     const int Ts[] = {2, 15, 16, 17, 31, 32, 33, 64, 100, 161, T};
     float *want = malloc((size_t)T * N * sizeof *want);
     for (int threads = 1; threads <= 3; threads++) {
@@ -170,8 +168,8 @@ static void check_rows(const qemb_ops *op, weights kind, int N, int K) {
 Test(amx, a_row_has_the_same_bits_on_every_path) {
     for (int o = 0; emulated_amx_table(o); o++)
         for (weights kind = 0; kind < N_WEIGHTS; kind++) {
-            check_rows(emulated_amx_table(o), kind, 77, 70);
-            check_rows(emulated_amx_table(o), kind, 33, 1090);
+            check_rows(emulated_amx_table(o), kind, 530, 77, 70); /* packed in two turns or more */
+            check_rows(emulated_amx_table(o), kind, 170, 33, 1090); /* two chunks */
         }
 }
 
