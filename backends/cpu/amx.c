@@ -109,16 +109,19 @@ INLINE vec halves16(const void *p) {
     const vec magnitude = (vec)((h & 0x7fff) << 13) * 0x1p112f;
     return (vec)((uvec)magnitude | (h & 0x8000) << 16);
 }
+INLINE vec bytes16(const void *p) { return __builtin_convertvector(*(const s8vec *)p, vec); }
 #else
 INLINE vec fma16(vec a, vec b, vec c) {
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 INLINE vec halves16(const void *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+/* gcc 12 would convert a vector of bytes number by number. */
+INLINE vec bytes16(const void *p) {
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+}
 #endif
 
 INLINE vec all16(float f) { return f - (vec){0}; }
-
-INLINE vec bytes16(const int8_t *p) { return __builtin_convertvector(*(const s8vec *)p, vec); }
 
 /* Floats, as their bits, rounded to nearest even to the 8 bits of bfloat16. What would round to Inf
  * is cut off instead, so that the rest of a finite number stays finite. Inf and NaN do not become
