@@ -5,11 +5,9 @@
  * matmul adds up columns one by one within KC of them, however many rows a tile has; attention adds
  * key after key.
  */
-#include "cpu.h"
+#include "avx2.h"
 
 #if defined(__x86_64__)
-
-#include "avx2.h"
 
 #include <assert.h>
 #include <string.h>
@@ -439,25 +437,6 @@ AVX2 static void norm_rotate(float *head, const float *w, const float *cosines, 
  * dimensions: sweep multiplies both. Register tiles above the diagonal are skipped: their weights
  * are zeros, and adding zeros changes nothing. */
 
-/* 8 rows of 8 floats -> 8 columns */
-TEMPLATE void transpose_floats(__m256 col[8], const float *const row[8], int d) {
-    __m256 a[8], b[8];
-    for (int j = 0; j < 4; j++)
-        for (int h = 0; h < 2; h++) /* a[j + 4h]: numbers 4h .. 4h+3 of rows j and j+4 */
-            a[j + 4 * h] =
-                _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[j] + d + 4 * h)),
-                                     _mm_loadu_ps(row[j + 4] + d + 4 * h), 1);
-    for (int j = 0; j < 8; j += 2) {
-        b[j] = _mm256_unpacklo_ps(a[j], a[j + 1]);
-        b[j + 1] = _mm256_unpackhi_ps(a[j], a[j + 1]);
-    }
-    for (int h = 0; h < 2; h++)
-        for (int i = 0; i < 2; i++) {
-            col[4 * h + 2 * i] = _mm256_shuffle_ps(b[4 * h + i], b[4 * h + 2 + i], 0x44);
-            col[4 * h + 2 * i + 1] = _mm256_shuffle_ps(b[4 * h + i], b[4 * h + 2 + i], 0xee);
-        }
-}
-
 /* Pass 1: packs the keys and values of positions k0 .. k0+n-1. A panel is filled up with the last
  * key. */
 AVX2 static void attention_load(const attention_tile *w, int k0, int n) {
@@ -503,12 +482,6 @@ TEMPLATE float greatest(__m256 v) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
-}
-
-TEMPLATE float total(__m256 v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
 /* Pass 3: m', l', the weights exp(s - m') in place of the scores, and exp(m - m') O. A row sees the
@@ -587,12 +560,8 @@ AVX2 static void attention_block(const attention_tile *w, float *att, size_t ld_
 /* ---- gate_up --------------------------------------------------------------------------------- */
 
 AVX2 static void swiglu_row(float *h, const float *gate, const float *up, int n) {
-    const __m256 one = _mm256_set1_ps(1);
-    for (int i = 0; i < n; i += 8) {
-        const __m256 g = load_first(gate + i, n - i), u = load_first(up + i, n - i);
-        const __m256 e = exp8(_mm256_sub_ps(_mm256_setzero_ps(), g));
-        store_first(h + i, _mm256_mul_ps(_mm256_div_ps(g, _mm256_add_ps(one, e)), u), n - i);
-    }
+    for (int i = 0; i < n; i += 8)
+        store_first(h + i, swiglu8(load_first(gate + i, n - i), load_first(up + i, n - i)), n - i);
 }
 
 static void avx2_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
@@ -603,11 +572,12 @@ static void avx2_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb
 
 /* ---- the table ------------------------------------------------------------------------------- */
 
+const cpu_kernels avx2_kernels = {128,         half_row,   rmsnorm_row,
+                                  norm_rotate, swiglu_row, attention_block};
+
 static int avx2_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
                      qemb_err *err) {
-    static const cpu_kernels kernels = {128,         half_row,   rmsnorm_row,
-                                        norm_rotate, swiglu_row, attention_block};
-    return simd_open(be, c, opt, &kernels, 0, 0, err);
+    return simd_open(be, c, opt, &avx2_kernels, 0, 0, err);
 }
 
 const qemb_ops avx2_ops = {

@@ -1,6 +1,12 @@
-/* avx2.h - loads and stores of some lanes, and exp, with AVX2. All of it is inlined. */
+/* avx2.h - what the tables for AVX2 share: loads and stores of some lanes, exp, a transposition,
+ * all inlined; and the ops that compute in float in all of them.
+ */
 #ifndef CPU_AVX2_H
 #define CPU_AVX2_H
+
+#include "cpu.h"
+
+#if defined(__x86_64__)
 
 #include <immintrin.h>
 #include <math.h>
@@ -53,4 +59,41 @@ TEMPLATE __m256 exp8(__m256 x) {
     return _mm256_blendv_ps(p, _mm256_set1_ps(INFINITY), _mm256_cmp_ps(x, top, _CMP_GT_OQ));
 }
 
+TEMPLATE __m256 swiglu8(__m256 gate, __m256 up) {
+    const __m256 e = exp8(_mm256_sub_ps(_mm256_setzero_ps(), gate));
+    return _mm256_mul_ps(_mm256_div_ps(gate, _mm256_add_ps(_mm256_set1_ps(1), e)), up);
+}
+
+/* ---- lanes ----------------------------------------------------------------------------------- */
+
+TEMPLATE float total(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+/* 8 rows of 8 floats -> 8 columns */
+TEMPLATE void transpose_floats(__m256 col[8], const float *const row[8], int d) {
+    __m256 a[8], b[8];
+    for (int j = 0; j < 4; j++)
+        for (int h = 0; h < 2; h++) /* a[j + 4h]: numbers 4h .. 4h+3 of rows j and j+4 */
+            a[j + 4 * h] =
+                _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[j] + d + 4 * h)),
+                                     _mm_loadu_ps(row[j + 4] + d + 4 * h), 1);
+    for (int j = 0; j < 8; j += 2) {
+        b[j] = _mm256_unpacklo_ps(a[j], a[j + 1]);
+        b[j + 1] = _mm256_unpackhi_ps(a[j], a[j + 1]);
+    }
+    for (int h = 0; h < 2; h++)
+        for (int i = 0; i < 2; i++) {
+            col[4 * h + 2 * i] = _mm256_shuffle_ps(b[4 * h + i], b[4 * h + 2 + i], 0x44);
+            col[4 * h + 2 * i + 1] = _mm256_shuffle_ps(b[4 * h + i], b[4 * h + 2 + i], 0xee);
+        }
+}
+
+/* ---- avx2.c ---------------------------------------------------------------------------------- */
+
+extern const cpu_kernels avx2_kernels;
+
+#endif
 #endif
