@@ -4,7 +4,7 @@
  *   threads.c           the threads that share out the items of an op
  *   row_ops.c           ops that compute row by row, and how attention is cut into blocks
  *   packed_gemm.c       matrix products of repacked weights (packed_gemm.h)
- *   avx2.c, avx512.c, avx512_attention.c   the instructions
+ *   avx2.c, avx2_integers.c, avx512.c, avx512_attention.c, amx.c   the instructions
  *   dispatch.c          which tables a CPU can run, and which of them serves --math
  *
  * Each uses only those above it, and qemb.c's plain ops where nothing is gained from vectors.
@@ -148,10 +148,12 @@ void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
 void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
 int simd_pool(qemb_backend *be, float *out, float *x, const float *w, int B);
 
-/* ---- the tables (avx2.c, avx512.c) ----------------------------------------------------------- */
+/* ---- the tables (avx2.c, avx2_integers.c, avx512.c) ------------------------------------------ */
 
-/* For CPUs with AVX2, FMA and F16C. */
-extern const qemb_ops avx2_ops;
+/* For CPUs with AVX2, FMA and F16C; avxvnni also wants AVX-VNNI. Attention multiplies floats in all
+ * of them. */
+extern const qemb_ops avx2_ops, avx2_int16_ops, avx2_int8_ops;
+extern const qemb_ops avxvnni_int16_ops, avxvnni_int8_ops;
 /* For CPUs with BMI2 and AVX-512 F, BW, DQ and VL; bf16 also wants BF16 and VNNI, the integers
  * VNNI. Attention multiplies floats in the first one, 16-bit integers in the others. */
 extern const qemb_ops avx512_ops, avx512_bf16_ops, avx512_int16_ops, avx512_int8_ops;
@@ -174,6 +176,7 @@ enum {
     CPU_AVX512_VNNI = 8,
     CPU_AVX512_BF16 = 16,
     CPU_AMX = 32,
+    CPU_AVX_VNNI = 64,
 };
 unsigned cpu_features(void); /* this machine's */
 

@@ -10,7 +10,7 @@
 #include <cpuid.h>
 
 /* The builtins know which registers the system saves. Not every compiler's know F16C (bit 29 of ECX
- * in leaf 1) and BF16 (bit 5 of EAX in leaf 7, 1); these use the registers of AVX2 and AVX-512. */
+ * in leaf 1), AVX-VNNI and BF16 (bits 4 and 5 of EAX in leaf 7, 1); these use the registers of AVX2 and AVX-512. */
 unsigned cpu_features(void) {
     unsigned eax, ebx, ecx, edx, found = 0;
     if (__builtin_cpu_is("intel")) found |= CPU_INTEL;
@@ -22,7 +22,10 @@ unsigned cpu_features(void) {
         __builtin_cpu_supports("bmi2"))
         found |= CPU_AVX512;
     if (__builtin_cpu_supports("avx512vnni")) found |= CPU_AVX512_VNNI;
-    if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1) found |= CPU_AVX512_BF16;
+    if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) {
+        if (eax >> 4 & 1) found |= CPU_AVX_VNNI;
+        if (eax >> 5 & 1) found |= CPU_AVX512_BF16;
+    }
     if (!amx_open()) found |= CPU_AMX;
     return found;
 }
@@ -53,6 +56,10 @@ const cpu_table cpu_tables[] = {
     {&qemb_cpu_ops, 0, {62, 10}},
 #if defined(__x86_64__)
     {&avx2_ops, CPU_AVX2, {225, 36}},
+    {&avx2_int16_ops, CPU_AVX2, {300, 48}},
+    {&avx2_int8_ops, CPU_AVX2, {310, 50}},
+    {&avxvnni_int16_ops, CPU_AVX2 | CPU_AVX_VNNI, {450, 72}},
+    {&avxvnni_int8_ops, CPU_AVX2 | CPU_AVX_VNNI, {800, 130}},
     {&avx512_ops, CPU_AVX512, {245, 72}},
     {&avx512_bf16_ops, CPU_AVX512 | CPU_AVX512_VNNI | CPU_AVX512_BF16, {454, 37}},
     {&avx512_int16_ops, CPU_AVX512 | CPU_AVX512_VNNI, {452, 140}},

@@ -5,7 +5,8 @@
 
 #include <math.h>
 
-/* AVX-512's rows where the CPU has them; else they are replaced by the plain table's below. */
+/* Rows by AVX-512 where the CPU has it, else by AVX2. Without either, the plain table's ops take the
+ * place of those that use them. */
 static const cpu_kernels none = {1, NULL, NULL, NULL, NULL, NULL};
 #if defined(__x86_64__)
 static int has_avx512(void) {
@@ -13,9 +14,11 @@ static int has_avx512(void) {
     if (found < 0) found = qemb_cpu_choose("avx512", QEMB_MATH_F32) != NULL;
     return found;
 }
-#define ROWS_OF(kernels) (*(has_avx512() ? &(kernels) : &none))
+static int has_avx2(void) { return qemb_cpu_choose("avx2", QEMB_MATH_F32) != NULL; }
+#define ROWS_OF(kernels) (*(has_avx512() ? &(kernels) : has_avx2() ? &avx2_kernels : &none))
 #else
 static int has_avx512(void) { return 0; }
+static int has_avx2(void) { return 0; }
 #define ROWS_OF(kernels) none
 #endif
 
@@ -74,7 +77,7 @@ const qemb_ops *emulated_amx_table(int i) {
     qemb_ops *t = &tables[i];
     if (t->name) return t;
     *t = *all[i].ops;
-    if (!has_avx512()) {
+    if (!has_avx512() && !has_avx2()) {
         t->embed = qemb_cpu_ops.embed, t->rmsnorm = qemb_cpu_ops.rmsnorm;
         t->qknorm_rope = qemb_cpu_ops.qknorm_rope, t->attention = qemb_cpu_ops.attention;
         t->pool = qemb_cpu_ops.pool;

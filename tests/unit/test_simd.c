@@ -1,8 +1,10 @@
 /* test_simd.c - what only the CPU tables with vector instructions have. test_ops.c and test_model.c
  * test their ops, with those of all other tables. */
+#include "emulated_amx.h"
 #include "exp.h"
 #include "oracle.h"
 #include "support.h"
+#include "vnni_in_c.h"
 
 #include "backends/cpu/amx.h"
 #include "backends/cpu/cpu.h"
@@ -111,14 +113,26 @@ Test(simd, the_choice_on_known_cpus) {
         const char *name, *want[4]; /* NULL: none */
     } known[] = {
         {"no AVX2", 0, NULL, {"plain", "plain", "plain", "plain"}},
-        {"Zen 3", CPU_AVX2, NULL, {"avx2", "avx2", "avx2", "avx2"}},
+        {"Zen 3", CPU_AVX2, NULL, {"avx2", "avx2-int16", "avx2-int16", "avx2-int8"}},
+        {"Zen 3", CPU_AVX2, "avx2-int16", {NULL, "avx2-int16", "avx2-int16", "avx2-int16"}},
         {"Zen 3", CPU_AVX2, "plain", {"plain", "plain", "plain", "plain"}},
         {"Zen 3", CPU_AVX2, "avx512", {NULL}},
         {"Zen 4",
          VNNI | CPU_AVX512_BF16,
          NULL,
          {"avx512", "avx512-int16", "avx512-bf16", "avx512-int8"}},
-        {"Zen 4", VNNI | CPU_AVX512_BF16, "avx2", {"avx2", "avx2", "avx2", "avx2"}},
+        {"Zen 4",
+         VNNI | CPU_AVX512_BF16,
+         "avx2",
+         {"avx2", "avx2-int16", "avx2-int16", "avx2-int8"}},
+        {"Zen 5",
+         VNNI | CPU_AVX512_BF16 | CPU_AVX_VNNI,
+         NULL,
+         {"avx512", "avx512-int16", "avx512-bf16", "avx512-int8"}},
+        {"Alder Lake",
+         CPU_INTEL | CPU_AVX2 | CPU_AVX_VNNI,
+         NULL,
+         {"avx2", "avxvnni-int16", "avxvnni-int16", "avxvnni-int8"}},
         {"Skylake", CPU_INTEL | AVX512, NULL, {"avx512", "avx512", "avx512", "avx512"}},
         {"Cascade Lake",
          CPU_INTEL | VNNI,
@@ -183,6 +197,18 @@ static void expect_table(const char *cpu, qemb_math math, const char *flags) {
 #define AVX512_FLAGS "avx512f avx512bw avx512dq avx512vl bmi2"
 Test(simd, avx2_table_where_cpuinfo_has_it) {
     expect_table("avx2", QEMB_MATH_F32, "avx2 fma f16c");
+}
+Test(simd, avx2_int16_table_where_cpuinfo_has_it) {
+    expect_table("avx2-int16", QEMB_MATH_INT16, "avx2 fma f16c");
+}
+Test(simd, avx2_int8_table_where_cpuinfo_has_it) {
+    expect_table("avx2-int8", QEMB_MATH_INT8, "avx2 fma f16c");
+}
+Test(simd, avxvnni_int16_table_where_cpuinfo_has_it) {
+    expect_table("avxvnni-int16", QEMB_MATH_INT16, "avx2 fma f16c avx_vnni");
+}
+Test(simd, avxvnni_int8_table_where_cpuinfo_has_it) {
+    expect_table("avxvnni-int8", QEMB_MATH_INT8, "avx2 fma f16c avx_vnni");
 }
 Test(simd, avx512_table_where_cpuinfo_has_it) {
     expect_table("avx512", QEMB_MATH_F32, AVX512_FLAGS);
@@ -365,14 +391,22 @@ static void quantize(int8_t *q, float *scale, const uint16_t *W, int N, int K) {
         }
 }
 
-/* INT8's table makes of an F16 file's weights what an INT8 file has: the same bits come out. Rows
- * of one large number, of subnormal ones, of zeros; groups of 64 and a last one of 19. */
-Test(simd, int8_weights_are_what_halves_become) {
-    enum { N = 45, K = 531, T = 31 };
-    const qemb_ops *op = qemb_cpu_choose("avx512-int8", QEMB_MATH_INT8);
-    if (!op) cr_skip_test("this CPU has no AVX512_VNNI");
+/* y (T, N) = 0.3 x W^T by a table's matmul, with two threads */
+static void multiply(const qemb_ops *op, float *y, const float *x, qemb_mat w, int T) {
     const qemb_config c = {
-        .n_layers = 1, .hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+        .n_layers = 1, .hidden = w.cols, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+    const qemb_options opt = {.batch_tokens = T, .max_tokens = T, .threads = 2};
+    qemb_backend *be;
+    cr_assert_eq(op->open(&be, &c, &opt, NULL), 0);
+    load_matrices(op, be, &w, NULL);
+    op->matmul(be, (qemb_act *)y, (const qemb_act *)x, &w, T);
+    op->close(be);
+}
+
+/* Tables for INT8 make of an F16 file's weights what an INT8 file has: the same bits come out. Rows
+ * of one large number, of subnormal ones, of zeros; groups of 64 and a last one of 19. */
+static void check_int8_weights(const qemb_ops *op) {
+    enum { N = 45, K = 531, T = 31 };
     static uint16_t W[N * K];
     static int8_t q[N * K];
     static float scale[N * QEMB_GROUPS(K)], x[T * K], want[T * N], got[T * N];
@@ -383,15 +417,54 @@ Test(simd, int8_weights_are_what_halves_become) {
     for (int k = 0; k < K; k++) W[2 * K + k] = (uint16_t)(rng_u64(&r) % 9); /* up to 2^-21 */
     memset(W + 3 * K, 0, K * sizeof *W);
     quantize(q, scale, W, N, K);
-    qemb_mat m[] = {{W, N, K, QEMB_F16, 0.3f, NULL, QEMB_BITS_UNKNOWN},
-                    {q, N, K, QEMB_I8, 0.3f, scale, QEMB_BITS_UNKNOWN}};
-    const qemb_options opt = {.batch_tokens = T, .max_tokens = T, .threads = 2};
-    for (int i = 0; i < 2; i++) {
-        qemb_backend *be;
-        cr_assert_eq(op->open(&be, &c, &opt, NULL), 0);
-        load_matrices(op, be, &m[i], NULL);
-        op->matmul(be, (qemb_act *)(i ? got : want), (qemb_act *)x, &m[i], T);
-        op->close(be);
+    multiply(op, want, x, (qemb_mat){W, N, K, QEMB_F16, 0.3f, NULL, QEMB_BITS_UNKNOWN}, T);
+    multiply(op, got, x, (qemb_mat){q, N, K, QEMB_I8, 0.3f, scale, QEMB_BITS_UNKNOWN}, T);
+    cr_assert_arr_eq(got, want, sizeof want, "%s", op->name);
+}
+
+Test(simd, int8_weights_are_what_halves_become) {
+    for (int o = 0; test_table(o); o++)
+        if (test_table(o)->math == QEMB_MATH_INT8) check_int8_weights(test_table(o));
+}
+
+/* A table gives the bits of another one: rows of every number up to a tile's 12, several parts of a
+ * panel (6,144 columns), bytes of -128. */
+static void check_same_bits(const qemb_ops *op, const qemb_ops *with, qemb_dtype dtype, int N,
+                            int K) {
+    enum { T = 78 };
+    rng r = {(uint64_t)K};
+    uint16_t *W = malloc((size_t)N * K * sizeof *W);
+    float *x = malloc((size_t)T * K * sizeof *x), *y = malloc((size_t)2 * T * N * sizeof *y);
+    float *scale = malloc((size_t)(N * QEMB_GROUPS(K)) * sizeof *scale);
+    rng_halves(&r, W, (size_t)N * K, 1);
+    rng_floats(&r, x, (size_t)T * K, 2);
+    rng_floats(&r, scale, (size_t)(N * QEMB_GROUPS(K)), 0.01);
+    W[1] = 0x8080; /* QEMB_I8 reads the bytes of the halves as weights */
+    const qemb_mat m = {W, N, K, dtype, 0.3f, dtype == QEMB_I8 ? scale : NULL, QEMB_BITS_UNKNOWN};
+    for (int rows = 1, t = 0; rows <= 12; t += rows++) {
+        multiply(op, y, x + (size_t)t * K, m, rows);
+        multiply(with, y + T * N, x + (size_t)t * K, m, rows);
+        cr_assert_arr_eq(y, y + T * N, (size_t)rows * N * sizeof *y, "%s dtype %d K=%d, %d rows",
+                         op->name, (int)dtype, K, rows);
     }
-    cr_assert_arr_eq(got, want, sizeof want);
+    free(W), free(x), free(y), free(scale);
+}
+
+static void check_same_bits_of_all(const qemb_ops *op, const qemb_ops *with) {
+    if (!op || !with) return;
+    for (int d = 0; d < 2; d++) {
+        check_same_bits(op, with, d ? QEMB_I8 : QEMB_F16, 77, 531);
+        check_same_bits(op, with, d ? QEMB_I8 : QEMB_F16, 33, 6200);
+    }
+}
+
+/* Integer sums are exact, and all else is shared */
+Test(simd, avx_vnni_gives_the_bits_of_avx2) {
+    const qemb_ops *int16 = qemb_cpu_choose("avx2-int16", QEMB_MATH_INT16);
+    const qemb_ops *int8 = qemb_cpu_choose("avx2-int8", QEMB_MATH_INT8);
+    if (!int16 || !int8) cr_skip_test("this CPU has no AVX2, FMA and F16C");
+    check_same_bits_of_all(&in_c_avxvnni_int16_ops, int16);
+    check_same_bits_of_all(&in_c_avxvnni_int8_ops, int8);
+    check_same_bits_of_all(qemb_cpu_choose("avxvnni-int16", QEMB_MATH_INT16), int16);
+    check_same_bits_of_all(qemb_cpu_choose("avxvnni-int8", QEMB_MATH_INT8), int8);
 }
