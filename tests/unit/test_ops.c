@@ -383,8 +383,8 @@ Test(ops, rope_reaches_the_last_position) {
  *
  * Tables without has_float_attention multiply integers. A number of q errs by half a step, |q| /
  * 32700, one of k likewise: a score by |q||k| / 32700 (Cauchy and Schwarz), for which exp is no
- * longer a line, and exp itself by 2^-14. Of up to 128 keys a weight times its value's scale errs by half of
- * the sum of those / 32767, a value by half of its row's largest / 8187. */
+ * longer a line, and exp itself by 2^-14. Of up to 128 keys a weight times its value's scale errs
+ * by half of the sum of those / 32767, a value by half of its row's largest / 8187. */
 static void check_attention(const qemb_ops *op, const qemb_config *c, const int *lengths, int B,
                             int P, double scale, int last_only) {
     const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, ld = (H + 2 * K) * hd,
