@@ -91,9 +91,5 @@ TEMPLATE void transpose_floats(__m256 col[8], const float *const row[8], int d) 
         }
 }
 
-/* ---- avx2.c ---------------------------------------------------------------------------------- */
-
-extern const cpu_kernels avx2_kernels;
-
 #endif
 #endif

@@ -154,10 +154,11 @@ int simd_pool(qemb_backend *be, float *out, float *x, const float *w, int B);
  * of them. */
 extern const qemb_ops avx2_ops, avx2_int16_ops, avx2_int8_ops;
 extern const qemb_ops avxvnni_int16_ops, avxvnni_int8_ops;
+extern const cpu_kernels avx2_kernels; /* their rows and attention */
 /* For CPUs with BMI2 and AVX-512 F, BW, DQ and VL; bf16 also wants BF16 and VNNI, the integers
  * VNNI. Attention multiplies floats in the first one, 16-bit integers in the others. */
 extern const qemb_ops avx512_ops, avx512_bf16_ops, avx512_int16_ops, avx512_int8_ops;
-/* Their rows and attention, and gemm_type.swiglu, exact to float or to 13 bits. */
+/* Their rows and attention, and their gemm_type.swiglu: exact to float, or to 13 bits. */
 extern const cpu_kernels avx512_with_f32_attention, avx512_with_int16_attention;
 void avx512_swiglu_f32(float *h, size_t ldh, int rows, int cols, const float *sums);
 void avx512_swiglu_8bit(float *h, size_t ldh, int rows, int cols, const float *sums);

@@ -288,7 +288,7 @@ Test(ops, matmul_of_numbers_that_are_not_finite) {
     W[4 * K + 65] = 0x7e00, W[20 * K + 1] = 0x7c00, W[34 * K + 140] = 0xfc00; /* NaN, Inf, -Inf */
     for (int o = 0; qemb_cpu_table(o); o++) {
         qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
-        qemb_mat m = {W, N, K, QEMB_F16, 1, NULL};
+        qemb_mat m = {W, N, K, QEMB_F16, 1, NULL, QEMB_BITS_UNKNOWN};
         load_matrices(qemb_cpu_table(o), be, &m, NULL);
         qemb_cpu_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &m, T);
         for (int t = 0; t < T; t++)
