@@ -17,6 +17,7 @@ typedef union {
     int8_t s8[16][64];
     uint16_t bf16[16][32];
     int32_t s32[16][16];
+    uint32_t pairs[16][16]; /* of bfloat16 */
     float f32[16][16];
 } emulated_tile;
 
@@ -78,18 +79,19 @@ static inline int emulated_lowest(const emulated_tile *t) {
     return lowest >> 7;
 }
 
-/* The two sums of row i for all 16 columns. With `tiny`, flushes. */
+/* The sums of row a for `cols` columns; with `tiny`, flushes. A number of columns that the compiler
+ * does not know makes it use vectors. */
 static inline __attribute__((always_inline)) void
-emulated_row(float sum[16], const uint16_t *a, float b[16][2][16], int pairs, int tiny) {
+emulated_row(float sum[16], const uint16_t *a, float b[16][2][16], int pairs, int cols, int tiny) {
     float even[16] = {0}, odd[16] = {0};
     for (int k = 0; k < pairs; k++) {
         const float a0 = emulated_bf16(a[2 * k]), a1 = emulated_bf16(a[2 * k + 1]);
-        for (int n = 0; n < 16; n++) {
+        for (int n = 0; n < cols; n++) {
             even[n] = tiny ? emulated_fma(a0, b[k][0][n], even[n]) : fmaf(a0, b[k][0][n], even[n]);
             odd[n] = tiny ? emulated_fma(a1, b[k][1][n], odd[n]) : fmaf(a1, b[k][1][n], odd[n]);
         }
     }
-    for (int n = 0; n < 16; n++) sum[n] = emulated_flush(even[n] + odd[n]);
+    for (int n = 0; n < cols; n++) sum[n] = emulated_flush(even[n] + odd[n]);
 }
 
 static inline int emulated_is_zero(const uint16_t row[32]) {
@@ -115,16 +117,23 @@ static inline __attribute__((always_inline)) void emulated_product(int c, int a,
     emulated_tile *to = &emulated.t[c];
     const int tiny = emulated_lowest(x) + emulated_lowest(w) - 2 * (127 + 7) < -126;
     const int finite = emulated_is_finite(w);
+    uint32_t bits[16][2][16];
     float factors[16][2][16], sum[16];
     for (int k = 0; k < 16; k++)
-        for (int n = 0; n < 32; n++) factors[k][n % 2][n / 2] = emulated_bf16(w->bf16[k][n]);
+        for (int n = 0; n < 16; n++) {
+            const uint32_t pair = w->pairs[k][n];
+            const uint32_t even = pair << 16, odd = pair & 0xffff0000;
+            bits[k][0][n] = even & ((even & 0x7f800000) ? 0xffffffff : 0x80000000);
+            bits[k][1][n] = odd & ((odd & 0x7f800000) ? 0xffffffff : 0x80000000);
+        }
+    memcpy(factors, bits, sizeof factors);
     for (int i = 0; i < rows; i++) {
         if (finite && emulated_is_zero(x->bf16[i]))
             memset(sum, 0, sizeof sum);
         else if (tiny)
-            emulated_row(sum, x->bf16[i], factors, pairs, 1);
+            emulated_row(sum, x->bf16[i], factors, pairs, cols, 1);
         else
-            emulated_row(sum, x->bf16[i], factors, pairs, 0);
+            emulated_row(sum, x->bf16[i], factors, pairs, cols, 0);
         for (int n = 0; n < cols; n++)
             to->f32[i][n] = emulated_flush(emulated_flush(to->f32[i][n]) + sum[n]);
     }
