@@ -32,7 +32,7 @@ CLI     := $(patsubst %,frontends/cli/%,main pipeline output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main http listen api model_worker queue cache redis metrics log buffer vector) $(SHARED)
-TESTS   := amx embed_text model_file format input model ops serve_cache serve_queue simd tokenizer
+TESTS   := amx embed_text measure model_file format input model ops serve_cache serve_queue simd tokenizer
 FUZZERS := file jsonl request tokenizer
 TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 vnni_in_c) $(patsubst %,frontends/%,console format input server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
@@ -98,6 +98,7 @@ build/$(1)/qemb-serve-devices: $$(patsubst %,build/$(1)/%.o,$(SERVE) tests/unit/
 	$(2) $(3) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
 build/$(1)/test_%: build/$(1)/tests/unit/test_%.o $$(patsubst %,build/$(1)/%.o,$(TESTED) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
+build/$(1)/test_measure: build/$(1)/bench/measure.o
 build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/measure bench/limits bench/vendor_gemm frontends/console frontends/select_ops frontends/format tests/unit/oracle $(BACKEND) $(ENGINE))
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support tests/unit/emulated_amx $(ENGINE))

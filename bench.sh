@@ -91,16 +91,19 @@ machine="$(lscpu 2>/dev/null | sed -n 's/^Model name: *//p' | head -n 1), family
 compiler=$(${CC:-gcc} --version | head -n 1)
 commit=$(git describe --always --dirty 2>/dev/null)
 if [ -z "$append" ] || [ ! -s "$csv" ]; then
-    printf '# %s, %s CPUs, %s threads; %s; commit %s; %s; clock: %s; tables: %s\ngroup,name,math,n,median,p10,p90,unit,percent,limit\n' \
+    printf '# %s, %s CPUs, %s threads; %s; commit %s; %s; clock: %s; tables: %s\ngroup,name,math,n,median,p10,p90,unit,percent,limit,counted\n' \
         "$machine" "$(nproc)" "$threads" "$compiler" "$commit" "$(basename "$model")" "${cpu_time:+cpu}${cpu_time:-wall}" "$tables" >"$csv"
 fi
 
 want() { case " $parts " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 # Rows on stdin, without the column `math`, go to the CSV with $1 in it and, as a table, to stdout.
 record() {
-    awk -F, -v OFS=, -v math="$1" '{ $2 = $2 OFS math; print; fflush() }' | tee -a "$csv" | awk -F, '{
+    awk -F, -v OFS=, -v math="$1" '{ NF = 10; $2 = $2 OFS math; print; fflush() }' | tee -a "$csv" | awk -F, '{
         printf "%-10s %-34s %-5s %5s %12s %-9s", $1, $2, $3, $4, $5, $8
-        printf $6 == "" ? "\n" : " (%s .. %s)" ($9 == "" ? "\n" : "  %s %% of %s\n"), $6, $7, $9, $10; fflush() }'
+        if ($6 != "") printf " (%s .. %s)", $6, $7
+        if ($9 != "") printf "  %s %% of %s", $9, $10
+        if ($11 != "") printf "  %s quiet", $11
+        print ""; fflush() }'
 }
 # median, p10 and p90 of the numbers on stdin, with commas between
 quantiles() { sort -g | awk '{ v[NR] = $1 } END { printf "%s,%s,%s", v[int((NR + 1) / 2)], v[int(NR / 10) + 1], v[NR - int(NR / 10)] }'; }
@@ -222,8 +225,8 @@ fi
         "$machine" "$(nproc)" "$threads" "$compiler" "$commit" "$(date -u +%FT%TZ)" "$(basename "$model")" "${cpu_time:+cpu}${cpu_time:-wall}" "$tables"
     sed -n 's/^# peer [0-9]*: //p' "$csv" | awk 'BEGIN { printf "\"peers\": [" } { gsub(/\\/, "\\\\"); gsub(/"/, "\\\""); printf "%s\"%s\"", (NR > 1 ? ", " : ""), $0 } END { print "], \"rows\": [" }'
     awk -F, 'function num(x) { return x == "" ? "null" : x } /^#/ || /^group,/ { next } {
-        printf "%s{\"group\": \"%s\", \"name\": \"%s\", \"math\": \"%s\", \"n\": %s, \"median\": %s, \"p10\": %s, \"p90\": %s, \"unit\": \"%s\", \"percent\": %s, \"limit\": \"%s\"}",
-        (rows++ ? ",\n" : ""), $1, $2, $3, $4, num($5), num($6), num($7), $8, num($9), $10 } END { print "\n]}" }' "$csv"
+        printf "%s{\"group\": \"%s\", \"name\": \"%s\", \"math\": \"%s\", \"n\": %s, \"median\": %s, \"p10\": %s, \"p90\": %s, \"unit\": \"%s\", \"percent\": %s, \"limit\": \"%s\", \"counted\": \"%s\"}",
+        (rows++ ? ",\n" : ""), $1, $2, $3, $4, num($5), num($6), num($7), $8, num($9), $10, $11 } END { print "\n]}" }' "$csv"
 } >"$out/bench.json"
 if command -v gnuplot >/dev/null && grep -q '^forward,tokens' "$csv"; then
     plots=''

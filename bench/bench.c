@@ -15,10 +15,12 @@
  * take a faster table that is more exact. Standard error names the table.
  *
  * Each row of the CSV on standard output: group, name, n, median, p10, p90, unit, percent of limit,
- * limit. A measurement runs once to warm up, then for at least 0.3 s and 7 rounds; what takes 20 s
- * runs 3 rounds. What an op computes is compared with the plain op first. Limits are measured in
- * the same run, by all threads, and are the p90 of their rates. Other programs on the machine show
- * in p10..p90.
+ * limit, calls that counted of those made. Where the CPU has a tile unit (AMX), only calls between
+ * two probes of it at full speed count (measure_gate), and a row has no figures if fewer than 3
+ * were found within a minute. Elsewhere all count, and that column is empty. A measurement runs
+ * once to warm up, then for at least 0.3 s and 7 rounds; what takes 20 s runs 3 rounds. What an op
+ * computes is compared with the plain op first. Limits are measured in the same run, by all
+ * threads, and are the p90 of their rates. Other programs on the machine show in p10..p90.
  */
 #include "limits.h"
 #include "measure.h"
@@ -43,13 +45,11 @@ static int batch_tokens = QEMB_BATCH_TOKENS;
 
 /* Bytes moved, or products and sums, beside the limit of the one or the other. */
 static void row_read(const char *name, int n, quantiles s, double bytes) {
-    row("ops", name, n, s, bytes, 1e9, "GB/s", limit_read()->name, limit_read()->rate);
+    row("ops", name, n, s, bytes, 1e9, "GB/s", limit_read());
 }
 
 static void row_math(const char *group, const char *name, int n, quantiles s, double flops) {
-    const limit *l = limit_of(table->math);
-    const int integers = table->math == QEMB_MATH_INT8 || table->math == QEMB_MATH_INT16;
-    row(group, name, n, s, flops, 1e9, integers ? "GOP/s" : "GFLOP/s", l->name, l->rate);
+    row(group, name, n, s, flops, 1e9, limit_of(table)->unit, limit_of(table));
 }
 
 /* ---- ops ------------------------------------------------------------------------------------- */
@@ -189,15 +189,23 @@ static void verify(setup *s, setup *plain, int which) {
 
 static double weights_of(const setup *s) { return (double)matrix(s, 0)->rows * matrix(s, 0)->cols; }
 
+/* Of a weight in memory, in the form in which the table reads it, its scales included */
+static double bytes_of_weight(const qemb_ops *op) {
+    double weights = 0;
+    qemb_mat *all[QEMB_LAYER_MATRICES];
+    qemb_memory memory;
+    qemb_layer layer = file->weights.layers[0];
+    qemb_plan(file, op, NULL, &memory);
+    qemb_layer_matrices(&layer, all);
+    for (int i = 0; i < QEMB_LAYER_MATRICES; i++)
+        weights += (double)all[i]->rows * all[i]->cols * file->config.n_layers;
+    return (double)(memory.repacked_bytes ? memory.repacked_bytes : memory.weights) / weights;
+}
+
 /* Cold: every call reads the next layer's weights, from memory; warm: the same weights again. Up to
  * 16 rows of x reading them is the limit, above that arithmetic. */
 static void bench_product(setup *s) {
-    /* a group has a scale of 4 bytes; an int8 group of an F16 matrix also a correction of 4
-     * bytes */
-    const double weight_bytes = matrix(s, 0)->dtype == QEMB_I8   ? 1 + 4.0 / QEMB_GROUP
-                                : s->op->math == QEMB_MATH_INT8  ? 1 + 8.0 / QEMB_GROUP
-                                : s->op->math == QEMB_MATH_INT16 ? 2 + 4.0 / QEMB_GROUP
-                                                                 : 2;
+    const double weight_bytes = bytes_of_weight(s->op);
     for (s->cold = 1; s->cold >= 0; s->cold--) {
         char name[40];
         snprintf(name, sizeof name, "%s%s", op_names[s->which], s->cold ? "" : " warm");
@@ -215,10 +223,13 @@ static void bench_others(setup *s, const setup *plain) {
     const double flops = 2 * s->b.T * weights_of(s);
     float *W = floats_of(w);
     for (int which = 0; which < OTHER_GEMMS; which++) {
-        const char *library;
+        const char *library = other_gemms[which].name;
+        const limit *theirs = limit_of_library(other_gemms[which].math);
         char name[60];
         quantiles us, them, ratio;
-        other_gemm *g = other_gemm_open(which, table->math, s->b.T, w->rows, w->cols, W, &library);
+        other_gemm *g = NULL;
+        if (other_gemms[which].beside >> table->math & 1)
+            g = other_gemm_open(which, s->b.T, w->rows, w->cols, W);
         if (!g) continue;
         s->cold = 0;
         measure_turns((timed_call){run_op, s}, (timed_call){other_gemm_run, g}, &us, &them, &ratio);
@@ -226,9 +237,9 @@ static void bench_others(setup *s, const setup *plain) {
         snprintf(name, sizeof name, "%s beside %s", op_names[s->which], library);
         row_math("gemm", name, s->b.T, us, flops);
         snprintf(name, sizeof name, "%s: %s", op_names[s->which], library);
-        row_math("gemm", name, s->b.T, them, flops);
-        printf("gemm,%s of %s,%d,%.1f,%.1f,%.1f,%%,,\n", op_names[s->which], library, s->b.T,
-               100 * ratio.median, 100 * ratio.p10, 100 * ratio.p90);
+        row("gemm", name, s->b.T, them, flops, 1e9, theirs->unit, theirs);
+        snprintf(name, sizeof name, "%s of %s", op_names[s->which], library);
+        row_ratio("gemm", name, s->b.T, ratio);
     }
     free(W);
 }
@@ -309,12 +320,11 @@ static double largest_error(const setup *s, const oracle_matmul *o) {
     return worst;
 }
 
-static void matmul_row(const char *name, qemb_math math, quantiles t, double error) {
-    const limit *l = limit_of(math);
+static void matmul_row(const char *name, const qemb_ops *ops, quantiles t, double error) {
     const qemb_mat *w = &file->weights.layers[0].wqkv;
     row("matmul", name, MATMUL_ROWS, t, 2.0 * MATMUL_ROWS * w->rows * w->cols, 1e9, "GFLOP/s",
-        l->name, l->rate);
-    printf("matmul,%s: error,%d,%.2g,,,of the sum of magnitudes,,\n", name, MATMUL_ROWS, error);
+        limit_of(ops));
+    printf("matmul,%s: error,%d,%.2g,,,of the sum of magnitudes,,,\n", name, MATMUL_ROWS, error);
 }
 
 static void bench_matmul(void) {
@@ -325,14 +335,14 @@ static void bench_matmul(void) {
                        zeroed(ny * sizeof(double))};
     setup_open(&s, &qemb_cpu_ops);
     for (size_t i = 0; i < nx; i++) o.x[i] = s.in[i];
-    matmul_row("oracle", QEMB_MATH_F32, measure(run_oracle, &o), 0);
+    matmul_row("oracle", &qemb_cpu_ops, measure(run_oracle, &o), 0);
     setup_close(&s);
     for (int k = 0; (table = qemb_cpu_table(k)); k++) {
         setup_open(&s, table);
         s.which = QKV;
         lay(&s, 1, MATMUL_ROWS);
         const quantiles t = measure(run_op, &s);
-        matmul_row(table->name, table->math, t, largest_error(&s, &o));
+        matmul_row(table->name, table, t, largest_error(&s, &o));
         setup_close(&s);
     }
     free(o.x), free(o.y), free(o.size);
@@ -340,7 +350,8 @@ static void bench_matmul(void) {
 
 /* ---- the forward, and where its time goes ---------------------------------------------------- */
 
-static double spent[7];
+static double spent[MEASURE_ROUNDS + 1][7]; /* seconds of each call of the forward */
+static int spent_in;                        /* the call that runs */
 static const char *const spent_names[7] = {"embed",       "rmsnorm",   "matmul", "matmul_add",
                                            "qknorm_rope", "attention", "gate_up"};
 
@@ -348,7 +359,7 @@ static const char *const spent_names[7] = {"embed",       "rmsnorm",   "matmul",
     static void timed_##op params {                                                                \
         const double start = measure_now();                                                        \
         table->op args;                                                                            \
-        spent[i] += measure_now() - start;                                                         \
+        spent[spent_in][i] += measure_now() - start;                                               \
     }
 TIMED(0, embed, (qemb_backend * be, float *x, const qemb_mat *m, const qemb_packed_batch *b),
       (be, x, m, b))
@@ -377,7 +388,8 @@ typedef struct {
 
 static void run_forward(void *arg, int i) {
     const forward *f = arg;
-    if (i <= 1) memset(spent, 0, sizeof spent); /* leaves out the round that warms up */
+    spent_in = i;
+    memset(spent[i], 0, sizeof spent[i]); /* a call may be repeated */
     qemb_embed(f->m, f->b, f->out);
 }
 
@@ -419,9 +431,9 @@ static void forward_close(forward *f) {
 static int texts_of(int n) { return batch_tokens / n ? batch_tokens / n : 1; }
 
 static void tokens_row(const char *group, const char *name, int B, int n, quantiles t) {
-    const limit *l = limit_of(table->math);
-    row(group, name, n, t, B * n, 1, "tokens/s", l->name,
-        B * n * l->rate / (linear_flops(B, n) + attention_flops(B, n)));
+    limit l = *limit_of(table);
+    l.rate *= B * n / (linear_flops(B, n) + attention_flops(B, n));
+    row(group, name, n, t, B * n, 1, "tokens/s", &l);
 }
 
 static void bench_forward(int n) {
@@ -433,42 +445,48 @@ static void bench_forward(int n) {
     forward f;
     forward_open(&f, &timed, B, n);
     const quantiles t = measure(run_forward, &f);
-    const limit *l = limit_of(table->math);
     const double linear = linear_flops(B, n), all_flops = linear + attention_flops(B, n);
+    limit texts = *limit_of(table);
+    texts.rate *= B / all_flops;
     tokens_row("forward", "tokens", B, n, t);
-    row("forward", "texts", n, t, B, 1, "texts/s", l->name, B * l->rate / all_flops);
+    row("forward", "texts", n, t, B, 1, "texts/s", &texts);
     row_math("forward", "all products", n, t, all_flops);
     row_math("forward", "linear layers alone", n, t, linear);
     double all = 0;
-    for (int i = 0; i < 7; i++) all += spent[i];
-    for (int i = 0; i < 7; i++)
-        printf("share,%s,%d,%.2f,,,%%,,\n", spent_names[i], n, 100 * spent[i] / all);
+    for (int i = 0; i < 7; i++) all += spent[t.i][i];
+    for (int i = 0; i < 7 && t.i; i++) /* of the call that took the median */
+        printf("share,%s,%d,%.2f,,,%%,,,\n", spent_names[i], n, 100 * spent[t.i][i] / all);
     forward_close(&f);
 }
 
-/* Both vectors have the error of this arithmetic (docs/accuracy.md), so they may differ by twice
- * it. */
-static void bench_beside(int n) {
+/* Both vectors have the error of their arithmetic (docs/accuracy.md): they may differ by twice
+ * float's, or twice bfloat16's, which is the larger one. */
+static void bench_beside(int n, qemb_math math) {
     const int B = texts_of(n), D = file->config.hidden;
-    const qemb_ops *theirs = table_with_onednn(table);
+    const qemb_ops *theirs = table_with_onednn(table, math);
     if (!theirs || file->weights.layers[0].wo.dtype != QEMB_F16) return;
     forward us, them;
+    char name[60];
     quantiles t_us, t_them, ratio;
     double diff = 0, size = 0;
+    limit l = *limit_of_library(math);
     forward_open(&us, table, B, n);
     forward_open(&them, theirs, B, n);
     run_forward(&us, 0), run_forward(&them, 0);
     for (int i = 0; i < B * D; i++)
         diff += ((double)us.out[i] - them.out[i]) * ((double)us.out[i] - them.out[i]),
             size += (double)us.out[i] * us.out[i];
-    if (!(size > 0 && sqrt(diff / size) <= (table->math == QEMB_MATH_F32 ? 2e-5 : 1.2e-2)))
+    if (!(size > 0 && sqrt(diff / size) <= (math == QEMB_MATH_F32 ? 2e-5 : 1.2e-2)))
         die("oneDNN's products make other vectors");
     measure_turns((timed_call){run_forward, &us}, (timed_call){run_forward, &them}, &t_us, &t_them,
                   &ratio);
-    tokens_row("gemm", "forward beside oneDNN", B, n, t_us);
-    tokens_row("gemm", "forward: oneDNN", B, n, t_them);
-    printf("gemm,forward of oneDNN,%d,%.1f,%.1f,%.1f,%%,,\n", n, 100 * ratio.median,
-           100 * ratio.p10, 100 * ratio.p90);
+    snprintf(name, sizeof name, "forward beside oneDNN %s", math_name(math));
+    tokens_row("gemm", name, B, n, t_us);
+    l.rate *= B * n / (linear_flops(B, n) + attention_flops(B, n));
+    snprintf(name, sizeof name, "forward: oneDNN %s", math_name(math));
+    row("gemm", name, n, t_them, B * n, 1, "tokens/s", &l);
+    snprintf(name, sizeof name, "forward of oneDNN %s", math_name(math));
+    row_ratio("gemm", name, n, ratio);
     forward_close(&us);
     forward_close(&them);
 }
@@ -511,10 +529,9 @@ static void bench_tokenizer(const char *path) {
     start = measure_now();
     run_tokenizer(&c, 0);
     const double took = measure_now() - start;
-    const quantiles first = {took, took, took};
-    row("tokenizer first", path, 1, first, (double)c.bytes, 1e6, "MB/s", "", 0);
-    row("tokenizer again", path, 1, measure(run_tokenizer, &c), (double)c.bytes, 1e6, "MB/s", "",
-        0);
+    const quantiles first = {took, took, took, 1, 1, 1};
+    row("tokenizer first", path, 1, first, (double)c.bytes, 1e6, "MB/s", NULL);
+    row("tokenizer again", path, 1, measure(run_tokenizer, &c), (double)c.bytes, 1e6, "MB/s", NULL);
     qemb_tokenizer_state_free(c.s);
     qemb_tokenizer_close(t);
     free(text);
@@ -547,7 +564,7 @@ static void bench_print(void) {
         printing p = {kinds[k], dim, v, NULL};
         p.room = zeroed(format_vector_room(p.kind, dim));
         row("print", format_names[kinds[k]], dim, measure(run_print, &p), VECTORS, 1, "vectors/s",
-            "", 0);
+            NULL);
         free(p.room);
     }
     free(v);
@@ -600,14 +617,18 @@ int main(int argc, char **argv) {
     table = asked(cpu, math);
     if (qemb_file_open((qemb_file **)&file, argv[2], &err)) die(err.msg);
     const char *what = argv[1];
-    if (strcmp(what, "tokenizer") && strcmp(what, "print")) limits_measure(file);
+    if (strcmp(what, "tokenizer") && strcmp(what, "print")) {
+        if (limits_probe()) measure_gate(limits_probe());
+        limits_measure(file);
+    }
     if (!strcmp(what, "ops") || !strcmp(what, "gemm"))
         bench_ops(argv + 3, n - 3, !strcmp(what, "gemm"));
     if (!strcmp(what, "matmul")) bench_matmul();
     if (!strcmp(what, "print")) bench_print();
     for (int i = 3; i < n; i++) {
         if (!strcmp(what, "forward")) bench_forward(atoi(argv[i]));
-        if (!strcmp(what, "beside")) bench_beside(atoi(argv[i]));
+        for (int m = QEMB_MATH_F32; m <= QEMB_MATH_BF16; m++)
+            if (!strcmp(what, "beside")) bench_beside(atoi(argv[i]), (qemb_math)m);
         if (!strcmp(what, "tokenizer")) bench_tokenizer(argv[i]);
     }
     qemb_file_close((qemb_file *)file);

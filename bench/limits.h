@@ -2,16 +2,20 @@
 #ifndef BENCH_LIMITS_H
 #define BENCH_LIMITS_H
 
-#include "qemb.h"
+#include "measure.h"
 
-typedef struct {
-    const char *name;
-    double rate; /* operations or bytes per second by all threads; 0: not on this CPU */
-} limit;
+#include "qemb.h"
 
 /* Measures and prints all rates that this CPU has. `read` reads the weights of f. */
 void limits_measure(const qemb_file *f);
-const limit *limit_of(qemb_math math); /* multiply-adds, counted as two operations */
+/* Multiply-adds, counted as two operations. A table's: of the instruction that it multiplies with,
+ * and on the tile unit by the number of instructions that a product takes. A library's: of the
+ * fastest instruction that this CPU has for the arithmetic. */
+const limit *limit_of(const qemb_ops *table);
+const limit *limit_of_library(qemb_math math);
 const limit *limit_read(void);
+/* Some microseconds of the tile unit, for measure_gate. NULL: there is none, or it may not be
+ * used. */
+void (*limits_probe(void))(void);
 
 #endif

@@ -1,10 +1,13 @@
 /* vendor_gemm.c - matrix products of other libraries; see vendor_gemm.h.
  *
- * oneDNN is linked if its headers are installed (see the Makefile): f32, bf16 and u8 x s8, with
- * weights in the form that it asks for and activations already in the type of the product. OpenBLAS
- * is loaded if it is installed. */
+ * oneDNN is linked if its headers are installed (see the Makefile): f32, bf16, u8 x s8 and s8 x s8,
+ * with weights in the form that it asks for and activations already in the type of the product. It
+ * uses the tile unit by itself where it may (dnnl_cpu_isa_avx512_core_amx, unless DNNL_MAX_CPU_ISA
+ * forbids it); limits_probe has asked for the permission by then. It configures and releases tiles
+ * itself, as our ops do. OpenBLAS is loaded if it is installed. */
 #include "vendor_gemm.h"
 
+#include "limits.h"
 #include "measure.h"
 
 #include "backends/cpu/cpu.h"
@@ -42,8 +45,17 @@ struct other_gemm {
 #endif
 };
 
+enum { DNNL_F32, DNNL_BF16, DNNL_U8S8, DNNL_S8S8, OPENBLAS };
+enum { F32_BIT = 1 << QEMB_MATH_F32, BF16_BITS = 1 << QEMB_MATH_BF16 | 1 << QEMB_MATH_INT16 };
+const struct other_gemm_kind other_gemms[OTHER_GEMMS] = {
+    [DNNL_F32] = {"oneDNN f32", QEMB_MATH_F32, F32_BIT},
+    [DNNL_BF16] = {"oneDNN bf16", QEMB_MATH_BF16, F32_BIT | BF16_BITS},
+    [DNNL_U8S8] = {"oneDNN u8s8", QEMB_MATH_INT8, 1 << QEMB_MATH_INT8},
+    [DNNL_S8S8] = {"oneDNN s8s8", QEMB_MATH_INT8, 1 << QEMB_MATH_INT8},
+    [OPENBLAS] = {"OpenBLAS", QEMB_MATH_F32, F32_BIT}};
+
 /* Rounds to numbers that the arithmetic holds exactly: to 8 significant bits for f32 and bf16, to
- * whole numbers for int8, x in 0 .. 255 and W in -127 .. 127. */
+ * whole numbers for int8, x in 0 .. 255 or -127 .. 127 and W in -127 .. 127. */
 static float round_to(qemb_math math, float v) {
     if (math == QEMB_MATH_INT8) return rintf(v);
     if (v == 0 || !isfinite(v)) return 0;
@@ -52,7 +64,8 @@ static float round_to(qemb_math math, float v) {
     return ldexpf(rintf(m * 256), exponent - 8);
 }
 
-static void fill(other_gemm *g, qemb_math math, const float *W) {
+static void fill(other_gemm *g, int kind, const float *W) {
+    const qemb_math math = other_gemms[kind].math;
     const size_t nw = (size_t)g->N * (size_t)g->K, nx = (size_t)g->T * (size_t)g->K;
     float greatest = 0;
     for (size_t i = 0; i < nw; i++) greatest = fmaxf(greatest, fabsf(W[i]));
@@ -60,7 +73,9 @@ static void fill(other_gemm *g, qemb_math math, const float *W) {
     for (size_t i = 0; i < nw; i++) g->W[i] = round_to(math, W[i] * scale);
     for (size_t i = 0; i < nx; i++) {
         const float v = (float)(i * 2654435761u % 2001) / 1000 - 1;
-        g->x[i] = round_to(math, math == QEMB_MATH_INT8 ? 127.5f * (v + 1) : v);
+        g->x[i] = round_to(math, kind == DNNL_U8S8   ? 127.5f * (v + 1)
+                                 : kind == DNNL_S8S8 ? 127 * v
+                                                     : v);
     }
 }
 
@@ -92,8 +107,8 @@ void other_gemm_run(void *arg, int i) {
 #endif
 }
 
-static int blas_open(other_gemm *g, qemb_math math) {
-    void *library = math == QEMB_MATH_F32 ? dlopen("libopenblas.so.0", RTLD_NOW) : NULL;
+static int blas_open(other_gemm *g) {
+    void *library = dlopen("libopenblas.so.0", RTLD_NOW);
     void *p = library ? dlsym(library, "cblas_sgemm") : NULL;
     void (*set_threads)(int) = NULL;
     if (!p) return -1;
@@ -153,11 +168,10 @@ static int append_sum(dnnl_post_ops_t p) {
 }
 #endif
 
-/* The types of x and of W in the arithmetics that oneDNN has */
 static const dnnl_data_type_t x_type[] = {
-    [QEMB_MATH_F32] = dnnl_f32, [QEMB_MATH_BF16] = dnnl_bf16, [QEMB_MATH_INT8] = dnnl_u8};
+    [DNNL_F32] = dnnl_f32, [DNNL_BF16] = dnnl_bf16, [DNNL_U8S8] = dnnl_u8, [DNNL_S8S8] = dnnl_s8};
 static const dnnl_data_type_t w_type[] = {
-    [QEMB_MATH_F32] = dnnl_f32, [QEMB_MATH_BF16] = dnnl_bf16, [QEMB_MATH_INT8] = dnnl_s8};
+    [DNNL_F32] = dnnl_f32, [DNNL_BF16] = dnnl_bf16, [DNNL_U8S8] = dnnl_s8, [DNNL_S8S8] = dnnl_s8};
 
 /* *m = memory of the form `to` with floats (rows, cols) in it, converted */
 static int converted(dnnl_engine_t engine, dnnl_stream_t stream, dnnl_memory_t *m, float *floats,
@@ -191,13 +205,12 @@ static int dnnl_start(dnnl_engine_t *engine, dnnl_stream_t *stream) {
            dnnl_stream_create(stream, *engine, dnnl_stream_default_flags);
 }
 
-static int dnnl_open(other_gemm *g, qemb_math math) {
+static int dnnl_open(other_gemm *g, int kind) {
     shape x, w, y;
     dnnl_primitive_desc_t d = NULL;
-    if (math > QEMB_MATH_INT8 || math == QEMB_MATH_INT16) return -1;
     int bad = dnnl_start(&g->engine, &g->stream) ||
-              shape_of(&x, g->T, g->K, x_type[math], dnnl_ab) ||
-              shape_of(&w, g->K, g->N, w_type[math], dnnl_format_tag_any) ||
+              shape_of(&x, g->T, g->K, x_type[kind], dnnl_ab) ||
+              shape_of(&w, g->K, g->N, w_type[kind], dnnl_format_tag_any) ||
               shape_of(&y, g->T, g->N, dnnl_f32, dnnl_ab);
     if (bad) die("oneDNN: does not start");
     bad = product_desc(&d, g->engine, seen(&x), seen(&w), seen(&y), NULL) ||
@@ -228,60 +241,71 @@ static void dnnl_close(other_gemm *g) {
 
 /* ---- a table with oneDNN's products ---------------------------------------------------------- */
 
-/* Everything but the products is the table's that it is made from. There is one at a time, and its
- * memory lives as long as the program. */
+/* Everything but the products is the table's that it is made from. There is one at a time. Packed
+ * matrices and oneDNN's other objects are made once for a kind, and live as long as the program. */
 
 typedef struct { /* of matrices (N, K): how oneDNN wants W */
-    int N, K;
+    int kind, N, K;
     const_shape packed;
 } weights_form;
 
 typedef struct { /* y (T, N) = (add ? y : 0) + x W^T */
-    int T, N, K, add;
+    int kind, T, N, K, add;
     dnnl_primitive_t product, narrow; /* narrow: x to what is multiplied; NULL in float */
     dnnl_memory_t x, narrowed, y;     /* x and y are told where they are in every call */
 } lib_product;
 
 static struct {
-    const qemb_ops *own;
     qemb_ops table;
+    int kind;                 /* DNNL_F32 or DNNL_BF16 */
+    dnnl_memory_t *packed[2]; /* of each kind: the model's matrices, layer by layer */
     dnnl_engine_t engine;
     dnnl_stream_t stream;
-    weights_form forms[4];
-    lib_product products[64];
+    weights_form forms[8];
+    lib_product products[128];
     int n_forms, n_products;
 } lib;
 
 static const weights_form *form_of(int N, int K) {
-    const qemb_math math = lib.own->math;
-    for (int i = 0; i < lib.n_forms; i++)
-        if (lib.forms[i].N == N && lib.forms[i].K == K) return &lib.forms[i];
+    for (int i = 0; i < lib.n_forms; i++) {
+        const weights_form *f = &lib.forms[i];
+        if (f->kind == lib.kind && f->N == N && f->K == K) return f;
+    }
     shape x, w, y;
     dnnl_primitive_desc_t d; /* the form is its property */
-    if (lib.n_forms == 4 || shape_of(&x, QEMB_MLP_ROWS, K, x_type[math], dnnl_ab) ||
-        shape_of(&w, K, N, w_type[math], dnnl_format_tag_any) ||
+    if (lib.n_forms == sizeof lib.forms / sizeof *lib.forms ||
+        shape_of(&x, QEMB_MLP_ROWS, K, x_type[lib.kind], dnnl_ab) ||
+        shape_of(&w, K, N, w_type[lib.kind], dnnl_format_tag_any) ||
         shape_of(&y, QEMB_MLP_ROWS, N, dnnl_f32, dnnl_ab) ||
         product_desc(&d, lib.engine, seen(&x), seen(&w), seen(&y), NULL))
         die("oneDNN: no form for a matrix");
     weights_form *f = &lib.forms[lib.n_forms++];
-    *f = (weights_form){N, K, dnnl_primitive_desc_query_md(d, dnnl_query_weights_md, 0)};
+    *f = (weights_form){lib.kind, N, K, dnnl_primitive_desc_query_md(d, dnnl_query_weights_md, 0)};
     return f;
 }
 
+static dnnl_memory_t pack(const qemb_mat *w) {
+    float *W = floats_of(w);
+    dnnl_memory_t m;
+    if (converted(lib.engine, lib.stream, &m, W, w->cols, w->rows, dnnl_ba,
+                  form_of(w->rows, w->cols)->packed))
+        die("oneDNN: a matrix cannot be packed");
+    free(W);
+    return m;
+}
+
 static int lib_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+    const size_t n = (size_t)be->c->n_layers * QEMB_LAYER_MATRICES;
     (void)err;
-    for (int l = 0; l < be->c->n_layers; l++) {
+    const int made = lib.packed[lib.kind] != NULL;
+    if (!made) lib.packed[lib.kind] = zeroed(n * sizeof(dnnl_memory_t));
+    for (size_t i = 0; i < n; i++) {
+        dnnl_memory_t *m = &lib.packed[lib.kind][i];
         qemb_mat *all[QEMB_LAYER_MATRICES];
-        qemb_layer_matrices(&w->layers[l], all);
-        for (int i = 0; i < QEMB_LAYER_MATRICES; i++) {
-            float *W = floats_of(all[i]);
-            dnnl_memory_t m;
-            if (converted(lib.engine, lib.stream, &m, W, all[i]->cols, all[i]->rows, dnnl_ba,
-                          form_of(all[i]->rows, all[i]->cols)->packed))
-                die("oneDNN: a matrix cannot be packed");
-            all[i]->data = m;
-            free(W);
-        }
+        qemb_layer_matrices(&w->layers[i / QEMB_LAYER_MATRICES], all);
+        qemb_mat *matrix = all[i % QEMB_LAYER_MATRICES];
+        if (!made) *m = pack(matrix);
+        matrix->data = *m;
     }
     return 0;
 }
@@ -289,16 +313,16 @@ static int lib_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
 static lib_product *product_of(int T, int N, int K, int add) {
     for (int i = 0; i < lib.n_products; i++) {
         lib_product *p = &lib.products[i];
-        if (p->T == T && p->N == N && p->K == K && p->add == add) return p;
+        if (p->kind == lib.kind && p->T == T && p->N == N && p->K == K && p->add == add) return p;
     }
     if (lib.n_products == sizeof lib.products / sizeof *lib.products) die("too many shapes");
     lib_product *p = &lib.products[lib.n_products++];
-    *p = (lib_product){T, N, K, add, NULL, NULL, NULL, NULL, NULL};
+    *p = (lib_product){lib.kind, T, N, K, add, NULL, NULL, NULL, NULL, NULL};
     shape floats, x, y;
     dnnl_primitive_desc_t d, narrow;
     dnnl_post_ops_t sum;
     dnnl_primitive_attr_t attr;
-    const dnnl_data_type_t type = x_type[lib.own->math];
+    const dnnl_data_type_t type = x_type[lib.kind];
     int bad = shape_of(&floats, T, K, dnnl_f32, dnnl_ab) || shape_of(&x, T, K, type, dnnl_ab) ||
               shape_of(&y, T, N, dnnl_f32, dnnl_ab) || dnnl_post_ops_create(&sum) ||
               (add && append_sum(sum)) || dnnl_primitive_attr_create(&attr) ||
@@ -347,11 +371,17 @@ static void lib_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_
     simd_swiglu(be, h, gu, T);
 }
 
-const qemb_ops *table_with_onednn(const qemb_ops *own) {
-    if (own->math > QEMB_MATH_BF16 || own == &qemb_cpu_ops) return NULL;
+/* Whether the CPU has an instruction for bfloat16: oneDNN has its products on every CPU with
+ * AVX-512, in float. */
+static int has_bf16(void) { return limit_of_library(QEMB_MATH_BF16)->rate > 0; }
+
+const qemb_ops *table_with_onednn(const qemb_ops *own, qemb_math math) {
+    const int kind = math == QEMB_MATH_F32 ? DNNL_F32 : DNNL_BF16;
+    if (!(other_gemms[kind].beside >> own->math & 1) || own == &qemb_cpu_ops) return NULL;
+    if (kind == DNNL_BF16 && !has_bf16()) return NULL;
     if (!lib.engine && dnnl_start(&lib.engine, &lib.stream)) die("oneDNN: does not start");
-    lib.own = own, lib.table = *own;
-    lib.table.repacked_bytes = NULL, lib.table.load_weights = lib_load_weights,
+    lib.kind = kind, lib.table = *own;
+    lib.table.repacked_bytes = NULL, lib.table.load_weights = lib_load_weights;
     lib.table.matmul = lib_matmul;
     lib.table.matmul_add = lib_matmul_add, lib.table.gate_up = lib_gate_up;
     return &lib.table;
@@ -359,8 +389,8 @@ const qemb_ops *table_with_onednn(const qemb_ops *own) {
 
 #else
 
-const qemb_ops *table_with_onednn(const qemb_ops *own) {
-    (void)own;
+const qemb_ops *table_with_onednn(const qemb_ops *own, qemb_math math) {
+    (void)own, (void)math;
     return NULL;
 }
 
@@ -368,21 +398,18 @@ const qemb_ops *table_with_onednn(const qemb_ops *own) {
 
 /* ---- both ------------------------------------------------------------------------------------ */
 
-other_gemm *other_gemm_open(int which, qemb_math math, int T, int N, int K, const float *W,
-                            const char **name) {
-    static const char *const names[OTHER_GEMMS] = {"oneDNN", "OpenBLAS"};
+other_gemm *other_gemm_open(int kind, int T, int N, int K, const float *W) {
     other_gemm *g = calloc(1, sizeof *g);
     if (!g) die("out of memory");
     g->T = T, g->N = N, g->K = K;
     g->x = zeroed(sizeof(float) * (size_t)T * (size_t)K);
     g->W = zeroed(sizeof(float) * (size_t)N * (size_t)K);
     g->y = zeroed(sizeof(float) * (size_t)T * (size_t)N);
-    fill(g, math, W);
-    *name = names[which];
+    fill(g, kind, W);
     int bad = -1;
-    if (which == 1) bad = blas_open(g, math);
+    if (kind == OPENBLAS) bad = blas_open(g);
 #ifdef HAVE_DNNL
-    if (which == 0) bad = dnnl_open(g, math);
+    if (kind != OPENBLAS) bad = dnnl_open(g, kind);
 #endif
     if (bad) {
         other_gemm_close(g);
@@ -390,7 +417,7 @@ other_gemm *other_gemm_open(int which, qemb_math math, int T, int N, int K, cons
     }
     other_gemm_run(g, 0);
     if (!is_right(g)) {
-        fprintf(stderr, "bench: %s: not the product that was asked for\n", names[which]);
+        fprintf(stderr, "bench: %s: not the product that was asked for\n", other_gemms[kind].name);
         exit(1);
     }
     return g;
