@@ -2,8 +2,7 @@
 # bench.sh - the speed of everything, on one machine, in one run.
 #
 #   ./bench.sh [-m MODEL.qemb] [-o DIRECTORY] [--threads N] [--tokens N] [--math MATHS] [--only PARTS]
-#              [--lengths LENGTHS] [--peer 'COMMAND']... [--peer-model PATH]... [--rounds N] [--cpu-time]
-#              [--append]
+#              [--lengths LENGTHS] [--peer 'COMMAND']... [--rounds N] [--cpu-time] [--append]
 #
 # Parts: ops, gemm, beside, forward, tokenizer, print (build/release/qemb-bench, see bench/bench.c), run (the program
 # itself, lists of ids in, tokens per second out), latency (one line in, one vector out, the program
@@ -12,12 +11,16 @@
 #
 # --peer COMMAND is another program on the same texts: a text a line on its standard input, or in the
 # file that {file} in COMMAND stands for; {threads} and {length} are the threads and the tokens of a
-# text. It and qemb run in turns, ROUNDS (3) times each, once on all texts and once on the first
-# alone; the ratio of the medians is printed for the whole run, and for the rate without what
-# starting takes: the further texts in the further time, empty where there was none. Above 1 qemb is faster. Give the peer
-# the same weights and threads. --peer-model PATH makes that command: of a directory a
-# sentence-transformers one (a Python that has it: PYTHON, or .venv-golden), of a file a
-# llama-embedding one (on PATH).
+# text. bench/peers/ has one script per program, each of which says what to install and how to give
+# both the same weights. As they are in the list below, MODEL is a directory or a GGUF file:
+#   bench/peers/run_torch.py MODEL {threads} {file} --turns [--dtype bfloat16]
+#   bench/peers/run_openvino.py MODEL {threads} {file} --turns [--hint bf16] [--weights int8]
+#   bench/peers/llama.sh MODEL {threads} {file} {length}
+# With --turns in it, COMMAND stays and computes all texts whenever it reads a line: qemb and it take
+# turns, call by call, gated as in measure.h. Without, both are run as a whole in turns, ROUNDS (3)
+# times each, once on all texts and once on the first alone; the ratio of the medians is printed for
+# the whole run, and for the rate without what starting takes: the further texts in the further time,
+# empty where there was none. Whole runs are not gated. Above 1 (100 %) qemb is faster.
 #
 # Results: a table on stdout; DIRECTORY (bench/results) gets bench.csv, bench.json and, where gnuplot
 # is installed, bench.svg: throughput against the length of a text, a curve per arithmetic. --append
@@ -30,25 +33,11 @@ parts='ops gemm beside forward tokenizer print run latency peer' lengths='16 64 
 fail() { echo "bench.sh: $*" >&2; exit 1; }
 usage() { sed -n '4,6s/^# *//p' "$0" >&2; exit 1; }
 
-# The command for a peer's model, see above.
-peer_of() {
-    local python=${PYTHON:-.venv-golden/bin/python}
-    if [ -d "$1" ]; then
-        "$python" -c 'import sentence_transformers' 2>/dev/null || fail "--peer-model $1: $python has no sentence-transformers (PYTHON names another)"
-        printf "%s -c 'import sys, torch; from sentence_transformers import SentenceTransformer; torch.set_num_threads(int(sys.argv[2])); SentenceTransformer(sys.argv[1], device=\"cpu\").encode(sys.stdin.read().splitlines(), batch_size=8)' '%s' {threads}" "$python" "$1"
-    elif [ -f "$1" ]; then
-        command -v llama-embedding >/dev/null || fail "--peer-model $1: no llama-embedding on PATH"
-        printf "b=\$(({length} > 512 ? {length} : 512)); llama-embedding -m '%s' -f {file} -t {threads} -c \$b -b \$b -ub \$b --embd-output-format array" "$1"
-    else
-        fail "--peer-model $1: is not there"
-    fi
-}
-
 while [ $# -gt 0 ]; do
     case $1 in
     --cpu-time) cpu_time=$1; shift; continue ;;
     --append) append=1; shift; continue ;;
-    -m|-o|--threads|--tokens|--only|--peer|--peer-model|--math|--lengths|--rounds) [ $# -gt 1 ] || usage ;;
+    -m|-o|--threads|--tokens|--only|--peer|--math|--lengths|--rounds) [ $# -gt 1 ] || usage ;;
     *) usage ;;
     esac
     case $1 in
@@ -58,7 +47,6 @@ while [ $# -gt 0 ]; do
     --tokens) tokens=$2 ;;
     --only) parts=$2 ;;
     --peer) peers+=("$2") ;;
-    --peer-model) peers+=("$(peer_of "$2")") || exit 1 ;;
     --math) maths=$2 ;;
     --lengths) lengths=$2 ;;
     --rounds) rounds=$2 ;;
@@ -169,11 +157,20 @@ make_texts() {
     head -n 1 "$tmp/all" >"$tmp/one"
     ./qemb tokenize -m "$model" <"$tmp/all" | awk -F, -v n="$1" 'NF != n { exit 1 }' || fail "the texts are not $1 tokens long"
 }
-# The peer $1 on file $2 of texts of $3 tokens
-them() {
+# The command of peer $1 on file $2 of texts of $3 tokens
+command_of() {
     local c=${1//\{file\}/$2}
-    c=${c//\{threads\}/$threads} c=${c//\{length\}/$3}
-    sh -c "$c" <"$2" >/dev/null 2>"$tmp/peer"
+    c=${c//\{threads\}/$threads}
+    printf %s "${c//\{length\}/$3}"
+}
+them() { sh -c "$(command_of "$@")" <"$2" >/dev/null 2>"$tmp/peer"; }
+takes_turns() { [[ " $1 " == *' --turns '* ]]; }
+# Rows of qemb in arithmetic $1 in turns with peer $2, which has number $3, on texts of $4 tokens
+turn_rows() {
+    "$bench" turns "$model" "$(command_of "$2" "$tmp/all" "$4")" "$tmp/all" "${common[@]}" --math "$1" --tokens 1024 2>"$tmp/peer" |
+        awk -F, -v OFS=, -v p="$3" -v n="$4" '$1 == "turns" { $1 = "peer"; $3 = n; rows++
+            $2 = $2 == "qemb" ? "qemb beside peer " p : $2 == "peer" ? "peer " p : "qemb of peer " p; print } END { exit rows < 3 }' ||
+        fail "peer failed: $2: $(tail -n 3 "$tmp/peer")"
 }
 us() { engine "$1" <"$2" >/dev/null; }
 # Median seconds of $tmp/$1.all, and the rate of all texts but the first, tokens/s. $2: length
@@ -185,7 +182,16 @@ peer_rows() { # key, name, length
     echo "peer,$2: rate,$3,$(rate "$1" "$3"),,,tokens/s,,"
 }
 peer_length() { # length
+    local whole=()
     make_texts "$1"
+    for p in "${!peers[@]}"; do
+        takes_turns "${peers[p]}" || { whole+=("$p"); continue; }
+        for m in $maths; do
+            turn_rows "$m" "${peers[p]}" $((peers_before + p + 1)) "$1" >"$tmp/turns" || exit 1
+            record "$m" <"$tmp/turns"
+        done
+    done
+    [ ${#whole[@]} = 0 ] && return
     rm -f "$tmp"/*.all "$tmp"/*.one
     for ((r = 0; r < rounds; r++)); do
         # The first text alone, untimed: what a program waits for where a virtual machine's host has taken
@@ -196,7 +202,7 @@ peer_length() { # length
                 seconds_of us "$m" "$tmp/$part" >>"$tmp/us-$m.$part" || fail "qemb failed"
             done
         done
-        for p in "${!peers[@]}"; do
+        for p in "${whole[@]}"; do
             them "${peers[p]}" "$tmp/one" "$1"
             for part in all one; do
                 seconds_of them "${peers[p]}" "$tmp/$part" "$1" >>"$tmp/them-$p.$part" || fail "peer failed: ${peers[p]}: $(tail -n 3 "$tmp/peer")"
@@ -204,7 +210,7 @@ peer_length() { # length
         done
     done
     for m in $maths; do peer_rows "us-$m" qemb "$1" | record "$m"; done
-    for p in "${!peers[@]}"; do
+    for p in "${whole[@]}"; do
         peer_rows "them-$p" "peer $((peers_before + p + 1))" "$1" | record ''
         for m in $maths; do
             i=$((peers_before + p + 1))

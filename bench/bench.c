@@ -7,6 +7,8 @@
  *   bench gemm     MODEL [OP...]    the products in turns with other libraries', if installed
  *   bench forward  MODEL LENGTH...  the whole forward, texts of LENGTH tokens, and each op's share
  *   bench beside   MODEL LENGTH...  the forward in turns with one whose products are oneDNN's
+ *   bench turns    MODEL COMMAND FILE   the texts of FILE, a line each, in turns with a program
+ *                                   that computes them whenever it reads a line (bench/peers/)
  *   bench tokenizer MODEL TEXT...   MB of text per second
  *   bench print    MODEL            vectors per second, per output kind
  * with --threads N (all), --math f32|bf16|int16|int8 (f32), --cpu NAME (the fastest table),
@@ -30,12 +32,16 @@
 #include "frontends/console.h"
 #include "frontends/format.h"
 #include "frontends/select_ops.h"
+#include "lib/text_ids.h"
 #include "tests/unit/oracle.h"
 
 #include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 enum { MAX_ROWS = 4096, VERIFY_ROWS = 33, MATMUL_ROWS = 64, VECTORS = 256 };
 
@@ -491,6 +497,106 @@ static void bench_beside(int n, qemb_math math) {
     forward_close(&them);
 }
 
+/* ---- in turns with another program ----------------------------------------------------------- */
+
+typedef struct { /* all texts, in batches */
+    qemb_model *m;
+    qemb_batch *b[1024];
+    int n;
+    float *out;
+} texts;
+
+static void run_texts(void *arg, int i) {
+    const texts *t = arg;
+    (void)i;
+    for (int k = 0; k < t->n; k++) qemb_embed(t->m, t->b[k], t->out);
+}
+
+/* Fills batches with the lines of a file. Returns their tokens. */
+static int read_texts(texts *t, FILE *in) {
+    char *line = NULL;
+    size_t room = 0;
+    int tokens = 0;
+    qemb_tokenizer *tokenizer;
+    qemb_err err;
+    if (qemb_file_tokenizer(&tokenizer, file, &err)) die(err.msg);
+    text_ids ids = {.state = qemb_tokenizer_state_new(tokenizer),
+                    .max_tokens = qemb_options_of(t->m)->max_tokens,
+                    .eos = file->config.eos_id};
+    if (!ids.state) die("out of memory");
+    for (ssize_t bytes; (bytes = getline(&line, &room, in)) > 0;) {
+        const char *part[] = {line};
+        const size_t len[] = {(size_t)bytes - (line[bytes - 1] == '\n')};
+        const int n = text_ids_encode(&ids, part, len, 1, NULL, &err);
+        if (n < 0) die(err.msg);
+        int32_t *own = zeroed(sizeof *own * (size_t)n); /* until the program ends */
+        memcpy(own, ids.ids, sizeof *own * (size_t)n);
+        if (!t->n || qemb_pack_add(t->b[t->n - 1], own, n) < 0) {
+            if (t->n == LENGTH(t->b)) die("too many texts");
+            if (!(t->b[t->n] = qemb_batch_new(t->m))) die("out of memory");
+            qemb_pack_add(t->b[t->n++], own, n);
+        }
+        tokens += n;
+    }
+    free(line);
+    text_ids_close(&ids);
+    qemb_tokenizer_close(tokenizer);
+    return tokens;
+}
+
+typedef struct {
+    FILE *to, *from;
+    pid_t id;
+} peer;
+
+static void peer_open(peer *p, const char *command) {
+    int to[2], from[2];
+    if (pipe(to) || pipe(from) || (p->id = fork()) < 0) die("a peer: cannot be started");
+    if (!p->id) {
+        dup2(to[0], 0), dup2(from[1], 1);
+        close(to[0]), close(to[1]), close(from[0]), close(from[1]);
+        execl("/bin/sh", "sh", "-c", command, (char *)NULL);
+        _exit(127);
+    }
+    close(to[0]), close(from[1]);
+    p->to = fdopen(to[1], "w"), p->from = fdopen(from[0], "r");
+    if (!p->to || !p->from) die("out of memory");
+}
+
+static void run_peer(void *arg, int i) {
+    const peer *p = arg;
+    (void)i;
+    if (fputs("\n", p->to) < 0 || fflush(p->to)) die("a peer does not listen");
+    for (int c; (c = getc(p->from)) != '\n';)
+        if (c == EOF) die("a peer ended before it was done");
+}
+
+static void bench_turns(const char *command, const char *path) {
+    const qemb_options opt = {.batch_tokens = batch_tokens, .threads = measure_threads()};
+    static texts t;
+    peer them;
+    quantiles t_us, t_them, ratio;
+    qemb_err err;
+    FILE *in = fopen(path, "r");
+    if (!in) die("the texts cannot be read");
+    signal(SIGPIPE, SIG_IGN); /* a peer that has ended is an error of fflush */
+    peer_open(&them, command);
+    if (qemb_open(&t.m, file, table, &opt, &err)) die(err.msg);
+    t.out = zeroed(sizeof(float) * (size_t)batch_tokens * (size_t)file->config.hidden);
+    const int tokens = read_texts(&t, in);
+    if (!tokens) die("the file has no texts");
+    measure_turns((timed_call){run_texts, &t}, (timed_call){run_peer, &them}, &t_us, &t_them,
+                  &ratio);
+    row("turns", "qemb", tokens, t_us, tokens, 1, "tokens/s", NULL);
+    row("turns", "peer", tokens, t_them, tokens, 1, "tokens/s", NULL);
+    row_ratio("turns", "qemb of peer", tokens, ratio);
+    fclose(in), fclose(them.to), fclose(them.from);
+    waitpid(them.id, NULL, 0);
+    for (int i = 0; i < t.n; i++) qemb_batch_free(t.b[i]);
+    qemb_close(t.m);
+    free(t.out);
+}
+
 /* ---- tokenizer and printing, one thread ------------------------------------------------------ */
 
 enum { DOCUMENT = 3000 }; /* bytes that are encoded at a time, as a service sees them */
@@ -610,21 +716,23 @@ int main(int argc, char **argv) {
     }
     if (n == 2 && !strcmp(argv[1], "tables")) return tables();
     if (n < 3)
-        die("usage: bench tables | limits|ops|matmul|gemm|forward|beside|tokenizer|print MODEL "
-            "[OP...|LENGTH...|TEXT...] [--threads N] [--math f32|bf16|int16|int8] [--cpu NAME] "
+        die("usage: bench tables | limits|ops|matmul|gemm|forward|beside|turns|tokenizer|print "
+            "MODEL "
+            "[OP...|LENGTH...|COMMAND FILE|TEXT...] [--threads N] [--math f32|bf16|int16|int8] "
+            "[--cpu NAME] "
             "[--tokens N] [--cpu-time]");
     measure_open(threads < 1 ? omp_get_num_procs() : threads, cpu_time);
     table = asked(cpu, math);
     if (qemb_file_open((qemb_file **)&file, argv[2], &err)) die(err.msg);
     const char *what = argv[1];
-    if (strcmp(what, "tokenizer") && strcmp(what, "print")) {
-        if (limits_probe()) measure_gate(limits_probe());
-        limits_measure(file);
-    }
+    if (strcmp(what, "tokenizer") && strcmp(what, "print") && limits_probe())
+        measure_gate(limits_probe());
+    if (!strstr("tokenizer print turns", what)) limits_measure(file);
     if (!strcmp(what, "ops") || !strcmp(what, "gemm"))
         bench_ops(argv + 3, n - 3, !strcmp(what, "gemm"));
     if (!strcmp(what, "matmul")) bench_matmul();
     if (!strcmp(what, "print")) bench_print();
+    if (!strcmp(what, "turns") && n == 5) bench_turns(argv[3], argv[4]);
     for (int i = 3; i < n; i++) {
         if (!strcmp(what, "forward")) bench_forward(atoi(argv[i]));
         for (int m = QEMB_MATH_F32; m <= QEMB_MATH_BF16; m++)

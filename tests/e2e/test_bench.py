@@ -81,6 +81,24 @@ def test_a_rate_is_empty_where_the_further_texts_take_no_time(tmp_path):
     assert d["peer 1: whole run"] > 0
 
 
+def test_a_peer_that_takes_turns_stays_and_gets_a_line_a_call(tmp_path):
+    said = tmp_path / "said"
+    peer = tmp_path / "peer.sh"
+    peer.write_text(
+        f"echo $2 $(wc -l <$1) >>{said}\nwhile read x; do echo call >>{said}; echo done; done\n"
+    )
+    r = peer_run(tmp_path / "r", "--peer", f"sh {peer} {{file}} {{threads}} --turns", tokens=64)
+    assert r.returncode == 0, r.stderr
+    started, *calls = said.read_text().splitlines()
+    # started once, with all texts; a call to warm up, and at least two in each of three rounds
+    assert started == "2 4" and set(calls) == {"call"} and len(calls) >= 1 + 3 * 2
+    got = {x["name"]: x for x in rows((tmp_path / "r/bench.csv").read_text())}
+    assert set(got) == {"qemb beside peer 1", "peer 1", "qemb of peer 1"}
+    assert {x["math"] for x in got.values()} == {"f32"} and got["peer 1"]["unit"] == "tokens/s"
+    ours, theirs = (float(got[x]["median"]) for x in ("qemb beside peer 1", "peer 1"))
+    assert got["peer 1"]["n"] == "16" and ours > 0 and theirs > 0
+
+
 def test_append_keeps_rows_and_goes_on_counting_peers(tmp_path):
     for more in ([], ["--append"]):
         r = peer_run(tmp_path, "--peer", "cat", *more)
@@ -93,12 +111,14 @@ def test_append_keeps_rows_and_goes_on_counting_peers(tmp_path):
 def test_a_peer_that_fails_ends_the_run(tmp_path):
     r = peer_run(tmp_path, "--peer", "echo no such model >&2; exit 3")
     assert r.returncode == 1 and "no such model" in r.stderr
+    r = peer_run(tmp_path, "--peer", "echo no such model >&2; exit 3 --turns")
+    assert r.returncode == 1 and "no such model" in r.stderr
 
 
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--peer-model", "nowhere.gguf"], "is not there"),
+        (["--peer"], "bench.sh [-m"),
         (["--math", "int3"], "not on this machine"),
         (["--faster"], "bench.sh [-m"),
     ],
