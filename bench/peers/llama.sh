@@ -10,8 +10,8 @@
 # To install, outside of this project: llama.cpp's source is in the source package of the Python
 # package llama-cpp-python, under vendor/llama.cpp, or in its public repository; ik_llama.cpp has a
 # repository of its own (ikawrakow/ik_llama.cpp). Build the target llama-embedding with CMake, in
-# release mode and for the machine's own instructions (GGML_NATIVE). Its AMX kernels serve Q4 and Q8
-# formats only.
+# release mode and for the machine's own instructions (GGML_NATIVE). llama.cpp's AMX kernels serve
+# quantized formats of 4 to 8 bits only, Q8_0 among them.
 #
 # Weights: convert_hf_to_gguf.py, in the same source, makes MODEL.gguf from the directory that
 # convert_weights.py made qemb's file from: --outtype f16 for qemb's f32 and int16, bf16, q8_0 for
