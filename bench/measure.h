@@ -8,7 +8,7 @@
  * a thread instead of the time that passes. */
 void measure_open(int threads, int cpu_time);
 /* From here on only those calls count that a probe precedes and follows at nearly the highest speed
- * that probes of this run had. A probe: every thread runs `unit`, some microseconds, at once. A
+ * that probes of this run had. A probe: all threads run `unit`, some microseconds, at once. A
  * virtual machine may drop to a quarter of its speed for milliseconds to minutes; nothing but speed
  * itself shows it. A call of seconds may still have slow moments between its two probes. */
 void measure_gate(void (*unit)(void));
