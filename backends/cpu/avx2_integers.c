@@ -31,8 +31,9 @@ enum {
     /* of a dword, by which the loops around the microkernel count. Of BYTE_QUADS too: parts of a
      * panel are then the same columns in all tables, which gives the same bits. */
     NUMBERS = 2,
-    MR_PART = 6, /* rows of x and */
-    NR_PART = 16 /* of W at a time: 12 of 16 registers hold their sums */
+    NEAR_GROUPS = 2, /* of a panel: up to 8 KiB */
+    MR_PART = 6,     /* rows of x and */
+    NR_PART = 16     /* of W at a time: 12 of 16 registers hold their sums */
 };
 
 /* Memory in floats: a group's dwords of one row of x; what comes before the dwords of W; NR of
@@ -137,6 +138,9 @@ TEMPLATE void multiply_tile(layout of, int vnni, const epilogue *o, int rows, co
                             const float *panel, int n) {
     float acc[MR * NR] __attribute__((aligned(32)));
     const float *next = o->prefetch;
+    /* One tile leaves nothing of the panel for others: only what follows soon is prefetched. Two
+     * panels of 3,072 columns, 200 KiB each, would fill an L2 cache of 512 KiB. */
+    if (next && o->prefetch_parts == 1) next = panel + NEAR_GROUPS * W_GROUP(of);
     memset(acc, 0, (size_t)rows * NR * sizeof *acc);
     for (int i = 0; i < rows; i++) {
         _mm_prefetch((const char *)(o->y + i * o->ldy), _MM_HINT_T0);
