@@ -95,10 +95,11 @@ static int is_expanded(w_form form) { return form != TILES; }
 
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t u16vec __attribute__((vector_size(32), aligned(2), may_alias));
-typedef int8_t s8vec __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint16_t words __attribute__((vector_size(64), aligned(2), may_alias)); /* 32 */
 
 #ifdef AMX_EMULATE
+typedef uint16_t u16vec __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int8_t s8vec __attribute__((vector_size(16), aligned(1), may_alias));
 INLINE vec fma16(vec a, vec b, vec c) {
     for (int i = 0; i < 16; i++) c[i] = fmaf(a[i], b[i], c[i]);
     return c;
@@ -131,6 +132,13 @@ INLINE uvec to_bf16(uvec u) {
     return (u + (in_range & (0x7fff + (u >> 16 & 1)))) & 0xffff0000;
 }
 
+/* 32 bfloat16 numbers: the upper halves of a's and b's bits */
+INLINE words upper_halves(uvec a, uvec b) {
+    return __builtin_shufflevector((words)a, (words)b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23,
+                                   25, 27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55,
+                                   57, 59, 61, 63);
+}
+
 /* The first n of 16 numbers of p; the others are 0. */
 INLINE vec load_first(const float *p, int n) {
     if (n >= 16) return *(const vec *)p;
@@ -140,23 +148,23 @@ INLINE vec load_first(const float *p, int n) {
     return *(const vec *)v;
 }
 
-/* ---- packing x: [step][part][two tiles][16 rows][64 bytes] ----------------------------------- */
+/* ---- packing x: [step][part][two tiles][16 rows][64 bytes] --------------------------------------
+ * Rows that there are not keep what the memory had: their sums are never read, and each row of a
+ * tile has sums of its own. */
 
 /* 32 columns of one row: 64 bytes of each part, PAIR apart. n < 32: the others are 0. */
 TEMPLATE void split_row(int parts, uint8_t *to, const float *x, int n) {
-    vec rest[2] = {load_first(x, n), load_first(x + 16, n - 16)};
-    for (int p = 0; p < parts; p++, to += PAIR)
-        for (int h = 0; h < 2; h++) {
-            const uvec part = to_bf16((uvec)rest[h]);
-            *(u16vec *)(to + 32 * h) = __builtin_convertvector(part >> 16, u16vec);
-            rest[h] -= (vec)part;
-        }
+    vec a = load_first(x, n), b = load_first(x + 16, n - 16);
+    for (int p = 0; p < parts; p++, to += PAIR) {
+        const uvec pa = to_bf16((uvec)a), pb = to_bf16((uvec)b);
+        *(words *)to = upper_halves(pa, pb);
+        a -= (vec)pa, b -= (vec)pb;
+    }
 }
 
 TEMPLATE void pack_x(int parts, float *to, const float *x, int rows, int K) {
     const int steps = 2 * ceil_div(K, GROUP);
     uint8_t *tiles = (uint8_t *)to;
-    if (rows < ROWS) memset(to, 0, (size_t)steps * parts * PAIR);
     for (int i = 0; i < rows; i++)
         for (int s = 0; s < steps; s++)
             split_row(parts, tiles + (size_t)s * parts * PAIR + i / 16 * TILE_BYTES + i % 16 * 64,
@@ -185,10 +193,14 @@ static int panel_row(const w_panel *p, int i) {
 
 /* v (32) = columns k .. k+31 of row n of an F16 matrix, zeros past its columns */
 TEMPLATE void half_columns(uint16_t v[STEP], const qemb_mat *w, int n, int k) {
-    const int left = min_int(STEP, w->cols - k);
-    if (left < STEP) memset(v, 0, STEP * sizeof *v);
-    if (left > 0)
-        memcpy(v, (const uint16_t *)w->data + (size_t)n * w->cols + k, (size_t)left * sizeof *v);
+    const uint16_t *from = (const uint16_t *)w->data + (size_t)n * w->cols + k;
+    const int left = w->cols - k;
+    if (left >= STEP) {
+        memcpy(v, from, STEP * sizeof *v);
+        return;
+    }
+    memset(v, 0, STEP * sizeof *v);
+    if (left > 0) memcpy(v, from, (size_t)left * sizeof *v);
 }
 
 WITH_AVX512 static void pack_tiles(float *panel, const w_panel *p, int k0, int k1,
@@ -199,10 +211,7 @@ WITH_AVX512 static void pack_tiles(float *panel, const w_panel *p, int k0, int k
         for (int i = 0; i < NR; i++) {
             uint16_t v[STEP];
             half_columns(v, p->w, panel_row(p, i), k0 + s * STEP);
-            for (int h = 0; h < 2; h++) {
-                const uvec part = to_bf16((uvec)halves16(v + 16 * h)) >> 16;
-                *(u16vec *)(v + 16 * h) = __builtin_convertvector(part, u16vec);
-            }
+            *(words *)v = upper_halves(to_bf16((uvec)halves16(v)), to_bf16((uvec)halves16(v + 16)));
             uint8_t *row = to + i / 16 * TILE_BYTES + i % 16 * 4;
             for (int k = 0; k < STEP / 2; k++) memcpy(row + k * 64, v + 2 * k, 4);
         }
@@ -217,19 +226,20 @@ WITH_AVX512 static void pack_halves(float *panel, const w_panel *p, int k0, int 
             uint16_t v[STEP];
             half_columns(v, p->w, panel_row(p, i), k0 + s * STEP);
             uint8_t *row = to + i / 16 * TILE_BYTES + i % 16 * 2;
-            for (int k = 0; k < STEP; k++) memcpy(row + k / 2 * 64 + k % 2 * 32, v + k, 2);
+            for (int k = 0; k < STEP; k++) memcpy(row + k * 32, v + k, 2);
         }
 }
 
 /* A group of bytes q (64) of row i of a panel */
-static void put_group(uint8_t *group, int i, const int8_t q[GROUP], float scale) {
+TEMPLATE void put_group(uint8_t *group, int i, const int8_t q[GROUP], float scale) {
     memcpy(group + i * sizeof scale, &scale, sizeof scale);
     uint8_t *row = group + NR * sizeof scale + i / 16 * (TILE_BYTES / 2) + i % 16;
-    for (int k = 0; k < GROUP; k++)
-        row[k / STEP * TILE_BYTES + k % STEP / 2 * 32 + k % 2 * 16] = (uint8_t)q[k];
+    for (int s = 0; s < 2; s++, row += TILE_BYTES, q += STEP)
+        for (int k = 0; k < STEP; k++) row[k * 16] = (uint8_t)q[k];
 }
 
-static void pack_bytes(float *panel, const w_panel *p, int k0, int k1, size_t prefetch_distance) {
+WITH_AVX512 static void pack_bytes(float *panel, const w_panel *p, int k0, int k1,
+                                   size_t prefetch_distance) {
     const qemb_mat *w = p->w;
     (void)prefetch_distance;
     for (int g = 0; g < ceil_div(k1 - k0, GROUP); g++)
@@ -250,12 +260,21 @@ WITH_AVX512 static void quantize_halves(float *panel, const w_panel *p, int k0, 
     for (int g = 0; g < ceil_div(k1 - k0, GROUP); g++)
         for (int i = 0; i < NR; i++) {
             uint16_t v[GROUP];
-            float w[GROUP], most = 0;
+            float w[GROUP], most;
+            uint32_t magnitude[GROUP], largest = 0;
             int8_t q[GROUP];
             for (int s = 0; s < 2; s++)
                 half_columns(v + s * STEP, p->w, panel_row(p, i), k0 + g * GROUP + s * STEP);
-            for (int k = 0; k < GROUP; k += 16) *(vec *)(w + k) = halves16(v + k);
-            for (int k = 0; k < GROUP; k++) most = most < fabsf(w[k]) ? fabsf(w[k]) : most;
+            for (int k = 0; k < GROUP; k += 16) {
+                const vec numbers = halves16(v + k);
+                *(vec *)(w + k) = numbers;
+                *(uvec *)(magnitude + k) = (uvec)numbers & 0x7fffffff;
+            }
+            /* The bits of positive floats have their order; compilers find the largest integer with
+             * vectors, but not the largest float. */
+            for (int k = 0; k < GROUP; k++)
+                largest = largest < magnitude[k] ? magnitude[k] : largest;
+            memcpy(&most, &largest, sizeof most);
             const float inverse = most > 0 ? 127 / most : 0;
             for (int k = 0; k < GROUP; k++) q[k] = (int8_t)rintf(w[k] * inverse);
             put_group((uint8_t *)panel + g * GROUP_BYTES, i, q, most / 127);

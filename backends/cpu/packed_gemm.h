@@ -116,7 +116,8 @@ typedef struct gemm_type {
      * at most, and scratch of a thread. 0: MR, X_TILES, as many as ITEM_TILES allows, room for one
      * panel. */
     int tile_rows, x_tiles, item_panels, scratch_floats;
-    /* to = x (rows, K), packed; the missing rows of a tile are zeros. */
+    /* to = x (rows, K), packed. The missing rows of a tile are zeros, or anything if
+     * multiply_panels ignores their sums. */
     void (*pack_x)(float *to, const float *x, int rows, int K);
     packed_weights weights[W_KINDS]; /* W_BF16: optional */
     /* Optional. Converts a packed F16 panel of n dwords to float, so that all tiles of x share one

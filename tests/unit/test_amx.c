@@ -240,6 +240,20 @@ Test(amx, float_is_more_exact_than_multiply_adds) {
         }
 }
 
+/* y (T) = x times a matrix that is the number 1 */
+static void multiply_by_one(const qemb_ops *op, float *y, const float *x, int T) {
+    uint16_t one = 0x3c00;
+    const qemb_config c = {
+        .n_layers = 1, .hidden = 1, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+    const qemb_options opt = {.batch_tokens = T, .max_tokens = T, .threads = 1};
+    qemb_backend *be;
+    qemb_mat w = {.data = &one, .rows = 1, .cols = 1, .dtype = QEMB_F16, .alpha = 1};
+    cr_assert_eq(op->open(&be, &c, &opt, NULL), 0);
+    load_matrices(op, be, &w, NULL);
+    op->matmul(be, (qemb_act *)y, (const qemb_act *)x, &w, T);
+    op->close(be);
+}
+
 /* A number times 1, for every number of parts: three parts are all of a float, two parts have its
  * first 16 bits, one its first 8, rounded. Each part rounds to nearest, which errs by 2^-8 of what
  * is left. */
@@ -247,24 +261,32 @@ Test(amx, parts_hold_8_bits_each) {
     enum { T = 512 };
     const double tol[] = {0, 0x1p-16, 0x1p-8, 0x1p-8};
     for (int o = 0; o < 4; o++) {
-        uint16_t one = 0x3c00;
-        const qemb_config c = {
-            .n_layers = 1, .hidden = 1, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
-        const qemb_options opt = {.batch_tokens = T, .max_tokens = T, .threads = 1};
-        qemb_backend *be;
-        qemb_mat w = {.data = &one, .rows = 1, .cols = 1, .dtype = QEMB_F16, .alpha = 1};
-        cr_assert_eq(emulated_amx_table(o)->open(&be, &c, &opt, NULL), 0);
-        load_matrices(emulated_amx_table(o), be, &w, NULL);
         float x[T], y[T];
         rng r = {7};
         for (int t = 0; t < T; t++) /* exponents from -100 to 127 */
             x[t] = ldexpf((float)(1 + fabs(rng_uniform(&r))), t % 228 - 100);
         x[0] = o ? 3.4e38f : FLT_MAX, x[1] = -x[0]; /* would round to Inf in 8 bits */
-        emulated_amx_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &w, T);
+        multiply_by_one(emulated_amx_table(o), y, x, T);
         for (int t = 0; t < T; t++)
             cr_assert_not(far_off(y[t], x[t], tol[o] * fabsf(x[t])), "%s: %a, want %a",
                           emulated_amx_table(o)->name, (double)y[t], (double)x[t]);
-        emulated_amx_table(o)->close(be);
+    }
+}
+
+/* One part rounds to nearest, and a number halfway between two to the even one. What would round
+ * to Inf is cut off. */
+Test(amx, a_part_rounds_to_nearest_even) {
+    const float x[] = {0x1.01p0f,     0x1.03p0f,     0x1.010002p0f,   0x1.02fffep0f,
+                       0x1.00fffep0f, 0x1.030002p0f, 0x1.fefffep127f, 0x1.ffp127f};
+    const float want[] = {1, 0x1.04p0f, 0x1.02p0f,   0x1.02p0f,
+                          1, 0x1.04p0f, 0x1.fep127f, 0x1.fep127f};
+    enum { T = sizeof x / sizeof *x };
+    for (int o = 2; o < 4; o++) {
+        float y[T];
+        multiply_by_one(emulated_amx_table(o), y, x, T);
+        for (int t = 0; t < T; t++)
+            cr_assert_eq(y[t], want[t], "%s: %a is %a, want %a", emulated_amx_table(o)->name,
+                         (double)x[t], (double)y[t], (double)want[t]);
     }
 }
 
@@ -283,6 +305,21 @@ Test(amx, not_finite) {
                                  t, n);
             close_product(&p);
         }
+}
+
+/* Numbers that a larger product left in packed x reach no row of a smaller one. */
+Test(amx, earlier_rows_are_forgotten) {
+    enum { T = 40, N = 40, K = 80 };
+    for (int o = 0; emulated_amx_table(o); o++) {
+        product p = open_product(emulated_amx_table(o), OF_8_BITS, T, N, K, 1);
+        float want[T * N];
+        multiply_rows(&p, want, 0, 3); /* no other rows came before */
+        for (int i = 3 * K; i < T * K; i++) p.x[i] = i % 2 ? NAN : FLT_MAX;
+        multiply_rows(&p, p.y, 0, T);
+        multiply_rows(&p, p.y, 0, 3);
+        cr_assert_arr_eq(p.y, want, 3 * N * sizeof *want, "%s", p.op->name);
+        close_product(&p);
+    }
 }
 
 /* ---- weights --------------------------------------------------------------------------------- */
