@@ -6,6 +6,8 @@
  *   a half       w = w1 + w2               11 bits
  *   a weight of a BF16 checkpoint          w1 alone, stored as a half or not
  *   a byte       q1 alone
+ * Numbers below 2^-126 count as 0 in the unit, so smaller parts are lost.
+ *
  * A product of numbers is the sum of products of their parts. So W of 8 bits times x in three parts
  * has the exact terms of a float product, and it adds 32 columns with one rounding of the sum:
  * three tile products are more exact than a chain of multiply-adds, and faster. Leaving out small
@@ -405,13 +407,13 @@ typedef struct {
     float gate_up[ITEM_PANELS * (X_CACHED / (CHUNK * ROWS * 2)) * SUMS];
 } scratch;
 
-/* A part of the item's work: columns k0 .. k1-1 of panel p. */
+/* Columns k0 .. k1-1 of panel p: what a register tile multiplies. */
 typedef struct {
     int p, k0, k1;
-} part;
+} block;
 
 /* The next one: all panels of a chunk, then the next chunk. 0: there is none. */
-static int next_part(part *c, int first, int last, int columns, int K) {
+static int next_block(block *c, int first, int last, int columns, int K) {
     if (++c->p < last) return 1;
     c->p = first, c->k0 = c->k1, c->k1 = min_int(K, c->k0 + columns);
     return c->k0 < K;
@@ -445,8 +447,8 @@ TEMPLATE void multiply_steps(const plan *a, work *b, float *sums, const uint8_t 
     b->sums = sums, b->row = 0, b->rows = rows;
 }
 
-/* Where the sums of tile i of x and part c go. */
-static void set_target(work *b, const matmul_job *j, scratch *r, const part *c, int first, int i,
+/* Where the sums of tile i of x and block c go. */
+static void set_target(work *b, const matmul_job *j, scratch *r, const block *c, int first, int i,
                        int last_chunk) {
     const int N = j->w->rows, t = i * ROWS;
     b->alpha = j->w->alpha, b->add = j->add || c->k0, b->h = NULL;
@@ -462,8 +464,8 @@ static void set_target(work *b, const matmul_job *j, scratch *r, const part *c, 
     b->swiglu = j->be->gemm_type->swiglu;
 }
 
-/* A tile of x times a part. BYTES: each group has sums of its own. */
-TEMPLATE void multiply_tile(const plan *a, work *b, const matmul_job *j, scratch *r, const part *c,
+/* A tile of x times a block. BYTES: each group has sums of its own. */
+TEMPLATE void multiply_tile(const plan *a, work *b, const matmul_job *j, scratch *r, const block *c,
                             int first, int i, int last_chunk, const uint8_t *w, const float *scales,
                             int expands) {
     const gemm_type *type = j->be->gemm_type;
@@ -490,9 +492,10 @@ TEMPLATE void multiply_item(const plan *a, weight_kind kind, const matmul_job *j
     const size_t panel = w_floats(type, kind, K) * sizeof(float);
     const amx_config whole = amx_whole_tiles();
     work b = {.sums = r->sums[0]};
-    part c = {first, 0, min_int(K, columns)}, ahead = c;
+    block c = {first, 0, min_int(K, columns)}, ahead = c;
     int side = 0;
-#define IN_MEMORY(part) (tiles + (part).p * panel + w_floats(type, kind, (part).k0) * sizeof(float))
+#define IN_MEMORY(block)                                                                           \
+    (tiles + (block).p * panel + w_floats(type, kind, (block).k0) * sizeof(float))
     tile_config(&whole);
     if (is_expanded(a->form)) { /* no products have come before the first panel */
         b.from = IN_MEMORY(c), b.to = r->panel[0], b.to_expand = c.k1 - c.k0;
@@ -501,13 +504,13 @@ TEMPLATE void multiply_item(const plan *a, weight_kind kind, const matmul_job *j
     for (int more = 1; more; c = ahead, side ^= 1) {
         const int turns = (c.k1 - c.k0) / STEP * j->tiles;
         const uint8_t *w = is_expanded(a->form) ? r->panel[side] : IN_MEMORY(c);
-        more = next_part(&ahead, first, last, columns, K);
+        more = next_block(&ahead, first, last, columns, K);
         b.expanded = b.to_expand = 0;
         if (more && is_expanded(a->form))
             b.from = IN_MEMORY(ahead), b.to = r->panel[side ^ 1], b.to_expand = ahead.k1 - ahead.k0;
-        part fetched = ahead;
+        block fetched = ahead;
         b.prefetch = b.prefetch_end = NULL;
-        if (more && (!is_expanded(a->form) || next_part(&fetched, first, last, columns, K))) {
+        if (more && (!is_expanded(a->form) || next_block(&fetched, first, last, columns, K))) {
             b.prefetch = IN_MEMORY(fetched);
             b.prefetch_end =
                 b.prefetch + w_floats(type, kind, fetched.k1 - fetched.k0) * sizeof(float);

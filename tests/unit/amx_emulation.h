@@ -59,8 +59,9 @@ static inline float emulated_bf16(uint16_t b) {
     return emulated_flush(f);
 }
 
-/* a b + c. The hardware decides by the result as an exponent without end would round it. A result
- * that rounds up to 2^-126 only because floats are 2^-149 apart there is flushed, too. */
+/* a b + c. The hardware flushes a result that would be below 2^-126 if exponents had no lower
+ * limit. So a result that rounds up to 2^-126 only because floats are 2^-149 apart there is flushed,
+ * too. */
 static inline float emulated_fma(float a, float b, float c) {
     const float r = fmaf(a, b, c);
     if (fabsf(r) == 0x1p-126f && fabs((double)a * b + c) < 0x1p-126 - 0x1p-151)

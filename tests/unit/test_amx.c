@@ -307,17 +307,23 @@ Test(amx, not_finite) {
         }
 }
 
-/* Numbers that a larger product left in packed x reach no row of a smaller one. */
-Test(amx, earlier_rows_are_forgotten) {
-    enum { T = 40, N = 40, K = 80 };
+/* Numbers that a larger product left in packed x reach no row of a smaller one: neither from rows
+ * that the smaller one lacks, nor from columns past its last, which W's zeros would not hide. */
+Test(amx, earlier_numbers_are_forgotten) {
+    enum { T = 40, N = 40, K = 128, FEWER_ROWS = 3, FEWER_COLUMNS = 80 };
     for (int o = 0; emulated_amx_table(o); o++) {
         product p = open_product(emulated_amx_table(o), OF_8_BITS, T, N, K, 1);
-        float want[T * N];
-        multiply_rows(&p, want, 0, 3); /* no other rows came before */
-        for (int i = 3 * K; i < T * K; i++) p.x[i] = i % 2 ? NAN : FLT_MAX;
-        multiply_rows(&p, p.y, 0, T);
-        multiply_rows(&p, p.y, 0, 3);
-        cr_assert_arr_eq(p.y, want, 3 * N * sizeof *want, "%s", p.op->name);
+        qemb_layer layer = {.wo = p.original, .wqkv = p.original};
+        const qemb_mat *large = &layer.wo, *small = &layer.wqkv;
+        qemb_weights weights = {.layers = &layer};
+        float want[FEWER_ROWS * N], y[FEWER_ROWS * N];
+        layer.wqkv.cols = FEWER_COLUMNS;
+        cr_assert_eq(p.op->load_weights(p.be, &weights, NULL), 0);
+        p.op->matmul(p.be, (qemb_act *)want, (qemb_act *)p.x, small, FEWER_ROWS);
+        for (int i = FEWER_ROWS * FEWER_COLUMNS; i < T * K; i++) p.x[i] = NAN;
+        p.op->matmul(p.be, (qemb_act *)p.y, (qemb_act *)p.x, large, T);
+        p.op->matmul(p.be, (qemb_act *)y, (qemb_act *)p.x, small, FEWER_ROWS);
+        cr_assert_arr_eq(y, want, sizeof y, "%s", p.op->name);
         close_product(&p);
     }
 }
