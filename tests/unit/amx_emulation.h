@@ -60,8 +60,7 @@ static inline float emulated_bf16(uint16_t b) {
 }
 
 /* a b + c. The hardware flushes a result that would be below 2^-126 if exponents had no lower
- * limit. So a result that rounds up to 2^-126 only because floats are 2^-149 apart there is flushed,
- * too. */
+ * limit: also one that rounds up to 2^-126 only because floats are 2^-149 apart there. */
 static inline float emulated_fma(float a, float b, float c) {
     const float r = fmaf(a, b, c);
     if (fabsf(r) == 0x1p-126f && fabs((double)a * b + c) < 0x1p-126 - 0x1p-151)
