@@ -387,7 +387,7 @@ static const gemm_type int16 = {
     .x_floats = X_GROUP(WORDS),
     .pack_x = pack_int16_x,
     .weights = {[W_F16] = {1, W_GROUP(WORDS), pack_int16_f16, tile_words, NULL},
-                [W_I8] = {0, W_GROUP(WORDS), pack_i8, tile_byte_pairs, NULL}},
+                [W_I8] = {1, W_GROUP(BYTE_PAIRS), pack_i8, tile_byte_pairs, NULL}},
     .swiglu = swiglu_tile};
 static const gemm_type int16_vnni = {
     .per_dword = NUMBERS,
@@ -395,7 +395,7 @@ static const gemm_type int16_vnni = {
     .x_floats = X_GROUP(WORDS),
     .pack_x = pack_int16_x,
     .weights = {[W_F16] = {1, W_GROUP(WORDS), pack_int16_f16, tile_words_vnni, NULL},
-                [W_I8] = {0, W_GROUP(WORDS), pack_i8, tile_byte_pairs_vnni, NULL}},
+                [W_I8] = {1, W_GROUP(BYTE_PAIRS), pack_i8, tile_byte_pairs_vnni, NULL}},
     .swiglu = swiglu_tile};
 static const gemm_type int8 = {
     .per_dword = NUMBERS,

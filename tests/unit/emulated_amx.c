@@ -5,8 +5,8 @@
 
 #include <math.h>
 
-/* Rows by AVX-512 where the CPU has it, else by AVX2. Without either, the plain table's ops take the
- * place of those that use them. */
+/* Rows by AVX-512 where the CPU has it, else by AVX2. Without either, the plain table's ops take
+ * the place of those that use them. */
 static const cpu_kernels none = {1, NULL, NULL, NULL, NULL, NULL};
 #if defined(__x86_64__)
 static int has_avx512(void) {
