@@ -181,7 +181,8 @@ Test(amx, gate_up_in_chunks) {
         for (weights kind = 0; kind < N_WEIGHTS; kind++) {
             product p = open_product(emulated_amx_table(o), kind, T, 2 * F, K, 2);
             float h[T * F], scratch[T * 2 * F];
-            for (int i = 0; i < T * K; i++) p.x[i] *= 0.02f;
+            for (int i = 0; i < T * K; i++) p.x[i] *= 0.04f;
+            p.loaded.alpha = p.gate_up.alpha = 0.5f;
             multiply_rows(&p, p.y, 0, T);
             p.op->gate_up(p.be, (qemb_act *)h, (qemb_act *)scratch, (const qemb_act *)p.x,
                           &p.gate_up, T);
