@@ -363,17 +363,13 @@ TEMPLATE void expand_row(const plan *a, work *b) {
         *(uvec *)(to + PAIR) = (uvec)(even - (vec)e) >> 16 | (uvec)(odd - (vec)o);
 }
 
-/* A step's share of the work. */
+/* A step's share of the work: `folds` and `expands` times the steps are all of it. */
 TEMPLATE void do_work(const plan *a, work *b, int folds, int expands) {
     for (int i = 0; i < folds && b->row < b->rows; i++) fold_row(a, b);
     if (is_expanded(a->form))
         for (int i = 0; i < expands && b->expanded < b->to_expand; i++) expand_row(a, b);
     for (int i = 0; i < b->lines && b->prefetch < b->prefetch_end; i++, b->prefetch += 64)
         __builtin_prefetch(b->prefetch, 0, 2);
-}
-
-TEMPLATE void finish_fold(const plan *a, work *b) {
-    while (b->row < b->rows) fold_row(a, b);
 }
 
 /* ---- the products ---------------------------------------------------------------------------- */
@@ -401,7 +397,7 @@ TEMPLATE void multiply_step(const plan *a, const uint8_t *x, const uint8_t *w, i
 /* A thread's scratch. */
 typedef struct {
     uint8_t panel[2][2 * CHUNK * NR * 2]; /* bfloat16 of two parts: in use, and being made */
-    float sums[2][SUMS];                  /* being folded, and written next */
+    float sums[SUMS];
     float groups[SUMS];
     /* gate_up with several chunks: (panel of the item, tile of x, ROWS, NR) */
     float gate_up[ITEM_PANELS * (X_CACHED / (CHUNK * ROWS * 2)) * SUMS];
@@ -423,8 +419,8 @@ static int next_block(block *c, int first, int last, int columns, int K) {
 static int chunk_columns(int K) { return round_up(ceil_div(K, ceil_div(K, CHUNK)), GROUP); }
 
 /* Steps 0 .. steps-1 of a register tile. The work between them is what `b` has. */
-TEMPLATE void multiply_steps(const plan *a, work *b, float *sums, const uint8_t *x,
-                             const uint8_t *w, int steps, int rows, int expands) {
+TEMPLATE void multiply_steps(const plan *a, work *b, const uint8_t *x, const uint8_t *w, int steps,
+                             int rows, int expands) {
     const int folds = ceil_div(ROWS, steps), two = rows > 16;
     const int x_step = a->x_parts * PAIR, w_step = a->w_parts * PAIR;
     tile_zero(0), tile_zero(1), tile_zero(2), tile_zero(3);
@@ -438,13 +434,13 @@ TEMPLATE void multiply_steps(const plan *a, work *b, float *sums, const uint8_t 
             multiply_step(a, x + s * x_step, w + s * w_step, 0);
             do_work(a, b, folds, expands);
         }
-    finish_fold(a, b);
+    float *sums = b->sums; /* of the tile before, all folded */
     tile_store(0, sums, NR * sizeof *sums), tile_store(1, sums + 16, NR * sizeof *sums);
     if (two) {
         tile_store(2, sums + SUMS / 2, NR * sizeof *sums);
         tile_store(3, sums + SUMS / 2 + 16, NR * sizeof *sums);
     }
-    b->sums = sums, b->row = 0, b->rows = rows;
+    b->row = 0, b->rows = rows;
 }
 
 /* Where the sums of tile i of x and block c go. */
@@ -473,8 +469,7 @@ TEMPLATE void multiply_tile(const plan *a, work *b, const matmul_job *j, scratch
     const uint8_t *x =
         (const uint8_t *)(j->packed + i * x_floats(type, j->w->cols) + x_floats(type, c->k0));
     for (int s = 0; s < steps; s += each) {
-        float *sums = b->sums == r->sums[0] ? r->sums[1] : r->sums[0];
-        multiply_steps(a, b, sums, x + s * a->x_parts * PAIR, w + s * a->w_parts * PAIR, each,
+        multiply_steps(a, b, x + s * a->x_parts * PAIR, w + s * a->w_parts * PAIR, each,
                        min_int(ROWS, j->T - i * ROWS), expands);
         set_target(b, j, r, c, first, i, last_chunk);
         b->scale = (const float *)((const uint8_t *)scales + s / 2 * GROUP_BYTES);
@@ -491,7 +486,7 @@ TEMPLATE void multiply_item(const plan *a, weight_kind kind, const matmul_job *j
     const uint8_t *tiles = j->w->data;
     const size_t panel = w_floats(type, kind, K) * sizeof(float);
     const amx_config whole = amx_whole_tiles();
-    work b = {.sums = r->sums[0]};
+    work b = {.sums = r->sums};
     block c = {first, 0, min_int(K, columns)}, ahead = c;
     int side = 0;
 #define IN_MEMORY(block)                                                                           \
@@ -519,9 +514,8 @@ TEMPLATE void multiply_item(const plan *a, weight_kind kind, const matmul_job *j
         for (int i = 0; i < j->tiles; i++)
             multiply_tile(a, &b, j, r, &c, first, i, c.k1 == K, w, (const float *)IN_MEMORY(c),
                           ceil_div(b.to_expand, turns));
-        while (b.expanded < b.to_expand) expand_row(a, &b);
     }
-    finish_fold(a, &b);
+    while (b.row < b.rows) fold_row(a, &b);
     tile_release();
 #undef IN_MEMORY
 }

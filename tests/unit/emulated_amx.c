@@ -86,6 +86,8 @@ const qemb_ops *emulated_amx_table(int i) {
     return t;
 }
 
+int emulated_amx_is_released(void) { return !emulated.config.palette; }
+
 const qemb_ops *test_table(int i) {
     int n = 0;
     while (qemb_cpu_table(n)) n++;

@@ -10,5 +10,7 @@ const qemb_ops *test_table(int i);
  * compute is AVX-512's where the CPU has it, as on every CPU with tiles, else AVX2's or the plain
  * table's. */
 const qemb_ops *emulated_amx_table(int i);
+/* Whether this thread has released its tiles. */
+int emulated_amx_is_released(void);
 
 #endif

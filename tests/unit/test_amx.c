@@ -173,30 +173,35 @@ Test(amx, a_row_has_the_same_bits_on_every_path) {
         }
 }
 
-/* gate_up of several tiles of x, panels and chunks is what SwiGLU makes of the matmul's numbers,
- * which has its own tests. */
+/* gate_up is what SwiGLU makes of the matmul's numbers, which has its own tests. */
+static void check_gate_up(const qemb_ops *op, weights kind, int T, int F, int K) {
+    product p = open_product(op, kind, T, 2 * F, K, 1);
+    float *h = malloc((size_t)T * F * sizeof *h), *scratch = malloc((size_t)T * 2 * F * sizeof *h);
+    for (int i = 0; i < T * K; i++) p.x[i] *= 0.04f;
+    p.loaded.alpha = p.gate_up.alpha = 0.5f;
+    multiply_rows(&p, p.y, 0, T);
+    op->gate_up(p.be, (qemb_act *)h, (qemb_act *)scratch, (const qemb_act *)p.x, &p.gate_up, T);
+    cr_assert(emulated_amx_is_released(), "%s", op->name);
+    const int rough = op->math == QEMB_MATH_BF16 || op->math == QEMB_MATH_INT8;
+    for (int i = 0; i < T * F; i++) {
+        const float *y = p.y + (size_t)(i / F) * 2 * F + i % F;
+        const double want = oracle_swiglu(y[0], y[F]);
+        /* exp, 1 + e, the division and its product with up; rough: as in test_ops */
+        const double tol = (6.1 * U + (rough ? 0x1p-13 : 0)) * fabs(want) + 1e-34;
+        cr_assert_not(far_off(h[i], want, tol), "%s weights %d (%d): %g, want %g", op->name,
+                      (int)kind, i, (double)h[i], want);
+    }
+    free(h), free(scratch);
+    close_product(&p);
+}
+
+/* Several tiles of x, chunks, and panels of an item; then as many of each as a thread's scratch has
+ * room for. */
 Test(amx, gate_up_in_chunks) {
-    enum { T = 70, F = 50, K = 1100 };
     for (int o = 0; emulated_amx_table(o); o++)
-        for (weights kind = 0; kind < N_WEIGHTS; kind++) {
-            product p = open_product(emulated_amx_table(o), kind, T, 2 * F, K, 2);
-            float h[T * F], scratch[T * 2 * F];
-            for (int i = 0; i < T * K; i++) p.x[i] *= 0.04f;
-            p.loaded.alpha = p.gate_up.alpha = 0.5f;
-            multiply_rows(&p, p.y, 0, T);
-            p.op->gate_up(p.be, (qemb_act *)h, (qemb_act *)scratch, (const qemb_act *)p.x,
-                          &p.gate_up, T);
-            const int rough = p.op->math == QEMB_MATH_BF16 || p.op->math == QEMB_MATH_INT8;
-            for (int i = 0; i < T * F; i++) {
-                const float gate = p.y[i / F * 2 * F + i % F], up = p.y[i / F * 2 * F + F + i % F];
-                const double want = oracle_swiglu(gate, up);
-                /* exp, 1 + e, the division and its product with up; rough: as in test_ops */
-                const double tol = (6.1 * U + (rough ? 0x1p-13 : 0)) * fabs(want) + 1e-34;
-                cr_assert_not(far_off(h[i], want, tol), "%s weights %d (%d): %g, want %g",
-                              p.op->name, (int)kind, i, (double)h[i], want);
-            }
-            close_product(&p);
-        }
+        for (weights kind = 0; kind < N_WEIGHTS; kind++)
+            check_gate_up(emulated_amx_table(o), kind, 70, 130, 1100);
+    check_gate_up(emulated_amx_table(2), OF_8_BITS, 512, 1024, 1100);
 }
 
 /* ---- exactness ------------------------------------------------------------------------------- */
