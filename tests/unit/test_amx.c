@@ -202,6 +202,8 @@ Test(amx, gate_up_in_chunks) {
         for (weights kind = 0; kind < N_WEIGHTS; kind++)
             check_gate_up(emulated_amx_table(o), kind, 70, 130, 1100);
     check_gate_up(emulated_amx_table(2), OF_8_BITS, 512, 1024, 1100);
+    /* more rows than are packed at a time: 160 */
+    check_gate_up(emulated_amx_table(0), OF_8_BITS, 170, 50, 70);
 }
 
 /* ---- exactness ------------------------------------------------------------------------------- */
