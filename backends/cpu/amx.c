@@ -41,6 +41,7 @@
 #include "amx.h"
 
 #include <math.h>
+
 /* INLINE: a function of vectors. TEMPLATE: a function that is inlined with constant arguments, so
  * that its branches disappear. */
 #ifdef AMX_EMULATE /* branches cost nothing beside the emulation, copies cost time to compile */
