@@ -55,7 +55,8 @@ const struct other_gemm_kind other_gemms[OTHER_GEMMS] = {
     [OPENBLAS] = {"OpenBLAS", QEMB_MATH_F32, F32_BIT}};
 
 /* Rounds to numbers that the arithmetic holds exactly: to 8 significant bits for f32 and bf16, to
- * whole numbers for int8, x in 0 .. 255 or -127 .. 127 and W in -127 .. 127. */
+ * whole numbers for int8, x in 0 .. 255 or -127 .. 127 and W in -63 .. 63. Without VNNI oneDNN adds
+ * two products in 16 bits, and 128 to an x of s8: 2 * 255 * 63 fits, 2 * 255 * 127 does not. */
 static float round_to(qemb_math math, float v) {
     if (math == QEMB_MATH_INT8) return rintf(v);
     if (v == 0 || !isfinite(v)) return 0;
@@ -69,7 +70,7 @@ static void fill(other_gemm *g, int kind, const float *W) {
     const size_t nw = (size_t)g->N * (size_t)g->K, nx = (size_t)g->T * (size_t)g->K;
     float greatest = 0;
     for (size_t i = 0; i < nw; i++) greatest = fmaxf(greatest, fabsf(W[i]));
-    const float scale = math == QEMB_MATH_INT8 && greatest > 0 ? 127 / greatest : 1;
+    const float scale = math == QEMB_MATH_INT8 && greatest > 0 ? 63 / greatest : 1;
     for (size_t i = 0; i < nw; i++) g->W[i] = round_to(math, W[i] * scale);
     for (size_t i = 0; i < nx; i++) {
         const float v = (float)(i * 2654435761u % 2001) / 1000 - 1;
