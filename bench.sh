@@ -16,8 +16,8 @@
 #   bench/peers/run_torch.py MODEL {threads} {file} --turns [--dtype bfloat16]
 #   bench/peers/run_openvino.py MODEL {threads} {file} --turns [--hint bf16] [--weights int8]
 #   bench/peers/llama.sh MODEL {threads} {file} {length}
-# With --turns in it, COMMAND stays and computes all texts whenever it reads a line: qemb and it take
-# turns, call by call, gated as in measure.h. Without, both are run as a whole in turns, ROUNDS (3)
+# With --turns in it, COMMAND stays. Whenever it reads a line, it computes all texts and prints the line
+# "done": qemb and it take turns, call by call, gated as in measure.h. Without, both are run as a whole in turns, ROUNDS (3)
 # times each, once on all texts and once on the first alone; the ratio of the medians is printed for
 # the whole run, and for the rate without what starting takes: the further texts in the further time,
 # empty where there was none. Whole runs are not gated. Above 1 (100 %) qemb is faster.

@@ -8,7 +8,8 @@
  *   bench forward  MODEL LENGTH...  the whole forward, texts of LENGTH tokens, and each op's share
  *   bench beside   MODEL LENGTH...  the forward in turns with one whose products are oneDNN's
  *   bench turns    MODEL COMMAND FILE   the texts of FILE, a line each, in turns with a program
- *                                   that computes them whenever it reads a line (bench/peers/)
+ *                                   that computes them whenever it reads a line, and then
+ *                                   prints the line "done" (bench/peers/)
  *   bench tokenizer MODEL TEXT...   MB of text per second
  *   bench print    MODEL            vectors per second, per output kind
  * with --threads N (all), --math f32|bf16|int16|int8 (f32), --cpu NAME (the fastest table),
@@ -563,12 +564,14 @@ static void peer_open(peer *p, const char *command) {
     if (!p->to || !p->from) die("out of memory");
 }
 
+/* Other lines than "done" are what libraries say. */
 static void run_peer(void *arg, int i) {
     const peer *p = arg;
+    char line[4096] = "";
     (void)i;
     if (fputs("\n", p->to) < 0 || fflush(p->to)) die("a peer does not listen");
-    for (int c; (c = getc(p->from)) != '\n';)
-        if (c == EOF) die("a peer ended before it was done");
+    while (strcmp(line, "done\n"))
+        if (!fgets(line, sizeof line, p->from)) die("a peer ended before it was done");
 }
 
 static void bench_turns(const char *command, const char *path) {

@@ -9,7 +9,7 @@ is causal, so no token of a text sees it, no mask is needed, and the vector is t
 last token, scaled to length 1.
 
 Without --turns all texts are computed once. With --turns the program computes them once for every
-line on its standard input, and prints a line when it is done (`qemb-bench turns`)."""
+line on its standard input, and prints the line "done" after it (`qemb-bench turns`)."""
 
 import argparse
 import sys
