@@ -357,7 +357,7 @@ static void bench_matmul(void) {
 
 /* ---- the forward, and where its time goes ---------------------------------------------------- */
 
-static double spent[MEASURE_ROUNDS + 1][7]; /* seconds of each call of the forward */
+static double spent[MEASURE_ROUNDS + 2][7]; /* seconds of each call; turns have numbers 1 larger */
 static int spent_in;                        /* the call that runs */
 static const char *const spent_names[7] = {"embed",       "rmsnorm",   "matmul", "matmul_add",
                                            "qknorm_rope", "attention", "gate_up"};
