@@ -222,17 +222,8 @@ static int bfloat16_holds(const qemb_file *f) {
         qemb_layer layer = f->weights.layers[l];
         qemb_mat *all[QEMB_LAYER_MATRICES];
         qemb_layer_matrices(&layer, all);
-        for (int m = 0; m < QEMB_LAYER_MATRICES; m++) {
-            const uint16_t *half = all[m]->data;
-            if (all[m]->dtype != QEMB_F16) continue;
-            for (size_t i = 0; i < (size_t)all[m]->rows * (size_t)all[m]->cols; i++) {
-                if (!(half[i] & 7)) continue;
-                if (half[i] & 0x7c00) return 0; /* not subnormal: 11 bits from the leading 1 on */
-                unsigned digits = half[i] & 0x3ff;
-                while (!(digits & 1)) digits >>= 1;
-                if (digits >> 8) return 0;
-            }
-        }
+        for (int m = 0; m < QEMB_LAYER_MATRICES; m++)
+            if (qemb_mat_bits(all[m]) == QEMB_BITS_11) return 0;
     }
     return 1;
 }
