@@ -11,6 +11,8 @@
 #include <criterion/criterion.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #define SLACK 1.01
 
@@ -299,6 +301,43 @@ Test(ops, matmul_of_numbers_that_are_not_finite) {
             }
         qemb_cpu_table(o)->close(be);
     }
+}
+
+/* A copy that ends where a page ends, before one that cannot be read; lives as long as the test. */
+static void *at_page_end(const void *from, size_t bytes) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), n = (bytes + page - 1) / page * page;
+    char *p = mmap(NULL, n + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    cr_assert(p != MAP_FAILED && !mprotect(p + n, page, PROT_NONE));
+    return memcpy(p + n - bytes, from, bytes);
+}
+
+/* The last matrix of a file ends where the map ends. */
+Test(ops, matmul_reads_nothing_behind_a_matrix) {
+    enum { T = 3, N = 45 };
+    const int Ks[] = {1, 15, 63, 64, 65, 531};
+    for (int o = 0; test_table(o); o++)
+        for (int i = 0; i < 2 * 6; i++) {
+            const int K = Ks[i / 2], is_i8 = i % 2;
+            const qemb_config c = {
+                .n_layers = 1, .hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+            rng r = {(uint64_t)i};
+            uint16_t *W = malloc((size_t)N * K * sizeof *W);
+            rng_halves(&r, W, (size_t)N * K, 1); /* QEMB_I8 reads their bytes as weights */
+            float *x = numbers(&r, (size_t)T * K, 2), y[T * N];
+            float *scale = numbers(&r, (size_t)(N * QEMB_GROUPS(K)), 1);
+            qemb_backend *be = backend(test_table(o), &c, T, 2);
+            qemb_mat m = {at_page_end(W, (size_t)N * K * (is_i8 ? 1 : 2)),
+                          N,
+                          K,
+                          is_i8 ? QEMB_I8 : QEMB_F16,
+                          1,
+                          is_i8 ? at_page_end(scale, N * QEMB_GROUPS(K) * sizeof *scale) : NULL,
+                          QEMB_BITS_UNKNOWN};
+            load_matrices(test_table(o), be, &m, NULL);
+            test_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &m, T);
+            test_table(o)->close(be);
+            free(W), free(x), free(scale);
+        }
 }
 
 /* The tables with AVX2 compute in float all but the products of matrices. */
