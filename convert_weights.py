@@ -361,7 +361,8 @@ def encode_f16(w, t, row, rounding):
 def encode_i8(w, t, row, rounding):
     """Quantizes groups of numbers to INT8. The largest magnitude of a group becomes 127, so the
     error is at most half a step. It starts from the numbers of an F16 file and uses the operations
-    of pack_int8_f16 in backends/cpu/avx512.c, so both files give --math int8 the same bits."""
+    of pack_int8_f16 in backends/cpu/avx512.c, so tables for int8 give both files the same
+    bits."""
     check_range(w, 65504, t, row)
     n, cols = w.shape
     groups = -(-cols // GROUP)

@@ -290,10 +290,10 @@ typedef struct {
     const char *failure; /* one line that says why the device stopped; NULL: it works */
 } qemb_health;
 
-/* The arithmetic of the GEMMs. On a CPU everything else is float, except that attention multiplies
- * 16-bit integers where the arithmetic is not f32. Tables for tiles (amx.c) do not scale: INT16 has
- * 16 bits of each activation, INT8 has bfloat16 activations. On CUDA activations are halves, sums
- * float. */
+/* The arithmetic of the GEMMs. On a CPU everything else is float, except that attention of the
+ * tables with AVX-512 or tiles multiplies 16-bit integers where the arithmetic is not f32. Tables
+ * with tiles (amx.c) do not scale: INT16 has 16 bits of each activation, INT8 has bfloat16
+ * activations. On CUDA activations are halves, sums float. */
 typedef enum {
     QEMB_MATH_F32,   /* weights as the file has them, activations in float */
     QEMB_MATH_BF16,  /* both rounded to bfloat16 */

@@ -148,7 +148,7 @@ void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
 void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
 int simd_pool(qemb_backend *be, float *out, float *x, const float *w, int B);
 
-/* ---- the tables (avx2.c, avx2_integers.c, avx512.c) ------------------------------------------ */
+/* ---- the tables (avx2.c, avx2_integers.c, avx512.c, amx.c) ----------------------------------- */
 
 /* For CPUs with AVX2, FMA and F16C; avxvnni also wants AVX-VNNI. Attention multiplies floats in all
  * of them. */

@@ -74,10 +74,10 @@ const cpu_table cpu_tables[] = {
 };
 const int n_cpu_tables = sizeof cpu_tables / sizeof *cpu_tables;
 
-/* The largest relative L2 error of an F16 file's vectors (docs/accuracy.md). Arithmetics that only
- * GPUs have are 0, which is less than any table's. */
+/* The largest relative L2 error of an F16 file's vectors, by any table (docs/accuracy.md).
+ * Arithmetics that only GPUs have are 0, which is less than any table's. */
 static const float errors[] = {
-    [QEMB_MATH_F32] = 2.7e-6f,  [QEMB_MATH_INT16] = 2.4e-4f, [QEMB_MATH_BF16] = 5.9e-3f,
+    [QEMB_MATH_F32] = 2.7e-6f,  [QEMB_MATH_INT16] = 2.4e-4f, [QEMB_MATH_BF16] = 6.2e-3f,
     [QEMB_MATH_INT8] = 3.6e-2f, [QEMB_MATH_FP8] = 0,         [QEMB_MATH_F16] = 0};
 
 static int runs(const cpu_table *t, unsigned features) { return (t->needs & features) == t->needs; }
