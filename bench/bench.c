@@ -718,7 +718,7 @@ int main(int argc, char **argv) {
             argv[n++] = argv[i];
     }
     if (n == 2 && !strcmp(argv[1], "tables")) return tables();
-    if (n < 3)
+    if (n < 3 || (!strcmp(argv[1], "turns") && n != 5))
         die("usage: bench tables | limits|ops|matmul|gemm|forward|beside|turns|tokenizer|print "
             "MODEL "
             "[OP...|LENGTH...|COMMAND FILE|TEXT...] [--threads N] [--math f32|bf16|int16|int8] "
@@ -735,7 +735,7 @@ int main(int argc, char **argv) {
         bench_ops(argv + 3, n - 3, !strcmp(what, "gemm"));
     if (!strcmp(what, "matmul")) bench_matmul();
     if (!strcmp(what, "print")) bench_print();
-    if (!strcmp(what, "turns") && n == 5) bench_turns(argv[3], argv[4]);
+    if (!strcmp(what, "turns")) bench_turns(argv[3], argv[4]);
     for (int i = 3; i < n; i++) {
         if (!strcmp(what, "forward")) bench_forward(atoi(argv[i]));
         for (int m = QEMB_MATH_F32; m <= QEMB_MATH_BF16; m++)
