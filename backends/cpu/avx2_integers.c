@@ -212,7 +212,8 @@ TEMPLATE float power_above(float scale) {
 }
 
 /* to (32 dwords) = v (8 x 8) over the group's scale, rounded to nearest even, as 16-bit integers.
- * Returns the scale, which is not finite if a number is not. */
+ * Returns the scale, which is not finite if a number is not. If all numbers of x are below 1e-19,
+ * their squares vanish and a sum may pass 2^31; the error is then as small as the numbers. */
 TEMPLATE float quantize(integer of, int is_w, float *to, const __m256 v[8]) {
     float size = largest(v);
     const float most = of == INT8 ? 127 : INT16_MOST;
