@@ -8,6 +8,8 @@
 
 #include "measure.h"
 
+#include "backends/cpu/cpu.h"
+
 #include <string.h>
 
 #if defined(__x86_64__) || defined(AMX_EMULATE)
@@ -62,11 +64,6 @@ LOOP(int8_256, INT8_256)
 LOOP(convert256, CONVERT256)
 LOOP(convert512, CONVERT512)
 
-/* Not every compiler's builtin knows it: bit 4 of EAX in leaf 7, 1. */
-static int has_avx_vnni(void) {
-    unsigned a, b, c, d;
-    return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
-}
 #endif
 
 /* ---- the tile unit --------------------------------------------------------------------------- */
@@ -260,8 +257,8 @@ void limits_measure(const qemb_file *f) {
     if (__builtin_cpu_supports("avx512vnni")) one(INT16, int16_512, NULL, 64 * n);
     if (__builtin_cpu_supports("avx512vnni")) one(INT8, int8_512, NULL, 128 * n);
     if (__builtin_cpu_supports("avx2")) one(MADD, madd_256, NULL, 32 * n);
-    if (has_avx_vnni()) one(VNNI_INT16, int16_256, NULL, 32 * n);
-    if (has_avx_vnni()) one(VNNI_INT8, int8_256, NULL, 64 * n);
+    if (cpu_features() & CPU_AVX_VNNI) one(VNNI_INT16, int16_256, NULL, 32 * n);
+    if (cpu_features() & CPU_AVX_VNNI) one(VNNI_INT8, int8_256, NULL, 64 * n);
     if (__builtin_cpu_supports("avx512f"))
         one(CONVERT_512, convert512, NULL, 16 * n);
     else if (__builtin_cpu_supports("avx2")) /* every CPU with AVX2 has F16C */
