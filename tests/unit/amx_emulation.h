@@ -26,6 +26,9 @@ static _Thread_local struct {
     emulated_tile t[8];
 } emulated;
 
+/* A product touches only the tiles above; with sanitizers it would take several times as long. */
+#define UNCHECKED __attribute__((no_sanitize("address", "undefined")))
+
 static inline const char *amx_open(void) { return NULL; }
 
 static inline void tile_config(const amx_config *c) {
@@ -50,9 +53,11 @@ static inline void tile_store(int t, void *p, long stride) {
 static inline void tile_zero(int t) { memset(&emulated.t[t], 0, sizeof emulated.t[t]); }
 
 /* Numbers below 2^-126 become 0 of the same sign. */
-static inline float emulated_flush(float v) { return fabsf(v) < 0x1p-126f ? copysignf(0, v) : v; }
+UNCHECKED static inline float emulated_flush(float v) {
+    return fabsf(v) < 0x1p-126f ? copysignf(0, v) : v;
+}
 
-static inline float emulated_bf16(uint16_t b) {
+UNCHECKED static inline float emulated_bf16(uint16_t b) {
     const uint32_t u = (uint32_t)b << 16;
     float f;
     memcpy(&f, &u, sizeof f);
@@ -61,7 +66,7 @@ static inline float emulated_bf16(uint16_t b) {
 
 /* a b + c. The hardware flushes a result that would be below 2^-126 if exponents had no lower
  * limit: also one that rounds up to 2^-126 only because floats are 2^-149 apart there. */
-static inline float emulated_fma(float a, float b, float c) {
+UNCHECKED static inline float emulated_fma(float a, float b, float c) {
     const float r = fmaf(a, b, c);
     if (fabsf(r) == 0x1p-126f && fabs((double)a * b + c) < 0x1p-126 - 0x1p-151)
         return copysignf(0, r);
@@ -69,7 +74,7 @@ static inline float emulated_fma(float a, float b, float c) {
 }
 
 /* The exponent of the smallest number other than 0 of a tile, biased by 127; 255 if all are 0. */
-static inline int emulated_lowest(const emulated_tile *t) {
+UNCHECKED static inline int emulated_lowest(const emulated_tile *t) {
     uint16_t lowest = 255 << 7;
     for (int i = 0; i < 16; i++)
         for (int k = 0; k < 32; k++) { /* 0 becomes the largest */
@@ -81,7 +86,7 @@ static inline int emulated_lowest(const emulated_tile *t) {
 
 /* The sums of row a for `cols` columns; with `tiny`, flushes. A number of columns that the compiler
  * does not know makes it use vectors. */
-static inline __attribute__((always_inline)) void
+UNCHECKED static inline __attribute__((always_inline)) void
 emulated_row(float sum[16], const uint16_t *a, float b[16][2][16], int pairs, int cols, int tiny) {
     float even[16] = {0}, odd[16] = {0};
     for (int k = 0; k < pairs; k++) {
@@ -94,13 +99,13 @@ emulated_row(float sum[16], const uint16_t *a, float b[16][2][16], int pairs, in
     for (int n = 0; n < cols; n++) sum[n] = emulated_flush(even[n] + odd[n]);
 }
 
-static inline int emulated_is_zero(const uint16_t row[32]) {
+UNCHECKED static inline int emulated_is_zero(const uint16_t row[32]) {
     uint16_t any = 0;
     for (int k = 0; k < 32; k++) any |= row[k];
     return !(any & 0x7fff);
 }
 
-static inline int emulated_is_finite(const emulated_tile *t) {
+UNCHECKED static inline int emulated_is_finite(const emulated_tile *t) {
     int finite = 1;
     for (int i = 0; i < 16; i++)
         for (int k = 0; k < 32; k++) finite &= (t->bf16[i][k] & 0x7f80) != 0x7f80;
@@ -110,7 +115,7 @@ static inline int emulated_is_finite(const emulated_tile *t) {
 /* Two shortcuts change no bit. If the smallest factors give products that are multiples of 2^-126,
  * so are all sums, and nothing has to be flushed: a factor of exponent e is a multiple of 2^(e-7).
  * And a row of zeros adds 0, unless the other factor is not finite. */
-static inline __attribute__((always_inline)) void emulated_product(int c, int a, int b) {
+UNCHECKED static inline __attribute__((always_inline)) void emulated_product(int c, int a, int b) {
     const int rows = emulated.config.rows[c], cols = emulated.config.row_bytes[c] / 4;
     const int pairs = emulated.config.row_bytes[a] / 4;
     const emulated_tile *x = &emulated.t[a], *w = &emulated.t[b];
@@ -141,12 +146,13 @@ static inline __attribute__((always_inline)) void emulated_product(int c, int a,
 }
 
 #if defined(__x86_64__) /* fmaf in a register where there is one: 20 times as fast */
-__attribute__((target("avx2,fma"))) static void emulated_product_fma(int c, int a, int b) {
+UNCHECKED __attribute__((target("avx2,fma"))) static void emulated_product_fma(int c, int a,
+                                                                               int b) {
     emulated_product(c, a, b);
 }
 #endif
 
-static inline void tile_dp_bf16(int c, int a, int b) {
+UNCHECKED static inline void tile_dp_bf16(int c, int a, int b) {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         emulated_product_fma(c, a, b);
