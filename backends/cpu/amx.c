@@ -206,32 +206,31 @@ TEMPLATE void half_columns(uint16_t v[STEP], const qemb_mat *w, int n, int k) {
     if (left > 0) memcpy(v, from, (size_t)left * sizeof *v);
 }
 
-WITH_AVX512 static void pack_tiles(float *panel, const w_panel *p, int k0, int k1,
-                                   size_t prefetch_distance) {
-    (void)prefetch_distance;
+/* panel, as TILES or HALVES, = columns k0 .. k1-1 of an F16 matrix */
+TEMPLATE void pack_f16(w_form form, float *panel, const w_panel *p, int k0, int k1) {
     uint8_t *to = (uint8_t *)panel;
     for (int s = 0; s < 2 * ceil_div(k1 - k0, GROUP); s++, to += PAIR)
         for (int i = 0; i < NR; i++) {
             uint16_t v[STEP];
+            uint8_t *tile = to + i / 16 * TILE_BYTES;
             half_columns(v, p->w, panel_row(p, i), k0 + s * STEP);
+            if (form == HALVES) {
+                for (int k = 0; k < STEP; k++) memcpy(tile + k * 32 + i % 16 * 2, v + k, 2);
+                continue;
+            }
             *(words *)v = upper_halves(to_bf16((uvec)halves16(v)), to_bf16((uvec)halves16(v + 16)));
-            uint8_t *row = to + i / 16 * TILE_BYTES + i % 16 * 4;
-            for (int k = 0; k < STEP / 2; k++) memcpy(row + k * 64, v + 2 * k, 4);
+            for (int k = 0; k < STEP; k += 2) memcpy(tile + k * 32 + i % 16 * 4, v + k, 4);
         }
 }
 
-WITH_AVX512 static void pack_halves(float *panel, const w_panel *p, int k0, int k1,
-                                    size_t prefetch_distance) {
-    (void)prefetch_distance;
-    uint8_t *to = (uint8_t *)panel;
-    for (int s = 0; s < 2 * ceil_div(k1 - k0, GROUP); s++, to += PAIR)
-        for (int i = 0; i < NR; i++) {
-            uint16_t v[STEP];
-            half_columns(v, p->w, panel_row(p, i), k0 + s * STEP);
-            uint8_t *row = to + i / 16 * TILE_BYTES + i % 16 * 2;
-            for (int k = 0; k < STEP; k++) memcpy(row + k * 32, v + k, 2);
-        }
-}
+#define PACK_F16(name, form)                                                                       \
+    WITH_AVX512 static void name(float *panel, const w_panel *p, int k0, int k1,                   \
+                                 size_t prefetch_distance) {                                       \
+        (void)prefetch_distance;                                                                   \
+        pack_f16(form, panel, p, k0, k1);                                                          \
+    }
+PACK_F16(pack_tiles, TILES)
+PACK_F16(pack_halves, HALVES)
 
 /* A group of bytes q (64) of row i of a panel */
 TEMPLATE void put_group(uint8_t *group, int i, const int8_t q[GROUP], float scale) {
@@ -479,10 +478,10 @@ TEMPLATE void multiply_tile(const plan *a, work *b, const matmul_job *j, scratch
 }
 
 /* Panels first .. last-1 times all tiles of x */
-TEMPLATE void multiply_item(const plan *a, weight_kind kind, const matmul_job *j, int first,
-                            int last, float *room) {
+TEMPLATE void multiply_item(const plan *a, const matmul_job *j, int first, int last, float *room) {
     scratch *r = (scratch *)room;
     const gemm_type *type = j->be->gemm_type;
+    const weight_kind kind = packed_kind(type, j->w);
     const int K = round_up(j->w->cols, GROUP), columns = chunk_columns(K);
     const uint8_t *tiles = j->w->data;
     const size_t panel = w_floats(type, kind, K) * sizeof(float);
@@ -521,19 +520,18 @@ TEMPLATE void multiply_item(const plan *a, weight_kind kind, const matmul_job *j
 #undef IN_MEMORY
 }
 
-#define MULTIPLY(name, a, kind)                                                                    \
+#define MULTIPLY(name, a)                                                                          \
     WITH_AVX512 static void name(const matmul_job *j, int first, int last, float *room) {          \
-        multiply_item(&(a), kind, j, first, last, room);                                           \
+        multiply_item(&(a), j, first, last, room);                                                 \
     }
-MULTIPLY(multiply_bf16, bf16_tiles, W_F16)
-MULTIPLY(multiply_x2, x2_tiles, W_BF16)
-MULTIPLY(multiply_x3, x3_tiles, W_BF16)
-MULTIPLY(multiply_x2_halves, x2_halves, W_F16)
-MULTIPLY(multiply_x3_halves, x3_halves, W_F16)
-MULTIPLY(multiply_bf16_bytes, bf16_bytes, W_I8)
-MULTIPLY(multiply_x2_bytes, x2_bytes, W_I8)
-MULTIPLY(multiply_x3_bytes, x3_bytes, W_I8)
-MULTIPLY(multiply_quantized, bf16_bytes, W_F16)
+MULTIPLY(multiply_bf16, bf16_tiles)
+MULTIPLY(multiply_x2, x2_tiles)
+MULTIPLY(multiply_x3, x3_tiles)
+MULTIPLY(multiply_x2_halves, x2_halves)
+MULTIPLY(multiply_x3_halves, x3_halves)
+MULTIPLY(multiply_bf16_bytes, bf16_bytes)
+MULTIPLY(multiply_x2_bytes, x2_bytes)
+MULTIPLY(multiply_x3_bytes, x3_bytes)
 
 /* ---- the tables ------------------------------------------------------------------------------ */
 
@@ -561,7 +559,7 @@ static const gemm_type bf16 = {
                 [W_I8] = {1, BYTE_FLOATS, pack_bytes, NULL, multiply_bf16_bytes}}};
 static const gemm_type int8 = {
     GEMM_TYPE(1, pack_x1, avx512_swiglu_8bit),
-    .weights = {[W_F16] = {1, BYTE_FLOATS, quantize_halves, NULL, multiply_quantized},
+    .weights = {[W_F16] = {1, BYTE_FLOATS, quantize_halves, NULL, multiply_bf16_bytes},
                 [W_I8] = {1, BYTE_FLOATS, pack_bytes, NULL, multiply_bf16_bytes}}};
 
 PACKED_TABLE(amx_ops, "amx", QEMB_MATH_F32, f32, avx512_with_f32_attention)
