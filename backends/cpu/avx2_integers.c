@@ -380,8 +380,7 @@ AVX2 static void swiglu_tile(float *h, size_t ldh, int rows, int cols, const flo
                         cols - c);
 }
 
-/* int16 packs an INT8 file's bytes in each op: panels that lie in memory would have the size of
- * WORDS. */
+/* An INT8 file's bytes stay bytes in both arithmetics. int16 multiplies them by 16 bits of x. */
 static const gemm_type int16 = {
     .per_dword = NUMBERS,
     .columns = GROUP,
