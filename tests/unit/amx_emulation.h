@@ -39,13 +39,12 @@ static inline void tile_config(const amx_config *c) {
  * zeros, and results are wrong. */
 static inline void tile_release(void) { memset(&emulated, 0, sizeof emulated); }
 
-static inline void tile_load(int t, const void *p, long stride) {
+static inline void tile_stream(int t, const void *p, long stride) {
     memset(&emulated.t[t], 0, sizeof emulated.t[t]);
     for (int i = 0; i < emulated.config.rows[t]; i++)
         memcpy(emulated.t[t].bytes[i], (const uint8_t *)p + i * stride,
                emulated.config.row_bytes[t]);
 }
-#define tile_stream tile_load
 static inline void tile_store(int t, void *p, long stride) {
     for (int i = 0; i < emulated.config.rows[t]; i++)
         memcpy((uint8_t *)p + i * stride, emulated.t[t].bytes[i], emulated.config.row_bytes[t]);

@@ -15,11 +15,13 @@ static int has_avx512(void) {
     return found;
 }
 static int has_avx2(void) { return qemb_cpu_choose("avx2", QEMB_MATH_F32) != NULL; }
-#define ROWS_OF(kernels) (*(has_avx512() ? &(kernels) : has_avx2() ? &avx2_kernels : &none))
+#define ROWS_OF(kernels)  (*(has_avx512() ? &(kernels) : has_avx2() ? &avx2_kernels : &none))
+#define SWIGLU_OF(avx512) (has_avx512() ? (avx512) : swiglu)
 #else
 static int has_avx512(void) { return 0; }
 static int has_avx2(void) { return 0; }
-#define ROWS_OF(kernels) none
+#define ROWS_OF(kernels)  none
+#define SWIGLU_OF(avx512) swiglu
 #endif
 
 static void swiglu(float *h, size_t ldh, int rows, int cols, const float *sums) {
@@ -29,23 +31,11 @@ static void swiglu(float *h, size_t ldh, int rows, int cols, const float *sums) 
 }
 
 static void swiglu_f32(float *h, size_t ldh, int rows, int cols, const float *sums) {
-#if defined(__x86_64__)
-    if (has_avx512()) {
-        avx512_swiglu_f32(h, ldh, rows, cols, sums);
-        return;
-    }
-#endif
-    swiglu(h, ldh, rows, cols, sums);
+    SWIGLU_OF(avx512_swiglu_f32)(h, ldh, rows, cols, sums);
 }
 
 static void swiglu_8bit(float *h, size_t ldh, int rows, int cols, const float *sums) {
-#if defined(__x86_64__)
-    if (has_avx512()) {
-        avx512_swiglu_8bit(h, ldh, rows, cols, sums);
-        return;
-    }
-#endif
-    swiglu(h, ldh, rows, cols, sums);
+    SWIGLU_OF(avx512_swiglu_8bit)(h, ldh, rows, cols, sums);
 }
 
 /* amx.c passes vectors of 64 bytes among its functions, which are all inlined. */

@@ -32,7 +32,7 @@ static float one_product(float c, float first, float a, float b) {
     for (int i = 0; i < 16; i++)
         for (int n = 0; n < 16; n++) sums[i][n] = c;
     tile_config(&whole);
-    tile_load(0, sums, 64), tile_load(4, x, 64), tile_load(6, w, 64);
+    tile_stream(0, sums, 64), tile_stream(4, x, 64), tile_stream(6, w, 64);
     tile_dp_bf16(0, 4, 6);
     tile_store(0, sums, 64);
     tile_release();
@@ -79,7 +79,7 @@ Test(amx, emulation_is_the_definition) {
         if (round % 3 == 0) memset(x[5], 0, sizeof x[5]);
         for (int i = 0; i < 16; i++) rng_floats(&r, c[i], 16, round % 5 ? 1 : 1e-38);
         tile_config(&whole);
-        tile_load(0, c, 64), tile_load(4, x, 64), tile_load(6, w, 64);
+        tile_stream(0, c, 64), tile_stream(4, x, 64), tile_stream(6, w, 64);
         tile_dp_bf16(0, 4, 6);
         tile_store(0, got, 64);
         tile_release();

@@ -6,8 +6,10 @@
 #include "support.h"
 #include "vnni_in_c.h"
 
-#include "backends/cpu/amx.h"
 #include "backends/cpu/cpu.h"
+#if defined(__x86_64__)
+#include "backends/cpu/amx.h"
+#endif
 
 #include <criterion/criterion.h>
 #include <float.h>
