@@ -108,7 +108,7 @@ for m in $maths; do
     # shellcheck disable=SC2086
     want forward && "$bench" forward "$model" $lengths "${common[@]}" --cpu "${table[$m]}" --tokens "$tokens" | record "$m"
 done
-want tokenizer && "$bench" tokenizer "$model" examples/demo.txt HACKING.md tokenizer.c "${common[@]}" --threads 1 | record ''
+want tokenizer && "$bench" tokenizer "$model" tests/fixtures/small.txt HACKING.md tokenizer.c "${common[@]}" --threads 1 | record ''
 want print && "$bench" print "$model" "${common[@]}" --threads 1 | record ''
 
 # The program, ids in and floats out. Its --stats count from the first record on.
@@ -148,7 +148,7 @@ fi
 # $tmp/one: the first of them. A word after a space is a pre-token: its tokens can be counted alone.
 # They begin with two letters in turn: a token that all began with qemb would compute once.
 make_texts() {
-    tr -cs 'A-Za-z' '\n' <examples/demo.txt | awk 'NF && !seen[$0]++' >"$tmp/words"
+    tr -cs 'A-Za-z' '\n' <tests/fixtures/small.txt | awk 'NF && !seen[$0]++' >"$tmp/words"
     sed 's/^/a /' "$tmp/words" | ./qemb tokenize -m "$model" | awk -F, '{ print NF - 2 }' |
         paste -d ' ' - "$tmp/words" | awk -v length_="$1" -v t="$tokens" '{ cost[NR] = $1; word[NR] = $2 }
             END { srand(2); for (i = 0; i < t / length_ || i < 2; i++) { printf i % 2 ? "a" : "b"

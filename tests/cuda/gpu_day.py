@@ -381,11 +381,11 @@ def one_by_one(day, step, model, lines, warm, *args):
 
 
 def same_bits(day):
-    demo = ROOT / "examples/demo.qemb"
-    words = (ROOT / "examples/demo.txt").read_text(encoding="utf-8").split()
+    small = ROOT / "tests/fixtures/small.qemb"
+    words = (ROOT / "tests/fixtures/small.txt").read_text(encoding="utf-8").split()
     lines = [json.dumps({"text": " ".join(words[i:i + 8])}).encode() + b"\n" for i in range(20)]
     lines = lines[:6] if day.o.quick else lines
-    runs = [one_by_one(day, f"demo model, graphs {word}", demo, lines, 2, *args)
+    runs = [one_by_one(day, f"small model, graphs {word}", small, lines, 2, *args)
             for word, args in (("on", ()), ("off", ("--no-graphs",)))]
     if day.limit("graphs on and off: same bits", 1):
         same = "ok" if runs[0] == runs[1] else "failed"

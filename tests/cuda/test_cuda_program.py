@@ -3,7 +3,7 @@
 
     test_cuda_program.py QEMB-CUDA QEMB-CPU
 
-QEMB-CUDA is the emulated build, or the real one on a machine with a GPU. With the demo model,
+QEMB-CUDA is the emulated build, or the real one on a machine with a GPU. With the small model,
 records of all kinds give the same records, and vectors within the bound of test_cuda_model.cu.
 Options of a GPU and a model that overflows FP16 are tested too. Tests that need a missing, old,
 small or failing GPU run on the emulated build alone, which reads a variable described in
@@ -20,13 +20,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "examples/demo.qemb"
+MODEL = ROOT / "tests/fixtures/small.qemb"
 MIN_COSINE = 0.99998  # derived in test_cuda_model.cu
 MIN_COSINE_FP8 = 0.978  # in test_cuda_quantize.cu
 
 
 def records():
-    texts = (ROOT / "examples/demo.txt").read_text(encoding="utf-8").splitlines()[:12] + [
+    texts = (ROOT / "tests/fixtures/small.txt").read_text(encoding="utf-8").splitlines()[:12] + [
         "",
         "same",
         "same",
@@ -92,7 +92,7 @@ def compare(got, want, least):
 
 
 def overflowing_model(path):
-    """The demo model with a norm whose weights are 70000: halves end at 65504. Queries and keys are
+    """The small model with a norm whose weights are 70000: halves end at 65504. Queries and keys are
     normed again behind it and values only grow, so FP32 takes it."""
     data = bytearray(MODEL.read_bytes())
     entry = 4096

@@ -24,7 +24,7 @@ WARM_UP = 13  # batches: 1, 17, 33 and 49 tokens, three times each because of th
 # A device that fails does so after launches, and a batch without graphs has about 23: this is past
 # the warm-up, which has 5 batches then, and past the probe.
 FAULT = ("--no-graphs", "fault_after=300")
-TEXTS = [*(ROOT / "examples/demo.txt").read_text(encoding="utf-8").splitlines()[:3], "", "same",
+TEXTS = [*(ROOT / "tests/fixtures/small.txt").read_text(encoding="utf-8").splitlines()[:3], "", "same",
          "same"]
 
 
@@ -52,7 +52,7 @@ def server(program, status, *options, **env):
 
 def ask(port, texts):
     c = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    body = json.dumps({"model": "demo", "input": texts, "encoding_format": "base64"})
+    body = json.dumps({"model": "small", "input": texts, "encoding_format": "base64"})
     c.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
     r = c.getresponse()
     answer = r.status, json.loads(r.read())

@@ -42,7 +42,7 @@ TOOLS = {
     "compute-sanitizer": """[ "$1 $3 $4" = "--tool --error-exitcode 9" ] || exit 1
 [ $2 = racecheck ] && exit 9; shift 4; exec "$@" """,
 }
-STEPS = (r"^(test (ptx$|kernels|refusals|hopper gate)|demo|graphs on|(mem|race)check ptx_l|"
+STEPS = (r"^(test (ptx$|kernels|refusals|hopper gate)|small|graphs on|(mem|race)check ptx_l|"
          r"kernels|ncu|fact: libraries|0.6B (f16|vectors|accuracy: (f16|fp8))|4B int8|"
          r"4B one text of 8|4B variant fp8, 32)")
 

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 ROOT = Path(__file__).resolve().parents[2]
 SERVE = os.path.abspath(os.environ.get("QEMB_SERVE_BIN", ROOT / "qemb-serve"))
 QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
-MODEL = str(ROOT / "examples" / "demo.qemb")
+MODEL = str(ROOT / "tests" / "fixtures" / "small.qemb")
 HIDDEN, MAX_TOKENS, EOS, VOCAB = 128, 2048, 2557, 2560
 BINARY = Path(SERVE).read_bytes() if os.path.exists(SERVE) else b""
 SANITIZED = b"__asan_init" in BINARY or b"__tsan_init" in BINARY
@@ -128,7 +128,7 @@ class Server:
         return self.request("POST", path, body, headers)
 
     def embed(self, texts, **more):
-        a = self.post({"model": "demo", "input": texts, "encoding_format": "base64", **more})
+        a = self.post({"model": "small", "input": texts, "encoding_format": "base64", **more})
         assert a.status == 200, a.body
         return [e["embedding"] for e in a.json["data"]]
 
@@ -197,7 +197,7 @@ def long_ids(i, n=LONG):
 def slow_request(n=10, start=0, **more):
     """Returns long texts, all different, that take a while to compute."""
     texts = [long_ids(start + i) for i in range(n)]
-    return {"model": "demo", "input": texts, "dimensions": 1, **more}
+    return {"model": "small", "input": texts, "dimensions": 1, **more}
 
 
 class Slow:
@@ -217,7 +217,7 @@ class Slow:
         self.c.close()
 
 
-OK = {"model": "demo", "input": "x"}
+OK = {"model": "small", "input": "x"}
 # hidden 32, a tokenizer of its own, 200 tokens
 TINY = str(ROOT / "tests" / "golden" / "hf-tiny.qemb")
 SHORT = [t for t in TEXTS if len(t) < 200]
@@ -233,4 +233,4 @@ def vectors_in(a):
 
 
 def ask(texts, **more):
-    return {"model": "demo", "input": texts, "encoding_format": "base64", **more}
+    return {"model": "small", "input": texts, "encoding_format": "base64", **more}

@@ -9,7 +9,7 @@ import pytest
 
 COLUMNS = ["group", "name", "n", "median", "p10", "p90", "unit", "percent", "limit", "counted"]
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = "examples/demo.qemb"
+MODEL = "tests/fixtures/small.qemb"
 BENCH = ROOT / "build/release/qemb-bench"
 
 pytestmark = pytest.mark.skipif(not BENCH.exists(), reason="build/release/qemb-bench is not built")
@@ -227,7 +227,7 @@ def test_one_product_by_the_oracle_and_by_every_table():
     assert list(rows) == [
         name + suffix for name in ("oracle", *tables) for suffix in ("", ": error")
     ]
-    hidden = 128  # K of the demo model
+    hidden = 128  # K of the small model
     # A sum of K products of floats, rounded K + 4 times at most, each by 2^-24 of the sum of
     # magnitudes. bfloat16 also rounds both factors, each by at most 2^-9 of itself. The error of
     # scaled integers has no bound relative to the magnitudes: there a number is enough, not NaN.

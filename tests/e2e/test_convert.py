@@ -272,8 +272,8 @@ def test_committed_goldens_are_sound(name):
     assert lengths >= {1, 2, 3, 17, 63, 64, 65, 128, 129, 199, 200}
 
 
-def test_demo_model_says_that_it_is_random():
-    q = Qemb(ROOT / "examples/demo.qemb")
+def test_small_model_says_that_it_is_random():
+    q = Qemb(ROOT / "tests/fixtures/small.qemb")
     assert "note: random weights, untrained" in q.provenance
     assert q.prompts == {"query": hf.QUERY, "document": ""}
 

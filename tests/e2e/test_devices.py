@@ -176,7 +176,7 @@ def test_plan_and_check(gpus):
 # ---- qemb-serve ---------------------------------------------------------------------------------
 
 # Warm-up: 1, 17, 33 and 49 tokens, three times each, and 64 tokens.
-SMALL = (*BATCHES, "--name", "demo", "--max-tokens", "64", "--cache", "0")
+SMALL = (*BATCHES, "--name", "small", "--max-tokens", "64", "--cache", "0")
 WARM_UP = 13
 
 
@@ -225,7 +225,7 @@ def test_serve_all_devices_fail(gpus):
     def client(i):
         for k in range(200):
             try:
-                a = s.post({"model": "demo", "input": [f"{i} {k}"]}, headers=JSON)
+                a = s.post({"model": "small", "input": [f"{i} {k}"]}, headers=JSON)
             except OSError:  # after the answers the server ends
                 return
             if a.status != 200:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "examples/demo.qemb"
+MODEL = ROOT / "tests/fixtures/small.qemb"
 EXAMPLE = ROOT / "examples/embed.c"
 STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
 

@@ -27,7 +27,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
-MODEL = str(ROOT / "examples" / "demo.qemb")
+MODEL = str(ROOT / "tests" / "fixtures" / "small.qemb")
 HIDDEN, MAX_TOKENS, EOS, VOCAB = 128, 2048, 2557, 2560
 GUARD = 60  # seconds after which a test counts as hung; no test measures time
 BINARY = Path(QEMB).read_bytes() if os.path.exists(QEMB) else b""

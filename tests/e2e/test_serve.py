@@ -59,12 +59,12 @@ from serve_client import (  # noqa: F401 - serve is a fixture
 def test_vectors_are_qembs_bit_for_bit(serve, dim):
     want = qemb("--output", "base64", "--dim", str(dim), records=[{"text": t} for t in TEXTS])
     got = serve.openai().embeddings.with_raw_response.create(
-        model="demo", input=TEXTS, dimensions=dim, encoding_format="base64"
+        model="small", input=TEXTS, dimensions=dim, encoding_format="base64"
     )
     body = json.loads(got.text)
     assert [e["embedding"] for e in body["data"]] == want
     assert [e["index"] for e in body["data"]] == list(range(len(TEXTS)))
-    assert body["model"] == "demo" and body["object"] == "list"
+    assert body["model"] == "small" and body["object"] == "list"
 
 
 def test_openai_client_decodes_what_it_asked_for(serve):
@@ -75,13 +75,13 @@ def test_openai_client_decodes_what_it_asked_for(serve):
         for v in qemb("--output", "base64", records=[{"text": t} for t in TEXTS])
     ]
     for kw in ({}, {"encoding_format": "float"}):
-        got = client.embeddings.create(model="demo", input=TEXTS, user="someone", **kw)
+        got = client.embeddings.create(model="small", input=TEXTS, user="someone", **kw)
         vectors = [np.array(e.embedding, np.float64).astype("<f4") for e in got.data]
         assert all(a.tobytes() == b.tobytes() for a, b in zip(vectors, want, strict=True))
 
 
 def test_one_string_is_one_vector(serve):
-    got = serve.openai().embeddings.create(model="demo", input="two", encoding_format="float")
+    got = serve.openai().embeddings.create(model="small", input="two", encoding_format="float")
     assert len(got.data) == 1 and got.data[0].index == 0 and got.data[0].object == "embedding"
 
 
@@ -95,7 +95,7 @@ def test_token_ids(serve):
 
 def test_usage_counts_tokens(serve):
     tokens = [json.loads(l) for l in qemb("tokenize", records=[{"text": t} for t in TEXTS])]
-    got = serve.openai().embeddings.create(model="demo", input=TEXTS)
+    got = serve.openai().embeddings.create(model="small", input=TEXTS)
     assert got.usage.prompt_tokens == got.usage.total_tokens == sum(map(len, tokens))
 
 
@@ -111,7 +111,7 @@ def test_tokenize(serve):
 def test_instruct(serve):
     records = [{"text": t, "instruct": "Find it"} for t in TEXTS]
     got = serve.openai().embeddings.create(
-        model="demo", input=TEXTS, encoding_format="float", extra_body={"instruct": "Find it"}
+        model="small", input=TEXTS, encoding_format="float", extra_body={"instruct": "Find it"}
     )
     want = qemb("--output", "json", records=records)
     for e, line in zip(got.data, want, strict=True):
@@ -133,7 +133,7 @@ def test_truncate(serve):
     text = "word " * MAX_TOKENS
     want = qemb("--truncate", "--output", "base64", records=[{"text": text}])
     assert serve.embed([text], truncate=True) == want
-    a = serve.post({"model": "demo", "input": ["x", text]})
+    a = serve.post({"model": "small", "input": ["x", text]})
     assert a.status == 400 and a.error["code"] == "context_length_exceeded"
     assert a.error["message"].startswith("input[1]:")
 
@@ -145,7 +145,7 @@ def test_other_models(model):
     vocab = int(re.search(r"vocabulary +(\d+)", info)[1])
     lists = [[k % vocab for k in range(i, 3 * i)] for i in range(1, 12)]
     want = qemb("--output", "base64", records=[{"ids": ids} for ids in lists], model=path)
-    with server("--name", "demo", model=path) as s:
+    with server("--name", "small", model=path) as s:
         assert s.embed(lists) == want
 
 
@@ -162,13 +162,13 @@ def test_many_clients_get_their_own_vectors(serve):
 BAD = [
     (b"", 400, "invalid_json", None),
     (b"{", 400, "invalid_json", None),
-    (b'{"model":"demo","input":"x"', 400, "invalid_json", None),
-    (b'{"model":"demo","input":"\xff"}', 400, "invalid_json", None),
-    (b'{"model":"demo","input":"\\ud800"}', 400, "invalid_json", None),
-    (b'{"model":"demo","input":"x","input":"y"}', 400, "invalid_json", None),
+    (b'{"model":"small","input":"x"', 400, "invalid_json", None),
+    (b'{"model":"small","input":"\xff"}', 400, "invalid_json", None),
+    (b'{"model":"small","input":"\\ud800"}', 400, "invalid_json", None),
+    (b'{"model":"small","input":"x","input":"y"}', 400, "invalid_json", None),
     (b"[" * 100000, 400, "invalid_json", None),
     ([1], 400, "invalid_json", None),
-    ({"model": "demo"}, 400, "missing_parameter", "input"),
+    ({"model": "small"}, 400, "missing_parameter", "input"),
     ({"input": "x"}, 400, "missing_parameter", "model"),
     ({**OK, "model": None}, 400, "missing_parameter", "model"),
     ({**OK, "model": 3}, 400, "invalid_type", "model"),
@@ -229,7 +229,7 @@ def test_openai_client_sees_its_own_errors(serve):
         client.embeddings.create(model="other", input="x")
     assert e.value.code == "model_not_found" and e.value.param == "model"
     with pytest.raises(openai.BadRequestError) as e:
-        client.embeddings.create(model="demo", input="x", dimensions=HIDDEN + 1)
+        client.embeddings.create(model="small", input="x", dimensions=HIDDEN + 1)
     assert e.value.param == "dimensions" and e.value.request_id
 
 
@@ -286,9 +286,9 @@ def test_api_keys(tmp_path):
     keys.write_text("# two keys\nfirst-key\n\nsecond-key\r\n")
     with server("--api-key-file", keys) as s:
         for key in ("first-key", "second-key"):
-            assert s.openai(api_key=key).embeddings.create(model="demo", input="x").data
+            assert s.openai(api_key=key).embeddings.create(model="small", input="x").data
         with pytest.raises(openai.AuthenticationError) as e:
-            s.openai(api_key="third-key").embeddings.create(model="demo", input="x")
+            s.openai(api_key="third-key").embeddings.create(model="small", input="x")
         assert e.value.code == "invalid_api_key"
         for headers in (
             {},
@@ -317,7 +317,7 @@ def test_models():
         assert [m.id for m in client.models.list()] == ["one", "two"]
         assert client.embeddings.create(model="two", input="x").model == "one"
         with pytest.raises(openai.NotFoundError):
-            client.embeddings.create(model="demo", input="x")
+            client.embeddings.create(model="small", input="x")
 
 
 def test_curl(serve, tmp_path):
@@ -385,7 +385,7 @@ def test_log_has_no_text():
         s.post({"model": secret, "input": secret})
         s.post({secret: 1})
         s.post(f'{{"input": {secret}}}')
-        s.post({"model": "demo", "input": secret * 4000})
+        s.post({"model": "small", "input": secret * 4000})
         s.request("GET", f"/{secret}?{secret}", None, {name: secret})
         c = s.connect()
         c.sock = socket.create_connection(("127.0.0.1", s.port), GUARD)
@@ -414,7 +414,7 @@ def sections(path):
 
 
 def broken_model(tmp_path, token):
-    """The demo model with an infinite number in the embedding of a token."""
+    """The small model with an infinite number in the embedding of a token."""
     path = tmp_path / "broken.qemb"
     data = bytearray(Path(MODEL).read_bytes())
     _, _, cols, offset, _ = sections(MODEL)["tok_emb"]
@@ -425,8 +425,8 @@ def broken_model(tmp_path, token):
 
 def test_a_text_without_a_vector(tmp_path):
     """The answer is an error that names the text, not a zero or null vector; health recovers."""
-    with server("--name", "demo", model=broken_model(tmp_path, 65)) as s:
-        a = s.post({"model": "demo", "input": [[66], [65], [67]]})
+    with server("--name", "small", model=broken_model(tmp_path, 65)) as s:
+        a = s.post({"model": "small", "input": [[66], [65], [67]]})
         assert a.status == 422 and a.error["code"] == "non_finite"
         assert a.error["message"].startswith("input[1]:")
         s.wait_log("failing")
@@ -436,7 +436,7 @@ def test_a_text_without_a_vector(tmp_path):
 
 
 def test_a_model_that_computes_nothing(tmp_path):
-    with server("--name", "demo", model=broken_model(tmp_path, EOS), wait="failing") as s:
+    with server("--name", "small", model=broken_model(tmp_path, EOS), wait="failing") as s:
         a = s.request("GET", "/health")
         assert a.status == 503 and a.json == {"status": "failing"}
         assert s.post(OK).status == 422
@@ -445,11 +445,11 @@ def test_a_model_that_computes_nothing(tmp_path):
 
 def test_a_client_may_send_what_the_probe_sends(tmp_path):
     """An empty text and a probe in the same batch share one text."""
-    with server(*BUSY, "--name", "demo", model=broken_model(tmp_path, EOS), wait="failing") as s:
+    with server(*BUSY, "--name", "small", model=broken_model(tmp_path, EOS), wait="failing") as s:
         slow = Slow(s)
         s.wait_metric("qemb_queue_tokens", lambda x: x > 0)
         for _ in range(3):
-            a = s.post({"model": "demo", "input": ["", "other"]})
+            a = s.post({"model": "small", "input": ["", "other"]})
             assert a.status == 422 and a.error["message"].startswith("input[0]:")
         assert slow.wait().status == 422
 
@@ -467,7 +467,7 @@ def test_fallback_when_the_queue_is_full():
         want = vectors_of(texts, TINY, *BUSY_CPU)
         want7 = vectors_of(texts, TINY, "--dim", "7", *BUSY_CPU)
         s.wait_log("ready", 2)
-        assert s.post(ask(["x"], fallback=True)).json["model"] == "demo"  # the first model answers
+        assert s.post(ask(["x"], fallback=True)).json["model"] == "small"  # the first model answers
         slow = Slow(s, n)
         s.wait_metric("qemb_queue_tokens", lambda x: x > 0)
         a = s.post(ask(texts))
@@ -477,7 +477,7 @@ def test_fallback_when_the_queue_is_full():
         assert vectors_in(a) == want and a.json["model"] == "hf-tiny"
         a = s.post(ask(texts, fallback=True, dimensions=7))  # from the cache, cut
         assert vectors_in(a) == want7 and a.json["model"] == "hf-tiny"
-        got = s.openai().embeddings.create(model="demo", input=texts, extra_body={"fallback": True})
+        got = s.openai().embeddings.create(model="small", input=texts, extra_body={"fallback": True})
         assert got.model == "hf-tiny" and len(got.data[0].embedding) == 32
         # more than the fallback can queue: the first answer is returned
         assert s.post(ask(texts, fallback=True, dimensions=33)).status == 429
@@ -485,7 +485,7 @@ def test_fallback_when_the_queue_is_full():
         assert s.metric("qemb_queue_tokens") > 0, "the queue was to be full all the time"
         assert s.metric("qemb_fallbacks_total") == 3
         assert slow.wait().status == 200
-        assert s.post(ask(["y"], fallback=True)).json["model"] == "demo"
+        assert s.post(ask(["y"], fallback=True)).json["model"] == "small"
     assert [e["fallback"] for e in s.log if e["event"] == "request"].count(True) == 3
 
 
@@ -493,17 +493,17 @@ def test_fallback_when_the_model_fails(tmp_path):
     broken = broken_model(tmp_path, EOS)
     with server(
         "--name",
-        "demo",
+        "small",
         "--fallback",
         TINY,
         "--fallback-name",
-        "small",
+        "tiny",
         model=broken,
         wait="failing",
     ) as s:
         s.wait_log("ready")
         a = s.post(ask(SHORT, fallback=True))
-        assert vectors_in(a) == vectors_of(SHORT, TINY) and a.json["model"] == "small"
+        assert vectors_in(a) == vectors_of(SHORT, TINY) and a.json["model"] == "tiny"
         words = [
             json.loads(l)
             for l in qemb("tokenize", records=[{"text": t} for t in SHORT], model=TINY)
@@ -520,7 +520,7 @@ def test_fallback_when_the_model_fails(tmp_path):
 
 def test_a_fallback_that_fails_is_no_help(tmp_path):
     broken = broken_model(tmp_path, EOS)
-    with server("--name", "demo", "--fallback", broken, model=broken, wait=None) as s:
+    with server("--name", "small", "--fallback", broken, model=broken, wait=None) as s:
         s.wait_log("failing", 2)
         a = s.post(ask(["x"], fallback=True))
         assert a.status == 422 and s.metric("qemb_fallbacks_total") == 0
@@ -580,7 +580,7 @@ def test_full_queue():
         with pytest.raises(openai.RateLimitError) as e:
             for i in range(6):
                 client.embeddings.create(
-                    model="demo", input=[long_ids(500 + 10 * i + k) for k in range(6)]
+                    model="small", input=[long_ids(500 + 10 * i + k) for k in range(6)]
                 )
         assert e.value.code == "queue_full"
         assert int(e.value.response.headers["retry-after"]) >= 1
@@ -598,7 +598,7 @@ def test_deadline():
             assert int(a.headers["Retry-After"]) >= 1
         s.wait_metric("qemb_queue_tokens", lambda x: x == 0)
         # the client retries after Retry-After
-        assert s.openai(max_retries=9).embeddings.create(model="demo", input="afterwards").data
+        assert s.openai(max_retries=9).embeddings.create(model="small", input="afterwards").data
 
 
 # ---- attacks -------------------------------------------------------------------------------------
@@ -688,7 +688,7 @@ def test_body_limit():
 
 def test_memory_limit():
     with server(*BUSY, "--max-memory", 1, "--max-queue", 100000) as s:
-        body = {"model": "demo", "input": [long_ids(i) for i in range(10)] + [[1]] * 380}
+        body = {"model": "small", "input": [long_ids(i) for i in range(10)] + [[1]] * 380}
         c = s.connect()
         c.request("POST", "/v1/embeddings", json.dumps(body), JSON)
         s.wait_metric("qemb_queue_tokens", lambda x: x > 0)
@@ -707,7 +707,7 @@ def test_slow_clients_are_closed():
         slow += [raw(s) for _ in range(20)]
         lazy = raw(s)
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        body = json.dumps({"model": "demo", "input": ["x"] * 2000}).encode()
+        body = json.dumps({"model": "small", "input": ["x"] * 2000}).encode()
         lazy.sendall(head(len(body)) + body)
         left = set(slow)
         until = time.monotonic() + GUARD

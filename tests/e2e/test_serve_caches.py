@@ -170,7 +170,7 @@ def test_models_do_not_share_keys(redis, tmp_path):
         checksum = (checksum ^ b) * 0x100000001B3 % 2**64
     struct.pack_into("<Q", data, 24, checksum)
     other.write_bytes(data)
-    with server(*with_redis(redis.port), "--name", "demo", model=str(other)) as b:
+    with server(*with_redis(redis.port), "--name", "small", model=str(other)) as b:
         assert b.embed([[1, 2]]) == one and b.metric("qemb_redis_hits_total") == 0
 
 
@@ -272,15 +272,15 @@ def test_two_models_share_no_vectors(redis):
         want = [vectors_of(SHORT, m) for m in (MODEL, TINY)]
         ids = [[1, 2, 3], [4]]  # other texts, or invalid, for the other model
         for n in range(2):
-            for model, vectors in zip(("demo", "hf-tiny"), want):
+            for model, vectors in zip(("small", "hf-tiny"), want):
                 a = s.post(ask(SHORT, model=model))
                 assert vectors_in(a) == vectors and a.json["model"] == model
             same = [
-                vectors_in(s.post(ask(ids, model=m, dimensions=8))) for m in ("demo", "hf-tiny")
+                vectors_in(s.post(ask(ids, model=m, dimensions=8))) for m in ("small", "hf-tiny")
             ]
             assert same[0][0] != same[1][0] and same[0][1] != same[1][1]
         wait_stored(redis, 2 * (len(set(SHORT)) + len(ids)))
-        assert [m.id for m in s.openai().models.list()] == ["demo", "hf-tiny"]
+        assert [m.id for m in s.openai().models.list()] == ["small", "hf-tiny"]
         models = [dict(k[1])["model"] for k in s.metrics() if k[0] == "qemb_model_info"]
-        assert models == ["demo", "hf-tiny"]
+        assert models == ["small", "hf-tiny"]
         assert s.metric("qemb_fallbacks_total") == 0
