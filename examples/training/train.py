@@ -1,0 +1,305 @@
+#!/usr/bin/env python3
+"""Trains the demo model: Qwen3's architecture, small, as a Hugging Face directory.
+
+Reads pairs.jsonl, phrases.txt, dev.jsonl (corpus.py) and teacher.{txt,npy} (teacher.py) of the work
+directory. Writes tokenizer.json and pca.npy, log.tsv (the loss curve), checkpoint.pt, from which an
+interrupted run goes on, and at the end the directory qemb-demo/ for convert_weights.py.
+
+Two losses, each the mean over the first 32, 64, 128 and 256 numbers of the vectors (Matryoshka):
+  distillation  1 - cosine of a text's vector and the teacher's of the same text in English. The
+                teacher's 384 numbers are rotated to their principal axes, largest first, so that
+                its first d numbers are the best d
+  contrast      cross-entropy of a pair's cosine among those with the batch's other texts, over a
+                temperature of 0.05, in both directions
+"""
+import argparse
+import hashlib
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+from teacher import Teacher
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/fixtures"))
+import hf_fixture as hf
+import train_bpe
+
+ADDED = (hf.EOS, "<|im_start|>", "<|im_end|>")
+VOCAB = 10240
+SHAPE = dict(layers=4, hidden=256, heads=8, kv=4, hd=64, ffn=512, vocab=VOCAB, max=2048)
+DIMS = (32, 64, 128, 256)
+QUERY_SHARE = 0.35  # of the first texts of the pairs; they get the prompt
+LONGEST = {"a": 40, "b": 48}  # tokens of a text in training
+PAIRS = 128  # in a batch
+CHUNK = 40  # texts that are computed together, padded to the longest
+CONTRAST, TEMPERATURE = 0.25, 0.05
+LIKE = 0.9  # of two teacher's vectors: texts that are no contrast
+RATE, WARMUP = 2e-3, 0.03
+TABLE_RATE = 0.5  # of RATE: the embedding table begins with a meaning
+NAME_LINE = re.compile(r"\S+ - ")  # "name - synopsis"
+SAVE_EVERY, SHOW_EVERY, DEV_EVERY = 200, 20, 200
+
+
+# ---- data --------------------------------------------------------------------------------------
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def make_tokenizer(work, pairs):
+    path = work / "tokenizer.json"
+    if not path.exists():
+        texts = sorted({t for _, _, a, b, _ in pairs for t in (a, b)})
+        lines = (text + "\n" for text in texts + [hf.QUERY] * 100)
+        path.write_text(train_bpe.train(lines, VOCAB - len(ADDED), ADDED), encoding="utf-8")
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=hf.EOS, pad_token=hf.EOS)
+
+
+def ids_of(tokenizer, texts, longest, prompt=""):
+    """Token ids with end-of-text. Long texts are cut."""
+    if not texts:
+        return []
+    ids = tokenizer([prompt + t for t in texts], add_special_tokens=False)["input_ids"]
+    return [np.array(i[: longest - 1] + [VOCAB - len(ADDED)], "i2") for i in ids]
+
+
+class Data:
+    """Texts as ids, and where the teacher's vector of each is."""
+
+    def __init__(self, work, tokenizer, pairs, seed):
+        rng = np.random.default_rng(seed)
+        phrases = (work / "phrases.txt").read_text(encoding="utf-8").splitlines()
+        rows = [(a, b, english) for _, _, a, b, english in pairs]
+        rows += [(t, "", t) for t in phrases]
+        where = {t: i for i, t in enumerate(
+            (work / "teacher.txt").read_text(encoding="utf-8").split("\n"))}
+        teacher = np.load(work / "teacher.npy").astype("f4")
+        axes = principal_axes(teacher)
+        np.save(work / "pca.npy", axes)
+        self.target = torch.from_numpy(teacher @ axes)
+        query = rng.random(len(rows)) < QUERY_SHARE
+        plain = ids_of(tokenizer, [r[0] for r in rows], LONGEST["a"])
+        prompt = len(tokenizer(hf.QUERY, add_special_tokens=False)["input_ids"])
+        asked = ids_of(tokenizer, [r[0] for r in rows], LONGEST["a"] + prompt, hf.QUERY)
+        self.a = [asked[i] if query[i] else plain[i] for i in range(len(rows))]
+        self.b = ids_of(tokenizer, [r[1] for r in rows], LONGEST["b"])
+        self.a_target = np.array([where[r[2]] for r in rows])
+        self.b_target = np.array([where[r[1]] if r[1] else -1 for r in rows])
+
+
+def principal_axes(vectors):
+    """(384, 256): the right singular vectors of a sample, largest first; not centered, so cosines
+    are kept."""
+    sample = vectors[:: max(1, len(vectors) // 40000)]
+    values, axes = np.linalg.eigh(sample.T.astype("f8") @ sample)
+    return np.ascontiguousarray(axes[:, ::-1][:, : SHAPE["hidden"]]).astype("f4")
+
+
+# ---- model -------------------------------------------------------------------------------------
+
+
+def new_model(tokenizer, axes, seed):
+    """A model that begins as a bag of words: the embedding of a token is the teacher's vector of
+    the token's text, and layer 0's attention adds the mean of all tokens to each. The other
+    branches begin small."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(**{k: v for k, v in hf.config_json(SHAPE, dtype="float32").items()
+                            if k not in ("architectures", "model_type", "torch_dtype")},
+                         attn_implementation="sdpa")
+    model = Qwen3Model(config)
+    texts = [tokenizer.decode([i]).strip() for i in range(VOCAB)]
+    known = [i for i, t in enumerate(texts[: -len(ADDED)]) if len(t) > 1 and "\ufffd" not in t]
+    vectors = Teacher().embed([texts[i] for i in known]) @ axes
+    with torch.no_grad():
+        table = model.embed_tokens.weight
+        table.normal_(0, 0.3 / math.sqrt(SHAPE["hidden"]))
+        table[known] = F.normalize(torch.from_numpy(vectors), dim=1)
+        for layer in model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.3)
+            layer.mlp.down_proj.weight.mul_(0.3)
+        first, group = model.layers[0].self_attn, SHAPE["heads"] // SHAPE["kv"]
+        first.v_proj.weight += torch.eye(SHAPE["hidden"])
+        first.o_proj.weight += (torch.eye(SHAPE["hidden"]).view(SHAPE["hidden"], SHAPE["kv"], 1,
+                                                                SHAPE["hd"])
+                                .expand(-1, -1, group, -1).reshape(SHAPE["hidden"], -1) / group)
+    return model
+
+
+def last_rows(model, ids, last):
+    """Qwen3Model's forward, whose last layer computes its MLP for the rows `last` alone."""
+    x, rows = model.embed_tokens(ids), torch.arange(len(ids))
+    position = model.rotary_emb(x, torch.arange(ids.shape[1])[None])
+    for layer in model.layers[:-1]:
+        x = layer(x, position_embeddings=position)
+    layer = model.layers[-1]
+    attention, _ = layer.self_attn(layer.input_layernorm(x), position, None)
+    x = x[rows, last] + attention[rows, last]
+    return model.norm(x + layer.mlp(layer.post_attention_layernorm(x)))
+
+
+def vectors_of(model, texts):
+    """(texts, hidden), not normalized. Texts of similar length are computed together; causal
+    attention lets no real token see the padding at the end."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    parts, at = [], 0
+    while at < len(order):
+        some = order[at : at + CHUNK]
+        width = len(texts[some[-1]])
+        x = np.zeros((len(some), width), "i8")
+        for r, i in enumerate(some):
+            x[r, : len(texts[i])] = texts[i]
+        last = torch.tensor([len(texts[i]) - 1 for i in some])
+        parts.append(last_rows(model, torch.from_numpy(x), last))
+        at += CHUNK
+    back = torch.empty(len(order), dtype=torch.long)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    return torch.cat(parts)[back]
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+def losses(model, data, batch):
+    """(distillation, contrast) of a batch: indices of pairs."""
+    paired = [k for k, i in enumerate(batch) if data.b_target[i] >= 0]
+    texts = [data.a[i] for i in batch] + [data.b[batch[k]] for k in paired]
+    a_target = data.target[data.a_target[batch]]
+    b_target = data.target[data.b_target[[batch[k] for k in paired]]]
+    both = vectors_of(model, texts)
+    targets = torch.cat([a_target, b_target])
+    n = len(batch)
+    full = F.normalize(b_target, dim=1)
+    alike = (full @ full.T > LIKE) & ~torch.eye(len(paired), dtype=torch.bool)
+    distill = contrast = 0
+    for d in DIMS:
+        v, t = F.normalize(both[:, :d], dim=1), F.normalize(targets[:, :d], dim=1)
+        distill = distill + (1 - (v * t).sum(1)).mean() / len(DIMS)
+        scores = v[:n][paired] @ v[n:].T / TEMPERATURE
+        scores = scores.masked_fill(alike, -1e4)
+        right = torch.arange(len(paired))
+        contrast = contrast + (F.cross_entropy(scores, right) +
+                               F.cross_entropy(scores.T, right)) / (2 * len(DIMS))
+    return distill, contrast
+
+
+class Dev:
+    """Short texts and the descriptions that they should find, from sources not trained on."""
+
+    def __init__(self, work, tokenizer):
+        rows = [r for r in read_jsonl(work / "dev.jsonl")
+                if r[0] in ("synopsis", "summary", "translation") and not NAME_LINE.match(r[3])]
+        docs = sorted({r[3] for r in rows})
+        place = {t: i for i, t in enumerate(docs)}
+        self.docs = ids_of(tokenizer, docs, LONGEST["b"])
+        self.queries = ids_of(tokenizer, [r[2] for r in rows], 80, hf.QUERY)
+        self.right = torch.tensor([place[r[3]] for r in rows])
+        self.sets = {name: torch.tensor([k for k, r in enumerate(rows)
+                                         if r[0] == kind and (r[1] == "en") == english])
+                     for name, kind, english in (("synopsis", "synopsis", True),
+                                                 ("summary", "summary", True),
+                                                 ("translation", "translation", False))}
+
+    def top1(self, model, dim):
+        model.eval()
+        with torch.inference_mode():
+            d = F.normalize(vectors_of(model, self.docs)[:, :dim], dim=1)
+            q = F.normalize(vectors_of(model, self.queries)[:, :dim], dim=1)
+            hit = ((q @ d.T).argmax(1) == self.right).float()
+        model.train()
+        return {name: 100 * hit[rows].mean().item() for name, rows in self.sets.items()}
+
+
+def rate_at(step, steps):
+    warm = max(1, int(WARMUP * steps))
+    return RATE * (step / warm if step < warm else (steps - step) / (steps - warm))
+
+
+def train(work, a):
+    torch.set_num_threads(a.threads)
+    torch.use_deterministic_algorithms(True)
+    pairs = read_jsonl(work / "pairs.jsonl")
+    tokenizer = make_tokenizer(work, pairs)
+    data, dev = Data(work, tokenizer, pairs, a.seed), Dev(work, tokenizer)
+    per_epoch = len(data.a) // PAIRS
+    steps = a.steps or a.epochs * per_epoch
+    tokens = sum(map(len, data.a)) + sum(len(b) for b in data.b if len(b) > 1)
+    print(f"train: {len(data.a)} pairs, {tokens} tokens an epoch, {steps} steps", flush=True)
+    run = work / f"run-{a.seed}"
+    run.mkdir(exist_ok=True)
+    model = new_model(tokenizer, np.load(work / "pca.npy"), a.seed)
+    table = model.embed_tokens.weight
+    others = [p for p in model.parameters() if p is not table]
+    optimizer = torch.optim.AdamW([{"params": [table], "share": TABLE_RATE},
+                                   {"params": others, "share": 1}],
+                                  betas=(0.9, 0.98), weight_decay=0.01)
+    first, started, saved = 0, time.time(), run / "checkpoint.pt"
+    if saved.exists():
+        state = torch.load(saved)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+        started -= state["seconds"]
+    mean = np.zeros(2)
+    with open(run / "log.tsv", "a", encoding="utf-8") as log:
+        for step in range(first, steps):
+            epoch, at = divmod(step, per_epoch)
+            order = np.random.default_rng([a.seed, epoch]).permutation(len(data.a))
+            for group in optimizer.param_groups:
+                group["lr"] = group["share"] * rate_at(step + 1, steps)
+            distill, contrast = losses(model, data, order[at * PAIRS : (at + 1) * PAIRS])
+            (distill + CONTRAST * contrast).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            mean += [distill.item(), contrast.item()]
+            done = step + 1
+            if done % SHOW_EVERY == 0 or done == steps:
+                seconds = time.time() - started
+                line = f"{done}\t{seconds:.0f}\t" + "\t".join(f"{x:.4f}" for x in mean / SHOW_EVERY)
+                if done % DEV_EVERY == 0 or done == steps:
+                    line += "\t" + " ".join(f"{k} {v:.1f}" for k, v in dev.top1(model, 256).items())
+                print(line, file=log, flush=True)
+                print(line, flush=True)
+                mean[:] = 0
+            if done % SAVE_EVERY == 0 or done == steps:
+                part = run / "checkpoint.part"
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                            "step": done, "seconds": time.time() - started}, part)
+                part.rename(saved)
+    for d in DIMS:
+        print(f"train: dev, {d} numbers", dev.top1(model, d))
+    save(model, tokenizer, work / "tokenizer.json", run / "qemb-demo")
+
+
+def save(model, tokenizer, tokenizer_json, folder):
+    """A directory as sentence-transformers has it; the weights are saved as FP16."""
+    model.config.architectures = ["Qwen3ForCausalLM"]
+    model.half().save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(tokenizer_json.read_bytes())
+    hf.save_sentence_transformers(folder, SHAPE["hidden"])
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    print(f"train: {folder}, weights {digest[:16]}")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("work", type=Path)
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--epochs", type=int, default=1)
+    p.add_argument("--steps", type=int, help="instead of --epochs")
+    p.add_argument("--threads", type=int, default=1)
+    a = p.parse_args()
+    train(a.work, a)
+
+
+if __name__ == "__main__":
+    main()
