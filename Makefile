@@ -96,6 +96,8 @@ build/$(1)/qemb-devices: $$(patsubst %,build/$(1)/%.o,$(FRONT) tests/unit/fake_g
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/qemb-serve-devices: $$(patsubst %,build/$(1)/%.o,$(SERVE) tests/unit/fake_gpus $(ENGINE))
 	$(2) $(3) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
+build/$(1)/qemb-emulated: $$(patsubst %,build/$(1)/%.o,$(FRONT) tests/unit/emulated_backend tests/unit/emulated_amx $(ENGINE))
+	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/test_%: build/$(1)/tests/unit/test_%.o $$(patsubst %,build/$(1)/%.o,$(TESTED) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
 build/$(1)/test_measure: build/$(1)/bench/measure.o
