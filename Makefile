@@ -194,8 +194,9 @@ bench: need-bench qemb qemb-serve ## speed of every part and of whole runs, besi
 	bench/bench_serve.sh
 
 ACCURACY_MODELS ?= $(sort $(wildcard tests/golden/*.qemb))
-accuracy: build/release/accuracy ## what each arithmetic costs (ACCURACY_MODELS="a.qemb b.qemb", ACCURACY_FLAGS="--exact plain")
+accuracy: qemb build/release/accuracy build/release/qemb-emulated $(EMULATED_GPU) $(VENV)/.convert ## what each arithmetic costs, in numbers and in found answers (ACCURACY_MODELS="a.qemb b.qemb", ACCURACY_FLAGS="--exact plain", RETRIEVAL_FLAGS=--markdown)
 	build/release/accuracy $(ACCURACY_FLAGS) $(ACCURACY_MODELS)
+	$(VENV)/bin/python tests/retrieval/retrieval_accuracy.py $(RETRIEVAL_FLAGS)
 
 # ---- tests ----------------------------------------------------------------------------------------
 
@@ -225,7 +226,7 @@ test-cuda: need-test ## the CUDA tests: emulated, compiled for each architecture
 	@tests/run.sh "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) test-gpu-pack" "$(SUBMAKE) gpu-day PHASE=check"
 
 .PHONY: test-programs test-serve test-cuda
-test-programs: qemb qemb-serve build/lib/libqemb.a build/release/qemb-bench $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
+test-programs: qemb qemb-serve build/lib/libqemb.a build/release/qemb-bench build/release/qemb-emulated $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
   $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve) build/tsan/qemb-devices build/tsan/qemb-serve-devices
 
 test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/tsan/qemb-serve ## the server's tests alone: real clients, attacks, sanitizers

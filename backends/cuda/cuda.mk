@@ -37,6 +37,9 @@ test-emu cuda-archs mutants gpu-pack gpu-day test-gpu-pack qemb-cuda qemb-serve-
 	@echo "CUDA toolkit: too old (got CUDA_VERSION $(CUDA_VERSION) in $(CUDA), want $(CUDA_OLDEST) or newer)"; exit 1
 else
 
+# For make accuracy, which leaves the GPU out without the toolkit.
+EMULATED_GPU := build/emu/qemb-cuda
+
 # $(eval $(call emu,NAME,FLAGS OF THE CODE UNDER TEST,FLAGS OF ALL)): build/NAME/test_cuda. The access
 # hooks of the race detector must not see the emulator itself, so that gets its own flags.
 define emu

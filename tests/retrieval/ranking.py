@@ -151,9 +151,9 @@ def mrr(ranks):
 def wilson(share, n):
     """The 95 % confidence interval of a share of n (Wilson 1927)."""
     z = 1.959964  # of the normal distribution's 97.5 %
-    middle, half = share + z * z / (2 * n), z * math.sqrt(
-        share * (1 - share) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    middle, below = share + z * z / (2 * n), 1 + z * z / n
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / below), min(1.0, (middle + half) / below)
 
 
 def compare(judged, reference):

@@ -22,7 +22,7 @@ import ranking
 from ranking import Refused, refuse
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT / "tests" / "retrieval"
+DATA, EXAMPLES = ROOT / "tests" / "retrieval", ROOT / "examples"
 MATHS = ("f32", "int16", "bf16", "int8")
 DIMS = (256, 128, 64, 32)
 GPU = {"gpu-f16": ("f16", "GPU, FP16"), "gpu-fp8": ("fp8", "GPU, FP8")}
@@ -84,8 +84,10 @@ def read_vectors(option, corpora):
         arrays = np.load(path)
         vectors = {c.name: (arrays[c.name], arrays[f"{c.name}_queries"]) for c in corpora
                    if c.name in arrays}
-    except (OSError, ValueError, KeyError) as e:
-        refuse("--vectors", option, e, "NAME=FILE.npz")
+    except OSError as e:
+        refuse("--vectors", "array file", f"{option}: {e.strerror or e}", "NAME=FILE.npz")
+    except (ValueError, KeyError, TypeError) as e:
+        refuse("--vectors", "arrays", f"{option}: {e}", "those of numpy.savez")
     for c in corpora:
         if c.name in vectors:
             got, want = tuple(map(len, vectors[c.name])), (len(c.texts), len(c.queries))
@@ -137,7 +139,7 @@ def math_rows(a, corpora, note):
     for math in [m for m in MATHS if m in a.rows]:
         program, by = a.qemb, embed(a.qemb, a.model, ["--math", math], ["x"])[1]
         if arithmetic(by) != math:
-            note(f"This CPU serves --math {math} by {by}; its row is that of the arithmetic itself.")
+            note(f"This CPU serves --math {math} by {by}; the row is of the arithmetic itself.")
             program = a.emulated
         vectors, by = embed_corpora(program, a.model, ["--math", math], corpora)
         yield Row(math, by, rank(vectors), False), vectors
@@ -173,7 +175,7 @@ def gpu_rows(a, corpora, f32, note):
             kept[c.name] = tuple(v[i] for v, i in zip(f32[c.name],
                                                       (slice(None, None, a.gpu_sample), where)))
     if not sampled:
-        note(f"The emulated GPU is left out: no query for every {a.gpu_sample}th document.")
+        note(f"The emulated GPU is left out: no query for one document in {a.gpu_sample}.")
         return
     yield Row("f32", "the same vectors", rank(kept), True)
     for name in [g for g in GPU if g in a.rows]:
@@ -234,7 +236,7 @@ def tables(rows, corpora, step):
                 judged = [ranking.judge([r.rankings[corpus.name][i] for i in mine], accepted)
                           for r in chosen]
                 among = f"{len(mine)} queries, {len(corpus.texts)} documents"
-                title = f"{name}: {among}" + (f" (every {step}th)" if sampled else "")
+                title = f"{name}: {among}" + (f" (one in {step})" if sampled else "")
                 yield title, [cells(r, j, judged[0]) for r, j in zip(chosen, judged)]
 
 
@@ -251,10 +253,10 @@ def show(title, lines, markdown):
                         in enumerate(zip(line, widths))).rstrip())
 
 
-LEGEND = ("top-1, top-5: % of queries with an accepted document among the first 1 or 5; 95 %: top-1's "
-          "interval (Wilson); MRR: mean of 1 / rank of the first accepted document. Compared with "
-          "the table's first row: queries won and lost (right at top-1 here alone, there alone), "
-          "and with another document first.")
+LEGEND = ("top-1, top-5: % of queries with an accepted document among the first 1 or 5. 95 %: "
+          "interval of top-1 (Wilson). MRR: mean of 1 / rank of the first accepted document. "
+          "Compared with the table's first row: queries won and lost (right at top-1 here alone, "
+          "there alone), and with another document first.")
 
 
 def read_corpora(a):
@@ -277,10 +279,10 @@ def read_corpora(a):
 
 def options():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--model", default=ROOT / "examples/demo.qemb")
+    p.add_argument("--model", default=EXAMPLES / "demo.qemb")
     p.add_argument("--documents", default=DATA / "documents.tsv")
     p.add_argument("--queries", default=DATA / "queries.tsv")
-    p.add_argument("--packages", default=ROOT / "examples" / "packages.txt",
+    p.add_argument("--packages", default=EXAMPLES / "packages.txt",
                    help="the documents of --needs")
     p.add_argument("--needs", nargs="*", default=sorted(DATA.glob("needs*.tsv")))
     p.add_argument("--sets", nargs="+", help="sets of queries (default: all)")
@@ -290,7 +292,7 @@ def options():
                    help="a row of other vectors: arrays `documents` and `documents_queries` (and "
                    "`packages`, `packages_queries`), in the order of the files")
     p.add_argument("--gpu-sample", type=int, default=4, metavar="N",
-                   help="the emulated GPU gets every Nth document (default %(default)s)")
+                   help="the emulated GPU gets one document in N (default %(default)s)")
     p.add_argument("--qemb", default=ROOT / "qemb")
     p.add_argument("--emulated", default=ROOT / "build/release/qemb-emulated")
     p.add_argument("--gpu", default=ROOT / "build/emu/qemb-cuda")
