@@ -277,7 +277,7 @@ def read_corpora(a):
     return corpora
 
 
-def options():
+def options(args):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--model", default=EXAMPLES / "demo.qemb")
     p.add_argument("--documents", default=DATA / "documents.tsv")
@@ -297,15 +297,15 @@ def options():
     p.add_argument("--emulated", default=ROOT / "build/release/qemb-emulated")
     p.add_argument("--gpu", default=ROOT / "build/emu/qemb-cuda")
     p.add_argument("--markdown", action="store_true", help="tables for docs/accuracy.md")
-    a = p.parse_args()
+    a = p.parse_args(args)
     if a.gpu_sample < 1:
         p.error("--gpu-sample: at least 1")
     a.rows = ["f32", *a.rows]
     return a
 
 
-def main():
-    a, notes = options(), []
+def main(args):
+    a, notes = options(args), []
     try:
         corpora = read_corpora(a)
         rows = list(all_rows(a, corpora, notes.append,
@@ -318,4 +318,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
