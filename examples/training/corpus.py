@@ -51,6 +51,8 @@ LONGEST = 300  # characters of a description that are used
 # Sections with thousands of packages that say nearly the same. Training takes a third of them.
 CROWDED = {"libdevel", "rust", "golang", "haskell", "perl", "ruby", "javascript", "doc", "ocaml",
            "oldlibs", "localization", "fonts", "java", "libs", "python"}
+STOP = set("the and for with from your you that are can this which its into any all but not use "
+           "used using".split())
 KEPT = {"de": 1, "fr": 1 / 3, "ja": 1}  # share of the translated paragraphs
 
 
@@ -299,6 +301,11 @@ def copied(summary, p):
     return any(s in t or (t and t in s) for t in own)
 
 
+def stems(text):
+    """The first five letters of the words that mean something, roughly."""
+    return {w[:5] for w in words(text) if len(w) > 2 and w not in STOP}
+
+
 def write_held_out(folder, packages, out, rng):
     """documents.tsv: id, description. queries.tsv: set, accepted ids, query."""
     documents, queries, taken = [], [], set()
@@ -318,7 +325,7 @@ def write_held_out(folder, packages, out, rng):
     documents = [(p.name, p.description) for p in chosen]
     for p in chosen:
         if "en" in p.summaries and not copied(p.summaries["en"], p):
-            queries.append(("paraphrase", p.name, p.summaries["en"]))
+            queries.append(("summary", p.name, p.summaries["en"]))
     for name, n, of in (("synopsis", 500, lambda p: p.synopsis),
                         ("german", 300, lambda p: p.translated.get("de", ("",))[0]),
                         ("french", 300, lambda p: p.translated.get("fr", ("",))[0]),
@@ -326,6 +333,10 @@ def write_held_out(folder, packages, out, rng):
         having = [p for p in chosen if of(p) and (name == "synopsis" or of(p) != p.synopsis)]
         for p in sorted(rng.sample(having, min(n, len(having))), key=lambda p: p.name):
             queries.append((name, p.name, of(p)))
+    for p in chosen:
+        for text in (p.summaries.get("en", ""), p.synopsis):
+            if text and not stems(text) & stems(f"{p.name} {p.description}"):
+                queries.append(("paraphrase", p.name, text))
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("documents", documents), ("queries", queries)):
         (folder / f"{name}.tsv").write_text("".join("\t".join(r) + "\n" for r in rows),

