@@ -1,4 +1,4 @@
-/* cli.h - the interfaces between main.c, output.c and pipeline.c. */
+/* cli.h - the interfaces between the files of the program qemb. */
 #ifndef QEMB_CLI_H
 #define QEMB_CLI_H
 
@@ -56,7 +56,80 @@ void output_flush(output *o);
 void output_finish(output *o, format_kind kind, uint64_t rows, int dim);
 void output_close(output *o); /* closes standard output too */
 
+/* ---- progress.c ------------------------------------------------------------------------------ */
+
+typedef struct {
+    int shown;
+    uint64_t bytes; /* of the whole input; 0: unknown */
+    double start, last;
+} progress;
+
+void progress_open(progress *p, int shown, uint64_t bytes);
+/* Shows the line, at most ten times a second. bytes: of input, so far. */
+void progress_show(progress *p, uint64_t texts, uint64_t tokens, uint64_t bytes);
+double per_second(uint64_t n, double seconds); /* 0 for no time */
+
 /* ---- pipeline.c ------------------------------------------------------------------------------ */
+
+/* Where a record comes from, if the stream has several files. */
+typedef struct {
+    int file;
+    uint64_t offset; /* of the record's first byte */
+} origin;
+
+/* A record with its vector, or with an error. Valid during the call that gets it. */
+typedef struct {
+    uint64_t line;
+    origin from;
+    const char *id; /* (id_len) as in record_ids */
+    size_t id_len;
+    const float *unit; /* (dim) scaled to length 1; NULL: an error */
+    int dim, tokens;
+    const char *text; /* (text_len), of a record with a vector, if the stream keeps texts */
+    size_t text_len;
+    size_t cut_bytes, cut_tokens; /* what truncation removed, or 0 */
+    const char *code;             /* of an error */
+    const char *message;          /* (message_len) */
+    size_t message_len;
+} result;
+
+typedef struct {
+    int rows;            /* distinct texts */
+    size_t tokens_saved; /* by a shared prefix */
+    uint64_t bytes;      /* of input, so far */
+} batch_totals;
+
+/* Where the records of a run come from, and what becomes of their vectors. The reader thread calls
+ * next and bytes, the writer thread the others, in the order of the input. */
+typedef struct {
+    void *self;
+    int keep_texts;
+    /* As input_next; also sets *from. Any status but INPUT_RECORD and INPUT_WAIT ends the run. */
+    input_status (*next)(void *self, int wait, input_record *r, origin *from);
+    uint64_t (*bytes)(void *self); /* of input, so far */
+    void (*record)(void *self, const result *r);
+    void (*batch_end)(void *self, const batch_totals *b);
+} stream;
+
+typedef struct pipeline pipeline;
+
+/* m: the replicas on the devices of o->model. hidden: D. What is given has to outlive it. */
+pipeline *pipeline_new(const options *o, qemb_model *const *m, int hidden, record_tokenizer *t);
+void pipeline_free(pipeline *p);
+/* Computes until the input ends or a signal arrives: 0. -1: no device is left; what could be
+ * computed has been given to the stream, and the process has to be ended by pipeline_die. */
+int pipeline_run(pipeline *p, const stream *s);
+_Noreturn void pipeline_die(const pipeline *p);
+void pipeline_say_devices(pipeline *p); /* the devices' part of --stats */
+
+/* From here on the first SIGINT or SIGTERM ends the input of a run. Returns the descriptor that
+ * becomes readable then. To be called once. */
+int catch_signals(void);
+int signal_caught(void); /* the signal, or 0 */
+/* Ends the process by the signal that was caught; returns if there is none. */
+void end_by_signal(void);
+
+/* ---- embed.c --------------------------------------------------------------------------------- */
 
 /* Embeds standard input to standard output until the input ends, an error stops the run or a signal
  * arrives. m: the replicas on the devices of o->model. hidden: D. Returns the exit status; does not

@@ -1,14 +1,16 @@
-/* pipeline.c - the embed command: threads read, compute and write at the same time.
+/* pipeline.c - a run over many texts: threads read, compute and write at the same time.
  *
- *   stdin ──> reader thread: input.c, record_tokenizer.c, qemb_pack_add ──> a batch
- *         ──> a compute thread a device: qemb_submit, qemb_collect
- *         ──> writer thread: qemb_l2_normalize, format.c ──> stdout, flushed after every batch
+ *   a stream's next ──> reader thread: record_tokenizer.c, qemb_pack_add ──> a batch
+ *                   ──> a compute thread a device: qemb_submit, qemb_collect
+ *                   ──> writer thread: qemb_l2_normalize ──> the stream's record and batch_end
+ *
+ * embed.c and grep.c have the streams: where records come from and what becomes of their vectors.
  *
  * A fixed number of batches circulates between the threads. Reading stops while all are in use. The
- * reader hands a batch to the compute threads when the next text does not fit, when stdin has no
- * bytes ready and a compute thread is idle, or at the end of input. So a file is computed in full
- * batches; a program that writes one line and waits gets its answer at once; and texts that arrive
- * during a computation are computed together afterwards.
+ * reader hands a batch to the compute threads when the next text does not fit, when the input has
+ * no bytes ready and a compute thread is idle, or at the end of input. So a file is computed in
+ * full batches; a program that writes one line and waits gets its answer at once; and texts that
+ * arrive during a computation are computed together afterwards.
  *
  * Compute threads take batches from one list. A batch has a turn, its place in the input; the
  * writer writes them by turn. If a device fails, the batches that it has not finished go back into
@@ -25,11 +27,8 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 /* ---- the window: batches on their way -------------------------------------------------------- */
@@ -38,15 +37,16 @@
 #define JOB_RECORDS 16384
 /* ... this many ids, since repeated texts and a shared prompt are free in the budget, ... */
 #define JOB_IDS ((size_t)4 << 20)
-/* ... and this many bytes of record ids and messages. */
+/* ... and this many bytes of record ids, messages and texts that are kept. */
 #define JOB_NOTES ((size_t)4 << 20)
 #define BLOCK_IDS ((size_t)64 << 10)
 
 typedef struct {
     uint64_t line;
+    origin from;
     const char *code;      /* NULL: it has a vector; else the error code */
     size_t id, id_len;     /* offset in notes; id_len 0: none */
-    size_t note, note_len; /* the message */
+    size_t note, note_len; /* the message of an error; of a vector the text, if texts are kept */
     size_t cut_bytes, cut_tokens;
     int row, dim, tokens;
 } record;
@@ -172,8 +172,6 @@ static int length(const job *list) {
     return n;
 }
 
-typedef struct pipeline pipeline;
-
 /* A model on one device, and the thread that computes with it. */
 typedef struct {
     pipeline *p;
@@ -198,14 +196,14 @@ struct pipeline {
     uint64_t filled;         /* batches that were given a turn */
 
     const options *opt;
+    const stream *stream;
     replica *replicas;
     int n_replicas;
     size_t hidden;
-    input *in;
     record_tokenizer *record_tokenizer;
     job *jobs;
     int n_jobs;
-    int read_errno; /* of standard input; 0: no failure */
+    float *unit; /* (hidden), of the writer */
 };
 
 static void pass(pipeline *p, job **list, job *j) {
@@ -232,7 +230,7 @@ static void on_signal(int sig) {
     errno = saved;
 }
 
-static void catch_signals(void) {
+int catch_signals(void) {
     static const int signals[] = {SIGINT, SIGTERM};
     if (pipe2(wake_pipe, O_CLOEXEC | O_NONBLOCK))
         DIE(STATUS_MODEL, "pipe: cannot create it (%s)", strerror(errno));
@@ -241,6 +239,16 @@ static void catch_signals(void) {
         sigaction(signals[i], NULL, &old);
         if (old.sa_handler != SIG_IGN) sigaction(signals[i], &act, NULL);
     }
+    return wake_pipe[0];
+}
+
+int signal_caught(void) { return atomic_load(&stop_signal); }
+
+void end_by_signal(void) {
+    const int sig = atomic_load(&stop_signal);
+    if (!sig) return;
+    signal(sig, SIG_DFL);
+    raise(sig);
 }
 
 static job *next_free(pipeline *p) {
@@ -253,7 +261,7 @@ static job *next_free(pipeline *p) {
 }
 
 static void offer(pipeline *p, job *j) {
-    j->bytes = input_bytes(p->in);
+    j->bytes = p->stream->bytes(p->stream->self);
     pthread_mutex_lock(&p->lock);
     p->offered = j;
     pthread_cond_broadcast(&p->changed);
@@ -270,17 +278,17 @@ static job *after_offer(pipeline *p) {
 }
 
 static job *close_batch(pipeline *p, job *j) {
-    j->bytes = input_bytes(p->in);
+    j->bytes = p->stream->bytes(p->stream->self);
     pass(p, &p->ready, j);
     return next_free(p);
 }
 
 /* Adds a record to batch j, or to the next one. Returns the batch that it went to. */
-static job *add_record(pipeline *p, job *j, const input_record *in) {
+static job *add_record(pipeline *p, job *j, const input_record *in, origin from) {
     record_ids t;
     qemb_err err;
     const int bad = tokenize_record(p->record_tokenizer, in, &t, &err);
-    record r = {.line = in->line, .dim = t.dim};
+    record r = {.line = in->line, .from = from, .dim = t.dim};
     if (job_full(j)) j = close_batch(p, j);
     if (bad) {
         r.code = err.code;
@@ -296,6 +304,10 @@ static job *add_record(pipeline *p, job *j, const input_record *in) {
             r.row = job_add_text(j, &t);
             assert(r.row == 0);
         }
+        if (p->stream->keep_texts) {
+            r.note_len = in->len;
+            r.note = job_note(j, in->text, in->len);
+        }
     }
     r.id_len = t.id_len;
     r.id = job_note(j, t.id, t.id_len);
@@ -305,24 +317,22 @@ static job *add_record(pipeline *p, job *j, const input_record *in) {
 
 static void *reader_main(void *arg) {
     pipeline *p = arg;
+    const stream *s = p->stream;
     job *j = next_free(p);
-    input_status status = INPUT_STOPPED;
     while (!atomic_load(&stop_signal)) {
         input_record r;
-        status = input_next(p->in, 0, &r);
+        origin from = {0};
+        input_status status = s->next(s->self, 0, &r, &from);
         if (status == INPUT_WAIT) {
             const int offered = j->n > 0; /* from here on a compute thread may own j */
             if (offered) offer(p, j);
-            status = input_next(p->in, 1, &r);
-            if (status == INPUT_FAILED) p->read_errno = errno;
+            status = s->next(s->self, 1, &r, &from);
             if (offered) j = after_offer(p);
-        } else if (status == INPUT_FAILED) {
-            p->read_errno = errno;
         }
         if (status != INPUT_RECORD) break;
-        j = add_record(p, j, &r);
+        j = add_record(p, j, &r, from);
     }
-    j->bytes = input_bytes(p->in);
+    j->bytes = p->stream->bytes(p->stream->self);
     pthread_mutex_lock(&p->lock);
     if (j->n) insert(&p->ready, j);
     p->reader_ended = 1;
@@ -423,21 +433,6 @@ static void *compute_main(void *arg) {
 
 /* ---- the writer ------------------------------------------------------------------------------ */
 
-/* With --on-error zero, skip and stop, this many errors are printed; further ones are counted. */
-#define ERRORS_SHOWN 10
-
-typedef struct {
-    pipeline *p;
-    output out;
-    float *unit;            /* (hidden) */
-    uint64_t rows, written; /* vectors; batches */
-    /* for --stats */
-    uint64_t texts, tokens, batches, distinct, saved, truncated, errors;
-    double start, last_progress;
-    int progress;
-    off_t input_start, input_size; /* size 0: unknown */
-} writer;
-
 /* Returns the batch of this turn, or NULL if it does not come any more. */
 static job *next_done(pipeline *p, uint64_t turn) {
     pthread_mutex_lock(&p->lock);
@@ -448,28 +443,108 @@ static job *next_done(pipeline *p, uint64_t turn) {
     return j;
 }
 
-static double per_second(uint64_t n, double seconds) {
-    return seconds > 0 ? (double)n / seconds : 0;
-}
-
-/* Peak resident memory in MiB. getrusage counts memory of the parent before exec too, so it is used
- * only where /proc is missing. */
-static double peak_mib(void) {
-    char line[128];
-    long kib = -1;
-    FILE *f = fopen("/proc/self/status", "re");
-    while (f && kib < 0 && fgets(line, sizeof line, f)) sscanf(line, "VmHWM: %ld", &kib);
-    if (f) fclose(f);
-    if (kib < 0) {
-        struct rusage use;
-        getrusage(RUSAGE_SELF, &use);
-        kib = use.ru_maxrss;
+static void give_record(pipeline *p, const job *j, const record *r) {
+    static const char not_finite[] = "vector: no finite length other than zero";
+    const char *note = j->notes + r->note;
+    result x = {.line = r->line,
+                .from = r->from,
+                .id = j->notes + r->id,
+                .id_len = r->id_len,
+                .cut_bytes = r->cut_bytes,
+                .cut_tokens = r->cut_tokens,
+                .dim = r->dim,
+                .tokens = r->tokens};
+    if (r->code) {
+        x.code = r->code, x.message = note, x.message_len = r->note_len;
+    } else if (qemb_l2_normalize(p->unit, j->out + (size_t)r->row * p->hidden, r->dim)) {
+        x.code = "non_finite", x.message = not_finite, x.message_len = sizeof not_finite - 1;
+        x.tokens = 0;
+    } else {
+        x.unit = p->unit, x.text = note, x.text_len = r->note_len;
     }
-    return (double)kib / 1024;
+    p->stream->record(p->stream->self, &x);
 }
 
-/* The devices' part of --stats. */
-static void print_devices(pipeline *p) {
+static void *writer_main(void *arg) {
+    pipeline *p = arg;
+    uint64_t turn = 0;
+    for (job *j; (j = next_done(p, turn)); turn++) {
+        for (int i = 0; i < j->n; i++) give_record(p, j, &j->records[i]);
+        const batch_totals b = {qemb_batch_rows(j->batch), qemb_batch_tokens_saved(j->batch),
+                                j->bytes};
+        p->stream->batch_end(p->stream->self, &b);
+        job_clear(j);
+        pass(p, &p->free, j);
+    }
+    return NULL;
+}
+
+/* ---- all of it ------------------------------------------------------------------------------- */
+
+static void start_thread(pthread_t *t, void *(*main)(void *), void *arg) {
+    const int error = pthread_create(t, NULL, main, arg);
+    if (error) DIE(STATUS_MODEL, "thread: cannot start it (%s)", strerror(error));
+}
+
+/* The jobs: one that is filled, and for each replica those that may be submitted and one that is
+ * written or waits for its turn. */
+static void open_jobs(pipeline *p, qemb_model *const *m) {
+    const qemb_model *least = m[0]; /* any replica may get any batch, and GPUs' memory may differ */
+    p->n_jobs = 1 + p->n_replicas * (qemb_in_flight(m[0]) + 1);
+    p->jobs = need(calloc((size_t)p->n_jobs, sizeof *p->jobs));
+    for (int i = 1; i < p->n_replicas; i++)
+        if (qemb_options_of(m[i])->batch_tokens < qemb_options_of(least)->batch_tokens)
+            least = m[i];
+    for (int i = 0; i < p->n_jobs; i++) {
+        job_open(&p->jobs[i], least);
+        insert(&p->free, &p->jobs[i]);
+    }
+}
+
+pipeline *pipeline_new(const options *o, qemb_model *const *m, int hidden, record_tokenizer *t) {
+    pipeline *p = need(calloc(1, sizeof *p));
+    *p = (pipeline){.lock = PTHREAD_MUTEX_INITIALIZER,
+                    .changed = PTHREAD_COND_INITIALIZER,
+                    .opt = o,
+                    .hidden = (size_t)hidden,
+                    .record_tokenizer = t,
+                    .n_replicas = o->model.n_devices};
+    p->replicas = need(calloc((size_t)p->n_replicas, sizeof *p->replicas));
+    for (int i = 0; i < p->n_replicas; i++)
+        p->replicas[i] = (replica){.p = p, .model = m[i], .device = o->model.devices[i]};
+    p->unit = need(malloc(p->hidden * sizeof *p->unit));
+    open_jobs(p, m);
+    return p;
+}
+
+void pipeline_free(pipeline *p) {
+    for (int i = 0; i < p->n_jobs; i++) job_free(&p->jobs[i]);
+    free(p->jobs);
+    free(p->replicas);
+    free(p->unit);
+    free(p);
+}
+
+int pipeline_run(pipeline *p, const stream *s) {
+    pthread_t reader_thread, writer_thread;
+    p->stream = s;
+    start_thread(&reader_thread, reader_main, p);
+    start_thread(&writer_thread, writer_main, p);
+    for (int i = 0; i < p->n_replicas; i++)
+        start_thread(&p->replicas[i].thread, compute_main, &p->replicas[i]);
+    for (int i = 0; i < p->n_replicas; i++) pthread_join(p->replicas[i].thread, NULL);
+    const int failed = p->failed == p->n_replicas;
+    if (!failed) pthread_join(reader_thread, NULL); /* otherwise it may be blocked on input */
+    pthread_join(writer_thread, NULL);              /* what could be computed is written */
+    return failed ? -1 : 0;
+}
+
+void pipeline_die(const pipeline *p) {
+    if (p->n_replicas > 1) leave(STATUS_MODEL);
+    DIE(STATUS_MODEL, "%s", p->replicas[0].health.failure);
+}
+
+void pipeline_say_devices(pipeline *p) {
     qemb_health sum = {0};
     pthread_mutex_lock(&p->lock);
     for (int i = 0; i < p->n_replicas; i++) {
@@ -486,201 +561,4 @@ static void print_devices(pipeline *p) {
             r->texts, r->health.failure ? ", failed" : "");
     }
     pthread_mutex_unlock(&p->lock);
-}
-
-static void print_summary(const writer *w) {
-    if (w->errors)
-        say("%" PRIu64 " of %" PRIu64 " records failed", w->errors, w->texts + w->errors);
-    if (!w->p->opt->stats) return;
-    const double seconds = seconds_now() - w->start;
-    say("%" PRIu64 " texts, %" PRIu64 " tokens in %.3f s (%.1f texts/s, %.1f tokens/s)", w->texts,
-        w->tokens, seconds, per_second(w->texts, seconds), per_second(w->tokens, seconds));
-    say("%" PRIu64 " batches, %" PRIu64 " distinct texts, %" PRIu64 " prefix tokens saved, %" PRIu64
-        " truncated, %" PRIu64 " errors, peak memory %.1f MiB, table %s",
-        w->batches, w->distinct, w->saved, w->truncated, w->errors, peak_mib(),
-        w->p->opt->model.ops->name);
-    print_devices(w->p);
-}
-
-static void print_progress(writer *w, uint64_t bytes) {
-    const double t = seconds_now(), seconds = t - w->start;
-    if (!w->progress || t - w->last_progress < 0.1) return;
-    w->last_progress = t;
-    char line[160];
-    const int n = snprintf(line, sizeof line, "%" PRIu64 " texts, %.0f tokens/s", w->texts,
-                           per_second(w->tokens, seconds));
-    const double all = (double)(w->input_size - w->input_start);
-    if (w->input_size && bytes && (double)bytes <= all) {
-        const long left = (long)(seconds * (all - (double)bytes) / (double)bytes + 0.5);
-        snprintf(line + n, sizeof line - (size_t)n, ", %.0f %%, ETA %ld:%02ld:%02ld",
-                 100 * (double)bytes / all, left / 3600, left / 60 % 60, left % 60);
-    }
-    say_progress(line);
-}
-
-/* --on-error stop: writes everything before the error, nothing after it. */
-static void stop_run(writer *w) {
-    output_finish(&w->out, w->p->opt->output, w->rows, w->p->record_tokenizer->dim);
-    print_summary(w);
-    leave(STATUS_RECORDS);
-}
-
-static char *put(char *p, const char *s) {
-    const size_t n = strlen(s);
-    memcpy(p, s, n);
-    return p + n;
-}
-
-/* Handles a record without a vector. Returns 1 if zeros are to be written in its place. */
-static int handle_error(writer *w, const job *j, const record *r, const char *message, size_t len) {
-    const on_error policy = w->p->opt->on_error;
-    w->errors++;
-    if (policy == ON_ERROR_RECORD) {
-        output_error(&w->out, j->notes + r->id, r->id_len, r->line, r->code, message, len);
-        return 0;
-    }
-    if (w->errors <= ERRORS_SHOWN)
-        say("record %" PRIu64 ": %s: %.*s", r->line, r->code, (int)(len < 500 ? len : 500),
-            message);
-    if (policy == ON_ERROR_STOP) stop_run(w);
-    return policy == ON_ERROR_ZERO;
-}
-
-static void write_vector(writer *w, const job *j, const record *r) {
-    const format_kind kind = w->p->opt->output;
-    char *p = output_room(&w->out, format_vector_room(kind, r->dim) + r->id_len + 200);
-    if (kind == FORMAT_JSONL)
-        p = put(output_id(p, j->notes + r->id, r->id_len, r->line), ",\"embedding\":");
-    p = format_vector(p, kind, w->unit, r->dim);
-    if (kind == FORMAT_JSONL) {
-        p = format_uint(put(p, ",\"tokens\":"), (uint64_t)r->tokens);
-        if (r->cut_bytes) p = format_uint(put(p, ",\"truncated_bytes\":"), r->cut_bytes);
-        if (r->cut_tokens) p = format_uint(put(p, ",\"truncated_tokens\":"), r->cut_tokens);
-        *p++ = '}';
-    }
-    if (format_is_text(kind)) *p++ = '\n';
-    output_wrote(&w->out, p);
-    w->rows++;
-}
-
-static void write_record(writer *w, const job *j, record *r) {
-    static const char not_finite[] = "vector: no finite length other than zero";
-    const char *message = r->code ? j->notes + r->note : not_finite;
-    const size_t len = r->code ? r->note_len : sizeof not_finite - 1;
-    if (!r->code && qemb_l2_normalize(w->unit, j->out + (size_t)r->row * w->p->hidden, r->dim)) {
-        r->code = "non_finite";
-        r->tokens = 0;
-    }
-    if (r->code) {
-        if (!handle_error(w, j, r, message, len)) return;
-        memset(w->unit, 0, w->p->hidden * sizeof *w->unit);
-    } else {
-        w->texts++;
-        w->tokens += (uint64_t)r->tokens;
-        w->truncated += r->cut_bytes || r->cut_tokens;
-    }
-    write_vector(w, j, r);
-}
-
-static void *writer_main(void *arg) {
-    writer *w = arg;
-    for (job *j; (j = next_done(w->p, w->written)); w->written++) {
-        const int rows = qemb_batch_rows(j->batch);
-        w->batches += rows > 0;
-        w->distinct += (uint64_t)rows;
-        w->saved += qemb_batch_tokens_saved(j->batch);
-        for (int i = 0; i < j->n; i++) write_record(w, j, &j->records[i]);
-        output_flush(&w->out);
-        print_progress(w, j->bytes);
-        job_clear(j);
-        pass(w->p, &w->p->free, j);
-    }
-    return NULL;
-}
-
-static void writer_open(writer *w, pipeline *p) {
-    struct stat st;
-    const options *o = p->opt;
-    *w = (writer){.p = p, .start = seconds_now()};
-    w->unit = need(malloc(p->hidden * sizeof *w->unit));
-    w->progress =
-        o->progress > 0 || (!o->progress && isatty(STDERR_FILENO) && !isatty(STDOUT_FILENO));
-    w->input_start = lseek(STDIN_FILENO, 0, SEEK_CUR);
-    if (w->input_start >= 0 && !fstat(STDIN_FILENO, &st) && S_ISREG(st.st_mode))
-        w->input_size = st.st_size;
-    output_open(&w->out, o->output, p->record_tokenizer->dim);
-}
-
-/* ---- all of it ------------------------------------------------------------------------------- */
-
-static void start_thread(pthread_t *t, void *(*main)(void *), void *arg) {
-    const int error = pthread_create(t, NULL, main, arg);
-    if (error) DIE(STATUS_MODEL, "thread: cannot start it (%s)", strerror(error));
-}
-
-/* Opens the replicas and the jobs: one that is filled, and for each replica those that may be
- * submitted and one that is written or waits for its turn. */
-static void pipeline_open(pipeline *p, qemb_model *const *m) {
-    const qemb_model *least = m[0]; /* any replica may get any batch, and GPUs' memory may differ */
-    p->n_replicas = p->opt->model.n_devices;
-    p->replicas = need(calloc((size_t)p->n_replicas, sizeof *p->replicas));
-    p->n_jobs = 1 + p->n_replicas * (qemb_in_flight(m[0]) + 1);
-    p->jobs = need(calloc((size_t)p->n_jobs, sizeof *p->jobs));
-    for (int i = 0; i < p->n_replicas; i++)
-        p->replicas[i] = (replica){.p = p, .model = m[i], .device = p->opt->model.devices[i]};
-    for (int i = 1; i < p->n_replicas; i++)
-        if (qemb_options_of(m[i])->batch_tokens < qemb_options_of(least)->batch_tokens)
-            least = m[i];
-    for (int i = 0; i < p->n_jobs; i++) {
-        job_open(&p->jobs[i], least);
-        insert(&p->free, &p->jobs[i]);
-    }
-}
-
-static void pipeline_close(pipeline *p) {
-    input_free(p->in);
-    for (int i = 0; i < p->n_jobs; i++) job_free(&p->jobs[i]);
-    free(p->jobs);
-    free(p->replicas);
-}
-
-int embed_stream(const options *o, qemb_model *const *m, int hidden, record_tokenizer *t) {
-    writer w;
-    pthread_t reader_thread, writer_thread;
-    pipeline p = {.lock = PTHREAD_MUTEX_INITIALIZER,
-                  .changed = PTHREAD_COND_INITIALIZER,
-                  .opt = o,
-                  .hidden = (size_t)hidden,
-                  .record_tokenizer = t};
-    pipeline_open(&p, m);
-    catch_signals();
-    p.in = need(input_new(STDIN_FILENO, wake_pipe[0], o->null_separated ? '\0' : '\n'));
-    writer_open(&w, &p);
-    start_thread(&reader_thread, reader_main, &p);
-    start_thread(&writer_thread, writer_main, &w);
-    for (int i = 0; i < p.n_replicas; i++)
-        start_thread(&p.replicas[i].thread, compute_main, &p.replicas[i]);
-    for (int i = 0; i < p.n_replicas; i++) pthread_join(p.replicas[i].thread, NULL);
-    const int failed = p.failed == p.n_replicas;
-    if (!failed) pthread_join(reader_thread, NULL); /* otherwise it may be blocked on input */
-    pthread_join(writer_thread, NULL);              /* what could be computed is written */
-    if (failed) {
-        output_finish(&w.out, o->output, w.rows, t->dim);
-        print_summary(&w);
-        if (p.n_replicas > 1) leave(STATUS_MODEL);
-        DIE(STATUS_MODEL, "%s", p.replicas[0].health.failure);
-    }
-    output_finish(&w.out, o->output, w.rows, t->dim);
-    output_close(&w.out);
-    say_progress("");
-    print_summary(&w);
-    if (p.read_errno) say("standard input: cannot read (%s)", strerror(p.read_errno));
-    free(w.unit);
-    pipeline_close(&p);
-    const int sig = atomic_load(&stop_signal);
-    if (sig) { /* so that the parent sees the signal as the cause */
-        signal(sig, SIG_DFL);
-        raise(sig);
-    }
-    return p.read_errno ? STATUS_USAGE : w.errors ? STATUS_RECORDS : STATUS_GOOD;
 }
