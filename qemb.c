@@ -34,20 +34,6 @@ static const float *cf32(const qemb_act *a) { return (const float *)a; }
 
 /* ---- embed: rows of a table ------------------------------------------------------------------ */
 
-/* IEEE half to float. Exponent and mantissa, shifted into place, give the value times 2^-112, for
- * subnormal halves too; one exact multiplication corrects that. Inf and NaN get float's
- * exponent. */
-INLINE float half_to_float(uint16_t h) {
-    union {
-        uint32_t u;
-        float f;
-    } v = {(uint32_t)(h & 0x7fff) << 13};
-    v.f *= 0x1p112f;
-    v.u |= (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
-    v.u |= (uint32_t)(h & 0x8000) << 16;
-    return v.f;
-}
-
 /* x (T, D) = rows of tok_emb (V, D) */
 static void cpu_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb,
                       const qemb_packed_batch *b) {

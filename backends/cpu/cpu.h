@@ -6,6 +6,7 @@
  *   packed_gemm.c       matrix products of repacked weights (packed_gemm.h)
  *   avx2.c, avx2_integers.c, avx512.c, avx512_attention.c, amx.c   the instructions
  *   dispatch.c          which tables a CPU can run, and which of them serves --math
+ *   dot_f16.c           products of one vector with many rows of halves (dot_f16.h)
  *
  * Each uses only those above it, and qemb.c's plain ops where nothing is gained from vectors.
  */
@@ -25,6 +26,20 @@ static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int max_int(int a, int b) { return a > b ? a : b; }
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 static inline int round_up(int a, int to) { return ceil_div(a, to) * to; }
+
+/* IEEE half to float. Exponent and mantissa, shifted into place, give the value times 2^-112, for
+ * subnormal halves too; one exact multiplication corrects that. Inf and NaN get float's
+ * exponent. */
+static inline float half_to_float(uint16_t h) {
+    union {
+        uint32_t u;
+        float f;
+    } v = {(uint32_t)(h & 0x7fff) << 13};
+    v.f *= 0x1p112f;
+    v.u |= (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
+    v.u |= (uint32_t)(h & 0x8000) << 16;
+    return v.f;
+}
 
 /* ---- the state of a backend (memory.c) ------------------------------------------------------- */
 

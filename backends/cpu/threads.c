@@ -7,9 +7,6 @@
  */
 #include "cpu.h"
 
-#if defined(__x86_64__)
-
-#include <immintrin.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -31,6 +28,12 @@ struct cpu_pool {
     } helpers[];
 };
 
+static inline void pause_spinning(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
 enum { SPINS = 1000 }; /* about 20 microseconds: longer than the time between two ops */
 
 static void take_items(struct cpu_pool *p, int thread) {
@@ -43,7 +46,7 @@ static void *helper_main(void *arg) {
     struct cpu_pool *p = h->pool;
     unsigned seen = 0;
     for (;;) {
-        for (int i = 0; i < SPINS && atomic_load(&p->jobs) == seen; i++) _mm_pause();
+        for (int i = 0; i < SPINS && atomic_load(&p->jobs) == seen; i++) pause_spinning();
         pthread_mutex_lock(&p->lock);
         p->sleeping++;
         while (!p->quit && !(p->open && p->jobs != seen)) pthread_cond_wait(&p->posted, &p->lock);
@@ -76,7 +79,7 @@ void cpu_parallel(struct cpu_pool *p, int items, cpu_work *run, const void *job)
     if (p->sleeping) pthread_cond_broadcast(&p->posted);
     pthread_mutex_unlock(&p->lock);
     take_items(p, 0);
-    for (int i = 0; i < SPINS && atomic_load(&p->inside); i++) _mm_pause();
+    for (int i = 0; i < SPINS && atomic_load(&p->inside); i++) pause_spinning();
     pthread_mutex_lock(&p->lock);
     p->open = 0;
     while (p->inside) pthread_cond_wait(&p->left, &p->lock);
@@ -116,5 +119,3 @@ int cpu_pool_open(struct cpu_pool **out, int threads, qemb_err *err) {
     *out = p;
     return 0;
 }
-
-#endif

@@ -7,6 +7,7 @@
 #include "vnni_in_c.h"
 
 #include "backends/cpu/cpu.h"
+#include "backends/cpu/dot_f16.h"
 #if defined(__x86_64__)
 #include "backends/cpu/amx.h"
 #endif
@@ -469,4 +470,50 @@ Test(simd, avx_vnni_gives_the_bits_of_avx2) {
     check_same_bits_of_all(&in_c_avxvnni_int8_ops, int8);
     check_same_bits_of_all(qemb_cpu_choose("avxvnni-int16", QEMB_MATH_INT16), int16);
     check_same_bits_of_all(qemb_cpu_choose("avxvnni-int8", QEMB_MATH_INT8), int8);
+}
+
+/* ---- dot products of halves ------------------------------------------------------------------ */
+
+/* A lane rounds stride / 32 times and the lanes' sum 5 times, each by at most U of a number that is
+ * at most the sum of magnitudes. Products of roundings are below a thousandth of that. */
+static double dot_tolerance(int stride, double magnitudes) {
+    return 1.001 * (stride / DOT_F16_LANES + 5) * U * magnitudes;
+}
+
+/* Every version gives the bits of the plain one, which is near the sum in double precision; for
+ * rows of all kinds of halves, zeros and subnormal ones too. */
+Test(simd, dot_products_of_halves) {
+    static const int dims[] = {1, 31, 32, 33, 64, 128, 250, 1024};
+    enum { ROWS = 7, MOST = 1024 };
+    static _Alignas(64) uint16_t rows[ROWS * MOST];
+    static _Alignas(64) float q[MOST];
+    const unsigned features = cpu_features();
+    rng r = {17};
+    for (int d = 0; d < (int)(sizeof dims / sizeof *dims); d++) {
+        const int dim = dims[d], stride = dot_f16_stride(dim);
+        float want[ROWS], got[ROWS];
+        memset(rows, 0, sizeof rows);
+        memset(q, 0, sizeof q);
+        rng_floats(&r, q, (size_t)dim, 1);
+        for (int i = 0; i < ROWS; i++)
+            for (int k = 0; k < dim; k++) /* every exponent below infinity's */
+                rows[i * stride + k] = (uint16_t)(rng_u64(&r) & (i % 2 ? 0x83ff : 0xbbff));
+        dot_f16_versions[0].run(want, q, rows, ROWS, stride);
+        for (int i = 0; i < ROWS; i++) {
+            double sum = 0, magnitudes = 0;
+            for (int k = 0; k < dim; k++) {
+                const double product = (double)half_to_float(rows[i * stride + k]) * q[k];
+                sum += product, magnitudes += fabs(product);
+            }
+            cr_assert(!far_off(want[i], sum, dot_tolerance(stride, magnitudes)),
+                      "dim %d, row %d: %g, want %g", dim, i, (double)want[i], sum);
+        }
+        for (int v = 1; v < n_dot_f16_versions; v++) {
+            if (dot_f16_versions[v].needs & ~features) continue;
+            dot_f16_versions[v].run(got, q, rows, ROWS, stride);
+            cr_assert_arr_eq(got, want, sizeof want, "%s, dim %d", dot_f16_versions[v].name, dim);
+            dot_f16_versions[v].run(got, q, rows + 3 * stride, 1, stride);
+            cr_assert_arr_eq(got, want + 3, sizeof *want, "%s alone", dot_f16_versions[v].name);
+        }
+    }
 }
