@@ -10,7 +10,7 @@ export QEMB_SHARED ?= $(abspath ../shared)
 
 # Debian packages that builds and tests need; each is named here alone. Python packages are named in
 # convert_weights.py and tests/*.txt, runtime libraries of an image in its Dockerfile.
-DEBIAN_BUILD   := gcc binutils libc6-dev libjansson-dev libssl-dev
+DEBIAN_BUILD   := gcc binutils libc6-dev libjansson-dev libssl-dev libxxhash-dev
 DEBIAN_SERVE   := libmicrohttpd-dev libhiredis-dev
 DEBIAN_PYTHON  := python3 python3-venv
 DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread wrk apache2-utils # a plot, products to compare with, load
@@ -25,10 +25,10 @@ LIBS     := -ljansson -lcrypto -lm
 BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-CPU     := $(patsubst %,backends/cpu/%,memory threads row_ops packed_gemm avx2 avx2_integers avx512 avx512_attention amx dispatch)
+CPU     := $(patsubst %,backends/cpu/%,memory threads row_ops packed_gemm avx2 avx2_integers avx512 avx512_attention amx dot_f16 dispatch)
 ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error lib/text_ids lib/embed_text
 SHARED  := $(patsubst %,frontends/%,console options model_options select_ops open_model replicas record_tokenizer format input)
-CLI     := $(patsubst %,frontends/cli/%,main embed pipeline progress output)
+CLI     := $(patsubst %,frontends/cli/%,main embed grep hits line_index pipeline progress output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main http listen api model_worker queue cache redis metrics log buffer vector) $(SHARED)

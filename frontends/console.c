@@ -13,6 +13,7 @@
 #define WIPE "\r\033[K"
 
 static const char *program = "qemb";
+static int error_status;          /* 0: statuses are as they are */
 static atomic_int progress_shown; /* the terminal shows a progress line */
 
 void console_open(const char *name) { program = name; }
@@ -49,7 +50,9 @@ void say_progress(const char *text) {
     write_stderr(line, strlen(line));
 }
 
-void leave(int status) { _exit(status); }
+void console_error_status(int status) { error_status = status; }
+
+void leave(int status) { _exit(status && error_status ? error_status : status); }
 
 void usage(const char *fmt, ...) {
     va_list ap;

@@ -5,6 +5,8 @@
 #define LENGTH(a) ((int)(sizeof(a) / sizeof *(a)))
 
 enum { STATUS_GOOD, STATUS_USAGE, STATUS_MODEL, STATUS_RECORDS, STATUS_OUTPUT };
+/* The only statuses of `qemb grep`, beside STATUS_GOOD. */
+enum { GREP_NONE = 1, GREP_ERROR = 2 };
 
 /* Sets the program's name, the prefix of every message. Call it first. Keeps the pointer. */
 void console_open(const char *name);
@@ -17,6 +19,8 @@ void say_progress(const char *line);
 
 /* Ends the process at once. Callable from any thread, whatever the others are doing. */
 _Noreturn void leave(int status);
+/* From here on leave ends with this status instead of any but STATUS_GOOD. */
+void console_error_status(int status);
 #define DIE(status, ...) (say(__VA_ARGS__), leave(status))
 /* Prints what is wrong with the command line and a hint at --help; ends with STATUS_USAGE. */
 _Noreturn void usage(const char *fmt, ...) __attribute__((format(printf, 1, 2)));

@@ -8,7 +8,7 @@
 #include <string.h>
 
 #define TEXTS   (FOR_EMBED | FOR_TOKENIZE)
-#define COMPUTE (FOR_EMBED | FOR_PLAN | FOR_CHECK)
+#define COMPUTE (FOR_EMBED | FOR_PLAN | FOR_CHECK | FOR_GREP)
 #define TABLE   (COMPUTE | FOR_INFO)
 #define AT(m)   .at = offsetof(model_options, m)
 
@@ -19,15 +19,15 @@ const option_row model_option_rows[] = {
     {"query", NULL, "the texts are queries: the model's own prompt", NULL,
      OPTION_FLAG, AT(query), .value = 1, .commands = TEXTS},
     {"instruct", "TASK", "the texts are queries for TASK", NULL,
-     OPTION_STRING, AT(instruct), .commands = TEXTS},
+     OPTION_STRING, AT(instruct), .commands = TEXTS | FOR_GREP},
     {"truncate", NULL, "cut longer texts; else they are errors", NULL,
-     OPTION_FLAG, AT(truncate), .value = 1, .commands = TEXTS},
+     OPTION_FLAG, AT(truncate), .value = 1, .commands = TEXTS | FOR_GREP},
     {"max-tokens", "N", "longest text, end-of-text included", NULL,
      OPTION_INT, AT(engine.max_tokens), .unset = "the model's", .min = 1, .max = INT_MAX,
-     .commands = TEXTS | FOR_PLAN},
+     .commands = TEXTS | FOR_PLAN | FOR_GREP},
     {"batch-tokens", "N", "tokens computed together", NULL,
      OPTION_INT, AT(engine.batch_tokens), .unset = "1024; GPU: 8192 or 16384", .min = 1,
-     .max = 1 << 24, .commands = FOR_EMBED | FOR_PLAN},
+     .max = 1 << 24, .commands = FOR_EMBED | FOR_PLAN | FOR_GREP},
     {"threads", "N", "CPU threads of the model", NULL,
      OPTION_INT, AT(engine.threads), .unset = "all", .min = 1, .max = 4096, .commands = COMPUTE},
     {"cpu", "NAME", "instructions such as avx2, or a table", NULL,

@@ -21,7 +21,7 @@ typedef struct {
 } model_options;
 
 /* The commands of qemb, as the rows' `commands` name them. qemb-serve has no commands. */
-enum { FOR_EMBED = 1, FOR_INFO = 2, FOR_TOKENIZE = 4, FOR_PLAN = 8, FOR_CHECK = 16 };
+enum { FOR_EMBED = 1, FOR_INFO = 2, FOR_TOKENIZE = 4, FOR_PLAN = 8, FOR_CHECK = 16, FOR_GREP = 32 };
 
 extern const option_row model_option_rows[];
 extern const int n_model_option_rows;

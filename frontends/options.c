@@ -9,7 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { FIRST_LONG = 256 }; /* getopt_long returns FIRST_LONG + i for row i: above all letters */
+/* getopt_long returns HELP for --help and FIRST_LONG + i for row i: above all letters */
+enum { HELP = 256, FIRST_LONG };
 
 /* Row i, counted over all sections, and the struct that it sets; NULL past the end. */
 static const option_row *row_at(const option_table *t, int i, void **options) {
@@ -120,9 +121,10 @@ static void make_getopt(const option_table *t, struct option *longs, char *lette
         if (n == OPTION_ROWS) abort();
         longs[n] = (struct option){r->name, r->argument ? required_argument : no_argument, NULL,
                                    FIRST_LONG + n};
-        if (r->letter) letters += sprintf(letters, "%c%s", r->letter, r->argument ? ":" : "");
+        if (r->letter && r->letter != 'h')
+            letters += sprintf(letters, "%c%s", r->letter, r->argument ? ":" : "");
     }
-    longs[n] = (struct option){"help", no_argument, NULL, 'h'};
+    longs[n] = (struct option){"help", no_argument, NULL, HELP};
     longs[n + 1] = (struct option){"version", no_argument, NULL, 'V'};
     longs[n + 2] = (struct option){0};
 }
@@ -134,8 +136,14 @@ static int row_of(const option_table *t, int opt) {
     return -1;
 }
 
+static int has_own_h(const option_table *t) {
+    const int i = row_of(t, 'h');
+    return i >= 0 && t->command && (row_at(t, i, NULL)->commands & *t->command);
+}
+
 _Noreturn static void refuse(const option_table *t, const char *argument) {
-    if (optopt && optopt < FIRST_LONG) usage("-%c: unknown option", optopt);
+    if (optopt && optopt < HELP) usage("-%c: unknown option", optopt);
+    if (optopt == HELP) usage("--help: takes no value");
     if (optopt) usage("--%s: takes no value", row_at(t, row_of(t, optopt), NULL)->name);
     usage("%.80s: unknown or ambiguous option", argument);
 }
@@ -161,7 +169,7 @@ void options_parse(option_table *t, int argc, char **argv) {
     opterr = 0;
     while ((opt = getopt_long(argc, argv, letters, longs, NULL)) != -1) {
         void *options = NULL;
-        if (opt == 'h') print_help(t);
+        if (opt == HELP || (opt == 'h' && !has_own_h(t))) print_help(t);
         if (opt == 'V') print_version();
         if (opt == 1) {
             operand(t, optarg, n_operands++);

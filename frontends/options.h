@@ -53,6 +53,9 @@ typedef struct {
      * none. */
     void (*operand)(void *options, const char *value, int n);
     void *operand_options;
+    /* The bit of the command that the operands so far have named; NULL: there are none. A row whose
+     * letter is 'h' has it only for its commands; otherwise -h is --help. */
+    const unsigned *command;
     const option_row *seen[OPTION_ROWS]; /* (n_seen) the rows that were given, each once */
     int n_seen;
 } option_table;

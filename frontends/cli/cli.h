@@ -19,8 +19,11 @@ typedef enum {
     ON_ERROR_STOP
 } on_error;
 
+typedef enum { COLOR_AUTO, COLOR_ALWAYS, COLOR_NEVER } color_choice;
+
 typedef struct {
-    int command; /* index into the table of commands */
+    int command;  /* index into the table of commands, */
+    unsigned bit; /* its bit */
     model_options model;
     int jsonl, stats, verify;
     int null_separated; /* records end with NUL */
@@ -28,6 +31,17 @@ typedef struct {
     on_error on_error;
     int progress; /* 1: always, -1: never, 0: if standard error is a terminal */
     int dim;      /* 0: hidden */
+    /* of grep */
+    const char *query;
+    const char **files; /* (n_files) "-": standard input */
+    int n_files;
+    int best; /* how many; 0: not given */
+    int has_min_score;
+    double min_score;
+    int with_line, json;
+    int with_file; /* 1: always, -1: never, 0: of more than one file */
+    color_choice color;
+    const char *index; /* NULL: none */
 } options;
 
 /* ---- output.c -------------------------------------------------------------------------------- */
@@ -135,5 +149,15 @@ void end_by_signal(void);
  * arrives. m: the replicas on the devices of o->model. hidden: D. Returns the exit status; does not
  * return after a signal. */
 int embed_stream(const options *o, qemb_model *const *m, int hidden, record_tokenizer *t);
+/* unit (dim) = the vector of one text, cut and scaled to length 1. -1: it has no finite length. */
+int embed_ids(qemb_model *m, int hidden, const record_ids *ids, float *unit, int dim);
+
+/* ---- grep.c ---------------------------------------------------------------------------------- */
+
+/* Prints the lines of o->files that are near o->query. query and lines tokenize with their prompts;
+ * f: the model's file. Returns the exit status: 0 some printed, 1 none, 2 an error, also if lines
+ * were printed. Takes files that cannot be indexed out of o->files. */
+int grep_files(options *o, const qemb_file *f, qemb_model *const *m, record_tokenizer *query,
+               record_tokenizer *lines);
 
 #endif

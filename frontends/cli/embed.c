@@ -143,6 +143,19 @@ static uint64_t bytes_read(void *self) {
     return input_bytes(w->in);
 }
 
+/* ---- one text -------------------------------------------------------------------------------- */
+
+int embed_ids(qemb_model *m, int hidden, const record_ids *ids, float *unit, int dim) {
+    qemb_batch *b = need(qemb_batch_new(m));
+    float *out = need(malloc((size_t)hidden * sizeof *out));
+    qemb_pack_add(b, ids->ids, ids->n);
+    qemb_embed(m, b, out);
+    const int failed = qemb_l2_normalize(unit, out, dim);
+    free(out);
+    qemb_batch_free(b);
+    return failed;
+}
+
 /* ---- the command ----------------------------------------------------------------------------- */
 
 /* Bytes of standard input from here on; 0: unknown. */

@@ -19,7 +19,7 @@
 /* ---- options --------------------------------------------------------------------------------- */
 
 static int embed(const options *), info(const options *), tokenize(const options *),
-    plan(const options *), check(const options *);
+    plan(const options *), check(const options *), grep(const options *);
 
 static const struct {
     const char *name;
@@ -30,13 +30,25 @@ static const struct {
     {"embed", FOR_EMBED, 1, embed}, /* also without its name */
     {"info", FOR_INFO, 0, info},    {"tokenize", FOR_TOKENIZE, 1, tokenize},
     {"plan", FOR_PLAN, 0, plan},    {"check", FOR_CHECK, 0, check},
+    {"grep", FOR_GREP, 0, grep}, /* reads it if it is one of its files */
 };
 
 static const char *const input_kinds[] = {"text", "jsonl", NULL};
+static const char *const color_choices[] = {"auto", "always", "never", NULL};
 static const char *const on_error_kinds[] = {"record", "zero", "skip", "stop", NULL};
 
 #define TEXTS (FOR_EMBED | FOR_TOKENIZE)
 #define AT(m) .at = offsetof(options, m)
+
+static void take_min_score(void *to, const char *name, const char *value) {
+    options *o = to;
+    char *end;
+    o->min_score = strtod(value, &end);
+    const int number = *value && strspn(value, "+-.0123456789eE") == strlen(value) && !*end;
+    if (!number || !(o->min_score >= -1 && o->min_score <= 1))
+        usage("--%s: not a score (got %.40s, want -1..1)", name, value);
+    o->has_min_score = 1;
+}
 
 /* clang-format off */
 static const option_row rows[] = {
@@ -47,30 +59,51 @@ static const option_row rows[] = {
     {"output", "KIND", "json, jsonl, tsv, base64, f32, f16 or npy", "json",
      OPTION_CHOICE, AT(output), .choices = format_names, .commands = FOR_EMBED},
     {"dim", "N", "numbers in a vector, at most the model's", NULL,
-     OPTION_INT, AT(dim), .unset = "all", .min = 1, .max = INT_MAX, .commands = FOR_EMBED},
+     OPTION_INT, AT(dim), .unset = "all", .min = 1, .max = INT_MAX,
+     .commands = FOR_EMBED | FOR_GREP},
     {"on-error", "WHAT", "record, zero, skip or stop", NULL,
      OPTION_CHOICE, AT(on_error), .unset = "record; binary: stop", .choices = on_error_kinds,
      .commands = FOR_EMBED},
     {"stats", NULL, "a summary on standard error at the end", NULL,
      OPTION_FLAG, AT(stats), .value = 1, .commands = FOR_EMBED},
     {"progress", NULL, "a progress line on standard error: always", NULL,
-     OPTION_FLAG, AT(progress), .value = 1, .commands = FOR_EMBED},
+     OPTION_FLAG, AT(progress), .value = 1, .commands = FOR_EMBED | FOR_GREP},
     {"quiet", NULL, "a progress line: never", NULL,
-     OPTION_FLAG, AT(progress), .value = -1, .commands = FOR_EMBED},
+     OPTION_FLAG, AT(progress), .value = -1, .commands = FOR_EMBED | FOR_GREP},
     {"cache", "DIR", "GPU: time cuBLASLt's algorithms, keep the best here", NULL,
      OPTION_STRING, AT(model.engine.cache_dir), .gpu = 1,
-     .commands = FOR_EMBED | FOR_PLAN | FOR_CHECK},
+     .commands = FOR_EMBED | FOR_PLAN | FOR_CHECK | FOR_GREP},
     {"verify", NULL, "with info: compare the weights with their SHA-256", NULL,
      OPTION_FLAG, AT(verify), .value = 1, .commands = FOR_INFO},
+    {"best", "N", "grep: print so many lines, best first", NULL,
+     OPTION_INT, AT(best), .unset = "10", .min = 1, .max = INT_MAX, .letter = 'k',
+     .commands = FOR_GREP},
+    {"min-score", "S", "grep: print all lines from this score on", NULL,
+     OPTION_CALL, .call = take_min_score, .commands = FOR_GREP},
+    {"line-number", NULL, "grep: with line numbers", NULL,
+     OPTION_FLAG, AT(with_line), .value = 1, .letter = 'n', .commands = FOR_GREP},
+    {"with-filename", NULL, "grep: with file names", NULL,
+     OPTION_FLAG, AT(with_file), .unset = "of several", .value = 1, .letter = 'H',
+     .commands = FOR_GREP},
+    {"no-filename", NULL, "grep: without file names", NULL,
+     OPTION_FLAG, AT(with_file), .value = -1, .letter = 'h', .commands = FOR_GREP},
+    {"json", NULL, "grep: an object per line", NULL,
+     OPTION_FLAG, AT(json), .value = 1, .commands = FOR_GREP},
+    {"color", "WHEN", "grep: auto, always or never", "auto",
+     OPTION_CHOICE, AT(color), .choices = color_choices, .commands = FOR_GREP},
+    {"index", "FILE", "grep: keep the lines' vectors here", NULL,
+     OPTION_STRING, AT(index), .commands = FOR_GREP},
 };
 /* clang-format on */
 
 static const char synopsis[] =
     "qemb " QEMB_VERSION ": lines of text in, Qwen3-Embedding vectors out\n"
     "  qemb -m MODEL.qemb [OPTION]... < TEXTS > VECTORS\n"
-    "  qemb info|tokenize|plan|check -m MODEL.qemb [OPTION]...\n";
+    "  qemb info|tokenize|plan|check -m MODEL.qemb [OPTION]...\n"
+    "  qemb grep [-m MODEL.qemb] [OPTION]... QUERY [FILE]...\n";
 static const char ending[] =
     "Status: 0 good, 1 usage or input, 2 model, 3 some records failed, 4 output.\n"
+    "Of grep: 0 some lines printed, 1 none, 2 an error.\n"
     "Records, errors and commands in full: man qemb\n";
 
 /* A command, as the first operand, or info's file. */
@@ -79,24 +112,59 @@ static void take_operand(void *to, const char *value, int n) {
     for (int c = 1; c < LENGTH(commands) && !n; c++)
         if (!strcmp(value, commands[c].name)) {
             o->command = c;
+            o->bit = commands[c].bit;
+            if (o->bit == FOR_GREP) console_error_status(GREP_ERROR);
             return;
         }
-    if (commands[o->command].bit != FOR_INFO || o->model.model)
+    if (o->bit == FOR_GREP) {
+        if (o->query)
+            o->files[o->n_files++] = value;
+        else
+            o->query = value;
+        return;
+    }
+    if (o->bit != FOR_INFO || o->model.model)
         usage("%.80s: an operand that means nothing (texts come from standard input)", value);
     o->model.model = value;
 }
 
+/* The demo model that belongs to the program: where `make install` puts it, or in the source. */
+static const char *demo_model(void) {
+    static const char *const places[] = {"../share/qemb/demo.qemb", "examples/demo.qemb"};
+    static char path[PATH_MAX + 32];
+    const ssize_t n = readlink("/proc/self/exe", path, PATH_MAX);
+    char *slash = n > 0 ? memrchr(path, '/', (size_t)n) : NULL;
+    for (int i = 0; slash && i < LENGTH(places); i++) {
+        strcpy(slash + 1, places[i]);
+        if (!access(path, F_OK)) return path;
+    }
+    usage("no model, and no demo model beside the program (want -m MODEL.qemb)");
+}
+
+static void check_grep(options *o) {
+    if (!o->query) usage("grep: no query");
+    if (!*o->query) usage("grep: an empty query");
+    if (o->best && o->has_min_score) usage("-k and --min-score: only one of them");
+    if (!o->n_files) o->files[o->n_files++] = "-";
+    for (int i = 0; i < o->n_files && o->index; i++)
+        if (!strcmp(o->files[i], "-")) usage("--index: not for standard input (want FILEs)");
+    if (!o->model.model) o->model.model = demo_model();
+}
+
 static void parse_options(options *o, int argc, char **argv) {
-    *o = (options){.on_error = ON_ERROR_DEFAULT};
+    *o = (options){.bit = FOR_EMBED, .on_error = ON_ERROR_DEFAULT};
+    o->files = need(calloc((size_t)argc + 1, sizeof *o->files)); /* as long as the process */
     option_table t = {
         .synopsis = synopsis,
         .ending = ending,
         .sections = {{model_option_rows, n_model_option_rows, &o->model}, {rows, LENGTH(rows), o}},
         .operand = take_operand,
-        .operand_options = o};
+        .operand_options = o,
+        .command = &o->bit};
     options_parse(&t, argc, argv);
+    if (o->bit == FOR_GREP) check_grep(o);
     model_options_check(&o->model);
-    options_check(&t, commands[o->command].bit, commands[o->command].name, !!o->model.ops->plan);
+    options_check(&t, o->bit, commands[o->command].name, !!o->model.ops->plan);
     const int text = format_is_text(o->output);
     if (o->on_error == ON_ERROR_RECORD && !text)
         usage("--on-error record: no place for error records in binary output (want zero, skip, "
@@ -135,6 +203,27 @@ static int embed(const options *o) {
     const int status = embed_stream(o, m, f.file->config.hidden, &t);
     for (int i = 0; i < o->model.n_devices; i++) qemb_close(m[i]);
     record_tokenizer_close(&t);
+    close_model_file(&f);
+    return status;
+}
+
+/* ---- grep ------------------------------------------------------------------------------------ */
+
+static int grep(const options *o) {
+    model_file f;
+    record_tokenizer query, lines;
+    qemb_model *m[MAX_DEVICES];
+    options of_query = *o, of_lines = *o;
+    of_query.model.query = !o->model.instruct;
+    of_lines.model.instruct = NULL;
+    open_model_file(&f, o->model.model);
+    open_record_tokenizer(&query, &f, &of_query);
+    open_record_tokenizer(&lines, &f, &of_lines);
+    replicas_open(m, f.file, &o->model, loading(o));
+    const int status = grep_files(&of_lines, f.file, m, &query, &lines);
+    for (int i = 0; i < o->model.n_devices; i++) qemb_close(m[i]);
+    record_tokenizer_close(&query);
+    record_tokenizer_close(&lines);
     close_model_file(&f);
     return status;
 }
@@ -409,19 +498,13 @@ static const known_model *find_known(const qemb_config *c) {
 /* unit (D) = the normalized vector of one text of the example. */
 static void embed_example(const options *o, qemb_model *m, record_tokenizer *t, const char *text,
                           int is_query, int D, float *unit) {
-    qemb_batch *b = need(qemb_batch_new(m));
-    float *out = need(malloc((size_t)D * sizeof *out));
     record_ids ids;
     qemb_err err;
     if (tokenize_text(t, text, strlen(text), check_task, is_query ? sizeof check_task - 1 : 0, &ids,
                       &err))
         DIE(STATUS_MODEL, "%s", err.msg);
-    qemb_pack_add(b, ids.ids, ids.n);
-    qemb_embed(m, b, out);
-    if (qemb_l2_normalize(unit, out, D))
+    if (embed_ids(m, D, &ids, unit, D))
         DIE(STATUS_MODEL, "%.128s: a vector without a finite length", o->model.model);
-    free(out);
-    qemb_batch_free(b);
 }
 
 /* Computes score[2 q + d], the cosine of the example's query q and document d, on a device. */
@@ -495,13 +578,20 @@ static int check_descriptors(void) {
     return closed;
 }
 
+static int greps_stdin(const options *o) {
+    for (int i = 0; i < o->n_files; i++)
+        if (!strcmp(o->files[i], "-")) return 1;
+    return 0;
+}
+
 int main(int argc, char **argv) {
     options o;
     console_open("qemb");
     const int no_input = check_descriptors();
     signal(SIGPIPE, SIG_IGN); /* writing fails with EPIPE instead */
     parse_options(&o, argc, argv);
-    if (no_input && commands[o.command].reads_input) DIE(STATUS_USAGE, "standard input: closed");
+    if (no_input && (commands[o.command].reads_input || greps_stdin(&o)))
+        DIE(STATUS_USAGE, "standard input: closed");
     const int status = commands[o.command].run(&o);
     if (fflush(stdout) || ferror(stdout)) {
         if (errno != EPIPE) say("standard output: cannot write (%s)", strerror(errno));

@@ -1,0 +1,447 @@
+/* grep.c - the grep command: lines of files by meaning.
+ *
+ *   without --index:  files -> pipeline -> a vector a line, rounded to halves -> its score
+ *                     -> printed at once (--min-score), or kept if it is among the best (-k)
+ *   with --index:     files -> pipeline -> line_index.c, unless the index has their vectors already;
+ *                     then one pass over the index has all scores
+ *
+ * Both compute a score by dot_f16.c from the same halves, so their output is the same.
+ */
+#include "hits.h"
+#include "line_index.h"
+
+#include "backends/cpu/dot_f16.h"
+#include "frontends/console.h"
+#include "lib/unicode.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* Lines of a file that have no vector. */
+typedef struct {
+    uint64_t n, line; /* the first one's number */
+    char message[216];
+} failures;
+
+/* A run over the files. next and bytes are called by the reader thread, the others by the writer
+ * thread. */
+typedef struct {
+    const options *opt;
+    int wake_fd;
+    /* of the reader */
+    input *in; /* of the open file, or NULL */
+    int fd, file, unreadable;
+    uint64_t bytes; /* of the files before */
+    /* of the writer */
+    int dim, stride;
+    float *query;     /* (stride) */
+    uint16_t *halves; /* (stride) */
+    dot_f16 *dot;
+    uint64_t order, tokens;
+    failures *failures; /* (n_files) */
+    best_hits best;
+    hit_printer printer;
+    progress progress;
+    line_index_writer *index; /* NULL: scores, else an index is made */
+} search;
+
+_Noreturn static void die(const qemb_err *err) { DIE(GREP_ERROR, "%s", err->msg); }
+
+/* ---- the files ------------------------------------------------------------------------------- */
+
+static int is_stdin(const char *name) { return !strcmp(name, "-"); }
+
+static void cannot_read(search *s, int error) {
+    const char *name = s->opt->files[s->file];
+    s->unreadable = 1;
+    say("%.200s: cannot read (%s)", is_stdin(name) ? "standard input" : name, strerror(error));
+}
+
+/* A file to which standard output goes would never end. */
+static int is_output(const struct stat *st) {
+    struct stat out;
+    return S_ISREG(st->st_mode) && !fstat(STDOUT_FILENO, &out) && out.st_ino == st->st_ino &&
+           out.st_dev == st->st_dev;
+}
+
+/* Opens the file s->file. Returns -1 after a message if it cannot be read. */
+static int open_file(search *s) {
+    const char *name = s->opt->files[s->file];
+    struct stat st;
+    s->fd = is_stdin(name) ? STDIN_FILENO : open(name, O_RDONLY | O_CLOEXEC);
+    const int error = s->fd < 0 || fstat(s->fd, &st) ? errno : S_ISDIR(st.st_mode) ? EISDIR : 0;
+    if (error) {
+        cannot_read(s, error);
+    } else if (is_output(&st)) {
+        s->unreadable = 1;
+        say("%.200s: is also the output", name);
+    } else {
+        s->in = need(input_new(s->fd, s->wake_fd, '\n'));
+        return 0;
+    }
+    if (s->fd > STDIN_FILENO) close(s->fd);
+    return -1;
+}
+
+static void close_file(search *s) {
+    s->bytes += input_bytes(s->in);
+    input_free(s->in);
+    if (s->fd != STDIN_FILENO) close(s->fd);
+    s->in = NULL;
+    s->file++;
+}
+
+static int is_blank(const input_record *r) {
+    const uint8_t *s = (const uint8_t *)r->text, *end = s + r->len;
+    for (unsigned len; s < end; s += len) {
+        len = utf8_valid(s, (size_t)(end - s));
+        if (!len || UNICODE_CLASS(word_at(s, &len)) != CLASS_SPACE) return 0;
+    }
+    return !r->too_large;
+}
+
+/* The next line that is not blank, of this file or the next ones. */
+static input_status next_line(void *self, int wait, input_record *r, origin *from) {
+    search *s = self;
+    while (s->file < s->opt->n_files) {
+        if (!s->in && open_file(s)) {
+            s->file++;
+            continue;
+        }
+        const uint64_t offset = input_bytes(s->in);
+        const input_status status = input_next(s->in, wait, r);
+        if (status == INPUT_FAILED) cannot_read(s, errno);
+        if (status == INPUT_FAILED || status == INPUT_END) {
+            close_file(s);
+        } else if (status != INPUT_RECORD || !is_blank(r)) {
+            *from = (origin){s->file, offset};
+            return status;
+        }
+    }
+    return INPUT_END;
+}
+
+static uint64_t bytes_read(void *self) {
+    const search *s = self;
+    return s->bytes + (s->in ? input_bytes(s->in) : 0);
+}
+
+/* Bytes of all files; 0: not known. */
+static uint64_t bytes_of(const options *o) {
+    uint64_t sum = 0;
+    for (int i = 0; i < o->n_files; i++) {
+        struct stat st;
+        if (is_stdin(o->files[i]) || stat(o->files[i], &st) || !S_ISREG(st.st_mode)) return 0;
+        sum += (uint64_t)st.st_size;
+    }
+    return sum;
+}
+
+/* ---- their lines ----------------------------------------------------------------------------- */
+
+static void count_failure(search *s, const result *r) {
+    if (s->index)
+        line_index_add_failed(s->index, r->from.file, r->line, r->message, r->message_len);
+    failures *f = &s->failures[r->from.file];
+    if (f->n++) return;
+    const size_t most = sizeof f->message - 1;
+    f->line = r->line;
+    memcpy(f->message, r->message, r->message_len < most ? r->message_len : most);
+}
+
+/* Prints what is good enough, or keeps it if it may be among the best. */
+static void take_hit(search *s, const hit *h) {
+    if (!s->opt->has_min_score)
+        best_offer(&s->best, h);
+    else if ((double)h->score >= s->opt->min_score)
+        print_hit(&s->printer, h);
+}
+
+static void take_line(void *self, const result *r) {
+    search *s = self;
+    qemb_err err;
+    if (!r->unit) {
+        count_failure(s, r);
+        return;
+    }
+    s->tokens += (uint64_t)r->tokens;
+    for (int i = 0; i < s->dim; i++) s->halves[i] = format_half(r->unit[i]);
+    hit h = {.order = s->order++, .file = r->from.file, .line = r->line};
+    if (s->index) {
+        const line_index_row row = {r->from.offset, r->text_len, r->line};
+        if (line_index_add(s->index, r->from.file, &row, s->halves, &err)) {
+            line_index_drop(s->index);
+            die(&err);
+        }
+        return;
+    }
+    s->dot(&h.score, s->query, s->halves, 1, s->stride);
+    h.text = r->text, h.len = r->text_len;
+    take_hit(s, &h);
+}
+
+static void end_batch(void *self, const batch_totals *b) {
+    search *s = self;
+    output_flush(&s->printer.out);
+    progress_show(&s->progress, s->order, s->tokens, b->bytes);
+}
+
+/* Runs all lines through the pipeline. */
+static void read_lines(search *s, qemb_model *const *m, int hidden, record_tokenizer *t) {
+    const stream lines = {.self = s,
+                          .keep_texts = 1,
+                          .next = next_line,
+                          .bytes = bytes_read,
+                          .record = take_line,
+                          .batch_end = end_batch};
+    pipeline *p = pipeline_new(s->opt, m, hidden, t);
+    if (pipeline_run(p, &lines)) {
+        if (s->index) line_index_drop(s->index);
+        pipeline_die(p);
+    }
+    pipeline_free(p);
+    say_progress("");
+}
+
+/* ---- the index ------------------------------------------------------------------------------- */
+
+/* What the files that can be indexed hold: texts (n_files). The others leave s->opt->files after a
+ * message. */
+static void read_texts(search *s, options *o, line_index_text *texts) {
+    int n = 0;
+    for (s->file = 0; s->file < o->n_files; s->file++) {
+        struct stat st;
+        const int fd = open(o->files[s->file], O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+        const int error = fd < 0 || fstat(fd, &st) ? errno : S_ISDIR(st.st_mode) ? EISDIR : 0;
+        if (error) {
+            cannot_read(s, error);
+        } else if (!S_ISREG(st.st_mode)) {
+            s->unreadable = 1;
+            say("%.200s: not a regular file, which --index needs", o->files[s->file]);
+        } else if (line_index_text_of(fd, &texts[n])) {
+            cannot_read(s, errno);
+        } else {
+            o->files[n++] = o->files[s->file];
+        }
+        if (fd >= 0) close(fd);
+    }
+    o->n_files = n;
+    s->file = 0;
+}
+
+static line_index_key key_of(const options *o, const qemb_file *f, const record_tokenizer *t) {
+    const qemb_options *e = &o->model.engine;
+    line_index_key k = {.dim = (uint32_t)t->dim,
+                        .max_tokens = (uint32_t)t->text.max_tokens,
+                        .flags =
+                            (uint32_t)(o->model.truncate | e->deterministic << 1 | e->hopper << 2)};
+    memcpy(k.model, f->sha256, sizeof k.model);
+    snprintf(k.table, sizeof k.table, "%s", o->model.ops->name);
+    snprintf(k.qemb, sizeof k.qemb, "%s", QEMB_VERSION);
+    return k;
+}
+
+static int is_fresh(const line_index *x, const line_index_key *key, const line_index_text *texts,
+                    int n_files) {
+    if (memcmp(&x->key, key, sizeof *key) || x->n_files != n_files) return 0;
+    for (int i = 0; i < n_files; i++)
+        if (memcmp(&x->files[i].text, &texts[i], sizeof *texts)) return 0;
+    return 1;
+}
+
+/* 0 if x is the index of these texts, 1 if it has to be made. Ends the process if the file is there
+ * and no index, which must not be overwritten. */
+static int open_index(line_index *x, const char *path, const line_index_key *key,
+                      const line_index_text *texts, int n_files) {
+    qemb_err err;
+    if (line_index_open(x, path, &err)) {
+        if (strcmp(err.code, "missing")) die(&err);
+        return 1;
+    }
+    if (is_fresh(x, key, texts, n_files)) return 0;
+    line_index_close(x);
+    return 1;
+}
+
+/* The texts as they are now; 0 if they are those that were read. */
+static int have_changed(const options *o, const line_index_text *texts) {
+    for (int i = 0; i < o->n_files; i++) {
+        line_index_text now = {0};
+        const int fd = open(o->files[i], O_RDONLY | O_CLOEXEC);
+        const int failed = fd < 0 || line_index_text_of(fd, &now);
+        if (fd >= 0) close(fd);
+        if (!failed && !memcmp(&now, &texts[i], sizeof now)) continue;
+        say("%.200s: changed while it was read; no index is made", o->files[i]);
+        return 1;
+    }
+    return 0;
+}
+
+typedef struct {
+    const char *path;
+    line_index_key key;
+    line_index_text *texts; /* (n_files) */
+} index_plan;
+
+static void make_index(search *s, const index_plan *plan, qemb_model *const *m, int hidden,
+                       record_tokenizer *t) {
+    qemb_err err;
+    line_index x;
+    if (line_index_create(&s->index, plan->path, &plan->key, s->opt->n_files, &err)) die(&err);
+    read_lines(s, m, hidden, t);
+    const int changed = !signal_caught() && have_changed(s->opt, plan->texts);
+    if (signal_caught() || changed) {
+        line_index_drop(s->index);
+        end_by_signal();
+        leave(GREP_ERROR);
+    }
+    /* What another program has put there in the meantime is not overwritten either. */
+    if (!line_index_open(&x, plan->path, &err)) {
+        line_index_close(&x);
+    } else if (strcmp(err.code, "missing")) {
+        line_index_drop(s->index);
+        die(&err);
+    }
+    if (line_index_finish(s->index, plan->texts, &err)) die(&err);
+    s->index = NULL;
+}
+
+/* The file that a hit was read from last. */
+typedef struct {
+    int fd, file; /* -1: none */
+    char *text;
+    size_t cap;
+} hit_reader;
+
+/* Sets h->text to the line at row. */
+static void read_hit(const search *s, hit_reader *r, const line_index_row *row, hit *h) {
+    const char *name = s->opt->files[h->file];
+    if (r->file != h->file) {
+        if (r->fd >= 0) close(r->fd);
+        r->fd = open(name, O_RDONLY | O_CLOEXEC);
+        r->file = h->file;
+    }
+    if (row->bytes >= r->cap) {
+        r->cap = row->bytes + 4096;
+        r->text = need(realloc(r->text, r->cap));
+    }
+    size_t len = 0;
+    ssize_t n = r->fd < 0 ? -1 : 1;
+    for (; n > 0 && len<row->bytes; len += n> 0 ? (size_t)n : 0)
+        n = pread(r->fd, r->text + len, row->bytes - len, (off_t)(row->offset + len));
+    if (len < row->bytes) DIE(GREP_ERROR, "%.200s: changed while it was searched", name);
+    h->text = r->text, h->len = len;
+}
+
+/* Prints the index's hits. */
+static void search_index(search *s, const line_index *x, const char *path, int threads) {
+    qemb_err err;
+    float *scores = need(malloc((x->n_rows + 1) * sizeof *scores));
+    hit_reader r = {.fd = -1, .file = -1};
+    if (line_index_scan(x, path, s->query, scores, threads, &err)) die(&err);
+    uint64_t row = 0;
+    for (int i = 0; i < x->n_files; i++) {
+        const line_index_file *f = &x->files[i];
+        s->failures[i] = (failures){.n = f->failed, .line = f->line};
+        memcpy(s->failures[i].message, f->message, sizeof f->message);
+        for (const uint64_t stop = row + f->rows; row < stop; row++) {
+            hit h = {.score = scores[row], .order = row, .file = i, .line = x->rows[row].line};
+            if (s->opt->has_min_score && (double)h.score >= s->opt->min_score)
+                read_hit(s, &r, &x->rows[row], &h);
+            take_hit(s, &h);
+        }
+    }
+    best_sort(&s->best);
+    for (size_t i = 0; i < s->best.n; i++) {
+        hit h = s->best.heap[i];
+        read_hit(s, &r, &x->rows[h.order], &h);
+        print_hit(&s->printer, &h);
+    }
+    if (r.fd >= 0) close(r.fd);
+    free(r.text);
+    free(scores);
+}
+
+/* ---- the command ----------------------------------------------------------------------------- */
+
+static void print_best(search *s) {
+    best_sort(&s->best);
+    for (size_t i = 0; i < s->best.n; i++) print_hit(&s->printer, &s->best.heap[i]);
+}
+
+/* Says which lines have no vector, in a message a file. Returns whether there are any. */
+static int say_failures(const search *s) {
+    int any = 0;
+    for (int i = 0; i < s->opt->n_files; i++) {
+        const failures *f = &s->failures[i];
+        const char *name = s->opt->files[i];
+        if (!f->n) continue;
+        any = 1;
+        say("%.200s: %" PRIu64 " line%s failed, first line %" PRIu64 ": %s",
+            is_stdin(name) ? "standard input" : name, f->n, f->n == 1 ? "" : "s", f->line,
+            f->message);
+    }
+    return any;
+}
+
+/* s->query = the query's vector, in length 1. */
+static void embed_query(search *s, qemb_model *m, int hidden, record_tokenizer *t) {
+    const char *query = s->opt->query;
+    record_ids ids = {0};
+    qemb_err err;
+    if (tokenize_text(t, query, strlen(query), NULL, 0, &ids, &err))
+        DIE(GREP_ERROR, "query: %s", err.msg);
+    if (embed_ids(m, hidden, &ids, s->query, s->dim)) DIE(GREP_ERROR, "query: no finite vector");
+}
+
+int grep_files(options *o, const qemb_file *f, qemb_model *const *m, record_tokenizer *query,
+               record_tokenizer *lines) {
+    const int hidden = f->config.hidden;
+    search s = {.opt = o,
+                .dim = lines->dim,
+                .stride = dot_f16_stride(lines->dim),
+                .dot = dot_f16_choose(),
+                .best.most = o->best ? (size_t)o->best : 10};
+    s.query = need(aligned_alloc(64, (size_t)s.stride * sizeof *s.query));
+    s.halves = need(aligned_alloc(64, (size_t)s.stride * sizeof *s.halves));
+    memset(s.query, 0, (size_t)s.stride * sizeof *s.query);
+    memset(s.halves, 0, (size_t)s.stride * sizeof *s.halves);
+    s.failures = need(calloc((size_t)o->n_files, sizeof *s.failures));
+    const int waits = !o->has_min_score || o->index;
+    progress_open(&s.progress, o->progress > 0 || (!o->progress && waits && isatty(STDERR_FILENO)),
+                  bytes_of(o));
+    printer_open(&s.printer, o);
+    s.wake_fd = catch_signals();
+    embed_query(&s, m[0], hidden, query);
+    if (o->index) {
+        line_index x;
+        index_plan plan = {o->index, key_of(o, f, lines),
+                           need(calloc((size_t)o->n_files, sizeof *plan.texts))};
+        read_texts(&s, o, plan.texts);
+        if (open_index(&x, o->index, &plan.key, plan.texts, o->n_files)) {
+            make_index(&s, &plan, m, hidden, lines);
+            if (open_index(&x, o->index, &plan.key, plan.texts, o->n_files))
+                DIE(GREP_ERROR, "%.128s: another run has replaced it", o->index);
+        }
+        search_index(&s, &x, o->index, qemb_options_of(m[0])->threads);
+        line_index_close(&x);
+        free(plan.texts);
+    } else {
+        read_lines(&s, m, hidden, lines);
+        print_best(&s);
+    }
+    output_flush(&s.printer.out);
+    const int failed = say_failures(&s) || s.unreadable;
+    const uint64_t printed = s.printer.printed;
+    output_close(&s.printer.out);
+    best_free(&s.best);
+    free(s.query), free(s.halves), free(s.failures);
+    end_by_signal();
+    return failed ? GREP_ERROR : printed ? STATUS_GOOD : GREP_NONE;
+}
