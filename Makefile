@@ -32,9 +32,9 @@ CLI     := $(patsubst %,frontends/cli/%,main embed grep hits line_index pipeline
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main http listen api model_worker queue cache redis metrics log buffer vector) $(SHARED)
-TESTS   := amx embed_text measure model_file format input model ops serve_cache serve_queue simd tokenizer
-FUZZERS := file jsonl request tokenizer
-TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 vnni_in_c) $(patsubst %,frontends/%,console format input server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
+TESTS   := amx embed_text line_index measure model_file format input model ops serve_cache serve_queue simd tokenizer
+FUZZERS := file jsonl line_index request tokenizer
+TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console format input cli/line_index server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
 
 VENV      := .venv
@@ -105,7 +105,7 @@ build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/measure be
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support tests/unit/emulated_amx $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
-build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support $(patsubst %,frontends/%,console format input server/api server/buffer) $$(ENGINE))
+build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console format input cli/line_index server/api server/buffer) $$(ENGINE))
 	$(2) $(3) $$^ $(LIBS) -o $$@
 -include $$(wildcard $$(foreach d,* */* */*/* */*/*/*,build/$(1)/$$(d).d))
 endef

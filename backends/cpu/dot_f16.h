@@ -9,8 +9,8 @@ enum { DOT_F16_LANES = 32 };
 /* Numbers from one row to the next, for vectors of dim numbers. */
 static inline int dot_f16_stride(int dim) { return round_up(dim, DOT_F16_LANES); }
 
-/* scores (n) = rows (n, stride) q (stride). rows are halves, aligned to 64 bytes; q to 32. stride is
- * a multiple of DOT_F16_LANES; what a vector lacks to it is zero in rows and in q. */
+/* scores (n) = rows (n, stride) q (stride). rows are halves, aligned to 64 bytes; q to 32. stride
+ * is a multiple of DOT_F16_LANES; what a vector lacks to it is zero in rows and in q. */
 typedef void dot_f16(float *scores, const float *q, const uint16_t *rows, size_t n, int stride);
 
 typedef struct {

@@ -2,8 +2,8 @@
  *
  *   without --index:  files -> pipeline -> a vector a line, rounded to halves -> its score
  *                     -> printed at once (--min-score), or kept if it is among the best (-k)
- *   with --index:     files -> pipeline -> line_index.c, unless the index has their vectors already;
- *                     then one pass over the index has all scores
+ *   with --index:     files -> pipeline -> line_index.c, unless the index has their vectors
+ *                     already; then one pass over the index has all scores
  *
  * Both compute a score by dot_f16.c from the same halves, so their output is the same.
  */
