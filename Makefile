@@ -101,7 +101,7 @@ build/$(1)/qemb-emulated: $$(patsubst %,build/$(1)/%.o,$(FRONT) tests/unit/emula
 build/$(1)/test_%: build/$(1)/tests/unit/test_%.o $$(patsubst %,build/$(1)/%.o,$(TESTED) $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
 build/$(1)/test_measure: build/$(1)/bench/measure.o
-build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/measure bench/limits bench/vendor_gemm frontends/console frontends/select_ops frontends/format tests/unit/oracle $(BACKEND) $(ENGINE))
+build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/measure bench/limits bench/vendor_gemm frontends/console frontends/cli/line_index frontends/select_ops frontends/format tests/unit/oracle $(BACKEND) $(ENGINE))
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support tests/unit/emulated_amx $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
@@ -178,11 +178,12 @@ convert: $(VENV)/.convert ## MODEL=directory-or-hub-name [OUT=file.qemb] [DTYPE=
 	@test -n "$(MODEL)" || { echo "usage: make convert MODEL=directory-or-hub-name [OUT=file.qemb] [DTYPE=int8]"; exit 1; }
 	$(VENV)/bin/python convert_weights.py "$(MODEL)" $(if $(OUT),--out "$(OUT)") $(if $(DTYPE),--dtype "$(DTYPE)")
 
-install: qemb qemb-serve build/lib/libqemb.a ## programs, manuals and the C library under PREFIX (/usr/local)
+install: qemb qemb-serve build/lib/libqemb.a ## programs, manuals, the demo model and the C library under PREFIX (/usr/local)
 	install -D -m 755 qemb $(DESTDIR)$(PREFIX)/bin/qemb
 	install -D -m 755 qemb-serve $(DESTDIR)$(PREFIX)/bin/qemb-serve
 	install -D -m 644 docs/man/qemb.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb.1
 	install -D -m 644 docs/man/qemb-serve.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb-serve.1
+	install -D -m 644 examples/demo.qemb $(DESTDIR)$(PREFIX)/share/qemb/demo.qemb
 	install -D -m 644 build/lib/libqemb.a $(DESTDIR)$(PREFIX)/lib/libqemb.a
 	install -D -m 644 qemb.h $(DESTDIR)$(PREFIX)/include/qemb.h
 	install -d $(DESTDIR)$(PREFIX)/lib/pkgconfig

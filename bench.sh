@@ -4,9 +4,9 @@
 #   ./bench.sh [-m MODEL.qemb] [-o DIRECTORY] [--threads N] [--tokens N] [--math MATHS] [--only PARTS]
 #              [--lengths LENGTHS] [--peer 'COMMAND']... [--rounds N] [--cpu-time] [--append]
 #
-# Parts: ops, gemm, beside, forward, tokenizer, print (build/release/qemb-bench, see bench/bench.c), run (the program
+# Parts: ops, gemm, beside, forward, tokenizer, print, scan (build/release/qemb-bench, see bench/bench.c), run (the program
 # itself, lists of ids in, tokens per second out), latency (one line in, one vector out, the program
-# already running), peer. All but tokenizer and print once per arithmetic of MATHS ("f32 bf16 int16 int8",
+# already running), peer. All but tokenizer, print and scan once per arithmetic of MATHS ("f32 bf16 int16 int8",
 # as far as this CPU has them); beside, forward, run and peer once per length ("16 64 512 4096" tokens a text).
 #
 # --peer COMMAND is another program on the same texts: a text a line on its standard input, or in the
@@ -28,7 +28,7 @@
 set -u
 cd "$(dirname "$0")" || exit 1
 model=examples/demo.qemb out=bench/results threads=$(nproc) tokens=8192 cpu_time='' rounds=3 append=''
-parts='ops gemm beside forward tokenizer print run latency peer' lengths='16 64 512 4096' maths='' tables='' peers=()
+parts='ops gemm beside forward tokenizer print scan run latency peer' lengths='16 64 512 4096' maths='' tables='' peers=()
 
 fail() { echo "bench.sh: $*" >&2; exit 1; }
 usage() { sed -n '4,6s/^# *//p' "$0" >&2; exit 1; }
@@ -110,6 +110,7 @@ for m in $maths; do
 done
 want tokenizer && "$bench" tokenizer "$model" tests/fixtures/small.txt HACKING.md tokenizer.c "${common[@]}" --threads 1 | record ''
 want print && "$bench" print "$model" "${common[@]}" --threads 1 | record ''
+want scan && "$bench" scan "$model" 100000 1000000 "${common[@]}" | record ''
 
 # The program, ids in and floats out. Its --stats count from the first record on.
 run_length() { # math, length

@@ -12,6 +12,8 @@
  *                                   prints the line "done" (bench/peers/)
  *   bench tokenizer MODEL TEXT...   MB of text per second
  *   bench print    MODEL            vectors per second, per output kind
+ *   bench scan     MODEL LINES...   an index of LINES lines for `qemb grep`: reading its vectors,
+ *                                   their products with a query, and those with their digests
  * with --threads N (all), --math f32|bf16|int16|int8 (f32), --cpu NAME (the fastest table),
  * --tokens N (a batch of forward; 1024) and --cpu-time (CPU time per thread instead of the clock's,
  * for machines that other programs keep busy). --math names exactly that arithmetic, where qemb may
@@ -29,7 +31,8 @@
 #include "measure.h"
 #include "vendor_gemm.h"
 
-#include "backends/cpu/cpu.h"
+#include "backends/cpu/dot_f16.h"
+#include "frontends/cli/line_index.h"
 #include "frontends/console.h"
 #include "frontends/format.h"
 #include "frontends/select_ops.h"
@@ -679,6 +682,78 @@ static void bench_print(void) {
     free(v);
 }
 
+/* ---- the index of lines ---------------------------------------------------------------------- */
+
+typedef struct {
+    line_index x;
+    struct cpu_pool *pool;
+    dot_f16 *dot;
+    float *q, *scores;
+} search;
+
+static void run_block(const void *job, work_item item) {
+    const search *s = job;
+    const size_t first = (size_t)item.i * LINE_INDEX_BLOCK, left = s->x.n_rows - first;
+    s->dot(s->scores + first, s->q, s->x.vectors + first * (size_t)s->x.stride,
+           left < LINE_INDEX_BLOCK ? left : LINE_INDEX_BLOCK, s->x.stride);
+}
+
+static void run_dots(void *arg, int i) {
+    const search *s = arg;
+    (void)i;
+    cpu_parallel(s->pool, (int)((s->x.n_rows + LINE_INDEX_BLOCK - 1) / LINE_INDEX_BLOCK), run_block,
+                 s);
+}
+
+static void run_scan(void *arg, int i) {
+    const search *s = arg;
+    qemb_err err;
+    (void)i;
+    if (line_index_scan(&s->x, "index", s->q, s->scores, measure_threads(), &err)) die(err.msg);
+}
+
+/* An index of n random vectors in s->x. Its file has no name any more. */
+static void make_index(search *s, int n) {
+    const int dim = file->config.hidden;
+    const line_index_key key = {.dim = (uint32_t)dim};
+    const line_index_text text = {1, 0};
+    const line_index_row row = {0, 0, 1};
+    uint16_t *v = zeroed((size_t)dim * sizeof *v);
+    line_index_writer *w;
+    char path[64];
+    qemb_err err;
+    snprintf(path, sizeof path, "/var/tmp/qemb-bench-%ld.qidx", (long)getpid());
+    if (line_index_create(&w, path, &key, 1, &err)) die(err.msg);
+    uint32_t seed = 1;
+    for (int i = 0; i < n; i++) {
+        for (int k = 0; k < dim; k++)
+            seed = seed * 1664525u + 1013904223u, v[k] = seed >> 16 & 0xabff;
+        if (line_index_add(w, 0, &row, v, &err)) die(err.msg);
+    }
+    if (line_index_finish(w, &text, &err) || line_index_open(&s->x, path, &err)) die(err.msg);
+    unlink(path);
+    free(v);
+}
+
+static void bench_scan(int n) {
+    search s = {.dot = dot_f16_choose()};
+    qemb_err err;
+    if (n < 1) die("scan: no number of lines");
+    make_index(&s, n);
+    s.q = zeroed((size_t)s.x.stride * sizeof *s.q);
+    s.scores = zeroed((size_t)n * sizeof *s.scores);
+    for (int k = 0; k < file->config.hidden; k++) s.q[k] = 1 / (float)(k + 1);
+    const size_t bytes = (size_t)n * (size_t)s.x.stride * sizeof *s.x.vectors;
+    limits_measure_read(s.x.vectors, bytes);
+    if (cpu_pool_open(&s.pool, measure_threads(), &err)) die(err.msg);
+    row("scan", "dot products", n, measure(run_dots, &s), (double)bytes, 1e9, "GB/s", limit_read());
+    row("scan", "digests and dot products", n, measure(run_scan, &s), (double)bytes, 1e9, "GB/s",
+        limit_read());
+    cpu_pool_close(s.pool);
+    line_index_close(&s.x);
+    free(s.q), free(s.scores);
+}
+
 static int tables(void) {
     for (int i = 0; qemb_cpu_table(i); i++)
         printf("%s %s\n", qemb_cpu_table(i)->name, math_name(qemb_cpu_table(i)->math));
@@ -719,9 +794,11 @@ int main(int argc, char **argv) {
     }
     if (n == 2 && !strcmp(argv[1], "tables")) return tables();
     if (n < 3 || (!strcmp(argv[1], "turns") && n != 5))
-        die("usage: bench tables | limits|ops|matmul|gemm|forward|beside|turns|tokenizer|print "
+        die("usage: bench tables | "
+            "limits|ops|matmul|gemm|forward|beside|turns|tokenizer|print|scan "
             "MODEL "
-            "[OP...|LENGTH...|COMMAND FILE|TEXT...] [--threads N] [--math f32|bf16|int16|int8] "
+            "[OP...|LENGTH...|COMMAND FILE|TEXT...|LINES...] [--threads N] [--math "
+            "f32|bf16|int16|int8] "
             "[--cpu NAME] "
             "[--tokens N] [--cpu-time]");
     measure_open(threads < 1 ? omp_get_num_procs() : threads, cpu_time);
@@ -730,7 +807,7 @@ int main(int argc, char **argv) {
     const char *what = argv[1];
     if (strcmp(what, "tokenizer") && strcmp(what, "print") && limits_probe())
         measure_gate(limits_probe());
-    if (!strstr("tokenizer print turns", what)) limits_measure(file);
+    if (!strstr("tokenizer print turns scan", what)) limits_measure(file);
     if (!strcmp(what, "ops") || !strcmp(what, "gemm"))
         bench_ops(argv + 3, n - 3, !strcmp(what, "gemm"));
     if (!strcmp(what, "matmul")) bench_matmul();
@@ -741,6 +818,7 @@ int main(int argc, char **argv) {
         for (int m = QEMB_MATH_F32; m <= QEMB_MATH_BF16; m++)
             if (!strcmp(what, "beside")) bench_beside(atoi(argv[i]), (qemb_math)m);
         if (!strcmp(what, "tokenizer")) bench_tokenizer(argv[i]);
+        if (!strcmp(what, "scan")) bench_scan(atoi(argv[i]));
     }
     qemb_file_close((qemb_file *)file);
     return 0;

@@ -243,12 +243,15 @@ static void measure_tiles(const qemb_file *f) {
 #endif
 }
 
+void limits_measure_read(const void *p, size_t bytes) {
+    reading r = {p, (long)(bytes / 4096)};
+    one(READ, read_blocks, &r, 4096.0 * (double)r.blocks);
+}
+
 void limits_measure(const qemb_file *f) {
     const uint8_t *layers = f->weights.layers[0].wqkv.data;
     const size_t behind = f->map_bytes - (size_t)(layers - f->map);
-    reading r = {(const uint64_t *)layers,
-                 (long)((behind < 1000000000 ? behind : 1000000000) / 4096)};
-    one(READ, read_blocks, &r, 4096.0 * (double)r.blocks);
+    limits_measure_read(layers, behind < 1000000000 ? behind : 1000000000);
 #if defined(__x86_64__)
     const double n = (double)LOOPS * REGISTERS * measure_threads();
     if (__builtin_cpu_supports("fma")) one(FMA_256, fma256, NULL, 16 * n);

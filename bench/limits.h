@@ -14,6 +14,9 @@ void limits_measure(const qemb_file *f);
 const limit *limit_of(const qemb_ops *table);
 const limit *limit_of_library(qemb_math math);
 const limit *limit_read(void);
+/* Measures and prints `read` of other memory, p (bytes), aligned to 8; limit_read is that from here
+ * on. */
+void limits_measure_read(const void *p, size_t bytes);
 /* Some microseconds of the tile unit, for measure_gate. NULL: there is none, or it may not be
  * used. */
 void (*limits_probe(void))(void);
