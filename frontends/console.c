@@ -32,6 +32,8 @@ static void say_args(const char *fmt, va_list ap) {
     const int start = snprintf(line, sizeof line, WIPE "%s: ", program);
     vsnprintf(line + start, sizeof line - (size_t)start - 1, fmt, ap);
     const size_t len = strlen(line);
+    for (size_t i = (size_t)start; i < len; i++) /* of a file's name: one line, nothing executed */
+        if ((unsigned char)line[i] < 0x20 || line[i] == 0x7f) line[i] = '?';
     line[len] = '\n';
     write_stderr(line + skip, len + 1 - skip);
 }

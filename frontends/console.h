@@ -12,7 +12,8 @@ enum { GREP_NONE = 1, GREP_ERROR = 2 };
 void console_open(const char *name);
 const char *console_name(void);
 
-/* Writes "NAME: ...\n" to standard error in one write, over the progress line. Thread-safe. */
+/* Writes "NAME: ...\n" to standard error in one write, over the progress line; '?' in place of
+ * control characters. Thread-safe. */
 void say(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 /* Shows a line that the next message or progress line overwrites; "" removes it. */
 void say_progress(const char *line);
