@@ -37,7 +37,7 @@ typedef struct {
     int n_files;
     int best; /* how many; 0: not given */
     int has_min_score;
-    double min_score;
+    float min_score;
     int with_line, json;
     int with_file; /* 1: always, -1: never, 0: of more than one file */
     color_choice color;

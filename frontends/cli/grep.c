@@ -159,7 +159,7 @@ static void count_failure(search *s, const result *r) {
 static void take_hit(search *s, const hit *h) {
     if (!s->opt->has_min_score)
         best_offer(&s->best, h);
-    else if ((double)h->score >= s->opt->min_score)
+    else if (h->score >= s->opt->min_score)
         print_hit(&s->printer, h);
 }
 
@@ -352,7 +352,7 @@ static void search_index(search *s, const line_index *x, const char *path, int t
         memcpy(s->failures[i].message, f->message, sizeof f->message);
         for (const uint64_t stop = row + f->rows; row < stop; row++) {
             hit h = {.score = scores[row], .order = row, .file = i, .line = x->rows[row].line};
-            if (s->opt->has_min_score && (double)h.score >= s->opt->min_score)
+            if (s->opt->has_min_score && h.score >= s->opt->min_score)
                 read_hit(s, &r, &x->rows[row], &h);
             take_hit(s, &h);
         }

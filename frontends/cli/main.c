@@ -43,7 +43,7 @@ static const char *const on_error_kinds[] = {"record", "zero", "skip", "stop", N
 static void take_min_score(void *to, const char *name, const char *value) {
     options *o = to;
     char *end;
-    o->min_score = strtod(value, &end);
+    o->min_score = strtof(value, &end); /* what --json prints reads back to the same bits */
     const int number = *value && strspn(value, "+-.0123456789eE") == strlen(value) && !*end;
     if (!number || !(o->min_score >= -1 && o->min_score <= 1))
         usage("--%s: not a score (got %.40s, want -1..1)", name, value);

@@ -1,8 +1,8 @@
 /* fuzz_line_index.c - libFuzzer target: an index of lines is refused, or everything in it lies
  * within it.
  *
- * The input is a patch for a small valid index: { u16 offset, u8 byte } ... Unless the first byte is
- * odd, the digests are then made true, so that the later checks are reached. */
+ * The input is a patch for a small valid index: { u16 offset, u8 byte } ... Unless the first byte
+ * is odd, the digests are then made true, so that the later checks are reached. */
 #include "frontends/cli/line_index.h"
 #include "tests/unit/seal_index.h"
 
