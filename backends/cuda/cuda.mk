@@ -141,7 +141,7 @@ GPU_LINK  = g++ -static-libstdc++ -static-libgcc -pthread -Wl,--defsym=arc4rando
 GPU_CUDA  = -L$(CUDA)/lib64 -lcudart_static $(firstword $(wildcard $(CUBLASLT)/libcublasLt.so.*)) -Wl,-rpath,$(CUDA)/lib64
 GPU_LIBS  = -l:libjansson.a -l:libcrypto.a -l:libgomp.a -ldl -lrt -lm
 # File and Debian package
-GPU_NEEDS := gcc:gcc g++:g++ make:make python3:python3 jansson.h:libjansson-dev libjansson.a:libjansson-dev openssl/evp.h:libssl-dev libcrypto.a:libssl-dev \
+GPU_NEEDS := gcc:gcc g++:g++ make:make python3:python3 jansson.h:libjansson-dev libjansson.a:libjansson-dev openssl/evp.h:libssl-dev libcrypto.a:libssl-dev xxhash.h:libxxhash-dev \
   microhttpd.h:libmicrohttpd-dev libmicrohttpd.a:libmicrohttpd-dev hiredis/hiredis.h:libhiredis-dev libhiredis.a:libhiredis-dev libgomp.a:libgcc-dev
 
 gpu-needs:
