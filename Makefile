@@ -220,8 +220,8 @@ test: need-test $(VENV_TEST) ## install what is missing, run all tests but CUDA'
 	  $(patsubst %,"% -runs=$(FUZZ_RUNS) -seed=1 -max_len=4096 -verbosity=0",$(FUZZ_BINS)) \
 	  "$(VENV)/bin/pytest -q -rs tests/e2e $(SERVE_FILES:%=--ignore=%)" \
 	  $(SERVE_TESTS) \
-	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py" \
-	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py"
+	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py tests/e2e/test_grep.py" \
+	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py tests/e2e/test_grep.py"
 
 test-cuda: need-test ## the CUDA tests: emulated, compiled for each architecture, and on a GPU if there is one
 	@tests/run.sh "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) test-gpu-pack" "$(SUBMAKE) gpu-day PHASE=check"

@@ -153,7 +153,7 @@ static void check_grep(options *o) {
 
 static void parse_options(options *o, int argc, char **argv) {
     *o = (options){.bit = FOR_EMBED, .on_error = ON_ERROR_DEFAULT};
-    o->files = need(calloc((size_t)argc + 1, sizeof *o->files)); /* as long as the process */
+    o->files = need(calloc((size_t)argc + 1, sizeof *o->files)); /* main frees it */
     option_table t = {
         .synopsis = synopsis,
         .ending = ending,
@@ -593,6 +593,7 @@ int main(int argc, char **argv) {
     if (no_input && (commands[o.command].reads_input || greps_stdin(&o)))
         DIE(STATUS_USAGE, "standard input: closed");
     const int status = commands[o.command].run(&o);
+    free(o.files);
     if (fflush(stdout) || ferror(stdout)) {
         if (errno != EPIPE) say("standard output: cannot write (%s)", strerror(errno));
         leave(STATUS_OUTPUT);

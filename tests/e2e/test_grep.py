@@ -530,6 +530,22 @@ def test_an_index_of_some_files(notes, tmp_path):
     assert out("--index", tmp_path / "y", QUERY, tmp_path / "none", status=2, errors="none") == b""
 
 
+def test_a_text_that_changes_while_it_is_read_gets_no_index(tmp_path):
+    index, text = tmp_path / "x.qidx", tmp_path / "text"
+    text.write_bytes(b"one\ntwo\n" * 200000)
+    p = subprocess.Popen([QEMB, "grep", "-m", MODEL, "--index", index, QUERY, text],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    guard = time.monotonic() + GUARD
+    while not list(tmp_path.glob("x.qidx.*")) and time.monotonic() < guard:
+        time.sleep(0.001)
+    with open(text, "ab") as f:
+        f.write(b"three\n")
+    stdout, stderr = p.communicate(timeout=GUARD)
+    assert p.returncode == 2 and stdout == b""
+    assert stderr.decode() == f"qemb: {text}: changed while it was read; no index is made\n"
+    assert list(tmp_path.iterdir()) == [text]
+
+
 def test_two_runs_at_once_and_a_killed_one(library, tmp_path):
     index = tmp_path / "x.qidx"
     want = grep(QUERY, *library)
