@@ -85,3 +85,9 @@ def test_manual_pages_and_version_are_installed(installed):
     version = re.search(r'QEMB_VERSION "(.*)"', (installed / "include/qemb.h").read_text())[1]
     assert f"Version: {version}\n" in (installed / "lib/pkgconfig/qemb.pc").read_text()
     assert version in run(installed / "bin/qemb", "--version")
+
+
+def test_installed_grep_finds_the_demo_model(installed):
+    p = subprocess.run([installed / "bin/qemb", "grep", "-k", "1", "words"], input=b"a word\n",
+                       capture_output=True, cwd="/", check=True)
+    assert p.stdout.endswith(b"\ta word\n")
