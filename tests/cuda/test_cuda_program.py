@@ -92,8 +92,8 @@ def compare(got, want, least):
 
 
 def overflowing_model(path):
-    """The small model with a norm whose weights are 70000: halves end at 65504. Queries and keys are
-    normed again behind it and values only grow, so FP32 takes it."""
+    """The small model with a norm whose weights are 70000: halves end at 65504. Queries and keys
+    are normed again behind it and values only grow, so FP32 takes it."""
     data = bytearray(MODEL.read_bytes())
     entry = 4096
     while data[entry : entry + 48].rstrip(b"\0") != b"layers.1.attn_norm":

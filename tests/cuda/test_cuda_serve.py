@@ -24,8 +24,8 @@ WARM_UP = 13  # batches: 1, 17, 33 and 49 tokens, three times each because of th
 # A device that fails does so after launches, and a batch without graphs has about 23: this is past
 # the warm-up, which has 5 batches then, and past the probe.
 FAULT = ("--no-graphs", "fault_after=300")
-TEXTS = [*(ROOT / "tests/fixtures/small.txt").read_text(encoding="utf-8").splitlines()[:3], "", "same",
-         "same"]
+TEXTS = [*(ROOT / "tests/fixtures/small.txt").read_text(encoding="utf-8").splitlines()[:3],
+         "", "same", "same"]
 
 
 @contextlib.contextmanager

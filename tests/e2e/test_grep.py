@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
-MODEL = str(ROOT / "examples" / "demo.qemb")
+MODEL = str(ROOT / "tests" / "fixtures" / "small.qemb")
 GUARD = 60  # seconds after which a test counts as hung; no test measures time
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -477,7 +477,8 @@ def test_fallback_when_the_queue_is_full():
         assert vectors_in(a) == want and a.json["model"] == "hf-tiny"
         a = s.post(ask(texts, fallback=True, dimensions=7))  # from the cache, cut
         assert vectors_in(a) == want7 and a.json["model"] == "hf-tiny"
-        got = s.openai().embeddings.create(model="small", input=texts, extra_body={"fallback": True})
+        extra = {"fallback": True}
+        got = s.openai().embeddings.create(model="small", input=texts, extra_body=extra)
         assert got.model == "hf-tiny" and len(got.data[0].embedding) == 32
         # more than the fallback can queue: the first answer is returned
         assert s.post(ask(texts, fallback=True, dimensions=33)).status == 429
