@@ -57,35 +57,41 @@ _Noreturn static void die(const qemb_err *err) { DIE(GREP_ERROR, "%s", err->msg)
 
 static int is_stdin(const char *name) { return !strcmp(name, "-"); }
 
-static void cannot_read(search *s, int error) {
-    const char *name = s->opt->files[s->file];
+static const char *shown(const char *name) { return is_stdin(name) ? "standard input" : name; }
+
+static void cannot_read(search *s, const char *name, int error) {
     s->unreadable = 1;
-    say("%.200s: cannot read (%s)", is_stdin(name) ? "standard input" : name, strerror(error));
+    say("%.200s: cannot read (%s)", shown(name), strerror(error));
 }
 
-/* A file to which standard output goes would never end. */
-static int is_output(const struct stat *st) {
-    struct stat out;
-    return S_ISREG(st->st_mode) && !fstat(STDOUT_FILENO, &out) && out.st_ino == st->st_ino &&
-           out.st_dev == st->st_dev;
+static int is_same(const struct stat *a, const struct stat *b) {
+    return a->st_ino == b->st_ino && a->st_dev == b->st_dev;
 }
 
-/* Opens the file s->file. Returns -1 after a message if it cannot be read. */
-static int open_file(search *s) {
-    const char *name = s->opt->files[s->file];
+/* Why an open file is not searched, or NULL. */
+static const char *unfit(const options *o, const struct stat *st) {
+    struct stat other;
+    if (!S_ISREG(st->st_mode)) return o->index ? "not a regular file, which --index needs" : NULL;
+    /* would never end */
+    if (!fstat(STDOUT_FILENO, &other) && is_same(st, &other)) return "is also the output";
+    return o->index && !stat(o->index, &other) && is_same(st, &other) ? "is the index" : NULL;
+}
+
+/* Opens a file. Returns -1 after a message if it cannot be searched. Does not wait for the writer
+ * of a FIFO: the reader's poll does, which a signal ends. */
+static int open_file(search *s, const char *name) {
     struct stat st;
-    s->fd = is_stdin(name) ? STDIN_FILENO : open(name, O_RDONLY | O_CLOEXEC);
-    const int error = s->fd < 0 || fstat(s->fd, &st) ? errno : S_ISDIR(st.st_mode) ? EISDIR : 0;
+    const int fd = is_stdin(name) ? STDIN_FILENO : open(name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    const int error = fd < 0 || fstat(fd, &st) ? errno : S_ISDIR(st.st_mode) ? EISDIR : 0;
+    const char *why = error ? NULL : unfit(s->opt, &st);
+    if (!error && !why) return fd;
     if (error) {
-        cannot_read(s, error);
-    } else if (is_output(&st)) {
-        s->unreadable = 1;
-        say("%.200s: is also the output", name);
+        cannot_read(s, name, error);
     } else {
-        s->in = need(input_new(s->fd, s->wake_fd, '\n'));
-        return 0;
+        s->unreadable = 1;
+        say("%.200s: %s", shown(name), why);
     }
-    if (s->fd > STDIN_FILENO) close(s->fd);
+    if (fd > STDIN_FILENO) close(fd);
     return -1;
 }
 
@@ -110,13 +116,18 @@ static int is_blank(const input_record *r) {
 static input_status next_line(void *self, int wait, input_record *r, origin *from) {
     search *s = self;
     while (s->file < s->opt->n_files) {
-        if (!s->in && open_file(s)) {
-            s->file++;
-            continue;
+        const char *name = s->opt->files[s->file];
+        if (!s->in) {
+            s->fd = open_file(s, name);
+            if (s->fd < 0) {
+                s->file++;
+                continue;
+            }
+            s->in = need(input_new(s->fd, s->wake_fd, '\n'));
         }
         const uint64_t offset = input_bytes(s->in);
         const input_status status = input_next(s->in, wait, r);
-        if (status == INPUT_FAILED) cannot_read(s, errno);
+        if (status == INPUT_FAILED) cannot_read(s, name, errno);
         if (status == INPUT_FAILED || status == INPUT_END) {
             close_file(s);
         } else if (status != INPUT_RECORD || !is_blank(r)) {
@@ -211,28 +222,21 @@ static void read_lines(search *s, qemb_model *const *m, int hidden, record_token
 
 /* ---- the index ------------------------------------------------------------------------------- */
 
-/* What the files that can be indexed hold: texts (n_files). The others leave s->opt->files after a
+/* What the files that can be indexed hold: texts (n_files). The others leave o->files after a
  * message. */
 static void read_texts(search *s, options *o, line_index_text *texts) {
     int n = 0;
-    for (s->file = 0; s->file < o->n_files; s->file++) {
-        struct stat st;
-        const int fd = open(o->files[s->file], O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-        const int error = fd < 0 || fstat(fd, &st) ? errno : S_ISDIR(st.st_mode) ? EISDIR : 0;
-        if (error) {
-            cannot_read(s, error);
-        } else if (!S_ISREG(st.st_mode)) {
-            s->unreadable = 1;
-            say("%.200s: not a regular file, which --index needs", o->files[s->file]);
-        } else if (line_index_text_of(fd, &texts[n])) {
-            cannot_read(s, errno);
-        } else {
-            o->files[n++] = o->files[s->file];
-        }
-        if (fd >= 0) close(fd);
+    for (int i = 0; i < o->n_files; i++) {
+        const char *name = o->files[i];
+        const int fd = open_file(s, name);
+        if (fd < 0) continue;
+        if (line_index_text_of(fd, &texts[n]))
+            cannot_read(s, name, errno);
+        else
+            o->files[n++] = name;
+        close(fd);
     }
     o->n_files = n;
-    s->file = 0;
 }
 
 static line_index_key key_of(const options *o, const qemb_file *f, const record_tokenizer *t) {
@@ -269,15 +273,18 @@ static int open_index(line_index *x, const char *path, const line_index_key *key
     return 1;
 }
 
-/* The texts as they are now; 0 if they are those that were read. */
+/* 0 if the files hold the texts that were read still. */
 static int have_changed(const options *o, const line_index_text *texts) {
     for (int i = 0; i < o->n_files; i++) {
         line_index_text now = {0};
-        const int fd = open(o->files[i], O_RDONLY | O_CLOEXEC);
-        const int failed = fd < 0 || line_index_text_of(fd, &now);
+        const int fd = open(o->files[i], O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+        const int error = fd < 0 || line_index_text_of(fd, &now) ? errno : 0;
         if (fd >= 0) close(fd);
-        if (!failed && !memcmp(&now, &texts[i], sizeof now)) continue;
-        say("%.200s: changed while it was read; no index is made", o->files[i]);
+        if (!error && !memcmp(&now, &texts[i], sizeof now)) continue;
+        if (error)
+            say("%.200s: cannot read (%s); no index is made", o->files[i], strerror(error));
+        else
+            say("%.200s: changed while it was read; no index is made", o->files[i]);
         return 1;
     }
     return 0;
@@ -289,14 +296,15 @@ typedef struct {
     line_index_text *texts; /* (n_files) */
 } index_plan;
 
+/* The index of all files, which all have to be readable up to the end: it would hide those that
+ * were not from the queries to come. */
 static void make_index(search *s, const index_plan *plan, qemb_model *const *m, int hidden,
                        record_tokenizer *t) {
     qemb_err err;
     line_index x;
     if (line_index_create(&s->index, plan->path, &plan->key, s->opt->n_files, &err)) die(&err);
     read_lines(s, m, hidden, t);
-    const int changed = !signal_caught() && have_changed(s->opt, plan->texts);
-    if (signal_caught() || changed) {
+    if (signal_caught() || s->unreadable || have_changed(s->opt, plan->texts)) {
         line_index_drop(s->index);
         end_by_signal();
         leave(GREP_ERROR);
@@ -324,7 +332,8 @@ static void read_hit(const search *s, hit_reader *r, const line_index_row *row, 
     const char *name = s->opt->files[h->file];
     if (r->file != h->file) {
         if (r->fd >= 0) close(r->fd);
-        r->fd = open(name, O_RDONLY | O_CLOEXEC);
+        r->fd = open(name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+        if (r->fd < 0) DIE(GREP_ERROR, "%.200s: cannot read (%s)", name, strerror(errno));
         r->file = h->file;
     }
     if (row->bytes >= r->cap) {
@@ -332,10 +341,13 @@ static void read_hit(const search *s, hit_reader *r, const line_index_row *row, 
         r->text = need(realloc(r->text, r->cap));
     }
     size_t len = 0;
-    ssize_t n = r->fd < 0 ? -1 : 1;
-    for (; n > 0 && len<row->bytes; len += n> 0 ? (size_t)n : 0)
-        n = pread(r->fd, r->text + len, row->bytes - len, (off_t)(row->offset + len));
-    if (len < row->bytes) DIE(GREP_ERROR, "%.200s: changed while it was searched", name);
+    while (len < row->bytes) {
+        const ssize_t n = pread(r->fd, r->text + len, row->bytes - len, (off_t)(row->offset + len));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) DIE(GREP_ERROR, "%.200s: cannot read (%s)", name, strerror(errno));
+        if (!n) DIE(GREP_ERROR, "%.200s: changed while it was searched", name);
+        len += (size_t)n;
+    }
     h->text = r->text, h->len = len;
 }
 
@@ -368,6 +380,29 @@ static void search_index(search *s, const line_index *x, const char *path, int t
     free(scores);
 }
 
+/* Returns 1 if that cannot be done: some files cannot be read, and there is no index of the others,
+ * in o->files. None is made then, lest a misspelt name replaces the one of all files. */
+static int search_by_index(search *s, options *o, const qemb_file *f, qemb_model *const *m,
+                           record_tokenizer *t) {
+    line_index x;
+    index_plan plan = {o->index, key_of(o, f, t),
+                       need(calloc((size_t)o->n_files, sizeof *plan.texts))};
+    read_texts(s, o, plan.texts);
+    const int stale = open_index(&x, o->index, &plan.key, plan.texts, o->n_files);
+    const int give_up = stale && s->unreadable;
+    if (stale && !give_up) {
+        make_index(s, &plan, m, f->config.hidden, t);
+        if (open_index(&x, o->index, &plan.key, plan.texts, o->n_files))
+            DIE(GREP_ERROR, "%.128s: another run has replaced it", o->index);
+    }
+    if (!give_up) {
+        search_index(s, &x, o->index, qemb_options_of(m[0])->threads);
+        line_index_close(&x);
+    }
+    free(plan.texts);
+    return give_up;
+}
+
 /* ---- the command ----------------------------------------------------------------------------- */
 
 static void print_best(search *s) {
@@ -380,12 +415,10 @@ static int say_failures(const search *s) {
     int any = 0;
     for (int i = 0; i < s->opt->n_files; i++) {
         const failures *f = &s->failures[i];
-        const char *name = s->opt->files[i];
         if (!f->n) continue;
         any = 1;
         say("%.200s: %" PRIu64 " line%s failed, first line %" PRIu64 ": %s",
-            is_stdin(name) ? "standard input" : name, f->n, f->n == 1 ? "" : "s", f->line,
-            f->message);
+            shown(s->opt->files[i]), f->n, f->n == 1 ? "" : "s", f->line, f->message);
     }
     return any;
 }
@@ -419,20 +452,7 @@ int grep_files(options *o, const qemb_file *f, qemb_model *const *m, record_toke
     printer_open(&s.printer, o);
     s.wake_fd = catch_signals();
     embed_query(&s, m[0], hidden, query);
-    if (o->index) {
-        line_index x;
-        index_plan plan = {o->index, key_of(o, f, lines),
-                           need(calloc((size_t)o->n_files, sizeof *plan.texts))};
-        read_texts(&s, o, plan.texts);
-        if (open_index(&x, o->index, &plan.key, plan.texts, o->n_files)) {
-            make_index(&s, &plan, m, hidden, lines);
-            if (open_index(&x, o->index, &plan.key, plan.texts, o->n_files))
-                DIE(GREP_ERROR, "%.128s: another run has replaced it", o->index);
-        }
-        search_index(&s, &x, o->index, qemb_options_of(m[0])->threads);
-        line_index_close(&x);
-        free(plan.texts);
-    } else {
+    if (!o->index || search_by_index(&s, o, f, m, lines)) {
         read_lines(&s, m, hidden, lines);
         print_best(&s);
     }

@@ -145,6 +145,7 @@ static void check_grep(options *o) {
     if (!o->query) usage("grep: no query");
     if (!*o->query) usage("grep: an empty query");
     if (o->best && o->has_min_score) usage("-k and --min-score: only one of them");
+    if (o->index && !*o->index) usage("--index: an empty name");
     if (!o->n_files) o->files[o->n_files++] = "-";
     for (int i = 0; i < o->n_files && o->index; i++)
         if (!strcmp(o->files[i], "-")) usage("--index: not for standard input (want FILEs)");

@@ -269,6 +269,7 @@ USAGE = [
     (("--min-score", "0x1", "q"), "--min-score: not a score"),
     (("--min-score", "", "q"), "--min-score: not a score"),
     (("--color", "red", "q"), "--color: unknown .got red, want auto, always, never"),
+    (("--index", "", "q", "f"), "--index: an empty name"),
     (("--index", "x", "q"), "--index: not for standard input"),
     (("--index", "x", "q", "f", "-"), "--index: not for standard input"),
     (("--query", "q"), "--query: means nothing to qemb grep"),
@@ -351,9 +352,36 @@ def test_the_output_is_no_input(tmp_path):
     """Else `qemb grep QUERY * > out` would read what it writes."""
     path = tmp_path / "out"
     path.write_text("x\n")
+    run = lambda *args, **kw: out("--min-score", -1, QUERY, *args, status=2, **kw)
     with open(path, "ab") as f:
-        out("--min-score", -1, QUERY, path, stdout=f, status=2, errors="out: is also the output\n$")
+        run(path, stdout=f, errors="out: is also the output\n$")
+        with open(path) as g:
+            run("-", stdin=g, stdout=f, errors="^qemb: standard input: is also the output\n$")
+        run("--index", tmp_path / "x", path, stdout=f, errors="out: is also the output\n$")
     assert path.read_text() == "x\n"
+    assert out("--index", tmp_path / "x", QUERY, path).endswith(b"\tx\n")
+    assert list(tmp_path.glob("x*")) == [tmp_path / "x"]
+
+
+def test_a_fifo_without_a_writer(notes, tmp_path):
+    """It holds no line back and no signal, as any input that has nothing ready."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    command = [QEMB, "grep", "-h", "-m", MODEL, "--min-score", "-1", QUERY, notes, fifo]
+    for sig in (None, signal.SIGTERM):
+        p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        guard = threading.Timer(GUARD, p.kill)
+        guard.start()
+        got = [p.stdout.readline() for _ in range(7)]
+        assert got[-1].endswith(b"\tlast\n")
+        if sig:
+            p.send_signal(sig)
+        else:
+            fifo.write_bytes(b"from the fifo\n")
+        stdout, stderr = p.communicate()
+        guard.cancel()
+        assert stderr == b"" and p.returncode == (-sig if sig else 0)
+        assert sig or stdout.endswith(b"\tfrom the fifo\n")
 
 
 def test_a_closed_pipe_ends_it_quietly(notes):
@@ -527,7 +555,43 @@ def test_an_index_of_some_files(notes, tmp_path):
         f"qemb: {fifo}: not a regular file, which --index needs",
         f"qemb: {tmp_path}: cannot read (Is a directory)",
     ]
-    assert out("--index", tmp_path / "y", QUERY, tmp_path / "none", status=2, errors="none") == b""
+    assert not index.exists()  # it would be one of some files
+    assert out("--index", index, QUERY, tmp_path / "none", status=2, errors="none") == b""
+    assert not index.exists()
+
+
+def test_an_index_survives_a_missing_file(notes, tmp_path):
+    """A misspelt name must not replace an index of all files by one of the others."""
+    index, other = tmp_path / "x.qidx", tmp_path / "other"
+    other.write_text("other\n")
+    use = lambda *files, **kw: out("-h", "--index", index, QUERY, *files, **kw)
+    both = use(notes, other)
+    last = made(index)
+    none = dict(status=2, errors=r"/none: cannot read \(No such file or directory\)\n$")
+    assert use(tmp_path / "none", **none) == b"" and made(index) == last
+    assert use(notes, tmp_path / "none", **none) == out(QUERY, notes) and made(index) == last
+    assert use(notes, other, tmp_path / "none", **none) == both and made(index) == last
+    kw = dict(status=2, errors="^qemb: /dev/null: not a regular file, which --index needs\n$")
+    assert use(notes, "/dev/null", **kw) == out(QUERY, notes) and made(index) == last
+    kw = dict(status=2, errors="^qemb: .*/x.qidx: is the index\n$")
+    assert use(notes, other, index, **kw) == both and made(index) == last
+
+
+def test_a_file_that_is_away_for_a_moment_is_not_indexed_as_empty(tmp_path):
+    index, a, b = tmp_path / "x.qidx", tmp_path / "a", tmp_path / "b"
+    a.write_bytes(b"one\ntwo\n" * 200000)
+    b.write_text("three\n")
+    p = subprocess.Popen([QEMB, "grep", "-m", MODEL, "--index", index, QUERY, a, b],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    guard = time.monotonic() + GUARD
+    while not list(tmp_path.glob("x.qidx.*")) and time.monotonic() < guard:
+        time.sleep(0.001)
+    b.rename(tmp_path / "away")
+    message = p.stderr.readline().decode()
+    (tmp_path / "away").rename(b)
+    assert message == f"qemb: {b}: cannot read (No such file or directory)\n"
+    assert p.communicate(timeout=GUARD) == (b"", b"") and p.returncode == 2
+    assert sorted(tmp_path.iterdir()) == [a, b]
 
 
 def test_a_text_that_changes_while_it_is_read_gets_no_index(tmp_path):
