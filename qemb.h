@@ -187,7 +187,8 @@ typedef struct {
     int n_prompts;
     const char *provenance; /* not NUL-terminated */
     size_t provenance_bytes;
-    uint8_t sha256[32]; /* as recorded, not verified */
+    uint8_t sha256[32];  /* as recorded, not verified */
+    uint8_t checksum[8]; /* of header and directory */
     const uint8_t *map; /* the whole file, read-only */
     size_t map_bytes;
 } qemb_file;

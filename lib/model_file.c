@@ -411,6 +411,7 @@ static int prove_and_bind(qemb_file *f, const char *path, qemb_err *err) {
         return refuse(path, err, "directory: sections (got %" PRIu32 ", want %" PRIu32 ")", n,
                       want_n);
     memcpy(f->sha256, f->map + 40, sizeof f->sha256);
+    memcpy(f->checksum, f->map + CHECKSUM_AT, sizeof f->checksum);
     section *want = calloc(n, sizeof *want);
     uint64_t *offset = calloc(n, sizeof *offset);
     f->weights.layers = calloc((size_t)f->config.n_layers, sizeof *f->weights.layers);

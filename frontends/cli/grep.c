@@ -246,6 +246,7 @@ static line_index_key key_of(const options *o, const qemb_file *f, const record_
                         .flags =
                             (uint32_t)(o->model.truncate | e->deterministic << 1 | e->hopper << 2)};
     memcpy(k.model, f->sha256, sizeof k.model);
+    memcpy(k.header, f->checksum, sizeof k.header);
     snprintf(k.table, sizeof k.table, "%s", o->model.ops->name);
     snprintf(k.qemb, sizeof k.qemb, "%s", QEMB_VERSION);
     return k;

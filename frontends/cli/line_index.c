@@ -29,10 +29,10 @@ typedef struct {
     line_index_key key;
     uint32_t n_files;
     uint64_t n_rows;
-    uint8_t zeros[4096 - 136];
+    uint8_t zeros[4096 - 144];
 } header;
 
-static_assert(sizeof(line_index_key) == 92 && sizeof(header) == 4096, "as in line_index.h");
+static_assert(sizeof(line_index_key) == 100 && sizeof(header) == 4096, "as in line_index.h");
 static_assert(sizeof(line_index_row) == 24 && sizeof(line_index_file) == 256, "no padding");
 
 static size_t blocks_of(size_t rows) {

@@ -7,9 +7,9 @@
  *   16    u64    bytes of the whole file
  *   24    u64    XXH3 of all but the vectors, with this field as zero
  *   32    line_index_key
- *   124   u32    files
- *   128   u64    rows
- *   136   zeros up to 4096
+ *   132   u32    files
+ *   136   u64    rows
+ *   144   zeros up to 4096
  *   4096  f16 (rows, stride), a unit vector a row and zeros up to the stride (dot_f16.h)
  *   then  line_index_row (rows)
  *         u64 (blocks) XXH3 of each block of LINE_INDEX_BLOCK vectors
@@ -31,7 +31,8 @@ enum { LINE_INDEX_BLOCK = 256 };
 
 /* All that a line's vector depends on, beside the line. Equal keys: equal bytes. */
 typedef struct {
-    uint8_t model[32]; /* SHA-256 of the model, as its file records it */
+    uint8_t model[32]; /* SHA-256 of the model's tensors, as its file records it, */
+    uint8_t header[8]; /* and the checksum of header and directory, which it does not cover */
     char table[32];    /* of ops */
     char qemb[16];     /* the program's version */
     uint32_t dim, max_tokens, flags;

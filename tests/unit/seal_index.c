@@ -15,7 +15,7 @@ static uint64_t number(const uint8_t *p, size_t n) {
 
 void seal_index(uint8_t *index, size_t bytes) {
     enum { HEAD = 4096, BLOCK = 256 };
-    const uint64_t dim = number(index + 112, 4), rows = number(index + 128, 8);
+    const uint64_t dim = number(index + 120, 4), rows = number(index + 136, 8);
     const size_t row = ((size_t)dim + 31) / 32 * 64, rest = bytes - HEAD;
     const int fits = row && rows <= rest / (row + 24) &&
                      rows * (row + 24) + (rows + BLOCK - 1) / BLOCK * 8 <= rest;

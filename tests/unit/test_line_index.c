@@ -194,9 +194,9 @@ Test(line_index, hostile_counts_and_places) {
         uint64_t v;
         const char *what;
     } cases[] = {
-        {128, ROWS + 1, "counts"},
-        {128, UINT64_MAX, "counts"},
-        {128, UINT64_MAX / (2 * STRIDE) + 1, "counts"},
+        {136, ROWS + 1, "counts"},
+        {136, UINT64_MAX, "counts"},
+        {136, UINT64_MAX / (2 * STRIDE) + 1, "counts"},
         {rows, 998, "rows"},                  /* offset + 3 > 1000 */
         {rows, UINT64_MAX, "rows"},           /* and a sum that wraps */
         {rows + 8, UINT64_MAX, "rows"},       /* bytes */
