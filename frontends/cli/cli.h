@@ -121,6 +121,8 @@ typedef struct {
     /* As input_next; also sets *from. Any status but INPUT_RECORD and INPUT_WAIT ends the run. */
     input_status (*next)(void *self, int wait, input_record *r, origin *from);
     uint64_t (*bytes)(void *self); /* of input, so far */
+    /* A batch, before its records. May be NULL. */
+    void (*batch_begin)(void *self, const batch_totals *b);
     void (*record)(void *self, const result *r);
     void (*batch_end)(void *self, const batch_totals *b);
 } stream;

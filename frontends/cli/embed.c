@@ -121,11 +121,16 @@ static void write_record(void *self, const result *r) {
     write_vector(w, r, r->unit);
 }
 
-static void end_batch(void *self, const batch_totals *b) {
+/* Counts before the records, since one of them may stop the run. */
+static void begin_batch(void *self, const batch_totals *b) {
     embedding *w = self;
     w->batches += b->rows > 0;
     w->distinct += (uint64_t)b->rows;
     w->saved += b->tokens_saved;
+}
+
+static void end_batch(void *self, const batch_totals *b) {
+    embedding *w = self;
     output_flush(&w->out);
     progress_show(&w->progress, w->texts, w->tokens, b->bytes);
 }
@@ -172,6 +177,7 @@ int embed_stream(const options *o, qemb_model *const *m, int hidden, record_toke
     const stream s = {.self = &w,
                       .next = next_record,
                       .bytes = bytes_read,
+                      .batch_begin = begin_batch,
                       .record = write_record,
                       .batch_end = end_batch};
     w.in = need(input_new(STDIN_FILENO, catch_signals(), o->null_separated ? '\0' : '\n'));

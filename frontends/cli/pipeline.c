@@ -469,9 +469,10 @@ static void *writer_main(void *arg) {
     pipeline *p = arg;
     uint64_t turn = 0;
     for (job *j; (j = next_done(p, turn)); turn++) {
-        for (int i = 0; i < j->n; i++) give_record(p, j, &j->records[i]);
         const batch_totals b = {qemb_batch_rows(j->batch), qemb_batch_tokens_saved(j->batch),
                                 j->bytes};
+        if (p->stream->batch_begin) p->stream->batch_begin(p->stream->self, &b);
+        for (int i = 0; i < j->n; i++) give_record(p, j, &j->records[i]);
         p->stream->batch_end(p->stream->self, &b);
         job_clear(j);
         pass(p, &p->free, j);

@@ -824,6 +824,13 @@ def test_stats():
     )
 
 
+def test_stats_of_a_run_that_an_error_stops():
+    """The batch with the error has been computed."""
+    p = qemb("--stats", "--on-error", "stop", "--dim", 2, data=b"a\nb\n\xff\nc\n")
+    assert p.returncode == 3 and p.stdout.count(b"\n") == 2
+    assert "qemb: 1 batches, 3 distinct texts, " in p.stderr.decode()
+
+
 def test_weights_that_are_copied_show_progress():
     for table in tables():
         p = qemb("--cpu", table, "--progress", data=b"x\n")
