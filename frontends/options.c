@@ -160,6 +160,18 @@ static void set_defaults(const option_table *t) {
         if (r->standard) set_option(r, options, r->standard);
 }
 
+const char *options_first_operand(const option_table *t, int argc, char **argv) {
+    struct option longs[OPTION_ROWS + 3];
+    char letters[8 + 2 * OPTION_ROWS];
+    int opt;
+    make_getopt(t, longs, letters);
+    opterr = 0;
+    while ((opt = getopt_long(argc, argv, letters, longs, NULL)) > 1) continue;
+    const char *first = opt == 1 ? optarg : optind < argc ? argv[optind] : NULL;
+    optind = 0; /* begins anew */
+    return first;
+}
+
 void options_parse(option_table *t, int argc, char **argv) {
     struct option longs[OPTION_ROWS + 3];
     char letters[8 + 2 * OPTION_ROWS];

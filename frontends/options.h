@@ -60,6 +60,8 @@ typedef struct {
     int n_seen;
 } option_table;
 
+/* The first argument that is no option and no option's value, or NULL. Reports no errors. */
+const char *options_first_operand(const option_table *t, int argc, char **argv);
 /* Sets the members to the rows' defaults, then for the options in argv. Fills seen. --help and
  * --version print and end the process. Ends it with STATUS_USAGE if argv is wrong. */
 void options_parse(option_table *t, int argc, char **argv);

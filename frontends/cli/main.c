@@ -113,7 +113,6 @@ static void take_operand(void *to, const char *value, int n) {
         if (!strcmp(value, commands[c].name)) {
             o->command = c;
             o->bit = commands[c].bit;
-            if (o->bit == FOR_GREP) console_error_status(GREP_ERROR);
             return;
         }
     if (o->bit == FOR_GREP) {
@@ -152,20 +151,23 @@ static void check_grep(options *o) {
     if (!o->model.model) o->model.model = demo_model();
 }
 
-static void parse_options(options *o, int argc, char **argv) {
-    *o = (options){.bit = FOR_EMBED, .on_error = ON_ERROR_DEFAULT};
-    o->files = need(calloc((size_t)argc + 1, sizeof *o->files)); /* main frees it */
-    option_table t = {
+static option_table table_for(options *o) {
+    return (option_table){
         .synopsis = synopsis,
         .ending = ending,
         .sections = {{model_option_rows, n_model_option_rows, &o->model}, {rows, LENGTH(rows), o}},
         .operand = take_operand,
         .operand_options = o,
         .command = &o->bit};
-    options_parse(&t, argc, argv);
+}
+
+static void parse_options(options *o, option_table *t, int argc, char **argv) {
+    *o = (options){.bit = FOR_EMBED, .on_error = ON_ERROR_DEFAULT};
+    o->files = need(calloc((size_t)argc + 1, sizeof *o->files)); /* main frees it */
+    options_parse(t, argc, argv);
     if (o->bit == FOR_GREP) check_grep(o);
     model_options_check(&o->model);
-    options_check(&t, o->bit, commands[o->command].name, !!o->model.ops->plan);
+    options_check(t, o->bit, commands[o->command].name, !!o->model.ops->plan);
     const int text = format_is_text(o->output);
     if (o->on_error == ON_ERROR_RECORD && !text)
         usage("--on-error record: no place for error records in binary output (want zero, skip, "
@@ -587,10 +589,14 @@ static int greps_stdin(const options *o) {
 
 int main(int argc, char **argv) {
     options o;
+    option_table t = table_for(&o);
     console_open("qemb");
+    /* an error in front of the word, or in the descriptors, has grep's status too */
+    const char *command = options_first_operand(&t, argc, argv);
+    if (command && !strcmp(command, "grep")) console_error_status(GREP_ERROR);
     const int no_input = check_descriptors();
     signal(SIGPIPE, SIG_IGN); /* writing fails with EPIPE instead */
-    parse_options(&o, argc, argv);
+    parse_options(&o, &t, argc, argv);
     if (no_input && (commands[o.command].reads_input || greps_stdin(&o)))
         DIE(STATUS_USAGE, "standard input: closed");
     const int status = commands[o.command].run(&o);

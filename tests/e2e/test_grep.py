@@ -294,6 +294,22 @@ def test_options_of_grep_mean_nothing_elsewhere():
     assert p.returncode == 0 and b"--no-filename" in p.stdout
 
 
+def test_the_status_of_errors_before_the_word_grep(notes):
+    def run(*args):
+        p = subprocess.run([QEMB, *args], input=b"", capture_output=True, timeout=GUARD)
+        return p.returncode, p.stderr.count(b"\n")
+
+    for args in (["-k", "abc"], ["--bogus"], ["-Z"], ["--js=1"], ["--dim=0"]):
+        assert run("-m", MODEL, *args, "grep", "q") == (2, 2)
+        assert run("-m", MODEL, *args, "--", "grep", "q") == (2, 2)
+        assert run("-m", MODEL, *args, "embed") == (1, 2)
+    assert run("-m", "grep", "--dim", "0") == (1, 2)  # a model of that name
+    assert run("grep", "-k") == (2, 2) and run("-k") == (1, 2)
+    shell = f"{QEMB} grep -m {MODEL} q {notes} >&-"
+    p = subprocess.run(["sh", "-c", shell], stderr=subprocess.PIPE, timeout=GUARD)
+    assert p.returncode == 2 and p.stderr == b"qemb: standard output: closed\n"
+
+
 def test_bad_queries_and_models(tmp_path):
     assert out(b"\xff", status=2, errors="^qemb: query: .*invalid UTF-8.*\n$") == b""
     long = "word " * 20
