@@ -716,21 +716,21 @@ static void run_scan(void *arg, int i) {
 static void make_index(search *s, int n) {
     const int dim = file->config.hidden;
     const line_index_key key = {.dim = (uint32_t)dim};
-    const line_index_text text = {1, 0};
+    line_index_file text = {.text.bytes = 1};
     const line_index_row row = {0, 0, 1};
     uint16_t *v = zeroed((size_t)dim * sizeof *v);
     line_index_writer *w;
     char path[64];
     qemb_err err;
     snprintf(path, sizeof path, "/var/tmp/qemb-bench-%ld.qidx", (long)getpid());
-    if (line_index_create(&w, path, &key, 1, &err)) die(err.msg);
+    if (line_index_create(&w, path, &key, &text, 1, &err)) die(err.msg);
     uint32_t seed = 1;
     for (int i = 0; i < n; i++) {
         for (int k = 0; k < dim; k++)
             seed = seed * 1664525u + 1013904223u, v[k] = seed >> 16 & 0xabff;
         if (line_index_add(w, 0, &row, v, &err)) die(err.msg);
     }
-    if (line_index_finish(w, &text, &err) || line_index_open(&s->x, path, &err)) die(err.msg);
+    if (line_index_finish(w, &s->x, &err)) die(err.msg);
     unlink(path);
     free(v);
 }

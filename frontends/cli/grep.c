@@ -23,12 +23,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Lines of a file that have no vector. */
-typedef struct {
-    uint64_t n, line; /* the first one's number */
-    char message[216];
-} failures;
-
 /* A run over the files. next and bytes are called by the reader thread, the others by the writer
  * thread. */
 typedef struct {
@@ -44,7 +38,7 @@ typedef struct {
     uint16_t *halves; /* (stride) */
     dot_f16 *dot;
     uint64_t order, tokens;
-    failures *failures; /* (n_files) */
+    line_index_file *files; /* (n_files) */
     best_hits best;
     hit_printer printer;
     progress progress;
@@ -156,16 +150,6 @@ static uint64_t bytes_of(const options *o) {
 
 /* ---- their lines ----------------------------------------------------------------------------- */
 
-static void count_failure(search *s, const result *r) {
-    if (s->index)
-        line_index_add_failed(s->index, r->from.file, r->line, r->message, r->message_len);
-    failures *f = &s->failures[r->from.file];
-    if (f->n++) return;
-    const size_t most = sizeof f->message - 1;
-    f->line = r->line;
-    memcpy(f->message, r->message, r->message_len < most ? r->message_len : most);
-}
-
 /* Prints what is good enough, or keeps it if it may be among the best. */
 static void take_hit(search *s, const hit *h) {
     if (!s->opt->has_min_score)
@@ -178,7 +162,7 @@ static void take_line(void *self, const result *r) {
     search *s = self;
     qemb_err err;
     if (!r->unit) {
-        count_failure(s, r);
+        line_index_failed(&s->files[r->from.file], r->line, r->message, r->message_len);
         return;
     }
     s->tokens += (uint64_t)r->tokens;
@@ -222,15 +206,14 @@ static void read_lines(search *s, qemb_model *const *m, int hidden, record_token
 
 /* ---- the index ------------------------------------------------------------------------------- */
 
-/* What the files that can be indexed hold: texts (n_files). The others leave o->files after a
- * message. */
-static void read_texts(search *s, options *o, line_index_text *texts) {
+/* Sets what the files that can be indexed hold. The others leave o->files after a message. */
+static void read_texts(search *s, options *o) {
     int n = 0;
     for (int i = 0; i < o->n_files; i++) {
         const char *name = o->files[i];
         const int fd = open_file(s, name);
         if (fd < 0) continue;
-        if (line_index_text_of(fd, &texts[n]))
+        if (line_index_text_of(fd, &s->files[n].text))
             cannot_read(s, name, errno);
         else
             o->files[n++] = name;
@@ -252,36 +235,35 @@ static line_index_key key_of(const options *o, const qemb_file *f, const record_
     return k;
 }
 
-static int is_fresh(const line_index *x, const line_index_key *key, const line_index_text *texts,
-                    int n_files) {
-    if (memcmp(&x->key, key, sizeof *key) || x->n_files != n_files) return 0;
-    for (int i = 0; i < n_files; i++)
-        if (memcmp(&x->files[i].text, &texts[i], sizeof *texts)) return 0;
+static int is_fresh(const search *s, const line_index *x, const line_index_key *key) {
+    if (memcmp(&x->key, key, sizeof *key) || x->n_files != s->opt->n_files) return 0;
+    for (int i = 0; i < x->n_files; i++)
+        if (memcmp(&x->files[i].text, &s->files[i].text, sizeof x->files[i].text)) return 0;
     return 1;
 }
 
-/* 0 if x is the index of these texts, 1 if it has to be made. Ends the process if the file is there
- * and no index, which must not be overwritten. */
-static int open_index(line_index *x, const char *path, const line_index_key *key,
-                      const line_index_text *texts, int n_files) {
+/* 0 if x is the index of these files, 1 if it has to be made. Ends the process if something is
+ * there that must not be overwritten. */
+static int open_index(const search *s, line_index *x, const line_index_key *key) {
     qemb_err err;
-    if (line_index_open(x, path, &err)) {
+    if (line_index_open(x, s->opt->index, &err)) {
         if (strcmp(err.code, "missing")) die(&err);
         return 1;
     }
-    if (is_fresh(x, key, texts, n_files)) return 0;
+    if (is_fresh(s, x, key)) return 0;
     line_index_close(x);
     return 1;
 }
 
 /* 0 if the files hold the texts that were read still. */
-static int have_changed(const options *o, const line_index_text *texts) {
+static int have_changed(const search *s) {
+    const options *o = s->opt;
     for (int i = 0; i < o->n_files; i++) {
         line_index_text now = {0};
         const int fd = open(o->files[i], O_RDONLY | O_CLOEXEC | O_NONBLOCK);
         const int error = fd < 0 || line_index_text_of(fd, &now) ? errno : 0;
         if (fd >= 0) close(fd);
-        if (!error && !memcmp(&now, &texts[i], sizeof now)) continue;
+        if (!error && !memcmp(&now, &s->files[i].text, sizeof now)) continue;
         if (error)
             say("%.200s: cannot read (%s); no index is made", o->files[i], strerror(error));
         else
@@ -291,33 +273,27 @@ static int have_changed(const options *o, const line_index_text *texts) {
     return 0;
 }
 
-typedef struct {
-    const char *path;
-    line_index_key key;
-    line_index_text *texts; /* (n_files) */
-} index_plan;
-
-/* The index of all files, which all have to be readable up to the end: it would hide those that
- * were not from the queries to come. */
-static void make_index(search *s, const index_plan *plan, qemb_model *const *m, int hidden,
-                       record_tokenizer *t) {
+/* Makes the index of all files and opens it as x. They all have to be readable up to the end: it
+ * would hide those that were not from the queries to come. */
+static void make_index(search *s, line_index *x, const line_index_key *key, qemb_model *const *m,
+                       int hidden, record_tokenizer *t) {
+    const options *o = s->opt;
     qemb_err err;
-    line_index x;
-    if (line_index_create(&s->index, plan->path, &plan->key, s->opt->n_files, &err)) die(&err);
+    if (line_index_create(&s->index, o->index, key, s->files, o->n_files, &err)) die(&err);
     read_lines(s, m, hidden, t);
-    if (signal_caught() || s->unreadable || have_changed(s->opt, plan->texts)) {
+    if (signal_caught() || s->unreadable || have_changed(s)) {
         line_index_drop(s->index);
         end_by_signal();
         leave(GREP_ERROR);
     }
     /* What another program has put there in the meantime is not overwritten either. */
-    if (!line_index_open(&x, plan->path, &err)) {
-        line_index_close(&x);
+    if (!line_index_open(x, o->index, &err)) {
+        line_index_close(x);
     } else if (strcmp(err.code, "missing")) {
         line_index_drop(s->index);
         die(&err);
     }
-    if (line_index_finish(s->index, plan->texts, &err)) die(&err);
+    if (line_index_finish(s->index, x, &err)) die(&err);
     s->index = NULL;
 }
 
@@ -361,8 +337,7 @@ static void search_index(search *s, const line_index *x, const char *path, int t
     uint64_t row = 0;
     for (int i = 0; i < x->n_files; i++) {
         const line_index_file *f = &x->files[i];
-        s->failures[i] = (failures){.n = f->failed, .line = f->line};
-        memcpy(s->failures[i].message, f->message, sizeof f->message);
+        s->files[i] = *f;
         for (const uint64_t stop = row + f->rows; row < stop; row++) {
             hit h = {.score = scores[row], .order = row, .file = i, .line = x->rows[row].line};
             if (s->opt->has_min_score && h.score >= s->opt->min_score)
@@ -385,23 +360,16 @@ static void search_index(search *s, const line_index *x, const char *path, int t
  * in o->files. None is made then, lest a misspelt name replaces the one of all files. */
 static int search_by_index(search *s, options *o, const qemb_file *f, qemb_model *const *m,
                            record_tokenizer *t) {
+    const line_index_key key = key_of(o, f, t);
     line_index x;
-    index_plan plan = {o->index, key_of(o, f, t),
-                       need(calloc((size_t)o->n_files, sizeof *plan.texts))};
-    read_texts(s, o, plan.texts);
-    const int stale = open_index(&x, o->index, &plan.key, plan.texts, o->n_files);
-    const int give_up = stale && s->unreadable;
-    if (stale && !give_up) {
-        make_index(s, &plan, m, f->config.hidden, t);
-        if (open_index(&x, o->index, &plan.key, plan.texts, o->n_files))
-            DIE(GREP_ERROR, "%.128s: another run has replaced it", o->index);
+    read_texts(s, o);
+    if (open_index(s, &x, &key)) {
+        if (s->unreadable) return 1;
+        make_index(s, &x, &key, m, f->config.hidden, t);
     }
-    if (!give_up) {
-        search_index(s, &x, o->index, qemb_options_of(m[0])->threads);
-        line_index_close(&x);
-    }
-    free(plan.texts);
-    return give_up;
+    search_index(s, &x, o->index, qemb_options_of(m[0])->threads);
+    line_index_close(&x);
+    return 0;
 }
 
 /* ---- the command ----------------------------------------------------------------------------- */
@@ -415,11 +383,11 @@ static void print_best(search *s) {
 static int say_failures(const search *s) {
     int any = 0;
     for (int i = 0; i < s->opt->n_files; i++) {
-        const failures *f = &s->failures[i];
-        if (!f->n) continue;
+        const line_index_file *f = &s->files[i];
+        if (!f->failed) continue;
         any = 1;
         say("%.200s: %" PRIu64 " line%s failed, first line %" PRIu64 ": %s",
-            shown(s->opt->files[i]), f->n, f->n == 1 ? "" : "s", f->line, f->message);
+            shown(s->opt->files[i]), f->failed, f->failed == 1 ? "" : "s", f->line, f->message);
     }
     return any;
 }
@@ -446,7 +414,7 @@ int grep_files(options *o, const qemb_file *f, qemb_model *const *m, record_toke
     s.halves = need(aligned_alloc(64, (size_t)s.stride * sizeof *s.halves));
     memset(s.query, 0, (size_t)s.stride * sizeof *s.query);
     memset(s.halves, 0, (size_t)s.stride * sizeof *s.halves);
-    s.failures = need(calloc((size_t)o->n_files, sizeof *s.failures));
+    s.files = need(calloc((size_t)o->n_files, sizeof *s.files));
     const int waits = !o->has_min_score || o->index;
     progress_open(&s.progress, o->progress > 0 || (!o->progress && waits && isatty(STDERR_FILENO)),
                   bytes_of(o));
@@ -462,7 +430,7 @@ int grep_files(options *o, const qemb_file *f, qemb_model *const *m, record_toke
     const uint64_t printed = s.printer.printed;
     output_close(&s.printer.out);
     best_free(&s.best);
-    free(s.query), free(s.halves), free(s.failures);
+    free(s.query), free(s.halves), free(s.files);
     end_by_signal();
     return failed ? GREP_ERROR : printed ? STATUS_GOOD : GREP_NONE;
 }

@@ -131,22 +131,27 @@ int line_index_bind(line_index *x, const char *path, const uint8_t *map, size_t 
     return 0;
 }
 
-int line_index_open(line_index *x, const char *path, qemb_err *err) {
+/* Maps and checks what fd is open on. */
+static int open_map(line_index *x, const char *path, int fd, qemb_err *err) {
     struct stat st;
+    const int regular = !fstat(fd, &st) && S_ISREG(st.st_mode);
+    const size_t bytes = regular ? (size_t)st.st_size : 0;
+    void *map = bytes ? mmap(NULL, bytes, PROT_READ, MAP_SHARED, fd, 0) : NULL;
+    if (map == MAP_FAILED)
+        return qemb_fail(err, "index_file", "%.128s: cannot map it (%s)", path, strerror(errno));
+    if (!line_index_bind(x, path, map, bytes, err)) return 0;
+    line_index_close(x);
+    return -1;
+}
+
+int line_index_open(line_index *x, const char *path, qemb_err *err) {
     const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0)
         return qemb_fail(err, errno == ENOENT ? "missing" : "index_file",
                          "%.128s: cannot open it (%s)", path, strerror(errno));
-    const int regular = !fstat(fd, &st) && S_ISREG(st.st_mode);
-    const size_t bytes = regular ? (size_t)st.st_size : 0;
-    void *map = bytes ? mmap(NULL, bytes, PROT_READ, MAP_SHARED, fd, 0) : NULL;
-    const int error = errno;
+    const int failed = open_map(x, path, fd, err);
     close(fd);
-    if (map == MAP_FAILED)
-        return qemb_fail(err, "index_file", "%.128s: cannot map it (%s)", path, strerror(error));
-    if (!line_index_bind(x, path, map, bytes, err)) return 0;
-    line_index_close(x);
-    return -1;
+    return failed;
 }
 
 void line_index_close(line_index *x) {
@@ -198,13 +203,13 @@ struct line_index_writer {
     line_index_row *rows; /* (rows_cap), h.n_rows in use */
     uint64_t *digests;    /* (digests_cap), n_digests in use */
     size_t rows_cap, digests_cap, n_digests;
-    line_index_file *files; /* (h.n_files) */
+    line_index_file *files; /* (h.n_files) the caller's */
 };
 
 static void writer_free(line_index_writer *w) {
     if (w->fd >= 0) close(w->fd);
     free(w->path), free(w->temporary), free(w->block);
-    free(w->rows), free(w->digests), free(w->files);
+    free(w->rows), free(w->digests);
     free(w);
 }
 
@@ -246,7 +251,7 @@ static int open_temporary(line_index_writer *w) {
 }
 
 int line_index_create(line_index_writer **out, const char *path, const line_index_key *key,
-                      int n_files, qemb_err *err) {
+                      line_index_file *files, int n_files, qemb_err *err) {
     line_index_writer *w = calloc(1, sizeof *w);
     if (!w) return no_memory(err);
     w->fd = -1;
@@ -257,9 +262,9 @@ int line_index_create(line_index_writer **out, const char *path, const line_inde
                     .key = *key,
                     .n_files = (uint32_t)n_files};
     w->path = strdup(path);
-    w->files = calloc((size_t)n_files + 1, sizeof *w->files);
+    w->files = files;
     w->block = calloc((size_t)LINE_INDEX_BLOCK * (size_t)w->stride, sizeof *w->block);
-    int failed = !w->path || !w->files || !w->block;
+    int failed = !w->path || !w->block;
     if (failed)
         no_memory(err);
     else if ((failed = open_temporary(w) != 0))
@@ -303,9 +308,7 @@ int line_index_add(line_index_writer *w, int file, const line_index_row *row, co
     return w->in_block == LINE_INDEX_BLOCK ? write_block(w, err) : 0;
 }
 
-void line_index_add_failed(line_index_writer *w, int file, uint64_t line, const char *message,
-                           size_t len) {
-    line_index_file *f = &w->files[file];
+void line_index_failed(line_index_file *f, uint64_t line, const char *message, size_t len) {
     if (f->failed++) return;
     f->line = line;
     memcpy(f->message, message, len < sizeof f->message ? len : sizeof f->message - 1);
@@ -350,12 +353,16 @@ static int write_rest(line_index_writer *w, qemb_err *err) {
         write_at(w, tail, tail_bytes, at, err) || write_at(w, &w->h, sizeof w->h, 0, err);
     free(tail);
     if (failed) return -1;
-    return fsync(w->fd) || rename(w->temporary, w->path) ? cannot_write(w, err) : 0;
+    return fsync(w->fd) ? cannot_write(w, err) : 0;
 }
 
-int line_index_finish(line_index_writer *w, const line_index_text *texts, qemb_err *err) {
-    for (uint32_t i = 0; i < w->h.n_files; i++) w->files[i].text = texts[i];
-    if (write_rest(w, err)) {
+int line_index_finish(line_index_writer *w, line_index *x, qemb_err *err) {
+    int failed = write_rest(w, err) || open_map(x, w->path, w->fd, err);
+    if (!failed && rename(w->temporary, w->path)) {
+        failed = cannot_write(w, err);
+        line_index_close(x);
+    }
+    if (failed) {
         line_index_drop(w);
         return -1;
     }

@@ -91,18 +91,18 @@ int line_index_text_of(int fd, line_index_text *t);
 
 typedef struct line_index_writer line_index_writer;
 
-/* Begins a file beside path, which replaces path when it is finished. Code "index_file". */
+/* Begins a file beside path, which replaces path when it is finished. The writer counts the rows of
+ * files (n_files); the caller sets all else before it is finished. Code "index_file". */
 int line_index_create(line_index_writer **w, const char *path, const line_index_key *key,
-                      int n_files, qemb_err *err);
+                      line_index_file *files, int n_files, qemb_err *err);
 /* Adds a row (dim), of the file that was added to before or a later one. */
 int line_index_add(line_index_writer *w, int file, const line_index_row *row, const uint16_t *v,
                    qemb_err *err);
-/* A line without a vector. */
-void line_index_add_failed(line_index_writer *w, int file, uint64_t line, const char *message,
-                           size_t len);
-/* Completes the file and renames it to path. texts (n_files): what the lines were read from. Frees
- * w; if it fails, path is as it was. */
-int line_index_finish(line_index_writer *w, const line_index_text *texts, qemb_err *err);
+/* Counts a line without a vector. */
+void line_index_failed(line_index_file *f, uint64_t line, const char *message, size_t len);
+/* Completes the file, renames it to path and opens it as x, even if another process replaces it at
+ * once. Frees w; if it fails, path is as it was. */
+int line_index_finish(line_index_writer *w, line_index *x, qemb_err *err);
 void line_index_drop(line_index_writer *w); /* frees w, removes what was written */
 
 #endif

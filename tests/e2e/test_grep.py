@@ -639,6 +639,15 @@ def test_two_runs_at_once_and_a_killed_one(library, tmp_path):
         stdout, _ = p.communicate(timeout=GUARD)
         assert stdout == want.stdout and p.returncode == want.returncode
     assert len(list(tmp_path.iterdir())) == len(library) + 1
+    runs = []  # each replaces the other's index, and has its own in hand
+    for i in range(6):
+        more = ["--dim", "20"] if i % 2 else []
+        runs.append((more, subprocess.Popen([*command[:2], *more, *command[2:]],
+                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)))
+    wants = {0: want, 2: grep("--dim", 20, QUERY, *library)}
+    for more, p in runs:
+        assert (*p.communicate(timeout=GUARD), p.returncode) == (
+            wants[len(more)].stdout, wants[len(more)].stderr, wants[len(more)].returncode)
     before = index.read_bytes()
     big = tmp_path / "big"
     big.write_text("".join(f"line {i} of a long file\n" for i in range(200000)))

@@ -16,19 +16,21 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 /* An index of three rows in two files; it is not freed. */
 static uint8_t *make_index(size_t *bytes) {
     const line_index_key key = {.dim = 8, .max_tokens = 7, .table = "plain"};
-    const line_index_text texts[2] = {{100, 1}, {200, 2}};
+    line_index_file files[2] = {{.text = {100, 1}}, {.text = {200, 2}}};
+    line_index x;
     const uint16_t v[8] = {0x3c00, 0x3800};
     char path[64];
     line_index_writer *w;
     qemb_err err;
     snprintf(path, sizeof path, "/tmp/qemb-fuzz-%ld.qidx", (long)getpid());
-    if (line_index_create(&w, path, &key, 2, &err)) abort();
+    if (line_index_create(&w, path, &key, files, 2, &err)) abort();
     for (uint64_t i = 0; i < 3; i++) {
         const line_index_row row = {10 * i, 9, i + 1};
         if (line_index_add(w, i == 2, &row, v, &err)) abort();
     }
-    line_index_add_failed(w, 1, 4, "why", 3);
-    if (line_index_finish(w, texts, &err)) abort();
+    line_index_failed(&files[1], 4, "why", 3);
+    if (line_index_finish(w, &x, &err)) abort();
+    line_index_close(&x);
     uint8_t *index = malloc(1 << 16);
     FILE *f = fopen(path, "rb");
     if (!f || !index) abort();

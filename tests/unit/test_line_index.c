@@ -32,11 +32,14 @@ static line_index_key key(void) {
 static line_index_text text_of(int file) { return (line_index_text){1000, 77 + (uint64_t)file}; }
 static line_index_row row_at(int i) { return (line_index_row){(uint64_t)i, 3, (uint64_t)i + 5}; }
 
+static line_index_file files[FILES];
+
 static line_index_writer *half_written(void) {
     line_index_writer *w;
     qemb_err err;
     const line_index_key k = key();
-    cr_assert_eq(line_index_create(&w, path, &k, FILES, &err), 0, "%s", err.msg);
+    for (int f = 0; f < FILES; f++) files[f] = (line_index_file){.text = text_of(f)};
+    cr_assert_eq(line_index_create(&w, path, &k, files, FILES, &err), 0, "%s", err.msg);
     for (int f = 0, i = 0; f < FILES; f++)
         for (int n = 0; n < rows_of[f]; n++, i++) {
             const line_index_row row = row_at(i);
@@ -44,16 +47,16 @@ static line_index_writer *half_written(void) {
         }
     char reason[500];
     memset(reason, 'x', sizeof reason);
-    line_index_add_failed(w, 1, 9, reason, sizeof reason);
-    line_index_add_failed(w, 1, 11, "another", 7);
+    line_index_failed(&files[1], 9, reason, sizeof reason);
+    line_index_failed(&files[1], 11, "another", 7);
     return w;
 }
 
 static void write_index(void) {
-    line_index_text texts[FILES];
+    line_index x;
     qemb_err err;
-    for (int f = 0; f < FILES; f++) texts[f] = text_of(f);
-    cr_assert_eq(line_index_finish(half_written(), texts, &err), 0, "%s", err.msg);
+    cr_assert_eq(line_index_finish(half_written(), &x, &err), 0, "%s", err.msg);
+    line_index_close(&x);
 }
 
 static int files_in_dir(void) {
@@ -228,21 +231,24 @@ Test(line_index, vectors_that_are_not_finite) {
 }
 
 Test(line_index, only_a_finished_one_takes_the_name) {
-    line_index x;
+    line_index x, own;
     qemb_err err;
     cr_assert_eq(line_index_open(&x, path, &err), 0);
-    line_index_writer *a = half_written(), *b = half_written();
-    cr_assert_eq(files_in_dir(), 3);
-    line_index_drop(a);
+    line_index_drop(half_written());
+    cr_assert_eq(files_in_dir(), 1);
+    line_index_writer *b = half_written();
     cr_assert_eq(files_in_dir(), 2);
     cr_assert_eq(use(x.map, x.map_bytes, &err), 0);
-    line_index_text texts[FILES] = {0};
-    for (int f = 0; f < FILES; f++) texts[f].bytes = 2000;
-    cr_assert_eq(line_index_finish(b, texts, &err), 0);
+    for (int f = 0; f < FILES; f++) files[f].text.bytes = 2000;
+    cr_assert_eq(line_index_finish(b, &own, &err), 0);
     cr_assert_eq(use(x.map, x.map_bytes, &err), 0, "the old one is in use still");
     line_index_close(&x);
+    write_index(); /* as another process does; own stays what was written */
+    cr_assert(own.n_rows == ROWS && own.files[2].text.bytes == 2000);
+    cr_assert_eq(use(own.map, own.map_bytes, &err), 0);
+    line_index_close(&own);
     cr_assert_eq(line_index_open(&x, path, &err), 0);
-    cr_assert_eq(x.files[0].text.bytes, 2000u);
+    cr_assert_eq(x.files[0].text.bytes, 1000u);
     line_index_close(&x);
     cr_assert_eq(files_in_dir(), 1);
 }
@@ -258,6 +264,6 @@ Test(line_index, missing_or_no_file) {
     cr_assert_str_eq(err.code, "index_file");
     cr_assert_eq(line_index_open(&x, "/dev/null", &err), -1);
     cr_assert_str_eq(err.code, "index_file");
-    cr_assert_eq(line_index_create(&w, "/nonexistent/a.qidx", &k, 1, &err), -1);
+    cr_assert_eq(line_index_create(&w, "/nonexistent/a.qidx", &k, files, 1, &err), -1);
     cr_assert(strstr(err.msg, "cannot write it"), "%s", err.msg);
 }
