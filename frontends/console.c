@@ -2,6 +2,8 @@
  * program's name and the progress line are static. */
 #include "console.h"
 
+#include "lib/unicode.h"
+
 #include <errno.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -25,17 +27,29 @@ static void write_stderr(const char *line, size_t len) {
     (void)n; /* no channel is left to report a failure of standard error */
 }
 
+char *put_printable(char *p, const char *s, size_t n) {
+    const uint8_t *t = (const uint8_t *)s, *end = t + n;
+    while (t < end) {
+        const unsigned len = utf8_valid(t, (size_t)(end - t));
+        const int control =
+            !len || (t[0] < 0x20 && t[0] != '\t') || t[0] == 0x7f || (t[0] == 0xc2 && t[1] < 0xa0);
+        if (control) *p++ = '?';
+        for (unsigned i = 0; i < len && !control; i++) *p++ = (char)t[i];
+        t += len ? len : 1;
+    }
+    return p;
+}
+
 static void say_args(const char *fmt, va_list ap) {
     char line[1024];
     const size_t wipe = strlen(WIPE);
     const size_t skip = atomic_exchange(&progress_shown, 0) ? 0 : wipe;
     const int start = snprintf(line, sizeof line, WIPE "%s: ", program);
     vsnprintf(line + start, sizeof line - (size_t)start - 1, fmt, ap);
-    const size_t len = strlen(line);
-    for (size_t i = (size_t)start; i < len; i++) /* of a file's name: one line, nothing executed */
-        if ((unsigned char)line[i] < 0x20 || line[i] == 0x7f) line[i] = '?';
-    line[len] = '\n';
-    write_stderr(line + skip, len + 1 - skip);
+    /* a file's name may hold anything */
+    char *end = put_printable(line + start, line + start, strlen(line + start));
+    *end++ = '\n';
+    write_stderr(line + skip, (size_t)(end - line) - skip);
 }
 
 void say(const char *fmt, ...) {

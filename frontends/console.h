@@ -2,6 +2,8 @@
 #ifndef QEMB_CONSOLE_H
 #define QEMB_CONSOLE_H
 
+#include <stddef.h>
+
 #define LENGTH(a) ((int)(sizeof(a) / sizeof *(a)))
 
 enum { STATUS_GOOD, STATUS_USAGE, STATUS_MODEL, STATUS_RECORDS, STATUS_OUTPUT };
@@ -12,8 +14,12 @@ enum { GREP_NONE = 1, GREP_ERROR = 2 };
 void console_open(const char *name);
 const char *console_name(void);
 
-/* Writes "NAME: ...\n" to standard error in one write, over the progress line; '?' in place of
- * control characters. Thread-safe. */
+/* Copies s (n) to p for a terminal and returns the end: '?' in place of what it would execute, which
+ * are control characters (but TAB) as ASCII, as UTF-8 (U+0080 to U+009F) and as single bytes, and of
+ * invalid UTF-8. p may be s. */
+char *put_printable(char *p, const char *s, size_t n);
+/* Writes "NAME: ...\n" to standard error in one write, over the progress line; what put_printable
+ * makes of it. Thread-safe. */
 void say(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 /* Shows a line that the next message or progress line overwrites; "" removes it. */
 void say_progress(const char *line);

@@ -7,6 +7,7 @@
 #include "frontends/record_tokenizer.h"
 
 #include <stdint.h>
+#include <string.h>
 #include <sys/types.h>
 
 /* ---- main.c ---------------------------------------------------------------------------------- */
@@ -43,6 +44,9 @@ typedef struct {
     color_choice color;
     const char *index; /* NULL: none */
 } options;
+
+/* Whether a FILE of grep is standard input. */
+static inline int is_stdin(const char *name) { return !strcmp(name, "-"); }
 
 /* ---- output.c -------------------------------------------------------------------------------- */
 

@@ -49,8 +49,6 @@ _Noreturn static void die(const qemb_err *err) { DIE(GREP_ERROR, "%s", err->msg)
 
 /* ---- the files ------------------------------------------------------------------------------- */
 
-static int is_stdin(const char *name) { return !strcmp(name, "-"); }
-
 static const char *shown(const char *name) { return is_stdin(name) ? "standard input" : name; }
 
 static void cannot_read(search *s, const char *name, int error) {

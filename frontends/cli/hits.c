@@ -2,7 +2,6 @@
 #include "hits.h"
 
 #include "frontends/console.h"
-#include "lib/unicode.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -97,28 +96,13 @@ void printer_open(hit_printer *p, const options *o) {
     output_open(&p->out, FORMAT_JSON, 0);
 }
 
-/* Copies s (n) for a terminal: '?' in place of what it would execute, which are control characters
- * (but TAB) as ASCII, as UTF-8 (U+0080 to U+009F) and as single bytes, and of invalid UTF-8. */
-static char *put_cleaned(char *p, const char *s, size_t n) {
-    const uint8_t *t = (const uint8_t *)s, *end = t + n;
-    while (t < end) {
-        const unsigned len = utf8_valid(t, (size_t)(end - t));
-        const int control =
-            !len || (t[0] < 0x20 && t[0] != '\t') || t[0] == 0x7f || (t[0] == 0xc2 && t[1] < 0xa0);
-        if (control) *p++ = '?';
-        for (unsigned i = 0; i < len && !control; i++) *p++ = (char)t[i];
-        t += len ? len : 1;
-    }
-    return p;
-}
-
 static char *put_raw(char *p, const char *s, size_t n) {
     memcpy(p, s, n);
     return p + n;
 }
 
 static char *put_text(const hit_printer *h, char *p, const char *s, size_t n) {
-    return h->terminal ? put_cleaned(p, s, n) : put_raw(p, s, n);
+    return h->terminal ? put_printable(p, s, n) : put_raw(p, s, n);
 }
 
 static char *put(char *p, const char *s) { return put_raw(p, s, strlen(s)); }
@@ -132,12 +116,10 @@ static char *put_colored(const hit_printer *h, char *p, const char *color, const
 static char *put_string(const hit_printer *h, char *p, const char *s, size_t n) {
     if (!h->terminal) return format_json_string(p, s, n);
     char *cleaned = need(malloc(n + 1));
-    p = format_json_string(p, cleaned, (size_t)(put_cleaned(cleaned, s, n) - cleaned));
+    p = format_json_string(p, cleaned, (size_t)(put_printable(cleaned, s, n) - cleaned));
     free(cleaned);
     return p;
 }
-
-static int is_stdin(const char *name) { return !strcmp(name, "-"); }
 
 static char *put_json(const hit_printer *h, char *p, const hit *x) {
     const char *name = h->names[x->file];

@@ -147,7 +147,7 @@ static void check_grep(options *o) {
     if (o->index && !*o->index) usage("--index: an empty name");
     if (!o->n_files) o->files[o->n_files++] = "-";
     for (int i = 0; i < o->n_files && o->index; i++)
-        if (!strcmp(o->files[i], "-")) usage("--index: not for standard input (want FILEs)");
+        if (is_stdin(o->files[i])) usage("--index: not for standard input (want FILEs)");
     if (!o->model.model) o->model.model = demo_model();
 }
 
@@ -303,15 +303,18 @@ static void print_hex(const uint8_t *b, int n) {
     for (int i = 0; i < n; i++) printf("%02x", b[i]);
 }
 
-/* Prints the provenance lines, indented. Control characters become '?'. */
+/* Prints the provenance lines, indented, as put_printable makes them. */
 static void print_provenance(const qemb_file *f) {
     const char *s = f->provenance, *end = s + f->provenance_bytes;
     for (const char *stop; s < end; s = stop + 1) {
         stop = memchr(s, '\n', (size_t)(end - s));
         if (!stop) stop = end;
+        char *line = need(malloc((size_t)(stop - s) + 1));
+        char *line_end = put_printable(line, s, (size_t)(stop - s));
+        *line_end++ = '\n';
         fputs("  ", stdout);
-        for (; s < stop; s++) putchar((unsigned char)*s < 0x20 || *s == 0x7f ? '?' : *s);
-        putchar('\n');
+        fwrite(line, 1, (size_t)(line_end - line), stdout);
+        free(line);
     }
 }
 
@@ -583,7 +586,7 @@ static int check_descriptors(void) {
 
 static int greps_stdin(const options *o) {
     for (int i = 0; i < o->n_files; i++)
-        if (!strcmp(o->files[i], "-")) return 1;
+        if (is_stdin(o->files[i])) return 1;
     return 0;
 }
 

@@ -330,8 +330,10 @@ def test_files_that_cannot_be_read(notes, tmp_path):
         f"qemb: {tmp_path}: cannot read (Is a directory)\n"
     )
     assert out(QUERY, none, status=2, errors="cannot read") == b""
-    p = grep(QUERY, "a\x1b[2J\nb")  # one line, and nothing for the terminal to execute
-    assert p.stderr == b"qemb: a?[2J?b: cannot read (No such file or directory)\n"
+    # one line, and nothing for the terminal to execute
+    p = grep(QUERY, b"a\x1b[2J\nb\x7f\xc2\x9b31m\x9bm\t\xc3\xa9")
+    shown = "a?[2J?b??31m?m\té".encode()
+    assert p.stderr == b"qemb: " + shown + b": cannot read (No such file or directory)\n"
 
 
 def test_bad_lines_are_counted(tmp_path):
