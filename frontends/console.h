@@ -14,9 +14,9 @@ enum { GREP_NONE = 1, GREP_ERROR = 2 };
 void console_open(const char *name);
 const char *console_name(void);
 
-/* Copies s (n) to p for a terminal and returns the end: '?' in place of what it would execute, which
- * are control characters (but TAB) as ASCII, as UTF-8 (U+0080 to U+009F) and as single bytes, and of
- * invalid UTF-8. p may be s. */
+/* Copies s (n) to p for a terminal and returns the end: '?' in place of what it would execute,
+ * which is control characters (but TAB) as ASCII, as UTF-8 (U+0080 to U+009F) and as single
+ * bytes; and in place of invalid UTF-8. p may be s. */
 char *put_printable(char *p, const char *s, size_t n);
 /* Writes "NAME: ...\n" to standard error in one write, over the progress line; what put_printable
  * makes of it. Thread-safe. */

@@ -240,12 +240,17 @@ static int is_fresh(const search *s, const line_index *x, const line_index_key *
     return 1;
 }
 
+/* Whether an index that cannot be opened may be made, or made again. */
+static int may_be_made(const qemb_err *err) {
+    return !strcmp(err->code, "missing") || !strcmp(err->code, "other_version");
+}
+
 /* 0 if x is the index of these files, 1 if it has to be made. Ends the process if something is
  * there that must not be overwritten. */
 static int open_index(const search *s, line_index *x, const line_index_key *key) {
     qemb_err err;
     if (line_index_open(x, s->opt->index, &err)) {
-        if (strcmp(err.code, "missing")) die(&err);
+        if (!may_be_made(&err)) die(&err);
         return 1;
     }
     if (is_fresh(s, x, key)) return 0;
@@ -287,7 +292,7 @@ static void make_index(search *s, line_index *x, const line_index_key *key, qemb
     /* What another program has put there in the meantime is not overwritten either. */
     if (!line_index_open(x, o->index, &err)) {
         line_index_close(x);
-    } else if (strcmp(err.code, "missing")) {
+    } else if (!may_be_made(&err)) {
         line_index_drop(s->index);
         die(&err);
     }

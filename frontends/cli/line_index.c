@@ -116,10 +116,11 @@ int line_index_bind(line_index *x, const char *path, const uint8_t *map, size_t 
     if (bytes < sizeof h->magic || memcmp(h->magic, MAGIC, sizeof h->magic))
         return qemb_fail(err, "index_file", "%.128s: not an index of qemb grep; it is left alone",
                          path);
-    if (bytes < sizeof *h) return damaged(path, "cut off", err);
+    if (bytes < offsetof(header, bytes)) return damaged(path, "cut off", err);
     if (h->version != VERSION)
-        return qemb_fail(err, "index_file", "%.128s: version of the index (got %u, want %d)", path,
-                         h->version, VERSION);
+        return qemb_fail(err, "other_version", "%.128s: version of the index (got %u, want %d)",
+                         path, h->version, VERSION);
+    if (bytes < sizeof *h) return damaged(path, "cut off", err);
     if (h->byte_order != BYTE_ORDER_MARK) return damaged(path, "byte order", err);
     if (h->bytes != bytes) return damaged(path, "its size is not what it records", err);
     if (lay_out(x, h)) return damaged(path, "its counts", err);
@@ -239,15 +240,17 @@ static int write_at(const line_index_writer *w, const void *data, size_t bytes, 
 
 /* Another run may write an index of the same name at the same time: each has a file of its own. */
 static int open_temporary(line_index_writer *w) {
+    struct stat old;
+    const mode_t mode = stat(w->path, &old) ? 0600 : old.st_mode & 0777;
     const size_t room = strlen(w->path) + 32;
     w->temporary = malloc(room);
     if (!w->temporary) return -1;
     for (int i = 0; i < 100; i++) {
         snprintf(w->temporary, room, "%s.%ld-%d", w->path, (long)getpid(), i);
-        w->fd = open(w->temporary, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        w->fd = open(w->temporary, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
         if (w->fd >= 0 || errno != EEXIST) break;
     }
-    return w->fd < 0 ? -1 : 0;
+    return w->fd < 0 || fchmod(w->fd, mode) ? -1 : 0;
 }
 
 int line_index_create(line_index_writer **out, const char *path, const line_index_key *key,
@@ -261,7 +264,8 @@ int line_index_create(line_index_writer **out, const char *path, const line_inde
                     .byte_order = BYTE_ORDER_MARK,
                     .key = *key,
                     .n_files = (uint32_t)n_files};
-    w->path = strdup(path);
+    char *target = realpath(path, NULL); /* NULL: nothing is there */
+    w->path = target ? target : strdup(path);
     w->files = files;
     w->block = calloc((size_t)LINE_INDEX_BLOCK * (size_t)w->stride, sizeof *w->block);
     int failed = !w->path || !w->block;
@@ -270,7 +274,7 @@ int line_index_create(line_index_writer **out, const char *path, const line_inde
     else if ((failed = open_temporary(w) != 0))
         cannot_write(w, err);
     if (failed) {
-        writer_free(w);
+        line_index_drop(w);
         return -1;
     }
     *out = w;

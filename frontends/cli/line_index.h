@@ -72,7 +72,7 @@ typedef struct {
 } line_index;
 
 /* Maps and checks all but the vectors. Codes: "missing" (there is no such file), "index_file" (it
- * cannot be read, is no index, has another version or is damaged). The caller closes. */
+ * cannot be read, is no index or is damaged), "other_version" (of the format). The caller closes. */
 int line_index_open(line_index *x, const char *path, qemb_err *err);
 void line_index_close(line_index *x);
 /* The same for bytes in memory, which must outlive x; path is for messages. There is nothing to
@@ -91,7 +91,9 @@ int line_index_text_of(int fd, line_index_text *t);
 
 typedef struct line_index_writer line_index_writer;
 
-/* Begins a file beside path, which replaces path when it is finished. The writer counts the rows of
+/* Begins a file beside path, which replaces path when it is finished; a symbolic link stays one. The
+ * file has the permissions of the one it replaces, else the owner's alone, since vectors tell much
+ * of their texts. The writer counts the rows of
  * files (n_files); the caller sets all else before it is finished. Code "index_file". */
 int line_index_create(line_index_writer **w, const char *path, const line_index_key *key,
                       line_index_file *files, int n_files, qemb_err *err);

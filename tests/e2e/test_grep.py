@@ -497,8 +497,7 @@ def test_the_same_with_an_index(library, tmp_path, more):
 
 
 def another_model(at):
-    """MODEL with the byte at `at` of its header changed, and the checksum of the header (qemb.h) made
-    true."""
+    """MODEL with another byte in its header, and the header's checksum (qemb.h) made true."""
     model = bytearray(Path(MODEL).read_bytes())
     model[at] ^= 1
     model[24:32] = bytes(8)
@@ -540,9 +539,32 @@ def test_an_index_is_made_again_only_when_it_is_stale(notes, tmp_path):
         notes.write_bytes(text)
         got = use()
         assert got == out(QUERY, notes)
+    good = index.read_bytes()
+    for version in (0, 2, 255):  # of the format, be it older or newer: like another qemb
+        for data in (good, good[:16]):
+            index.write_bytes(data[:8] + bytes([version]) + data[9:])
+            use()
+            assert index.read_bytes() == good
     use(files=[notes, notes])
     assert use(files=[notes]) == out(QUERY, notes)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "m.qemb", "notes.txt", "x.qidx"]
+
+
+def test_who_may_read_an_index_and_where_it_is(notes, tmp_path):
+    """Vectors tell much of their texts: the owner's alone, unless it had other permissions."""
+    index, link = tmp_path / "x.qidx", tmp_path / "link"
+    mode = lambda: os.stat(index).st_mode & 0o777
+    use = lambda *args: out("--index", link, *args, QUERY, notes)
+    link.symlink_to(index)
+    out("--index", index, QUERY, notes)
+    assert mode() == 0o600
+    for i, bits in enumerate((0o644, 0o640, 0o666, 0o400)):
+        index.chmod(bits)
+        last = made(index)
+        use("--dim", 10 + i)
+        assert made(index) != last and mode() == bits
+    assert link.is_symlink() and link.samefile(index)
+    assert {p.name for p in tmp_path.iterdir()} == {"link", "notes.txt", "x.qidx"}
 
 
 def test_what_is_no_index_is_left_alone(notes, tmp_path):
@@ -551,7 +573,6 @@ def test_what_is_no_index_is_left_alone(notes, tmp_path):
     good = index.read_bytes()
     changes = {
         "not an index of qemb grep": [b"", b"my diary\n", good[:5], b"Q" + good[1:]],
-        "version of the index": [good[:8] + b"\2" + good[9:]],
         "damaged": [good[:-1], good + b"\0", good[:4200] + b"\x55" + good[4201:],
                     good[:-300] + b"\x55" + good[-299:], good[:3000]],
     }
