@@ -103,7 +103,7 @@ typedef struct {
     size_t id_len;
     const float *unit; /* (dim) scaled to length 1; NULL: an error */
     int dim, tokens;
-    const char *text; /* (text_len), of a record with a vector, if the stream keeps texts */
+    const char *text; /* (text_len), of a record with a vector; NULL: the stream keeps no texts */
     size_t text_len;
     size_t cut_bytes, cut_tokens; /* what truncation removed, or 0 */
     const char *code;             /* of an error */

@@ -188,7 +188,7 @@ static void end_batch(void *self, const batch_totals *b) {
 /* Runs all lines through the pipeline. */
 static void read_lines(search *s, qemb_model *const *m, int hidden, record_tokenizer *t) {
     const stream lines = {.self = s,
-                          .keep_texts = 1,
+                          .keep_texts = !s->index, /* an index has their places */
                           .next = next_line,
                           .bytes = bytes_read,
                           .record = take_line,

@@ -91,10 +91,10 @@ int line_index_text_of(int fd, line_index_text *t);
 
 typedef struct line_index_writer line_index_writer;
 
-/* Begins a file beside path, which replaces path when it is finished; a symbolic link stays one. The
- * file has the permissions of the one it replaces, else the owner's alone, since vectors tell much
- * of their texts. The writer counts the rows of
- * files (n_files); the caller sets all else before it is finished. Code "index_file". */
+/* Begins a file beside path, which replaces path when it is finished; a symbolic link stays one.
+ * The file has the permissions of the one that it replaces, else the owner's alone, since vectors
+ * tell much of their texts. The writer counts the rows of files (n_files); the caller sets all else
+ * before it is finished. Code "index_file". */
 int line_index_create(line_index_writer **w, const char *path, const line_index_key *key,
                       line_index_file *files, int n_files, qemb_err *err);
 /* Adds a row (dim), of the file that was added to before or a later one. */

@@ -46,7 +46,7 @@ typedef struct {
     origin from;
     const char *code;      /* NULL: it has a vector; else the error code */
     size_t id, id_len;     /* offset in notes; id_len 0: none */
-    size_t note, note_len; /* the message of an error; of a vector the text, if texts are kept */
+    size_t note, note_len; /* the message of an error; of a vector the text, kept or not */
     size_t cut_bytes, cut_tokens;
     int row, dim, tokens;
 } record;
@@ -304,10 +304,8 @@ static job *add_record(pipeline *p, job *j, const input_record *in, origin from)
             r.row = job_add_text(j, &t);
             assert(r.row == 0);
         }
-        if (p->stream->keep_texts) {
-            r.note_len = in->len;
-            r.note = job_note(j, in->text, in->len);
-        }
+        r.note_len = in->len;
+        if (p->stream->keep_texts) r.note = job_note(j, in->text, in->len);
     }
     r.id_len = t.id_len;
     r.id = job_note(j, t.id, t.id_len);
@@ -460,7 +458,7 @@ static void give_record(pipeline *p, const job *j, const record *r) {
         x.code = "non_finite", x.message = not_finite, x.message_len = sizeof not_finite - 1;
         x.tokens = 0;
     } else {
-        x.unit = p->unit, x.text = note, x.text_len = r->note_len;
+        x.unit = p->unit, x.text = p->stream->keep_texts ? note : NULL, x.text_len = r->note_len;
     }
     p->stream->record(p->stream->self, &x);
 }
