@@ -72,7 +72,8 @@ typedef struct {
 } line_index;
 
 /* Maps and checks all but the vectors. Codes: "missing" (there is no such file), "index_file" (it
- * cannot be read, is no index or is damaged), "other_version" (of the format). The caller closes. */
+ * cannot be read, is no index or is damaged), "other_version" (of the format). The caller closes.
+ */
 int line_index_open(line_index *x, const char *path, qemb_err *err);
 void line_index_close(line_index *x);
 /* The same for bytes in memory, which must outlive x; path is for messages. There is nothing to
