@@ -2,7 +2,7 @@
 """Trains the demo model: Qwen3's architecture, small, as a Hugging Face directory.
 
 Reads pairs.jsonl, dev.jsonl (corpus.py) and teacher.{txt,npy} (teacher.py) of the work directory.
-Writes tokenizer.json and pca.npy there, and in run-SEED/ log.tsv (the loss curve), checkpoint.pt,
+Writes tokenizer.json there, and in run-SEED/ log.tsv (the loss curve), checkpoint.pt,
 from which an interrupted run goes on, and at the end qemb-demo/ for convert_weights.py.
 
 Two losses, each the mean over the first 32, 64, 128 and 256 numbers of the vectors (Matryoshka):
@@ -18,11 +18,14 @@ import json
 import math
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
@@ -55,13 +58,18 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def make_tokenizer(work, pairs):
+def make_tokenizer(work):
+    """tokenizer.json, unless it is there."""
     path = work / "tokenizer.json"
     if not path.exists():
-        texts = sorted({t for _, _, a, b, _ in pairs for t in (a, b)})
+        texts = sorted({t for _, _, a, b, _ in read_jsonl(work / "pairs.jsonl") for t in (a, b)})
         lines = (text + "\n" for text in texts + [hf.QUERY] * 100)
         path.write_text(train_bpe.train(lines, VOCAB - len(ADDED), ADDED), encoding="utf-8")
-    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=hf.EOS, pad_token=hf.EOS)
+
+
+def load_tokenizer(work):
+    return PreTrainedTokenizerFast(tokenizer_file=str(work / "tokenizer.json"), eos_token=hf.EOS,
+                                   pad_token=hf.EOS)
 
 
 def ids_of(tokenizer, texts, longest, prompt=""):
@@ -75,15 +83,14 @@ def ids_of(tokenizer, texts, longest, prompt=""):
 class Data:
     """Texts as ids, and where the teacher's vector of each is."""
 
-    def __init__(self, work, tokenizer, pairs, seed):
+    def __init__(self, work, tokenizer, seed):
         rng = np.random.default_rng(seed)
-        rows = [(a, b, english) for _, _, a, b, english in pairs]
+        rows = [row[2:] for row in read_jsonl(work / "pairs.jsonl")]  # a, b, English of a
         where = {t: i for i, t in enumerate(
             (work / "teacher.txt").read_text(encoding="utf-8").split("\n"))}
         teacher = np.load(work / "teacher.npy").astype("f4")
-        axes = principal_axes(teacher)
-        np.save(work / "pca.npy", axes)
-        self.target = torch.from_numpy(teacher @ axes)
+        self.axes = principal_axes(teacher)
+        self.target = torch.from_numpy(teacher @ self.axes)
         query = rng.random(len(rows)) < QUERY_SHARE
         plain = ids_of(tokenizer, [r[0] for r in rows], LONGEST["a"])
         prompt = len(tokenizer(hf.QUERY, add_special_tokens=False)["input_ids"])
@@ -92,6 +99,7 @@ class Data:
         self.b = ids_of(tokenizer, [r[1] for r in rows], LONGEST["b"])
         self.a_target = np.array([where[r[2]] for r in rows])
         self.b_target = np.array([where[r[1]] if r[1] else -1 for r in rows])
+        self.tokens = sum(map(len, self.a)) + sum(len(b) for b in self.b if len(b) > 1)
 
 
 def principal_axes(vectors):
@@ -221,62 +229,102 @@ def rate_at(step, steps):
     return RATE * (step / warm if step < warm else (steps - step) / (steps - warm))
 
 
-def train(work, a):
-    torch.set_num_threads(a.threads)
-    torch.use_deterministic_algorithms(True)
-    pairs = read_jsonl(work / "pairs.jsonl")
-    tokenizer = make_tokenizer(work, pairs)
-    data, dev = Data(work, tokenizer, pairs, a.seed), Dev(work, tokenizer)
-    per_epoch = len(data.a) // PAIRS
-    steps = a.steps or a.epochs * per_epoch
-    tokens = sum(map(len, data.a)) + sum(len(b) for b in data.b if len(b) > 1)
-    print(f"train: {len(data.a)} pairs, {tokens} tokens an epoch, {steps} steps", flush=True)
-    run = work / f"run-{a.seed}"
-    run.mkdir(exist_ok=True)
-    model = new_model(tokenizer, np.load(work / "pca.npy"), a.seed)
+def make_optimizer(model):
     table = model.embed_tokens.weight
     others = [p for p in model.parameters() if p is not table]
-    optimizer = torch.optim.AdamW([{"params": [table], "share": TABLE_RATE},
-                                   {"params": others, "share": 1}],
-                                  betas=(0.9, 0.98), weight_decay=0.01)
-    first, started, saved = 0, time.time(), run / "checkpoint.pt"
-    if saved.exists():
-        state = torch.load(saved)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-        started -= state["seconds"]
+    return torch.optim.AdamW([{"params": [table], "share": TABLE_RATE},
+                              {"params": others, "share": 1}], betas=(0.9, 0.98),
+                             weight_decay=0.01)
+
+
+def average_gradients(model, processes):
+    """Sums the processes' gradients in a fixed order, so that a run can be repeated."""
+    if processes > 1:
+        gradients = [p.grad for p in model.parameters()]
+        flat = torch.cat([g.reshape(-1) for g in gradients]) / processes
+        dist.all_reduce(flat)
+        for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+            g.copy_(part.view_as(g))
+
+
+class Run:
+    """The directory of a run: its log and its checkpoint."""
+
+    def __init__(self, folder, model, optimizer):
+        folder.mkdir(exist_ok=True)
+        self.saved, self.log, self.step = folder / "checkpoint.pt", folder / "log.tsv", 0
+        self.model, self.optimizer, self.started = model, optimizer, time.time()
+        if self.saved.exists():
+            state = torch.load(self.saved)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.step, self.started = state["step"], self.started - state["seconds"]
+
+    def drop_later_lines(self):
+        """Of a run that was interrupted after its last checkpoint."""
+        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
+        kept = [line for line in lines if int(line.split("\t")[0]) <= self.step]
+        self.log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def show(self, step, losses, dev):
+        """A line of the loss curve: step, seconds, distillation, contrast, top-1 of dev in %."""
+        line = f"{step}\t{time.time() - self.started:.0f}\t{losses[0]:.4f}\t{losses[1]:.4f}"
+        if dev:
+            line += "\t" + " ".join(f"{k} {v:.1f}" for k, v in dev.items())
+        print(line, flush=True)
+        with open(self.log, "a", encoding="utf-8") as log:
+            print(line, file=log)
+
+    def save(self, step):
+        part = self.saved.with_suffix(".part")
+        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                    "step": step, "seconds": time.time() - self.started}, part)
+        part.rename(self.saved)
+
+
+def train(rank, work, a):
+    """A process of the run. Each computes a share of every batch; rank 0 logs and saves."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    folder = work / f"run-{a.seed}"
+    dist.init_process_group("gloo", init_method=a.meeting, rank=rank, world_size=a.processes)
+    tokenizer = load_tokenizer(work)
+    data = Data(work, tokenizer, a.seed)
+    dev = Dev(work, tokenizer) if rank == 0 else None
+    per_epoch = len(data.a) // PAIRS
+    steps = a.steps or a.epochs * per_epoch
+    model = new_model(tokenizer, data.axes, a.seed)
+    optimizer = make_optimizer(model)
+    run = Run(folder, model, optimizer)
+    if rank == 0:
+        run.drop_later_lines()
+        print(f"train: {len(data.a)} pairs, {data.tokens} tokens an epoch, {steps} steps")
     mean = np.zeros(2)
-    with open(run / "log.tsv", "a", encoding="utf-8") as log:
-        for step in range(first, steps):
-            epoch, at = divmod(step, per_epoch)
-            order = np.random.default_rng([a.seed, epoch]).permutation(len(data.a))
-            for group in optimizer.param_groups:
-                group["lr"] = group["share"] * rate_at(step + 1, steps)
-            distill, contrast = losses(model, data, order[at * PAIRS : (at + 1) * PAIRS])
-            (distill + CONTRAST * contrast).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            mean += [distill.item(), contrast.item()]
-            done = step + 1
-            if done % SHOW_EVERY == 0 or done == steps:
-                seconds = time.time() - started
-                mean /= done % SHOW_EVERY or SHOW_EVERY
-                line = f"{done}\t{seconds:.0f}\t" + "\t".join(f"{x:.4f}" for x in mean)
-                if done % DEV_EVERY == 0 or done == steps:
-                    line += "\t" + " ".join(f"{k} {v:.1f}" for k, v in dev.top1(model, 256).items())
-                print(line, file=log, flush=True)
-                print(line, flush=True)
-                mean[:] = 0
-            if done % SAVE_EVERY == 0 or done == steps:
-                part = run / "checkpoint.part"
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                            "step": done, "seconds": time.time() - started}, part)
-                part.rename(saved)
-    for d in DIMS:
-        print(f"train: dev, {d} numbers", dev.top1(model, d))
-    save(model, tokenizer, work / "tokenizer.json", run / "qemb-demo")
+    for step in range(run.step, steps):
+        epoch, at = divmod(step, per_epoch)
+        order = np.random.default_rng([a.seed, epoch]).permutation(len(data.a))
+        batch = order[at * PAIRS : (at + 1) * PAIRS][rank :: a.processes]
+        for group in optimizer.param_groups:
+            group["lr"] = group["share"] * rate_at(step + 1, steps)
+        distill, contrast = losses(model, data, batch)
+        (distill + CONTRAST * contrast).backward()
+        average_gradients(model, a.processes)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean += [distill.item(), contrast.item()]
+        done = step + 1
+        if rank == 0 and (done % SHOW_EVERY == 0 or done == steps):
+            top1 = dev.top1(model, 256) if done % DEV_EVERY == 0 or done == steps else None
+            run.show(done, mean / (done % SHOW_EVERY or SHOW_EVERY), top1)
+            mean[:] = 0
+        if rank == 0 and (done % SAVE_EVERY == 0 or done == steps):
+            run.save(done)
+    if rank == 0:
+        for d in DIMS:
+            print(f"train: dev, {d} numbers", dev.top1(model, d))
+        save(model, tokenizer, work / "tokenizer.json", folder / "qemb-demo")
+    dist.destroy_process_group()
 
 
 def save(model, tokenizer, tokenizer_json, folder):
@@ -295,9 +343,13 @@ def main():
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--epochs", type=int, default=1)
     p.add_argument("--steps", type=int, help="instead of --epochs")
-    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--processes", type=int, default=2, help="each takes a core")
     a = p.parse_args()
-    train(a.work, a)
+    make_tokenizer(a.work)
+    with tempfile.TemporaryDirectory() as folder:
+        a.meeting = f"file://{folder}/processes"
+        torch.multiprocessing.start_processes(train, (a.work, a), a.processes,
+                                              start_method="spawn")
 
 
 if __name__ == "__main__":
