@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Text for the demo model: what Debian's archive says of its packages, dictionaries, GNOME Help.
+"""Texts to train a small model: Debian's descriptions of packages, dictionaries, GNOME Help.
 
 Writes, into a work directory:
   pairs.jsonl    training pairs: a short text and an English text that mean the same; some have
@@ -28,11 +28,12 @@ import yaml
 from texts import tidy
 
 ROOT = Path(__file__).resolve().parents[2]
+RETRIEVAL = ROOT / "tests/retrieval"
 MIRROR = "http://deb.debian.org/debian"
 SUITE = f"{MIRROR}/dists/trixie/main"
 LANGUAGES = ("de", "fr", "ja")
-# The files that trained the committed model: Debian 13.8. Later point releases replace them, and
-# then a run says which ones differ.
+# Debian 13.8. A later point release replaces the lists, and then a run says which ones differ. A
+# .deb of another content is refused.
 FILES = {
     f"{SUITE}/binary-amd64/Packages.xz":
         "be3d7d96a040eda0505c1808cccc67f183bbc05dff0842c50f88e6c396557412",
@@ -80,8 +81,10 @@ def fetch(folder):
             part.rename(path)
         got = hashlib.sha256(path.read_bytes()).hexdigest()
         if got != want:
-            print(f"corpus: {path.name}: SHA-256 (got {got[:12]}, want {want[:12]}): a later point "
-                  "release; the model will differ")
+            message = f"corpus: {path.name}: SHA-256 (got {got[:12]}, want {want[:12]})"
+            if path.suffix == ".deb":
+                raise SystemExit(message)
+            print(message + ": a later point release; the model will differ")
     return paths
 
 
@@ -91,7 +94,9 @@ def stanzas(path):
     with opener(path, "rt", encoding="utf-8") as f:
         for block in f.read().split("\n\n"):
             fields, name = {}, ""
-            for line in block.splitlines():
+            for line in block.split("\n"):
+                if not line:
+                    continue
                 if line[:1] in " \t":
                     fields[name] += "\n" + line[1:]
                 else:
@@ -186,11 +191,16 @@ def held_out(packages, demo_names):
     return out
 
 
+def words(text):
+    return re.findall(r"\w+", text.lower())
+
+
 # ---- training pairs ----------------------------------------------------------------------------
 
 
 def package_pairs(p, rng):
-    """[kind, language, a, b, English of a]: a and b mean the same. No b: a is for the teacher."""
+    """[kind, language, a, b, English of a]: a and b mean the same. Without b, a learns
+    from the teacher alone."""
     pairs = []
     if len(p.description) > 30:
         pairs.append(["synopsis", "en", p.synopsis, p.description, p.synopsis])
@@ -222,9 +232,14 @@ def phrases(descriptions, n, rng):
     return sorted(found)
 
 
-def texts_of(packages):
-    """All texts of packages but the empty one."""
-    return {t for p in packages
+def key(text):
+    """The words of a text: equal for texts that differ in case and punctuation alone."""
+    return " ".join(words(text))
+
+
+def keys_of(packages):
+    """The keys of all texts of packages but the empty one."""
+    return {key(t) for p in packages
             for t in (p.synopsis, p.description, *p.summaries.values(),
                       *(s for pair in p.translated.values() for s in pair))} - {""}
 
@@ -236,15 +251,19 @@ def write_pairs(path, pairs):
     print(f"corpus: {path.name}", dict(Counter((kind, language) for kind, language, *_ in pairs)))
 
 
-def unlike(packages, banned, rng):
-    """The pairs of packages without a text that is banned, each once."""
-    pairs = {}
-    for p in packages:
-        if p.synopsis not in banned:
-            for pair in package_pairs(p, rng):
-                if pair[2] not in banned and pair[3] not in banned:
-                    pairs.setdefault((pair[2], pair[3]), pair)
-    return list(pairs.values())
+def unlike(pairs, banned):
+    """The pairs of which no text (a, b, English of a) has a banned key, each pair once."""
+    kept = {}
+    for pair in pairs:
+        if banned.isdisjoint(map(key, pair[2:])):
+            kept.setdefault((pair[2], pair[3]), pair)
+    return list(kept.values())
+
+
+def needs():
+    """The queries of tests/retrieval/needs*.tsv."""
+    return [line.split("\t")[0] for path in sorted(RETRIEVAL.glob("needs*.tsv"))
+            for line in path.read_text(encoding="utf-8").split("\n")]
 
 
 def general_rows(shared, counts, rng):
@@ -265,24 +284,23 @@ def write_training(folder, packages, out, shared, rng):
     known = [p for p in packages.values() if p.source not in out]
     dev = [p for p in known if share_of(p.source) > 0.98]
     train = [p for p in known if share_of(p.source) <= 0.98]
-    banned = texts_of(p for p in packages.values() if p.source in out)
-    write_pairs(folder / "dev.jsonl", unlike(dev, banned, rng))
-    banned |= texts_of(dev)
-    descriptions = sorted({p.description for p in train if len(p.description) > 60} - banned)
+    banned = keys_of(p for p in packages.values() if p.source in out) | {key(t) for t in needs()}
+    banned -= {""}
+    write_pairs(folder / "dev.jsonl",
+                unlike([pair for p in dev for pair in package_pairs(p, rng)], banned))
+    banned |= keys_of(dev)
+    descriptions = sorted({p.description for p in train
+                           if len(p.description) > 60 and key(p.description) not in banned})
     counts = Counter(w for d in descriptions for w in set(re.findall(r"[a-z]{2,}", d.lower())))
     train = [p for p in train if p.section not in CROWDED or p.summaries or rng.random() < 1 / 3]
-    pairs = unlike(train, banned, rng)
+    pairs = [pair for p in train if key(p.synopsis) not in banned for pair in package_pairs(p, rng)]
     pairs += [["phrase", "en", t, "", t] for t in phrases(descriptions, PHRASES, rng)]
-    pairs += general_rows(shared, counts, rng)
+    pairs = unlike(pairs + general_rows(shared, counts, rng), banned)
     rng.shuffle(pairs)
     write_pairs(folder / "pairs.jsonl", pairs)
 
 
 # ---- the held-out texts ------------------------------------------------------------------------
-
-
-def words(text):
-    return re.findall(r"\w+", text.lower())
 
 
 def copied(summary, p):
@@ -298,16 +316,15 @@ def stems(text):
 
 def write_held_out(folder, packages, out, rng):
     """documents.tsv: id, description. queries.tsv: set, accepted ids, query."""
-    documents, queries, taken = [], [], set()
+    queries, taken = [], set()
     by_source = defaultdict(list)
     for p in packages.values():
         if p.source in out and len(p.description) > 60 and p.description not in taken:
             taken.add(p.description)
             by_source[p.source].append(p)
-    chosen = []
-    for group in by_source.values():  # one binary package a source: its siblings say the same
-        chosen.append(min(group, key=lambda p: (not p.summaries, not p.program, len(p.name))))
-    chosen.sort(key=lambda p: p.name)
+    # One binary package a source: its siblings say the same.
+    chosen = sorted((min(group, key=lambda p: (not p.summaries, not p.program, len(p.name)))
+                     for group in by_source.values()), key=lambda p: p.name)
     with_summary = [p for p in chosen if p.summaries]
     others = [p for p in chosen if not p.summaries]
     chosen = sorted(with_summary + rng.sample(others, max(0, 1500 - len(with_summary))),

