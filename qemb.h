@@ -188,7 +188,7 @@ typedef struct {
     const char *provenance; /* not NUL-terminated */
     size_t provenance_bytes;
     uint8_t sha256[32];  /* as recorded, not verified */
-    uint8_t checksum[8]; /* of header and directory */
+    uint8_t checksum[8]; /* of header and directory, as recorded */
     const uint8_t *map; /* the whole file, read-only */
     size_t map_bytes;
 } qemb_file;

@@ -727,7 +727,7 @@ static void make_index(search *s, int n) {
     uint32_t seed = 1;
     for (int i = 0; i < n; i++) {
         for (int k = 0; k < dim; k++)
-            seed = seed * 1664525u + 1013904223u, v[k] = seed >> 16 & 0xabff;
+            seed = seed * 1664525u + 1013904223u, v[k] = seed >> 16 & 0xabff; /* finite, < 1 */
         if (line_index_add(w, 0, &row, v, &err)) die(err.msg);
     }
     if (line_index_finish(w, &s->x, &err)) die(err.msg);

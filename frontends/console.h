@@ -14,9 +14,9 @@ enum { GREP_NONE = 1, GREP_ERROR = 2 };
 void console_open(const char *name);
 const char *console_name(void);
 
-/* Copies s (n) to p for a terminal and returns the end: '?' in place of what it would execute,
- * which is control characters (but TAB) as ASCII, as UTF-8 (U+0080 to U+009F) and as single
- * bytes; and in place of invalid UTF-8. p may be s. */
+/* Copies s (n bytes) to p, which has room for n bytes and may be s; returns the end. Writes '?' for
+ * each character that a terminal might execute (U+0000 to U+001F but TAB, U+007F to U+009F) and
+ * for each invalid byte of UTF-8. */
 char *put_printable(char *p, const char *s, size_t n);
 /* Writes "NAME: ...\n" to standard error in one write, over the progress line; what put_printable
  * makes of it. Thread-safe. */
@@ -26,7 +26,7 @@ void say_progress(const char *line);
 
 /* Ends the process at once. Callable from any thread, whatever the others are doing. */
 _Noreturn void leave(int status);
-/* From here on leave ends with this status instead of any but STATUS_GOOD. */
+/* From here on leave replaces every status but STATUS_GOOD by this one. */
 void console_error_status(int status);
 #define DIE(status, ...) (say(__VA_ARGS__), leave(status))
 /* Prints what is wrong with the command line and a hint at --help; ends with STATUS_USAGE. */

@@ -258,7 +258,7 @@ static int open_index(const search *s, line_index *x, const line_index_key *key)
     return 1;
 }
 
-/* 0 if the files hold the texts that were read still. */
+/* Returns 1, after a message, if a file's contents are no longer those that were indexed. */
 static int have_changed(const search *s) {
     const options *o = s->opt;
     for (int i = 0; i < o->n_files; i++) {
@@ -276,8 +276,8 @@ static int have_changed(const search *s) {
     return 0;
 }
 
-/* Makes the index of all files and opens it as x. They all have to be readable up to the end: it
- * would hide those that were not from the queries to come. */
+/* Makes the index of all files and opens it as x. All must be read to the end: later queries
+ * would not see the lines that are missing. */
 static void make_index(search *s, line_index *x, const line_index_key *key, qemb_model *const *m,
                        int hidden, record_tokenizer *t) {
     const options *o = s->opt;
@@ -360,7 +360,8 @@ static void search_index(search *s, const line_index *x, const char *path, int t
 }
 
 /* Returns 1 if that cannot be done: some files cannot be read, and there is no index of the others,
- * in o->files. None is made then, lest a misspelt name replaces the one of all files. */
+ * in o->files. None is made then, so that a misspelt name cannot replace the index of
+ * all files. */
 static int search_by_index(search *s, options *o, const qemb_file *f, qemb_model *const *m,
                            record_tokenizer *t) {
     const line_index_key key = key_of(o, f, t);
@@ -395,7 +396,7 @@ static int say_failures(const search *s) {
     return any;
 }
 
-/* s->query = the query's vector, in length 1. */
+/* s->query = the query's vector, scaled to length 1. */
 static void embed_query(search *s, qemb_model *m, int hidden, record_tokenizer *t) {
     const char *query = s->opt->query;
     record_ids ids = {0};

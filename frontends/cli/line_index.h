@@ -31,11 +31,12 @@ enum { LINE_INDEX_BLOCK = 256 };
 
 /* All that a line's vector depends on, beside the line. Equal keys: equal bytes. */
 typedef struct {
-    uint8_t model[32]; /* SHA-256 of the model's tensors, as its file records it, */
-    uint8_t header[8]; /* and the checksum of header and directory, which it does not cover */
+    uint8_t model[32]; /* SHA-256 of the model's tensors, as its file records it */
+    uint8_t header[8]; /* the model file's checksum of header and directory */
     char table[32];    /* of ops */
     char qemb[16];     /* the program's version */
-    uint32_t dim, max_tokens, flags;
+    uint32_t dim, max_tokens;
+    uint32_t flags; /* 1: --truncate, 2: --deterministic, 4: --hopper */
 } line_index_key;
 
 /* Contents of a file: those whose size and XXH3 are equal are taken for equal. */
@@ -76,8 +77,8 @@ typedef struct {
  */
 int line_index_open(line_index *x, const char *path, qemb_err *err);
 void line_index_close(line_index *x);
-/* The same for bytes in memory, which must outlive x; path is for messages. There is nothing to
- * close. */
+/* The same for bytes in memory, aligned to 64 bytes, which must outlive x; path is for messages.
+ * There is nothing to close. */
 int line_index_bind(line_index *x, const char *path, const uint8_t *map, size_t bytes,
                     qemb_err *err);
 /* scores (n_rows) = the products with q (stride, zeros behind dim, aligned to 64 bytes). Fails if
@@ -94,8 +95,9 @@ typedef struct line_index_writer line_index_writer;
 
 /* Begins a file beside path, which replaces path when it is finished; a symbolic link stays one.
  * The file has the permissions of the one that it replaces, else the owner's alone, since vectors
- * tell much of their texts. The writer counts the rows of files (n_files); the caller sets all else
- * before it is finished. Code "index_file". */
+ * tell much of their texts. The writer counts the rows of files (n_files) and keeps the pointer;
+ * the caller sets all else before it is finished. Codes: "index_file", "out_of_memory"; the same
+ * for line_index_add and line_index_finish. */
 int line_index_create(line_index_writer **w, const char *path, const line_index_key *key,
                       line_index_file *files, int n_files, qemb_err *err);
 /* Adds a row (dim), of the file that was added to before or a later one. */

@@ -30,7 +30,7 @@ static const struct {
     {"embed", FOR_EMBED, 1, embed}, /* also without its name */
     {"info", FOR_INFO, 0, info},    {"tokenize", FOR_TOKENIZE, 1, tokenize},
     {"plan", FOR_PLAN, 0, plan},    {"check", FOR_CHECK, 0, check},
-    {"grep", FOR_GREP, 0, grep}, /* reads it if it is one of its files */
+    {"grep", FOR_GREP, 0, grep}, /* reads it only as one of its files */
 };
 
 static const char *const input_kinds[] = {"text", "jsonl", NULL};
@@ -594,7 +594,7 @@ int main(int argc, char **argv) {
     options o;
     option_table t = table_for(&o);
     console_open("qemb");
-    /* an error in front of the word, or in the descriptors, has grep's status too */
+    /* also errors of options before the word, and of closed descriptors, end with grep's status */
     const char *command = options_first_operand(&t, argc, argv);
     if (command && !strcmp(command, "grep")) console_error_status(GREP_ERROR);
     const int no_input = check_descriptors();
