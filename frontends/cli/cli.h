@@ -48,6 +48,13 @@ typedef struct {
 /* Whether a FILE of grep is standard input. */
 static inline int is_stdin(const char *name) { return !strcmp(name, "-"); }
 
+/* Copy s to p, which has room for it, and return the end. */
+static inline char *put_bytes(char *p, const char *s, size_t n) {
+    memcpy(p, s, n);
+    return p + n;
+}
+static inline char *put(char *p, const char *s) { return put_bytes(p, s, strlen(s)); }
+
 /* ---- output.c -------------------------------------------------------------------------------- */
 
 /* A buffer of standard output. A failed write ends the process with STATUS_OUTPUT; without a

@@ -72,12 +72,6 @@ static void stop_run(embedding *w) {
     leave(STATUS_RECORDS);
 }
 
-static char *put(char *p, const char *s) {
-    const size_t n = strlen(s);
-    memcpy(p, s, n);
-    return p + n;
-}
-
 /* Handles a record without a vector. Returns 1 if zeros are to be written in its place. */
 static int handle_error(embedding *w, const result *r) {
     const on_error policy = w->opt->on_error;

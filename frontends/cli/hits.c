@@ -96,16 +96,9 @@ void printer_open(hit_printer *p, const options *o) {
     output_open(&p->out, FORMAT_JSON, 0);
 }
 
-static char *put_raw(char *p, const char *s, size_t n) {
-    memcpy(p, s, n);
-    return p + n;
-}
-
 static char *put_text(const hit_printer *h, char *p, const char *s, size_t n) {
-    return h->terminal ? put_printable(p, s, n) : put_raw(p, s, n);
+    return h->terminal ? put_printable(p, s, n) : put_bytes(p, s, n);
 }
-
-static char *put(char *p, const char *s) { return put_raw(p, s, strlen(s)); }
 
 static char *put_colored(const hit_printer *h, char *p, const char *color, const char *s,
                          size_t n) {

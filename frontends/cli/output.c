@@ -115,12 +115,6 @@ void output_close(output *o) {
     if (close(STDOUT_FILENO) && errno != EINTR) output_failed(o);
 }
 
-static char *put(char *p, const char *s) {
-    const size_t n = strlen(s);
-    memcpy(p, s, n);
-    return p + n;
-}
-
 char *output_id(char *p, const char *id, size_t id_len, uint64_t line) {
     p = put(p, "{\"id\":");
     if (!id_len) return format_uint(p, line);
