@@ -305,7 +305,7 @@ def write_training(folder, packages, out, shared, rng):
 
 def copied(summary, p):
     """Whether a summary stands in the package's own texts, or the other way round."""
-    s, own = " ".join(words(summary)), [" ".join(words(t)) for t in (p.synopsis, p.description)]
+    s, own = key(summary), [key(t) for t in (p.synopsis, p.description)]
     return any(s in t or (t and t in s) for t in own)
 
 

@@ -104,10 +104,13 @@ class Data:
         self.axes = principal_axes(teacher)
         self.target = torch.from_numpy(teacher @ self.axes)
         query = rng.random(len(rows)) < QUERY_SHARE
-        plain = ids_of(tokenizer, [r[0] for r in rows], LONGEST["a"])
-        prompt = len(tokenizer(hf.QUERY, add_special_tokens=False)["input_ids"])
-        asked = ids_of(tokenizer, [r[0] for r in rows], LONGEST["a"] + prompt, hf.QUERY)
-        self.a = [asked[i] if query[i] else plain[i] for i in range(len(rows))]
+        self.a = [None] * len(rows)
+        for is_query, prompt in ((False, ""), (True, hf.QUERY)):
+            some = np.flatnonzero(query == is_query)
+            longest = LONGEST["a"] + len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            ids = ids_of(tokenizer, [rows[i][0] for i in some], longest, prompt)
+            for i, x in zip(some, ids, strict=True):
+                self.a[i] = x
         self.b = ids_of(tokenizer, [r[1] for r in rows], LONGEST["b"])
         self.a_target = np.array([where[r[2]] for r in rows])
         self.b_target = np.array([where[r[1]] if r[1] else -1 for r in rows])
