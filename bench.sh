@@ -27,7 +27,7 @@
 # keeps the rows that are in bench.csv, so that a long measurement can be had in pieces.
 set -u
 cd "$(dirname "$0")" || exit 1
-model=examples/demo.qemb out=bench/results threads=$(nproc) tokens=8192 cpu_time='' rounds=3 append=''
+model=tests/fixtures/small.qemb out=bench/results threads=$(nproc) tokens=8192 cpu_time='' rounds=3 append=''
 parts='ops gemm beside forward tokenizer print scan run latency peer' lengths='16 64 512 4096' maths='' tables='' peers=()
 
 fail() { echo "bench.sh: $*" >&2; exit 1; }
@@ -145,7 +145,7 @@ if want latency; then
     done
 fi
 
-# $tmp/all: texts of exactly $1 tokens, end-of-text included, in the words of the demo's text;
+# $tmp/all: texts of exactly $1 tokens, end-of-text included, in the words of small.txt;
 # $tmp/one: the first of them. A word after a space is a pre-token: its tokens can be counted alone.
 # They begin with two letters in turn: a token that all began with qemb would compute once.
 make_texts() {

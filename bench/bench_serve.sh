@@ -4,7 +4,7 @@
 # Each request has one text; nothing is cached; wrk, which asks, takes its share of the same cores. The
 # pipe runs before and after the server: if those two differ, the machine was not the benchmark's alone.
 set -eu
-model=${1:-examples/demo.qemb} seconds=${2:-10} connections=${3:-64}
+model=${1:-tests/fixtures/small.qemb} seconds=${2:-10} connections=${3:-64}
 command -v wrk >/dev/null || { echo "skipped: wrk is not installed"; exit 0; }
 dir=$(mktemp -d)
 server=

@@ -144,8 +144,8 @@ def test_forward_counts_tokens_texts_and_shares():
     # 4 digits are printed
     assert by["forward", "tokens"] == pytest.approx(16 * by["forward", "texts"], rel=1e-3)
     assert sum(v for (group, _), v in by.items() if group == "share") == pytest.approx(100, abs=0.1)
-    # 4 texts of 16 tokens; demo: 4 layers of 128 -> (4 + 2 * 2) * 64, 4 * 64 -> 128 and 3 * 192 *
-    # 128. In the last layer 4 rows go on after the keys and values, and 4 queries are asked.
+    # 4 texts of 16 tokens; small.qemb: 4 layers of 128 -> (4 + 2 * 2) * 64, 4 * 64 -> 128 and 3 *
+    # 192 * 128. In the last layer 4 rows go on after the keys and values, and 4 queries are asked.
     qkv, rest, T, B, L = 128 * 8 * 64, 4 * 64 * 128 + 3 * 192 * 128, 64, 4, 4
     linear = 2 * (L * T * qkv + (L - 1) * T * rest + B * rest)
     pairs = (L - 1) * B * (16 * 17 // 2) + B * 16

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "tests" / "retrieval"))
 import ranking  # noqa: E402
 import retrieval_accuracy  # noqa: E402
 
-MODEL = ROOT / "examples/demo.qemb"
+MODEL = ROOT / "tests/fixtures/small.qemb"
 EMULATED = ROOT / "build/release/qemb-emulated"
 WORDS = "apple boat chess drum eagle flute grape horse".split()
 # In the place of the emulated GPU: the CPU's program in arithmetics that it has. Logs its options.
