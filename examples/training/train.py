@@ -2,22 +2,20 @@
 """Trains a small model of Qwen3's architecture and saves it as a Hugging Face directory.
 
 Reads pairs.jsonl, dev.jsonl (corpus.py) and teacher.npz (teacher.py) of the work directory.
-Writes tokenizer.json into the same directory, and into run-SEED/ log.tsv (the loss curve),
-checkpoint.pt, from which an interrupted run goes on, and at the end qemb-demo/ for
-convert_weights.py.
+Writes tokenizer.json there, and into run-SEED/: log.tsv (the loss curve), checkpoint.pt, from which
+an interrupted run continues, and at the end qemb-demo/ for convert_weights.py.
 
 Two losses, each the mean over the first 32, 64, 128 and 256 numbers of the vectors (Matryoshka):
-  distillation  1 - cosine of a text's vector and the teacher's of the same text in English. The
-                teacher's 384 numbers are rotated to their principal axes, largest first, so that
-                its first d numbers are the best d
-  contrast      cross-entropy of a pair's cosine among those with the other texts of the same
-                process, over a temperature of 0.05, in both directions. So --processes changes
-                the result
+  distillation  1 - cosine between a text's vector and the teacher's of the same text in English.
+                The teacher's 384 numbers are rotated to their principal axes, largest first, so
+                that the first d numbers keep as much as d can
+  contrast      InfoNCE in both directions. The negatives are the other texts of the same process,
+                so --processes changes the result; texts that the teacher finds alike are none
 """
 import argparse
 import hashlib
 import json
-import math
+import os
 import re
 import sys
 import tempfile
@@ -29,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from teacher import Teacher, load_vectors
@@ -38,17 +37,20 @@ import hf_fixture as hf
 import train_bpe
 
 ADDED = (hf.EOS, "<|im_start|>", "<|im_end|>")
-VOCAB = 12000
-SHAPE = dict(layers=4, hidden=256, heads=8, kv=4, hd=64, ffn=384, vocab=VOCAB, max=2048)
+VOCAB = 16000
+SHAPE = dict(layers=4, hidden=256, heads=4, kv=2, hd=64, ffn=256, vocab=VOCAB, max=2048)
 DIMS = (32, 64, 128, 256)
-QUERY_SHARE = 0.3  # of the first texts of the pairs; they get the prompt
-LONGEST = {"a": 40, "b": 48}  # tokens of a text in training
+EOS_ID = VOCAB - len(ADDED)
+QUERY_SHARE = 0.1  # of the first texts of the pairs; they get the query prompt
+LONGEST = 32  # tokens of a text in training, without the prompt
 PAIRS = 128  # in a batch, of all processes together
-CHUNK = 40  # texts that are computed together, padded to the longest
+CHUNK = 48  # texts that are computed together, padded to the longest
 CONTRAST, TEMPERATURE = 0.25, 0.05
-LIKE = 0.9  # cosine of two teacher vectors; texts above it are not contrasted
-RATE, WARMUP = 2e-3, 0.03
-TABLE_RATE = 0.5  # of RATE: the embedding table begins with a meaning
+MEAN = 0.2  # gain of the bag of words with which the model begins
+COMMON = 1e-3  # a token with this share of all tokens has half the row of a rare one
+LIKE = 0.9  # texts whose teacher vectors have a larger cosine are not negatives of each other
+RATE, WARMUP = 3e-4, 0.03
+TABLE_RATE = 4  # learning rate of the embedding table, relative to RATE
 NAME_LINE = re.compile(r"\S+ - ")  # "name - synopsis"
 SAVE_EVERY, SHOW_EVERY, DEV_EVERY = 200, 20, 200
 
@@ -62,7 +64,7 @@ def read_jsonl(path):
 
 
 def make_tokenizer(work):
-    """tokenizer.json, unless it is there and newer than the pairs."""
+    """Trains tokenizer.json, unless it is newer than pairs.jsonl."""
     path, pairs = work / "tokenizer.json", work / "pairs.jsonl"
     if not path.exists() or path.stat().st_mtime < pairs.stat().st_mtime:
         texts = sorted({t for _, _, a, b, _ in read_jsonl(pairs) for t in (a, b)})
@@ -73,8 +75,10 @@ def make_tokenizer(work):
 
 
 def settings(work, a):
-    """What a checkpoint belongs to."""
-    return {"steps": a.steps, "epochs": a.epochs, "processes": a.processes} | {
+    """A checkpoint is continued only if these are equal."""
+    return {"steps": a.steps, "epochs": a.epochs, "processes": a.processes, "shape": SHAPE,
+            "constants": [QUERY_SHARE, LONGEST, PAIRS, CONTRAST, TEMPERATURE, MEAN, COMMON, LIKE,
+                          RATE, WARMUP, TABLE_RATE]} | {
         name: hashlib.sha256((work / name).read_bytes()).hexdigest()
         for name in ("pairs.jsonl", "tokenizer.json", "teacher.npz")}
 
@@ -89,15 +93,19 @@ def ids_of(tokenizer, texts, longest, prompt=""):
     if not texts:
         return []
     ids = tokenizer([prompt + t for t in texts], add_special_tokens=False)["input_ids"]
-    return [np.array(i[: longest - 1] + [VOCAB - len(ADDED)], "i2") for i in ids]
+    return [np.array(i[: longest - 1] + [EOS_ID], "i2") for i in ids]
 
 
 class Data:
-    """Texts as ids, and where the teacher's vector of each is."""
+    """The token ids of the texts, and the row of each in the teacher's vectors."""
 
     def __init__(self, work, tokenizer, seed):
         rng = np.random.default_rng(seed)
-        rows = [row[2:] for row in read_jsonl(work / "pairs.jsonl")]  # a, b, English of a
+        rows = read_jsonl(work / "pairs.jsonl")
+        english = {a for kind, language, a, _, _ in rows if language == "en"}
+        self.english = {a: e for kind, language, a, _, e in rows
+                        if kind == "word" and language != "en" and a not in english}
+        rows = [row[2:] for row in rows]  # a, b, English of a
         texts, teacher = load_vectors(work / "teacher.npz")
         where = {t: i for i, t in enumerate(texts)}
         teacher = teacher.astype("f4")
@@ -107,11 +115,11 @@ class Data:
         self.a = [None] * len(rows)
         for is_query, prompt in ((False, ""), (True, hf.QUERY)):
             some = np.flatnonzero(query == is_query)
-            longest = LONGEST["a"] + len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            longest = LONGEST + len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
             ids = ids_of(tokenizer, [rows[i][0] for i in some], longest, prompt)
             for i, x in zip(some, ids, strict=True):
                 self.a[i] = x
-        self.b = ids_of(tokenizer, [r[1] for r in rows], LONGEST["b"])
+        self.b = ids_of(tokenizer, [r[1] for r in rows], LONGEST)
         self.a_target = np.array([where[r[2]] for r in rows])
         self.b_target = np.array([where[r[1]] if r[1] else -1 for r in rows])
         self.tokens = sum(map(len, self.a)) + sum(len(b) for b in self.b if len(b) > 1)
@@ -128,58 +136,111 @@ def principal_axes(vectors):
 # ---- model -------------------------------------------------------------------------------------
 
 
-def new_model(tokenizer, axes, seed):
-    """A model that begins as a bag of words: the embedding of a token is the teacher's vector of
-    the token's text, and layer 0's attention adds the mean of all tokens to each. The other
-    branches begin small."""
+def first_table(tokenizer, data):
+    """The embedding table to begin with (VOCAB, hidden). All columns but the last hold the
+    teacher's vector of the token's text, or of its English if a dictionary has it. The mean over
+    all tokens of the texts is subtracted. Common tokens get shorter vectors (SIF: Arora et al.
+    2017). The last column fills each row up to length 1."""
+    texts = [tokenizer.decode([i]).strip() for i in range(VOCAB)]
+    known = np.array([i for i, t in enumerate(texts[: -len(ADDED)]) if t and "\ufffd" not in t])
+    vectors = Teacher().embed([data.english.get(texts[i], texts[i]) for i in known])
+    vectors = (vectors @ data.axes)[:, :-1]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    counts = np.bincount(np.concatenate(data.a + [b for b in data.b if len(b) > 1]),
+                         minlength=VOCAB)
+    share = counts[known, None] / counts.sum()
+    vectors = (vectors - (share * vectors).sum(0)) * COMMON / (COMMON + share)
+    table = np.zeros((VOCAB, SHAPE["hidden"]), "f4")
+    table[known, :-1] = vectors / np.linalg.norm(vectors, axis=1).max()
+    table[:, -1] = np.sqrt(np.maximum(0, 1 - (table[:, :-1] ** 2).sum(1)))
+    return torch.from_numpy(table)
+
+
+def new_model(tokenizer, data, seed):
+    """The model begins as a bag of words: the attention of each of the first two layers adds the
+    mean of the tokens' rows to one half of the numbers. The last number only fills up the rows: it
+    is left out, and its weight in the final norm begins as 0. All other branches begin small."""
     torch.manual_seed(seed)
     config = Qwen3Config(**{k: v for k, v in hf.config_json(SHAPE, dtype="float32").items()
-                            if k not in ("architectures", "model_type", "torch_dtype")},
-                         attn_implementation="sdpa")
+                            if k not in ("architectures", "model_type", "torch_dtype")})
     model = Qwen3Model(config)
-    texts = [tokenizer.decode([i]).strip() for i in range(VOCAB)]
-    known = [i for i, t in enumerate(texts[: -len(ADDED)]) if len(t) > 1 and "\ufffd" not in t]
-    vectors = Teacher().embed([texts[i] for i in known]) @ axes
+    group, width = SHAPE["heads"] // SHAPE["kv"], SHAPE["kv"] * SHAPE["hd"]
     with torch.no_grad():
-        table = model.embed_tokens.weight
-        table.normal_(0, 0.3 / math.sqrt(SHAPE["hidden"]))
-        table[known] = F.normalize(torch.from_numpy(vectors), dim=1)
+        model.embed_tokens.weight.copy_(first_table(tokenizer, data))
+        model.norm.weight[-1] = 0
         for layer in model.layers:
-            layer.self_attn.o_proj.weight.mul_(0.3)
-            layer.mlp.down_proj.weight.mul_(0.3)
-        first, group = model.layers[0].self_attn, SHAPE["heads"] // SHAPE["kv"]
-        first.v_proj.weight += torch.eye(SHAPE["hidden"])
-        first.o_proj.weight += (torch.eye(SHAPE["hidden"]).view(SHAPE["hidden"], SHAPE["kv"], 1,
-                                                                SHAPE["hd"])
-                                .expand(-1, -1, group, -1).reshape(SHAPE["hidden"], -1) / group)
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
+        for i, part in enumerate(torch.eye(SHAPE["hidden"]).split(width)):
+            attention = model.layers[i].self_attn
+            attention.q_norm.weight.mul_(0.1)  # attends to all tokens nearly alike
+            attention.v_proj.weight += part
+            heads = part.view(SHAPE["kv"], SHAPE["hd"], -1).repeat_interleave(group, 0)
+            attention.o_proj.weight += heads.flatten(0, 1).T * MEAN / group
+            attention.v_proj.weight[:, -1] = 0
     return model
 
 
-def last_rows(model, ids, last):
-    """Qwen3Model's forward, whose last layer computes its MLP for the rows `last` alone."""
-    x, rows = model.embed_tokens(ids), torch.arange(len(ids))
-    position = model.rotary_emb(x, torch.arange(ids.shape[1])[None])
-    for layer in model.layers[:-1]:
-        x = layer(x, position_embeddings=position)
-    layer = model.layers[-1]
-    attention, _ = layer.self_attn(layer.input_layernorm(x), position, None)
-    x = x[rows, last] + attention[rows, last]
-    return model.norm(x + layer.mlp(layer.post_attention_layernorm(x)))
+def rope_tables():
+    """RoPE's cos and sin (positions, head size)."""
+    hd = SHAPE["hd"]
+    angles = torch.arange(256)[:, None] * 1e6 ** (-torch.arange(0, hd, 2) / hd)
+    angles = torch.cat([angles, angles], 1)
+    return angles.cos(), angles.sin()
+
+
+COS, SIN = rope_tables()
+
+
+def rotate(x, n):
+    low, high = x.chunk(2, -1)
+    return x * COS[:n] + torch.cat([-high, low], -1) * SIN[:n]
+
+
+def norm(x, module):
+    return F.rms_norm(x, module.weight.shape, module.weight, 1e-6)
+
+
+def layer_forward(x, layer, wqkv, wgu, last):
+    """A Qwen3 layer on x (texts, tokens, hidden). wqkv and wgu: its joined matrices. With last, a
+    position per text, it returns these tokens alone: (texts, hidden)."""
+    attention, mlp, n = layer.self_attn, layer.mlp, x.shape[1]
+    qkv = F.linear(norm(x, layer.input_layernorm), wqkv).unflatten(2, (-1, SHAPE["hd"]))
+    q, k, v = qkv.transpose(1, 2).split([SHAPE["heads"], SHAPE["kv"], SHAPE["kv"]], 1)
+    q, k = rotate(norm(q, attention.q_norm), n), rotate(norm(k, attention.k_norm), n)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    y = y.transpose(1, 2).flatten(2)
+    if last is not None:
+        rows = torch.arange(len(x))
+        x, y = x[rows, last], y[rows, last]
+    x = x + attention.o_proj(y)
+    gate, up = F.linear(norm(x, layer.post_attention_layernorm), wgu).chunk(2, -1)
+    return x + mlp.down_proj(F.silu(gate) * up)
 
 
 def vectors_of(model, texts):
     """(texts, hidden), not normalized. Texts of similar length are computed together; causal
     attention lets no real token see the padding at the end."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    parts, at = [], 0
+    # Rows of the table are gathered, and matrices joined, once for all texts.
+    used, ids = torch.unique(torch.from_numpy(np.concatenate([texts[i] for i in order])).long(),
+                             return_inverse=True)
+    table, parts, at = model.embed_tokens(used), [], 0
+    ids = ids.split([len(texts[i]) for i in order])
+    wide = []
+    for layer in model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        wide.append((torch.cat([attention.q_proj.weight, attention.k_proj.weight,
+                                attention.v_proj.weight]),
+                     torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])))
     while at < len(order):
-        some = order[at : at + CHUNK]
-        width = len(texts[some[-1]])
-        x = np.zeros((len(some), width), "i8")
-        for r, i in enumerate(some):
-            x[r, : len(texts[i])] = texts[i]
-        last = torch.tensor([len(texts[i]) - 1 for i in some])
-        parts.append(last_rows(model, torch.from_numpy(x), last))
+        some = ids[at : at + CHUNK]
+        x = F.embedding(pad_sequence(some, batch_first=True), table)
+        last = torch.tensor([len(i) - 1 for i in some])
+        for layer, matrices in zip(model.layers, wide):
+            is_last = layer is model.layers[-1]
+            x = layer_forward(x, layer, *matrices, last if is_last else None)
+        parts.append(norm(x, model.norm))
         at += CHUNK
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
@@ -220,7 +281,7 @@ class Dev:
                 if r[0] in ("synopsis", "summary", "translation") and not NAME_LINE.match(r[3])]
         docs = sorted({r[3] for r in rows})
         place = {t: i for i, t in enumerate(docs)}
-        self.docs = ids_of(tokenizer, docs, LONGEST["b"])
+        self.docs = ids_of(tokenizer, docs, LONGEST)
         self.queries = ids_of(tokenizer, [r[2] for r in rows], 80, hf.QUERY)
         self.right = torch.tensor([place[r[3]] for r in rows])
         self.sets = {name: torch.tensor([k for k, r in enumerate(rows)
@@ -230,18 +291,17 @@ class Dev:
                                                  ("translation", "translation", False))}
 
     def top1(self, model, dim):
-        model.eval()
         with torch.inference_mode():
             d = F.normalize(vectors_of(model, self.docs)[:, :dim], dim=1)
             q = F.normalize(vectors_of(model, self.queries)[:, :dim], dim=1)
             hit = ((q @ d.T).argmax(1) == self.right).float()
-        model.train()
         return {name: 100 * hit[rows].mean().item() for name, rows in self.sets.items()}
 
 
 def rate_at(step, steps):
+    """Rises during the warm-up, then falls to 0 after the last step."""
     warm = max(1, int(WARMUP * steps))
-    return RATE * (step / warm if step < warm else (steps - step) / (steps - warm))
+    return RATE * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
 
 def make_optimizer(model):
@@ -249,7 +309,7 @@ def make_optimizer(model):
     others = [p for p in model.parameters() if p is not table]
     return torch.optim.AdamW([{"params": [table], "share": TABLE_RATE},
                               {"params": others, "share": 1}], betas=(0.9, 0.98),
-                             weight_decay=0.01)
+                             weight_decay=0.01, fused=True)
 
 
 def average_gradients(model, processes):
@@ -273,13 +333,13 @@ class Run:
         if self.saved.exists():
             state = torch.load(self.saved)
             if state["settings"] != settings:
-                raise SystemExit(f"train: {self.saved}: of another run; remove it")
+                raise SystemExit(f"train: {self.saved}: of other data or settings; remove it")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             self.step, self.started = state["step"], self.started - state["seconds"]
 
     def drop_later_lines(self):
-        """Of a run that was interrupted after its last checkpoint."""
+        """Lines later than the checkpoint, whose steps are run again."""
         lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
         kept = [line for line in lines if int(line.split("\t")[0]) <= self.step]
         self.log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -311,9 +371,11 @@ def train(rank, work, a):
     tokenizer = load_tokenizer(work)
     data = Data(work, tokenizer, a.seed)
     dev = Dev(work, tokenizer) if rank == 0 else None
-    per_epoch = len(data.a) // PAIRS
+    per_epoch = max(1, len(data.a) // PAIRS)
     steps = a.steps or a.epochs * per_epoch
-    model = new_model(tokenizer, data.axes, a.seed)
+    model = new_model(tokenizer, data, a.seed)
+    for p in model.parameters():  # as rank 0 computed it
+        dist.broadcast(p.data, 0)
     optimizer = make_optimizer(model)
     run = Run(folder, settings(work, a), model, optimizer)
     if rank == 0:
@@ -322,10 +384,11 @@ def train(rank, work, a):
     mean = np.zeros(2)
     for step in range(run.step, steps):
         epoch, at = divmod(step, per_epoch)
-        order = np.random.default_rng([a.seed, epoch]).permutation(len(data.a))
+        if at == 0 or step == run.step:
+            order = np.random.default_rng([a.seed, epoch]).permutation(len(data.a))
         batch = order[at * PAIRS : (at + 1) * PAIRS][rank :: a.processes]
         for group in optimizer.param_groups:
-            group["lr"] = group["share"] * rate_at(step + 1, steps)
+            group["lr"] = group["share"] * rate_at(step, steps)
         distill, contrast = losses(model, data, batch)
         (distill + CONTRAST * contrast).backward()
         average_gradients(model, a.processes)
@@ -343,13 +406,21 @@ def train(rank, work, a):
     if rank == 0:
         for d in DIMS:
             print(f"train: dev, {d} numbers", dev.top1(model, d))
+        check_forward(model, max(data.b, key=len))
         save(model, tokenizer, work / "tokenizer.json", folder / "qemb-demo")
     dist.destroy_process_group()
 
 
+def check_forward(model, ids):
+    """Our forward is that of transformers."""
+    with torch.inference_mode():
+        want = model(input_ids=torch.from_numpy(ids).long()[None]).last_hidden_state[0, -1]
+        if not torch.allclose(vectors_of(model, [ids])[0], want, rtol=1e-3, atol=1e-3):
+            raise SystemExit("train: the forward differs from transformers'")
+
+
 def save(model, tokenizer, tokenizer_json, folder):
-    """A directory as sentence-transformers has it; the weights are saved as FP16."""
-    model.config.architectures = ["Qwen3ForCausalLM"]
+    """Writes a directory as sentence-transformers has it, with FP16 weights."""
     model.half().save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(tokenizer_json.read_bytes())
     hf.save_sentence_transformers(folder, SHAPE["hidden"])
@@ -361,11 +432,13 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("work", type=Path)
     p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--epochs", type=int, default=1)
-    p.add_argument("--steps", type=int, help="instead of --epochs")
-    p.add_argument("--processes", type=int, default=2, help="each takes a core")
+    p.add_argument("--epochs", type=int, default=3, help="passes over the pairs (3)")
+    p.add_argument("--steps", type=int, help="number of steps, instead of --epochs")
+    p.add_argument("--processes", type=int, default=2, help="of one thread each (2)")
     a = p.parse_args()
     make_tokenizer(a.work)
+    # malloc keeps freed memory, which saves page faults.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
     with tempfile.TemporaryDirectory() as folder:
         a.meeting = f"file://{folder}/processes"
         torch.multiprocessing.start_processes(train, (a.work, a), a.processes,
