@@ -1,8 +1,10 @@
-"""What `make install` gives a C or C++ program: qemb.h, libqemb.a, qemb.pc; examples/embed.c."""
+"""What `make install` gives a C or C++ program: qemb.h, libqemb.a, qemb.pc; examples/embed.c;
+examples/embed.py, which needs the program alone."""
 import os
 import re
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,19 @@ def test_example_prints_the_cosines_of_the_programs_vectors(installed, tmp_path,
     want = [f"{sum(a * b for a, b in zip(query, d)):.4f}  {text}"
             for d, text in zip(vectors(text="\n".join(documents) + "\n"), documents)]
     assert out.splitlines() == want
+
+
+def test_python_example_prints_the_same():
+    documents = ["Beijing is a city.", "Größe: 中"]
+    example, env = ROOT / "examples/embed.py", os.environ | {"QEMB": str(ROOT / "qemb")}
+    out = run(sys.executable, example, MODEL, "capital of China", *documents, env=env)
+    (query,) = vectors("--query", text="capital of China\n")
+    want = [f"{sum(a * b for a, b in zip(query, d)):.4f}  {text}"
+            for d, text in zip(vectors(text="\n".join(documents) + "\n"), documents)]
+    assert out.splitlines() == want
+    r = subprocess.run([sys.executable, example, MODEL, "a", "b " * 3000], env=env,
+                       capture_output=True, text=True, check=False)
+    assert r.returncode == 1 and "too_long" in r.stderr
 
 
 def test_example_is_short_and_names_what_is_wrong(installed, tmp_path):
