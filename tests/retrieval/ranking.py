@@ -138,6 +138,11 @@ def judge(rankings, accepted):
     return Judged(np.array(ranks, int), np.array(firsts, int))
 
 
+def join(parts):
+    """Judgements of several sets of queries, as one."""
+    return Judged(*map(np.concatenate, zip(*parts)))
+
+
 def top(ranks, k):
     """The share of queries with an accepted document among the first k."""
     return float(((ranks > 0) & (ranks <= k)).mean())

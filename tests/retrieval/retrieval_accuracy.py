@@ -223,7 +223,9 @@ def cells(row, judged, reference):
 
 
 def tables(rows, corpora, step):
-    """Yields (title, lines of cells) for each set of queries, and for its sample behind it."""
+    """Yields (title, lines of cells) for each set of queries, and for its sample behind it; then
+    for all sets together, and for their samples."""
+    everything = {r.name: [] for r in rows}, {r.name: [] for r in rows}  # whole sets, samples
     for whole in corpora:
         for name in dict.fromkeys(q.set for q in whole.queries):
             for sampled in (False, True):
@@ -235,9 +237,21 @@ def tables(rows, corpora, step):
                 accepted = [corpus.queries[i].accepted for i in mine]
                 judged = [ranking.judge([r.rankings[corpus.name][i] for i in mine], accepted)
                           for r in chosen]
+                for r, j in zip(chosen, judged):
+                    everything[sampled][r.name].append(j)
                 among = f"{len(mine)} queries, {len(corpus.texts)} documents"
-                title = f"{name}: {among}" + (f" (one in {step})" if sampled else "")
-                yield title, [cells(r, j, judged[0]) for r, j in zip(chosen, judged)]
+                yield titled(f"{name}: {among}", sampled and step, chosen, judged)
+    for sampled, sets in enumerate(everything):
+        most = max(map(len, sets.values()))  # f32 has all sets
+        if most > 1:
+            chosen = [r for r in rows if r.sampled == sampled and len(sets[r.name]) == most]
+            judged = [ranking.join(sets[r.name]) for r in chosen]
+            yield titled(f"all: {len(judged[0].ranks)} queries", sampled and step, chosen, judged)
+
+
+def titled(title, step, chosen, judged):
+    return (title + (f" (one in {step})" if step else ""),
+            [cells(r, j, judged[0]) for r, j in zip(chosen, judged)])
 
 
 def show(title, lines, markdown):
