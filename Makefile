@@ -162,7 +162,7 @@ include backends/cuda/cuda.mk
 
 # $(call show,COMMAND): the command, and what it prints
 show = @printf '%s\n' '$$ $(1)'; $(1)
-demo: qemb ## install what is missing, build, and search a list of packages with the small model in examples/
+demo: qemb ## install what is missing, build, and search a list of packages and make a vector with the model in examples/
 	$(call show,./qemb grep -k 1 "play music from the terminal" examples/packages.txt)
 	$(call show,./qemb grep -k 1 "Passwörter verwalten" examples/packages.txt)
 	$(call show,./qemb grep -k 1 "how warm is it outside" examples/packages.txt)

@@ -12,8 +12,8 @@ Two losses, each the mean over the first 32, 64, 128 and 256 numbers of the vect
   contrast      InfoNCE in both directions. The negatives are the batch's other texts, but for
                 those that the teacher finds alike
 
-One thread computes. Its matrix products round their factors to bfloat16 where the CPU multiplies
-these (AVX512_BF16), which halves the time.
+One thread computes. Where the CPU multiplies bfloat16 numbers (AVX512_BF16), factors and results
+of matrix products are rounded to these, which halves the time.
 """
 import argparse
 import ctypes
@@ -77,7 +77,7 @@ def make_tokenizer(work):
 
 def settings(work, a):
     """A checkpoint is continued only if these are equal."""
-    return {"steps": a.steps, "epochs": a.epochs, "shape": SHAPE,
+    return {"steps": a.steps, "epochs": a.epochs, "shape": SHAPE, "bf16": HAS_BF16,
             "constants": [QUERY_SHARE, LONGEST, PAIRS, CONTRAST, TEMPERATURE, MEAN, COMMON, LIKE,
                           RATE, WARMUP, TABLE_RATE]} | {
         name: hashlib.sha256((work / name).read_bytes()).hexdigest()
@@ -203,7 +203,8 @@ def norm(x, module):
 
 
 class Bf16Product(torch.autograd.Function):
-    """x (rows, in) times w (out, in) transposed, with factors in bfloat16 and sums in float."""
+    """x (rows, in) times w (out, in) transposed: (rows, out), float. Factors, results and gradients
+    are rounded to bfloat16."""
 
     @staticmethod
     def forward(ctx, x, w):
@@ -434,8 +435,8 @@ def save(model, tokenizer, tokenizer_json, folder):
 
 
 def keep_freed_memory():
-    """Tells malloc to keep what is freed, which saves page faults. The numbers are glibc's
-    M_MMAP_THRESHOLD and M_TRIM_THRESHOLD."""
+    """Tells glibc's malloc to keep what is freed, which saves page faults: M_MMAP_THRESHOLD (-3)
+    1 GiB, M_TRIM_THRESHOLD (-1) 2 GiB. A malloc that refuses costs time alone."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(-3, 2**30)

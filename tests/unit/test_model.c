@@ -102,8 +102,9 @@ static double allowed(void) {
 }
 
 /* The same for a golden. Rounding 64 numbers to steps of 1/127 of the largest has an error of
- * c / (127 sqrt(12)) times their root mean square, where c is the largest divided by that: 2.5 to 3
- * for random numbers, and up to 7 in those of demo's matrices that began as identities. */
+ * c / (127 sqrt(12)) times their root mean square. c^2, over a matrix, is the mean square of these
+ * largest divided by the mean square of all numbers. c is 2.5 to 3 for random numbers, and at most
+ * 7 in demo's matrices, some of which began as identities. */
 static double allowed_for(const golden *g) {
     const double c = strcmp(g->model, "demo") ? 3 : 7;
     return allowed() * (ops->math == QEMB_MATH_INT8 ? c / 3 : 1);
