@@ -226,8 +226,8 @@ TEMPLATE void attention_softmax(dword_of of, const attention_tile *w, int R, int
             for (int j = round_up(seen, 16); j < end; j += 16) _mm512_storeu_ps(e + j, zero);
         }
         for (int i = rows; i < 16; i++) sum[i] = weighted[i] = top[i] = zero;
-        const __m512 old = _mm512_mul_ps(load_first(w->sum + first, rows), factor);
-        store_first(w->sum + first, _mm512_add_ps(old, sums_of(sum)), rows);
+        const __m512 old = load_first(w->sum + first, rows);
+        store_first(w->sum + first, _mm512_fmadd_ps(old, factor, sums_of(sum)), rows);
         if (of == INT16) {
             float to[16];
             const __m512 share =
