@@ -225,33 +225,35 @@ def cells(row, judged, reference):
 def tables(rows, corpora, step):
     """Yields (title, lines of cells) for each set of queries, and for its sample behind it; then
     for all sets together, and for their samples."""
-    everything = {r.name: [] for r in rows}, {r.name: [] for r in rows}  # whole sets, samples
+    parts = [[] for _ in rows]  # the judgements of a row, set by set
     for whole in corpora:
         for name in dict.fromkeys(q.set for q in whole.queries):
             for sampled in (False, True):
                 corpus = ranking.sample(whole, step)[0] if sampled else whole
                 mine = [i for i, q in enumerate(corpus.queries) if q.set == name]
-                chosen = [r for r in rows if r.sampled == sampled and corpus.name in r.rankings]
+                chosen = [k for k, r in enumerate(rows)
+                          if r.sampled == sampled and corpus.name in r.rankings]
                 if not mine or not chosen:
                     continue
                 accepted = [corpus.queries[i].accepted for i in mine]
-                judged = [ranking.judge([r.rankings[corpus.name][i] for i in mine], accepted)
-                          for r in chosen]
-                for r, j in zip(chosen, judged):
-                    everything[sampled][r.name].append(j)
+                for k in chosen:
+                    found = [rows[k].rankings[corpus.name][i] for i in mine]
+                    parts[k].append(ranking.judge(found, accepted))
                 among = f"{len(mine)} queries, {len(corpus.texts)} documents"
-                yield titled(f"{name}: {among}", sampled and step, chosen, judged)
-    for sampled, sets in enumerate(everything):
-        most = max(map(len, sets.values()))  # f32 has all sets
+                yield titled(f"{name}: {among}", sampled and step,
+                             [(rows[k], parts[k][-1]) for k in chosen])
+    for sampled in (False, True):
+        of_kind = [(r, p) for r, p in zip(rows, parts) if r.sampled == sampled]
+        most = max((len(p) for _, p in of_kind), default=0)  # the first row has all sets
         if most > 1:
-            chosen = [r for r in rows if r.sampled == sampled and len(sets[r.name]) == most]
-            judged = [ranking.join(sets[r.name]) for r in chosen]
-            yield titled(f"all: {len(judged[0].ranks)} queries", sampled and step, chosen, judged)
+            joined = [(r, ranking.join(p)) for r, p in of_kind if len(p) == most]
+            yield titled(f"all: {len(joined[0][1].ranks)} queries", sampled and step, joined)
 
 
-def titled(title, step, chosen, judged):
+def titled(title, step, judged):
+    """judged: rows and their judgements, the reference first. step: of the sample, or False"""
     return (title + (f" (one in {step})" if step else ""),
-            [cells(r, j, judged[0]) for r, j in zip(chosen, judged)])
+            [cells(r, j, judged[0][1]) for r, j in judged])
 
 
 def show(title, lines, markdown):
