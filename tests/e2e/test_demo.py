@@ -29,8 +29,7 @@ def test_readme_shows_what_make_demo_prints():
                        timeout=300)
     assert r.returncode == 0, r.stderr
     printed = r.stdout[r.stdout.index("$ "):]
-    shown = (ROOT / "README.md").read_text(encoding="utf-8").split("```")[1]
-    shown = shown[shown.index(printed.splitlines()[0]):]
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").split("```")[1].lstrip("\n")
     assert NUMBER.sub("x", shown) == NUMBER.sub("x", printed)
     shown, printed = ([float(x) for x in NUMBER.findall(text)] for text in (shown, printed))
     assert len(shown) == 3 + 4
