@@ -66,6 +66,17 @@ int qemb_embed_text(qemb_embedder *e, const char *prompt, const char *text, size
 
 /* ---- the model, as the file describes it ----------------------------------------------------- */
 
+/* What a text's vector is for. A reranker's texts are pairs of a query and a document; the vector
+ * is one number, the logit of "the document answers the query". */
+typedef enum { QEMB_EMBEDDING = 0, QEMB_RERANKER = 1 } qemb_kind;
+/* Which rows, after the final norm, become the vector: the last token's, or the mean of all. */
+typedef enum { QEMB_POOL_LAST = 0, QEMB_POOL_MEAN = 1 } qemb_pooling;
+/* Which tokens of its text a token sees: itself and the earlier ones, or all. */
+typedef enum { QEMB_CAUSAL = 0, QEMB_BIDIRECTIONAL = 1 } qemb_attention;
+typedef enum { QEMB_IDENTITY = 0, QEMB_TANH = 1 } qemb_activation;
+
+#define QEMB_NO_TOKEN (-1)
+
 typedef struct {
     int32_t n_layers;      /* L */
     int32_t hidden;        /* D */
@@ -74,11 +85,26 @@ typedef struct {
     int32_t head_dim;      /* hd, even; H*hd need not equal D */
     int32_t ffn;           /* F */
     int32_t vocab;         /* V, rows of the embedding table */
-    int32_t max_positions; /* longest text, end-of-text included */
-    int32_t eos_id;        /* the token appended to every text; its row is the embedding */
+    int32_t max_positions; /* longest text, with all tokens that are added to it */
+    int32_t eos_id;        /* the token appended to every text, or QEMB_NO_TOKEN */
     float rope_theta;
     float rms_eps;
+    qemb_kind kind;
+    qemb_pooling pooling;
+    qemb_attention attention;
+    int32_t dense_rows; /* rows of the dense layer behind the pooling; 0: there is none */
+    qemb_activation activation; /* of the dense layer */
+    int32_t window; /* tokens that a text may have unless a caller says otherwise; 0: max_positions */
 } qemb_config;
+
+/* The numbers of a vector: those of the dense layer, or D. A reranker has 1, its score's logit. */
+static inline int qemb_dim(const qemb_config *c) {
+    return c->dense_rows ? c->dense_rows : c->hidden;
+}
+/* The tokens that a text may have by default. */
+static inline int qemb_window(const qemb_config *c) {
+    return c->window ? c->window : c->max_positions;
+}
 
 typedef enum { QEMB_U8 = 0, QEMB_U32 = 1, QEMB_F32 = 2, QEMB_F16 = 3, QEMB_I8 = 4 } qemb_dtype;
 
@@ -128,6 +154,9 @@ typedef struct {
     qemb_mat tok_emb;        /* (V, D) */
     qemb_layer *layers;      /* (L) */
     const float *final_norm; /* (D) */
+    /* The dense layer, y = activation(dense x + dense_bias); NULL: none. Always in host memory. */
+    const float *dense;      /* (dense_rows, D) */
+    const float *dense_bias; /* (dense_rows) */
     int mapped; /* all of this lies in a file's map: pages dropped from memory can be read again */
 } qemb_weights;
 
@@ -149,8 +178,11 @@ static inline void qemb_layer_matrices(qemb_layer *w, qemb_mat *m[QEMB_LAYER_MAT
  *   36    u32    0
  *   40    u8[32] SHA-256 of everything from byte 4096 to the end of the file
  *   72    u32[9] n_layers hidden n_heads n_kv_heads head_dim ffn vocab max_positions eos_id
+ *           eos_id 0xffffffff: no token is appended
  *   108   f32[2] rope_theta rms_eps
- *   116   zeros up to 4096
+ *   116   u32[6] kind pooling attention dense_rows activation window: the numbers of qemb.h's
+ *           enums; all 0 in older files
+ *   140   zeros up to 4096
  *   4096  the directory: per section, 96 bytes
  *           0 u8[48] name, padded with zeros   48 u32 dtype   52 u32 bits   56 u64 rows
  *           64 u64 cols   72 u64 offset        80 u64 bytes   88 u64 0
@@ -161,11 +193,13 @@ static inline void qemb_layer_matrices(qemb_layer *w, qemb_mat *m[QEMB_LAYER_MAT
  *   merges         u32 (M, 2)    BPE merge i joins ids [0],[1] into id 256+i
  *   added_tokens   u8  (1, n)    { u32 id, u32 length, bytes, zeros to a multiple of 4 } ...
  *   prompts        u8  (1, n)    { name NUL text NUL } ...
+ *                                a reranker has "prefix", "suffix", "instruct": see lib/text_ids.h
  *   provenance     u8  (1, n)    "key: value" lines, UTF-8
  *   tok_emb        f16 (V, D)
  *   layers.I.attn_norm f32 (1, D), .wqkv f16, .q_norm f32 (1, hd), .k_norm f32 (1, hd), .wo f16,
  *   .mlp_norm f32 (1, D), .wgu f16, .wdown f16           for I = 0 .. L-1
  *   final_norm     f32 (1, D)
+ *   dense          f32 (dense_rows, D), dense_bias f32 (1, dense_rows)    if dense_rows > 0
  * In an INT8 file the four matrices of every layer are i8, in -127 .. 127, and each is followed by
  * a section of its name and ".scale", f32 (rows, cols / 64 rounded up), a scale for each 64 weights
  * of a row: W[r][c] = scale[r][c / 64] * data[r][c].
@@ -248,6 +282,8 @@ typedef struct {
     const int32_t *tokens; /* (T) */
     const int32_t *pos;    /* (T) */
     const int32_t *cu;     /* (B+1) */
+    int bidirectional;     /* 1: a token sees its whole text, and P = 0; 0: itself and what is
+                              before it */
 } qemb_packed_batch;
 
 /* ---- backends -------------------------------------------------------------------------------- */
@@ -363,8 +399,9 @@ struct qemb_ops {
      * then rotated by its position (RoPE on halves); v is not changed */
     void (*qknorm_rope)(qemb_backend *be, qemb_act *qkv, const float *q_norm, const float *k_norm,
                         const qemb_packed_batch *b);
-    /* Causal grouped-query attention with scale 1/sqrt(hd), qkv (T, (H+2K)*hd). last_only = 0:
-     * att (T, H*hd) of every row; 1: att (B, H*hd) of each text's last row. */
+    /* Grouped-query attention with scale 1/sqrt(hd), qkv (T, (H+2K)*hd), causal unless
+     * b->bidirectional. last_only = 0: att (T, H*hd) of every row; 1: att (B, H*hd) of each text's
+     * last row. */
     void (*attention)(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
                       const qemb_packed_batch *b, int last_only);
     /* h (T, F) = silu(gate) * up; gate and up (T, F) are the two halves of x W^T,  x (T, in), W
@@ -374,7 +411,13 @@ struct qemb_ops {
                     const qemb_mat *w, int T);
     /* y (B, D) = rows cu[b+1]-1 of x (T, D) */
     void (*gather_last)(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
-    /* out (B, D), in host memory = rmsnorm of x (B, D) with w (D); x is scratch from here on.
+    /* y (B, D) = mean of rmsnorm(x row) with w (D) over each text's rows, the shared prefix's
+     * included; x (T, D) is scratch from here on. Sums so that a text's bits do not depend on where
+     * its rows lie, nor on how many of them are shared. */
+    void (*gather_mean)(qemb_backend *be, float *y, float *x, const float *w,
+                        const qemb_packed_batch *b);
+    /* out (B, D), in host memory = rmsnorm of x (B, D) with w (D), or x if w is NULL; x is scratch
+     * from here on.
      * Without in_flight, out is written here, else in collect. Returns 1 if the ops have to be
      * called again, from begin on, because the recording failed. Else 0. */
     int (*pool)(qemb_backend *be, float *out, float *x, const float *w, int B);
