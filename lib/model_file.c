@@ -23,15 +23,20 @@ enum {
     ENTRY_BYTES = 96,
     NAME_BYTES = 48,
     ALIGNMENT = 256,
-    N_CONFIG = 9, /* u32 fields of the config */
-    BLOBS = 4,    /* merges, added_tokens, prompts, provenance */
+    CONFIG_AT = 72, /* of the config's u32 fields, */
+    KIND_AT = 116,  /* of those that say what is different from an embedding model, */
+    RESERVED_AT = 140,
+    BLOBS = 4, /* merges, added_tokens, prompts, provenance */
     LAYER_TENSORS = 8,
-    LAYER_SCALES = 4,             /* further sections in a layer of an INT8 file */
+    LAYER_SCALES = 4, /* further sections in a layer of an INT8 file */
+    DENSE_TENSORS = 2,
     FIRST_MATRIX = BLOBS + 1 + 1, /* layers.0.wqkv: its dtype is that of all layer matrices */
     MAX_LAYERS = 1024,
     MAX_PROMPTS = 64,
     CHECKSUM_AT = 24,
 };
+
+#define LENGTH(a) ((int)(sizeof(a) / sizeof *(a)))
 
 static const uint8_t MAGIC[8] = {'q', 'e', 'm', 'b', '\r', '\n', 0x1a, '\n'};
 
@@ -77,28 +82,62 @@ static uint64_t header_checksum(const uint8_t *map, uint32_t n_sections) {
 
 /* ---- the config ------------------------------------------------------------------------------ */
 
-/* Reads and bounds the config. The bounds are far above any model, and low enough that no product
- * of sizes overflows 64 bits. */
-static int read_config(qemb_config *c, const uint8_t *map, const char *path, qemb_err *err) {
-    struct {
-        const char *name;
-        int32_t *value;
-        uint32_t min, max;
-    } fields[N_CONFIG] = {
-        {"n_layers", &c->n_layers, 1, MAX_LAYERS}, {"hidden", &c->hidden, 1, 1 << 16},
-        {"n_heads", &c->n_heads, 1, 1 << 10},      {"n_kv_heads", &c->n_kv_heads, 1, 1 << 10},
-        {"head_dim", &c->head_dim, 2, 1 << 10},    {"ffn", &c->ffn, 1, 1 << 20},
-        {"vocab", &c->vocab, 256, 1 << 24},        {"max_positions", &c->max_positions, 1, 1 << 22},
-        {"eos_id", &c->eos_id, 0, (1 << 24) - 1},
-    };
-    for (int i = 0; i < N_CONFIG; i++) {
-        uint32_t v = get_u32(map + 72 + 4 * i);
+typedef struct {
+    const char *name;
+    int32_t *value;
+    uint32_t min, max;
+} field;
+
+/* Sets the values of n fields from the numbers at p. */
+static int read_fields(const field *fields, int n, const uint8_t *p, const char *path,
+                       qemb_err *err) {
+    for (int i = 0; i < n; i++) {
+        const uint32_t v = get_u32(p + 4 * i);
         if (v < fields[i].min || v > fields[i].max)
             return refuse(path, err,
                           "%s: out of range (got %" PRIu32 ", want %" PRIu32 "..%" PRIu32 ")",
                           fields[i].name, v, fields[i].min, fields[i].max);
         *fields[i].value = (int32_t)v;
     }
+    return 0;
+}
+
+/* Reads the kind of model. What a reranker's score is computed from is fixed. */
+static int read_kind(qemb_config *c, const uint8_t *p, const char *path, qemb_err *err) {
+    int32_t kind, pooling, attention, activation;
+    const field fields[] = {
+        {"kind", &kind, 0, QEMB_RERANKER},
+        {"pooling", &pooling, 0, QEMB_POOL_MEAN},
+        {"attention", &attention, 0, QEMB_BIDIRECTIONAL},
+        {"dense_rows", &c->dense_rows, 0, 1 << 16},
+        {"activation", &activation, 0, QEMB_TANH},
+        {"window", &c->window, 0, (uint32_t)c->max_positions},
+    };
+    if (read_fields(fields, LENGTH(fields), p, path, err)) return -1;
+    c->kind = (qemb_kind)kind, c->pooling = (qemb_pooling)pooling;
+    c->attention = (qemb_attention)attention, c->activation = (qemb_activation)activation;
+    if (c->kind == QEMB_RERANKER &&
+        (c->pooling || c->attention || c->activation || c->dense_rows != 1))
+        return refuse(path, err,
+                      "kind: a reranker of an unknown form (got pooling %d, attention %d, "
+                      "activation %d, dense_rows %d, want 0, 0, 0, 1)",
+                      pooling, attention, activation, c->dense_rows);
+    return 0;
+}
+
+/* Reads and bounds the config. The bounds are far above any model, and low enough that no product
+ * of sizes overflows 64 bits. */
+static int read_config(qemb_config *c, const uint8_t *map, const char *path, qemb_err *err) {
+    const field sizes[] = {
+        {"n_layers", &c->n_layers, 1, MAX_LAYERS}, {"hidden", &c->hidden, 1, 1 << 16},
+        {"n_heads", &c->n_heads, 1, 1 << 10},      {"n_kv_heads", &c->n_kv_heads, 1, 1 << 10},
+        {"head_dim", &c->head_dim, 2, 1 << 10},    {"ffn", &c->ffn, 1, 1 << 20},
+        {"vocab", &c->vocab, 256, 1 << 24},        {"max_positions", &c->max_positions, 1, 1 << 22},
+        {"eos_id", &c->eos_id, 0, UINT32_MAX},
+    };
+    if (read_fields(sizes, LENGTH(sizes), map + CONFIG_AT, path, err) ||
+        read_kind(c, map + KIND_AT, path, err))
+        return -1;
     c->rope_theta = get_f32(map + 108);
     c->rms_eps = get_f32(map + 112);
     if (c->n_heads % c->n_kv_heads)
@@ -106,9 +145,12 @@ static int read_config(qemb_config *c, const uint8_t *map, const char *path, qem
                       "n_heads: not a multiple of n_kv_heads (got %d, want a multiple of %d)",
                       c->n_heads, c->n_kv_heads);
     if (c->head_dim % 2) return refuse(path, err, "head_dim: odd (got %d, want even)", c->head_dim);
-    if (c->eos_id >= c->vocab)
-        return refuse(path, err, "eos_id: outside the vocabulary (got %d, want 0..%d)", c->eos_id,
-                      c->vocab - 1);
+    if (c->eos_id != QEMB_NO_TOKEN && (c->eos_id < 0 || c->eos_id >= c->vocab))
+        return refuse(path, err, "eos_id: outside the vocabulary (got %u, want 0..%d)",
+                      (unsigned)c->eos_id, c->vocab - 1);
+    if (c->kind == QEMB_RERANKER && c->eos_id != QEMB_NO_TOKEN)
+        return refuse(path, err, "eos_id: a reranker's texts end with its suffix (got %d)",
+                      c->eos_id);
     if (!(c->rope_theta >= 1 && c->rope_theta <= 1e12f))
         return refuse(path, err, "rope_theta: out of range (got %g, want 1..1e12)",
                       (double)c->rope_theta);
@@ -187,7 +229,12 @@ static void expected_sections(section *s, const qemb_config *c, qemb_dtype dtype
         s = put_matrix(s, &y->wdown, dtype, D, F, l, "wdown");
     }
     put(s, QEMB_F32, 1, D, "final_norm");
-    s->vector = &w->final_norm;
+    s++->vector = &w->final_norm;
+    if (!c->dense_rows) return;
+    put(s, QEMB_F32, c->dense_rows, D, "dense");
+    s++->vector = &w->dense;
+    put(s, QEMB_F32, 1, c->dense_rows, "dense_bias");
+    s->vector = &w->dense_bias;
 }
 
 /* Sets w->bits from its directory entry e. */
@@ -295,6 +342,10 @@ static int bind_prompts(qemb_file *f, const char *p, size_t n, const char *path,
         q->text = p, p += strlen(p) + 1;
     }
     f->prompts = prompts;
+    static const char *const wanted[] = {"prefix", "suffix", "instruct"};
+    for (int i = 0; f->config.kind == QEMB_RERANKER && i < LENGTH(wanted); i++)
+        if (!qemb_file_prompt(f, wanted[i]))
+            return refuse(path, err, "prompts: a reranker without \"%s\"", wanted[i]);
     return 0;
 }
 
@@ -385,7 +436,8 @@ static int check_header(const qemb_file *f, uint32_t *n_sections, const char *pa
                       ")",
                       f->map_bytes, get_u64(h + 16));
     uint32_t n = *n_sections = get_u32(h + 32);
-    if (n <= FIRST_MATRIX || n > BLOBS + 2 + (LAYER_TENSORS + LAYER_SCALES) * MAX_LAYERS ||
+    if (n <= FIRST_MATRIX ||
+        n > BLOBS + 2 + (LAYER_TENSORS + LAYER_SCALES) * MAX_LAYERS + DENSE_TENSORS ||
         HEADER_BYTES + (uint64_t)n * ENTRY_BYTES > f->map_bytes)
         return refuse(path, err, "directory: does not fit the file (got %" PRIu32 " sections)", n);
     if (get_u64(h + CHECKSUM_AT) != header_checksum(h, n))
@@ -393,7 +445,7 @@ static int check_header(const qemb_file *f, uint32_t *n_sections, const char *pa
                       "header checksum: damaged (got %016" PRIx64 ", want %016" PRIx64 ")",
                       header_checksum(h, n), get_u64(h + CHECKSUM_AT));
     int used = get_u32(h + 36) != 0;
-    for (int i = 116; i < HEADER_BYTES; i++) used |= h[i] != 0;
+    for (int i = RESERVED_AT; i < HEADER_BYTES; i++) used |= h[i] != 0;
     if (used) return refuse(path, err, "header: reserved fields (got a number, want 0)");
     return 0;
 }
@@ -406,7 +458,8 @@ static int prove_and_bind(qemb_file *f, const char *path, qemb_err *err) {
     const uint32_t dtype = get_u32(f->map + HEADER_BYTES + FIRST_MATRIX * ENTRY_BYTES + 48);
     const qemb_dtype matrix = dtype == QEMB_I8 ? QEMB_I8 : QEMB_F16;
     const uint32_t tensors = LAYER_TENSORS + (matrix == QEMB_I8 ? LAYER_SCALES : 0);
-    const uint32_t want_n = BLOBS + 2 + tensors * (uint32_t)f->config.n_layers;
+    const uint32_t want_n = BLOBS + 2 + tensors * (uint32_t)f->config.n_layers +
+                            (f->config.dense_rows ? DENSE_TENSORS : 0);
     if (n != want_n)
         return refuse(path, err, "directory: sections (got %" PRIu32 ", want %" PRIu32 ")", n,
                       want_n);
