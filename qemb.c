@@ -439,8 +439,11 @@ struct qemb_model {
     struct { /* batches that are submitted and not collected, oldest first */
         const qemb_batch *b;
         float *out;
+        float *rows; /* (B, D) what the dense layer reads, one of `pooled`; or out */
     } running[MAX_IN_FLIGHT];
     int n_running;
+    float *pooled; /* (qemb_in_flight, batch_tokens, D), NULL without a dense layer */
+    int next_pooled;
 };
 
 static int padded_rows(const qemb_ops *ops, int T) { return ops->pad_rows ? ops->pad_rows(T) : T; }
@@ -536,12 +539,13 @@ static int fits(const qemb_file *f, const qemb_ops *ops, const qemb_options *o) 
 /* On a GPU with memory for it, the defaults of batch_tokens and mlp_rows are doubled. */
 static qemb_options fill_options(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt) {
     qemb_options o = opt ? *opt : (qemb_options){0}, large;
-    const int max_positions = f->config.max_positions;
+    const int window = qemb_window(&f->config), max_positions = f->config.max_positions;
     const int any_batch = o.batch_tokens <= 0, any_mlp = o.mlp_rows <= 0;
     if (any_batch) o.batch_tokens = qemb_batch_tokens(ops);
     if (any_mlp) o.mlp_rows = ops->mlp_rows ? ops->mlp_rows : QEMB_MLP_ROWS;
     o.mlp_rows = padded_rows(ops, o.mlp_rows); /* a product may write as many */
-    if (o.max_tokens <= 0 || o.max_tokens > max_positions) o.max_tokens = max_positions;
+    if (o.max_tokens <= 0) o.max_tokens = window;
+    o.max_tokens = min_int(o.max_tokens, max_positions);
     if (o.threads <= 0) o.threads = omp_get_num_procs();
     large = o;
     if (any_batch) large.batch_tokens *= 2;
@@ -580,6 +584,11 @@ static int open_fallback(qemb_model *m, qemb_err *err) {
     return qemb_open(&m->fallback, m->file, m->ops->fallback(), &o, err);
 }
 
+/* What comes from the pooling before the dense layer, of all batches in flight. */
+static size_t pooled_floats(const qemb_model *m) {
+    return (size_t)qemb_in_flight(m) * (size_t)m->opt.batch_tokens * (size_t)m->file->config.hidden;
+}
+
 int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
               qemb_err *err) {
     const qemb_config *c = &f->config;
@@ -592,7 +601,8 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
     m->tokens = malloc(rows * sizeof *m->tokens);
     m->pos = malloc(rows * sizeof *m->pos);
     m->cu = malloc((rows + 1) * sizeof *m->cu); /* a text has at least one row */
-    int bad = !m->w.layers || !m->tokens || !m->pos || !m->cu;
+    if (c->dense_rows) m->pooled = malloc(pooled_floats(m) * sizeof *m->pooled);
+    int bad = !m->w.layers || !m->tokens || !m->pos || !m->cu || (c->dense_rows && !m->pooled);
     if (bad)
         qemb_fail(err, "out_of_memory", "model: out of memory");
     else
@@ -622,6 +632,7 @@ void qemb_close(qemb_model *m) {
     free(m->tokens);
     free(m->pos);
     free(m->cu);
+    free(m->pooled);
     free(m);
 }
 
@@ -644,6 +655,8 @@ typedef struct {
 struct qemb_batch {
     int max_texts, max_rows; /* of a bulk batch; max_texts = max_rows */
     int vocab, longest;      /* what may be added: ids below vocab, texts of up to longest ids */
+    int shares;              /* texts may share a prefix */
+    int enough;              /* rows from which a further batch costs no speed */
     int B;                   /* distinct texts */
     int prefix;              /* ids of their longest common prefix, fewer than any of them has */
     size_t sum;              /* ids of all texts */
@@ -657,6 +670,8 @@ qemb_batch *qemb_batch_new(const qemb_model *m) {
     if (!b) return NULL;
     b->max_texts = b->max_rows = m->opt.batch_tokens;
     b->vocab = m->file->config.vocab, b->longest = m->opt.max_tokens;
+    b->shares = m->file->config.attention == QEMB_CAUSAL;
+    b->enough = min_int(qemb_batch_tokens(m->ops), b->max_rows) / 4;
     for (b->n_slots = 16; b->n_slots < 2 * (uint32_t)b->max_texts; b->n_slots *= 2) {}
     b->texts = malloc((size_t)b->max_texts * sizeof *b->texts);
     b->slots = malloc(b->n_slots * sizeof *b->slots);
@@ -703,12 +718,17 @@ int qemb_pack_add(qemb_batch *b, const int32_t *ids, int n) {
     }
 
     /* The last token stays the text's own, since its row is pooled. */
-    int prefix = n - 1;
+    int prefix = b->shares ? n - 1 : 0;
     if (b->B) {
         const int limit = min_int(prefix, b->B == 1 ? b->texts[0].n - 1 : b->prefix);
         for (prefix = 0; prefix < limit && ids[prefix] == b->texts[0].ids[prefix];) prefix++;
         const size_t rows = b->sum + (size_t)n - (size_t)b->B * (size_t)prefix;
         if (rows > (size_t)b->max_rows) return -1; /* each text has a row: B < max_texts */
+        /* A text that shortens the prefix can add more rows than it has. If the batch is large
+         * enough, the text then begins the next one, with the texts that follow it: a reranker's
+         * documents share their query. */
+        const size_t before = qemb_batch_tokens_computed(b);
+        if (before >= (size_t)b->enough && rows > before + (size_t)n) return -1;
     }
     b->texts[b->B] = (packed_text){ids, n, hash};
     b->slots[slot] = b->B;
@@ -723,8 +743,11 @@ size_t qemb_batch_tokens_saved(const qemb_batch *b) {
     return b->B > 1 ? (size_t)b->prefix * (size_t)(b->B - 1) : 0;
 }
 
-/* Packs b into m's arrays and pads it with a text of end-of-text tokens to the rows that the table
- * wants. */
+size_t qemb_batch_tokens_computed(const qemb_batch *b) {
+    return b->sum - qemb_batch_tokens_saved(b);
+}
+
+/* Packs b into m's arrays and pads it to the rows that the table wants, with a text of tokens 0. */
 static qemb_packed_batch pack(qemb_model *m, const qemb_batch *b) {
     const int P = b->B > 1 ? b->prefix : 0; /* one text has nothing to share */
     int t = 0, B = b->B;
@@ -737,8 +760,9 @@ static qemb_packed_batch pack(qemb_model *m, const qemb_batch *b) {
     m->cu[B] = t;
     const int T = padded_rows(m->ops, t);
     if (T > t) m->cu[++B] = T;
-    for (; t < T; t++) m->tokens[t] = m->file->config.eos_id, m->pos[t] = 0;
-    return (qemb_packed_batch){B, T, P, m->tokens, m->pos, m->cu};
+    for (; t < T; t++) m->tokens[t] = 0, m->pos[t] = 0;
+    return (qemb_packed_batch){
+        B, T, P, m->tokens, m->pos, m->cu, m->file->config.attention == QEMB_BIDIRECTIONAL};
 }
 
 static int all_finite(const float *x, size_t n) {
@@ -747,11 +771,12 @@ static int all_finite(const float *x, size_t n) {
     return 1;
 }
 
-/* out (D) = the vector of one text, computed by the fallback */
+/* out (D) = the pooled row of one text, computed by the fallback */
 static void compute_again(qemb_model *m, const packed_text *text, float *out) {
     packed_text texts[1] = {*text};
     const qemb_batch alone = {.B = 1, .texts = texts};
-    qemb_embed(m->fallback, &alone, out);
+    const qemb_packed_batch packed = pack(m->fallback, &alone);
+    run_batch(m->fallback, &packed, out, 1); /* a table for CPUs: out is written */
     m->recomputed++;
 }
 
@@ -759,25 +784,59 @@ int qemb_in_flight(const qemb_model *m) { return max_int(m->ops->in_flight, 1); 
 
 void qemb_submit(qemb_model *m, const qemb_batch *b, float *out) {
     assert(m->n_running < qemb_in_flight(m));
+    float *rows = out;
+    if (m->pooled) {
+        rows = m->pooled + (size_t)m->next_pooled * b->max_texts * m->file->config.hidden;
+        m->next_pooled = (m->next_pooled + 1) % qemb_in_flight(m);
+    }
     m->running[m->n_running].b = b;
-    m->running[m->n_running++].out = out;
+    m->running[m->n_running].out = out;
+    m->running[m->n_running++].rows = rows;
     if (!b->B) return;
     const qemb_packed_batch packed = pack(m, b);
-    run_batch(m, &packed, out, b->B);
+    run_batch(m, &packed, rows, b->B);
+}
+
+/* The double sum of a and b (n), in eight interleaved parts, in this order on every machine. */
+static double dot(const float *a, const float *b, int n) {
+    double part[8] = {0}, sum = 0;
+    int i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int k = 0; k < 8; k++) part[k] += (double)a[i + k] * b[i + k];
+    for (; i < n; i++) part[i % 8] += (double)a[i] * b[i];
+    for (int k = 0; k < 8; k++) sum += part[k];
+    return sum;
+}
+
+/* out (B, dense_rows) = activation(rows dense^T + dense_bias),  rows (B, D). On the host and in
+ * double, so that every table gives the same bits. It is a small part of a CPU's work, which the
+ * compute thread does alone; beside a GPU the host's other cores are free. */
+static void dense_layer(const qemb_model *m, float *out, const float *rows, int B) {
+    const qemb_config *c = &m->file->config;
+    const qemb_weights *w = &m->file->weights;
+    const int N = c->dense_rows, D = c->hidden;
+#pragma omp parallel for num_threads(m->opt.threads) if (m->ops->in_flight)
+    for (int i = 0; i < B * N; i++) {
+        const int row = i / N, r = i % N;
+        const double y =
+            dot(rows + (size_t)row * D, w->dense + (size_t)r * D, D) + w->dense_bias[r];
+        out[i] = (float)(c->activation == QEMB_TANH ? tanh(y) : y);
+    }
 }
 
 void qemb_collect(qemb_model *m) {
     assert(m->n_running);
     const size_t D = (size_t)m->file->config.hidden;
     const qemb_batch *b = m->running[0].b;
-    float *out = m->running[0].out;
+    float *out = m->running[0].out, *rows = m->running[0].rows;
     memmove(m->running, m->running + 1, (size_t)--m->n_running * sizeof *m->running);
     if (!b->B) return;
     if (m->ops->in_flight) m->ops->collect(m->be);
-    if (!m->fallback || qemb_health_of(m).failure) return; /* a failed device ends the run */
-    for (int i = 0; i < b->B; i++)
-        if (!all_finite(out + (size_t)i * D, D))
-            compute_again(m, &b->texts[i], out + (size_t)i * D);
+    const int failed = qemb_health_of(m).failure != NULL; /* a failed device ends the run */
+    for (int i = 0; m->fallback && !failed && i < b->B; i++)
+        if (!all_finite(rows + (size_t)i * D, D))
+            compute_again(m, &b->texts[i], rows + (size_t)i * D);
+    if (m->pooled) dense_layer(m, out, rows, b->B);
 }
 
 void qemb_embed(qemb_model *m, const qemb_batch *b, float *out) {

@@ -48,19 +48,21 @@ typedef struct qemb_options qemb_options;
 /* A model file with its tokenizer and a model over one table of ops. One thread at a time. */
 typedef struct qemb_embedder qemb_embedder;
 
-/* Opens the .qemb file path. ops: the table that computes, NULL for the fastest in float that this
- * CPU has. opt: NULL for the defaults. Codes: "model_file", "device", "out_of_memory". */
+/* Opens the .qemb file path, of an embedding model. ops: the table that computes, NULL for the
+ * fastest in float that this CPU has. opt: NULL for the defaults. Codes: "model_file", "device",
+ * "out_of_memory". */
 int qemb_embedder_open(qemb_embedder **e, const char *path, const qemb_ops *ops,
                        const qemb_options *opt, qemb_err *err);
 void qemb_embedder_close(qemb_embedder *e); /* NULL may be closed */
-/* D: the numbers of a whole vector. */
+/* The numbers of a whole vector. */
 int qemb_embedder_dim(const qemb_embedder *e);
 /* The model's prompt of that name ("query", "document"), or NULL. It lives as long as e. */
 const char *qemb_embedder_prompt(const qemb_embedder *e, const char *name);
 /* out (dim) = the vector of text, len bytes of UTF-8, cut to dim numbers and scaled to length 1,
- * 1 <= dim <= D. prompt is put before the text; NULL for none, which is right for documents. The
- * end-of-text token is appended here. Codes: "invalid_utf8", "too_long" (more tokens than the model
- * takes), "bad_dim", "non_finite" (no length to scale to 1), "out_of_memory", "device". */
+ * 1 <= dim <= qemb_embedder_dim. prompt is put before the text; NULL for none, which is right for
+ * documents of most models. The end-of-text token is appended here. Codes: "invalid_utf8",
+ * "too_long" (more tokens than the model takes), "empty_text" (no token at all), "bad_dim",
+ * "non_finite" (no length to scale to 1), "out_of_memory", "device". */
 int qemb_embed_text(qemb_embedder *e, const char *prompt, const char *text, size_t len, float *out,
                     int dim, qemb_err *err);
 
@@ -92,9 +94,9 @@ typedef struct {
     qemb_kind kind;
     qemb_pooling pooling;
     qemb_attention attention;
-    int32_t dense_rows; /* rows of the dense layer behind the pooling; 0: there is none */
+    int32_t dense_rows;         /* rows of the dense layer behind the pooling; 0: there is none */
     qemb_activation activation; /* of the dense layer */
-    int32_t window; /* tokens that a text may have unless a caller says otherwise; 0: max_positions */
+    int32_t window;             /* longest text unless a caller says otherwise; 0: max_positions */
 } qemb_config;
 
 /* The numbers of a vector: those of the dense layer, or D. A reranker has 1, its score's logit. */
@@ -223,7 +225,7 @@ typedef struct {
     size_t provenance_bytes;
     uint8_t sha256[32];  /* as recorded, not verified */
     uint8_t checksum[8]; /* of header and directory, as recorded */
-    const uint8_t *map; /* the whole file, read-only */
+    const uint8_t *map;  /* the whole file, read-only */
     size_t map_bytes;
 } qemb_file;
 
@@ -290,7 +292,7 @@ typedef struct {
 
 struct qemb_options {
     int batch_tokens; /* rows of a bulk batch; 0: the table's default */
-    int max_tokens;   /* longest text, end-of-text included; 0: the model's max_positions */
+    int max_tokens;   /* longest text with the added tokens; 0: the model's window */
     int mlp_rows;     /* rows that the MLP computes at a time; 0: the table's default */
     int threads;      /* CPU threads; 0: as many as this process may use */
     /* For the CUDA backend; the CPU's tables ignore them. */
@@ -473,15 +475,18 @@ void qemb_batch_free(qemb_batch *b);
 void qemb_batch_clear(qemb_batch *b);
 /* Adds a text: ids (n), end-of-text included, 1 <= n <= max_tokens, every id in 0..V-1. The caller
  * owns ids and keeps them until qemb_embed returns. Returns the row of out for the text's vector,
- * the same row for equal texts, or -1 if the batch has no room for it. An empty batch has room for
- * every text. */
+ * the same row for equal texts, or -1 if it belongs into the next batch: this one has no room, or
+ * it has a quarter of its rows and the text would undo more of its sharing than it has tokens. An
+ * empty batch takes every text. */
 int qemb_pack_add(qemb_batch *b, const int32_t *ids, int n);
 int qemb_batch_rows(const qemb_batch *b); /* rows of out: distinct texts */
 /* Tokens that need not be computed because the texts share a prefix. */
 size_t qemb_batch_tokens_saved(const qemb_batch *b);
+/* Tokens that the forward computes: those of the distinct texts, a shared prefix once. */
+size_t qemb_batch_tokens_computed(const qemb_batch *b);
 
-/* out (qemb_batch_rows, D) = the texts' last rows after the final norm, neither cut nor scaled. If
- * the device fails, out holds NaN and qemb_health_of says why. */
+/* out (qemb_batch_rows, qemb_dim) = the texts' rows after pooling, final norm and dense layer,
+ * neither cut nor scaled. If the device fails, out holds NaN and qemb_health_of says why. */
 void qemb_embed(qemb_model *m, const qemb_batch *b, float *out);
 /* The same in two steps, so that a GPU has its next batch before the host has looked at the last
  * one: submit starts a batch, collect waits for the oldest one and writes its out. Up to
