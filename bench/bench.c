@@ -524,10 +524,8 @@ static int read_texts(texts *t, FILE *in) {
     qemb_tokenizer *tokenizer;
     qemb_err err;
     if (qemb_file_tokenizer(&tokenizer, file, &err)) die(err.msg);
-    text_ids ids = {.state = qemb_tokenizer_state_new(tokenizer),
-                    .max_tokens = qemb_options_of(t->m)->max_tokens,
-                    .eos = file->config.eos_id};
-    if (!ids.state) die("out of memory");
+    text_ids ids;
+    if (text_ids_open(&ids, file, tokenizer, qemb_options_of(t->m)->max_tokens, &err)) die(err.msg);
     for (ssize_t bytes; (bytes = getline(&line, &room, in)) > 0;) {
         const char *part[] = {line};
         const size_t len[] = {(size_t)bytes - (line[bytes - 1] == '\n')};

@@ -19,16 +19,15 @@ static int open_parts(qemb_embedder *e, const char *path, const qemb_ops *ops, q
     if (!opt.batch_tokens) opt.batch_tokens = 1; /* one text at a time, however long */
     if (qemb_file_open(&e->file, path, err)) return -1;
     const qemb_config *c = &e->file->config;
+    if (c->kind == QEMB_RERANKER)
+        return qemb_fail(err, "model_file", "%.128s: a reranker, which has no vectors", path);
     if (qemb_file_tokenizer(&e->tokenizer, e->file, err) ||
-        qemb_open(&e->model, e->file, ops, &opt, err))
+        qemb_open(&e->model, e->file, ops, &opt, err) ||
+        text_ids_open(&e->text, e->file, e->tokenizer, qemb_options_of(e->model)->max_tokens, err))
         return -1;
-    e->text = (text_ids){.state = qemb_tokenizer_state_new(e->tokenizer),
-                         .max_tokens = qemb_options_of(e->model)->max_tokens,
-                         .eos = c->eos_id};
     e->batch = qemb_batch_new(e->model);
-    e->vector = malloc((size_t)c->hidden * sizeof *e->vector);
-    if (!e->text.state || !e->batch || !e->vector)
-        return qemb_fail(err, "out_of_memory", "embedder: out of memory");
+    e->vector = malloc((size_t)qemb_dim(c) * sizeof *e->vector);
+    if (!e->batch || !e->vector) return qemb_fail(err, "out_of_memory", "embedder: out of memory");
     return 0;
 }
 
@@ -55,7 +54,7 @@ void qemb_embedder_close(qemb_embedder *e) {
     free(e);
 }
 
-int qemb_embedder_dim(const qemb_embedder *e) { return e->file->config.hidden; }
+int qemb_embedder_dim(const qemb_embedder *e) { return qemb_dim(&e->file->config); }
 
 const char *qemb_embedder_prompt(const qemb_embedder *e, const char *name) {
     return qemb_file_prompt(e->file, name);
@@ -63,9 +62,9 @@ const char *qemb_embedder_prompt(const qemb_embedder *e, const char *name) {
 
 int qemb_embed_text(qemb_embedder *e, const char *prompt, const char *text, size_t len, float *out,
                     int dim, qemb_err *err) {
-    const int hidden = e->file->config.hidden;
-    if (dim < 1 || dim > hidden)
-        return qemb_fail(err, "bad_dim", "dim: out of range (got %d, want 1..%d)", dim, hidden);
+    const int most = qemb_embedder_dim(e);
+    if (dim < 1 || dim > most)
+        return qemb_fail(err, "bad_dim", "dim: out of range (got %d, want 1..%d)", dim, most);
     const char *const part[] = {prompt, text};
     const size_t part_len[] = {prompt ? strlen(prompt) : 0, len};
     const int n = text_ids_encode(&e->text, part, part_len, 2, NULL, err);

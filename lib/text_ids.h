@@ -1,31 +1,49 @@
-/* text_ids.h - the token ids that the model computes: of a text behind a prompt, or given ids, with
- * the end-of-text token. */
+/* text_ids.h - the token ids that the model computes: of a text behind a prompt, of a pair of query
+ * and document, or given ids, with the tokens that the model's file adds to every text.
+ *
+ * An embedding model adds its end-of-text token, if it has one. A reranker adds the tokens of its
+ * prompts "prefix" and "suffix", each tokenized by itself. */
 #ifndef QEMB_TEXT_IDS_H
 #define QEMB_TEXT_IDS_H
 
 #include "qemb.h"
 
-/* For one thread. The opener sets the first three members; text_ids_close frees state too. */
+/* For one thread. */
 typedef struct {
     qemb_tokenizer_state *state;
-    int max_tokens; /* with end-of-text */
-    int32_t eos;
+    int max_tokens; /* with the added ones */
+    int32_t *added; /* (n_head + n_tail) the tokens before and behind a text */
+    int n_head, n_tail;
     int32_t *ids; /* (ids_cap) of the last text */
     size_t ids_cap;
     char *joined; /* (joined_cap) prompt and text as one string */
     size_t joined_cap;
 } text_ids;
 
+/* Opens t for the model of f; tokenizer: its own. max_tokens: the longest text, 0 for the model's
+ * window. Codes: "out_of_memory", "usage" (no room for a text beside the added tokens). */
+int text_ids_open(text_ids *t, const qemb_file *f, const qemb_tokenizer *tokenizer, int max_tokens,
+                  qemb_err *err);
 void text_ids_close(text_ids *t);
+
+/* UTF-8 with lengths in bytes. */
+typedef struct {
+    const char *task, *query, *document;
+    size_t task_len, query_len, document_len;
+} text_pair;
 
 /* t->ids = the ids of the n parts as one string; the last part is the text, those before it are the
  * prompt. cut gets the bytes of the text beyond max_tokens; NULL: a longer text is an error.
  * Returns the number of ids, or -1. Codes: "invalid_utf8" (the offset counts from the text),
- * "too_long", "out_of_memory". */
+ * "too_long", "empty_text" (no tokens, and the model adds none), "out_of_memory". */
 int text_ids_encode(text_ids *t, const char *const part[], const size_t len[], int n, size_t *cut,
                     qemb_err *err);
-/* t->ids = ids (n), which may end in end-of-text. cut gets the number of ids beyond max_tokens.
- * Returns and fails as above. */
+/* The same for a reranker: the parts are "<Instruct>: ", task, "\n<Query>: ", query,
+ * "\n<Document>: ", document. At most max_document tokens of the document are used, however many
+ * max_tokens leaves; 0: no such limit. Cutting it there is no error. */
+int text_ids_pair(text_ids *t, const text_pair *p, int max_document, size_t *cut, qemb_err *err);
+/* t->ids = ids (n) of an embedding model, which may end in end-of-text. cut gets the number of ids
+ * beyond max_tokens. Returns and fails as above. */
 int text_ids_take(text_ids *t, const int32_t *ids, size_t n, size_t *cut, qemb_err *err);
 
 #endif
