@@ -137,16 +137,16 @@ input_status input_next(input *in, int wait, input_record *r) {
 /* ---- the object in a JSON line --------------------------------------------------------------- */
 
 struct input_parser {
-    int vocab, hidden;
+    int vocab, dim;
     json_t *root;
     char *id; /* "id", from json_dumps */
     int32_t *ids;
     size_t ids_cap;
 };
 
-input_parser *input_parser_new(int vocab, int hidden) {
+input_parser *input_parser_new(int vocab, int dim) {
     input_parser *p = calloc(1, sizeof *p);
-    if (p) p->vocab = vocab, p->hidden = hidden;
+    if (p) p->vocab = vocab, p->dim = dim;
     return p;
 }
 
@@ -226,9 +226,9 @@ static int want_dim(const input_parser *p, const json_t *v, input_object *o, qem
         return qemb_fail(err, "bad_dim", "\"dim\": wrong type (got %s, want an integer)",
                          type_name(v));
     const json_int_t x = json_integer_value(v);
-    if (x < 1 || x > p->hidden)
+    if (x < 1 || x > p->dim)
         return qemb_fail(err, "bad_dim", "\"dim\": out of range (got %lld, want 1..%d)",
-                         (long long)x, p->hidden);
+                         (long long)x, p->dim);
     o->dim = (int)x;
     return 0;
 }
@@ -262,21 +262,88 @@ static int fields(input_parser *p, input_object *o, qemb_err *err) {
     return 0;
 }
 
-int input_parse(input_parser *p, const char *line, size_t len, input_object *o, qemb_err *err) {
+/* p->root = the object in line (len). *id (id_len) is set as input_object says. */
+static int parse_object(input_parser *p, const char *line, size_t len, const char **id,
+                        size_t *id_len, qemb_err *err) {
     forget(p);
-    *o = (input_object){.id = "null", .id_len = 4};
+    *id = "null", *id_len = 4;
     json_error_t e;
     p->root = json_loadb(line, len, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY | JSON_ALLOW_NUL, &e);
     if (!p->root) return syntax_error(&e, len, err);
     if (!json_is_object(p->root))
         return qemb_fail(err, "bad_record", "record: wrong type (got %s, want an object)",
                          type_name(p->root));
-    const json_t *id = json_object_get(p->root, "id");
+    const json_t *value = json_object_get(p->root, "id");
+    *id = NULL, *id_len = 0;
+    if (!value) return 0;
+    p->id = json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT);
+    if (!p->id) return qemb_fail(err, "out_of_memory", "\"id\": out of memory");
+    *id = p->id, *id_len = strlen(p->id);
+    return 0;
+}
+
+int input_parse(input_parser *p, const char *line, size_t len, input_object *o, qemb_err *err) {
     *o = (input_object){0};
-    if (id) {
-        p->id = json_dumps(id, JSON_ENCODE_ANY | JSON_COMPACT);
-        if (!p->id) return qemb_fail(err, "out_of_memory", "\"id\": out of memory");
-        o->id = p->id, o->id_len = strlen(p->id);
-    }
-    return fields(p, o, err);
+    return parse_object(p, line, len, &o->id, &o->id_len, err) ? -1 : fields(p, o, err);
+}
+
+/* ---- the object in a JSON line for a reranker ------------------------------------------------ */
+
+/* The text of a document, a string or {"text": string}; NULL if it is neither. */
+static const json_t *document_text(const json_t *v) {
+    if (json_is_object(v) && json_object_size(v) == 1) v = json_object_get(v, "text");
+    return json_is_string(v) ? v : NULL;
+}
+
+static int want_documents(const json_t *v, input_ranking *o, qemb_err *err) {
+    if (!json_is_array(v))
+        return qemb_fail(err, "bad_record", "\"documents\": wrong type (got %s, want a list)",
+                         type_name(v));
+    o->n_documents = json_array_size(v);
+    for (size_t i = 0; i < o->n_documents; i++)
+        if (!document_text(json_array_get(v, i)))
+            return qemb_fail(err, "bad_record",
+                             "\"documents\"[%zu]: wrong type (got %s, want a string or "
+                             "{\"text\": a string})",
+                             i, type_name(json_array_get(v, i)));
+    return 0;
+}
+
+static int want_top(const json_t *v, input_ranking *o, qemb_err *err) {
+    if (!json_is_integer(v) || json_integer_value(v) < 1)
+        return qemb_fail(err, "bad_record", "\"top_n\": not a number from 1 on (got %s)",
+                         json_is_integer(v) ? "a smaller one" : type_name(v));
+    o->top_n = (size_t)json_integer_value(v);
+    return 0;
+}
+
+static int ranking_field(const char *key, const json_t *v, input_ranking *o, qemb_err *err) {
+    if (!strcmp(key, "id")) return 0; /* already read */
+    if (!strcmp(key, "query")) return want_string(key, v, &o->query, &o->query_len, err);
+    if (!strcmp(key, "documents")) return want_documents(v, o, err);
+    const int is_null = json_is_null(v);
+    if (!strcmp(key, "instruct"))
+        return is_null ? 0 : want_string(key, v, &o->instruct, &o->instruct_len, err);
+    if (!strcmp(key, "top_n")) return is_null ? 0 : want_top(v, o, err);
+    return qemb_fail(err, "bad_record",
+                     "\"%.64s\": unknown key (want id, query, documents, instruct, top_n)", key);
+}
+
+int input_parse_ranking(input_parser *p, const char *line, size_t len, input_ranking *o,
+                        qemb_err *err) {
+    const char *key;
+    json_t *v;
+    *o = (input_ranking){0};
+    if (parse_object(p, line, len, &o->id, &o->id_len, err)) return -1;
+    json_object_foreach(p->root, key, v) if (ranking_field(key, v, o, err)) return -1;
+    if (!o->query) return qemb_fail(err, "bad_record", "record: no \"query\"");
+    if (!json_object_get(p->root, "documents"))
+        return qemb_fail(err, "bad_record", "record: no \"documents\"");
+    return 0;
+}
+
+const char *input_document(const input_parser *p, size_t i, size_t *len) {
+    const json_t *text = document_text(json_array_get(json_object_get(p->root, "documents"), i));
+    *len = json_string_length(text);
+    return json_string_value(text);
 }

@@ -49,12 +49,13 @@ typedef struct {
     size_t n_ids;
     const char *instruct; /* (instruct_len), "" to embed as a document; NULL: not given */
     size_t instruct_len;
-    int dim; /* 1..hidden, or 0: not given */
+    int dim; /* 1..the parser's dim, or 0: not given */
 } input_object;
 
 typedef struct input_parser input_parser; /* owns what input_object points to */
 
-input_parser *input_parser_new(int vocab, int hidden); /* NULL: out of memory */
+/* dim: numbers of a whole vector. NULL: out of memory. */
+input_parser *input_parser_new(int vocab, int dim);
 void input_parser_free(input_parser *p);
 /* Parses the JSON object in line (len). It has exactly one of "text" and "ids"; "id", "instruct"
  * and "dim" are optional; other keys and repeated keys are errors. null counts as not given, except
@@ -62,6 +63,26 @@ void input_parser_free(input_parser *p);
  * still sets o->id, to "null" if line is no JSON object; err->code is "invalid_json",
  * "invalid_utf8", "bad_record", "bad_ids", "bad_dim" or "out_of_memory". */
 int input_parse(input_parser *p, const char *line, size_t len, input_object *o, qemb_err *err);
+
+/* A query and documents, for a reranker. */
+typedef struct {
+    const char *id; /* (id_len) as in input_object */
+    size_t id_len;
+    const char *query; /* (query_len), UTF-8 */
+    size_t query_len;
+    const char *instruct; /* (instruct_len), NULL: not given */
+    size_t instruct_len;
+    size_t n_documents;
+    size_t top_n; /* results wanted, 0: all */
+} input_ranking;
+
+/* Parses the JSON object in line (len). It has "query" and "documents", a list of strings or of
+ * {"text": string}; "id", "instruct" and "top_n" are optional; other keys and repeated keys are
+ * errors. Valid and failing as input_parse. */
+int input_parse_ranking(input_parser *p, const char *line, size_t len, input_ranking *o,
+                        qemb_err *err);
+/* Document i (len) of what was parsed last. */
+const char *input_document(const input_parser *p, size_t i, size_t *len);
 
 #ifdef __cplusplus
 }

@@ -8,7 +8,7 @@
 #include <string.h>
 
 #define TEXTS   (FOR_EMBED | FOR_TOKENIZE)
-#define COMPUTE (FOR_EMBED | FOR_PLAN | FOR_CHECK | FOR_GREP)
+#define COMPUTE (FOR_EMBED | FOR_PLAN | FOR_CHECK | FOR_GREP | FOR_RERANK)
 #define TABLE   (COMPUTE | FOR_INFO)
 #define AT(m)   .at = offsetof(model_options, m)
 
@@ -18,16 +18,20 @@ const option_row model_option_rows[] = {
      OPTION_STRING, AT(model), .letter = 'm'},
     {"query", NULL, "the texts are queries: the model's own prompt", NULL,
      OPTION_FLAG, AT(query), .value = 1, .commands = TEXTS},
+    {"document", NULL, "the texts are documents: the model's prompt, if any", NULL,
+     OPTION_FLAG, AT(document), .value = 1, .commands = TEXTS},
+    {"prompt", "NAME", "the model's prompt NAME (qemb info lists them)", NULL,
+     OPTION_STRING, AT(prompt), .commands = TEXTS | FOR_GREP},
     {"instruct", "TASK", "the texts are queries for TASK", NULL,
-     OPTION_STRING, AT(instruct), .commands = TEXTS | FOR_GREP},
+     OPTION_STRING, AT(instruct), .commands = TEXTS | FOR_GREP | FOR_RERANK},
     {"truncate", NULL, "cut longer texts; else they are errors", NULL,
-     OPTION_FLAG, AT(truncate), .value = 1, .commands = TEXTS | FOR_GREP},
+     OPTION_FLAG, AT(truncate), .value = 1, .commands = TEXTS | FOR_GREP | FOR_RERANK},
     {"max-tokens", "N", "longest text, end-of-text included", NULL,
      OPTION_INT, AT(engine.max_tokens), .unset = "the model's", .min = 1, .max = INT_MAX,
-     .commands = TEXTS | FOR_PLAN | FOR_GREP},
+     .commands = TEXTS | FOR_PLAN | FOR_GREP | FOR_RERANK},
     {"batch-tokens", "N", "tokens computed together", NULL,
-     OPTION_INT, AT(engine.batch_tokens), .unset = "1024; GPU: 8192 or 16384", .min = 1,
-     .max = 1 << 24, .commands = FOR_EMBED | FOR_PLAN | FOR_GREP},
+     OPTION_INT, AT(engine.batch_tokens), .unset = "1024; rerank: 8192; GPU: 8192 or 16384",
+     .min = 1, .max = 1 << 24, .commands = FOR_EMBED | FOR_PLAN | FOR_GREP | FOR_RERANK},
     {"threads", "N", "CPU threads of the model", NULL,
      OPTION_INT, AT(engine.threads), .unset = "all", .min = 1, .max = 4096, .commands = COMPUTE},
     {"cpu", "NAME", "instructions such as avx2, or a table", NULL,
@@ -87,7 +91,8 @@ void model_options_check(model_options *o) {
     if (!o->ops) usage("%s", err.msg);
     find_devices(o);
     if (!o->model) usage("no model (want -m MODEL.qemb)");
-    if (o->query && o->instruct) usage("--query and --instruct: only one of them");
+    if (o->query + o->document + !!o->prompt + !!o->instruct > 1)
+        usage("--query, --document, --prompt and --instruct: only one of them");
     if (o->instruct && !*o->instruct)
         usage("--instruct: an empty task (leave it out for documents)");
 }

@@ -10,7 +10,9 @@ enum { MAX_DEVICES = 64 };
 typedef struct {
     const char *model;
     const char *instruct; /* NULL: none */
-    int query, truncate;
+    const char *prompt;   /* the name of a prompt of the model, NULL: none */
+    int query, document;  /* 1: the prompt of that name; document: if there is one */
+    int truncate;
     const char *cpu, *math; /* NULL: not given */
     const char *device_list;
     qemb_options engine; /* 0: the engine's default */
@@ -21,7 +23,15 @@ typedef struct {
 } model_options;
 
 /* The commands of qemb, as the rows' `commands` name them. qemb-serve has no commands. */
-enum { FOR_EMBED = 1, FOR_INFO = 2, FOR_TOKENIZE = 4, FOR_PLAN = 8, FOR_CHECK = 16, FOR_GREP = 32 };
+enum {
+    FOR_EMBED = 1,
+    FOR_INFO = 2,
+    FOR_TOKENIZE = 4,
+    FOR_PLAN = 8,
+    FOR_CHECK = 16,
+    FOR_GREP = 32,
+    FOR_RERANK = 64
+};
 
 extern const option_row model_option_rows[];
 extern const int n_model_option_rows;

@@ -112,15 +112,29 @@ static void see(option_table *t, const option_row *r) {
     t->seen[t->n_seen++] = r;
 }
 
+static int is_for(const option_row *r, unsigned command) {
+    return !r->commands || (r->commands & command);
+}
+
+/* Whether another row of r's name is the one for the command. */
+static int is_hidden(const option_table *t, const option_row *r) {
+    const unsigned command = t->command ? *t->command : 0;
+    const option_row *other;
+    for (int i = 0; (other = row_at(t, i, NULL)); i++)
+        if (other != r && !strcmp(other->name, r->name) && is_for(other, command)) return 1;
+    return 0;
+}
+
 /* Converts the table for getopt_long. */
 static void make_getopt(const option_table *t, struct option *longs, char *letters) {
     const option_row *r;
     int n = 0;
     letters += sprintf(letters, "-:hV"); /* "-": operands in order; ":": no messages of its own */
-    for (; (r = row_at(t, n, NULL)); n++) {
-        if (n == OPTION_ROWS) abort();
-        longs[n] = (struct option){r->name, r->argument ? required_argument : no_argument, NULL,
-                                   FIRST_LONG + n};
+    for (int i = 0; (r = row_at(t, i, NULL)); i++) {
+        if (i == OPTION_ROWS) abort();
+        if (is_hidden(t, r)) continue;
+        longs[n++] = (struct option){r->name, r->argument ? required_argument : no_argument, NULL,
+                                     FIRST_LONG + i};
         if (r->letter && r->letter != 'h')
             letters += sprintf(letters, "%c%s", r->letter, r->argument ? ":" : "");
     }
@@ -199,7 +213,7 @@ void options_parse(option_table *t, int argc, char **argv) {
 void options_check(const option_table *t, unsigned command, const char *name, int has_gpu) {
     for (int i = 0; i < t->n_seen; i++) {
         const option_row *r = t->seen[i];
-        if (r->commands && !(r->commands & command))
+        if (!is_for(r, command))
             usage("--%s: means nothing to %s %s", r->name, console_name(), name);
         if (r->gpu && !has_gpu) usage("--%s: only with a GPU (%s-cuda)", r->name, console_name());
     }

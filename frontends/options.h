@@ -36,7 +36,7 @@ typedef struct {
     void (*call)(void *options, const char *name, const char *value);
 } option_row;
 
-/* The rows that set members of one struct. */
+/* The rows that set members of one struct. Two rows may have one name, for different commands. */
 typedef struct {
     const option_row *rows;
     int n;

@@ -9,23 +9,40 @@
 
 static const char query_start[] = "Instruct: ", query_end[] = "\nQuery:";
 
-/* Sets t->prompt from the options. */
+/* Sets t->prompt to the file's prompt `name`. */
+static int set_named(record_tokenizer *t, const qemb_file *f, const model_options *o,
+                     const char *name, qemb_err *err) {
+    char names[160] = "";
+    t->prompt = qemb_file_prompt(f, name);
+    if (t->prompt) return 0;
+    for (int i = 0; i < f->n_prompts && strlen(names) < sizeof names - 1; i++) {
+        const size_t n = strlen(names);
+        snprintf(names + n, sizeof names - n, "%s%s", i ? ", " : "", f->prompts[i].name);
+    }
+    return qemb_fail(err, "model_file", "%.128s: no prompt named %.40s (want %s)", o->model, name,
+                     *names ? names : "--instruct TASK, since the file has none");
+}
+
+/* Sets t->prompt to what the options say: an embedding model's prompt, or a reranker's task. */
 static int set_prompt(record_tokenizer *t, const qemb_file *f, const model_options *o,
                       qemb_err *err) {
-    t->prompt = "";
-    if (o->query) {
-        t->prompt = qemb_file_prompt(f, "query");
-        if (!t->prompt)
-            return qemb_fail(err, "model_file",
-                             "%.128s: no prompt named query (want --instruct TASK)", o->model);
-    } else if (o->instruct) {
+    const int is_reranker = f->config.kind == QEMB_RERANKER;
+    const char *name = o->query ? "query" : is_reranker ? "instruct" : o->prompt;
+    const char *document = o->document ? qemb_file_prompt(f, "document") : NULL;
+    t->prompt = document ? document : "";
+    if (o->instruct) {
         const size_t room = sizeof query_start + sizeof query_end + strlen(o->instruct);
         t->prompt = t->own_prompt = need(malloc(room));
-        snprintf(t->own_prompt, room, "%s%s%s", query_start, o->instruct, query_end);
+        if (is_reranker)
+            strcpy(t->own_prompt, o->instruct);
+        else
+            snprintf(t->own_prompt, room, "%s%s%s", query_start, o->instruct, query_end);
         qemb_tokenizer_result r; /* invalid UTF-8 in it would fail every text */
         qemb_err why;
         if (qemb_tokenizer_encode(t->text.state, t->prompt, strlen(t->prompt), SIZE_MAX, &r, &why))
             return qemb_fail(err, "usage", "--instruct: %s", why.msg);
+    } else if (name && set_named(t, f, o, name, err)) {
+        return -1;
     }
     t->prompt_len = strlen(t->prompt);
     return 0;
@@ -35,17 +52,17 @@ int record_tokenizer_open(record_tokenizer *t, const model_file *m, const model_
                           const record_options *records, qemb_err *err) {
     const qemb_config *c = &m->file->config;
     const int max_tokens = o->engine.max_tokens, dim = records->dim;
-    *t = (record_tokenizer){.text.eos = c->eos_id, .truncate = o->truncate};
+    *t = (record_tokenizer){.truncate = o->truncate};
     if (max_tokens > c->max_positions)
         return qemb_fail(err, "usage", "--max-tokens: more than the model can (got %d, want 1..%d)",
                          max_tokens, c->max_positions);
-    if (dim > c->hidden)
-        return qemb_fail(err, "usage", "--dim: out of range (got %d, want 1..%d)", dim, c->hidden);
-    t->text.max_tokens = max_tokens ? max_tokens : c->max_positions;
-    t->dim = dim ? dim : c->hidden;
+    if (dim > qemb_dim(c))
+        return qemb_fail(err, "usage", "--dim: out of range (got %d, want 1..%d)", dim,
+                         qemb_dim(c));
+    t->dim = dim ? dim : qemb_dim(c);
     t->one_dim = records->one_dim;
-    t->text.state = need(qemb_tokenizer_state_new(m->tokenizer));
-    if (records->jsonl) t->parser = need(input_parser_new(c->vocab, c->hidden));
+    if (text_ids_open(&t->text, m->file, m->tokenizer, max_tokens, err)) return -1;
+    if (records->jsonl) t->parser = need(input_parser_new(c->vocab, qemb_dim(c)));
     return set_prompt(t, m->file, o, err);
 }
 
@@ -74,6 +91,14 @@ int tokenize_text(record_tokenizer *t, const char *text, size_t len, const char 
     const int first = instruct_len ? 0 : 3; /* "": no prompt */
     return give_ids(t, text_ids_encode(&t->text, own + first, own_len + first, 4 - first, cut, err),
                     out);
+}
+
+int tokenize_pair(record_tokenizer *t, const text_pair *pair, int max_document, record_ids *out,
+                  qemb_err *err) {
+    text_pair p = *pair;
+    if (!p.task) p.task = t->prompt, p.task_len = t->prompt_len;
+    size_t *cut = t->truncate ? &out->cut_bytes : NULL;
+    return give_ids(t, text_ids_pair(&t->text, &p, max_document, cut, err), out);
 }
 
 int tokenize_ids(record_tokenizer *t, const int32_t *ids, size_t n, record_ids *out,

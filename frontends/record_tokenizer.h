@@ -11,7 +11,7 @@
 typedef struct {
     text_ids text;
     input_parser *parser; /* NULL: records are bare texts */
-    const char *prompt;   /* (prompt_len) for records without "instruct" */
+    const char *prompt;   /* (prompt_len) for records without "instruct"; a reranker's task */
     size_t prompt_len;
     char *own_prompt; /* owns prompt, or NULL if the file does */
     int truncate;
@@ -21,7 +21,7 @@ typedef struct {
 /* The form of records and vectors. All zeros: bare texts, whole vectors. */
 typedef struct {
     int jsonl;   /* records are JSON objects */
-    int dim;     /* length of a vector; 0: hidden */
+    int dim;     /* length of a vector; 0: the model's */
     int one_dim; /* a record may not ask for another dim */
 } record_options;
 
@@ -45,6 +45,10 @@ int tokenize_record(record_tokenizer *t, const input_record *r, record_ids *out,
  * default prompt. */
 int tokenize_text(record_tokenizer *t, const char *text, size_t len, const char *instruct,
                   size_t instruct_len, record_ids *out, qemb_err *err);
+/* Tokenizes a pair for a reranker; text_ids_pair says how. A pair without a task (NULL) has the
+ * default one. */
+int tokenize_pair(record_tokenizer *t, const text_pair *pair, int max_document, record_ids *out,
+                  qemb_err *err);
 /* Takes token ids (n), each in 0..vocab-1, with or without end-of-text. */
 int tokenize_ids(record_tokenizer *t, const int32_t *ids, size_t n, record_ids *out, qemb_err *err);
 

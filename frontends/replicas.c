@@ -69,7 +69,7 @@ enum {
     WARM_UP_TIMES = 3    /* launched op by op, recorded, replayed */
 };
 
-/* Computes a text of n end-of-text tokens. Returns 1. */
+/* Computes a text of n tokens. Returns 1. */
 static int embed_alone(qemb_model *m, qemb_batch *b, const int32_t *ids, int n, float *out) {
     qemb_batch_clear(b);
     qemb_pack_add(b, ids, n);
@@ -83,10 +83,10 @@ int replica_warm_up(qemb_model *m, const qemb_file *f, const qemb_ops *ops) {
     const int small = largest < WARM_UP_ROWS ? largest : WARM_UP_ROWS;
     const int times = o->no_graphs ? 1 : WARM_UP_TIMES;
     int32_t *ids = need(malloc((size_t)largest * sizeof *ids));
-    float *out = need(malloc((size_t)f->config.hidden * sizeof *out));
+    float *out = need(malloc((size_t)qemb_dim(&f->config) * sizeof *out));
     qemb_batch *b = need(qemb_batch_new(m));
     int batches = 0;
-    for (int i = 0; i < largest; i++) ids[i] = f->config.eos_id;
+    memset(ids, 0, (size_t)largest * sizeof *ids);
     /* n is the smallest text of its size: it is padded by a second one, as nearly all texts are. */
     for (int n = 1; n <= small; n = (ops->pad_rows ? ops->pad_rows(n) : n) + 1)
         for (int k = 0; k < times; k++) batches += embed_alone(m, b, ids, n, out);

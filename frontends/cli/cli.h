@@ -30,10 +30,10 @@ typedef struct {
     int null_separated; /* records end with NUL */
     format_kind output;
     on_error on_error;
-    int progress; /* 1: always, -1: never, 0: if standard error is a terminal */
-    int dim;      /* 0: hidden */
+    int progress;      /* 1: always, -1: never, 0: if standard error is a terminal */
+    int dim;           /* 0: the model's */
+    const char *query; /* of grep and rerank */
     /* of grep */
-    const char *query;
     const char **files; /* (n_files) "-": standard input */
     int n_files;
     int best; /* how many; 0: not given */
@@ -108,7 +108,7 @@ typedef struct {
     origin from;
     const char *id; /* (id_len) as in record_ids */
     size_t id_len;
-    const float *unit; /* (dim) scaled to length 1; NULL: an error */
+    const float *unit; /* (dim) scaled to length 1, or one logit; NULL: an error */
     int dim, tokens;
     const char *text; /* (text_len), of a record with a vector; NULL: the stream keeps no texts */
     size_t text_len;
@@ -121,7 +121,8 @@ typedef struct {
 typedef struct {
     int rows;            /* distinct texts */
     size_t tokens_saved; /* by a shared prefix */
-    uint64_t bytes;      /* of input, so far */
+    size_t tokens_computed;
+    uint64_t bytes; /* of input, so far */
 } batch_totals;
 
 /* Where the records of a run come from, and what becomes of their vectors. The reader thread calls
@@ -129,6 +130,11 @@ typedef struct {
 typedef struct {
     void *self;
     int keep_texts;
+    int logits; /* the model is a reranker: its numbers are given as they are */
+    /* As tokenize_record, which it replaces; NULL: it does not. Called by the reader thread, after
+     * next. */
+    int (*tokenize)(void *self, record_tokenizer *t, const input_record *r, record_ids *out,
+                    qemb_err *err);
     /* As input_next; also sets *from. Any status but INPUT_RECORD and INPUT_WAIT ends the run. */
     input_status (*next)(void *self, int wait, input_record *r, origin *from);
     uint64_t (*bytes)(void *self); /* of input, so far */
@@ -140,8 +146,8 @@ typedef struct {
 
 typedef struct pipeline pipeline;
 
-/* m: the replicas on the devices of o->model. hidden: D. What is given has to outlive it. */
-pipeline *pipeline_new(const options *o, qemb_model *const *m, int hidden, record_tokenizer *t);
+/* m: the replicas on the devices of o->model. dim: qemb_dim. What is given has to outlive it. */
+pipeline *pipeline_new(const options *o, qemb_model *const *m, int dim, record_tokenizer *t);
 void pipeline_free(pipeline *p);
 /* Computes until the input ends or a signal arrives: 0. -1: no device is left; what could be
  * computed has been given to the stream, and the process has to be ended by pipeline_die. */
@@ -159,11 +165,18 @@ void end_by_signal(void);
 /* ---- embed.c --------------------------------------------------------------------------------- */
 
 /* Embeds standard input to standard output until the input ends, an error stops the run or a signal
- * arrives. m: the replicas on the devices of o->model. hidden: D. Returns the exit status; does not
- * return after a signal. */
-int embed_stream(const options *o, qemb_model *const *m, int hidden, record_tokenizer *t);
-/* unit (dim) = the vector of one text, cut and scaled to length 1. -1: it has no finite length. */
-int embed_ids(qemb_model *m, int hidden, const record_ids *ids, float *unit, int dim);
+ * arrives. m: the replicas on the devices of o->model. dim: qemb_dim. Returns the exit status; does
+ * not return after a signal. */
+int embed_stream(const options *o, qemb_model *const *m, int dim, record_tokenizer *t);
+/* unit (dim) = the vector of one text, of `whole` numbers, cut and scaled to length 1. -1: it has
+ * no finite length. */
+int embed_ids(qemb_model *m, int whole, const record_ids *ids, float *unit, int dim);
+
+/* ---- rerank.c -------------------------------------------------------------------------------- */
+
+/* Ranks documents of standard input by a reranker: the lines, if o->query is set, else those of
+ * the JSON records. Returns the exit status; does not return after a signal. */
+int rerank_stream(const options *o, qemb_model *const *m, record_tokenizer *t);
 
 /* ---- grep.c ---------------------------------------------------------------------------------- */
 

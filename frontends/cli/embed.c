@@ -144,9 +144,9 @@ static uint64_t bytes_read(void *self) {
 
 /* ---- one text -------------------------------------------------------------------------------- */
 
-int embed_ids(qemb_model *m, int hidden, const record_ids *ids, float *unit, int dim) {
+int embed_ids(qemb_model *m, int whole, const record_ids *ids, float *unit, int dim) {
     qemb_batch *b = need(qemb_batch_new(m));
-    float *out = need(malloc((size_t)hidden * sizeof *out));
+    float *out = need(malloc((size_t)whole * sizeof *out));
     qemb_pack_add(b, ids->ids, ids->n);
     qemb_embed(m, b, out);
     const int failed = qemb_l2_normalize(unit, out, dim);
@@ -166,8 +166,8 @@ static uint64_t bytes_to_read(void) {
     return (uint64_t)(st.st_size - start);
 }
 
-int embed_stream(const options *o, qemb_model *const *m, int hidden, record_tokenizer *t) {
-    embedding w = {.opt = o, .p = pipeline_new(o, m, hidden, t), .dim = t->dim};
+int embed_stream(const options *o, qemb_model *const *m, int dim, record_tokenizer *t) {
+    embedding w = {.opt = o, .p = pipeline_new(o, m, dim, t), .dim = t->dim};
     const stream s = {.self = &w,
                       .next = next_record,
                       .bytes = bytes_read,
@@ -175,7 +175,7 @@ int embed_stream(const options *o, qemb_model *const *m, int hidden, record_toke
                       .record = write_record,
                       .batch_end = end_batch};
     w.in = need(input_new(STDIN_FILENO, catch_signals(), o->null_separated ? '\0' : '\n'));
-    w.zeros = need(calloc((size_t)hidden, sizeof *w.zeros));
+    w.zeros = need(calloc((size_t)dim, sizeof *w.zeros));
     const int shown =
         o->progress > 0 || (!o->progress && isatty(STDERR_FILENO) && !isatty(STDOUT_FILENO));
     progress_open(&w.progress, shown, bytes_to_read());

@@ -186,14 +186,14 @@ static void end_batch(void *self, const batch_totals *b) {
 }
 
 /* Runs all lines through the pipeline. */
-static void read_lines(search *s, qemb_model *const *m, int hidden, record_tokenizer *t) {
+static void read_lines(search *s, qemb_model *const *m, int whole, record_tokenizer *t) {
     const stream lines = {.self = s,
                           .keep_texts = !s->index, /* an index has their places */
                           .next = next_line,
                           .bytes = bytes_read,
                           .record = take_line,
                           .batch_end = end_batch};
-    pipeline *p = pipeline_new(s->opt, m, hidden, t);
+    pipeline *p = pipeline_new(s->opt, m, whole, t);
     if (pipeline_run(p, &lines)) {
         if (s->index) line_index_drop(s->index);
         pipeline_die(p);
@@ -279,11 +279,11 @@ static int have_changed(const search *s) {
 /* Makes the index of all files and opens it as x. All must be read to the end: later queries
  * would not see the lines that are missing. */
 static void make_index(search *s, line_index *x, const line_index_key *key, qemb_model *const *m,
-                       int hidden, record_tokenizer *t) {
+                       int whole, record_tokenizer *t) {
     const options *o = s->opt;
     qemb_err err;
     if (line_index_create(&s->index, o->index, key, s->files, o->n_files, &err)) die(&err);
-    read_lines(s, m, hidden, t);
+    read_lines(s, m, whole, t);
     if (signal_caught() || s->unreadable || have_changed(s)) {
         line_index_drop(s->index);
         end_by_signal();
@@ -369,7 +369,7 @@ static int search_by_index(search *s, options *o, const qemb_file *f, qemb_model
     read_texts(s, o);
     if (open_index(s, &x, &key)) {
         if (s->unreadable) return 1;
-        make_index(s, &x, &key, m, f->config.hidden, t);
+        make_index(s, &x, &key, m, qemb_dim(&f->config), t);
     }
     search_index(s, &x, o->index, qemb_options_of(m[0])->threads);
     line_index_close(&x);
@@ -397,18 +397,18 @@ static int say_failures(const search *s) {
 }
 
 /* s->query = the query's vector, scaled to length 1. */
-static void embed_query(search *s, qemb_model *m, int hidden, record_tokenizer *t) {
+static void embed_query(search *s, qemb_model *m, int whole, record_tokenizer *t) {
     const char *query = s->opt->query;
     record_ids ids = {0};
     qemb_err err;
     if (tokenize_text(t, query, strlen(query), NULL, 0, &ids, &err))
         DIE(GREP_ERROR, "query: %s", err.msg);
-    if (embed_ids(m, hidden, &ids, s->query, s->dim)) DIE(GREP_ERROR, "query: no finite vector");
+    if (embed_ids(m, whole, &ids, s->query, s->dim)) DIE(GREP_ERROR, "query: no finite vector");
 }
 
 int grep_files(options *o, const qemb_file *f, qemb_model *const *m, record_tokenizer *query,
                record_tokenizer *lines) {
-    const int hidden = f->config.hidden;
+    const int whole = qemb_dim(&f->config);
     search s = {.opt = o,
                 .dim = lines->dim,
                 .stride = dot_f16_stride(lines->dim),
@@ -424,9 +424,9 @@ int grep_files(options *o, const qemb_file *f, qemb_model *const *m, record_toke
                   bytes_of(o));
     printer_open(&s.printer, o);
     s.wake_fd = catch_signals();
-    embed_query(&s, m[0], hidden, query);
+    embed_query(&s, m[0], whole, query);
     if (!o->index || search_by_index(&s, o, f, m, lines)) {
-        read_lines(&s, m, hidden, lines);
+        read_lines(&s, m, whole, lines);
         print_best(&s);
     }
     output_flush(&s.printer.out);

@@ -19,7 +19,7 @@
 /* ---- options --------------------------------------------------------------------------------- */
 
 static int embed(const options *), info(const options *), tokenize(const options *),
-    plan(const options *), check(const options *), grep(const options *);
+    plan(const options *), check(const options *), grep(const options *), rerank(const options *);
 
 static const struct {
     const char *name;
@@ -28,9 +28,10 @@ static const struct {
     int (*run)(const options *o);
 } commands[] = {
     {"embed", FOR_EMBED, 1, embed}, /* also without its name */
-    {"info", FOR_INFO, 0, info},    {"tokenize", FOR_TOKENIZE, 1, tokenize},
-    {"plan", FOR_PLAN, 0, plan},    {"check", FOR_CHECK, 0, check},
+    {"info", FOR_INFO, 0, info},       {"tokenize", FOR_TOKENIZE, 1, tokenize},
+    {"plan", FOR_PLAN, 0, plan},       {"check", FOR_CHECK, 0, check},
     {"grep", FOR_GREP, 0, grep}, /* reads it only as one of its files */
+    {"rerank", FOR_RERANK, 1, rerank},
 };
 
 static const char *const input_kinds[] = {"text", "jsonl", NULL};
@@ -38,6 +39,7 @@ static const char *const color_choices[] = {"auto", "always", "never", NULL};
 static const char *const on_error_kinds[] = {"record", "zero", "skip", "stop", NULL};
 
 #define TEXTS (FOR_EMBED | FOR_TOKENIZE)
+#define RUNS  (FOR_EMBED | FOR_GREP | FOR_RERANK)
 #define AT(m) .at = offsetof(options, m)
 
 static void take_min_score(void *to, const char *name, const char *value) {
@@ -55,7 +57,7 @@ static const option_row rows[] = {
     {"input", "KIND", "text or jsonl: a text or {\"text\":...} per line", "text",
      OPTION_CHOICE, AT(jsonl), .choices = input_kinds, .commands = TEXTS},
     {"null", NULL, "records end with NUL instead of a newline", NULL,
-     OPTION_FLAG, AT(null_separated), .value = 1, .letter = '0', .commands = TEXTS},
+     OPTION_FLAG, AT(null_separated), .value = 1, .letter = '0', .commands = TEXTS | FOR_RERANK},
     {"output", "KIND", "json, jsonl, tsv, base64, f32, f16 or npy", "json",
      OPTION_CHOICE, AT(output), .choices = format_names, .commands = FOR_EMBED},
     {"dim", "N", "numbers in a vector, at most the model's", NULL,
@@ -65,19 +67,21 @@ static const option_row rows[] = {
      OPTION_CHOICE, AT(on_error), .unset = "record; binary: stop", .choices = on_error_kinds,
      .commands = FOR_EMBED},
     {"stats", NULL, "a summary on standard error at the end", NULL,
-     OPTION_FLAG, AT(stats), .value = 1, .commands = FOR_EMBED},
+     OPTION_FLAG, AT(stats), .value = 1, .commands = FOR_EMBED | FOR_RERANK},
     {"progress", NULL, "a progress line on standard error: always", NULL,
-     OPTION_FLAG, AT(progress), .value = 1, .commands = FOR_EMBED | FOR_GREP},
+     OPTION_FLAG, AT(progress), .value = 1, .commands = RUNS},
     {"quiet", NULL, "a progress line: never", NULL,
-     OPTION_FLAG, AT(progress), .value = -1, .commands = FOR_EMBED | FOR_GREP},
+     OPTION_FLAG, AT(progress), .value = -1, .commands = RUNS},
     {"cache", "DIR", "GPU: time cuBLASLt's algorithms, keep the best here", NULL,
      OPTION_STRING, AT(model.engine.cache_dir), .gpu = 1,
-     .commands = FOR_EMBED | FOR_PLAN | FOR_CHECK | FOR_GREP},
+     .commands = RUNS | FOR_PLAN | FOR_CHECK},
     {"verify", NULL, "with info: compare the weights with their SHA-256", NULL,
      OPTION_FLAG, AT(verify), .value = 1, .commands = FOR_INFO},
-    {"best", "N", "grep: print so many lines, best first", NULL,
-     OPTION_INT, AT(best), .unset = "10", .min = 1, .max = INT_MAX, .letter = 'k',
-     .commands = FOR_GREP},
+    {"query", "TEXT", "rerank: the lines are documents for this query", NULL,
+     OPTION_STRING, AT(query), .unset = "JSON records", .commands = FOR_RERANK},
+    {"best", "N", "grep, rerank: print so many, best first", NULL,
+     OPTION_INT, AT(best), .unset = "10; rerank: all", .min = 1, .max = INT_MAX, .letter = 'k',
+     .commands = FOR_GREP | FOR_RERANK},
     {"min-score", "S", "grep: print all lines from this score on", NULL,
      OPTION_CALL, .call = take_min_score, .commands = FOR_GREP},
     {"line-number", NULL, "grep: with line numbers", NULL,
@@ -100,7 +104,9 @@ static const char synopsis[] =
     "qemb " QEMB_VERSION ": lines of text in, Qwen3-Embedding vectors out\n"
     "  qemb -m MODEL.qemb [OPTION]... < TEXTS > VECTORS\n"
     "  qemb info|tokenize|plan|check -m MODEL.qemb [OPTION]...\n"
-    "  qemb grep [-m MODEL.qemb] [OPTION]... QUERY [FILE]...\n";
+    "  qemb grep [-m MODEL.qemb] [OPTION]... QUERY [FILE]...\n"
+    "  qemb rerank -m RERANKER.qemb [OPTION]... < RECORDS > RANKINGS\n"
+    "  qemb rerank -m RERANKER.qemb --query TEXT [OPTION]... < LINES > SCORES AND LINES\n";
 static const char ending[] =
     "Status: 0 good, 1 usage or input, 2 model, 3 some records failed, 4 output.\n"
     "Of grep: 0 some lines printed, 1 none, 2 an error.\n"
@@ -161,8 +167,9 @@ static option_table table_for(options *o) {
         .command = &o->bit};
 }
 
-static void parse_options(options *o, option_table *t, int argc, char **argv) {
-    *o = (options){.bit = FOR_EMBED, .on_error = ON_ERROR_DEFAULT};
+/* bit: of the command, if an option's form depends on it; else FOR_EMBED until its word is met. */
+static void parse_options(options *o, option_table *t, unsigned bit, int argc, char **argv) {
+    *o = (options){.bit = bit, .on_error = ON_ERROR_DEFAULT};
     o->files = need(calloc((size_t)argc + 1, sizeof *o->files)); /* main frees it */
     options_parse(t, argc, argv);
     if (o->bit == FOR_GREP) check_grep(o);
@@ -196,14 +203,23 @@ static void open_record_tokenizer(record_tokenizer *t, const model_file *f, cons
     usage("%s", err.msg);
 }
 
+/* Opens the model file for a command that needs a model of this kind. */
+static void open_kind(model_file *f, const options *o, qemb_kind kind) {
+    open_model_file(f, o->model.model);
+    if (f->file->config.kind == kind) return;
+    if (kind == QEMB_RERANKER)
+        usage("%.128s: no reranker, but a model for vectors", o->model.model);
+    usage("%.128s: a reranker, which has no vectors (want qemb rerank)", o->model.model);
+}
+
 static int embed(const options *o) {
     model_file f;
     record_tokenizer t;
     qemb_model *m[MAX_DEVICES];
-    open_model_file(&f, o->model.model);
+    open_kind(&f, o, QEMB_EMBEDDING);
     open_record_tokenizer(&t, &f, o);
     replicas_open(m, f.file, &o->model, loading(o));
-    const int status = embed_stream(o, m, f.file->config.hidden, &t);
+    const int status = embed_stream(o, m, qemb_dim(&f.file->config), &t);
     for (int i = 0; i < o->model.n_devices; i++) qemb_close(m[i]);
     record_tokenizer_close(&t);
     close_model_file(&f);
@@ -217,9 +233,10 @@ static int grep(const options *o) {
     record_tokenizer query, lines;
     qemb_model *m[MAX_DEVICES];
     options of_query = *o, of_lines = *o;
-    of_query.model.query = !o->model.instruct;
-    of_lines.model.instruct = NULL;
-    open_model_file(&f, o->model.model);
+    of_query.model.query = !o->model.instruct && !o->model.prompt;
+    of_lines.model.instruct = of_lines.model.prompt = NULL;
+    of_lines.model.document = 1;
+    open_kind(&f, o, QEMB_EMBEDDING);
     open_record_tokenizer(&query, &f, &of_query);
     open_record_tokenizer(&lines, &f, &of_lines);
     replicas_open(m, f.file, &o->model, loading(o));
@@ -227,6 +244,29 @@ static int grep(const options *o) {
     for (int i = 0; i < o->model.n_devices; i++) qemb_close(m[i]);
     record_tokenizer_close(&query);
     record_tokenizer_close(&lines);
+    close_model_file(&f);
+    return status;
+}
+
+/* ---- rerank ---------------------------------------------------------------------------------- */
+
+/* Rows of a batch on a CPU: many documents share what is before them, and a text of the usual
+ * window needs as much memory. */
+#define RERANK_BATCH 8192
+
+static int rerank(const options *o) {
+    model_file f;
+    record_tokenizer t;
+    qemb_model *m[MAX_DEVICES];
+    options own = *o;
+    if (!own.model.engine.batch_tokens && !o->model.ops->plan)
+        own.model.engine.batch_tokens = RERANK_BATCH;
+    open_kind(&f, o, QEMB_RERANKER);
+    open_record_tokenizer(&t, &f, &own);
+    replicas_open(m, f.file, &own.model, loading(o));
+    const int status = rerank_stream(&own, m, &t);
+    for (int i = 0; i < o->model.n_devices; i++) qemb_close(m[i]);
+    record_tokenizer_close(&t);
     close_model_file(&f);
     return status;
 }
@@ -249,7 +289,7 @@ static int tokenize(const options *o) {
     record_tokenizer t;
     output out;
     int status = STATUS_GOOD;
-    open_model_file(&f, o->model.model);
+    open_kind(&f, o, QEMB_EMBEDDING);
     open_record_tokenizer(&t, &f, o);
     output_open(&out, FORMAT_JSON, 0);
     input *in = need(input_new(STDIN_FILENO, -1, o->null_separated ? '\0' : '\n'));
@@ -355,7 +395,8 @@ static void print_config(const qemb_file *f) {
     printf("feed-forward     %d\n", c->ffn);
     printf("vocabulary       %d rows, %" PRIu32 " merges, end-of-text %d\n", c->vocab, f->n_merges,
            c->eos_id);
-    printf("longest text     %d tokens\n", c->max_positions);
+    printf("longest text     %d tokens, unless --max-tokens says otherwise: %d\n", c->max_positions,
+           qemb_window(c));
     printf("rope theta       %g\n", (double)c->rope_theta);
     printf("rms eps          %g\n", (double)c->rms_eps);
 }
@@ -413,7 +454,7 @@ static int plan(const options *o) {
     if (opt.max_tokens > f->config.max_positions)
         usage("--max-tokens: more than the model can (got %d, want 1..%d)", opt.max_tokens,
               f->config.max_positions);
-    if (!opt.max_tokens) opt.max_tokens = f->config.max_positions;
+    if (!opt.max_tokens) opt.max_tokens = qemb_window(&f->config);
     qemb_plan(f, o->model.ops, &opt, &mem);
     const int standard = mem.batch_tokens, on_gpu = mem.n_parts > 0;
     printf("%10.1f MiB  layers, mapped: %s\n", mib(mem.weights),
@@ -591,15 +632,16 @@ static int greps_stdin(const options *o) {
 }
 
 int main(int argc, char **argv) {
-    options o;
+    options o = {.bit = FOR_EMBED};
     option_table t = table_for(&o);
     console_open("qemb");
     /* also errors of options before the word, and of closed descriptors, end with grep's status */
     const char *command = options_first_operand(&t, argc, argv);
     if (command && !strcmp(command, "grep")) console_error_status(GREP_ERROR);
+    const int ranks = command && !strcmp(command, "rerank");
     const int no_input = check_descriptors();
     signal(SIGPIPE, SIG_IGN); /* writing fails with EPIPE instead */
-    parse_options(&o, &t, argc, argv);
+    parse_options(&o, &t, ranks ? FOR_RERANK : FOR_EMBED, argc, argv);
     if (no_input && (commands[o.command].reads_input || greps_stdin(&o)))
         DIE(STATUS_USAGE, "standard input: closed");
     const int status = commands[o.command].run(&o);

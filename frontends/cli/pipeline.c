@@ -24,6 +24,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <math.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -67,7 +68,7 @@ typedef struct job {
     size_t n_ids;
     char *notes; /* (notes_cap), notes_len in use */
     size_t notes_len, notes_cap;
-    float *out; /* (rows, hidden), out_cap floats */
+    float *out; /* (rows, dim of the model), out_cap floats */
     size_t out_cap;
     uint64_t bytes; /* of input, when the batch was closed */
 } job;
@@ -199,11 +200,11 @@ struct pipeline {
     const stream *stream;
     replica *replicas;
     int n_replicas;
-    size_t hidden;
+    size_t dim; /* of the model's vectors */
     record_tokenizer *record_tokenizer;
     job *jobs;
     int n_jobs;
-    float *unit; /* (hidden), of the writer */
+    float *unit; /* (dim), of the writer */
 };
 
 static void pass(pipeline *p, job **list, job *j) {
@@ -287,7 +288,9 @@ static job *close_batch(pipeline *p, job *j) {
 static job *add_record(pipeline *p, job *j, const input_record *in, origin from) {
     record_ids t;
     qemb_err err;
-    const int bad = tokenize_record(p->record_tokenizer, in, &t, &err);
+    const int bad = p->stream->tokenize
+                        ? p->stream->tokenize(p->stream->self, p->record_tokenizer, in, &t, &err)
+                        : tokenize_record(p->record_tokenizer, in, &t, &err);
     record r = {.line = in->line, .from = from, .dim = t.dim};
     if (job_full(j)) j = close_batch(p, j);
     if (bad) {
@@ -369,7 +372,7 @@ static job *take(replica *r) {
 }
 
 static void submit(replica *r, job *j) {
-    const size_t floats = (size_t)qemb_batch_rows(j->batch) * r->p->hidden;
+    const size_t floats = (size_t)qemb_batch_rows(j->batch) * r->p->dim;
     if (floats > j->out_cap) {
         free(j->out);
         j->out = need(malloc(floats * sizeof *j->out));
@@ -444,6 +447,7 @@ static job *next_done(pipeline *p, uint64_t turn) {
 static void give_record(pipeline *p, const job *j, const record *r) {
     static const char not_finite[] = "vector: no finite length other than zero";
     const char *note = j->notes + r->note;
+    const float *out = j->out + (size_t)r->row * p->dim;
     result x = {.line = r->line,
                 .from = r->from,
                 .id = j->notes + r->id,
@@ -454,11 +458,12 @@ static void give_record(pipeline *p, const job *j, const record *r) {
                 .tokens = r->tokens};
     if (r->code) {
         x.code = r->code, x.message = note, x.message_len = r->note_len;
-    } else if (qemb_l2_normalize(p->unit, j->out + (size_t)r->row * p->hidden, r->dim)) {
+    } else if (p->stream->logits ? !isfinite(*out) : qemb_l2_normalize(p->unit, out, r->dim)) {
         x.code = "non_finite", x.message = not_finite, x.message_len = sizeof not_finite - 1;
         x.tokens = 0;
     } else {
-        x.unit = p->unit, x.text = p->stream->keep_texts ? note : NULL, x.text_len = r->note_len;
+        x.unit = p->stream->logits ? out : p->unit;
+        x.text = p->stream->keep_texts ? note : NULL, x.text_len = r->note_len;
     }
     p->stream->record(p->stream->self, &x);
 }
@@ -468,7 +473,7 @@ static void *writer_main(void *arg) {
     uint64_t turn = 0;
     for (job *j; (j = next_done(p, turn)); turn++) {
         const batch_totals b = {qemb_batch_rows(j->batch), qemb_batch_tokens_saved(j->batch),
-                                j->bytes};
+                                qemb_batch_tokens_computed(j->batch), j->bytes};
         if (p->stream->batch_begin) p->stream->batch_begin(p->stream->self, &b);
         for (int i = 0; i < j->n; i++) give_record(p, j, &j->records[i]);
         p->stream->batch_end(p->stream->self, &b);
@@ -500,18 +505,18 @@ static void open_jobs(pipeline *p, qemb_model *const *m) {
     }
 }
 
-pipeline *pipeline_new(const options *o, qemb_model *const *m, int hidden, record_tokenizer *t) {
+pipeline *pipeline_new(const options *o, qemb_model *const *m, int dim, record_tokenizer *t) {
     pipeline *p = need(calloc(1, sizeof *p));
     *p = (pipeline){.lock = PTHREAD_MUTEX_INITIALIZER,
                     .changed = PTHREAD_COND_INITIALIZER,
                     .opt = o,
-                    .hidden = (size_t)hidden,
+                    .dim = (size_t)dim,
                     .record_tokenizer = t,
                     .n_replicas = o->model.n_devices};
     p->replicas = need(calloc((size_t)p->n_replicas, sizeof *p->replicas));
     for (int i = 0; i < p->n_replicas; i++)
         p->replicas[i] = (replica){.p = p, .model = m[i], .device = o->model.devices[i]};
-    p->unit = need(malloc(p->hidden * sizeof *p->unit));
+    p->unit = need(malloc(p->dim * sizeof *p->unit));
     open_jobs(p, m);
     return p;
 }

@@ -335,11 +335,11 @@ static void work_clear(request *r, work *w) {
 /* Tokenizes the request's texts for worker into *w and counts the memory of the response. On
  * failure returns -1 with *e, and *w holds nothing. */
 static int prepare(request *r, model_worker *worker, work *w, api_error *e) {
-    const int hidden = model_worker_hidden(worker);
-    *w = (work){.worker = worker, .dim = r->api.dimensions ? r->api.dimensions : hidden};
-    if (w->dim > hidden)
+    const int whole = model_worker_dim(worker);
+    *w = (work){.worker = worker, .dim = r->api.dimensions ? r->api.dimensions : whole};
+    if (w->dim > whole)
         return api_fail(e, 400, "invalid_dimensions", "dimensions",
-                        "dimensions: out of range (got %d, want 1..%d)", w->dim, hidden);
+                        "dimensions: out of range (got %d, want 1..%d)", w->dim, whole);
     if (r->route == ROUTE_EMBEDDINGS) {
         const size_t room =
             api_embeddings_room(r->texts, w->dim, r->base64, strlen(name_of(r->h, worker)));

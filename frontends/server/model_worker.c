@@ -17,6 +17,8 @@
 #include <string.h>
 #include <time.h>
 
+enum { PROBED = 0 }; /* the token of the text that is computed at the start */
+
 /* A tokenizer and its buffers, used by one thread at a time. The worker keeps the unused ones. */
 typedef struct scratch {
     struct scratch *next;
@@ -28,7 +30,7 @@ typedef struct scratch {
 typedef struct {
     qemb_batch *batch;
     text **taken; /* (n) the texts of its rows */
-    float *out;   /* (rows, hidden) */
+    float *out;   /* (rows, dim) */
     int n, rows;
     double start; /* when it was submitted */
 } job;
@@ -135,8 +137,8 @@ model_worker *model_worker_open(const model_worker_options *o) {
     if (!m->sha256) DIE(STATUS_MODEL, "SHA-256: not available");
     make_fingerprint(m);
     scratch *s = take_scratch(m); /* here, so that wrong options end the process at the start */
-    const int32_t eos = m->file.file->config.eos_id;
-    if (!make_key(m, s, m->probe_key, &(record_ids){.ids = &eos, .n = 1}))
+    const int32_t probed = PROBED;
+    if (!make_key(m, s, m->probe_key, &(record_ids){.ids = &probed, .n = 1}))
         DIE(STATUS_MODEL, "SHA-256: not available");
     give_scratch(m, s);
     /* The engine would take larger batches where a GPU has the memory. They are a little faster,
@@ -210,7 +212,7 @@ static void unload(replica *r) {
 }
 
 static void submit(replica *r, job *j) {
-    const size_t D = (size_t)r->worker->file.file->config.hidden;
+    const size_t D = (size_t)model_worker_dim(r->worker);
     if (j->n > j->rows) {
         free(j->out);
         j->rows = j->n;
@@ -267,7 +269,7 @@ static int collect(replica *r) {
         return -1;
     }
     count_batch(r, j, &now);
-    const int bad = make_vectors(j->out, m->file.file->config.hidden, r->vectors, j->n);
+    const int bad = make_vectors(j->out, model_worker_dim(m), r->vectors, j->n);
     metrics_add(m->opt.metrics, COUNT_NON_FINITE, (uint64_t)bad);
     /* Before queue_finish, so that a text is always in flight or cached. */
     for (int i = 0; i < j->n; i++)
@@ -359,8 +361,9 @@ static void probe_done(pending_request *t) {
     atomic_store(&m->probing, 0);
 }
 
-/* Until a batch has succeeded, at the start or after a failed one, the worker computes the empty
- * text. Load balancers send nothing while /health is 503, so no client could show that it works. */
+/* Until a batch has succeeded, at the start or after a failed one, the worker computes a text of
+ * one token. Load balancers send nothing while /health is 503, so no client could show that it
+ * works. */
 static void probe(model_worker *m, double now) {
     int shared;
     if (atomic_exchange(&m->probing, 1)) return;
@@ -368,7 +371,7 @@ static void probe(model_worker *m, double now) {
     m->probe_text = (pending_text){.text = t};
     m->probe = (pending_request){
         .texts = &m->probe_text, .n = 1, .deadline = now + 1e6, .done = probe_done};
-    if (t) t->ids[0] = m->file.file->config.eos_id;
+    if (t) t->ids[0] = PROBED;
     if (!t || queue_submit(m->queue, &m->probe, &shared)) probe_done(&m->probe);
 }
 
@@ -385,7 +388,7 @@ int model_worker_submit(model_worker *m, pending_request *t, int *shared) {
 int model_worker_retry_after(model_worker *m) { return queue_retry_after(m->queue); }
 int model_worker_devices(model_worker *m) { return atomic_load(&m->working); }
 queue_depth model_worker_depth(model_worker *m) { return queue_depth_of(m->queue); }
-int model_worker_hidden(const model_worker *m) { return m->file.file->config.hidden; }
+int model_worker_dim(const model_worker *m) { return qemb_dim(&m->file.file->config); }
 const char *model_worker_table(const model_worker *m) { return m->opt.model.ops->name; }
 const char *model_worker_fingerprint(const model_worker *m) { return m->fingerprint_hex; }
 
@@ -395,7 +398,7 @@ size_t model_worker_cache_bytes(const model_worker *m) {
 
 int model_worker_max_tokens(const model_worker *m) {
     const int n = m->opt.model.engine.max_tokens;
-    return n ? n : m->file.file->config.max_positions;
+    return n ? n : qemb_window(&m->file.file->config);
 }
 
 /* ---- tokenizing ------------------------------------------------------------------------------ */
@@ -472,7 +475,7 @@ int model_worker_lookup(model_worker *m, pending_request *t) {
         s->text = NULL;
         hits++;
     }
-    if (m->opt.redis) redis_hits = redis_get(m->opt.redis, t, model_worker_hidden(m));
+    if (m->opt.redis) redis_hits = redis_get(m->opt.redis, t, model_worker_dim(m));
     for (int i = 0; redis_hits && i < t->n; i++) {
         pending_text *s = &t->texts[i];
         if (!s->text || !s->vector) continue;

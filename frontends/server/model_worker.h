@@ -32,7 +32,7 @@ void model_worker_free(model_worker *w); /* after model_worker_join returned 1 *
 
 model_worker_state model_worker_state_of(model_worker *w);
 void model_worker_tick(model_worker *w, double now); /* call it a few times per second */
-int model_worker_hidden(const model_worker *w);
+int model_worker_dim(const model_worker *w);         /* numbers of a whole vector */
 int model_worker_max_tokens(const model_worker *w);
 size_t model_worker_cache_bytes(const model_worker *w);
 const char *model_worker_table(const model_worker *w); /* the name of the ops table */
