@@ -384,6 +384,13 @@ static void print_config(const qemb_file *f) {
     const size_t KV = (size_t)c->n_kv_heads * (size_t)c->head_dim, F = (size_t)c->ffn;
     const size_t norms = 2 * D + 2 * (size_t)c->head_dim;
     const size_t layer = (Q + 2 * KV) * D + D * Q + 3 * F * D + norms;
+    printf("kind             %s\n", c->kind == QEMB_RERANKER ? "reranker" : "embedding");
+    printf("attention        %s\n",
+           c->attention == QEMB_BIDIRECTIONAL ? "bidirectional" : "causal");
+    printf("pooling          %s\n", c->pooling == QEMB_POOL_MEAN ? "mean" : "last token");
+    if (c->kind == QEMB_EMBEDDING && c->dense_rows)
+        printf("dense layer      %d rows%s\n", c->dense_rows,
+               c->activation == QEMB_TANH ? ", tanh" : "");
     printf("dtype            %s\n", dtype_name(f->weights.layers[0].wqkv.dtype));
     print_exact_in_bfloat16(f);
     printf("parameters       %zu in the layers, %zu in the embedding table\n",
@@ -393,10 +400,14 @@ static void print_config(const qemb_file *f) {
     printf("heads            %d of queries, %d of keys and values, %d wide\n", c->n_heads,
            c->n_kv_heads, c->head_dim);
     printf("feed-forward     %d\n", c->ffn);
-    printf("vocabulary       %d rows, %" PRIu32 " merges, end-of-text %d\n", c->vocab, f->n_merges,
-           c->eos_id);
-    printf("longest text     %d tokens, unless --max-tokens says otherwise: %d\n", c->max_positions,
-           qemb_window(c));
+    printf("vocabulary       %d rows, %" PRIu32 " merges, ", c->vocab, f->n_merges);
+    if (c->eos_id == QEMB_NO_TOKEN)
+        printf("no end-of-text\n");
+    else
+        printf("end-of-text %d\n", c->eos_id);
+    printf("longest text     %d tokens", qemb_window(c));
+    if (qemb_window(c) < c->max_positions) printf(", up to %d by --max-tokens", c->max_positions);
+    putchar('\n');
     printf("rope theta       %g\n", (double)c->rope_theta);
     printf("rms eps          %g\n", (double)c->rms_eps);
 }
