@@ -28,7 +28,7 @@ ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 CPU     := $(patsubst %,backends/cpu/%,memory threads row_ops packed_gemm avx2 avx2_integers avx512 avx512_attention amx dot_f16 dispatch)
 ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error lib/text_ids lib/embed_text
 SHARED  := $(patsubst %,frontends/%,ranking console options model_options select_ops open_model replicas record_tokenizer format input)
-CLI     := $(patsubst %,frontends/cli/%,main embed grep rerank hits line_index pipeline progress output)
+CLI     := $(patsubst %,frontends/cli/%,main embed check grep rerank hits line_index pipeline progress output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main http listen api model_worker queue cache redis metrics log buffer vector) $(SHARED)

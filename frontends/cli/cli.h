@@ -172,6 +172,12 @@ int embed_stream(const options *o, qemb_model *const *m, int dim, record_tokeniz
  * no finite length. */
 int embed_ids(qemb_model *m, int whole, const record_ids *ids, float *unit, int dim);
 
+/* ---- check.c --------------------------------------------------------------------------------- */
+
+/* Prints the scores of published examples, beside the expected ones of a known model. Returns
+ * whether they are within its tolerance, or 1 if none are known. */
+int check_model(const qemb_config *c, qemb_model *m, record_tokenizer *t);
+
 /* ---- rerank.c -------------------------------------------------------------------------------- */
 
 /* Ranks documents of standard input by a reranker: the lines, if o->query is set, else those of
