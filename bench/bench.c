@@ -114,7 +114,7 @@ static void setup_close(setup *s) {
 
 /* A batch of B texts of n tokens */
 static void lay(setup *s, int B, int n) {
-    s->b = (qemb_packed_batch){B, B * n, 0, s->tokens, s->pos, s->cu};
+    s->b = (qemb_packed_batch){B, B * n, 0, s->tokens, s->pos, s->cu, 0};
     for (int t = 0; t < s->b.T; t++) {
         s->tokens[t] = (int32_t)((unsigned)t * 7919u % (unsigned)file->config.vocab);
         s->pos[t] = t % n;
@@ -601,6 +601,64 @@ static void bench_turns(const char *command, const char *path) {
     free(t.out);
 }
 
+/* ---- a reranker's documents ------------------------------------------------------------------ */
+
+/* Tokens of Qwen3-Reranker's prompt with its default task and a query of 7 tokens, before a
+ * document and behind it. */
+enum { HEAD = 69, TAIL = 9, DOCUMENTS = 100 };
+
+/* Batches of texts of HEAD + n + TAIL random tokens. Their first HEAD and last TAIL are equal,
+ * except the first one if they are apart. Returns the tokens that are computed. */
+static int make_documents(texts *t, int n, int apart, int32_t *ids) {
+    const int len = HEAD + n + TAIL;
+    uint32_t seed = 1;
+    int computed = 0;
+    for (int d = 0; d < DOCUMENTS; d++, ids += len) {
+        for (int i = 0; i < len; i++) {
+            seed = seed * 1664525 + 1013904223;
+            const int shared = i < HEAD || i >= HEAD + n;
+            ids[i] = (int32_t)((shared ? (uint32_t)i : seed >> 8) % (uint32_t)file->config.vocab);
+        }
+        if (apart) ids[0] = d;
+        if (!t->n || qemb_pack_add(t->b[t->n - 1], ids, len) < 0) {
+            if (!(t->b[t->n] = qemb_batch_new(t->m))) die("out of memory");
+            qemb_pack_add(t->b[t->n++], ids, len);
+        }
+    }
+    for (int i = 0; i < t->n; i++) computed += (int)qemb_batch_tokens_computed(t->b[i]);
+    return computed;
+}
+
+/* One query with DOCUMENTS documents of n tokens: with what they share computed once a batch, and
+ * with all of it computed for each. */
+static void bench_rerank(int n) {
+    const qemb_options opt = {.batch_tokens = batch_tokens, .threads = measure_threads()};
+    static texts t[2];
+    quantiles seconds[2], ratio;
+    qemb_model *m;
+    qemb_err err;
+    if (qemb_open(&m, file, table, &opt, &err)) die(err.msg);
+    float *out = zeroed(sizeof(float) * DOCUMENTS * (size_t)qemb_dim(&file->config));
+    int32_t *ids[2];
+    int computed[2];
+    for (int i = 0; i < 2; i++) {
+        t[i] = (texts){.m = m, .out = out};
+        ids[i] = zeroed(sizeof **ids * DOCUMENTS * (size_t)(HEAD + n + TAIL));
+        computed[i] = make_documents(&t[i], n, i, ids[i]);
+    }
+    measure_turns((timed_call){run_texts, &t[0]}, (timed_call){run_texts, &t[1]}, &seconds[0],
+                  &seconds[1], &ratio);
+    row("rerank", "shared", computed[0], seconds[0], DOCUMENTS, 1, "documents/s", NULL);
+    row("rerank", "apart", computed[1], seconds[1], DOCUMENTS, 1, "documents/s", NULL);
+    row_ratio("rerank", "shared of apart", n, ratio);
+    for (int i = 0; i < 2; i++) {
+        for (int k = 0; k < t[i].n; k++) qemb_batch_free(t[i].b[k]);
+        free(ids[i]);
+    }
+    qemb_close(m);
+    free(out);
+}
+
 /* ---- tokenizer and printing, one thread ------------------------------------------------------ */
 
 enum { DOCUMENT = 3000 }; /* bytes that are encoded at a time, as a service sees them */
@@ -793,7 +851,7 @@ int main(int argc, char **argv) {
     if (n == 2 && !strcmp(argv[1], "tables")) return tables();
     if (n < 3 || (!strcmp(argv[1], "turns") && n != 5))
         die("usage: bench tables | "
-            "limits|ops|matmul|gemm|forward|beside|turns|tokenizer|print|scan "
+            "limits|ops|matmul|gemm|forward|beside|turns|rerank|tokenizer|print|scan "
             "MODEL "
             "[OP...|LENGTH...|COMMAND FILE|TEXT...|LINES...] [--threads N] [--math "
             "f32|bf16|int16|int8] "
@@ -805,7 +863,7 @@ int main(int argc, char **argv) {
     const char *what = argv[1];
     if (strcmp(what, "tokenizer") && strcmp(what, "print") && limits_probe())
         measure_gate(limits_probe());
-    if (!strstr("tokenizer print turns scan", what)) limits_measure(file);
+    if (!strstr("tokenizer print turns rerank scan", what)) limits_measure(file);
     if (!strcmp(what, "ops") || !strcmp(what, "gemm"))
         bench_ops(argv + 3, n - 3, !strcmp(what, "gemm"));
     if (!strcmp(what, "matmul")) bench_matmul();
@@ -813,6 +871,7 @@ int main(int argc, char **argv) {
     if (!strcmp(what, "turns")) bench_turns(argv[3], argv[4]);
     for (int i = 3; i < n; i++) {
         if (!strcmp(what, "forward")) bench_forward(atoi(argv[i]));
+        if (!strcmp(what, "rerank")) bench_rerank(atoi(argv[i]));
         for (int m = QEMB_MATH_F32; m <= QEMB_MATH_BF16; m++)
             if (!strcmp(what, "beside")) bench_beside(atoi(argv[i]), (qemb_math)m);
         if (!strcmp(what, "tokenizer")) bench_tokenizer(argv[i]);
