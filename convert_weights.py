@@ -8,11 +8,12 @@
 #   "tqdm>=4.60,<5",
 # ]
 # ///
-"""convert_weights.py - converts a Qwen3-Embedding checkpoint to one .qemb file.
+"""convert_weights.py - converts an embedding or rerank model of the Qwen3 family to one .qemb file.
 
 The source is a Hugging Face directory or a name on the hub. A checkpoint that qemb would compute
-differently from transformers is refused with one line: read_config, read_tokenizer, read_modules
-and check_tensors look for the differences. qemb.h describes the layout of a .qemb file.
+differently from transformers and sentence-transformers is refused with one line: read_config,
+read_tokenizer, read_modules and check_tensors look for the differences. qemb.h describes the layout
+of a .qemb file.
 
 Weights are converted in blocks of rows, so memory does not grow with the model. The file is written
 under a temporary name in the same directory and renamed when it is complete on disk. It depends on
@@ -41,7 +42,24 @@ BITS_BLOCK = 1 << 16  # numbers whose significant bits are looked at together
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROMPTS, POOLING = "config_sentence_transformers.json", "1_Pooling/config.json"
 BERT = "sentence_bert_config.json"  # sentence-transformers writes it for any kind of model
-JSON_FILES = ["config.json", "tokenizer.json", "modules.json", PROMPTS, POOLING, BERT]
+DENSE, LOGIT_SCORE = "2_Dense/config.json", "1_LogitScore/config.json"
+DENSE_WEIGHTS = "2_Dense/model.safetensors"
+JSON_FILES = ["config.json", "tokenizer.json", "modules.json", PROMPTS, POOLING, BERT, DENSE,
+              LOGIT_SCORE]
+TOKENIZER_CONFIG, ADAPTER = "tokenizer_config.json", "adapter_config.json"
+# A name's place in its list is its number in the file.
+KINDS, POOLINGS = ["embedding", "reranker"], ["last", "mean"]
+ATTENTIONS, ACTIVATIONS = ["causal", "bidirectional"], ["identity", "tanh"]
+NO_TOKEN = 0xFFFFFFFF  # as eos_id
+# The prompts of a reranker: its model card's, which lib/text_ids.c puts around a pair.
+RERANKER = {
+    "prefix": "<|im_start|>system\nJudge whether the Document meets the requirements based on the "
+              "Query and the Instruct provided. Note that the answer can only be \"yes\" or \"no\"."
+              "<|im_end|>\n<|im_start|>user\n",
+    "suffix": "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "instruct": "Given a web search query, retrieve relevant passages that answer the query",
+}
+RERANKER_WINDOW = 8192  # tokens of a pair, prefix and suffix included, in the model card
 # The only pre-tokenizer pattern that tokenizer.c implements.
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -98,14 +116,43 @@ FIELDS = (
     ("rms_eps", "rms_norm_eps", 1e-30, 0.5),
 )
 Config = namedtuple("Config", [field[0] for field in FIELDS])
+# What else config.json says. labels: of a classifier's rows. linear: rows of the projection that
+# voyage's class has behind the final norm
+Claims = namedtuple("Claims", "architecture attention tied labels linear")
+# The last two are code in the checkpoint (auto_map), read and found to be Qwen3Model with
+# bidirectional attention: perplexity's pplx-embed-v1; voyage's and ai-sage's.
+ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen3Model": "qwen3",
+                 "Qwen3ForSequenceClassification": "qwen3",
+                 "PPLXQwen3Model": "bidirectional_pplx_qwen3", "Qwen3BidirectionalModel": "qwen3"}
+
+
+def read_claims(j):
+    o = "config.json"
+    names = j.get("architectures")
+    if names == ["JinaEmbeddingsV5Model"]:
+        refuse(o, "architectures: its adapters are not merged; convert the repository of one task, "
+               "whose name ends in -retrieval, -text-matching, -classification or -clustering",
+               show(names))
+    expect(o, "architectures", names, *([name] for name in ARCHITECTURES))
+    expect(o, "model_type", j.get("model_type"), ARCHITECTURES[names[0]])
+    for name, code in (j.get("auto_map") or {}).items():
+        own = code.rsplit(".")[-1]
+        if name != "AutoConfig" and own not in list(ARCHITECTURES)[3:]:
+            refuse(o, f"auto_map: a model with code of its own, {name}", show(code),
+                   " or ".join(list(ARCHITECTURES)[3:]))
+    # transformers reads is_causal, the models' own code and vLLM use_bidirectional_attention.
+    both = j.get("use_bidirectional_attention")
+    expect(o, "use_bidirectional_attention", both, None, False, True)
+    causal = j.get("is_causal", not both)
+    expect(o, "is_causal", causal, *([False] if both else [True, False]))
+    every = not causal or names[0] in list(ARCHITECTURES)[3:]
+    return Claims(names[0], ATTENTIONS[every], j.get("tie_word_embeddings", False),
+                  j.get("id2label") or {}, j.get("num_labels"))
 
 
 def read_config(j):
     o = "config.json"
-    expect(o, "model_type", j.get("model_type"), "qwen3")
-    expect(o, "architectures", j.get("architectures"), ["Qwen3ForCausalLM"], ["Qwen3Model"])
     expect(o, "hidden_act", j.get("hidden_act"), "silu")
-    expect(o, "is_causal", j.get("is_causal", True), True)
     for key in ("attention_bias", "use_sliding_window", "quantization_config"):
         expect(o, key, j.get(key), None, False)
     for kind in j.get("layer_types") or []:
@@ -175,10 +222,12 @@ def read_added(tokens, first, vocab):
 
 
 def read_eos(post, added):
-    """Returns the id that the post-processor appends once to a text."""
+    """Returns the id that the post-processor appends once to a text, or NO_TOKEN."""
     o = "tokenizer.json"
     steps = post["processors"] if post and post["type"] == "Sequence" else [post]
     steps = [s for s in steps if s and s["type"] != "ByteLevel"]  # ByteLevel only changes offsets
+    if not steps:
+        return NO_TOKEN
     expect(o, "post_processor", [s["type"] for s in steps], ["TemplateProcessing"])
     single = steps[0]["single"]
     expect(o, "post_processor, a single text", [list(piece)[0] for piece in single],
@@ -191,9 +240,13 @@ def read_eos(post, added):
     return ids[0]
 
 
+# merges and added: the sections; eos_id: appended to every text; ids: {token: id}
+Tokenizer = namedtuple("Tokenizer", "merges added eos_id ids")
+
+
 def read_tokenizer(j, vocab):
-    """Returns merges, the section added_tokens, eos_id. Ignores `truncation` and `padding`, which
-    are left from training and overwritten by transformers."""
+    """Returns the Tokenizer. Ignores `truncation` and `padding`, which are left from training and
+    overwritten by transformers."""
     o, model, added = "tokenizer.json", j["model"], j["added_tokens"]
     split, level = j["pre_tokenizer"].get("pretokenizers") or [j["pre_tokenizer"], {}]
     for what, got, want in (
@@ -213,17 +266,26 @@ def read_tokenizer(j, vocab):
     merges = read_merges(model)
     if 256 + len(merges) > vocab:
         refuse(o, "tokens", 256 + len(merges), f"at most vocab_size, {vocab}")
-    return merges, read_added(added, 256 + len(merges), vocab), read_eos(j["post_processor"], added)
+    return Tokenizer(merges, read_added(added, 256 + len(merges), vocab),
+                     read_eos(j["post_processor"], added),
+                     model["vocab"] | {t["content"]: t["id"] for t in added})
 
 
 # ---- what sentence-transformers adds -----------------------------------------------------------
 
 
 def read_modules(j):
-    o = "modules.json"
+    """Returns the names of the modules."""
     kinds = [m["type"].rsplit(".")[-1] for m in j]
-    expect(o, "modules", kinds, ["Transformer", "Pooling", "Normalize"])
-    expect(o, "path of Pooling", j[1]["path"], "1_Pooling")
+    # FlexibleQuantizer is code of perplexity's checkpoints, see identity_dense.
+    if not re.fullmatch("Transformer( Pooling( Dense)?( Normalize)?| Pooling FlexibleQuantizer"
+                        "| LogitScore)?", " ".join(kinds)):
+        refuse("modules.json", "modules", show(kinds), "Transformer, Pooling, Dense or not, "
+               "Normalize or not; or Transformer, LogitScore")
+    for i, kind in enumerate(kinds):
+        if kind in ("Pooling", "Dense", "LogitScore"):
+            expect("modules.json", f"path of {kind}", j[i]["path"], f"{i}_{kind}")
+    return kinds
 
 
 def read_lower(j):
@@ -231,19 +293,54 @@ def read_lower(j):
 
 
 def read_pooling(j):
-    # One flag per pooling mode or, in newer files, the mode's name.
-    kinds = [k.removeprefix("pooling_mode_") for k, on in j.items()
+    """Returns "last" or "mean"."""
+    # One flag per pooling mode or, in newer files, the mode's name, or a list of names.
+    kinds = [k.removeprefix("pooling_mode_").removesuffix("_tokens") for k, on in j.items()
              if k.startswith("pooling_mode_") and on]
-    kinds += [j["pooling_mode"]] if "pooling_mode" in j else []
-    expect(POOLING, "pooling", sorted(set(kinds)), ["lasttoken"])
+    mode = j.get("pooling_mode", [])
+    kinds = sorted({*kinds, *([mode] if isinstance(mode, str) else mode)})
+    expect(POOLING, "pooling", kinds, ["lasttoken"], ["mean"])
+    if kinds == ["mean"]:  # the last token is never the prompt's
+        expect(POOLING, "include_prompt", j.get("include_prompt", True), True)
+    return "last" if kinds == ["lasttoken"] else "mean"
 
 
-def read_prompts(j):
-    """Returns the section prompts and their names."""
-    o, prompts = PROMPTS, dict(j.get("prompts") or {})
-    expect(o, "default_prompt_name", j.get("default_prompt_name"), None)
+def read_dense(j, hidden):
+    """Returns the rows of the dense layer, whether it has a bias, its activation."""
+    o, rows = DENSE, j["out_features"]
+    expect(o, "in_features", j["in_features"], hidden)
+    if type(rows) is not int or not 1 <= rows <= 1 << 16:
+        refuse(o, "out_features", show(rows), f"an integer from 1 to {1 << 16}")
+    expect(o, "bias", j.get("bias", True), True, False)
+    expect(o, "use_residual", j.get("use_residual"), None, False)
+    for key in ("module_input_name", "module_output_name"):
+        expect(o, key, j.get(key), None, "sentence_embedding")
+    names = {"torch.nn.modules.linear.Identity": "identity",
+             "torch.nn.modules.activation.Tanh": "tanh"}
+    kind = j.get("activation_function", list(names)[1])
+    expect(o, "activation_function", kind, *names)
+    return rows, j.get("bias", True), names[kind]
+
+
+def read_logit_score(j, ids):
+    for key, word in (("true_token_id", "yes"), ("false_token_id", "no")):
+        expect(LOGIT_SCORE, f"{key}, of {show(word)}", j.get(key), ids.get(word))
+
+
+def read_prompts(j, kind, given):
+    """Returns the section prompts and the names. given: those of --prompt. A reranker has the three
+    of its model card; a CrossEncoder's prompt is the task."""
+    prompts, default = dict(j.get("prompts") or {}), j.get("default_prompt_name")
+    if kind == "reranker":
+        prompts = RERANKER | ({"instruct": prompts[default]} if default is not None else {})
+    else:
+        expect(PROMPTS, "default_prompt_name", default, None)
+        expect(PROMPTS, "model_type", j.get("model_type"), None, "SentenceTransformer")
+    prompts |= given
+    if kind == "reranker" and len(prompts) > 3:
+        refuse("--prompt", "a reranker's prompts", show(list(given)), show(list(RERANKER)))
     if len(prompts) > 64 or any(not k or "\0" in k + v for k, v in prompts.items()):
-        refuse(o, "prompts", show(prompts), "at most 64, with names, without NUL characters")
+        refuse(PROMPTS, "prompts", show(prompts), "at most 64, with names, without NUL characters")
     return "".join(f"{k}\0{v}\0" for k, v in prompts.items()).encode(), list(prompts)
 
 
@@ -262,8 +359,27 @@ def read_index(j):
     return index
 
 
+def open_safetensors(path, name):
+    """Returns {name: Tensor} of a file, whose name in messages is `name`. The package checks the
+    header."""
+    try:
+        with safe_open(path, "np"):
+            pass
+    except SafetensorError as e:
+        refuse(name, f"damaged, or not safetensors: {e}")
+    with open(path, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(n))
+    header.pop("__metadata__", None)
+    for key, t in header.items():
+        if t["dtype"] not in SOURCE_DTYPES:
+            refuse(key, "dtype", t["dtype"], ", ".join(SOURCE_DTYPES))
+    return {key: Tensor(key, path, t["dtype"], tuple(t["shape"]), 8 + n + t["data_offsets"][0])
+            for key, t in header.items()}
+
+
 def open_tensors(folder):
-    """Returns {name without 'model.': Tensor} and the shards. The package checks the headers."""
+    """Returns {name without 'model.': Tensor} and the shards."""
     index = {}
     if not (folder / SINGLE).exists():
         if not (folder / INDEX).exists():
@@ -273,25 +389,13 @@ def open_tensors(folder):
     for shard in shards:
         if not (folder / shard).is_file():
             refuse(INDEX, f"shard {shard}: no such file in the source")
-        try:
-            with safe_open(folder / shard, "np"):
-                pass
-        except SafetensorError as e:
-            refuse(shard, f"damaged, or not safetensors: {e}")
-        with open(folder / shard, "rb") as f:
-            n = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(n))
-        header.pop("__metadata__", None)
-        for name, t in header.items():
+        for name, t in open_safetensors(folder / shard, shard).items():
             key = name.removeprefix("model.")
             if key in tensors:
                 refuse(name, "there twice", f"{tensors[key].path.name} and {shard}", "one")
             if index and index.get(name) != shard:
                 refuse(name, "not where the index says", shard, index.get(name, "not listed"))
-            if t["dtype"] not in SOURCE_DTYPES:
-                refuse(name, "dtype", t["dtype"], ", ".join(SOURCE_DTYPES))
-            tensors[key] = Tensor(name, folder / shard, t["dtype"], tuple(t["shape"]),
-                                  8 + n + t["data_offsets"][0])
+            tensors[key] = t
     for name, shard in index.items():
         if name.removeprefix("model.") not in tensors:
             refuse(name, f"the index names it, {shard} lacks it")
@@ -438,10 +542,11 @@ def weight_sections(c, matrix):
     yield vec("final_norm", D, "norm.weight")
 
 
-def check_tensors(tensors, weights):
-    """Checks that the source has exactly the tensors of the sections. Returns notes."""
+def check_tensors(tensors, weights, more):
+    """Checks that the source has exactly the tensors of the sections, and more: {name: shape}.
+    Returns notes."""
     want = {name: (s.cols,) if s.dtype is F32 else (rows, s.cols)
-            for s in weights for name, rows in s.data}
+            for s in weights for name, rows in s.data} | more
     missing, extra = [n for n in want if n not in tensors], [n for n in tensors if n not in want]
     notes = []
     if "lm_head.weight" in extra:  # saved by an untied Qwen3ForCausalLM
@@ -455,6 +560,68 @@ def check_tensors(tensors, weights):
         if tensors[name].shape != shape:
             refuse(tensors[name].name, "shape", list(tensors[name].shape), list(shape))
     return notes
+
+
+# ---- the dense layer ---------------------------------------------------------------------------
+
+
+def dense_sections(weight, rows, cols, bias=None):
+    """weight, bias: as Section.data, or None for zeros."""
+    return [Section("dense", F32, rows, cols, weight),
+            Section("dense_bias", F32, 1, rows, bytes(4 * rows) if bias is None else bias)]
+
+
+def open_dense(folder, hidden, tensors):
+    """Returns the sections of sentence-transformers' module Dense, and its activation. Adds its
+    tensors."""
+    rows, bias, activation = parse(folder, DENSE, read_dense, hidden)
+    if not (folder / DENSE_WEIGHTS).is_file():
+        refuse(DENSE_WEIGHTS, "no such file in the source (pytorch_model.bin is not read, since "
+               "loading it can run code; sentence-transformers saves it as safetensors)")
+    found = open_safetensors(folder / DENSE_WEIGHTS, DENSE_WEIGHTS)
+    want = ({"linear.bias": [rows]} if bias else {}) | {"linear.weight": [rows, hidden]}
+    expect(DENSE_WEIGHTS, "tensors", {k: list(t.shape) for k, t in sorted(found.items())}, want)
+    tensors |= {"dense." + k: t._replace(name=f"2_Dense {k}") for k, t in found.items()}
+    return dense_sections([("dense.linear.weight", rows)], rows, hidden,
+                          [("dense.linear.bias", 1)] if bias else None), activation
+
+
+def identity_dense(hidden):
+    """perplexity's checkpoints give round(127 tanh(x)) of the pooled row x, which is compared by
+    cosine. This layer is tanh(x); the rounding to 8 bits is left out."""
+    return dense_sections(np.eye(hidden, dtype="<f4").tobytes(), hidden, hidden)
+
+
+def logit_tensors(claims, c, tensors):
+    """Returns {name: shape} of the tensors that can have a reranker's logits, the right one
+    first."""
+    if claims.architecture == "Qwen3ForSequenceClassification":
+        return {"score.weight": (2 if len(claims.labels) == 2 else 1, c.hidden)}
+    names = ["embed_tokens.weight"] if claims.tied else []
+    if not claims.tied or "lm_head.weight" in tensors:
+        names.append("lm_head.weight")
+    return dict.fromkeys(names, (c.vocab, c.hidden))
+
+
+def logit_dense(claims, c, tensors, ids):
+    """Returns the sections of a reranker: the row that gives logit(yes) - logit(no), in float32."""
+    names = list(logit_tensors(claims, c, tensors))
+    t = tensors[names[0]]
+    if t.shape[0] == 1:
+        return dense_sections(encode_f32(read_rows(t, 0, 1, c.hidden), t, 0, None), 1, c.hidden)
+    if names[0] == "score.weight":
+        ids = {label: int(row) for row, label in claims.labels.items()}
+        expect("config.json", "id2label", ids, {"no": 0, "yes": 1}, {"no": 1, "yes": 0})
+    if not {"yes", "no"} <= set(ids):
+        refuse("tokenizer.json", 'no tokens "yes" and "no", which a reranker needs')
+    yes, no = (read_rows(t, ids[word], 1, c.hidden) for word in ("yes", "no"))
+    for word, row in ("yes", yes), ("no", no):
+        if (row != read_rows(tensors[names[-1]], ids[word], 1, c.hidden)).any():
+            refuse("lm_head.weight", f"differs from {t.name}, to which config.json ties it")
+    return dense_sections(encode_f32(yes - no, t, ids["yes"], None), 1, c.hidden)
+
+
+# ---- writing -----------------------------------------------------------------------------------
 
 
 def add_bits(section, tensors):
@@ -478,9 +645,18 @@ def layout(sections):
     return entries, offsets, end
 
 
-def header(c, eos_id, n_sections, size, sha, directory):
+def header_fields(s):
+    """Returns the header's bytes from 72 on for a Source."""
+    dense_rows = s.dense[0].rows if s.dense else 0
+    return struct.pack("<9I2f6I", *s.config[:8], s.eos_id, *s.config[8:], KINDS.index(s.kind),
+                       POOLINGS.index(s.pooling), ATTENTIONS.index(s.attention), dense_rows,
+                       ACTIVATIONS.index(s.activation), s.window)
+
+
+def header(fields, n_sections, size, sha, directory):
+    """fields: the bytes from 72 on."""
     h = b"qemb\r\n\x1a\n" + struct.pack("<IIQQII", 1, 0x01020304, size, 0, n_sections, 0) + sha
-    h = (h + struct.pack("<9I2f", *c[:8], eos_id, *c[8:])).ljust(4096, b"\0")
+    h = (h + fields).ljust(4096, b"\0")
     check = 0xCBF29CE484222325  # FNV-1a 64, with its own field zero
     for byte in h + directory:
         check = (check ^ byte) * 0x100000001B3 % 2**64
@@ -501,7 +677,7 @@ def encoded(section, tensors, rounding):
             yield section.dtype.encode(w, t, row, rounding)
 
 
-def write_sections(f, c, eos_id, sections, tensors, bar):
+def write_sections(f, fields, sections, tensors, bar):
     """Returns the SHA-256 (hex) and the Rounding."""
     directory, offsets, size = layout(sections)
     sha, rounding = hashlib.sha256(), Rounding()
@@ -518,7 +694,7 @@ def write_sections(f, c, eos_id, sections, tensors, bar):
         for block in encoded(section, tensors, rounding):
             put(block)
     f.seek(0)
-    f.write(header(c, eos_id, len(sections), size, sha.digest(), directory))
+    f.write(header(fields, len(sections), size, sha.digest(), directory))
     return sha.hexdigest(), rounding
 
 
@@ -569,22 +745,109 @@ def find_source(name, quiet):
     if quiet:
         huggingface_hub.utils.disable_progress_bars()
     try:
-        files = JSON_FILES + ["model*.safetensors", INDEX]
+        files = [*JSON_FILES, TOKENIZER_CONFIG, ADAPTER, DENSE_WEIGHTS, "model*.safetensors", INDEX]
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as e:  # network, access, spelling: the message of the hub
         refuse(name, f"no such directory, and not from the hub: {' '.join(str(e).split())[:300]}")
     return folder, name, folder.name  # the directory of a snapshot is named by its commit
 
 
-def provenance(args, folder, source, commit, shards, dtypes, notes):
-    lines = [f"source: {source}"] + ([f"revision: {commit}"] if commit else [])
-    for path in (folder / name for name in JSON_FILES if (folder / name).is_file()):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        lines.append(f"file: {path.relative_to(folder)} sha256 {digest}")
-    lines += [f"file: {s} {(folder / s).stat().st_size} bytes" for s in shards]
-    lines += [f"weights: {dtypes} to {args.dtype}",
-              "pooling: last token" + (", by --pooling" if args.pooling else ""),
-              f"converter: convert_weights.py {VERSION}", *(f"note: {n}" for n in notes)]
+def find_kind(args, folder, source, claims, modules):
+    """Returns the kind of model. The first revisions of Qwen3-Reranker have the files of a language
+    model and nothing that says what it is for, so the name decides, or --kind."""
+    if claims.architecture == "Qwen3ForSequenceClassification" or "LogitScore" in modules:
+        kind = "reranker"
+    elif "Pooling" in modules or (folder / POOLING).exists() or args.pooling:
+        kind = "embedding"
+    else:
+        kind = args.kind or ("reranker" if "rerank" in source.lower() else None)
+    if not kind or kind == "embedding" and not args.pooling and not (folder / POOLING).exists():
+        refuse(POOLING, "no such file in the source; if its last token is pooled, say so with "
+               "--pooling last; if it is a reranker, with --kind reranker")
+    if args.kind and args.kind != kind:
+        refuse("--kind", "what the source's files say", args.kind, kind)
+    if args.pooling and kind == "reranker":
+        refuse("--pooling", "an option for embeddings", None, "no such option for a reranker")
+    return kind
+
+
+# What a source says. config, kind, pooling, attention, activation, window, eos_id: the header's.
+# merges, added, prompts: sections; names: of the prompts. dense: sections, or []. tensors: {name:
+# Tensor}. files: provenance of the files read. notes: for the user
+Source = namedtuple("Source", "config kind pooling attention activation window eos_id merges added "
+                    "prompts names dense tensors files notes")
+
+
+def read_directory(args, folder, source):
+    """Returns the Source of a Hugging Face directory."""
+    if (folder / ADAPTER).exists():
+        refuse(ADAPTER, "an adapter (LoRA), which transformers would add to the weights; merge it "
+               "first: peft's AutoPeftModelForFeatureExtraction.from_pretrained(DIRECTORY)"
+               ".merge_and_unload().save_pretrained(NEW), and copy the other files")
+    claims = parse(folder, "config.json", read_claims)
+    c = parse(folder, "config.json", read_config)
+    tokenizer = parse(folder, "tokenizer.json", read_tokenizer, c.vocab)
+    modules = []
+    if (folder / "modules.json").exists():
+        modules = parse(folder, "modules.json", read_modules)
+    kind = find_kind(args, folder, source, claims, modules)
+    pooling = args.pooling or "last"
+    if kind == "embedding" and not args.pooling:
+        pooling = parse(folder, POOLING, read_pooling)
+    if (folder / BERT).exists():
+        parse(folder, BERT, read_lower)
+    if "LogitScore" in modules:
+        parse(folder, LOGIT_SCORE, read_logit_score, tokenizer.ids)
+    if (folder / PROMPTS).exists():
+        prompts, names = parse(folder, PROMPTS, read_prompts, kind, args.prompts)
+    else:
+        prompts, names = read_prompts({}, kind, args.prompts)
+    tensors, shards = open_tensors(folder)
+    more = {}
+    if kind == "reranker":
+        more = logit_tensors(claims, c, tensors)
+    elif "linear.weight" in tensors and claims.linear:
+        more = {"linear.weight": (claims.linear, c.hidden)}
+    notes = check_tensors(tensors, weight_sections(c, F16), more)
+    dense, activation = [], "identity"
+    if kind == "reranker":
+        expect("config.json", "attention of a reranker", claims.attention, "causal")
+        if tokenizer.eos_id != NO_TOKEN:
+            refuse("tokenizer.json", "post_processor of a reranker", "an end token", "none")
+        dense = logit_dense(claims, c, tensors, tokenizer.ids)
+    elif "Dense" in modules:
+        dense, activation = open_dense(folder, c.hidden, tensors)
+        if more:
+            refuse(DENSE, "a dense layer behind linear.weight", None, "one of the two")
+    elif more:  # before the pooling there; the mean of projections is the projection of the mean
+        dense = dense_sections([("linear.weight", claims.linear)], claims.linear, c.hidden)
+    elif "FlexibleQuantizer" in modules:
+        dense, activation = identity_dense(c.hidden), "tanh"
+        notes.append("vectors are tanh of the pooled row, not rounded to 8 bits")
+    files = [f"file: {path.relative_to(folder)} sha256 "
+             + hashlib.sha256(path.read_bytes()).hexdigest()
+             for path in (folder / name for name in JSON_FILES if (folder / name).is_file())]
+    files += [f"file: {s} {(folder / s).stat().st_size} bytes" for s in shards]
+    window = min(RERANKER_WINDOW, c.max_positions) if kind == "reranker" else 0
+    return Source(c, kind, pooling, claims.attention, activation, window, tokenizer.eos_id,
+                  tokenizer.merges, tokenizer.added, prompts, names, dense, tensors, files, notes)
+
+
+def provenance(args, s, source, commit, dtypes):
+    lines = [f"source: {source}"] + ([f"revision: {commit}"] if commit else []) + s.files
+    lines += [f"weights: {dtypes} to {args.dtype}"]
+    if s.kind == "reranker":
+        lines.append("kind: reranker")
+    else:
+        words = {"last": "last token", "mean": "mean"}
+        lines.append(f"pooling: {words[s.pooling]}" + (", by --pooling" if args.pooling else ""))
+    if s.attention != "causal":
+        lines.append(f"attention: {s.attention}")
+    if s.dense and s.kind == "embedding":
+        lines.append(f"dense: {s.dense[0].rows} rows, {s.activation}")
+    if args.prompts:
+        lines.append(f"prompts: {', '.join(args.prompts)} by --prompt")
+    lines += [f"converter: convert_weights.py {VERSION}", *(f"note: {n}" for n in s.notes)]
     return "".join(" ".join(line.split()) + "\n" for line in lines).encode("utf-8", "replace")
 
 
@@ -594,59 +857,60 @@ def convert(args):
     out = Path(args.out or source.split("/")[-1] + ".qemb")
     if out.exists() and not out.is_file():
         refuse(out, "output", "something else", "a file, or a free name")
-    c = parse(folder, "config.json", read_config)
-    merges, added, eos_id = parse(folder, "tokenizer.json", read_tokenizer, c.vocab)
-    if not args.pooling:
-        if (folder / "modules.json").exists():
-            parse(folder, "modules.json", read_modules)
-        if not (folder / POOLING).exists():
-            refuse(POOLING, "no such file in the source; if its last token is pooled, say so with "
-                   "--pooling last")
-        parse(folder, POOLING, read_pooling)
-    if (folder / BERT).exists():
-        parse(folder, BERT, read_lower)
-    prompts, names = b"", []
-    if (folder / PROMPTS).exists():
-        prompts, names = parse(folder, PROMPTS, read_prompts)
-    tensors, shards = open_tensors(folder)
-    weights = list(weight_sections(c, MATRIX_DTYPES[args.dtype]))
-    notes = check_tensors(tensors, weights) + args.note
-    weights = [add_bits(s, tensors) for s in weights]
-    dtypes = " ".join(sorted({t.dtype for t in tensors.values()}))
-    about = provenance(args, folder, source, commit, shards, dtypes, notes)
-    sections = [Section("merges", U32, len(merges), 2, merges.tobytes()),
+    s = read_directory(args, folder, source)
+    s.notes.extend(args.note)
+    weights = [*weight_sections(s.config, MATRIX_DTYPES[args.dtype]), *s.dense]
+    weights = [add_bits(w, s.tensors) for w in weights]
+    dtypes = " ".join(sorted({t.dtype for t in s.tensors.values()}))
+    about = provenance(args, s, source, commit, dtypes)
+    sections = [Section("merges", U32, len(s.merges), 2, s.merges.tobytes()),
                 *(Section(name, U8, 1, len(data), data) for name, data in
-                  (("added_tokens", added), ("prompts", prompts), ("provenance", about))), *weights]
+                  (("added_tokens", s.added), ("prompts", s.prompts), ("provenance", about))),
+                *weights]
     size = layout(sections)[2]
     with tqdm(total=size, unit="B", unit_scale=True, leave=False,
               disable=args.quiet or None) as bar:  # None: only on a terminal
         sha, rounding = write_file(
-            out, lambda f: write_sections(f, c, eos_id, sections, tensors, bar))
+            out, lambda f: write_sections(f, header_fields(s), sections, s.tensors, bar))
     if not args.quiet:
-        parameters = sum(s.rows * s.cols for s in weights if s.data)
+        parameters = sum(w.rows * w.cols for w in weights if w.data)
+        tensors = sum(len(w.data) for w in weights if not isinstance(w.data, bytes))
+        end = "none" if s.eos_id == NO_TOKEN else s.eos_id
         lines = [
             f"{out}: {size:,} bytes in {time.monotonic() - started:.1f} s",
-            f"tensors    {sum(len(s.data) for s in weights)}, {parameters:,} parameters, {dtypes} "
-            f"to {args.dtype} matrices and f32 vectors",
+            f"tensors    {tensors}, {parameters:,} parameters, {dtypes} to {args.dtype} matrices "
+            "and f32 vectors",
             f"rounding   at most {rounding.worst:.3g}{rounding.where}; {rounding.tiny:,} numbers "
             "below 2^-14 were rounded",
-            f"tokenizer  {len(merges):,} merges, end-of-text {eos_id}",
-            f"prompts    {', '.join(names) or 'none'}",
+            f"tokenizer  {len(s.merges):,} merges, end-of-text {end}",
+            f"prompts    {', '.join(s.names) or 'none'}",
             f"sha256     {sha}",
-            *(f"note       {n}" for n in notes)]
+            *(f"note       {n}" for n in s.notes)]
         print("\n  ".join(lines))
 
 
+def named_prompt(text):
+    name, equals, prompt = text.partition("=")
+    if not equals or text != text.encode("utf-8", "replace").decode():
+        raise argparse.ArgumentTypeError(f"{text!r} (want NAME=TEXT, in UTF-8)")
+    return name, prompt
+
+
 def main():
-    p = argparse.ArgumentParser(description="Converts a Qwen3-Embedding model to one .qemb file.")
+    p = argparse.ArgumentParser(
+        description="Converts an embedding or rerank model of the Qwen3 family to one .qemb file.")
     p.add_argument("source", help="a Hugging Face directory, or a name on the hub (owner/name)")
     p.add_argument("--out", help="the file to write (default: the source's name with .qemb)")
     p.add_argument("--dtype", choices=list(MATRIX_DTYPES), default="f16", help="of the matrices")
-    p.add_argument("--pooling", choices=["last"], default="",
-                   help="pool the last token, whatever the source says or does not say about it")
+    p.add_argument("--kind", choices=KINDS, help="what the model is for, if its files do not say")
+    p.add_argument("--pooling", choices=POOLINGS, default="",
+                   help="pool the last token or the mean, whatever the source says or does not say")
+    p.add_argument("--prompt", action="append", default=[], type=named_prompt, metavar="NAME=TEXT",
+                   help="add the prompt NAME, or replace it")
     p.add_argument("--note", action="append", default=[], help="a line for the file's provenance")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
     args = p.parse_args()
+    args.prompts = dict(args.prompt)
     handle_signals(interrupt)
     try:
         convert(args)

@@ -24,6 +24,13 @@ SHAPE = dict(layers=2, hidden=24, heads=4, kv=2, hd=10, ffn=20, vocab=300, max=6
 MERGES = [("a", "b"), ("ab", "c"), ("Ġ", "t"), ("Ġt", "h")]
 ADDED = (hf.EOS, "<think>", "é中")
 OTHER = "layers.0.mlp.up_proj.weight"
+NO_TOKEN = 0xFFFFFFFF
+PLAIN = dict(kind=0, pooling=0, attention=0, dense_rows=0, activation=0, window=0)
+JUDGE = ('<|im_start|>system\nJudge whether the Document meets the requirements based on the Query '
+         'and the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+         "<|im_start|>user\n")
+ANSWER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+TASK = "Given a web search query, retrieve relevant passages that answer the query"
 
 
 # ---- a reader of .qemb files, after qemb.h -----------------------------------------------------
@@ -50,7 +57,9 @@ class Qemb:
         keys = "n_layers hidden n_heads n_kv_heads head_dim ffn vocab max_positions eos_id".split()
         self.config = dict(zip(keys, struct.unpack_from("<9I", b, 72)))
         self.rope_theta, self.rms_eps = struct.unpack_from("<2f", b, 108)
-        assert not any(b[116:4096])
+        keys = "kind pooling attention dense_rows activation window".split()
+        self.use = dict(zip(keys, struct.unpack_from("<6I", b, 116)))
+        assert not any(b[140:4096])
         h = 0xCBF29CE484222325
         for byte in b[:24] + bytes(8) + b[32 : 4096 + 96 * n]:
             h = ((h ^ byte) * 0x100000001B3) % (1 << 64)
@@ -82,7 +91,9 @@ class Qemb:
         if self.sections["layers.0.wqkv"].dtype == "i1":
             layer = [n for t in layer for n in ([t] if "norm" in t else [t, t + ".scale"])]
         layers = [f"layers.{i}.{t}" for i in range(self.config["n_layers"]) for t in layer]
-        return ["merges", "added_tokens", "prompts", "provenance", "tok_emb", *layers, "final_norm"]
+        dense = ["dense", "dense_bias"] if self.use["dense_rows"] else []
+        return ["merges", "added_tokens", "prompts", "provenance", "tok_emb", *layers, "final_norm",
+                *dense]
 
     @staticmethod
     def read_added(b):
@@ -140,7 +151,8 @@ def assert_weights(q, folder):
         assert got.dtype == ("<f4" if vector else "<f2"), name
         assert got.shape == w.shape, name
         assert got.tobytes() == w.astype("<f4" if vector else "<f2").tobytes(), name
-    assert set(q.sections) - set(want) == {"merges", "added_tokens", "prompts", "provenance"}
+    assert set(q.sections) - set(want) - {"dense", "dense_bias"} == {
+        "merges", "added_tokens", "prompts", "provenance"}
 
 
 # ---- sources and runs --------------------------------------------------------------------------
@@ -241,6 +253,7 @@ def test_golden_is_reproduced(tmp_path, monkeypatch):
                             vocab=512, max_positions=200, eos_id=500)
     assert q.rope_theta == np.float32(1e6) and q.rms_eps == np.float32(1e-6)
     assert q.prompts == {"query": hf.QUERY, "document": ""}
+    assert q.use == PLAIN
 
 
 @pytest.mark.parametrize("name", ["hf-tiny", "gqa1", "gqa2", "gqa4", "square", "massive", "demo"])
@@ -276,6 +289,14 @@ def test_small_model_says_that_it_is_random():
     q = Qemb(ROOT / "tests/fixtures/small.qemb")
     assert "note: random weights, untrained" in q.provenance
     assert q.prompts == {"query": hf.QUERY, "document": ""}
+
+
+def test_small_reranker():
+    q = Qemb(ROOT / "tests/fixtures/reranker.qemb")
+    assert "note: random weights, untrained" in q.provenance
+    assert q.use == PLAIN | dict(kind=1, dense_rows=1, window=2048)
+    assert q.prompts == {"prefix": JUDGE, "suffix": ANSWER, "instruct": TASK}
+    assert q.config["eos_id"] == NO_TOKEN
 
 
 def test_every_field(folder):
@@ -577,6 +598,14 @@ ACCEPTED = {
     "truncation left over": ("tokenizer.json", setting("truncation", {"max_length": 512})),
     "padding left over": ("tokenizer.json", setting("padding", {"strategy": "BatchLongest"})),
     "null suffix": ("tokenizer.json", setting("model", "end_of_word_suffix", None)),
+    "not bidirectional": ("config.json", setting("use_bidirectional_attention", False)),
+    "causal": ("config.json", setting("is_causal", True)),
+    "no normalize": ("modules.json", without(-1)),
+    "newer modules": ("modules.json", setting(0, "type", "sentence_transformers.base.modules."
+                                              "transformer.Transformer")),
+    "newer kind": ("config_sentence_transformers.json", setting("model_type",
+                                                                "SentenceTransformer")),
+    "prompt not pooled": ("1_Pooling/config.json", setting("include_prompt", False)),
     "pooling by name": ("1_Pooling/config.json", lambda j: {"pooling_mode": "lasttoken"}),
     "module types moved": ("modules.json", setting(1, "type", "st.sentence.pooling.Pooling")),
 }
@@ -589,6 +618,7 @@ def test_accepts_other_spellings(folder, case):
     edit(folder / name, change)
     q = convert(folder)
     assert (q.config, q.rope_theta, q.added) == (before.config, before.rope_theta, before.added)
+    assert q.use == PLAIN
     for section, data in before.sections.items():
         if section != "provenance":
             assert q.sections[section].tobytes() == data.tobytes(), section
@@ -630,9 +660,11 @@ def test_pooling_last_by_hand(folder, mode):
         (folder / "modules.json").unlink()
     else:
         edit(pooling, mean_pooling)
-    hint = refused(folder, "--out", "out.qemb")
-    assert ("--pooling last" in hint) == (mode == "absent")
-    assert "pooling: last token, by --pooling\n" in convert(folder, "--pooling", "last").provenance
+    if mode == "absent":
+        hint = refused(folder, "--out", "out.qemb")
+        assert "--pooling last" in hint and "--kind reranker" in hint
+    q = convert(folder, "--pooling", "last")
+    assert "pooling: last token, by --pooling\n" in q.provenance and q.use == PLAIN
 
 
 def test_head_dim_defaults_to_128(folder):
@@ -641,16 +673,395 @@ def test_head_dim_defaults_to_128(folder):
     assert "want [512, 24]" in refused(folder)
 
 
+# ---- rerankers ---------------------------------------------------------------------------------
+
+# "yes" and "no" are tokens of their own
+WORDS = [("y", "e"), ("ye", "s"), ("n", "o")]
+YES, NO = 256 + len(MERGES) + 1, 256 + len(MERGES) + 2
+SCORES = "Qwen3ForSequenceClassification"
+
+
+@pytest.fixture
+def reranker(folder):
+    """The first revision of a reranker: what transformers saves, with another tokenizer.json."""
+    new = folder.parent / "tiny-Reranker"
+    folder.rename(new)
+    for name in ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"):
+        (new / name).unlink()
+    hf.save_json(new / "tokenizer.json", hf.tokenizer_json(MERGES + WORDS, ADDED, appended=False))
+    return new
+
+
+def logit_row(folder, name="embed_tokens.weight"):
+    w = read_source(folder)[name]
+    return (w[YES] - w[NO])[None]
+
+
+def assert_reranker(q, row, **prompts):
+    assert q.use == PLAIN | dict(kind=1, dense_rows=1, window=64)  # max_positions
+    assert q.config["eos_id"] == NO_TOKEN
+    assert q.sections["dense"].tobytes() == row.astype("<f4").tobytes() and row.any()
+    assert q.sections["dense_bias"].tolist() == [[0]]
+    assert q.prompts == {"prefix": JUDGE, "suffix": ANSWER, "instruct": TASK} | prompts
+    assert "kind: reranker\n" in q.provenance and "pooling:" not in q.provenance
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_reranker(reranker, capsys, dtype):
+    save(reranker / "model.safetensors", weights(dtype))
+    q = convert(reranker)
+    assert_weights(q, reranker)
+    assert_reranker(q, logit_row(reranker))
+    assert "end-of-text none" in capsys.readouterr().out
+
+
+def test_reranker_window(reranker):
+    edit(reranker / "config.json", setting("max_position_embeddings", 40960))
+    assert convert(reranker).use["window"] == 8192
+
+
+def test_reranker_int8(reranker):
+    """Its dense row stays in float."""
+    q = convert(reranker, "--dtype", "int8")
+    assert_reranker(q, logit_row(reranker))
+
+
+def head(seed=8, dtype="BF16"):
+    return {"lm_head.weight": (dtype, (SHAPE["vocab"], SHAPE["hidden"]), hf.to_bytes(
+        np.random.default_rng(seed).standard_normal((SHAPE["vocab"], SHAPE["hidden"])), dtype))}
+
+
+def test_reranker_with_its_own_head(reranker):
+    save(reranker / "model.safetensors", weights() | head())
+    edit(reranker / "config.json", setting("tie_word_embeddings", False))
+    q = convert(reranker)
+    assert_reranker(q, logit_row(reranker, "lm_head.weight"))
+    assert "left out" not in q.provenance
+
+
+def test_reranker_without_its_own_head(reranker):
+    edit(reranker / "config.json", setting("tie_word_embeddings", False))
+    assert refused(reranker) == "lm_head.weight: missing tensor (got 1 missing, want none)"
+
+
+def test_reranker_with_a_tied_head_in_its_file(reranker):
+    """transformers 5 ties it, if the two are equal."""
+    tensors = weights()
+    same = {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    save(reranker / "model.safetensors", tensors | same)
+    assert_reranker(convert(reranker), logit_row(reranker))
+    put(same, "lm_head.weight", NO * SHAPE["hidden"] + 3, 5.0)
+    save(reranker / "model.safetensors", tensors | same)
+    assert refused(reranker) == ("lm_head.weight: differs from model.embed_tokens.weight, to which "
+                                 "config.json ties it")
+
+
+@pytest.mark.parametrize("labels", [None, {"0": "LABEL_0"}])
+def test_classifier_with_one_row(folder, reranker, labels):
+    """Whatever its name and directory says."""
+    row = hf.to_bytes(np.random.default_rng(9).standard_normal(SHAPE["hidden"]), "F32")
+    save(reranker / "model.safetensors", weights() | {
+        "score.weight": ("F32", (1, SHAPE["hidden"]), row)})
+    edit(reranker / "config.json", lambda j: j.update(architectures=[SCORES], id2label=labels))
+    plain = reranker.rename(reranker.with_name("plain"))
+    hf.save_json(plain / "modules.json", [{"idx": 0, "path": "", "type": "st.Transformer"}])
+    assert_reranker(convert(plain), np.frombuffer(row, "<f4"))
+
+
+@pytest.mark.parametrize("yes", [0, 1])
+def test_classifier_with_two_rows(reranker, yes):
+    rows = np.random.default_rng(9).standard_normal((2, SHAPE["hidden"])).astype("<f4")
+    save(reranker / "model.safetensors", weights() | {
+        "score.weight": ("F32", rows.shape, rows.tobytes())})
+    edit(reranker / "config.json", lambda j: j.update(
+        architectures=[SCORES], id2label={str(yes): "yes", str(1 - yes): "no"}))
+    assert_reranker(convert(reranker), rows[yes] - rows[1 - yes])
+    edit(reranker / "config.json", setting("id2label", {"0": "LABEL_0", "1": "LABEL_1"}))
+    assert "id2label (got" in refused(reranker)
+    edit(reranker / "config.json", without("id2label"))
+    assert refused(reranker) == "score.weight: shape (got [2, 24], want [1, 24])"
+
+
+def logit_score(folder, true=YES, false=NO, default="query", **settings):
+    """The files of a newer revision, after sentence-transformers' documentation."""
+    base = "sentence_transformers."
+    hf.save_json(folder / "modules.json", [
+        {"idx": 0, "name": "0", "path": "", "type": base + "base.modules.transformer.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_LogitScore",
+         "type": base + "cross_encoder.modules.logit_score.LogitScore"}])
+    hf.save_json(folder / "1_LogitScore/config.json", {"true_token_id": true,
+                                                       "false_token_id": false})
+    hf.save_json(folder / "config_sentence_transformers.json", {
+        "activation_fn": "torch.nn.modules.linear.Identity", "default_prompt_name": default,
+        "model_type": "CrossEncoder", "prompts": {"query": "Find the passage"}})
+
+
+def test_newer_reranker(reranker):
+    plain = reranker.rename(reranker.with_name("plain"))
+    logit_score(plain)
+    q = convert(plain)
+    assert_reranker(q, logit_row(plain), instruct="Find the passage")
+    assert "file: 1_LogitScore/config.json sha256 " in q.provenance
+    logit_score(plain, default=None)
+    assert_reranker(convert(plain), logit_row(plain))
+
+
+@pytest.mark.parametrize("true,false,words", [
+    (NO, YES, f'true_token_id, of "yes" (got {NO}, want {YES})'),
+    (YES, None, f'false_token_id, of "no" (got null, want {NO})')])
+def test_refuses_other_answers(reranker, true, false, words):
+    logit_score(reranker, true, false)
+    assert refused(reranker) == f"1_LogitScore/config.json: {words}"
+
+
+def test_reranker_by_hand(reranker):
+    plain = reranker.rename(reranker.with_name("plain"))
+    assert "--kind reranker" in refused(plain)
+    assert_reranker(convert(plain, "--kind", "reranker"), logit_row(plain))
+    assert_reranker(convert(plain, "--kind", "reranker", "--prompt", "instruct=Find = it\n"),
+                    logit_row(plain), instruct="Find = it\n")
+    assert refused(plain, "--kind", "reranker", "--prompt", "query=x") == (
+        '--prompt: a reranker\'s prompts (got ["query"], want ["prefix", "suffix", "instruct"])')
+    assert "--pooling last" in refused(plain, "--kind", "embedding")
+
+
+def test_kind_contradicts_the_files(folder, reranker):
+    assert refused(reranker, "--kind", "embedding").startswith("1_Pooling/config.json: ")
+    assert convert(reranker, "--kind", "embedding", "--pooling", "last").use == PLAIN
+    hf.save_sentence_transformers(reranker, SHAPE["hidden"])
+    assert refused(reranker, "--kind", "reranker") == (
+        "--kind: what the source's files say (got reranker, want embedding)")
+
+
+def test_an_embedding_may_be_named_so(folder):
+    named = folder.rename(folder.with_name("not-a-reranker"))
+    assert convert(named).use == PLAIN
+
+
+RERANKER_REFUSED = {
+    "end token": ("tokenizer.json", lambda j: hf.tokenizer_json(MERGES + WORDS, ADDED),
+                  "tokenizer.json: post_processor of a reranker (got an end token, want none)"),
+    "no words": ("tokenizer.json", lambda j: hf.tokenizer_json(MERGES, ADDED, appended=False),
+                 'tokenizer.json: no tokens "yes" and "no", which a reranker needs'),
+    "bidirectional": ("config.json", setting("is_causal", False),
+                      "config.json: attention of a reranker (got \"bidirectional\""),
+}
+
+
+@pytest.mark.parametrize("case", RERANKER_REFUSED)
+def test_refuses_reranker(reranker, case):
+    name, change, words = RERANKER_REFUSED[case]
+    edit(reranker / name, change)
+    assert refused(reranker).startswith(words)
+
+
+def test_refuses_pooling_of_a_reranker(reranker):
+    logit_score(reranker)
+    assert refused(reranker, "--pooling", "mean").startswith("--pooling: an option for embeddings")
+
+
+# ---- other embeddings --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [mean_pooling, lambda j: {"pooling_mode": "mean"},
+                                    lambda j: {"pooling_mode": ["mean"]}])
+def test_mean(folder, change):
+    edit(folder / "1_Pooling/config.json", change)
+    q = convert(folder)
+    assert q.use == PLAIN | {"pooling": 1} and "pooling: mean\n" in q.provenance
+    assert_weights(q, folder)
+    q = convert(folder, "--pooling", "last")
+    assert q.use == PLAIN and "pooling: last token, by --pooling\n" in q.provenance
+
+
+def test_mean_by_hand(folder):
+    assert convert(folder, "--pooling", "mean").use == PLAIN | {"pooling": 1}
+
+
+@pytest.mark.parametrize("change", [
+    setting("is_causal", False), setting("use_bidirectional_attention", True),
+    lambda j: j.update(is_causal=False, use_bidirectional_attention=True),
+    setting("architectures", ["Qwen3BidirectionalModel"]),
+    lambda j: j.update(architectures=["PPLXQwen3Model"], model_type="bidirectional_pplx_qwen3",
+                       auto_map={"AutoConfig": "configuration.PPLXQwen3Config",
+                                 "AutoModel": "modeling.PPLXQwen3Model"})])
+def test_bidirectional(folder, change):
+    edit(folder / "config.json", change)
+    q = convert(folder)
+    assert q.use == PLAIN | {"attention": 1} and "attention: bidirectional\n" in q.provenance
+
+
+@pytest.mark.parametrize("post", [None, {"type": "ByteLevel"},
+                                  {"type": "Sequence", "processors": [{"type": "ByteLevel"}]}])
+def test_no_end_token(folder, post):
+    edit(folder / "tokenizer.json", setting("post_processor", post))
+    q = convert(folder)
+    assert q.config["eos_id"] == NO_TOKEN and q.use == PLAIN
+
+
+def add_dense(folder, rows=6, bias=True, kind="activation.Tanh", dtype="F32", **settings):
+    """A module Dense as sentence-transformers saves it -> weight, bias"""
+    edit(folder / "modules.json", lambda j: j.insert(2, {
+        "idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}))
+    hf.save_json(folder / "2_Dense/config.json", {
+        "in_features": SHAPE["hidden"], "out_features": rows, "bias": bias,
+        "activation_function": "torch.nn.modules." + kind} | settings)
+    rng = np.random.default_rng(10)
+    w = rng.standard_normal((rows, SHAPE["hidden"])).astype("f2").astype("f4")
+    b = rng.standard_normal(rows).astype("f2").astype("f4") if bias else np.zeros(rows, "f4")
+    tensors = {"linear.weight": (dtype, w.shape, hf.to_bytes(w, dtype))}
+    save(folder / "2_Dense/model.safetensors", tensors | (
+        {"linear.bias": (dtype, b.shape, hf.to_bytes(b, dtype))} if bias else {}))
+    return w, b
+
+
+@pytest.mark.parametrize("rows", [1, 6, 48])
+@pytest.mark.parametrize("bias,kind,activation", [
+    (True, "activation.Tanh", 1), (False, "linear.Identity", 0), (True, "linear.Identity", 0)])
+@pytest.mark.parametrize("dtype", ["F16", "F32"])
+def test_dense(folder, rows, bias, kind, activation, dtype):
+    w, b = add_dense(folder, rows, bias, kind, dtype)
+    q = convert(folder)
+    assert q.use == PLAIN | {"dense_rows": rows, "activation": activation}
+    assert q.sections["dense"].tobytes() == w.tobytes()
+    assert q.sections["dense_bias"].tobytes() == b.tobytes() and b.any() == bias
+    assert f"dense: {rows} rows, {['identity', 'tanh'][activation]}\n" in q.provenance
+    assert "file: 2_Dense/config.json sha256 " in q.provenance
+
+
+def test_dense_without_normalize_and_with_mean(folder):
+    add_dense(folder)
+    edit(folder / "modules.json", without(-1))
+    edit(folder / "1_Pooling/config.json", mean_pooling)
+    assert convert(folder).use == PLAIN | {"pooling": 1, "dense_rows": 6, "activation": 1}
+
+
+def test_dense_activation_defaults_to_tanh(folder):
+    add_dense(folder)
+    edit(folder / "2_Dense/config.json", without("activation_function"))
+    assert convert(folder).use["activation"] == 1
+
+
+DENSE_REFUSED = {
+    "width": (setting("in_features", 25), "in_features (got 25, want 24)"),
+    "no rows": (setting("out_features", 0), "out_features (got 0, want an integer from 1"),
+    "half a row": (setting("out_features", 6.0), "out_features (got 6.0"),
+    "many rows": (setting("out_features", 65537), "out_features (got 65537"),
+    "activation": (setting("activation_function", "torch.nn.modules.activation.GELU"),
+                   'activation_function (got "torch.nn.modules.activation.GELU", want'),
+    "residual": (setting("use_residual", True), "use_residual (got true"),
+    "tokens": (setting("module_input_name", "token_embeddings"), "module_input_name (got"),
+    "scores": (setting("module_output_name", "scores"), "module_output_name (got"),
+    "bias": (setting("bias", 1.5), "bias (got 1.5, want true or false)"),
+}
+
+
+@pytest.mark.parametrize("case", DENSE_REFUSED)
+def test_refuses_dense(folder, case):
+    add_dense(folder)
+    change, words = DENSE_REFUSED[case]
+    edit(folder / "2_Dense/config.json", change)
+    assert refused(folder).startswith("2_Dense/config.json: " + words)
+
+
+def test_refuses_dense_weights(folder):
+    w, b = add_dense(folder)
+    edit(folder / "2_Dense/config.json", setting("out_features", 7))
+    words = '2_Dense/model.safetensors: tensors (got {"linear.bias": [6],'
+    assert refused(folder).startswith(words)
+    edit(folder / "2_Dense/config.json", lambda j: j.update(out_features=6, bias=False))
+    assert refused(folder).startswith(words)
+    edit(folder / "2_Dense/config.json", setting("bias", True))
+    w[3, 5] = np.nan
+    save(folder / "2_Dense/model.safetensors", {
+        "linear.weight": ("F32", w.shape, w.tobytes()), "linear.bias": ("F32", b.shape,
+                                                                        b.tobytes())})
+    assert refused(folder) == (
+        "2_Dense linear.weight[3, 5]: number (got nan, want a finite one up to 3.40282e+38)")
+    (folder / "2_Dense/model.safetensors").rename(folder / "2_Dense/pytorch_model.bin")
+    message = refused(folder)
+    assert message.startswith("2_Dense/model.safetensors: no such file in the source (pytorch_model"
+                              ".bin is not read, since loading it can run code;")
+
+
+def test_projection_inside_the_model(folder):
+    """As in voyage-4-nano: its class projects every row, and then the rows are averaged."""
+    w = np.random.default_rng(11).standard_normal((48, SHAPE["hidden"])).astype("f4")
+    save(folder / "model.safetensors", weights() | {
+        "linear.weight": ("F32", w.shape, w.tobytes())})
+    edit(folder / "config.json", lambda j: j.update(
+        num_labels=48, use_bidirectional_attention=True))
+    edit(folder / "1_Pooling/config.json", mean_pooling)
+    q = convert(folder)
+    assert q.use == PLAIN | {"pooling": 1, "attention": 1, "dense_rows": 48}
+    assert q.sections["dense"].tobytes() == w.tobytes() and not q.sections["dense_bias"].any()
+    add_dense(folder)
+    assert refused(folder).startswith("2_Dense/config.json: a dense layer behind linear.weight")
+
+
+@pytest.mark.parametrize("change,words", [
+    (setting("num_labels", 47), "linear.weight: shape (got [48, 24], want [47, 24])"),
+    (without("use_cache"), "linear.weight: no tensor of this model (got 1 extra, want none)")])
+def test_refuses_another_projection(folder, change, words):
+    save(folder / "model.safetensors", weights() | {
+        "linear.weight": ("F32", (48, SHAPE["hidden"]), bytes(4 * 48 * SHAPE["hidden"]))})
+    edit(folder / "config.json", change)
+    assert refused(folder) == words
+
+
+def test_quantizer(folder):
+    """As in pplx-embed-v1: tanh of the pooled row, by a dense layer that changes nothing else."""
+    edit(folder / "modules.json", lambda j: j[:2] + [{
+        "idx": 2, "name": "2", "path": "", "type": "st_quantize.FlexibleQuantizer"}])
+    edit(folder / "1_Pooling/config.json", mean_pooling)
+    q = convert(folder)
+    assert q.use == PLAIN | {"pooling": 1, "dense_rows": SHAPE["hidden"], "activation": 1}
+    assert (q.sections["dense"] == np.eye(SHAPE["hidden"])).all()
+    assert "note: vectors are tanh of the pooled row, not rounded to 8 bits\n" in q.provenance
+
+
+def test_prompts_by_hand(folder):
+    q = convert(folder, "--prompt", "query=Query: ", "--prompt", "code=")
+    assert q.prompts == {"query": "Query: ", "document": "", "code": ""}
+    assert "prompts: query, code by --prompt\n" in q.provenance
+    (folder / "config_sentence_transformers.json").unlink()
+    assert convert(folder, "--prompt", "query=a\nb=ü").prompts == {"query": "a\nb=ü"}
+    assert refused(folder, "--prompt", "=x").endswith("at most 64, with names, without NUL "
+                                                      "characters)")
+
+
+@pytest.mark.parametrize("text", ["query", "query=\udcff"])
+def test_refuses_a_malformed_prompt(folder, capsys, text):
+    with pytest.raises(SystemExit) as e:
+        run(folder, "--prompt", text)
+    assert e.value.code == 2 and "want NAME=TEXT, in UTF-8" in capsys.readouterr().err
+
+
+def test_refuses_an_adapter(folder):
+    hf.save_json(folder / "adapter_config.json", {"peft_type": "LORA"})
+    message = refused(folder)
+    assert message.startswith("adapter_config.json: an adapter (LoRA)")
+    assert "merge_and_unload()" in message
+
+
 # ---- what it refuses ---------------------------------------------------------------------------
 
 CONFIG_REFUSED = {
     "model_type": (setting("model_type", "qwen2"), 'model_type (got "qwen2", want "qwen3")'),
-    "architecture": (setting("architectures", ["Qwen3ForSequenceClassification"]), "architectures"),
+    "architecture": (setting("architectures", ["Qwen3ForTokenClassification"]), "architectures"),
+    "adapters": (setting("architectures", ["JinaEmbeddingsV5Model"]), "adapters are not merged"),
+    "own code": (setting("auto_map", {"AutoModel": "modeling.OtherModel"}),
+                 'auto_map: a model with code of its own, AutoModel (got "modeling.OtherModel", '
+                 "want PPLXQwen3Model or Qwen3BidirectionalModel)"),
+    "pplx type": (setting("architectures", ["PPLXQwen3Model"]),
+                  'model_type (got "qwen3", want "bidirectional_pplx_qwen3")'),
+    "two attentions": (lambda j: j.update(is_causal=True, use_bidirectional_attention=True),
+                       "is_causal (got true, want false)"),
     "no architecture": (without("architectures"), "architectures (got null"),
     "activation": (setting("hidden_act", "gelu"), 'hidden_act (got "gelu", want "silu")'),
     "bias": (setting("attention_bias", True), "attention_bias (got true"),
     "sliding": (setting("use_sliding_window", True), "use_sliding_window (got true"),
-    "not causal": (setting("is_causal", False), "is_causal (got false, want true)"),
+    "null causal": (setting("is_causal", None), "is_causal (got null, want true or false)"),
     "quantized": (setting("quantization_config", {"bits": 4}), 'quantization_config (got {"bits"'),
     "sliding layer": (setting("layer_types", ["full_attention", "sliding_attention"]),
                       'layer_types (got "sliding_attention"'),
@@ -747,8 +1158,6 @@ TOKENIZER_REFUSED = {
     "text twice": (setting("added_tokens", 1, "content", hf.EOS), "text (got an empty or repeated"),
     "empty text": (setting("added_tokens", 1, "content", ""), '"" text (got an empty'),
     "lone surrogate": (setting("added_tokens", 1, "content", "\ud800"), "UnicodeEncodeError"),
-    "no post-processor": (setting("post_processor", None), "post_processor (got []"),
-    "byte level after": (setting("post_processor", {"type": "ByteLevel"}), "processor (got []"),
     "other post-processor": (setting(*TEMPLATE, "type", "BertProcessing"), "post_processor"),
     "no end-of-text": (without(*TEMPLATE, "single", -1),
                        'a single text (got ["Sequence"], want ["Sequence", "SpecialToken"])'),
@@ -778,18 +1187,31 @@ def test_refuses_more_tokens_than_rows(folder):
 
 
 ST_REFUSED = {
-    "mean pooling": ("1_Pooling/config.json", mean_pooling, 'pooling (got ["mean_tokens"]'),
+    "max pooling": ("1_Pooling/config.json", lambda j: j.update(
+        pooling_mode_lasttoken=False, pooling_mode_max_tokens=True), 'pooling (got ["max"]'),
     "two poolings": ("1_Pooling/config.json", setting("pooling_mode_mean_tokens", True),
-                     'pooling (got ["lasttoken", "mean_tokens"], want ["lasttoken"])'),
+                     'pooling (got ["lasttoken", "mean"], want ["lasttoken"] or ["mean"])'),
+    "newer list": ("1_Pooling/config.json", lambda j: {"pooling_mode": ["mean", "max"]},
+                   'pooling (got ["max", "mean"]'),
+    "prompt left out": ("1_Pooling/config.json", lambda j: {
+        "pooling_mode": "mean", "include_prompt": False}, "include_prompt (got false, want true)"),
     "newer cls": ("1_Pooling/config.json", lambda j: {"pooling_mode": "cls"}, '(got ["cls"]'),
     "no pooling": ("1_Pooling/config.json", lambda j: {}, "pooling (got []"),
-    "no normalize": ("modules.json", without(-1), 'modules (got ["Transformer", '
-                     '"Pooling"], want ["Transformer", "Pooling", "Normalize"])'),
-    "dense": ("modules.json", lambda j: j.insert(2, {"type": "x.Dense", "path": "2_Dense"}),
-              '"Pooling", "Dense", "Normalize"], want'),
+    "no pooling module": ("modules.json", without(1), 'modules (got ["Transformer", '
+                          '"Normalize"], want Transformer, Pooling, Dense or not, Normalize or '),
+    "two dense": ("modules.json", lambda j: j[:2] + [{"type": "x.Dense", "path": "2_Dense"}] * 2,
+                  '"Pooling", "Dense", "Dense"], want'),
+    "dense behind": ("modules.json", lambda j: j.append({"type": "x.Dense", "path": "3_Dense"}),
+                     '"Normalize", "Dense"], want'),
+    "dense elsewhere": ("modules.json", lambda j: j.insert(2, {"type": "x.Dense", "path": "3"}),
+                        'path of Dense (got "3", want "2_Dense")'),
+    "dropout": ("modules.json", lambda j: j.insert(2, {"type": "x.Dropout", "path": "2_Dropout"}),
+                '"Pooling", "Dropout", "Normalize"], want'),
     "pooling elsewhere": ("modules.json", setting(1, "path", "2_Pooling"), 'Pooling (got "2_'),
     "default prompt": ("config_sentence_transformers.json", setting("default_prompt_name", "query"),
                        'default_prompt_name (got "query", want null)'),
+    "kind": ("config_sentence_transformers.json", setting("model_type", "SparseEncoder"),
+             'model_type (got "SparseEncoder"'),
     "NUL": ("config_sentence_transformers.json", setting("prompts", "query", "a\0b"), "NUL char"),
     "unnamed": ("config_sentence_transformers.json", setting("prompts", "", "x"), "prompts (got"),
     "too many": ("config_sentence_transformers.json",
