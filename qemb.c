@@ -542,6 +542,10 @@ static qemb_options fill_options(const qemb_file *f, const qemb_ops *ops, const 
     const int window = qemb_window(&f->config), max_positions = f->config.max_positions;
     const int any_batch = o.batch_tokens <= 0, any_mlp = o.mlp_rows <= 0;
     if (any_batch) o.batch_tokens = qemb_batch_tokens(ops);
+    /* A reranker's documents share much, which is computed once a batch. A batch of a window's rows
+     * needs no more memory than the longest text. */
+    if (any_batch && f->config.kind == QEMB_RERANKER)
+        o.batch_tokens = max_int(o.batch_tokens, window);
     if (any_mlp) o.mlp_rows = ops->mlp_rows ? ops->mlp_rows : QEMB_MLP_ROWS;
     o.mlp_rows = padded_rows(ops, o.mlp_rows); /* a product may write as many */
     if (o.max_tokens <= 0) o.max_tokens = window;

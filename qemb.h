@@ -291,7 +291,7 @@ typedef struct {
 /* ---- backends -------------------------------------------------------------------------------- */
 
 struct qemb_options {
-    int batch_tokens; /* rows of a bulk batch; 0: the table's default */
+    int batch_tokens; /* rows of a bulk batch; 0: the table's default, of a reranker its window */
     int max_tokens;   /* longest text with the added tokens; 0: the model's window */
     int mlp_rows;     /* rows that the MLP computes at a time; 0: the table's default */
     int threads;      /* CPU threads; 0: as many as this process may use */

@@ -250,21 +250,14 @@ static int grep(const options *o) {
 
 /* ---- rerank ---------------------------------------------------------------------------------- */
 
-/* Rows of a batch on a CPU: many documents share what is before them, and a text of the usual
- * window needs as much memory. */
-#define RERANK_BATCH 8192
-
 static int rerank(const options *o) {
     model_file f;
     record_tokenizer t;
     qemb_model *m[MAX_DEVICES];
-    options own = *o;
-    if (!own.model.engine.batch_tokens && !o->model.ops->plan)
-        own.model.engine.batch_tokens = RERANK_BATCH;
     open_kind(&f, o, QEMB_RERANKER);
-    open_record_tokenizer(&t, &f, &own);
-    replicas_open(m, f.file, &own.model, loading(o));
-    const int status = rerank_stream(&own, m, &t);
+    open_record_tokenizer(&t, &f, o);
+    replicas_open(m, f.file, &o->model, loading(o));
+    const int status = rerank_stream(o, m, &t);
     for (int i = 0; i < o->model.n_devices; i++) qemb_close(m[i]);
     record_tokenizer_close(&t);
     close_model_file(&f);
