@@ -5,8 +5,8 @@
  * calls them and is the same for every backend; opening and closing; and the packer, which lays
  * many texts end to end so that nothing is padded.
  *
- * Every op computes a row from that row's inputs alone, attention from those of its text up to that
- * row. The instructions and their order are the same whatever T is and however threads divide the
+ * Every op computes a row from that row's inputs alone, attention and gather_mean from those of its
+ * text. The instructions and their order are the same whatever T is and however threads divide the
  * rows. Therefore a text's vector has the same bits alone, in any batch and with any number of
  * threads.
  */
@@ -174,7 +174,7 @@ static void cpu_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm
     }
 }
 
-/* ---- attention: causal, grouped queries, softmax computed online --------------------------------
+/* ---- attention: grouped queries, softmax computed online ----------------------------------------
  * Each of the K key/value heads serves G = H/K query heads. A block is QUERIES tokens x G heads of
  * one kv head. Its rows walk over the keys in tiles of KEYS. A row keeps a running maximum m, a sum
  * l and weighted values O. A tile with scores s_j and values v_j updates them:
@@ -192,6 +192,7 @@ typedef struct {      /* the keys and values that a block may see, and its scrat
     const float *qkv; /* (T, ld) */
     size_t ld;
     int prefix, own; /* position p is row p of qkv if p < prefix, else row own + p - prefix */
+    int all;         /* keys that every row sees; 0: those up to its own position */
     int q_col, k_col, v_col; /* where the heads begin in a row */
     int G, hd, hdp;          /* hdp: hd rounded up to NR */
     float *kt;               /* (hd, KEYS)        a tile's keys, transposed */
@@ -236,12 +237,16 @@ INLINE void attention_scores(const attention_work *w, int R) {
     }
 }
 
-/* Pass 3: m, l and O as above; scores become weights. A row sees `visible` keys of the tile: those
- * at positions up to its own. */
+/* The number of keys, from position 0 on, that row r of a block sees that begins at position q0 */
+static int keys_seen(const attention_work *w, int q0, int r) {
+    return w->all ? w->all : q0 + r / w->G + 1;
+}
+
+/* Pass 3: m, l and O as above; scores become weights. A row sees `visible` keys of the tile. */
 INLINE void attention_softmax(const attention_work *w, int R, int q0, int k0) {
     for (int r = 0; r < R; r++) {
         float *s = w->s + (size_t)r * KEYS, *acc = w->acc + (size_t)r * w->hdp;
-        const int visible = max_int(0, min_int(KEYS, q0 + r / w->G - k0 + 1));
+        const int visible = max_int(0, min_int(KEYS, keys_seen(w, q0, r) - k0));
         float m = w->m[r], sum = 0;
         for (int j = 0; j < visible; j++) m = s[j] > m ? s[j] : m;
         for (int j = 0; j < visible; j++) sum += s[j] = expf(s[j] - m);
@@ -281,8 +286,9 @@ static void attention_block(const attention_work *w, float *att, size_t ld_att, 
         w->l[r] = 0;
     }
     memset(w->acc, 0, (size_t)R * w->hdp * sizeof(float));
-    for (int k0 = 0; k0 < q0 + n; k0 += KEYS) {
-        attention_load(w, k0, min_int(KEYS, q0 + n - k0));
+    const int seen = keys_seen(w, q0, R - 1);
+    for (int k0 = 0; k0 < seen; k0 += KEYS) {
+        attention_load(w, k0, min_int(KEYS, seen - k0));
         attention_scores(w, R);
         attention_softmax(w, R, q0, k0);
         attention_values(w, R);
@@ -322,6 +328,7 @@ static void cpu_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
             const int first = i ? b->cu[i - 1] : 0, end = b->cu[i];
             w.prefix = i ? b->P : 0;
             w.own = first;
+            w.all = b->bidirectional ? end - first : 0;
             float *out = f32(att) + w.q_col;
             if (last_only) {
                 if (i)
@@ -350,15 +357,49 @@ static void cpu_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_
     }
 }
 
-/* ---- pool: a text's vector is its last token's row ------------------------------------------- */
+/* ---- pool: a text's vector is its last token's row, or the mean of its rows ------------------ */
 
 void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b) {
     const size_t D = (size_t)be->c->hidden;
     for (int i = 0; i < b->B; i++) memcpy(y + i * D, x + (b->cu[i + 1] - 1) * D, D * sizeof *y);
 }
 
+/* sum (n) += rows first .. end-1 of x, ld apart */
+static void add_rows(double *sum, const float *x, size_t ld, int first, int end, int n) {
+    for (int t = first; t < end; t++)
+        for (int k = 0; k < n; k++) sum[k] += x[t * ld + k];
+}
+
+/* Every column is summed in double in the order of positions: the prefix first, once for all
+ * texts. */
+void cpu_mean_rows(const qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b) {
+    enum { COLUMNS = 64 };
+    const size_t D = (size_t)be->c->hidden;
+    for (size_t d = 0; d < D; d += COLUMNS) {
+        const int n = min_int(COLUMNS, (int)(D - d));
+        double prefix[COLUMNS] = {0};
+        add_rows(prefix, x + d, D, 0, b->P, n);
+        for (int i = 0; i < b->B; i++) {
+            double sum[COLUMNS];
+            memcpy(sum, prefix, sizeof sum);
+            add_rows(sum, x + d, D, b->cu[i], b->cu[i + 1], n);
+            for (int k = 0; k < n; k++)
+                y[i * D + d + k] = (float)(sum[k] / (b->P + b->cu[i + 1] - b->cu[i]));
+        }
+    }
+}
+
+static void cpu_gather_mean(qemb_backend *be, float *y, float *x, const float *w,
+                            const qemb_packed_batch *b) {
+    cpu_rmsnorm(be, (qemb_act *)x, x, w, b->T);
+    cpu_mean_rows(be, y, x, b);
+}
+
 static int cpu_pool(qemb_backend *be, float *out, float *x, const float *w, int B) {
-    cpu_rmsnorm(be, (qemb_act *)out, x, w, B);
+    if (w)
+        cpu_rmsnorm(be, (qemb_act *)out, x, w, B);
+    else
+        memcpy(out, x, (size_t)B * (size_t)be->c->hidden * sizeof *x);
     return 0;
 }
 
@@ -389,6 +430,7 @@ static int cpu_open(qemb_backend **out, const qemb_config *c, const qemb_options
 }
 
 int cpu_begin(qemb_backend *be, const qemb_packed_batch *b) {
+    assert(!b->bidirectional || b->P == 0);
     int longest = b->P;
     for (int i = 0; i < b->B; i++) longest = max_int(longest, b->P + b->cu[i + 1] - b->cu[i]);
     rope_extend(be, longest);
@@ -411,6 +453,7 @@ const qemb_ops qemb_cpu_ops = {
     .attention = cpu_attention,
     .gate_up = cpu_gate_up,
     .gather_last = cpu_gather_last,
+    .gather_mean = cpu_gather_mean,
     .pool = cpu_pool,
 };
 
@@ -418,7 +461,7 @@ const qemb_ops qemb_cpu_ops = {
 
 typedef struct {   /* for at most R rows, C of them at a time in the MLP */
     float *x;      /* (R, D)          the residual stream */
-    float *x_last; /* (B, D)          its rows that go on after the last attention */
+    float *x_last; /* (B, D)          its rows that go on after the last attention, or means */
     qemb_act *xn;  /* (R, D)          normed rows */
     qemb_act *qkv; /* (R, (H+2K)*hd) */
     qemb_act *att; /* (R, H*hd) */
@@ -472,9 +515,11 @@ static size_t plan_activations(activations *a, const qemb_config *c, const qemb_
 
 /* clang-format off */
 
-/* The model, written once for every backend: x_last (B, D) = the texts' last rows. */
+/* The model, written once for every backend: x_last (B, D) = the texts' last rows, or the means of
+ * their rows after the final norm. */
 static void qemb_forward(qemb_model *m, const qemb_packed_batch *b) {
     const qemb_config *c = &m->file->config;
+    const int mean = c->pooling == QEMB_POOL_MEAN;
     const qemb_ops *op = m->ops;
     qemb_backend *be = m->be;
     const activations *a = &m->a;
@@ -483,8 +528,8 @@ static void qemb_forward(qemb_model *m, const qemb_packed_batch *b) {
     op->embed(be, x, &m->w.tok_emb, b);                                     /* x   (T, D)         */
     for (int l = 0; l < c->n_layers; l++) {
         const qemb_layer *w = &m->w.layers[l];
-        const int last = l == c->n_layers - 1;
-        const int rows = last ? b->B : b->T; /* the last layer computes the texts' last rows only */
+        const int last = !mean && l == c->n_layers - 1; /* only the texts' last rows go on */
+        const int rows = last ? b->B : b->T;
 
         op->rmsnorm(be, a->xn, x, w->attn_norm, b->T);                      /* xn  (T, D)         */
         op->matmul(be, a->qkv, a->xn, &w->wqkv, b->T);                      /* qkv (T, (H+2K)*hd) */
@@ -501,6 +546,7 @@ static void qemb_forward(qemb_model *m, const qemb_packed_batch *b) {
             op->matmul_add(be, xr, a->h, &w->wdown, n);                     /* xr += h Wdown^T    */
         }
     }
+    if (mean) op->gather_mean(be, a->x_last, x, m->w.final_norm, b);
 }
 
 /* clang-format on */
@@ -508,9 +554,10 @@ static void qemb_forward(qemb_model *m, const qemb_packed_batch *b) {
 /* out (n_out, D) = the vectors of the first n_out texts. */
 static void run_batch(qemb_model *m, const qemb_packed_batch *b, float *out, int n_out) {
     const qemb_ops *op = m->ops;
+    const float *norm = m->file->config.pooling == QEMB_POOL_MEAN ? NULL : m->w.final_norm;
     do {
         if (!op->begin(m->be, b)) qemb_forward(m, b);
-    } while (op->pool(m->be, out, m->a.x_last, m->w.final_norm, n_out));
+    } while (op->pool(m->be, out, m->a.x_last, norm, n_out));
 }
 
 /* ---- opening --------------------------------------------------------------------------------- */

@@ -463,15 +463,10 @@ AVX2 static void attention_load(const attention_tile *w, int k0, int n) {
     }
 }
 
-/* The first row of the block (whose first token is at position q0) that sees position p */
-static int first_seeing(const attention_tile *w, int q0, int p) {
-    return max_int(0, p - q0) * w->G;
-}
-
 /* Pass 2: s (R, n) = q k^T */
 AVX2 static void attention_scores(const attention_tile *w, int R, int q0, int k0, int n) {
     for (int j = 0; j < n; j += NR) {
-        const int r = first_seeing(w, q0, k0 + j);
+        const int r = simd_first_seeing(w, q0, k0 + j);
         const epilogue o = {w->s + (size_t)r * KEYS + j, KEYS, NR, 0, 1};
         if (r < R)
             sweep(o, R - r, w->q + (size_t)r * w->hd, (size_t)w->hd, w->keys + j * w->hd, w->hd);
@@ -484,12 +479,12 @@ TEMPLATE float greatest(__m256 v) {
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
 
-/* Pass 3: m', l', the weights exp(s - m') in place of the scores, and exp(m - m') O. A row sees the
- * tile's keys up to its own position. */
+/* Pass 3: m', l', the weights exp(s - m') in place of the scores, and exp(m - m') O. */
 AVX2 static void attention_softmax(const attention_tile *w, int R, int q0, int k0) {
-    for (int r = first_seeing(w, q0, k0); r < R; r++) {
+    for (int r = simd_first_seeing(w, q0, k0); r < R; r++) {
         float *s = w->s + (size_t)r * KEYS, *acc = w->acc + (size_t)r * w->hdp;
-        const int visible = min_int(KEYS, q0 + r / w->G - k0 + 1), end = ceil_div(visible, 8) * 8;
+        const int visible = min_int(KEYS, simd_keys_seen(w, q0, r) - k0);
+        const int end = round_up(visible, 8);
         const float before = w->max[r];
         __m256 m = _mm256_set1_ps(before), sum = _mm256_setzero_ps();
         for (int j = visible; j < end; j++) s[j] = -INFINITY;
@@ -515,10 +510,9 @@ AVX2 static void attention_softmax(const attention_tile *w, int R, int q0, int k
 /* Pass 4: O (R, hdp) += s v. Rows that see about the same number of keys are multiplied together,
  * in steps of NR keys. */
 AVX2 static void attention_values(const attention_tile *w, int R, int q0, int k0, int n) {
-    for (int r = first_seeing(w, q0, k0), end; r < R; r = end) {
-        const int t = q0 + r / w->G - k0; /* the row's position in the tile */
-        const int depth = min_int(n, t / NR * NR + NR);
-        end = depth == n ? R : first_seeing(w, q0, k0 + depth);
+    for (int r = simd_first_seeing(w, q0, k0), end; r < R; r = end) {
+        const int depth = min_int(n, round_up(simd_keys_seen(w, q0, r) - k0, NR));
+        end = depth == n ? R : simd_first_seeing(w, q0, k0 + depth);
         for (int d = 0; d < w->hdp; d += NR) {
             const epilogue o = {w->acc + (size_t)r * w->hdp + d, (size_t)w->hdp, NR, 1, 1};
             sweep(o, end - r, w->s + (size_t)r * KEYS, KEYS, w->values + d * KEYS, depth);
@@ -540,8 +534,9 @@ AVX2 static void attention_block(const attention_tile *w, float *att, size_t ld_
         w->sum[r] = 0;
     }
     memset(w->acc, 0, (size_t)R * w->hdp * sizeof(float));
-    for (int k0 = 0; k0 < q0 + n; k0 += KEYS) {
-        const int keys = min_int(KEYS, q0 + n - k0);
+    const int seen = simd_keys_seen(w, q0, R - 1);
+    for (int k0 = 0; k0 < seen; k0 += KEYS) {
+        const int keys = min_int(KEYS, seen - k0);
         attention_load(w, k0, keys);
         attention_scores(w, R, q0, k0, keys);
         attention_softmax(w, R, q0, k0);
@@ -596,6 +591,7 @@ const qemb_ops avx2_ops = {
     .attention = simd_attention,
     .gate_up = avx2_gate_up,
     .gather_last = cpu_gather_last,
+    .gather_mean = simd_gather_mean,
     .pool = simd_pool,
 };
 

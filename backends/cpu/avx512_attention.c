@@ -148,17 +148,12 @@ TEMPLATE void attention_load_values(dword_of of, const attention_tile *w, int k0
     }
 }
 
-/* The first row of the block (whose first token is at position q0) that sees position p */
-static int first_seeing(const attention_tile *w, int q0, int p) {
-    return max_int(0, p - q0) * w->G;
-}
-
 /* Pass 2: s (R, n) = q k^T, for whole tiles of rows; pass 3 masks the scores of keys that a row
  * does not see. Integer scores still lack their keys' scales. */
 TEMPLATE void attention_scores(dword_of of, const attention_tile *w, int R, int q0, int k0, int n) {
     const int dwords = head_dwords(of, w);
     for (int j = 0; j < n; j += NR)
-        for (int r = first_seeing(w, q0, k0 + j) / MR * MR; r < R; r += MR) {
+        for (int r = simd_first_seeing(w, q0, k0 + j) / MR * MR; r < R; r += MR) {
             const epilogue o = {.y = w->s + (size_t)r * CPU_KEYS + j,
                                 .ldy = CPU_KEYS,
                                 .cols = NR,
@@ -180,9 +175,9 @@ TEMPLATE __m512 scores16(dword_of of, const attention_tile *w, const float *s, i
     return _mm512_mask_mul_ps(low, visible, v, _mm512_loadu_ps(w->key_scale + j));
 }
 
-/* The number of the tile's keys that row r of the block sees: those up to its own position */
+/* The number of the tile's keys that row r of the block sees */
 static int keys_seen(const attention_tile *w, int r, int q0, int k0) {
-    return min_int(CPU_KEYS, q0 + r / w->G - k0 + 1);
+    return min_int(CPU_KEYS, simd_keys_seen(w, q0, r) - k0);
 }
 
 /* Pass 3: m', l', the weights exp(s - m') in place of the scores, and exp(m - m') O. 16 rows at a
@@ -190,7 +185,7 @@ static int keys_seen(const attention_tile *w, int r, int q0, int k0) {
 TEMPLATE void attention_softmax(dword_of of, const attention_tile *w, int R, int q0, int k0,
                                 int n) {
     const int end = round_up(n, NR);
-    for (int first = first_seeing(w, q0, k0); first < R; first += 16) {
+    for (int first = simd_first_seeing(w, q0, k0); first < R; first += 16) {
         const int rows = min_int(16, R - first);
         const __m512 low = _mm512_set1_ps(-INFINITY), zero = _mm512_setzero_ps();
         float *s = w->s + (size_t)first * CPU_KEYS, *max = w->max + first, older[16];
@@ -258,10 +253,9 @@ TEMPLATE void attention_softmax(dword_of of, const attention_tile *w, int R, int
  * multiplied together, in steps of NR keys. */
 TEMPLATE void attention_values(dword_of of, const attention_tile *w, int R, int q0, int k0, int n) {
     const int per = per_dword(of);
-    for (int r = first_seeing(w, q0, k0), end; r < R; r = end) {
-        const int t = q0 + r / w->G - k0; /* the row's position in the tile */
-        const int depth = min_int(n, t / NR * NR + NR);
-        end = depth == n ? R : first_seeing(w, q0, k0 + depth);
+    for (int r = simd_first_seeing(w, q0, k0), end; r < R; r = end) {
+        const int depth = min_int(n, round_up(keys_seen(w, r, q0, k0), NR));
+        end = depth == n ? R : simd_first_seeing(w, q0, k0 + depth);
         for (int d = 0; d < w->hdp; d += NR)
             for (int i = r; i < end; i += MR) {
                 const epilogue o = {.y = w->acc + (size_t)i * w->hdp + d,
@@ -307,8 +301,9 @@ TEMPLATE void attention_of(dword_of of, const attention_tile *w, float *att, siz
     const int G = w->G, hd = w->hd, R = n * G;
     attention_queries(of, w, R, q0);
     for (int r = 0; r < R; r++) w->max[r] = -INFINITY, w->sum[r] = 0;
-    for (int k0 = 0; k0 < q0 + n; k0 += CPU_KEYS) {
-        const int keys = min_int(CPU_KEYS, q0 + n - k0);
+    const int seen = simd_keys_seen(w, q0, R - 1);
+    for (int k0 = 0; k0 < seen; k0 += CPU_KEYS) {
+        const int keys = min_int(CPU_KEYS, seen - k0);
         attention_load_keys(of, w, k0, keys);
         attention_load_values(of, w, k0, keys);
         attention_scores(of, w, R, q0, k0, keys);

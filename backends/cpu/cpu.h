@@ -102,6 +102,9 @@ void cpu_drop_pages(const void *p, size_t bytes);
 
 int cpu_begin(qemb_backend *be, const qemb_packed_batch *b);
 void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
+/* y (B, D) = mean of each text's rows of x (T, D), the shared prefix's included: gather_mean after
+ * its rmsnorm */
+void cpu_mean_rows(const qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
 
 /* ---- threads (threads.c) --------------------------------------------------------------------- */
 
@@ -131,6 +134,7 @@ typedef struct attention_tile {
     const float *qkv; /* (T, ld) */
     size_t ld;
     int prefix, own; /* position p is row p of qkv if p < prefix, else row own + p - prefix */
+    int all;         /* keys that every row sees; 0: those up to its own position */
     int q_col, k_col, v_col; /* where the heads begin in a row */
     int G, hd, hdp;          /* hdp: hd rounded up to CPU_PAD */
     float *keys;             /* (CPU_KEYS, hd)  in the kernel's order */
@@ -148,6 +152,16 @@ static inline const float *simd_attention_row(const attention_tile *w, int p) {
     return w->qkv + (size_t)(p < w->prefix ? p : w->own + p - w->prefix) * w->ld;
 }
 
+/* How many keys of its text, from position 0 on, row r of a block sees that begins at position
+ * q0 */
+static inline int simd_keys_seen(const attention_tile *w, int q0, int r) {
+    return w->all ? w->all : q0 + r / w->G + 1;
+}
+/* The first row of that block that sees position p */
+static inline int simd_first_seeing(const attention_tile *w, int q0, int p) {
+    return w->all ? 0 : max_int(0, p - q0) * w->G;
+}
+
 /* A table's open and close, with threads and scratch for attention or scratch_floats per thread,
  * whichever is larger. */
 int simd_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
@@ -161,6 +175,8 @@ void simd_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm, cons
 void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
                     const qemb_packed_batch *b, int last_only);
 void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
+void simd_gather_mean(qemb_backend *be, float *y, float *x, const float *w,
+                      const qemb_packed_batch *b);
 int simd_pool(qemb_backend *be, float *out, float *x, const float *w, int B);
 
 /* ---- the tables (avx2.c, avx2_integers.c, avx512.c, amx.c) ----------------------------------- */

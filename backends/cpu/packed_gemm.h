@@ -174,6 +174,7 @@ void packed_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act 
                             .attention = simd_attention,                                           \
                             .gate_up = packed_gate_up,                                             \
                             .gather_last = cpu_gather_last,                                        \
+                            .gather_mean = simd_gather_mean,                                       \
                             .pool = simd_pool};
 
 #endif

@@ -4,6 +4,7 @@
 #include "cpu.h"
 
 #include <assert.h>
+#include <string.h>
 
 static float *f32(qemb_act *a) { return (float *)a; }
 static const float *cf32(const qemb_act *a) { return (const float *)a; }
@@ -53,8 +54,17 @@ void simd_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w,
     for_rows(&(rows_job){be, rmsnorm_rows, T, 16, .y = f32(y), .x = x, .w = w});
 }
 
+void simd_gather_mean(qemb_backend *be, float *y, float *x, const float *w,
+                      const qemb_packed_batch *b) {
+    simd_rmsnorm(be, (qemb_act *)x, x, w, b->T);
+    cpu_mean_rows(be, y, x, b);
+}
+
 int simd_pool(qemb_backend *be, float *out, float *x, const float *w, int B) {
-    simd_rmsnorm(be, (qemb_act *)out, x, w, B);
+    if (w)
+        simd_rmsnorm(be, (qemb_act *)out, x, w, B);
+    else
+        memcpy(out, x, (size_t)B * (size_t)be->c->hidden * sizeof *x);
     return 0;
 }
 
@@ -139,11 +149,11 @@ static void attention_part(const void *job, work_item item) {
     const int K = j->be->c->n_kv_heads, tokens = block_tokens(j->be->c, j->be->kernels);
     const size_t ld_att = (size_t)j->be->c->n_heads * j->be->c->head_dim;
     const int begin = (j->windows - 1 - item.i / K) * tokens, end = begin + tokens;
-    attention_tile w;
+    attention_tile w = {0};
     attention_setup(&w, j->be, j->qkv, item.i % K, item.thread);
     if (j->last_only) {
         const int i = item.i / K, n = b->cu[i + 1] - b->cu[i];
-        w.prefix = b->P, w.own = b->cu[i];
+        w.prefix = b->P, w.own = b->cu[i]; /* the last row sees all keys in any case */
         j->be->kernels->attention(&w, j->att + i * ld_att + w.q_col, ld_att, b->P + n - 1, 1);
         return;
     }
@@ -158,6 +168,7 @@ static void attention_part(const void *job, work_item item) {
     for (int i = low; i <= b->B && (i ? b->cu[i - 1] : 0) < end; i++) {
         w.prefix = i ? b->P : 0;
         w.own = i ? b->cu[i - 1] : 0;
+        w.all = b->bidirectional ? b->cu[i] - w.own : 0;
         for (int t = w.own + ceil_div(max_int(0, begin - w.own), tokens) * tokens;
              t < min_int(end, b->cu[i]); t += tokens)
             j->be->kernels->attention(&w, j->att + t * ld_att + w.q_col, ld_att,
