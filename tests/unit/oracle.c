@@ -57,15 +57,16 @@ void oracle_rope(double *head, int hd, int pos, double theta) {
 }
 
 void oracle_attention(double *att, double *weighted, double *reach, const double *qkv, int n, int H,
-                      int K, int hd) {
+                      int K, int hd, int bidirectional) {
     const int ld = (H + 2 * K) * hd;
     double *p = malloc((size_t)n * sizeof *p);
     for (int t = 0; t < n; t++)
         for (int h = 0; h < H; h++) {
             const double *q = qkv + (size_t)t * ld + h * hd;
             const int k_col = (H + h / (H / K)) * hd, v_col = k_col + K * hd;
+            const int seen = bidirectional ? n : t + 1;
             double max = -INFINITY, sum = 0, far = 0;
-            for (int j = 0; j <= t; j++) {
+            for (int j = 0; j < seen; j++) {
                 const double *k = qkv + (size_t)j * ld + k_col;
                 double dot = 0, size = 0;
                 for (int d = 0; d < hd; d++) dot += q[d] * k[d], size += fabs(q[d] * k[d]);
@@ -73,10 +74,10 @@ void oracle_attention(double *att, double *weighted, double *reach, const double
                 max = fmax(max, p[j]);
                 far = fmax(far, size / sqrt(hd));
             }
-            for (int j = 0; j <= t; j++) sum += p[j] = exp(p[j] - max);
+            for (int j = 0; j < seen; j++) sum += p[j] = exp(p[j] - max);
             for (int d = 0; d < hd; d++) {
                 double o = 0, size = 0;
-                for (int j = 0; j <= t; j++) {
+                for (int j = 0; j < seen; j++) {
                     double v = qkv[(size_t)j * ld + v_col + d];
                     o += p[j] / sum * v;
                     size += p[j] / sum * fabs(v);
@@ -118,7 +119,7 @@ void oracle_embed(double *out, double *swiglu_max, const qemb_config *c, const q
                 oracle_rope(row + h * hd, hd, t, c->rope_theta);
             }
         }
-        oracle_attention(att, NULL, NULL, qkv, n, H, K, hd);
+        oracle_attention(att, NULL, NULL, qkv, n, H, K, hd, c->attention == QEMB_BIDIRECTIONAL);
         /* x += att Wo^T, then x += (silu(gate) * up) Wdown^T of the normed rows */
         for (int t = 0; t < n; t++) {
             double *xt = x + (size_t)t * D;
@@ -134,7 +135,13 @@ void oracle_embed(double *out, double *swiglu_max, const qemb_config *c, const q
             for (int i = 0; i < D; i++) xt[i] += o[i];
         }
     }
-    oracle_rmsnorm(out, x + (size_t)(n - 1) * D, w->final_norm, D, c->rms_eps);
+    /* pooling: the last row, or the mean of all */
+    const int first = c->pooling == QEMB_POOL_MEAN ? 0 : n - 1;
+    for (int i = 0; i < D; i++) out[i] = 0;
+    for (int t = first; t < n; t++) {
+        oracle_rmsnorm(xn, x + (size_t)t * D, w->final_norm, D, c->rms_eps);
+        for (int i = 0; i < D; i++) out[i] += xn[i] / (n - first);
+    }
     if (swiglu_max) *swiglu_max = biggest;
     free(x), free(xn), free(qkv), free(att), free(o), free(gu);
 }

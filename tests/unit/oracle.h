@@ -18,14 +18,15 @@ double oracle_weight(const qemb_mat *w, int row, int col);
 void oracle_matvec(double *y, double *magnitude, const double *x, const qemb_mat *w);
 /* Rotates head (hd) in place by the angles of position pos. */
 void oracle_rope(double *head, int hd, int pos, double theta);
-/* att (n, H*hd) = causal attention of one text with qkv (n, (H+2K)*hd). For error bounds, and may
- * be NULL: weighted (n, H*hd) = sums of p |v|, reach (n, H) = the largest sum of |q| |k| / sqrt(hd)
- * over the keys. */
+/* att (n, H*hd) = attention of one text with qkv (n, (H+2K)*hd); a token sees itself and what is
+ * before it or, bidirectional, all. For error bounds, and may be NULL: weighted (n, H*hd) = sums of
+ * p |v|, reach (n, H) = the largest sum of |q| |k| / sqrt(hd) over the keys. */
 void oracle_attention(double *att, double *weighted, double *reach, const double *qkv, int n, int H,
-                      int K, int hd);
+                      int K, int hd, int bidirectional);
 double oracle_swiglu(double gate, double up); /* silu(gate) * up */
-/* out (D) = the text's last row after the final norm, neither cut nor scaled; ids (n) with
- * end-of-text. *swiglu_max = the largest |silu(gate) * up| of all layers; may be NULL. */
+/* out (D) = the text's last row after the final norm, or the mean of all its rows after it, neither
+ * cut nor scaled; ids (n) with end-of-text. *swiglu_max = the largest |silu(gate) * up| of all
+ * layers; may be NULL. */
 void oracle_embed(double *out, double *swiglu_max, const qemb_config *c, const qemb_weights *w,
                   const int32_t *ids, int n);
 

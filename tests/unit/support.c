@@ -6,12 +6,16 @@
 #include <string.h>
 #include <unistd.h>
 
+#define CONFIG(L, D, H, K, hd, F, max, theta, eps)                                                 \
+    {                                                                                              \
+        .n_layers = L, .hidden = D, .n_heads = H, .n_kv_heads = K, .head_dim = hd, .ffn = F,       \
+        .vocab = 300, .eos_id = 299, .max_positions = max, .rope_theta = theta, .rms_eps = eps     \
+    }
 const qemb_config small_configs[] = {
-    /* L  D   H  K  hd   F   V   max  eos  theta eps */
-    {2, 64, 4, 4, 16, 96, 300, 700, 299, 1e6f, 1e-6f},
-    {2, 48, 4, 2, 64, 80, 300, 300, 299, 1e6f, 1e-6f},
-    {1, 72, 8, 2, 128, 40, 300, 300, 299, 1e4f, 1e-5f},
-    {3, 33, 3, 1, 18, 51, 300, 300, 299, 1e6f, 1e-6f},
+    CONFIG(2, 64, 4, 4, 16, 96, 700, 1e6f, 1e-6f),
+    CONFIG(2, 48, 4, 2, 64, 80, 300, 1e6f, 1e-6f),
+    CONFIG(1, 72, 8, 2, 128, 40, 300, 1e4f, 1e-5f),
+    CONFIG(3, 33, 3, 1, 18, 51, 300, 1e6f, 1e-6f),
 };
 const int n_small_configs = sizeof small_configs / sizeof *small_configs;
 

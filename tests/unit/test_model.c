@@ -241,6 +241,7 @@ static int32_t *random_ids(rng *r, const qemb_config *c, int n) {
  * wrong formula changes the first digit. */
 static void check_oracle(qemb_dtype dtype, const qemb_config *c, int n, double gate_scale) {
     qemb_file *f = open_model_of(dtype, c, (uint64_t)n, gate_scale);
+    f->config.pooling = c->pooling, f->config.attention = c->attention;
     qemb_model *m = open_engine(f, 64, 2);
     rng r = {(uint64_t)n + 3};
     int32_t *ids = random_ids(&r, c, n);
@@ -256,8 +257,9 @@ static void check_oracle(qemb_dtype dtype, const qemb_config *c, int n, double g
     for (int d = 0; d < c->hidden; d++) length += want[d] * want[d];
     for (int d = 0; d < c->hidden; d++) {
         const double e = out[d] - want[d] / sqrt(length);
-        cr_assert_not(far_off(e, 0, tol), "%s n=%d (%d): %g, want %g", ops->name, n, d,
-                      (double)out[d], want[d] / sqrt(length));
+        cr_assert_not(far_off(e, 0, tol), "%s mean=%d bidirectional=%d n=%d (%d): %g, want %g",
+                      ops->name, c->pooling, c->attention, n, d, (double)out[d],
+                      want[d] / sqrt(length));
         off += e * e;
     }
     cr_assert(sqrt(off) <= all, "%s n=%d: off by %g", ops->name, n, sqrt(off));
@@ -280,6 +282,26 @@ static void check_shapes(void) {
 }
 
 Test(model, oracle) { FOR_TABLES check_shapes(); }
+
+/* What a text's tokens see, and what becomes its vector, but for that of Qwen3-Embedding. */
+static const struct {
+    qemb_attention attention;
+    qemb_pooling pooling;
+} modes[] = {{QEMB_BIDIRECTIONAL, QEMB_POOL_MEAN},
+             {QEMB_BIDIRECTIONAL, QEMB_POOL_LAST},
+             {QEMB_CAUSAL, QEMB_POOL_MEAN}};
+enum { MODES = sizeof modes / sizeof *modes };
+
+static void check_modes(void) {
+    const int lengths[] = {1, 65, 200};
+    for (int k = 0; k < MODES; k++)
+        for (int s = 0; s < n_small_configs; s++) {
+            qemb_config c = small_configs[s];
+            c.attention = modes[k].attention, c.pooling = modes[k].pooling;
+            for (int i = 0; i < 3; i++) check_oracle(QEMB_F16, &c, lengths[i], 1);
+        }
+}
+Test(model, oracle_of_other_modes) { FOR_CPU_TABLES check_modes(); }
 
 /* ---- the packer, watched through the layouts that it hands to the ops ------------------------ */
 
@@ -353,6 +375,54 @@ static void check_shared_prefixes(void) {
 }
 
 Test(model, shared_prefixes) { FOR_CPU_TABLES check_shared_prefixes(); }
+
+/* The same of other poolings and attentions: in order on 1 thread, in reverse order on 3 and with
+ * an MLP in chunks. A token that sees its whole text shares no rows. */
+static void check_mode(qemb_attention attention, qemb_pooling pooling) {
+    enum { N = 9, D = 48 };
+    const qemb_config *c = &small_configs[1];
+    const int lengths[N] = {130, 1, 2, 63, 64, 65, 128, 129, 200};
+    qemb_file *f = open_model(c, 4, 1);
+    f->config.attention = attention, f->config.pooling = pooling;
+    rng r = {9};
+    for (int shared = 0; shared <= 50; shared += 50) {
+        int32_t *texts[N], *head = random_ids(&r, c, 50);
+        float alone[N * D], out[N * D];
+        for (int i = 0; i < N; i++) {
+            texts[i] = random_ids(&r, c, shared + lengths[i]);
+            memcpy(texts[i], head, (size_t)shared * sizeof *head);
+            if (lengths[i] > 1) texts[i][shared] = i; /* the texts differ from here on */
+        }
+        for (int threads = 1; threads <= 3; threads += 2) {
+            const qemb_options opt = {
+                .batch_tokens = 2000, .threads = threads, .mlp_rows = threads == 1 ? 0 : 50};
+            qemb_model *m = open_spied(f, opt);
+            qemb_batch *b = qemb_batch_new(m);
+            for (int i = 0; i < N; i++) {
+                const int k = threads == 1 ? i : N - 1 - i;
+                cr_assert_eq(qemb_pack_add(b, texts[k], shared + lengths[k]), i);
+                if (threads == 1) embed_alone(m, texts[i], shared + lengths[i], alone + i * D);
+            }
+            qemb_embed(m, b, out);
+            cr_assert_eq(seen.bidirectional, attention == QEMB_BIDIRECTIONAL);
+            cr_assert_eq(seen.P, attention == QEMB_BIDIRECTIONAL ? 0 : shared);
+            for (int i = 0; i < N; i++)
+                cr_assert_arr_eq(out + i * D, alone + (threads == 1 ? i : N - 1 - i) * D,
+                                 D * sizeof *out, "%s attention %d pooling %d, %d threads, text %d",
+                                 ops->name, attention, pooling, threads, i);
+            qemb_batch_free(b);
+            qemb_close(m);
+        }
+        for (int i = 0; i < N; i++) free(texts[i]);
+        free(head);
+    }
+    qemb_file_close(f);
+}
+
+Test(model, batches_of_other_modes) {
+    FOR_TABLES
+    for (int k = 0; k < MODES; k++) check_mode(modes[k].attention, modes[k].pooling);
+}
 
 /* A text that is a prefix of another keeps a row of its own for pooling. */
 Test(model, a_text_within_a_text) {

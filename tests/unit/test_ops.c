@@ -56,7 +56,7 @@ Test(ops, embed_converts_every_half) {
         qemb_backend *be = backend(qemb_cpu_table(o), &c, V, 1);
         int32_t tokens[V], pos[V], cu[] = {0, V};
         for (int t = 0; t < V; t++) tokens[t] = V - 1 - t, pos[t] = t;
-        const qemb_packed_batch b = {1, V, 0, tokens, pos, cu};
+        const qemb_packed_batch b = {1, V, 0, tokens, pos, cu, 0};
         float *x = malloc(V * D * sizeof *x);
         qemb_cpu_table(o)->begin(be, &b);
         qemb_cpu_table(o)->embed(be, x, &m, &b);
@@ -361,7 +361,7 @@ Test(ops, qknorm_rope) {
             /* a prefix of 10 rows, then two texts, of 10 and of 20 rows */
             int32_t pos[40], cu[] = {P, 20, T};
             for (int t = 0; t < T; t++) pos[t] = t < 20 ? t : t - 10;
-            const qemb_packed_batch b = {2, T, P, NULL, pos, cu};
+            const qemb_packed_batch b = {2, T, P, NULL, pos, cu, 0};
             qemb_cpu_table(o)->begin(be, &b);
             qemb_cpu_table(o)->qknorm_rope(be, (qemb_act *)qkv, qn, kn, &b);
             for (int t = 0; t < T; t++)
@@ -404,7 +404,7 @@ Test(ops, rope_reaches_the_last_position) {
         oracle_rmsnorm(want, want, ones, hd, c.rms_eps);
         memcpy(normed, want, sizeof want);
         oracle_rope(want, hd, n - 1, c.rope_theta);
-        const qemb_packed_batch b = {1, n, 0, NULL, pos, cu};
+        const qemb_packed_batch b = {1, n, 0, NULL, pos, cu, 0};
         qemb_cpu_table(o)->begin(be, &b);
         qemb_cpu_table(o)->qknorm_rope(be, (qemb_act *)qkv, ones, ones, &b);
         for (int i = 0; i < hd; i++)
@@ -425,7 +425,7 @@ Test(ops, rope_reaches_the_last_position) {
  * longer a line, and exp itself by 2^-14. Of up to 128 keys a weight times its value's scale errs
  * by half of the sum of those / 32767, a value by half of its row's largest / 8187. */
 static void check_attention(const qemb_ops *op, const qemb_config *c, const int *lengths, int B,
-                            int P, double scale, int last_only) {
+                            int P, double scale, int last_only, int bidirectional) {
     const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, ld = (H + 2 * K) * hd,
               Q = H * hd;
     int32_t cu[16], *pos;
@@ -441,7 +441,7 @@ static void check_attention(const qemb_ops *op, const qemb_config *c, const int 
     qemb_backend *be = backend(op, c, T + P, 2);
     float *qkv = numbers(&r, (size_t)T * ld, scale);
     float *att = numbers(&r, (size_t)T * Q, 1);
-    const qemb_packed_batch b = {B, T, P, NULL, pos, cu};
+    const qemb_packed_batch b = {B, T, P, NULL, pos, cu, bidirectional};
     op->begin(be, &b);
     op->attention(be, (qemb_act *)att, (qemb_act *)qkv, &b, last_only);
     const int integers = !has_float_attention(op);
@@ -455,7 +455,7 @@ static void check_attention(const qemb_ops *op, const qemb_config *c, const int 
         for (int t = 0; t < n; t++)
             for (int k = 0; k < ld; k++)
                 one[(size_t)t * ld + k] = qkv[(size_t)(t < P ? t : cu[i] + t - P) * ld + k];
-        oracle_attention(want, size, reach, one, n, H, K, hd);
+        oracle_attention(want, size, reach, one, n, H, K, hd, bidirectional);
         /* Keeps the L2 norms of q and k; fills each value row with its largest magnitude. */
         for (int row = 0; integers && row < n * (H + 2 * K); row++) {
             double *head = one + (size_t)row * hd, square = 0, most = 0;
@@ -468,24 +468,24 @@ static void check_attention(const qemb_ops *op, const qemb_config *c, const int 
                 length[t * (H + K) + h] = fmax(sqrt(square), length[(t - 1) * (H + K) + h]);
             for (int k = 0; h >= H + K && k < hd; k++) head[k] = most;
         }
-        if (integers) oracle_attention(span, NULL, NULL, one, n, H, K, hd);
+        if (integers) oracle_attention(span, NULL, NULL, one, n, H, K, hd, bidirectional);
         for (int t = last_only ? n - 1 : 0; t < n; t++)
             for (int k = 0; k < Q; k++) {
                 const size_t row = last_only ? (size_t)i : (size_t)(t < P ? t : cu[i] + t - P);
-                const int h = k / hd;
+                const int h = k / hd, seen = bidirectional ? n : t + 1;
                 const double product =
-                    length[t * (H + K) + h] * length[t * (H + K) + H + h / (H / K)];
+                    length[t * (H + K) + h] * length[(seen - 1) * (H + K) + H + h / (H / K)];
                 const double score =
                     (hd + 2) * U * reach[(size_t)t * H + h] + integers * product / 32700;
-                const double e = expm1(2 * score) + (2 * (t + 1) + 4 * (t / 64 + 1) + 5) * U +
+                const double e = expm1(2 * score) + (2 * seen + 4 * ((seen - 1) / 64 + 1) + 5) * U +
                                  integers * 0x1p-14;
                 const double got = att[row * Q + k], w = want[(size_t)t * Q + k];
                 const double tol =
                     2 * e * size[(size_t)t * Q + k] +
                     integers * (128. / 32767 + 1. / 8187) / 2 * span[(size_t)t * Q + k];
                 cr_assert_not(far_off(got, w, SLACK * tol),
-                              "%s B=%d P=%d text %d (%d,%d): %g, want %g", op->name, B, P, i, t, k,
-                              got, w);
+                              "%s%s B=%d P=%d text %d (%d,%d): %g, want %g", op->name,
+                              bidirectional ? ", bidirectional" : "", B, P, i, t, k, got, w);
             }
     }
     free(pos), free(qkv), free(att), free(one), free(want), free(size), free(reach);
@@ -502,14 +502,27 @@ Test(ops, attention) {
             for (int p = 0; p < 6; p++)
                 for (int last = 0; last < 2; last++)
                     check_attention(qemb_cpu_table(o), &small_configs[s], lengths, 12, prefixes[p],
-                                    1, last);
+                                    1, last, 0);
+}
+
+/* Also a text of many tiles and blocks, beside one of a token. */
+Test(ops, bidirectional_attention) {
+    const int lengths[] = {1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 3}, longer[] = {1, 391, 2};
+    for (int o = 0; qemb_cpu_table(o); o++)
+        for (int s = 0; s < n_small_configs && !strstr(qemb_cpu_table(o)->name, "avx2-"); s++)
+            for (int last = 0; last < 2; last++) {
+                check_attention(qemb_cpu_table(o), &small_configs[s], lengths, 12, 0, 1, last, 1);
+                check_attention(qemb_cpu_table(o), &small_configs[s], longer, 3, 0, 1, last, 1);
+            }
 }
 
 /* Scores of several hundred, of both signs: exp overflows unless the maximum is subtracted. */
 Test(ops, attention_with_large_scores) {
     const int lengths[] = {70, 200};
-    for (int o = 0; qemb_cpu_table(o); o++)
-        check_attention(qemb_cpu_table(o), &small_configs[1], lengths, 2, 5, 8, 0);
+    for (int o = 0; qemb_cpu_table(o); o++) {
+        check_attention(qemb_cpu_table(o), &small_configs[1], lengths, 2, 5, 8, 0, 0);
+        check_attention(qemb_cpu_table(o), &small_configs[1], lengths, 2, 0, 8, 0, 1);
+    }
 }
 
 /* Equal values, first with equal weights, then with one weight that is nearly 1: integer sums are
@@ -518,7 +531,8 @@ Test(ops, attention_with_large_scores) {
 Test(ops, attention_of_equal_values) {
     const int T = 300;
     for (int o = 0; qemb_cpu_table(o); o++)
-        for (int peak = 0; peak < 2; peak++) {
+        for (int kind = 0; kind < 4; kind++) {
+            const int peak = kind % 2, bidirectional = kind / 2;
             const qemb_ops *op = qemb_cpu_table(o);
             const qemb_config *c = &small_configs[1];
             const int Q = c->n_heads * c->head_dim, KV = c->n_kv_heads * c->head_dim;
@@ -533,7 +547,7 @@ Test(ops, attention_of_equal_values) {
                 for (int i = 0; i < KV; i++) row[Q + KV + i] = -3;
             }
             qemb_backend *be = backend(op, c, T, 2);
-            const qemb_packed_batch b = {1, T, 0, NULL, pos, cu};
+            const qemb_packed_batch b = {1, T, 0, NULL, pos, cu, bidirectional};
             op->begin(be, &b);
             op->attention(be, (qemb_act *)att, (qemb_act *)qkv, &b, 0);
             const double tol =
@@ -626,7 +640,7 @@ Test(ops, gather_last_and_pool) {
     const qemb_config c = {
         .hidden = D, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .rms_eps = 1e-6f};
     const int32_t pos[T] = {0, 1, 2, 3, 2, 2, 3, 4, 5}, cu[] = {2, 4, 5, T};
-    const qemb_packed_batch b = {B, T, 2, NULL, pos, cu};
+    const qemb_packed_batch b = {B, T, 2, NULL, pos, cu, 0};
     for (int o = 0; qemb_cpu_table(o); o++) {
         rng r = {6};
         qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
@@ -645,6 +659,68 @@ Test(ops, gather_last_and_pool) {
         }
         free(x), free(w);
         qemb_cpu_table(o)->close(be);
+    }
+}
+
+/* Lays B texts of two tokens that all have, then own ones: text i's are rows first[i] ..
+ * first[i+1]-1 of x (.., D). The two are x's first rows. P: how many of them are shared, 0 or 2. */
+static void lay_texts(float *to, int32_t *cu, const float *x, const int *first, int B, size_t D,
+                      int P) {
+    int T = P;
+    memcpy(to, x, (size_t)P * D * sizeof *to);
+    for (int i = 0; i < B; i++) {
+        const int own = first[i + 1] - first[i];
+        cu[i] = T;
+        memcpy(to + T * D, x, (size_t)(2 - P) * D * sizeof *to);
+        T += 2 - P;
+        memcpy(to + T * D, x + first[i] * D, (size_t)own * D * sizeof *to);
+        T += own;
+    }
+    cu[B] = T;
+}
+
+/* Three roundings of a normed number, as in rmsnorm; the sum is in double; one of the mean. Numbers
+ * of one sign, whose sum in float would err by more. With a shared prefix the same bits as without.
+ * pool without weights copies. */
+Test(ops, gather_mean) {
+    enum { D = 131, B = 3, ROWS = 2005, MOST = ROWS + 4 };
+    const qemb_config c = {
+        .hidden = D, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .rms_eps = 1e-6f};
+    const int first[] = {2, 4, ROWS - 1, ROWS};
+    for (int o = 0; qemb_cpu_table(o); o++) {
+        const qemb_ops *op = qemb_cpu_table(o);
+        rng r = {6};
+        qemb_backend *be = backend(op, &c, MOST, 2);
+        float *x = numbers(&r, ROWS * D, 3), *w = numbers(&r, D, 2),
+              *laid = numbers(&r, MOST * D, 1);
+        float y[2][B * D], out[B * D];
+        for (int i = 0; i < ROWS * D; i++) x[i] = fabsf(x[i]);
+        for (int shared = 0; shared < 2; shared++) {
+            int32_t pos[MOST] = {0}, cu[B + 1];
+            lay_texts(laid, cu, x, first, B, D, 2 * shared);
+            const qemb_packed_batch b = {B, cu[B], 2 * shared, NULL, pos, cu, 0};
+            op->begin(be, &b);
+            op->gather_mean(be, y[shared], laid, w, &b);
+        }
+        cr_assert_arr_eq(y[0], y[1], sizeof y[0], "%s: sharing changes bits", op->name);
+        cr_assert_eq(op->pool(be, out, y[0], NULL, B), 0);
+        cr_assert_arr_eq(out, y[1], sizeof out, "%s: pool changes bits", op->name);
+        double *rows = doubles(x, ROWS * D), size[D], want[D];
+        for (int t = 0; t < ROWS; t++) oracle_rmsnorm(rows + t * D, rows + t * D, w, D, c.rms_eps);
+        for (int i = 0; i < B; i++) {
+            const int n = 2 + first[i + 1] - first[i];
+            memset(want, 0, sizeof want), memset(size, 0, sizeof size);
+            for (int t = 0; t < ROWS; t++)
+                for (int k = 0; (t < 2 || (t >= first[i] && t < first[i + 1])) && k < D; k++)
+                    want[k] += rows[t * D + k] / n, size[k] += fabs(rows[t * D + k]) / n;
+            for (int k = 0; k < D; k++)
+                cr_assert_not(
+                    far_off(y[0][i * D + k], want[k], SLACK * U * (3 * size[k] + fabs(want[k]))),
+                    "%s text %d (%d): %g, want %g", op->name, i, k, (double)y[0][i * D + k],
+                    want[k]);
+        }
+        free(x), free(w), free(laid), free(rows);
+        op->close(be);
     }
 }
 
