@@ -256,7 +256,17 @@ def test_golden_is_reproduced(tmp_path, monkeypatch):
     assert q.use == PLAIN
 
 
-@pytest.mark.parametrize("name", ["hf-tiny", "gqa1", "gqa2", "gqa4", "square", "massive", "demo"])
+# What differs from Qwen3-Embedding in a golden: the header, the token at a text's end
+RELATIVES = {
+    "harrier": ({}, 500), "f2llm": ({}, 504), "octen": ({}, 500), "jina-v5": ({}, 500),
+    "pplx": (dict(pooling=1, attention=1, dense_rows=32, activation=1), NO_TOKEN),
+    "voyage": (dict(pooling=1, attention=1, dense_rows=64), NO_TOKEN),
+    "dense": (dict(dense_rows=24, activation=1), 500),
+}
+
+
+@pytest.mark.parametrize("name", ["hf-tiny", "gqa1", "gqa2", "gqa4", "square", "massive", "demo",
+                                  *RELATIVES])
 def test_committed_goldens_are_sound(name):
     """NAME.qemb, and NAME.vec in the form that tests/fixtures/make_golden.py documents."""
     q = Qemb(ROOT / f"tests/golden/{name}.qemb")
@@ -264,7 +274,9 @@ def test_committed_goldens_are_sound(name):
     lines = (ROOT / f"tests/golden/{name}.vec").read_text().splitlines()
     head = dict(line.split(" ", 1) for line in lines[:7])
     assert lines[0] == "golden 1" and head["model"] == name
-    assert int(head["dim"]) == q.config["hidden"]
+    use, end = RELATIVES.get(name, ({}, q.config["eos_id"]))
+    assert (q.use, q.config["eos_id"]) == (PLAIN | use, end)
+    assert int(head["dim"]) == (q.use["dense_rows"] or q.config["hidden"])
     assert (float.fromhex(head["max_swiglu"]) > 65504) == (name == "massive")
     assert 0 < float.fromhex(head["f32_diff"]) < 1e-6  # float32 did no worse than a few roundings
     cases = [lines[i : i + 5] for i in range(7, len(lines), 5)]
@@ -276,13 +288,31 @@ def test_committed_goldens_are_sound(name):
         assert int(text[1]) == (len(bytes.fromhex("".join(text[2:]))) if "length" not in label[1]
                                 else -1)
         assert int(ids[1]) == len(ids) - 2 <= q.config["max_positions"]
-        assert int(ids[-1]) == q.config["eos_id"] and max(map(int, ids[2:])) < q.config["vocab"]
+        assert end in (int(ids[-1]), NO_TOKEN) and max(map(int, ids[2:])) < q.config["vocab"]
         lengths.add(int(ids[1]))
         v = np.array([float.fromhex(x) for x in vec[2:]])
-        assert len(v) == int(vec[1]) == q.config["hidden"]
+        assert len(v) == int(vec[1]) == int(head["dim"])
         # Rounding to float32 changes a number by 2^-24 of it at most, its square by twice that.
         assert abs(v @ v - 1) <= 2.0**-23 * (1 + 1e-6) and float.fromhex(norm[1]) > 0
     assert lengths >= {1, 2, 3, 17, 63, 64, 65, 128, 129, 199, 200}
+
+
+def test_committed_reranker_is_sound():
+    """reranker.qemb and reranker.jsonl. Each kind of pair is there."""
+    q = Qemb(ROOT / "tests/golden/reranker.qemb")
+    assert q.use == PLAIN | dict(kind=1, dense_rows=1, window=256)
+    assert q.prompts == {"prefix": JUDGE, "suffix": ANSWER, "instruct": TASK}
+    text = (ROOT / "tests/golden/reranker.jsonl").read_text(encoding="utf-8")
+    pairs = list(map(json.loads, text.splitlines()))
+    assert len(pairs) == 1000 and len(text) < 400_000
+    scores = np.array([p["score"] for p in pairs])
+    assert (0 < scores).all() and (scores < 1).all() and scores.std() > 0.1
+    assert sum(p["tokens"] == 256 for p in pairs) >= 50 and max(p["tokens"] for p in pairs) == 256
+    assert {p["tokens"] for p in pairs} >= {254, 255}
+    assert sum(not p["document"] for p in pairs) >= 40 and any(not p["query"] for p in pairs)
+    assert {p.get("instruct") for p in pairs} >= {None, ""}
+    for token in "<|im_end|>", "<|endoftext|>", "<think>":
+        assert any(token in p["document"] for p in pairs)
 
 
 def test_small_model_says_that_it_is_random():
