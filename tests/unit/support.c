@@ -126,6 +126,9 @@ void seal_model(uint8_t *m, size_t bytes) {
     put_le(m + 24, h, 8);
 }
 
+static const char reranker_prompts[] = /* of the tokens <eos>, "J:" and so on */
+    "prefix\0<eos>J: \0suffix\0 <eos>ab\0instruct\0rank\0";
+
 uint8_t *make_model(const qemb_config *c, uint64_t seed, double gate_scale, size_t *bytes) {
     return make_model_of(QEMB_F16, c, seed, gate_scale, bytes);
 }
@@ -133,7 +136,8 @@ uint8_t *make_model(const qemb_config *c, uint64_t seed, double gate_scale, size
 uint8_t *make_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, double gate_scale,
                        size_t *bytes) {
     const int D = c->hidden, H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, F = c->ffn;
-    const uint32_t n = 6 + (dtype == QEMB_I8 ? 12 : 8) * (uint32_t)c->n_layers;
+    const uint32_t n =
+        6 + (dtype == QEMB_I8 ? 12 : 8) * (uint32_t)c->n_layers + (c->dense_rows ? 2 : 0);
     writer w = {calloc(1, 4096 + n * 96), 4096 + n * 96, 4096, {seed * 0x9e3779b97f4a7c15u + 1}};
     memcpy(w.data, "qemb\r\n\x1a\n", 8);
     put_le(w.data + 8, 1, 4);
@@ -143,13 +147,20 @@ uint8_t *make_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, do
     for (int i = 0; i < 9; i++) put_le(w.data + 72 + 4 * i, (uint32_t)fields[i], 4);
     memcpy(w.data + 108, &c->rope_theta, 4);
     memcpy(w.data + 112, &c->rms_eps, 4);
+    const int32_t kind[] = {(int)c->kind,  (int)c->pooling,    (int)c->attention,
+                            c->dense_rows, (int)c->activation, c->window};
+    for (int i = 0; i < 6; i++) put_le(w.data + 116 + 4 * i, (uint32_t)kind[i], 4);
 
     put_le(section(&w, "merges", QEMB_U32, 1, 2), 64 | (uint64_t)65 << 32, 8); /* "a" "b" */
     uint8_t added[16] = {0};
-    put_le(added, (uint64_t)c->eos_id | (uint64_t)5 << 32, 8);
+    const int32_t eos = c->eos_id == QEMB_NO_TOKEN ? c->vocab - 1 : c->eos_id;
+    put_le(added, (uint64_t)eos | (uint64_t)5 << 32, 8);
     memcpy(added + 8, "<eos>", 5);
     blob(&w, "added_tokens", added, sizeof added);
-    blob(&w, "prompts", "query\0Instruct: find\nQuery:\0document\0", 38);
+    if (c->kind == QEMB_RERANKER)
+        blob(&w, "prompts", reranker_prompts, sizeof reranker_prompts - 1);
+    else
+        blob(&w, "prompts", "query\0Instruct: find\nQuery:\0document\0", 38);
     blob(&w, "provenance", "source: tests\n", 14);
     matrix(&w, QEMB_F16, "tok_emb", c->vocab, D, sqrt(D));
     for (int l = 0; l < c->n_layers; l++) {
@@ -166,6 +177,12 @@ uint8_t *make_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, do
 #undef NAME
     }
     vector(&w, "final_norm", D);
+    if (c->dense_rows) {
+        const size_t numbers = (size_t)c->dense_rows * (size_t)D;
+        rng_floats(&w.r, section(&w, "dense", QEMB_F32, (uint64_t)c->dense_rows, (uint64_t)D),
+                   numbers, 1);
+        vector(&w, "dense_bias", c->dense_rows);
+    }
     seal_model(w.data, w.bytes);
     *bytes = w.bytes;
     return w.data;

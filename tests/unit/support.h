@@ -33,8 +33,9 @@ int significant_bits(uint16_t h);
 void load_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *gate_up);
 
 /* Returns a valid .qemb file of this config with random weights: *bytes bytes, to be freed. The
- * tokenizer has the 256 bytes, one merge ("a" "b" -> 256) and one added token, "<eos>" = eos_id.
- * gate_scale multiplies the gate and up matrices; large values give massive activations. */
+ * tokenizer has the 256 bytes, one merge ("a" "b" -> 256) and one added token, "<eos>" = eos_id,
+ * or the last id if there is no end-of-text. A reranker has the prompts "<eos>J: ", " <eos>ab" and
+ * "rank". gate_scale multiplies the gate and up matrices; large values give massive activations. */
 uint8_t *make_model(const qemb_config *c, uint64_t seed, double gate_scale, size_t *bytes);
 /* The same, with layer matrices of this dtype: QEMB_F16 or QEMB_I8. */
 uint8_t *make_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, double gate_scale,

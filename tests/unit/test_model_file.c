@@ -250,7 +250,7 @@ Test(file, refuses_bad_numbers) {
         refuses("rms_eps");
     }
     memcpy(model + 112, &config->rms_eps, 4);
-    for (int i = 0; i < 9; i++) {
+    for (int i = 0; i < 8; i++) { /* n_layers .. max_positions */
         const uint64_t was = get(72 + 4 * (size_t)i, 4);
         put(72 + 4 * (size_t)i, 0xffffffff, 4);
         refuses("out of range (got 4294967295");
@@ -323,6 +323,182 @@ Test(file, refuses_what_is_no_file) {
     refuses_path("/", "not a regular file");
     refuses_path("/dev/zero", "not a regular file");
     refuses_path("", "No such file");
+}
+
+/* ---- kind, pooling, attention, dense layer --------------------------------------------------- */
+
+enum { KIND_AT = 116, EOS_AT = 104 }; /* kind pooling attention dense_rows activation window */
+
+static size_t kind_at(int i) { return KIND_AT + 4 * (size_t)i; }
+
+/* An embedding model with all that an older file has not. */
+static qemb_config with_everything(void) {
+    qemb_config c = *config;
+    c.pooling = QEMB_POOL_MEAN, c.attention = QEMB_BIDIRECTIONAL, c.dense_rows = 5;
+    c.activation = QEMB_TANH, c.window = 120, c.eos_id = QEMB_NO_TOKEN;
+    return c;
+}
+
+static qemb_config reranker(void) {
+    qemb_config c = *config;
+    c.kind = QEMB_RERANKER, c.dense_rows = 1, c.window = 200, c.eos_id = QEMB_NO_TOKEN;
+    return c;
+}
+
+static void use(const qemb_config *c) {
+    free(model);
+    model = make_model(c, 7, 1, &model_bytes);
+}
+
+static qemb_file *opened(void) {
+    char path[64];
+    qemb_file *f;
+    qemb_err err;
+    seal_model(model, model_bytes);
+    write_temporary(path, model, model_bytes);
+    cr_assert_eq(qemb_file_open(&f, path, &err), 0, "%s", err.msg);
+    unlink(path);
+    return f;
+}
+
+Test(file, an_older_file_is_an_embedding_model) {
+    qemb_file *f = opened();
+    const qemb_config *c = &f->config;
+    cr_assert(c->kind == QEMB_EMBEDDING && c->pooling == QEMB_POOL_LAST);
+    cr_assert(c->attention == QEMB_CAUSAL && c->dense_rows == 0 && c->activation == QEMB_IDENTITY);
+    cr_assert(c->window == 0 && qemb_window(c) == 300 && qemb_dim(c) == 48);
+    cr_assert(!f->weights.dense && !f->weights.dense_bias);
+    qemb_file_close(f);
+}
+
+Test(file, opens_and_binds_a_dense_layer) {
+    const qemb_config c = with_everything();
+    use(&c);
+    qemb_file *f = opened();
+    cr_assert_arr_eq(&f->config, &c, sizeof c);
+    cr_assert(qemb_window(&c) == 120 && qemb_dim(&c) == 5);
+    cr_assert_eq((const uint8_t *)f->weights.final_norm - f->map,
+                 (ptrdiff_t)get(entry(21) + 72, 8));
+    cr_assert_eq((const uint8_t *)f->weights.dense - f->map, (ptrdiff_t)get(entry(22) + 72, 8));
+    cr_assert_eq((const uint8_t *)f->weights.dense_bias - f->map,
+                 (ptrdiff_t)get(entry(23) + 72, 8));
+    qemb_file_close(f);
+}
+
+Test(file, opens_a_reranker) {
+    const qemb_config c = reranker();
+    use(&c);
+    qemb_file *f = opened();
+    cr_assert_arr_eq(&f->config, &c, sizeof c);
+    cr_assert_eq(qemb_dim(&c), 1);
+    cr_assert_str_eq(qemb_file_prompt(f, "instruct"), "rank");
+    qemb_file_close(f);
+}
+
+/* Sets field i of those behind rms_eps, and checks that the file is refused. */
+static void refuses_kind(int i, uint32_t value, const char *what) {
+    const uint64_t was = get(kind_at(i), 4);
+    put(kind_at(i), value, 4);
+    refuses(what);
+    put(kind_at(i), was, 4);
+}
+
+Test(file, refuses_fields_out_of_range) {
+    static const char *const names[] = {"kind", "pooling", "attention", "dense_rows", "activation"};
+    const uint32_t most[] = {1, 1, 1, 65536, 1};
+    char what[64];
+    for (int i = 0; i < 5; i++)
+        for (int k = 0; k < 3; k++) {
+            const uint32_t value[] = {most[i] + 1, 0x80000000, 0xffffffff};
+            snprintf(what, sizeof what, "%s: out of range (got %u, want 0..%u)", names[i], value[k],
+                     most[i]);
+            refuses_kind(i, value[k], what);
+        }
+    refuses_kind(5, 301, "window: out of range (got 301, want 0..300)");
+    refuses_kind(5, 0xffffffff, "window: out of range (got 4294967295, want 0..300)");
+    put(kind_at(5), 300, 4);
+    qemb_file *f = opened();
+    cr_assert_eq(qemb_window(&f->config), 300);
+    qemb_file_close(f);
+    put(140, 1, 4); /* the first reserved byte behind them */
+    refuses("header: reserved");
+}
+
+Test(file, refuses_another_number_of_dense_rows) {
+    refuses_kind(3, 1, "directory: sections (got 22, want 24)");
+    const qemb_config c = with_everything();
+    use(&c);
+    refuses_kind(3, 0, "directory: sections (got 24, want 22)");
+    refuses_kind(3, 4, "dense: shape (got 5 x 48, want 4 x 48)");
+    refuses_kind(3, 65536, "dense: shape (got 5 x 48, want 65536 x 48)");
+    put(entry(22) + 48, QEMB_F16, 4);
+    refuses("dense: dtype (got 3, want 2)");
+    put(entry(22) + 48, QEMB_F32, 4);
+    put(entry(23) + 64, 4, 8);
+    refuses("dense_bias: shape (got 1 x 4, want 1 x 5)");
+    put(entry(23) + 64, 5, 8);
+    model[entry(23)] = 'x';
+    refuses("dense_bias");
+}
+
+Test(file, refuses_every_changed_field_of_a_dense_layer) {
+    const qemb_config c = with_everything();
+    use(&c);
+    try_every_changed_field();
+}
+
+Test(file, end_of_text_is_a_token_or_none) {
+    put(EOS_AT, 0xffffffff, 4);
+    qemb_file *f = opened();
+    cr_assert_eq(f->config.eos_id, QEMB_NO_TOKEN);
+    qemb_file_close(f);
+    put(EOS_AT, 0xfffffffe, 4);
+    refuses("eos_id: outside the vocabulary (got 4294967294, want 0..299)");
+    put(EOS_AT, 0x80000000, 4);
+    refuses("eos_id: outside the vocabulary (got 2147483648, want 0..299)");
+}
+
+Test(file, refuses_a_reranker_of_another_form) {
+    const qemb_config c = reranker();
+    use(&c);
+    refuses_kind(1, 1, "kind: a reranker of an unknown form (got pooling 1, attention 0,");
+    refuses_kind(2, 1, "kind: a reranker of an unknown form (got pooling 0, attention 1,");
+    refuses_kind(3, 2, "activation 0, dense_rows 2, want 0, 0, 0, 1)");
+    refuses_kind(3, 0, "activation 0, dense_rows 0, want 0, 0, 0, 1)");
+    refuses_kind(4, 1, "activation 1, dense_rows 1, want 0, 0, 0, 1)");
+    put(EOS_AT, 299, 4);
+    refuses("eos_id: a reranker's texts end with its suffix (got 299)");
+    put(EOS_AT, 0xffffffff, 4);
+    qemb_file_close(opened());
+}
+
+Test(file, refuses_a_reranker_without_its_prompts) {
+    static const char *const names[] = {"prefix", "suffix", "instruct"};
+    const qemb_config c = reranker();
+    use(&c);
+    const size_t at = get(entry(2) + 72, 8), n = get(entry(2) + 80, 8);
+    for (int i = 0; i < 3; i++) {
+        uint8_t *name = memmem(model + at, n, names[i], strlen(names[i]) + 1);
+        char what[64];
+        snprintf(what, sizeof what, "prompts: a reranker without \"%s\"", names[i]);
+        cr_assert_not_null(name);
+        name[0] ^= 32; /* a capital letter */
+        refuses(what);
+        name[0] ^= 32;
+    }
+    put(kind_at(0), 0, 4); /* as an embedding model it needs none */
+    qemb_file_close(opened());
+}
+
+Test(file, refuses_every_flipped_byte_of_a_reranker) {
+    const qemb_config c = reranker();
+    qemb_err err;
+    use(&c);
+    for (size_t i = 72; i < 200; i++) {
+        model[i] ^= 0x41;
+        cr_assert_eq(try_open(model, model_bytes, &err), -1, "byte %zu", i);
+        model[i] ^= 0x41;
+    }
 }
 
 /* ---- significant bits ------------------------------------------------------------------------ */
