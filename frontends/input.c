@@ -310,9 +310,12 @@ static int want_documents(const json_t *v, input_ranking *o, qemb_err *err) {
 }
 
 static int want_top(const json_t *v, input_ranking *o, qemb_err *err) {
-    if (!json_is_integer(v) || json_integer_value(v) < 1)
-        return qemb_fail(err, "bad_record", "\"top_n\": not a number from 1 on (got %s)",
-                         json_is_integer(v) ? "a smaller one" : type_name(v));
+    if (!json_is_integer(v))
+        return qemb_fail(err, "bad_record", "\"top_n\": wrong type (got %s, want an integer)",
+                         type_name(v));
+    if (json_integer_value(v) < 1)
+        return qemb_fail(err, "bad_record", "\"top_n\": out of range (got %lld, want 1 or more)",
+                         (long long)json_integer_value(v));
     o->top_n = (size_t)json_integer_value(v);
     return 0;
 }

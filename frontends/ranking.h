@@ -9,7 +9,7 @@ typedef struct {
     float score;  /* the probability that the document answers the query, 0..1 */
 } ranked;
 
-/* The probability of the reranker's logit. */
+/* The probability of the reranker's logit, a finite number: callers tell others as errors. */
 float ranking_score(float logit);
 /* Sorts by score, the highest first; equal scores by index. */
 void ranking_sort(ranked *r, size_t n);

@@ -145,3 +145,70 @@ Test(embed_text, opens_nothing_it_cannot_open) {
     cr_assert_null(e);
     qemb_embedder_close(NULL);
 }
+
+/* A made model of this config, opened. */
+static int open_made(qemb_embedder **e, const qemb_config *c, qemb_err *err) {
+    size_t bytes;
+    char name[64];
+    uint8_t *model = make_model(c, 1, 1, &bytes);
+    write_temporary(name, model, bytes);
+    free(model);
+    const int bad = qemb_embedder_open(e, name, NULL, NULL, err);
+    unlink(name);
+    return bad;
+}
+
+Test(embed_text, refuses_a_reranker) {
+    qemb_config c = small_configs[0];
+    c.kind = QEMB_RERANKER, c.dense_rows = 1, c.eos_id = QEMB_NO_TOKEN;
+    qemb_embedder *e = NULL;
+    qemb_err err;
+    cr_assert_eq(open_made(&e, &c, &err), -1);
+    cr_assert_str_eq(err.code, "model_file");
+    cr_assert_not_null(strstr(err.msg, "a reranker, which has no vectors"), "%s", err.msg);
+    cr_assert_null(e);
+}
+
+/* A vector has the dense layer's numbers, fewer or more than the hidden size. */
+Test(embed_text, vectors_of_a_dense_layer) {
+    for (int rows = 5; rows <= 105; rows += 100) {
+        qemb_config c = small_configs[0];
+        c.dense_rows = rows, c.activation = QEMB_TANH;
+        qemb_file *f = open_model(&c, 1, 1);
+        qemb_embedder *e;
+        qemb_model *m;
+        qemb_err err;
+        cr_assert_eq(open_made(&e, &c, &err), 0, "%s", err.msg);
+        cr_assert_eq(qemb_embedder_dim(e), rows);
+        cr_assert_eq(qemb_open(&m, f, qemb_cpu_choose(NULL, QEMB_MATH_F32), NULL, &err), 0);
+        const int32_t ids[] = {64, 65 + 1, c.eos_id}; /* "a", "c" */
+        float vector[105], want[105], got[105];
+        qemb_batch *b = qemb_batch_new(m);
+        cr_assert_eq(qemb_pack_add(b, ids, 3), 0);
+        qemb_embed(m, b, vector);
+        for (int dim = 1; dim <= rows; dim += 2) {
+            cr_assert_eq(qemb_l2_normalize(want, vector, dim), 0);
+            cr_assert_eq(qemb_embed_text(e, NULL, "ac", 2, got, dim, &err), 0, "%s", err.msg);
+            cr_assert_arr_eq(got, want, (size_t)dim * sizeof *got);
+        }
+        expect_error(e, NULL, "a", rows + 1, "bad_dim", "want 1..");
+        qemb_batch_free(b);
+        qemb_close(m);
+        qemb_embedder_close(e);
+        qemb_file_close(f);
+    }
+}
+
+Test(embed_text, a_model_without_end_of_text) {
+    qemb_config c = small_configs[0];
+    c.eos_id = QEMB_NO_TOKEN, c.window = 5;
+    qemb_embedder *e;
+    qemb_err err;
+    float out[64];
+    cr_assert_eq(open_made(&e, &c, &err), 0, "%s", err.msg);
+    expect_error(e, NULL, "", 64, "empty_text", "no tokens");
+    expect_error(e, NULL, "123456", 64, "too_long", "5 tokens");
+    cr_assert_eq(qemb_embed_text(e, NULL, "12345", 5, out, 64, &err), 0, "%s", err.msg);
+    cr_assert_eq(qemb_embed_text(e, "1", "", 0, out, 64, &err), 0, "%s", err.msg);
+    qemb_embedder_close(e);
+}

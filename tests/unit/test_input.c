@@ -5,6 +5,7 @@
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -319,4 +320,104 @@ Test(objects, deep_nesting) {
     cr_assert(input_parse(p, s, n, &o, &e) == -1);
     input_parser_free(p);
     free(s);
+}
+
+/* ---- a query with documents ------------------------------------------------------------------ */
+
+static int parse_ranking(input_parser *p, const char *line, input_ranking *o, qemb_err *err) {
+    return input_parse_ranking(p, line, strlen(line), o, err);
+}
+
+static void expect_document(const input_parser *p, size_t i, const char *text, size_t want) {
+    size_t len;
+    const char *s = input_document(p, i, &len);
+    cr_expect(len == want && !memcmp(s, text, len), "%zu is %.*s", i, (int)len, s);
+}
+
+Test(rankings, everything) {
+    input_parser *p = input_parser_new(0, 1);
+    input_ranking o;
+    qemb_err e;
+    cr_assert(
+        !parse_ranking(p,
+                       "{\"documents\": [\"a\\u0000b\", {\"text\":\"\u00e9\"}, \"\"], \"top_n\": 2,"
+                       " \"query\":\"q\\u0000\", \"instruct\":\"find\", \"id\": [1, {}]}\r",
+                       &o, &e),
+        "%s", e.msg);
+    cr_expect(o.id_len == 6 && !memcmp(o.id, "[1,{}]", 6));
+    cr_expect(o.query_len == 2 && !memcmp(o.query, "q\0", 2) && o.top_n == 2);
+    cr_expect(o.instruct_len == 4 && !memcmp(o.instruct, "find", 4) && o.n_documents == 3);
+    expect_document(p, 0, "a\0b", 3);
+    expect_document(p, 1, "\xc3\xa9", 2);
+    expect_document(p, 2, "", 0);
+    cr_assert(!parse_ranking(p, "{\"query\":\"\",\"documents\":[]}", &o, &e));
+    cr_expect(!o.id && !o.id_len && o.query && !o.query_len && !o.n_documents);
+    cr_expect(!o.top_n && !o.instruct);
+    /* Not given, or the empty task. */
+    cr_assert(!parse_ranking(
+        p, "{\"query\":\"q\",\"documents\":[],\"instruct\":null,\"top_n\":null,\"id\":null}", &o,
+        &e));
+    cr_expect(!o.instruct && !o.top_n && o.id_len == 4 && !memcmp(o.id, "null", 4));
+    cr_assert(!parse_ranking(p, "{\"query\":\"q\",\"documents\":[],\"instruct\":\"\"}", &o, &e));
+    cr_expect(o.instruct && !o.instruct_len);
+    cr_assert(!parse_ranking(
+        p, "{\"query\":\"q\",\"documents\":[\"d\"],\"top_n\":9223372036854775807}", &o, &e));
+    cr_expect(o.top_n == INT64_MAX && o.n_documents == 1);
+    input_parser_free(p);
+}
+
+Test(rankings, refusals) {
+    static const struct {
+        const char *line, *code, *id, *says;
+    } cases[] = {
+        {"", "invalid_json", "null", "empty line"},
+        {"{", "invalid_json", "null", ""},
+        {"{\"query\":\"a\",\"documents\":[\"b\"]} x", "invalid_json", "null", ""},
+        {"{\"query\":\"a\xff\",\"documents\":[]}", "invalid_utf8", "null", "byte"},
+        {"{\"query\":\"a\",\"documents\":[\"b\xff\"]}", "invalid_utf8", "null", "byte"},
+        {"{\"query\":\"a\",\"query\":\"b\",\"documents\":[]}", "bad_record", "null", "duplicate"},
+        {"{\"query\":\"a\",\"documents\":[{\"text\":\"a\",\"text\":\"b\"}]}", "bad_record", "null",
+         "duplicate"},
+        {"[1]", "bad_record", "null", "got a list, want an object"},
+        {"{}", "bad_record", NULL, "no \"query\""},
+        {"{\"id\":7,\"documents\":[]}", "bad_record", "7", "no \"query\""},
+        {"{\"id\":7,\"query\":\"a\"}", "bad_record", "7", "no \"documents\""},
+        {"{\"id\":7,\"query\":null,\"documents\":[]}", "bad_record", "7", "\"query\": wrong type"},
+        {"{\"id\":7,\"query\":[],\"documents\":[]}", "bad_record", "7", "got a list, want a str"},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":null}", "bad_record", "7", "got null, want a li"},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":\"b\"}", "bad_record", "7", "got a string"},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":[\"b\",7]}", "bad_record", "7",
+         "\"documents\"[1]: wrong type (got an integer"},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":[null]}", "bad_record", "7", "[0]"},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":[[]]}", "bad_record", "7", "got a list"},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":[{}]}", "bad_record", "7", "got an object"},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":[{\"text\":1}]}", "bad_record", "7", "[0]"},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":[{\"title\":\"b\"}]}", "bad_record", "7", "[0]"},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":[{\"text\":\"b\",\"x\":1}]}", "bad_record", "7",
+         "[0]"},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":[],\"top_n\":0}", "bad_record", "7", "\"top_n\""},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":[],\"top_n\":-1}", "bad_record", "7", "got -1"},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":[],\"top_n\":1.5}", "bad_record", "7",
+         "got a real"},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":[],\"top_n\":true}", "bad_record", "7",
+         "got true"},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":[],\"top_n\":99999999999999999999}",
+         "invalid_json", "null", ""},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":[],\"instruct\":1}", "bad_record", "7",
+         "\"instruct\""},
+        {"{\"id\":7,\"query\":\"a\",\"documents\":[],\"text\":\"b\"}", "bad_record", "7",
+         "\"text\": unknown key (want id, query, documents, instruct, top_n)"},
+    };
+    input_parser *p = input_parser_new(0, 1);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        input_ranking o;
+        qemb_err e = {0};
+        cr_assert(parse_ranking(p, cases[i].line, &o, &e) == -1, "%s", cases[i].line);
+        cr_expect_str_eq(e.code, cases[i].code, "%s: %s %s", cases[i].line, e.code, e.msg);
+        cr_expect(strstr(e.msg, cases[i].says), "%s: %s", cases[i].line, e.msg);
+        const char *id = cases[i].id ? cases[i].id : "";
+        cr_expect(o.id_len == strlen(id) && !memcmp(o.id ? o.id : "", id, o.id_len), "%s",
+                  cases[i].line);
+    }
+    input_parser_free(p);
 }
