@@ -867,10 +867,10 @@ static void dense_layer(const qemb_model *m, float *out, const float *rows, int 
     const qemb_weights *w = &m->file->weights;
     const int N = c->dense_rows, D = c->hidden;
 #pragma omp parallel for num_threads(m->opt.threads) if (m->ops->in_flight)
-    for (int i = 0; i < B * N; i++) {
-        const int row = i / N, r = i % N;
+    for (size_t i = 0; i < (size_t)B * (size_t)N; i++) {
+        const size_t row = i / (size_t)N, r = i % (size_t)N;
         const double y =
-            dot(rows + (size_t)row * D, w->dense + (size_t)r * D, D) + w->dense_bias[r];
+            dot(rows + row * (size_t)D, w->dense + r * (size_t)D, D) + (double)w->dense_bias[r];
         out[i] = (float)(c->activation == QEMB_TANH ? tanh(y) : y);
     }
 }
