@@ -444,10 +444,22 @@ static job *next_done(pipeline *p, uint64_t turn) {
     return j;
 }
 
+/* Sets the numbers of x: out, if they are logits, else p->unit. -1: they are not finite. */
+static int give_numbers(const pipeline *p, const float *out, result *x) {
+    const int logits = p->stream->logits;
+    if (logits ? !isfinite(*out) : qemb_l2_normalize(p->unit, out, x->dim)) {
+        x->code = "non_finite", x->tokens = 0;
+        x->message =
+            logits ? "score: not a finite number" : "vector: no finite length other than zero";
+        x->message_len = strlen(x->message);
+        return -1;
+    }
+    x->unit = logits ? out : p->unit;
+    return 0;
+}
+
 static void give_record(pipeline *p, const job *j, const record *r) {
-    static const char not_finite[] = "vector: no finite length other than zero";
     const char *note = j->notes + r->note;
-    const float *out = j->out + (size_t)r->row * p->dim;
     result x = {.line = r->line,
                 .from = r->from,
                 .id = j->notes + r->id,
@@ -456,15 +468,10 @@ static void give_record(pipeline *p, const job *j, const record *r) {
                 .cut_tokens = r->cut_tokens,
                 .dim = r->dim,
                 .tokens = r->tokens};
-    if (r->code) {
+    if (r->code)
         x.code = r->code, x.message = note, x.message_len = r->note_len;
-    } else if (p->stream->logits ? !isfinite(*out) : qemb_l2_normalize(p->unit, out, r->dim)) {
-        x.code = "non_finite", x.message = not_finite, x.message_len = sizeof not_finite - 1;
-        x.tokens = 0;
-    } else {
-        x.unit = p->stream->logits ? out : p->unit;
+    else if (!give_numbers(p, j->out + (size_t)r->row * p->dim, &x))
         x.text = p->stream->keep_texts ? note : NULL, x.text_len = r->note_len;
-    }
     p->stream->record(p->stream->self, &x);
 }
 
