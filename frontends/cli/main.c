@@ -207,9 +207,9 @@ static void open_record_tokenizer(record_tokenizer *t, const model_file *f, cons
 static void open_kind(model_file *f, const options *o, qemb_kind kind) {
     open_model_file(f, o->model.model);
     if (f->file->config.kind == kind) return;
-    if (kind == QEMB_RERANKER)
-        usage("%.128s: no reranker, but a model for vectors", o->model.model);
-    usage("%.128s: a reranker, which has no vectors (want qemb rerank)", o->model.model);
+    DIE(STATUS_MODEL, "%.128s: %s", o->model.model,
+        kind == QEMB_RERANKER ? "an embedding model, which has no scores (want a reranker)"
+                              : "a reranker, which has no vectors (want qemb rerank)");
 }
 
 static int embed(const options *o) {
