@@ -172,6 +172,8 @@ static void parse_options(options *o, option_table *t, unsigned bit, int argc, c
     *o = (options){.bit = bit, .on_error = ON_ERROR_DEFAULT};
     o->files = need(calloc((size_t)argc + 1, sizeof *o->files)); /* main frees it */
     options_parse(t, argc, argv);
+    if (o->bit != commands[o->command].bit)
+        usage("--query: its value is the word rerank (want qemb rerank --query TEXT)");
     if (o->bit == FOR_GREP) check_grep(o);
     model_options_check(&o->model);
     options_check(t, o->bit, commands[o->command].name, !!o->model.ops->plan);
