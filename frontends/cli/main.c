@@ -252,12 +252,21 @@ static int grep(const options *o) {
 
 /* ---- rerank ---------------------------------------------------------------------------------- */
 
+/* Refuses a query that would make every line an error. */
+static void check_query(record_tokenizer *t, const char *query) {
+    const text_pair pair = {.query = query, .query_len = strlen(query), .document = ""};
+    record_ids ids = {0};
+    qemb_err err;
+    if (tokenize_pair(t, &pair, 0, &ids, &err)) usage("--query: %s", err.msg);
+}
+
 static int rerank(const options *o) {
     model_file f;
     record_tokenizer t;
     qemb_model *m[MAX_DEVICES];
     open_kind(&f, o, QEMB_RERANKER);
     open_record_tokenizer(&t, &f, o);
+    if (o->query) check_query(&t, o->query);
     replicas_open(m, f.file, &o->model, loading(o));
     const int status = rerank_stream(o, m, &t);
     for (int i = 0; i < o->model.n_devices; i++) qemb_close(m[i]);
