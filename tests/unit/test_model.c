@@ -104,10 +104,14 @@ static double allowed(void) {
 /* The same for a golden. Rounding 64 numbers to steps of 1/127 of the largest has an error of
  * c / (127 sqrt(12)) times their root mean square. c^2, over a matrix, is the mean square of these
  * largest divided by the mean square of all numbers. c is 2.5 to 3 for random numbers, and at most
- * 7 in demo's matrices, some of which began as identities. */
+ * 7 in demo's matrices, some of which began as identities.
+ *
+ * A model amplifies the rounding of every arithmetic alike. What it makes of float32's is known:
+ * f32_diff, up to 1.4e-7 in the goldens that allowed() was measured with. */
 static double allowed_for(const golden *g) {
     const double c = strcmp(g->model, "demo") ? 3 : 7;
-    return allowed() * (ops->math == QEMB_MATH_INT8 ? c / 3 : 1);
+    const double amplified = fmax(1, g->f32_diff / 1.4e-7);
+    return allowed() * amplified * (ops->math == QEMB_MATH_INT8 ? c / 3 : 1);
 }
 
 /* out (D) = the vector of one text, alone in its batch: not cut, not scaled to length 1 */
@@ -131,7 +135,7 @@ static void embed_alone(qemb_model *m, const int32_t *ids, int n, float *out) {
  * may differ, but no others, and their numbers have to be finite. */
 static void check_goldens(const golden *g, const qemb_file *f) {
     qemb_model *m = open_engine(f, 1024, 2);
-    const int D = f->config.hidden;
+    const int D = qemb_dim(&f->config), ends = f->config.eos_id != QEMB_NO_TOKEN;
     int on_threshold = 0;
     float out[4096];
     qemb_tokenizer *t;
@@ -146,9 +150,9 @@ static void check_goldens(const golden *g, const qemb_file *f) {
             qemb_tokenizer_result r;
             const size_t len = (size_t)c->text_bytes;
             cr_assert_eq(qemb_tokenizer_encode(s, c->text, len, SIZE_MAX, &r, &err), 0);
-            cr_assert_eq((int)r.n + 1, c->n, "%s %s", g->model, c->label);
+            cr_assert_eq((int)r.n + ends, c->n, "%s %s", g->model, c->label);
             cr_assert_arr_eq(r.ids, c->ids, r.n * sizeof *c->ids, "%s %s", g->model, c->label);
-            cr_assert_eq(c->ids[r.n], f->config.eos_id);
+            cr_assert(!ends || c->ids[r.n] == f->config.eos_id);
         }
         embed_alone(m, c->ids, c->n, out);
         cr_assert_eq(qemb_l2_normalize(out, out, D), 0);
@@ -182,7 +186,7 @@ static void check_goldens(const golden *g, const qemb_file *f) {
 /* All cases of a golden in one batch have the bits that they have alone: in order on 1 thread, in
  * reverse order on 3. */
 static void check_batches(const golden *g, const qemb_file *f) {
-    const int D = f->config.hidden;
+    const int D = qemb_dim(&f->config);
     float *alone = malloc((size_t)g->n * D * sizeof *alone),
           *out = malloc((size_t)g->n * D * sizeof *out);
     for (int threads = 1; threads <= 3; threads += 2) {
@@ -227,7 +231,7 @@ Test(model, goldens) {
         n++;
     }
     closedir(dir);
-    cr_assert_geq(n, 7, "all goldens are there");
+    cr_assert_geq(n, 14, "all goldens are there");
 }
 
 static int32_t *random_ids(rng *r, const qemb_config *c, int n) {
@@ -582,8 +586,7 @@ static void check_fallback(void) {
         qemb_embed(m, b, out);
         /* a fourth text, which has no vector, pads the batch to 16 rows */
         cr_assert(seen.P == 1 && seen.B == 4 && seen.T == 16 && seen.cu[4] == 16);
-        for (int t = seen.cu[3]; t < 16; t++)
-            cr_assert(seen.pos[t] == 0 && seen.tokens[t] == 0);
+        for (int t = seen.cu[3]; t < 16; t++) cr_assert(seen.pos[t] == 0 && seen.tokens[t] == 0);
         embed_alone(cpu, ids[spoiled_row], 4, alone);
         cr_assert_arr_eq(out + spoiled_row * 64, alone, sizeof alone, "not the CPU's vector");
         for (int i = 0; i < 3; i++) cr_assert_eq(qemb_l2_normalize(alone, out + i * 64, 64), 0);
