@@ -5,15 +5,16 @@
 #   "numpy>=1.24,<3",
 #   "safetensors>=0.4.3,<1",
 #   "huggingface_hub>=0.23,<3",
+#   "gguf>=0.16,<1",
 #   "tqdm>=4.60,<5",
 # ]
 # ///
 """convert_weights.py - converts an embedding or rerank model of the Qwen3 family to one .qemb file.
 
-The source is a Hugging Face directory or a name on the hub. A checkpoint that qemb would compute
-differently from transformers and sentence-transformers is refused with one line: read_config,
-read_tokenizer, read_modules and check_tensors look for the differences. qemb.h describes the layout
-of a .qemb file.
+The source is a Hugging Face directory, a name on the hub or a GGUF file. A checkpoint that qemb
+would compute differently from transformers and sentence-transformers is refused with one line:
+read_config, read_tokenizer, read_modules and check_tensors look for the differences. A GGUF file is
+read in the form of config.json and tokenizer.json. qemb.h describes the layout of a .qemb file.
 
 Weights are converted in blocks of rows, so memory does not grow with the model. The file is written
 under a temporary name in the same directory and renamed when it is complete on disk. It depends on
@@ -47,6 +48,7 @@ DENSE_WEIGHTS = "2_Dense/model.safetensors"
 JSON_FILES = ["config.json", "tokenizer.json", "modules.json", PROMPTS, POOLING, BERT, DENSE,
               LOGIT_SCORE]
 TOKENIZER_CONFIG, ADAPTER = "tokenizer_config.json", "adapter_config.json"
+TEMPLATE = "chat_template.jinja"
 # A name's place in its list is its number in the file.
 KINDS, POOLINGS = ["embedding", "reranker"], ["last", "mean"]
 ATTENTIONS, ACTIVATIONS = ["causal", "bidirectional"], ["identity", "tanh"]
@@ -59,6 +61,7 @@ RERANKER = {
     "suffix": "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
     "instruct": "Given a web search query, retrieve relevant passages that answer the query",
 }
+CLASSIFIER = "Qwen3ForSequenceClassification"
 RERANKER_WINDOW = 8192  # tokens of a pair, prefix and suffix included, in the model card
 # The only pre-tokenizer pattern that tokenizer.c implements.
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -92,12 +95,18 @@ def expect(obj, what, got, *allowed):
 def parse(folder, name, read, *args):
     """Returns read(value of the JSON file, *args). Any exception in read refuses the file."""
     try:
-        return read(json.loads((folder / name).read_bytes()), *args)
+        return understand(name, lambda: read(json.loads((folder / name).read_bytes()), *args))
     except (FileNotFoundError, NotADirectoryError):
         refuse(name, "no such file in the source")
+
+
+def understand(name, read, form="JSON of the known form"):
+    """Returns read(), which looks into values of unknown types."""
+    try:
+        return read()
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as e:
         what = " ".join(str(e).split())[:120]
-        refuse(name, f"not JSON of the known form ({type(e).__name__}: {what})")
+        refuse(name, f"not {form} ({type(e).__name__}: {what})")
 
 
 # ---- config.json -------------------------------------------------------------------------------
@@ -122,7 +131,7 @@ Claims = namedtuple("Claims", "architecture attention tied labels linear")
 # The last two are code in the checkpoint (auto_map), read and found to be Qwen3Model with
 # bidirectional attention: perplexity's pplx-embed-v1; voyage's and ai-sage's.
 ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen3Model": "qwen3",
-                 "Qwen3ForSequenceClassification": "qwen3",
+                 CLASSIFIER: "qwen3",
                  "PPLXQwen3Model": "bidirectional_pplx_qwen3", "Qwen3BidirectionalModel": "qwen3"}
 
 
@@ -271,6 +280,30 @@ def read_tokenizer(j, vocab):
                      model["vocab"] | {t["content"]: t["id"] for t in added})
 
 
+def read_tokenizer_config(j, tokenizer, given):
+    """Refuses what transformers would do on top of tokenizer.json. given: --end-token. Returns the
+    limit of a text in tokens, or None."""
+    o, end = TOKENIZER_CONFIG, j.get("eos_token")
+    for key in ("add_prefix_space", "add_bos_token"):
+        expect(o, key, j.get(key), None, False)
+    expect(o, "truncation_side", j.get("truncation_side"), None, "right")
+    end = end["content"] if isinstance(end, dict) else end
+    added = j.get("add_eos_token") and not given
+    if added and tokenizer.ids.get(end, NO_TOKEN) != tokenizer.eos_id:
+        refuse(o, f"add_eos_token: {show(end)} is not what tokenizer.json appends; say what a text "
+               "ends with by --end-token TOKEN, or none")
+    return j.get("model_max_length")
+
+
+def end_token(given, ids):
+    """Returns the id of the token that --end-token names."""
+    if given == "none":
+        return NO_TOKEN
+    if given not in ids:
+        refuse("--end-token", f"{show(given)} is no token of this model")
+    return ids[given]
+
+
 # ---- what sentence-transformers adds -----------------------------------------------------------
 
 
@@ -288,8 +321,12 @@ def read_modules(j):
     return kinds
 
 
-def read_lower(j):
+def read_bert(j):
+    """Returns the limit of a text in tokens, or None."""
     expect(BERT, "do_lower_case", j.get("do_lower_case"), None, False)
+    for key in ("query_length", "document_length"):
+        expect(BERT, key, j.get(key), None)
+    return j.get("max_seq_length")
 
 
 def read_pooling(j):
@@ -322,7 +359,13 @@ def read_dense(j, hidden):
     return rows, j.get("bias", True), names[kind]
 
 
-def read_logit_score(j, ids):
+def read_logit_score(j, ids, template):
+    """template: the text of chat_template.jinja, or "". It makes the prompt of a pair; nothing here
+    can run it, so its words are compared."""
+    for words in ("Judge whether the Document meets the requirements", "<Instruct>: ", "<Query>: ",
+                  "<Document>: ") if template else ():
+        if words not in template:
+            refuse(TEMPLATE, "not that of Qwen3-Reranker, which qemb has", None, show(words))
     for key, word in (("true_token_id", "yes"), ("false_token_id", "no")):
         expect(LOGIT_SCORE, f"{key}, of {show(word)}", j.get(key), ids.get(word))
 
@@ -334,7 +377,10 @@ def read_prompts(j, kind, given):
     if kind == "reranker":
         prompts = RERANKER | ({"instruct": prompts[default]} if default is not None else {})
     else:
-        expect(PROMPTS, "default_prompt_name", default, None)
+        if prompts.get(default) != "":  # a prompt that changes no text may be the default
+            expect(PROMPTS, "default_prompt_name", default, None)
+        for key in ("truncate_dim", "suffix"):
+            expect(PROMPTS, key, j.get(key), None)
         expect(PROMPTS, "model_type", j.get("model_type"), None, "SentenceTransformer")
     prompts |= given
     if kind == "reranker" and len(prompts) > 3:
@@ -348,6 +394,8 @@ def read_prompts(j, kind, given):
 
 Tensor = namedtuple("Tensor", "name path dtype shape offset")  # offset in bytes, in the file
 SOURCE_DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
+# 32 numbers of a GGUF file are q * scale
+Q8_0 = np.dtype([("scale", "<f2"), ("q", "i1", 32)])
 
 
 def read_index(j):
@@ -404,14 +452,16 @@ def open_tensors(folder):
 
 def read_rows(t, row, n, cols):
     """Returns rows row..row+n-1 of tensor t as float32 (n, cols)."""
-    dtype = np.dtype(SOURCE_DTYPES[t.dtype])
+    dtype, each = (Q8_0, 32) if t.dtype == "Q8_0" else (np.dtype(SOURCE_DTYPES[t.dtype]), 1)
     with open(t.path, "rb", buffering=0) as f:
-        f.seek(t.offset + row * cols * dtype.itemsize)
-        w = np.fromfile(f, dtype, n * cols)
-    if w.size != n * cols:
-        refuse(t.path.name, "shrank while it was read", f"{w.size} numbers", n * cols)
+        f.seek(t.offset + row * cols // each * dtype.itemsize)
+        w = np.fromfile(f, dtype, n * cols // each)
+    if w.size * each != n * cols:
+        refuse(t.path.name, "shrank while it was read", f"{w.size * each} numbers", n * cols)
     if t.dtype == "BF16":  # the upper half of a float32
         w = (w.astype("<u4") << 16).view("<f4")
+    if t.dtype == "Q8_0":
+        w = w["q"] * w["scale"].astype("<f4")[:, None]
     return w.astype("<f4", copy=False).reshape(n, cols)
 
 
@@ -421,6 +471,135 @@ def read_blocks(t, rows, cols, block):
     step = max(1, block // cols)
     for row in range(0, rows, step):
         yield row, read_rows(t, row, min(step, rows - row), cols)
+
+
+# ---- GGUF --------------------------------------------------------------------------------------
+
+# Its names and Hugging Face's. llama.cpp's converter permutes no rows of this architecture.
+GGUF_TENSORS = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head",
+                "cls.output": "score"}
+GGUF_LAYER = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm", "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj"}
+GGUF_CONFIG = {
+    "block_count": "num_hidden_layers", "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads", "attention.key_length": "head_dim",
+    "attention.head_count_kv": "num_key_value_heads", "feed_forward_length": "intermediate_size",
+    "context_length": "max_position_embeddings", "rope.freq_base": "rope_theta",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.causal": "is_causal"}
+GGUF_OTHER = ["attention.value_length", "rope.dimension_count", "rope.scaling.type", "vocab_size",
+              "pooling_type", "classifier.output_labels"]
+# pooling_type -> kind, pooling. llama.cpp writes 4 for rerankers, and none for what it cannot tell.
+GGUF_POOLING = {1: ("embedding", "mean"), 3: ("embedding", "last"), 4: ("reranker", "last"),
+                None: (None, "last"), 0: (None, "last")}
+END_HINT = ("; say what a text ends with by --end-token TOKEN, or none: "
+            "--end-token '<|endoftext|>' for Qwen3-Embedding")
+
+
+def open_gguf(path):
+    """Returns {key: value} and {Hugging Face's name without 'model.': Tensor}. The package reads
+    the keys and checks where tensors lie; read_rows reads them."""
+    import gguf  # slow to load
+
+    try:
+        reader = gguf.GGUFReader(path)
+        meta = {name: field.contents() for name, field in reader.fields.items()}
+        found = [Tensor(t.name, path, t.tensor_type.name, tuple(map(int, reversed(t.shape))),
+                        int(t.data_offset)) for t in reader.tensors]
+    except Exception as e:  # of any type, when a file is damaged
+        what = " ".join(str(e).split())[:120]
+        refuse(path.name, f"damaged, or not GGUF ({type(e).__name__}: {what})")
+    if meta.get("split.count", 1) != 1:
+        refuse(path.name, "a part of a model; join the parts: llama-gguf-split --merge")
+    expect(path.name, "byte order", reader.byte_order, "I")
+    tensors = {}
+    for t in found:
+        if t.dtype not in [*SOURCE_DTYPES, "Q8_0"]:
+            refuse(t.name, "type, whose loss of accuracy nobody has measured here; convert the "
+                   "original or a file of more bits", t.dtype, ", ".join([*SOURCE_DTYPES, "Q8_0"]))
+        base, _, end = t.name.rpartition(".")
+        blk, layer, part = (base.split(".", 2) + ["", ""])[:3]
+        if blk == "blk" and part in GGUF_LAYER:
+            base = f"layers.{layer}.{GGUF_LAYER[part]}"
+        tensors[f"{GGUF_TENSORS.get(base, base)}.{end}"] = t
+    return meta, tensors
+
+
+def gguf_config(meta, o, rows):
+    """Returns what config.json would say. rows: of the embedding table."""
+    expect(o, "general.architecture", meta.get("general.architecture"), "qwen3")
+    own = {k.removeprefix("qwen3."): v for k, v in meta.items() if k.startswith("qwen3.")}
+    for key in own:
+        if key not in [*GGUF_CONFIG, *GGUF_OTHER]:
+            refuse(o, f"qwen3.{key}", show(own[key]), "no such key")
+    expect(o, "qwen3.rope.scaling.type", own.get("rope.scaling.type"), None, "none")
+    for key in ("attention.value_length", "rope.dimension_count"):
+        expect(o, f"qwen3.{key}", own.get(key), None, own["attention.key_length"])
+    return {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu",
+            "head_dim": None, "vocab_size": rows} | {
+                GGUF_CONFIG[k]: v for k, v in own.items() if k in GGUF_CONFIG}
+
+
+def gguf_tokenizer(meta, o):
+    """Returns what tokenizer.json would say, without an end token."""
+    ggml = {k.removeprefix("tokenizer.ggml."): v for k, v in meta.items()}
+    for key, want in ("model", ["gpt2"]), ("pre", ["qwen2"]), ("add_bos_token", [None, False]):
+        expect(o, f"tokenizer.ggml.{key}", ggml.get(key), *want)
+    tokens, kinds = ggml["tokens"], ggml["token_type"]
+    expect(o, "numbers of tokens and types", len(kinds), len(tokens))
+    for token, kind in zip(tokens, kinds):  # normal, control, user-defined, unused
+        expect(o, f"type of the token {show(token)}", kind, 1, 3, 4, 5)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
+    return {"model": {"type": "BPE", "merges": ggml["merges"], "vocab": {
+                token: i for i, token in enumerate(tokens) if kinds[i] == 1}},
+            "added_tokens": [{"id": i, "content": token} | flags
+                             for i, token in enumerate(tokens) if kinds[i] in (3, 4)],
+            "normalizer": {"type": "NFC"}, "post_processor": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}}
+
+
+def gguf_end(meta, o, name):
+    """Returns the token appended to every text of an embedding. Files made before llama.cpp read
+    the post-processor (2025-06) say nothing of it and have another eos_token_id, <|im_end|>."""
+    key = "tokenizer.ggml."
+    expect(o, f"{key}add_eos_token{END_HINT}", meta.get(key + "add_eos_token"), True)
+    token = meta[key + "tokens"][meta[key + "eos_token_id"]]
+    if "qwen3-embedding" in name and token != "<|endoftext|>":
+        refuse(o, f"{key}eos_token_id{END_HINT}", show(token), show("<|endoftext|>"))
+    return token
+
+
+def gguf_task(meta, o):
+    """Returns the task of a reranker's template, which must be the model card's."""
+    template = meta.get("tokenizer.chat_template.rerank")
+    if template is None:
+        return RERANKER["instruct"]
+    begin = RERANKER["prefix"] + "<Instruct>: "
+    end = "\n<Query>: {query}\n<Document>: {document}" + RERANKER["suffix"]
+    if not (template.startswith(begin) and template.endswith(end)):
+        refuse(o, "tokenizer.chat_template.rerank", show(template), show(begin + "…" + end))
+    return template[len(begin) : len(template) - len(end)]
+
+
+def gguf_labels(meta, s):
+    """Returns {row: label} of cls.output: by the rows of the embedding table if it has two of them,
+    since files with swapped labels were reported, else by the labels."""
+    def close(a, b):  # Q8_0 rounds by 1/254 of a block's largest number at most
+        return np.abs(a - b).max() <= np.abs(b).max() / 128
+
+    cols, table, ids = s.config.hidden, s.tensors["embed_tokens.weight"], s.tokenizer.ids
+    two = read_rows(s.tensors["score.weight"], 0, 2, cols)
+    yes, no = (read_rows(table, ids[word], 1, cols)[0] for word in ("yes", "no"))
+    if close(two[0], yes) and close(two[1], no):
+        return {"0": "yes", "1": "no"}
+    if close(two[0], no) and close(two[1], yes):
+        return {"0": "no", "1": "yes"}
+    return dict(enumerate(meta.get("qwen3.classifier.output_labels", [])))
 
 
 # ---- dtypes of a .qemb -------------------------------------------------------------------------
@@ -542,16 +721,20 @@ def weight_sections(c, matrix):
     yield vec("final_norm", D, "norm.weight")
 
 
-def check_tensors(tensors, weights, more):
-    """Checks that the source has exactly the tensors of the sections, and more: {name: shape}.
-    Returns notes."""
-    want = {name: (s.cols,) if s.dtype is F32 else (rows, s.cols)
-            for s in weights for name, rows in s.data} | more
+def check_tensors(s):
+    """Checks that the source has exactly the tensors of the sections and those that make its dense
+    layer. Returns the latter: {name: shape}. Adds notes."""
+    tensors, more = s.tensors, {}
+    if s.kind == "reranker":
+        more = logit_tensors(s)
+    elif "linear.weight" in tensors and s.claims.linear:
+        more = {"linear.weight": (s.claims.linear, s.config.hidden)}
+    want = {name: (w.cols,) if w.dtype is F32 else (rows, w.cols)
+            for w in weight_sections(s.config, F16) for name, rows in w.data} | more
     missing, extra = [n for n in want if n not in tensors], [n for n in tensors if n not in want]
-    notes = []
-    if "lm_head.weight" in extra:  # saved by an untied Qwen3ForCausalLM
+    if "lm_head.weight" in extra and s.kind == "embedding":  # saved by an untied Qwen3ForCausalLM
         extra.remove("lm_head.weight")
-        notes.append("lm_head.weight left out: embeddings do not use it")
+        s.notes.append("lm_head.weight left out: embeddings do not use it")
     if missing:
         refuse(missing[0], "missing tensor", f"{len(missing)} missing", "none")
     if extra:
@@ -559,7 +742,7 @@ def check_tensors(tensors, weights, more):
     for name, shape in want.items():
         if tensors[name].shape != shape:
             refuse(tensors[name].name, "shape", list(tensors[name].shape), list(shape))
-    return notes
+    return more
 
 
 # ---- the dense layer ---------------------------------------------------------------------------
@@ -592,33 +775,37 @@ def identity_dense(hidden):
     return dense_sections(np.eye(hidden, dtype="<f4").tobytes(), hidden, hidden)
 
 
-def logit_tensors(claims, c, tensors):
+def logit_tensors(s):
     """Returns {name: shape} of the tensors that can have a reranker's logits, the right one
     first."""
-    if claims.architecture == "Qwen3ForSequenceClassification":
+    c, claims = s.config, s.claims
+    if claims.architecture == CLASSIFIER:
         return {"score.weight": (2 if len(claims.labels) == 2 else 1, c.hidden)}
     names = ["embed_tokens.weight"] if claims.tied else []
-    if not claims.tied or "lm_head.weight" in tensors:
+    if not claims.tied or "lm_head.weight" in s.tensors:
         names.append("lm_head.weight")
     return dict.fromkeys(names, (c.vocab, c.hidden))
 
 
-def logit_dense(claims, c, tensors, ids):
+def logit_dense(s, ids):
     """Returns the sections of a reranker: the row that gives logit(yes) - logit(no), in float32."""
-    names = list(logit_tensors(claims, c, tensors))
-    t = tensors[names[0]]
+    expect("config.json", "attention of a reranker", s.claims.attention, "causal")
+    if s.tokenizer.eos_id != NO_TOKEN:
+        refuse("tokenizer.json", "post_processor of a reranker", "an end token", "none")
+    names, cols = list(logit_tensors(s)), s.config.hidden
+    t = s.tensors[names[0]]
     if t.shape[0] == 1:
-        return dense_sections(encode_f32(read_rows(t, 0, 1, c.hidden), t, 0, None), 1, c.hidden)
+        return dense_sections(encode_f32(read_rows(t, 0, 1, cols), t, 0, None), 1, cols)
     if names[0] == "score.weight":
-        ids = {label: int(row) for row, label in claims.labels.items()}
+        ids = {label: int(row) for row, label in s.claims.labels.items()}
         expect("config.json", "id2label", ids, {"no": 0, "yes": 1}, {"no": 1, "yes": 0})
     if not {"yes", "no"} <= set(ids):
         refuse("tokenizer.json", 'no tokens "yes" and "no", which a reranker needs')
-    yes, no = (read_rows(t, ids[word], 1, c.hidden) for word in ("yes", "no"))
+    yes, no = (read_rows(t, ids[word], 1, cols) for word in ("yes", "no"))
     for word, row in ("yes", yes), ("no", no):
-        if (row != read_rows(tensors[names[-1]], ids[word], 1, c.hidden)).any():
+        if (row != read_rows(s.tensors[names[-1]], ids[word], 1, cols)).any():
             refuse("lm_head.weight", f"differs from {t.name}, to which config.json ties it")
-    return dense_sections(encode_f32(yes - no, t, ids["yes"], None), 1, c.hidden)
+    return dense_sections(encode_f32(yes - no, t, ids["yes"], None), 1, cols)
 
 
 # ---- writing -----------------------------------------------------------------------------------
@@ -648,8 +835,9 @@ def layout(sections):
 def header_fields(s):
     """Returns the header's bytes from 72 on for a Source."""
     dense_rows = s.dense[0].rows if s.dense else 0
-    return struct.pack("<9I2f6I", *s.config[:8], s.eos_id, *s.config[8:], KINDS.index(s.kind),
-                       POOLINGS.index(s.pooling), ATTENTIONS.index(s.attention), dense_rows,
+    return struct.pack("<9I2f6I", *s.config[:8], s.tokenizer.eos_id, *s.config[8:],
+                       KINDS.index(s.kind), POOLINGS.index(s.pooling),
+                       ATTENTIONS.index(s.claims.attention), dense_rows,
                        ACTIVATIONS.index(s.activation), s.window)
 
 
@@ -732,12 +920,15 @@ def interrupt(number, frame):
 
 
 def find_source(name, quiet):
-    """Returns the directory, its name, and the commit (None if it is not from the hub)."""
+    """Returns the directory or GGUF file, its name, and the commit (None if it is not from the
+    hub)."""
     path = Path(name)
     if path.is_dir():
         return path, path.resolve().name, None
+    if path.suffix == ".gguf" and path.is_file():
+        return path, path.name, None
     if path.exists():
-        refuse(name, "source", "a file", "a directory or a name on the hub")
+        refuse(name, "source", "a file", "a directory, a .gguf file or a name on the hub")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         refuse(name, "no such directory, and not a name on the hub", None, "owner/name")
     import huggingface_hub.utils  # slow to load
@@ -745,37 +936,37 @@ def find_source(name, quiet):
     if quiet:
         huggingface_hub.utils.disable_progress_bars()
     try:
-        files = [*JSON_FILES, TOKENIZER_CONFIG, ADAPTER, DENSE_WEIGHTS, "model*.safetensors", INDEX]
+        files = [*JSON_FILES, TOKENIZER_CONFIG, TEMPLATE, ADAPTER, DENSE_WEIGHTS,
+                 "model*.safetensors", INDEX]
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as e:  # network, access, spelling: the message of the hub
         refuse(name, f"no such directory, and not from the hub: {' '.join(str(e).split())[:300]}")
     return folder, name, folder.name  # the directory of a snapshot is named by its commit
 
 
-def find_kind(args, folder, source, claims, modules):
-    """Returns the kind of model. The first revisions of Qwen3-Reranker have the files of a language
-    model and nothing that says what it is for, so the name decides, or --kind."""
-    if claims.architecture == "Qwen3ForSequenceClassification" or "LogitScore" in modules:
-        kind = "reranker"
-    elif "Pooling" in modules or (folder / POOLING).exists() or args.pooling:
-        kind = "embedding"
-    else:
-        kind = args.kind or ("reranker" if "rerank" in source.lower() else None)
-    if not kind or kind == "embedding" and not args.pooling and not (folder / POOLING).exists():
-        refuse(POOLING, "no such file in the source; if its last token is pooled, say so with "
-               "--pooling last; if it is a reranker, with --kind reranker")
+def find_kind(args, said, source, place):
+    """Returns the kind of model. said: what the source's files say, or None. The first revisions of
+    Qwen3-Reranker have the files of a language model and nothing that says what it is for, so the
+    name decides, or --kind."""
+    kind = said or ("embedding" if args.pooling else args.kind)
+    kind = kind or ("reranker" if "rerank" in source.lower() else None)
+    if not kind or kind == "embedding" and not said and not args.pooling:
+        refuse(place[0], place[1] + "; if its last token is pooled, say so with --pooling last; "
+               "if it is a reranker, with --kind reranker")
     if args.kind and args.kind != kind:
         refuse("--kind", "what the source's files say", args.kind, kind)
-    if args.pooling and kind == "reranker":
-        refuse("--pooling", "an option for embeddings", None, "no such option for a reranker")
+    for option in ("pooling", "end_token") if kind == "reranker" else ():
+        if getattr(args, option):
+            refuse("--" + option.replace("_", "-"), "an option for embeddings",
+                   getattr(args, option), "none for a reranker")
     return kind
 
 
-# What a source says. config, kind, pooling, attention, activation, window, eos_id: the header's.
-# merges, added, prompts: sections; names: of the prompts. dense: sections, or []. tensors: {name:
-# Tensor}. files: provenance of the files read. notes: for the user
-Source = namedtuple("Source", "config kind pooling attention activation window eos_id merges added "
-                    "prompts names dense tensors files notes")
+# What a source says. config: Config; claims: Claims; tokenizer: Tokenizer; tensors: {name: Tensor};
+# prompts: the section and the names; files: lines of provenance; notes: for the user; dense:
+# sections, or []; activation: of them; window: as in the header
+Source = namedtuple("Source", "config kind pooling claims tokenizer tensors prompts files notes "
+                    "dense activation window")
 
 
 def read_directory(args, folder, source):
@@ -784,53 +975,106 @@ def read_directory(args, folder, source):
         refuse(ADAPTER, "an adapter (LoRA), which transformers would add to the weights; merge it "
                "first: peft's AutoPeftModelForFeatureExtraction.from_pretrained(DIRECTORY)"
                ".merge_and_unload().save_pretrained(NEW), and copy the other files")
+    if not (folder / "config.json").exists() and any(folder.glob("*.gguf")):
+        refuse("config.json", "no such file in the source; it has GGUF files: name one of them")
     claims = parse(folder, "config.json", read_claims)
     c = parse(folder, "config.json", read_config)
     tokenizer = parse(folder, "tokenizer.json", read_tokenizer, c.vocab)
-    modules = []
-    if (folder / "modules.json").exists():
-        modules = parse(folder, "modules.json", read_modules)
-    kind = find_kind(args, folder, source, claims, modules)
+    has = [name for name in JSON_FILES + [TOKENIZER_CONFIG] if (folder / name).is_file()]
+    modules = parse(folder, "modules.json", read_modules) if "modules.json" in has else []
+    said = ("reranker" if claims.architecture == CLASSIFIER or "LogitScore" in modules else
+            "embedding" if "Pooling" in modules or POOLING in has else None)
+    kind = find_kind(args, said, source, (POOLING, "no such file in the source"))
     pooling = args.pooling or "last"
     if kind == "embedding" and not args.pooling:
         pooling = parse(folder, POOLING, read_pooling)
-    if (folder / BERT).exists():
-        parse(folder, BERT, read_lower)
+    notes = []
+    if args.end_token:
+        tokenizer = tokenizer._replace(eos_id=end_token(args.end_token, tokenizer.ids))
+    elif kind == "embedding" and pooling == "last" and tokenizer.eos_id == NO_TOKEN:
+        notes.append("no token ends a text, as tokenizer.json says; --end-token appends one")
+    limits = [parse(folder, TOKENIZER_CONFIG, read_tokenizer_config, tokenizer, args.end_token)
+              if TOKENIZER_CONFIG in has else None, parse(folder, BERT, read_bert)
+              if BERT in has else None]
     if "LogitScore" in modules:
-        parse(folder, LOGIT_SCORE, read_logit_score, tokenizer.ids)
-    if (folder / PROMPTS).exists():
-        prompts, names = parse(folder, PROMPTS, read_prompts, kind, args.prompts)
-    else:
-        prompts, names = read_prompts({}, kind, args.prompts)
+        template = folder / TEMPLATE
+        template = template.read_text("utf-8", "replace") if template.is_file() else ""
+        parse(folder, LOGIT_SCORE, read_logit_score, tokenizer.ids, template)
+    prompts = (parse(folder, PROMPTS, read_prompts, kind, args.prompts) if PROMPTS in has else
+               read_prompts({}, kind, args.prompts))
     tensors, shards = open_tensors(folder)
-    more = {}
-    if kind == "reranker":
-        more = logit_tensors(claims, c, tensors)
-    elif "linear.weight" in tensors and claims.linear:
-        more = {"linear.weight": (claims.linear, c.hidden)}
-    notes = check_tensors(tensors, weight_sections(c, F16), more)
-    dense, activation = [], "identity"
-    if kind == "reranker":
-        expect("config.json", "attention of a reranker", claims.attention, "causal")
-        if tokenizer.eos_id != NO_TOKEN:
-            refuse("tokenizer.json", "post_processor of a reranker", "an end token", "none")
-        dense = logit_dense(claims, c, tensors, tokenizer.ids)
-    elif "Dense" in modules:
-        dense, activation = open_dense(folder, c.hidden, tensors)
-        if more:
-            refuse(DENSE, "a dense layer behind linear.weight", None, "one of the two")
-    elif more:  # before the pooling there; the mean of projections is the projection of the mean
-        dense = dense_sections([("linear.weight", claims.linear)], claims.linear, c.hidden)
-    elif "FlexibleQuantizer" in modules:
-        dense, activation = identity_dense(c.hidden), "tanh"
-        notes.append("vectors are tanh of the pooled row, not rounded to 8 bits")
-    files = [f"file: {path.relative_to(folder)} sha256 "
-             + hashlib.sha256(path.read_bytes()).hexdigest()
-             for path in (folder / name for name in JSON_FILES if (folder / name).is_file())]
+    files = [f"file: {name} sha256 " + hashlib.sha256((folder / name).read_bytes()).hexdigest()
+             for name in has if name != TOKENIZER_CONFIG]
     files += [f"file: {s} {(folder / s).stat().st_size} bytes" for s in shards]
-    window = min(RERANKER_WINDOW, c.max_positions) if kind == "reranker" else 0
-    return Source(c, kind, pooling, claims.attention, activation, window, tokenizer.eos_id,
-                  tokenizer.merges, tokenizer.added, prompts, names, dense, tensors, files, notes)
+    s = Source(c, kind, pooling, claims, tokenizer, tensors, prompts, files, notes, [], "identity",
+               default_window(kind, c, limits))
+    more = check_tensors(s)
+    if kind == "reranker":
+        return s._replace(dense=logit_dense(s, tokenizer.ids))
+    if "Dense" in modules and more:
+        refuse(DENSE, "a dense layer behind linear.weight", None, "one of the two")
+    if "Dense" in modules:
+        dense, activation = open_dense(folder, c.hidden, tensors)
+        return s._replace(dense=dense, activation=activation)
+    if more:  # before the pooling there; the mean of projections is the projection of the mean
+        rows = claims.linear
+        return s._replace(dense=dense_sections([("linear.weight", rows)], rows, c.hidden))
+    if "FlexibleQuantizer" in modules:
+        s.notes.append("vectors are tanh of the pooled row, not rounded to 8 bits")
+        return s._replace(dense=identity_dense(c.hidden), activation="tanh")
+    return s
+
+
+def read_gguf(args, path, o):
+    """Returns the Source of a GGUF file, whose name is o."""
+    try:
+        return understand(o, lambda: gguf_source(args, path, o), "GGUF of the known form")
+    except Refused as e:
+        raise Refused(e if str(e).startswith(o) else f"{o}: {e}")
+
+
+def gguf_source(args, path, o):
+    meta, tensors = open_gguf(path)
+    if "embed_tokens.weight" not in tensors:
+        refuse("token_embd.weight", "missing tensor")
+    j = gguf_config(meta, o, tensors["embed_tokens.weight"].shape[0])
+    claims, c = read_claims(j), read_config(j)
+    tokenizer = read_tokenizer(gguf_tokenizer(meta, o), c.vocab)
+    pooling = meta.get("qwen3.pooling_type")
+    expect(o, "qwen3.pooling_type", pooling, *GGUF_POOLING)
+    said, pooling = GGUF_POOLING[pooling]
+    name = f"{meta.get('general.name', '')} {o}".lower().replace(" ", "-")
+    kind = find_kind(args, said, name, (o, "no qwen3.pooling_type that says what it is for"))
+    notes = []
+    if kind == "embedding":
+        end = args.end_token or gguf_end(meta, o, name)
+        tokenizer = tokenizer._replace(eos_id=end_token(end, tokenizer.ids))
+        prompts = read_prompts({}, kind, args.prompts)
+        if not args.prompts:
+            notes.append("a GGUF file has no prompts; --prompt NAME=TEXT gives some")
+    else:
+        task = {"prompts": {"query": gguf_task(meta, o)}, "default_prompt_name": "query"}
+        prompts = read_prompts(task, kind, args.prompts)
+    claims = claims._replace(tied="lm_head.weight" not in tensors)
+    if kind == "reranker" and "score.weight" in tensors:
+        claims = claims._replace(architecture=CLASSIFIER, labels={"0": "", "1": ""})
+    s = Source(c, kind, args.pooling or pooling, claims, tokenizer, tensors, prompts,
+               [f"file: {o} {path.stat().st_size} bytes"], notes, [], "identity",
+               default_window(kind, c, []))
+    check_tensors(s)
+    if kind == "reranker":
+        if claims.architecture == CLASSIFIER:
+            s = s._replace(claims=claims._replace(labels=gguf_labels(meta, s)))
+        s = s._replace(dense=logit_dense(s, tokenizer.ids))
+    return s
+
+
+def default_window(kind, c, limits):
+    """Returns the header's window. limits: of the source's files, for an embedding."""
+    if kind == "reranker":
+        return min(RERANKER_WINDOW, c.max_positions)
+    least = min((n for n in limits if isinstance(n, int) and n > 0), default=c.max_positions)
+    return least if least < c.max_positions else 0
 
 
 def provenance(args, s, source, commit, dtypes):
@@ -841,10 +1085,14 @@ def provenance(args, s, source, commit, dtypes):
     else:
         words = {"last": "last token", "mean": "mean"}
         lines.append(f"pooling: {words[s.pooling]}" + (", by --pooling" if args.pooling else ""))
-    if s.attention != "causal":
-        lines.append(f"attention: {s.attention}")
+    if s.claims.attention != "causal":
+        lines.append(f"attention: {s.claims.attention}")
     if s.dense and s.kind == "embedding":
         lines.append(f"dense: {s.dense[0].rows} rows, {s.activation}")
+    if args.end_token:
+        lines.append(f"end: {args.end_token}, by --end-token")
+    if s.window and s.kind == "embedding":
+        lines.append(f"window: {s.window} tokens")
     if args.prompts:
         lines.append(f"prompts: {', '.join(args.prompts)} by --prompt")
     lines += [f"converter: convert_weights.py {VERSION}", *(f"note: {n}" for n in s.notes)]
@@ -854,19 +1102,20 @@ def provenance(args, s, source, commit, dtypes):
 def convert(args):
     started = time.monotonic()
     folder, source, commit = find_source(args.source, args.quiet)
-    out = Path(args.out or source.split("/")[-1] + ".qemb")
+    out = Path(args.out or source.split("/")[-1].removesuffix(".gguf") + ".qemb")
     if out.exists() and not out.is_file():
         refuse(out, "output", "something else", "a file, or a free name")
-    s = read_directory(args, folder, source)
+    s = (read_directory if folder.is_dir() else read_gguf)(args, folder, source)
     s.notes.extend(args.note)
     weights = [*weight_sections(s.config, MATRIX_DTYPES[args.dtype]), *s.dense]
     weights = [add_bits(w, s.tensors) for w in weights]
     dtypes = " ".join(sorted({t.dtype for t in s.tensors.values()}))
     about = provenance(args, s, source, commit, dtypes)
-    sections = [Section("merges", U32, len(s.merges), 2, s.merges.tobytes()),
+    merges, prompts, names = s.tokenizer.merges, *s.prompts
+    sections = [Section("merges", U32, len(merges), 2, merges.tobytes()),
                 *(Section(name, U8, 1, len(data), data) for name, data in
-                  (("added_tokens", s.added), ("prompts", s.prompts), ("provenance", about))),
-                *weights]
+                  (("added_tokens", s.tokenizer.added), ("prompts", prompts),
+                   ("provenance", about))), *weights]
     size = layout(sections)[2]
     with tqdm(total=size, unit="B", unit_scale=True, leave=False,
               disable=args.quiet or None) as bar:  # None: only on a terminal
@@ -875,15 +1124,15 @@ def convert(args):
     if not args.quiet:
         parameters = sum(w.rows * w.cols for w in weights if w.data)
         tensors = sum(len(w.data) for w in weights if not isinstance(w.data, bytes))
-        end = "none" if s.eos_id == NO_TOKEN else s.eos_id
+        end = "none" if s.tokenizer.eos_id == NO_TOKEN else s.tokenizer.eos_id
         lines = [
             f"{out}: {size:,} bytes in {time.monotonic() - started:.1f} s",
             f"tensors    {tensors}, {parameters:,} parameters, {dtypes} to {args.dtype} matrices "
             "and f32 vectors",
             f"rounding   at most {rounding.worst:.3g}{rounding.where}; {rounding.tiny:,} numbers "
             "below 2^-14 were rounded",
-            f"tokenizer  {len(s.merges):,} merges, end-of-text {end}",
-            f"prompts    {', '.join(s.names) or 'none'}",
+            f"tokenizer  {len(merges):,} merges, end-of-text {end}",
+            f"prompts    {', '.join(names) or 'none'}",
             f"sha256     {sha}",
             *(f"note       {n}" for n in s.notes)]
         print("\n  ".join(lines))
@@ -899,12 +1148,15 @@ def named_prompt(text):
 def main():
     p = argparse.ArgumentParser(
         description="Converts an embedding or rerank model of the Qwen3 family to one .qemb file.")
-    p.add_argument("source", help="a Hugging Face directory, or a name on the hub (owner/name)")
+    p.add_argument("source", help="a Hugging Face directory, a name on the hub (owner/name), or a "
+                   ".gguf file")
     p.add_argument("--out", help="the file to write (default: the source's name with .qemb)")
     p.add_argument("--dtype", choices=list(MATRIX_DTYPES), default="f16", help="of the matrices")
     p.add_argument("--kind", choices=KINDS, help="what the model is for, if its files do not say")
     p.add_argument("--pooling", choices=POOLINGS, default="",
                    help="pool the last token or the mean, whatever the source says or does not say")
+    p.add_argument("--end-token", default="", metavar="TOKEN",
+                   help="append this token to every text, or none, whatever the source says")
     p.add_argument("--prompt", action="append", default=[], type=named_prompt, metavar="NAME=TEXT",
                    help="add the prompt NAME, or replace it")
     p.add_argument("--note", action="append", default=[], help="a line for the file's provenance")

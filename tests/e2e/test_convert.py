@@ -796,6 +796,9 @@ def test_classifier_with_one_row(folder, reranker, labels):
     plain = reranker.rename(reranker.with_name("plain"))
     hf.save_json(plain / "modules.json", [{"idx": 0, "path": "", "type": "st.Transformer"}])
     assert_reranker(convert(plain), np.frombuffer(row, "<f4"))
+    save(plain / "model.safetensors", weights() | head() | {
+        "score.weight": ("F32", (1, SHAPE["hidden"]), row)})
+    assert refused(plain) == "lm_head.weight: no tensor of this model (got 1 extra, want none)"
 
 
 @pytest.mark.parametrize("yes", [0, 1])
@@ -812,7 +815,7 @@ def test_classifier_with_two_rows(reranker, yes):
     assert refused(reranker) == "score.weight: shape (got [2, 24], want [1, 24])"
 
 
-def logit_score(folder, true=YES, false=NO, default="query", **settings):
+def logit_score(folder, true=YES, false=NO, default="query"):
     """The files of a newer revision, after sentence-transformers' documentation."""
     base = "sentence_transformers."
     hf.save_json(folder / "modules.json", [
@@ -833,7 +836,17 @@ def test_newer_reranker(reranker):
     assert_reranker(q, logit_row(plain), instruct="Find the passage")
     assert "file: 1_LogitScore/config.json sha256 " in q.provenance
     logit_score(plain, default=None)
+    (plain / "chat_template.jinja").write_text(
+        JUDGE + "<Instruct>: {{ i }}\n<Query>: {{ q }}\n<Document>: {{ d }}" + ANSWER)
     assert_reranker(convert(plain), logit_row(plain))
+
+
+@pytest.mark.parametrize("missing", ["Judge whether", "<Instruct>: ", "<Query>: ", "<Document>: "])
+def test_refuses_another_template(reranker, missing):
+    logit_score(reranker)
+    text = JUDGE + "<Instruct>: {{ task }}\n<Query>: {{ query }}\n<Document>: {{ document }}"
+    (reranker / "chat_template.jinja").write_text(text.replace(missing, ""))
+    assert refused(reranker).startswith("chat_template.jinja: not that of Qwen3-Reranker")
 
 
 @pytest.mark.parametrize("true,false,words", [
@@ -927,6 +940,10 @@ def test_no_end_token(folder, post):
     edit(folder / "tokenizer.json", setting("post_processor", post))
     q = convert(folder)
     assert q.config["eos_id"] == NO_TOKEN and q.use == PLAIN
+    note = "note: no token ends a text, as tokenizer.json says; --end-token appends one\n"
+    assert note in q.provenance
+    assert note not in convert(folder, "--end-token", "none").provenance
+    assert note not in convert(folder, "--pooling", "mean").provenance
 
 
 def add_dense(folder, rows=6, bias=True, kind="activation.Tanh", dtype="F32", **settings):
@@ -1067,11 +1084,367 @@ def test_refuses_a_malformed_prompt(folder, capsys, text):
     assert e.value.code == 2 and "want NAME=TEXT, in UTF-8" in capsys.readouterr().err
 
 
+def test_end_token_by_hand(folder):
+    q = convert(folder, "--end-token", "<think>")
+    assert q.config["eos_id"] == 261 and "end: <think>, by --end-token\n" in q.provenance
+    assert convert(folder, "--end-token", "none").config["eos_id"] == NO_TOKEN
+    assert refused(folder, "--end-token", "<|im_end|>") == (
+        '--end-token: "<|im_end|>" is no token of this model')
+
+
+@pytest.mark.parametrize("end", [hf.EOS, {"content": hf.EOS, "special": True}])
+def test_tokenizer_config(folder, end):
+    """Two places may name the end token."""
+    hf.save_json(folder / "tokenizer_config.json", {
+        "add_prefix_space": False, "add_bos_token": False, "model_max_length": 10**30,
+        "truncation_side": "right", "add_eos_token": True, "eos_token": end})
+    q = convert(folder)
+    assert q.use == PLAIN and "tokenizer_config" not in q.provenance
+    edit(folder / "tokenizer_config.json", setting("eos_token", "<think>"))
+    assert refused(folder).startswith('tokenizer_config.json: add_eos_token: "<think>" is not what '
+                                      "tokenizer.json appends; say")
+    assert convert(folder, "--end-token", "é中").config["eos_id"] == 262
+    edit(folder / "tokenizer_config.json", setting("add_eos_token", False))
+    assert convert(folder).config["eos_id"] == 260
+
+
+@pytest.mark.parametrize("key,value", [("add_prefix_space", True), ("add_bos_token", True),
+                                       ("truncation_side", "left")])
+def test_refuses_tokenizer_config(folder, key, value):
+    hf.save_json(folder / "tokenizer_config.json", {key: value})
+    assert refused(folder).startswith(f"tokenizer_config.json: {key} (got {json.dumps(value)}, ")
+
+
+@pytest.mark.parametrize("name,key", [("sentence_bert_config.json", "max_seq_length"),
+                                      ("tokenizer_config.json", "model_max_length")])
+def test_window(folder, name, key):
+    """sentence-transformers cuts a text to it; here it is a limit unless a caller says more."""
+    hf.save_json(folder / name, {key: 20})
+    q = convert(folder)
+    assert q.use == PLAIN | {"window": 20} and "window: 20 tokens\n" in q.provenance
+    for value in 64, 65, None:
+        hf.save_json(folder / name, {key: value})
+        q = convert(folder)
+        assert q.use == PLAIN and "window" not in q.provenance
+
+
+def test_a_default_prompt_that_is_empty(folder):
+    edit(folder / "config_sentence_transformers.json", setting("default_prompt_name", "document"))
+    assert convert(folder).prompts == {"query": hf.QUERY, "document": ""}
+
+
 def test_refuses_an_adapter(folder):
     hf.save_json(folder / "adapter_config.json", {"peft_type": "LORA"})
     message = refused(folder)
     assert message.startswith("adapter_config.json: an adapter (LoRA)")
     assert "merge_and_unload()" in message
+
+
+# ---- GGUF --------------------------------------------------------------------------------------
+
+WIDE = dict(layers=2, hidden=32, heads=2, kv=1, hd=32, ffn=64, vocab=300, max=64)  # for Q8_0
+
+
+class Pair:
+    """The same model as a directory and as a GGUF file."""
+
+    def __init__(self, folder, dtype="BF16", added=ADDED, merges=MERGES, **keys):
+        self.folder, self.gguf, self.dtype = folder, folder.parent / "tiny.gguf", dtype
+        plain = "F32" if dtype == "Q8_0" else dtype
+        edit(folder / "config.json", lambda j: hf.config_json(WIDE))
+        tensors = weights(plain, **WIDE)
+        save(folder / "model.safetensors", tensors)
+        self.tensors = read_source(folder)
+        self.keys = hf.gguf_keys(WIDE, merges, added)
+        self.save(**keys)
+
+    def save(self, drop=(), add={}, arch="qwen3", **keys):
+        """keys: with _ for the dots in "pooling_type" and so on"""
+        tensors = {k: v for k, v in self.tensors.items() if k not in drop} | add
+        hf.save_gguf(self.gguf, self.keys | keys, tensors, self.dtype, arch)
+
+
+def same(a, b, *but):
+    """Whether two files differ in provenance alone."""
+    assert (a.config, a.use, a.rope_theta, a.rms_eps, a.added) == (
+        b.config, b.use, b.rope_theta, b.rms_eps, b.added)
+    assert list(a.sections) == list(b.sections) and a.bits == b.bits
+    for name, data in a.sections.items():
+        if name not in ("provenance", *but):
+            assert data.tobytes() == b.sections[name].tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("to", ["f16", "int8"])
+def test_gguf(folder, monkeypatch, dtype, to):
+    pair = Pair(folder, dtype)
+    want = convert(folder, "--dtype", to)
+    prompts = ["--prompt", "query=" + hf.QUERY, "--prompt", "document="]
+    q = convert(pair.gguf, "--dtype", to, *prompts)
+    same(q, want)
+    lines = q.provenance.splitlines()
+    assert lines[:2] == ["source: tiny.gguf", f"file: tiny.gguf {pair.gguf.stat().st_size} bytes"]
+    assert f"weights: {' '.join(sorted({dtype, 'F32'}))} to {to}" in lines
+    monkeypatch.setattr(convert_weights, "BLOCK", 3 * WIDE["hidden"] + 1)
+    same(convert(pair.gguf, "--dtype", to, *prompts), want)
+
+
+def test_gguf_q8_0(folder, monkeypatch):
+    """The numbers are those of the package gguf."""
+    import gguf
+
+    pair = Pair(folder, "Q8_0")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    tensors = {"model." + name: ("F32", w.shape, (w if w.ndim == 1 else gguf.dequantize(
+        gguf.quantize(w, kind), kind)).astype("<f4").tobytes()) for name, w in pair.tensors.items()}
+    assert any(data != weights("F32", **WIDE)[name][2] for name, (_, _, data) in tensors.items())
+    save(folder / "model.safetensors", tensors)
+    want = convert(folder)
+    q = convert(pair.gguf)
+    same(q, want, "prompts")
+    assert "weights: F32 Q8_0 to f16\n" in q.provenance
+    monkeypatch.setattr(convert_weights, "BLOCK", 3 * WIDE["hidden"] + 1)
+    same(convert(pair.gguf), want, "prompts")
+
+
+def test_gguf_default_name_and_note(folder, capsys):
+    pair = Pair(folder)
+    run(pair.gguf)
+    assert os.listdir() == ["tiny.qemb"]
+    note = "a GGUF file has no prompts; --prompt NAME=TEXT gives some"
+    assert f"note       {note}" in capsys.readouterr().out
+    assert f"note: {note}\n" in Qemb("tiny.qemb").provenance
+
+
+@pytest.mark.parametrize("keys,use", [
+    ({"qwen3.pooling_type": 3}, {}), ({"qwen3.pooling_type": 1}, {"pooling": 1}),
+    ({"qwen3.pooling_type": 1, "qwen3.attention.causal": False}, {"pooling": 1, "attention": 1}),
+    ({"qwen3.rope.scaling.type": "none", "qwen3.rope.dimension_count": 32}, {})])
+def test_gguf_variants(folder, keys, use):
+    assert convert(Pair(folder, **keys).gguf).use == PLAIN | use
+
+
+def test_gguf_without_pooling(folder):
+    pair = Pair(folder, **{"qwen3.pooling_type": None})
+    assert refused(pair.gguf) == (
+        "tiny.gguf: no qwen3.pooling_type that says what it is for; if its last token is pooled, "
+        "say so with --pooling last; if it is a reranker, with --kind reranker")
+    assert convert(pair.gguf, "--pooling", "mean").use == PLAIN | {"pooling": 1}
+    pair.save(**{"qwen3.pooling_type": 2})
+    assert "qwen3.pooling_type (got 2, want 1 or 3 or 4 or null or 0)" in refused(pair.gguf)
+
+
+def test_gguf_with_a_head(folder):
+    """An embedding does not use it."""
+    pair = Pair(folder)
+    pair.save(add={"lm_head.weight": pair.tensors["embed_tokens.weight"] + 1})
+    q = convert(pair.gguf)
+    same(q, convert(folder), "prompts")
+    assert "note: lm_head.weight left out" in q.provenance
+
+
+# ---- GGUF: the end token -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("added", [None, False])
+def test_gguf_without_end_token(folder, added):
+    """Older files do not say that the model was trained with one."""
+    pair = Pair(folder, **{"tokenizer.ggml.add_eos_token": added})
+    assert refused(pair.gguf) == (
+        "tiny.gguf: tokenizer.ggml.add_eos_token; say what a text ends with by --end-token TOKEN, "
+        "or none: --end-token '<|endoftext|>' for Qwen3-Embedding "
+        f"(got {json.dumps(added)}, want true)")
+    assert convert(pair.gguf, "--end-token", hf.EOS).config["eos_id"] == 260
+    assert convert(pair.gguf, "--end-token", "none").config["eos_id"] == NO_TOKEN
+
+
+def test_gguf_with_another_end_token(folder):
+    """Right for F2LLM, and known to be wrong for Qwen3-Embedding."""
+    keys = {"tokenizer.ggml.eos_token_id": 261}
+    pair = Pair(folder, added=(hf.EOS, "<|im_end|>"), **keys)
+    assert convert(pair.gguf).config["eos_id"] == 261
+    pair.save(**keys, **{"general.name": "Qwen3 Embedding 0.6B"})
+    assert "tokenizer.ggml.eos_token_id; say what a text ends with by --end-token" in refused(
+        pair.gguf)
+    assert convert(pair.gguf, "--end-token", hf.EOS).config["eos_id"] == 260
+
+
+# ---- GGUF: rerankers ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ranker(reranker):
+    """A reranker as a directory, and as llama.cpp's converter writes it."""
+    pair = Pair(reranker, merges=MERGES + WORDS)
+    pair.keys |= {"qwen3.pooling_type": 4, "qwen3.classifier.output_labels": ["yes", "no"],
+                  "tokenizer.chat_template.rerank": JUDGE + "<Instruct>: " + TASK +
+                  "\n<Query>: {query}\n<Document>: {document}" + ANSWER,
+                  "tokenizer.ggml.add_eos_token": None}
+    pair.rows = pair.tensors["embed_tokens.weight"][[YES, NO]]
+    return pair
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_gguf_reranker(ranker, dtype):
+    save(ranker.folder / "model.safetensors", weights(dtype, **WIDE))
+    ranker.dtype, ranker.tensors = dtype, read_source(ranker.folder)
+    ranker.save(add={"score.weight": ranker.tensors["embed_tokens.weight"][[YES, NO]]})
+    q = convert(ranker.gguf)
+    same(q, convert(ranker.folder))
+    assert_reranker(q, logit_row(ranker.folder))
+
+
+def test_gguf_reranker_of_before_cls_output(ranker):
+    """Older files are language models; the rows are in the embedding table or the head."""
+    old = {"qwen3.pooling_type": None, "qwen3.classifier.output_labels": None,
+           "tokenizer.chat_template.rerank": None}
+    ranker.save(**old)
+    assert "--kind reranker" in refused(ranker.gguf)
+    same(convert(ranker.gguf, "--kind", "reranker"), convert(ranker.folder))
+    ranker.save(**old, **{"general.name": "Qwen3 Reranker 0.6B"})
+    same(convert(ranker.gguf), convert(ranker.folder))
+    other = ranker.tensors["embed_tokens.weight"][::-1].copy()
+    ranker.save(**old, add={"lm_head.weight": other})
+    assert_reranker(convert(ranker.gguf, "--kind", "reranker"), (other[YES] - other[NO])[None])
+
+
+@pytest.mark.parametrize("labels", [["yes", "no"], ["no", "yes"]])
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("dtype", ["BF16", "Q8_0"])
+def test_gguf_reranker_with_swapped_labels(ranker, labels, order, dtype):
+    """The rows tell, where the embedding table has them, even rounded to 8 bits there."""
+    ranker.dtype = dtype
+    ranker.save(add={"score.weight": ranker.rows[::order].copy()},
+                **{"qwen3.classifier.output_labels": labels})
+    assert_reranker(convert(ranker.gguf), (ranker.rows[0] - ranker.rows[1])[None])
+
+
+@pytest.mark.parametrize("labels,sign", [(["yes", "no"], 1), (["no", "yes"], -1)])
+def test_gguf_reranker_untied(ranker, labels, sign):
+    """Its rows are in cls.output alone."""
+    rows = np.random.default_rng(12).standard_normal((2, 32)).astype("f4")
+    ranker.save(add={"score.weight": rows}, **{"qwen3.classifier.output_labels": labels})
+    assert_reranker(convert(ranker.gguf), sign * (rows[0] - rows[1])[None])
+
+
+def test_gguf_reranker_task(ranker):
+    template = ranker.keys["tokenizer.chat_template.rerank"]
+    ranker.save(add={"score.weight": ranker.rows}, **{
+        "tokenizer.chat_template.rerank": template.replace(TASK, "Find the passage")})
+    assert convert(ranker.gguf).prompts["instruct"] == "Find the passage"
+    assert convert(ranker.gguf, "--prompt", "instruct=Else").prompts["instruct"] == "Else"
+    ranker.save(add={"score.weight": ranker.rows}, **{
+        "tokenizer.chat_template.rerank": template.replace("yes", "Yes")})
+    assert refused(ranker.gguf).startswith("tiny.gguf: tokenizer.chat_template.rerank (got")
+
+
+@pytest.mark.parametrize("labels", [None, ["yes"], ["a", "b"], ["yes", "yes"]])
+def test_gguf_reranker_without_labels(ranker, labels):
+    rows = np.ones((2, 32), "f4")
+    ranker.save(add={"score.weight": rows}, **{"qwen3.classifier.output_labels": labels})
+    assert "id2label (got" in refused(ranker.gguf)
+
+
+def test_gguf_reranker_refuses_options(ranker):
+    ranker.save(add={"score.weight": ranker.rows})
+    assert "--end-token: an option for embeddings" in refused(ranker.gguf, "--end-token", hf.EOS)
+    assert "--pooling: an option for embeddings" in refused(ranker.gguf, "--pooling", "last")
+    ranker.save(add={"score.weight": ranker.rows[:1]})
+    assert "cls.output.weight: shape (got [1, 32], want [2, 32])" in refused(ranker.gguf)
+
+
+# ---- GGUF: what it refuses ---------------------------------------------------------------------
+
+T = "tokenizer.ggml."
+GGUF_REFUSED = {
+    "key": ({"qwen3.expert_count": 8}, "qwen3.expert_count (got 8, want no such key)"),
+    "yarn": ({"qwen3.rope.scaling.type": "yarn"}, 'qwen3.rope.scaling.type (got "yarn"'),
+    "partial rope": ({"qwen3.rope.dimension_count": 16}, "dimension_count (got 16, want null or "),
+    "value length": ({"qwen3.attention.value_length": 16}, "value_length (got 16, want null or 32"),
+    "no head size": ({"qwen3.attention.key_length": None}, "not GGUF of the known form (KeyError"),
+    "no layers": ({"qwen3.block_count": None}, "config.json: num_hidden_layers (got null"),
+    "no theta": ({"qwen3.rope.freq_base": None}, "config.json: rope_theta (got []"),
+    "heads": ({"qwen3.attention.head_count": 3}, "attn_q.weight: shape (got"),
+    "tokenizer": ({T + "model": "llama"}, 'tokenizer.ggml.model (got "llama", want "gpt2")'),
+    "split": ({T + "pre": "llama-bpe"}, 'tokenizer.ggml.pre (got "llama-bpe", want "qwen2")'),
+    "no split": ({T + "pre": None}, 'tokenizer.ggml.pre (got null, want "qwen2")'),
+    "bos": ({T + "add_bos_token": True}, "tokenizer.ggml.add_bos_token (got true"),
+    "no tokens": ({T + "tokens": None}, "not GGUF of the known form (KeyError: 'tokens')"),
+    "no merges": ({T + "merges": None}, "not GGUF of the known form (KeyError: 'merges')"),
+    "merge": ({T + "merges": ["a b", "b a", "c d", "e f"]}, 'merge 1, "ba" (got null, want 257)'),
+    "few types": ({T + "token_type": [1]}, "numbers of tokens and types (got 1, want 300)"),
+    "end": ({T + "eos_token_id": 300}, "not GGUF of the known form (IndexError"),
+    "unused end": ({T + "eos_token_id": 299}, '--end-token: "[PAD299]" is no token of this model'),
+    "part": ({"split.count": 2}, "a part of a model; join the parts: llama-gguf-split --merge"),
+}
+
+
+@pytest.mark.parametrize("case", GGUF_REFUSED)
+def test_refuses_gguf(folder, case):
+    keys, words = GGUF_REFUSED[case]
+    message = refused(Pair(folder, **keys).gguf)
+    assert message.startswith("tiny.gguf: ") and words in message
+
+
+def test_refuses_gguf_of_another_model(folder):
+    message = refused(Pair(folder, arch="llama").gguf)
+    assert message == 'tiny.gguf: general.architecture (got "llama", want "qwen3")'
+
+
+def test_refuses_a_kind_of_token(folder):
+    pair = Pair(folder)
+    pair.keys[T + "token_type"][262] = 2
+    pair.save()
+    assert 'type of the token "\\u00e9\\u4e2d" (got 2, want 1 or 3 or 4 or 5)' in refused(pair.gguf)
+
+
+def test_refuses_tensors_of_gguf(folder):
+    pair = Pair(folder)
+    pair.save(drop=[OTHER])
+    assert refused(pair.gguf) == f"tiny.gguf: {OTHER}: missing tensor (got 1 missing, want none)"
+    pair.save(drop=["embed_tokens.weight"])
+    assert refused(pair.gguf) == "tiny.gguf: token_embd.weight: missing tensor"
+    pair.save(add={"rope_freqs.weight": np.ones(16, "f4")})
+    assert refused(pair.gguf).startswith("tiny.gguf: rope_freqs.weight: no tensor of this model")
+    pair.dtype = "Q4_0"
+    pair.save()
+    message = refused(pair.gguf)
+    assert message.startswith("tiny.gguf: token_embd.weight: type, whose loss of accuracy")
+    assert message.endswith("(got Q4_0, want BF16, F16, F32, Q8_0)")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 24, 100, 4000, -40, -1])
+def test_refuses_a_damaged_gguf(folder, keep):
+    path = Pair(folder).gguf
+    path.write_bytes(path.read_bytes()[:keep])
+    assert refused(path).startswith("tiny.gguf: damaged, or not GGUF (")
+
+
+def test_refuses_a_gguf_of_the_other_byte_order(folder):
+    import gguf
+
+    path = folder.parent / "tiny.gguf"
+    w = gguf.GGUFWriter(path, "qwen3", endianess=gguf.GGUFEndian.BIG)
+    w.add_tensor("token_embd.weight", np.ones((256, 32), "f4"))
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
+    assert "byte order (got" in refused(path)
+
+
+def test_refuses_a_gguf_that_shrinks(folder, monkeypatch):
+    pair = Pair(folder)
+    plain = convert_weights.check_tensors
+
+    def check_tensors(*args):
+        os.truncate(pair.gguf, 20000)
+        return plain(*args)
+
+    monkeypatch.setattr(convert_weights, "check_tensors", check_tensors)
+    assert refused(pair.gguf).startswith("tiny.gguf: shrank while it was read (got ")
+
+
+def test_refuses_a_directory_of_gguf_files(folder):
+    pair = Pair(folder)
+    assert "one of them" in refused(pair.gguf.parent)
 
 
 # ---- what it refuses ---------------------------------------------------------------------------
@@ -1242,12 +1615,20 @@ ST_REFUSED = {
                        'default_prompt_name (got "query", want null)'),
     "kind": ("config_sentence_transformers.json", setting("model_type", "SparseEncoder"),
              'model_type (got "SparseEncoder"'),
+    "cut": ("config_sentence_transformers.json", setting("truncate_dim", 12), "dim (got 12, want"),
+    "suffix": ("config_sentence_transformers.json", setting("suffix", "<|im_end|>"), "suffix (got"),
     "NUL": ("config_sentence_transformers.json", setting("prompts", "query", "a\0b"), "NUL char"),
     "unnamed": ("config_sentence_transformers.json", setting("prompts", "", "x"), "prompts (got"),
     "too many": ("config_sentence_transformers.json",
                  setting("prompts", {str(i): "" for i in range(65)}), "at most 64"),
     "number": ("config_sentence_transformers.json", setting("prompts", "query", 3), "known form"),
 }
+
+
+@pytest.mark.parametrize("key", ["query_length", "document_length"])
+def test_refuses_two_lengths(folder, key):
+    hf.save_json(folder / "sentence_bert_config.json", {key: 24})
+    assert refused(folder) == f"sentence_bert_config.json: {key} (got 24, want null)"
 
 
 def test_refuses_lower_case(folder):
@@ -1446,7 +1827,8 @@ def test_refuses_a_malformed_index(folder, index):
 
 def test_refuses_a_file_as_source(folder):
     path = folder / "model.safetensors"
-    assert refused(path) == f"{path}: source (got a file, want a directory or a name on the hub)"
+    assert refused(path) == (f"{path}: source (got a file, want a directory, a .gguf file or a "
+                             "name on the hub)")
 
 
 @pytest.mark.parametrize("name", ["no-such-directory", "a/b/c", "/no/such", "", "a b/c"])
@@ -1489,7 +1871,10 @@ def test_hub_name(folder, monkeypatch):
     assert name == "Qwen/Qwen3-Embedding-0.6B" and not asked
     assert patterns >= {"config.json", "tokenizer.json", "1_Pooling/config.json", "modules.json",
                         "config_sentence_transformers.json", "model*.safetensors",
-                        "model.safetensors.index.json"}
+                        "model.safetensors.index.json", "adapter_config.json",
+                        "tokenizer_config.json", "2_Dense/config.json",
+                        "2_Dense/model.safetensors", "1_LogitScore/config.json",
+                        "chat_template.jinja"}
     assert os.listdir() == ["Qwen3-Embedding-0.6B.qemb"]
     lines = Qemb("Qwen3-Embedding-0.6B.qemb").provenance.splitlines()
     assert lines[:2] == ["source: Qwen/Qwen3-Embedding-0.6B", f"revision: {commit}"]
@@ -1621,6 +2006,22 @@ def test_memory_does_not_grow_with_the_model(folder):
         size = Path("out.qemb").stat().st_size
     assert size > 320e6
     assert peaks[1] - peaks[0] <= 32 * convert_weights.BLOCK < size / 2
+
+
+def test_memory_does_not_grow_with_a_gguf(tmp_path, monkeypatch):
+    """The same with a table in Q8_0, which the package maps, and which takes 34 / 32 bytes a number
+    on the way instead of BF16's 2."""
+    monkeypatch.chdir(tmp_path)
+    peaks = []
+    for vocab in (300, 2_500_000):
+        hf.save_gguf("in.gguf", hf.gguf_keys(WIDE, MERGES, ADDED),
+                     hf.tensor_shapes(WIDE | {"vocab": vocab}), "Q8_0")
+        r = subprocess.run([sys.executable, "-c", MEASURE.format(root=str(ROOT)), "in.gguf", "-q",
+                            "--out", "out.qemb"], capture_output=True, text=True, check=True)
+        peaks.append(int(r.stdout) * 1024)
+        size = Path("out.qemb").stat().st_size
+    assert size > 160e6
+    assert peaks[1] - peaks[0] <= 32 * convert_weights.BLOCK < size
 
 
 def test_random_model_maker(tmp_path, monkeypatch):
