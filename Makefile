@@ -168,9 +168,9 @@ demo: qemb ## install what is missing, build, and search a list of packages and 
 	$(call show,./qemb grep -k 1 "how warm is it outside" examples/packages.txt)
 	$(call show,echo "Gravity" | ./qemb -m examples/demo.qemb --dim 4)
 
-convert: $(VENV)/.convert ## MODEL=directory-or-hub-name [OUT=file.qemb] [DTYPE=int8]: make a .qemb from a Hugging Face model
-	@test -n "$(MODEL)" || { echo "usage: make convert MODEL=directory-or-hub-name [OUT=file.qemb] [DTYPE=int8]"; exit 1; }
-	$(VENV)/bin/python convert_weights.py "$(MODEL)" $(if $(OUT),--out "$(OUT)") $(if $(DTYPE),--dtype "$(DTYPE)")
+convert: $(VENV)/.convert ## MODEL=directory-hub-name-or-gguf [OUT=file.qemb] [DTYPE=int8] [FLAGS="--kind reranker"]: make a .qemb file (docs/models.md)
+	@test -n "$(MODEL)" || { echo "usage: make convert MODEL=directory-hub-name-or-gguf [OUT=file.qemb] [DTYPE=int8] [FLAGS=\"--kind reranker\"]"; exit 1; }
+	$(VENV)/bin/python convert_weights.py "$(MODEL)" $(if $(OUT),--out "$(OUT)") $(if $(DTYPE),--dtype "$(DTYPE)") $(FLAGS)
 
 install: qemb qemb-serve build/lib/libqemb.a ## programs, manuals, the demo model and the C library under PREFIX (/usr/local)
 	install -D -m 755 qemb $(DESTDIR)$(PREFIX)/bin/qemb

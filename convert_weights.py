@@ -569,7 +569,7 @@ def gguf_end(meta, o, name):
     key = "tokenizer.ggml."
     expect(o, f"{key}add_eos_token{END_HINT}", meta.get(key + "add_eos_token"), True)
     token = meta[key + "tokens"][meta[key + "eos_token_id"]]
-    if "qwen3-embedding" in name and token != "<|endoftext|>":
+    if re.search("qwen3[-_ ]?embedding", name.lower()) and token != "<|endoftext|>":
         refuse(o, f"{key}eos_token_id{END_HINT}", show(token), show("<|endoftext|>"))
     return token
 
@@ -947,9 +947,11 @@ def find_source(name, quiet):
 def find_kind(args, said, source, place):
     """Returns the kind of model. said: what the source's files say, or None. The first revisions of
     Qwen3-Reranker have the files of a language model and nothing that says what it is for, so the
-    name decides, or --kind."""
+    name decides, or --kind. Other rerankers have other prompts, so no less than its name will do,
+    as in llama.cpp."""
     kind = said or ("embedding" if args.pooling else args.kind)
-    kind = kind or ("reranker" if "rerank" in source.lower() else None)
+    if not kind and re.search("qwen3[-_ ]?reranker", source.lower()):
+        kind = "reranker"
     if not kind or kind == "embedding" and not said and not args.pooling:
         refuse(place[0], place[1] + "; if its last token is pooled, say so with --pooling last; "
                "if it is a reranker, with --kind reranker")
@@ -1043,7 +1045,7 @@ def gguf_source(args, path, o):
     pooling = meta.get("qwen3.pooling_type")
     expect(o, "qwen3.pooling_type", pooling, *GGUF_POOLING)
     said, pooling = GGUF_POOLING[pooling]
-    name = f"{meta.get('general.name', '')} {o}".lower().replace(" ", "-")
+    name = f"{meta.get('general.name', '')} {o}"
     kind = find_kind(args, said, name, (o, "no qwen3.pooling_type that says what it is for"))
     notes = []
     if kind == "embedding":

@@ -714,7 +714,7 @@ SCORES = "Qwen3ForSequenceClassification"
 @pytest.fixture
 def reranker(folder):
     """The first revision of a reranker: what transformers saves, with another tokenizer.json."""
-    new = folder.parent / "tiny-Reranker"
+    new = folder.parent / "Qwen3-Reranker-tiny"
     folder.rename(new)
     for name in ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"):
         (new / name).unlink()
@@ -877,8 +877,19 @@ def test_kind_contradicts_the_files(folder, reranker):
 
 
 def test_an_embedding_may_be_named_so(folder):
-    named = folder.rename(folder.with_name("not-a-reranker"))
+    named = folder.rename(folder.with_name("Qwen3-Reranker"))
     assert convert(named).use == PLAIN
+
+
+@pytest.mark.parametrize("name,known", [
+    ("qwen3_reranker", True), ("my-Qwen3Reranker-v2", True), ("other-reranker", False),
+    ("Qwen2-Reranker", False)])
+def test_reranker_by_name(reranker, name, known):
+    named = reranker.rename(reranker.with_name(name))
+    if known:
+        assert convert(named).use["kind"] == 1
+    else:
+        assert "--kind reranker" in refused(named)
 
 
 RERANKER_REFUSED = {
