@@ -315,6 +315,9 @@ def read_modules(j):
                         "| LogitScore)?", " ".join(kinds)):
         refuse("modules.json", "modules", show(kinds), "Transformer, Pooling, Dense or not, "
                "Normalize or not; or Transformer, LogitScore")
+    names = [m["name"] for m in j]
+    if len(set(names)) < len(names):  # sentence-transformers keeps the last of a name
+        refuse("modules.json", "names", show(names), "names that differ")
     for i, kind in enumerate(kinds):
         if kind in ("Pooling", "Dense", "LogitScore"):
             expect("modules.json", f"path of {kind}", j[i]["path"], f"{i}_{kind}")

@@ -794,7 +794,7 @@ def test_classifier_with_one_row(folder, reranker, labels):
         "score.weight": ("F32", (1, SHAPE["hidden"]), row)})
     edit(reranker / "config.json", lambda j: j.update(architectures=[SCORES], id2label=labels))
     plain = reranker.rename(reranker.with_name("plain"))
-    hf.save_json(plain / "modules.json", [{"idx": 0, "path": "", "type": "st.Transformer"}])
+    hf.save_json(plain / "modules.json", [{"name": "0", "path": "", "type": "st.Transformer"}])
     assert_reranker(convert(plain), np.frombuffer(row, "<f4"))
     save(plain / "model.safetensors", weights() | head() | {
         "score.weight": ("F32", (1, SHAPE["hidden"]), row)})
@@ -959,6 +959,7 @@ def test_no_end_token(folder, post):
 
 def add_dense(folder, rows=6, bias=True, kind="activation.Tanh", dtype="F32", **settings):
     """A module Dense as sentence-transformers saves it -> weight, bias"""
+    edit(folder / "modules.json", setting(2, "name", "3"))
     edit(folder / "modules.json", lambda j: j.insert(2, {
         "idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}))
     hf.save_json(folder / "2_Dense/config.json", {
@@ -1613,12 +1614,15 @@ ST_REFUSED = {
     "no pooling": ("1_Pooling/config.json", lambda j: {}, "pooling (got []"),
     "no pooling module": ("modules.json", without(1), 'modules (got ["Transformer", '
                           '"Normalize"], want Transformer, Pooling, Dense or not, Normalize or '),
-    "two dense": ("modules.json", lambda j: j[:2] + [{"type": "x.Dense", "path": "2_Dense"}] * 2,
+    "two dense": ("modules.json", lambda j: j[:2] + [{"type": "Dense", "path": "2_Dense"}] * 2,
                   '"Pooling", "Dense", "Dense"], want'),
     "dense behind": ("modules.json", lambda j: j.append({"type": "x.Dense", "path": "3_Dense"}),
                      '"Normalize", "Dense"], want'),
-    "dense elsewhere": ("modules.json", lambda j: j.insert(2, {"type": "x.Dense", "path": "3"}),
+    "dense elsewhere": ("modules.json", lambda j: j.insert(
+        2, {"type": "Dense", "path": "3", "name": "x"}),
                         'path of Dense (got "3", want "2_Dense")'),
+    "name twice": ("modules.json", setting(2, "name", "1"), 'names (got ["0", "1", "1"], want'),
+    "no name": ("modules.json", without(1, "name"), "not JSON of the known form (KeyError: 'name"),
     "dropout": ("modules.json", lambda j: j.insert(2, {"type": "x.Dropout", "path": "2_Dropout"}),
                 '"Pooling", "Dropout", "Normalize"], want'),
     "pooling elsewhere": ("modules.json", setting(1, "path", "2_Pooling"), 'Pooling (got "2_'),
