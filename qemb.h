@@ -345,8 +345,8 @@ typedef enum {
 /* One table per backend and arithmetic. Ops return void, assert on misuse, and read and write only
  * what their shapes say. The forward calls them in order, from one thread. The residual stream x is
  * float everywhere. On a CPU, and on CUDA with `deterministic`, a row's result depends on that
- * row's inputs alone, in attention also on the earlier rows of its text: never on T or on other
- * texts. */
+ * row's inputs alone, in attention also on the rows of its text that it sees: never on T or on
+ * other texts. */
 struct qemb_ops {
     const char *name;
     qemb_math math;

@@ -114,7 +114,8 @@ static void setup_close(setup *s) {
 
 /* A batch of B texts of n tokens */
 static void lay(setup *s, int B, int n) {
-    s->b = (qemb_packed_batch){B, B * n, 0, s->tokens, s->pos, s->cu, 0};
+    const int bidirectional = file->config.attention == QEMB_BIDIRECTIONAL;
+    s->b = (qemb_packed_batch){B, B * n, 0, s->tokens, s->pos, s->cu, bidirectional};
     for (int t = 0; t < s->b.T; t++) {
         s->tokens[t] = (int32_t)((unsigned)t * 7919u % (unsigned)file->config.vocab);
         s->pos[t] = t % n;
@@ -360,10 +361,10 @@ static void bench_matmul(void) {
 
 /* ---- the forward, and where its time goes ---------------------------------------------------- */
 
-static double spent[MEASURE_ROUNDS + 2][7]; /* seconds of each call; turns have numbers 1 larger */
+static double spent[MEASURE_ROUNDS + 2][8]; /* seconds of each call; turns have numbers 1 larger */
 static int spent_in;                        /* the call that runs */
-static const char *const spent_names[7] = {"embed",       "rmsnorm",   "matmul", "matmul_add",
-                                           "qknorm_rope", "attention", "gate_up"};
+static const char *const spent_names[8] = {"embed",       "rmsnorm",   "matmul",  "matmul_add",
+                                           "qknorm_rope", "attention", "gate_up", "gather_mean"};
 
 #define TIMED(i, op, params, args)                                                                 \
     static void timed_##op params {                                                                \
@@ -388,6 +389,9 @@ TIMED(5, attention,
 TIMED(6, gate_up,
       (qemb_backend * be, qemb_act *h, qemb_act *gu, const qemb_act *x, const qemb_mat *w, int T),
       (be, h, gu, x, w, T))
+TIMED(7, gather_mean,
+      (qemb_backend * be, float *y, float *x, const float *w, const qemb_packed_batch *b),
+      (be, y, x, w, b))
 
 typedef struct {
     qemb_model *m;
@@ -403,19 +407,26 @@ static void run_forward(void *arg, int i) {
     qemb_embed(f->m, f->b, f->out);
 }
 
-/* Multiplications and additions of the linear layers for a batch. After the last layer's attention
- * only the texts' last tokens are computed. */
+/* Rows that the last layer's attention and all that follows it compute */
+static double last_rows(int B, int n) {
+    return file->config.pooling == QEMB_POOL_MEAN ? (double)B * n : B;
+}
+
+/* Multiplications and additions of the linear layers for a batch. */
 static double linear_flops(int B, int n) {
     const qemb_config *c = &file->config;
     const double D = c->hidden, Q = (double)c->n_heads * c->head_dim,
                  KV = (double)c->n_kv_heads * c->head_dim, T = (double)B * n;
     const double qkv = D * (Q + 2 * KV), rest = Q * D + 3 * D * c->ffn;
-    return 2 * (c->n_layers * T * qkv + (c->n_layers - 1) * T * rest + B * rest);
+    return 2 * (c->n_layers * T * qkv + (c->n_layers - 1) * T * rest + last_rows(B, n) * rest);
 }
 
 static double attention_flops(int B, int n) {
-    const double Q = (double)file->config.n_heads * file->config.head_dim, T = (double)B * n;
-    return 2 * (2 * Q * (file->config.n_layers - 1) * T * (n + 1) / 2 + 2 * Q * T);
+    const qemb_config *c = &file->config;
+    const double Q = (double)c->n_heads * c->head_dim, T = (double)B * n;
+    const double all = c->attention == QEMB_BIDIRECTIONAL ? T * n : T * (n + 1) / 2;
+    const double last = c->pooling == QEMB_POOL_MEAN ? all : T; /* a last token sees n */
+    return 2 * 2 * Q * ((c->n_layers - 1) * all + last);
 }
 
 /* A model over these ops with a batch of B texts of n tokens */
@@ -425,9 +436,9 @@ static void forward_open(forward *f, const qemb_ops *ops, int B, int n) {
     f->ids = zeroed(sizeof *f->ids * (size_t)B * (size_t)n);
     if (qemb_open(&f->m, file, ops, &opt, &err)) die(err.msg);
     if (!(f->b = qemb_batch_new(f->m))) die("out of memory");
-    f->out = zeroed(sizeof(float) * (size_t)B * (size_t)file->config.hidden);
+    f->out = zeroed(sizeof(float) * (size_t)B * (size_t)qemb_dim(&file->config));
     for (int i = 0; i < B * n; i++)
-        f->ids[i] = (int32_t)((unsigned)i * 7919u % (unsigned)file->config.eos_id);
+        f->ids[i] = (int32_t)((unsigned)i * 7919u % (unsigned)file->config.vocab);
     for (int i = 0; i < B; i++)
         if (qemb_pack_add(f->b, f->ids + (size_t)i * n, n) != i) die("a text did not fit");
 }
@@ -452,6 +463,7 @@ static void bench_forward(int n) {
     timed.embed = timed_embed, timed.rmsnorm = timed_rmsnorm, timed.matmul = timed_matmul;
     timed.matmul_add = timed_matmul_add, timed.qknorm_rope = timed_qknorm_rope;
     timed.attention = timed_attention, timed.gate_up = timed_gate_up;
+    timed.gather_mean = timed_gather_mean;
     forward f;
     forward_open(&f, &timed, B, n);
     const quantiles t = measure(run_forward, &f);
@@ -463,8 +475,8 @@ static void bench_forward(int n) {
     row_math("forward", "all products", n, t, all_flops);
     row_math("forward", "linear layers alone", n, t, linear);
     double all = 0;
-    for (int i = 0; i < 7; i++) all += spent[t.i][i];
-    for (int i = 0; i < 7 && t.i; i++) /* of the call that took the median */
+    for (int i = 0; i < 8; i++) all += spent[t.i][i];
+    for (int i = 0; i < 8 && t.i; i++) /* of the call that took the median */
         printf("share,%s,%d,%.2f,,,%%,,,\n", spent_names[i], n, 100 * spent[t.i][i] / all);
     forward_close(&f);
 }
@@ -472,7 +484,7 @@ static void bench_forward(int n) {
 /* Both vectors have the error of their arithmetic (docs/accuracy.md): they may differ by twice
  * float's, or twice bfloat16's, which is the larger one. */
 static void bench_beside(int n, qemb_math math) {
-    const int B = texts_of(n), D = file->config.hidden;
+    const int B = texts_of(n), D = qemb_dim(&file->config);
     const qemb_ops *theirs = table_with_onednn(table, math);
     if (!theirs || file->weights.layers[0].wo.dtype != QEMB_F16) return;
     forward us, them;
