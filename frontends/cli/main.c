@@ -77,9 +77,9 @@ static const option_row rows[] = {
      .commands = RUNS | FOR_PLAN | FOR_CHECK},
     {"verify", NULL, "with info: compare the weights with their SHA-256", NULL,
      OPTION_FLAG, AT(verify), .value = 1, .commands = FOR_INFO},
-    {"query", "TEXT", "rerank: the lines are documents for this query", NULL,
+    {"query", "TEXT", "rerank: lines are documents for TEXT", NULL,
      OPTION_STRING, AT(query), .unset = "JSON records", .commands = FOR_RERANK},
-    {"best", "N", "grep, rerank: print so many, best first", NULL,
+    {"best", "N", "grep, rerank: so many, best first", NULL,
      OPTION_INT, AT(best), .unset = "10; rerank: all", .min = 1, .max = INT_MAX, .letter = 'k',
      .commands = FOR_GREP | FOR_RERANK},
     {"min-score", "S", "grep: print all lines from this score on", NULL,
@@ -106,7 +106,7 @@ static const char synopsis[] =
     "  qemb info|tokenize|plan|check -m MODEL.qemb [OPTION]...\n"
     "  qemb grep [-m MODEL.qemb] [OPTION]... QUERY [FILE]...\n"
     "  qemb rerank -m RERANKER.qemb [OPTION]... < RECORDS > RANKINGS\n"
-    "  qemb rerank -m RERANKER.qemb --query TEXT [OPTION]... < LINES > SCORES AND LINES\n";
+    "  qemb rerank -m RERANKER.qemb --query TEXT [OPTION]... < LINES > RANKING\n";
 static const char ending[] =
     "Status: 0 good, 1 usage or input, 2 model, 3 some records failed, 4 output.\n"
     "Of grep: 0 some lines printed, 1 none, 2 an error.\n"
