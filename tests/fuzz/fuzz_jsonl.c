@@ -1,4 +1,5 @@
-/* fuzz_jsonl.c - libFuzzer target: any bytes as a JSON line. What is accepted has to be valid. */
+/* fuzz_jsonl.c - libFuzzer target: any bytes as a JSON line, of a text and of a query with
+ * documents. What is accepted has to be valid. */
 #include "frontends/input.h"
 
 #include <jansson.h>
@@ -21,6 +22,10 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsi
                                          ",\"id\":{\"a\":[1.5e3]}",
                                          ",\"instruct\":\"x\"",
                                          ",\"dim\":64",
+                                         "{\"query\":\"a\",\"documents\":[\"b\"]}",
+                                         ",\"documents\":[]",
+                                         ",{\"text\":\"c\"}",
+                                         ",\"top_n\":2",
                                          "\"\\ud83d\\ude00\"",
                                          "null",
                                          "true",
@@ -46,30 +51,63 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsi
     return size + n;
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static input_parser *parser; /* kept, to find state that leaks into the next line */
-    if (!parser) parser = input_parser_new(VOCAB, HIDDEN);
+/* An id is written to the output unchanged. */
+static void require_id(const char *id, size_t len) {
+    require(!id == !len);
+    if (!id) return;
+    require(!memchr(id, '\n', len));
+    json_t *v = json_loadb(id, len, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
+    require(v != NULL);
+    json_decref(v);
+}
+
+static void require_utf8(const char *s, size_t len) {
+    json_t *v = json_stringn(s, len); /* NULL unless UTF-8 */
+    require(v != NULL);
+    json_decref(v);
+}
+
+static void try_text(input_parser *parser, const char *line, size_t size) {
     input_object o;
     qemb_err err = {NULL, ""};
-    const int bad = input_parse(parser, (const char *)data, size, &o, &err);
-    require(!o.id == !o.id_len);
-    if (o.id) { /* is written to the output unchanged */
-        require(!memchr(o.id, '\n', o.id_len));
-        json_t *id = json_loadb(o.id, o.id_len, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
-        require(id != NULL);
-        json_decref(id);
-    }
+    const int bad = input_parse(parser, line, size, &o, &err);
+    require_id(o.id, o.id_len);
     if (bad) {
         require(err.code && *err.msg);
-        return 0;
+        return;
     }
     require(!o.text != !o.ids);
     require(o.dim >= 0 && o.dim <= HIDDEN);
     require(!o.instruct_len || (o.instruct && !o.ids));
     for (size_t i = 0; i < o.n_ids; i++) require(o.ids[i] >= 0 && o.ids[i] < VOCAB);
-    json_t *text = json_stringn(o.text ? o.text : "", o.text_len); /* NULL unless UTF-8 */
-    require(text != NULL);
-    json_decref(text);
+    require_utf8(o.text ? o.text : "", o.text_len);
+}
+
+static void try_ranking(input_parser *parser, const char *line, size_t size) {
+    input_ranking o;
+    qemb_err err = {NULL, ""};
+    const int bad = input_parse_ranking(parser, line, size, &o, &err);
+    require_id(o.id, o.id_len);
+    if (bad) {
+        require(err.code && *err.msg);
+        return;
+    }
+    require(o.query != NULL);
+    require_utf8(o.query, o.query_len);
+    require_utf8(o.instruct ? o.instruct : "", o.instruct_len);
+    for (size_t i = 0; i < o.n_documents; i++) {
+        size_t len;
+        const char *document = input_document(parser, i, &len);
+        require(document != NULL);
+        require_utf8(document, len);
+    }
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    static input_parser *parser; /* kept, to find state that leaks into the next line */
+    if (!parser) parser = input_parser_new(VOCAB, HIDDEN);
+    try_text(parser, (const char *)data, size);
+    try_ranking(parser, (const char *)data, size);
     return 0;
 }
