@@ -224,8 +224,8 @@ static line_index_key key_of(const options *o, const qemb_file *f, const record_
     const qemb_options *e = &o->model.engine;
     line_index_key k = {.dim = (uint32_t)t->dim,
                         .max_tokens = (uint32_t)t->text.max_tokens,
-                        .flags =
-                            (uint32_t)(o->model.truncate | e->deterministic << 1 | e->hopper << 2)};
+                        .flags = (uint32_t)(o->model.truncate | e->deterministic << 1 |
+                                            e->hopper << 2 | (t->prompt_len > 0) << 3)};
     memcpy(k.model, f->sha256, sizeof k.model);
     memcpy(k.header, f->checksum, sizeof k.header);
     snprintf(k.table, sizeof k.table, "%s", o->model.ops->name);

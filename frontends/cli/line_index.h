@@ -36,7 +36,7 @@ typedef struct {
     char table[32];    /* of ops */
     char qemb[16];     /* the program's version */
     uint32_t dim, max_tokens;
-    uint32_t flags; /* 1: --truncate, 2: --deterministic, 4: --hopper */
+    uint32_t flags; /* 1: --truncate, 2: --deterministic, 4: --hopper, 8: lines have a prompt */
 } line_index_key;
 
 /* Contents of a file: those whose size and XXH3 are equal are taken for equal. */

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import struct
 import subprocess
 import threading
 import time
@@ -752,3 +753,13 @@ def test_prompts_of_grep(prompted, tmp_path):
             for text, v in lines.items():
                 # a sum of 128 products in float: at most 128 roundings of 2^-24
                 assert abs(got[text] - query @ v) < 128 * 2.0**-24
+
+
+def test_an_index_without_the_prompt_is_stale(prompted, tmp_path):
+    """Programs before 'rerank' gave lines no prompt, and have the same version."""
+    file, index = tmp_path / "lines", tmp_path / "index"
+    file.write_text("two\n")
+    for model, flags in ((prompted, 8), (EMBEDDING, 0)):  # small.qemb's document prompt is empty
+        assert run("grep", "-m", model, "--index", index, "q", file)[0] == 0
+        assert struct.unpack_from("<I", index.read_bytes(), 128)[0] == flags
+        index.unlink()
