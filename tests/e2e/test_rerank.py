@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
 MODEL = str(ROOT / "tests" / "fixtures" / "reranker.qemb")
 EMBEDDING = str(ROOT / "tests" / "fixtures" / "small.qemb")
-MAX_TOKENS, BATCH_TOKENS, ENOUGH = 2048, 8192, 256
+MAX_TOKENS = BATCH_TOKENS = 2048
+ENOUGH = 256
 GUARD = 60  # seconds after which a test counts as hung; no test measures time
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -119,6 +120,56 @@ def pair_ids(as_embedding):
         return [prefix + i + suffix for i in ids]
 
     return of
+
+
+# ---- transformers' scores ------------------------------------------------------------------------
+
+GOLDEN = ROOT / "tests" / "golden"
+
+
+@functools.cache
+def golden_pairs():
+    lines = (GOLDEN / "reranker.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def golden_scores(records, *args):
+    got = objects(*records, args=("--truncate", *args), model=GOLDEN / "reranker.qemb")
+    for g in got:
+        g["results"].sort(key=lambda r: r["index"])
+    return got
+
+
+@pytest.mark.parametrize("args", [(), ("--batch-tokens", "1"), ("--cpu", "plain")])
+def test_scores_equal_transformers(args):
+    """1,000 pairs of query and document, each a record: transformers' scores, computed in double by
+    the steps of the model card, to 1e-6. Among them are empty documents, pairs over the window of
+    256 tokens, tasks, and special tokens in texts. --batch-tokens 1 computes each pair alone."""
+    pairs = golden_pairs()
+    assert len(pairs) == 1000 and any(not p["document"] for p in pairs)
+    records = [{k: p[k] for k in ("query", "instruct") if k in p} | {"documents": [p["document"]]}
+               for p in pairs]
+    whole = objects(*records, status=3, errors="records failed", model=GOLDEN / "reranker.qemb")
+    assert 50 < sum("error" in g for g in whole) < 100  # too long without --truncate
+    for p, g in zip(pairs, golden_scores(records, *args), strict=True):
+        assert g["tokens"] == p["tokens"]
+        assert abs(g["results"][0]["relevance_score"] - p["score"]) <= 1e-6
+
+
+def test_scores_of_one_query_equal_transformers():
+    """The same pairs as documents of their queries: many share a query with others."""
+    by_query = {}
+    for p in golden_pairs():
+        by_query.setdefault((p["query"], p.get("instruct")), []).append(p)
+    records = [ask(query, [p["document"] for p in pairs],
+                   **({} if task is None else {"instruct": task}))
+               for (query, task), pairs in by_query.items()]
+    records.sort(key=lambda r: len(r["documents"]))
+    assert len(records[-1]["documents"]) > 5
+    for r, g in zip(records, golden_scores(records), strict=True):
+        want = by_query[r["query"], r.get("instruct")]
+        for p, x in zip(want, g["results"], strict=True):
+            assert abs(x["relevance_score"] - p["score"]) <= 1e-6
 
 
 # ---- records -------------------------------------------------------------------------------------
@@ -660,7 +711,7 @@ def test_info_plan_and_check():
     assert b"dense layer" not in text and b", no end-of-text\n" in text
     assert json.loads(re.search(rb'"instruct": (".*")', text)[1]) == TASK
     _, text, _ = run("plan", "-m", MODEL)
-    assert re.search(rb"--batch-tokens 8192 \(default\)\n", text) and text.count(b"default") == 1
+    assert re.search(rb"--batch-tokens 2048 \(default\)\n", text) and text.count(b"default") == 1
     status, text, _ = run("check", "-m", MODEL)
     text = text.decode()
     queries, documents = (re.findall(rf"^{k}\d  (.*)$", text, re.M) for k in "qd")
