@@ -17,8 +17,6 @@
 #include <string.h>
 #include <time.h>
 
-enum { PROBED = 0 }; /* the token of the text that is computed at the start */
-
 /* A tokenizer and its buffers, used by one thread at a time. The worker keeps the unused ones. */
 typedef struct scratch {
     struct scratch *next;
@@ -66,7 +64,7 @@ struct model_worker {
     /* The probe: the empty text, computed to test whether the model works. */
     pending_request probe;
     pending_text probe_text;
-    uint8_t probe_key[KEY_BYTES];
+    text *probed; /* its ids and key */
     atomic_int probing;
 };
 
@@ -115,13 +113,32 @@ static void give_scratch(model_worker *m, scratch *s) {
     pthread_mutex_unlock(&m->lock);
 }
 
-/* The key of a text: the digest of everything that its vector depends on. The end-of-text token,
- * which every text has, is left out. */
+/* The key of a text: the digest of everything that its vector depends on. An end-of-text token,
+ * which then every text has, is left out. */
 static int make_key(model_worker *m, scratch *s, uint8_t *key, const record_ids *t) {
+    const int own = t->n - (m->file.file->config.eos_id != QEMB_NO_TOKEN);
     return EVP_DigestInit_ex(s->digest, m->sha256, NULL) &&
            EVP_DigestUpdate(s->digest, m->fingerprint, sizeof m->fingerprint) &&
-           EVP_DigestUpdate(s->digest, t->ids, (size_t)(t->n - 1) * sizeof *t->ids) &&
+           EVP_DigestUpdate(s->digest, t->ids, (size_t)own * sizeof *t->ids) &&
            EVP_DigestFinal_ex(s->digest, key, NULL);
+}
+
+/* Returns the text of ids, or NULL if out of memory. */
+static text *make_text(model_worker *m, scratch *s, const record_ids *ids) {
+    uint8_t key[KEY_BYTES];
+    text *t = make_key(m, s, key, ids) ? text_new(key, ids->n) : NULL;
+    if (t) memcpy(t->ids, ids->ids, (size_t)ids->n * sizeof *ids->ids);
+    return t;
+}
+
+/* The empty text. A model that adds no token to it gets token 0. */
+static text *make_probe(model_worker *m, scratch *s) {
+    static const int32_t first;
+    qemb_err err;
+    record_ids ids = {0};
+    if (tokenize_text(&s->record_tokenizer, "", 0, "", 0, &ids, &err))
+        ids = (record_ids){.ids = &first, .n = 1};
+    return need(make_text(m, s, &ids));
 }
 
 model_worker *model_worker_open(const model_worker_options *o) {
@@ -137,9 +154,7 @@ model_worker *model_worker_open(const model_worker_options *o) {
     if (!m->sha256) DIE(STATUS_MODEL, "SHA-256: not available");
     make_fingerprint(m);
     scratch *s = take_scratch(m); /* here, so that wrong options end the process at the start */
-    const int32_t probed = PROBED;
-    if (!make_key(m, s, m->probe_key, &(record_ids){.ids = &probed, .n = 1}))
-        DIE(STATUS_MODEL, "SHA-256: not available");
+    m->probed = make_probe(m, s);
     give_scratch(m, s);
     /* The engine would take larger batches where a GPU has the memory. They are a little faster,
      * and requests would wait twice as long for the one that is being computed. */
@@ -338,6 +353,7 @@ void model_worker_free(model_worker *m) {
         free(s);
     }
     queue_free(m->queue);
+    free(m->probed);
     for (int i = 0; i < m->opt.model.n_devices; i++) qemb_close(m->replicas[i].model);
     free(m->replicas);
     EVP_MD_free(m->sha256);
@@ -361,17 +377,18 @@ static void probe_done(pending_request *t) {
     atomic_store(&m->probing, 0);
 }
 
-/* Until a batch has succeeded, at the start or after a failed one, the worker computes a text of
- * one token. Load balancers send nothing while /health is 503, so no client could show that it
+/* Until a batch has succeeded, at the start or after a failed one, the worker computes the empty
+ * text. Load balancers send nothing while /health is 503, so no client could show that it
  * works. */
 static void probe(model_worker *m, double now) {
     int shared;
     if (atomic_exchange(&m->probing, 1)) return;
-    text *t = text_new(m->probe_key, 1);
+    const size_t bytes = (size_t)m->probed->n * sizeof *m->probed->ids;
+    text *t = text_new(m->probed->key, m->probed->n);
     m->probe_text = (pending_text){.text = t};
     m->probe = (pending_request){
         .texts = &m->probe_text, .n = 1, .deadline = now + 1e6, .done = probe_done};
-    if (t) t->ids[0] = PROBED;
+    if (t) memcpy(t->ids, m->probed->ids, bytes);
     if (!t || queue_submit(m->queue, &m->probe, &shared)) probe_done(&m->probe);
 }
 
@@ -425,7 +442,6 @@ static int tokenize_input(model_worker *m, scratch *s, const api_request *r, int
     const api_input *in = &r->inputs[i];
     record_ids ids = {0};
     qemb_err err;
-    uint8_t key[KEY_BYTES];
     if (in->text) {
         if (tokenize_text(&s->record_tokenizer, in->text, in->len, r->instruct, r->instruct_len,
                           &ids, &err))
@@ -436,10 +452,8 @@ static int tokenize_input(model_worker *m, scratch *s, const api_request *r, int
         if (tokenize_ids(&s->record_tokenizer, given, in->len, &ids, &err))
             return tokenize_failed(&err, i, e);
     }
-    if (!make_key(m, s, key, &ids) || !(p->text = text_new(key, ids.n)))
-        return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
-    memcpy(p->text->ids, ids.ids, (size_t)ids.n * sizeof *ids.ids);
-    return 0;
+    p->text = make_text(m, s, &ids);
+    return p->text ? 0 : api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
 }
 
 int model_worker_tokenize(model_worker *m, const api_request *r, pending_request *t,
