@@ -145,7 +145,7 @@ int text_ids_pair(text_ids *t, const text_pair *p, int max_document, size_t *cut
     size_t left = 0, most = most_ids(t);
     int limited = 0;
     if (max_document) { /* it counts from the end of the pair without its document */
-        if (encode(t, part, len, 5, SIZE_MAX, &r, &left, err)) return -1;
+        if (encode(t, part, len, 5, most, &r, &left, err)) return -1;
         limited = r.n + (size_t)max_document < most;
         if (limited) most = r.n + (size_t)max_document;
     }
