@@ -160,7 +160,7 @@ model_worker *model_worker_open(const model_worker_options *o) {
      * and requests would wait twice as long for the one that is being computed. */
     int *batch = &m->opt.model.engine.batch_tokens;
     if (!*batch) *batch = qemb_batch_tokens(o->model.ops);
-    m->queue = need(queue_new(o->max_queue_tokens, *batch, o->metrics));
+    m->queue = need(queue_new(o->max_queue_tokens, *batch, *batch / 8, o->metrics));
     return m;
 }
 

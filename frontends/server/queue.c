@@ -1,12 +1,17 @@
 /* queue.c - waiting requests, and the batches made of their texts; see queue.h.
  *
  * A request's texts are taken in order. Requests with texts left form a ring. A text is long if it
- * has more than `share` tokens, an eighth of a batch. Starting at the ring's head, a batch takes
+ * has more than `share` tokens. Starting at the ring's head, a batch takes
  *   1. the first long text, if a long text waited while the previous batch took none;
- *   2. short texts, at most `share` tokens from each request in turn, round after round;
- *   3. long texts that still fit, once no short text is left.
+ *   2. short texts, at most `share` rows from each request in turn, round after round;
+ *   3. long texts that still fit, one of each request in turn, round after round.
  * So a request with a thousand texts leaves room for the next request. While long texts wait, at
  * least one of two successive batches contains a long text.
+ *
+ * The packer refuses a text for which the batch has no room. Steps 1 and 2 then end. It also refuses
+ * a text that would undo the batch's sharing, such as a document of another query. Then only its
+ * request is passed over, and the batch goes on with texts that share: a request to rerank usually
+ * fills batches of its own. The next batch begins with the first request that was passed over.
  */
 #include "queue.h"
 
@@ -28,8 +33,9 @@ struct queue {
     int n_ring;
     pending_request *oldest, *newest; /* waiting requests */
     queue_depth depth;
-    int max_tokens, share;
-    int long_turn; /* the next batch begins with a long text */
+    int max_tokens, batch_tokens, share;
+    int long_turn;    /* the next batch begins with a long text */
+    uint64_t n_built; /* batches, with the one that is being made */
     int stopped;
     int idle;      /* threads that wait in queue_take */
     int computing; /* batches that are taken and not finished */
@@ -152,14 +158,15 @@ static void tell(pending_request *ended) {
 
 /* ---- in -------------------------------------------------------------------------------------- */
 
-queue *queue_new(int max_tokens, int batch_tokens, metrics *m) {
+queue *queue_new(int max_tokens, int batch_tokens, int share, metrics *m) {
     queue *q = calloc(1, sizeof *q);
     if (!q) return NULL;
     pthread_mutex_init(&q->lock, NULL);
     pthread_cond_init(&q->changed, NULL);
     q->metrics = m;
     q->max_tokens = max_tokens;
-    q->share = batch_tokens / 8 > 0 ? batch_tokens / 8 : 1;
+    q->batch_tokens = batch_tokens;
+    q->share = share > 0 ? share : 1;
     return q;
 }
 
@@ -206,6 +213,7 @@ int queue_submit(queue *q, pending_request *t, int *shared) {
         return -1;
     }
     t->pending = t->cursor = 0;
+    t->passed_over = 0;
     t->state = REQUEST_WAITING;
     *shared = link_texts(q, t);
     live_add(q, t);
@@ -226,6 +234,7 @@ typedef struct {
     qemb_batch *batch;
     text **taken;
     int n, full, has_long;
+    pending_request *next; /* the first that was passed over: the next batch begins with it */
     pending_request *ended;
 } builder;
 
@@ -240,10 +249,23 @@ static text *next_text(queue *q, pending_request *t) {
     return NULL;
 }
 
-/* Adds x, the next text of t, to the batch. Returns 0 if it does not fit. */
+static void pass_over(builder *b, pending_request *t, const text *x) {
+    t->passed_over = b->q->n_built;
+    if (!b->next) b->next = t;
+    /* otherwise the batch has room for texts that share more */
+    if (qemb_batch_tokens_computed(b->batch) + (size_t)x->n > (size_t)b->q->batch_tokens)
+        b->full = 1;
+}
+
+/* Adds x, the next text of t, to the batch. Returns 0 if it does not fit; then t gives no text to
+ * this batch any more. */
 static int take(builder *b, pending_request *t, text *x) {
+    if (t->passed_over == b->q->n_built) return 0;
     const int row = qemb_pack_add(b->batch, x->ids, x->n);
-    if (row < 0) return 0;
+    if (row < 0) {
+        pass_over(b, t, x);
+        return 0;
+    }
     assert(row == b->n);
     b->taken[b->n++] = x;
     x->computing = 1;
@@ -254,39 +276,41 @@ static int take(builder *b, pending_request *t, text *x) {
     return 1;
 }
 
-/* Adds long texts in ring order: the first one only, or all that fit. Returns 1 if one is left. */
+/* Adds long texts, one of each request in ring order: the first one only, or round after round all
+ * that fit. Returns 1 if one is left. */
 static int take_long(builder *b, int only_first) {
     queue *q = b->q;
-    pending_request *t = q->ring;
     int left = 0;
-    for (int i = q->n_ring; i; i--) {
-        pending_request *next = t->ring_next; /* next_text may take t out of the ring */
-        text *x = next_text(q, t);
-        if (x && x->n > q->share) {
-            if (take(b, t, x)) {
-                if (only_first) return 1;
-                next_text(q, t);
-            } else {
-                left = 1;
+    for (int some = 1; some;) {
+        pending_request *t = q->ring;
+        some = 0;
+        for (int i = q->n_ring; i; i--) {
+            pending_request *next = t->ring_next; /* next_text may take t out of the ring */
+            text *x = next_text(q, t);
+            if (x && x->n > q->share) {
+                if (take(b, t, x)) {
+                    if (only_first) return 1;
+                    some = next_text(q, t) != NULL || some;
+                } else {
+                    left = 1;
+                }
             }
+            t = next;
         }
-        t = next;
     }
     return left;
 }
 
 /* Adds short texts of t, at most its share. Returns 1 if it added some. */
 static int take_share(builder *b, pending_request *t) {
-    int got = 0;
-    for (text *x; (x = next_text(b->q, t)) && got + x->n <= b->q->share; got += x->n) {
-        if (take(b, t, x)) continue;
-        b->full = 1; /* t stays at the head and is first in the next batch */
-        return 1;
-    }
-    return got > 0;
+    const int n = b->n;
+    const size_t most = qemb_batch_tokens_computed(b->batch) + (size_t)b->q->share;
+    for (text *x; (x = next_text(b->q, t)) && x->n <= b->q->share;)
+        if (qemb_batch_tokens_computed(b->batch) + (size_t)x->n > most || !take(b, t, x)) break;
+    return b->n > n;
 }
 
-/* Adds short texts, round after round, until none is left or the next one does not fit. A complete
+/* Adds short texts, round after round, until none is left or there is no room for one. A complete
  * round ends at the ring's head. */
 static void take_short(builder *b) {
     queue *q = b->q;
@@ -312,11 +336,13 @@ static void drop_departed(queue *q, pending_request **ended) {
 /* Makes a batch of the waiting texts. It is empty if all clients have left. */
 static void build(builder *b) {
     queue *q = b->q;
+    q->n_built++;
     drop_departed(q, &b->ended);
     if (q->long_turn) take_long(b, 1);
     take_short(b);
     const int long_left = take_long(b, 0);
     q->long_turn = long_left && !b->has_long;
+    if (b->next && b->next->ring_next) q->ring = b->next;
     if (b->n && !q->computing++) q->since = seconds_now();
     if (q->ring) pthread_cond_signal(&q->changed); /* there may be a batch for another thread */
 }

@@ -22,7 +22,7 @@ typedef struct text {
     pending_text *waiters; /* the requests' texts that wait for it */
     int computing;         /* it is in a batch, and stays until that is done */
     int n;
-    int32_t ids[]; /* (n), end-of-text included */
+    int32_t ids[]; /* (n), with the tokens that the model's file adds */
 } text;
 
 text *text_new(const uint8_t key[KEY_BYTES], int n); /* the caller fills ids. NULL: out of memory */
@@ -33,7 +33,7 @@ struct pending_text {
     text *text;
     vector *vector;
     pending_text *prev, *next; /* in the text's list of waiters */
-    int failed;                /* its vector has no finite length */
+    int failed;                /* its vector has no finite length, or its logit is not finite */
 };
 
 typedef enum {
@@ -58,6 +58,7 @@ struct pending_request {
     request_state state;
     /* private to the queue */
     int pending, cursor;
+    uint64_t passed_over; /* the number of the batch that had no place for its next text */
     pending_request *ring_prev, *ring_next; /* if it has texts that no batch has taken */
     pending_request *live_prev, *live_next; /* waiting requests by age */
     pending_request *next_done;
@@ -73,9 +74,9 @@ typedef struct {
     int requests;      /* waiting */
 } queue_depth;
 
-/* Makes a queue for max_tokens with batches of about batch_tokens. m has to outlive it. Returns
- * NULL if out of memory. */
-queue *queue_new(int max_tokens, int batch_tokens, metrics *m);
+/* Makes a queue for max_tokens with batches of about batch_tokens, of which a request gets `share`
+ * in its turn. m has to outlive it. Returns NULL if out of memory. */
+queue *queue_new(int max_tokens, int batch_tokens, int share, metrics *m);
 void queue_free(queue *q); /* q has to be empty */
 
 /* Adds t if its texts fit beside the waiting ones; an empty queue takes any request. The queue then
@@ -87,7 +88,9 @@ int queue_submit(queue *q, pending_request *t, int *shared);
  * then goes to queue_finish or queue_give_back. */
 int queue_take(queue *q, qemb_batch *b, text **taken);
 /* The same for a thread that has something to compute: returns 0 instead of waiting, and also if
- * fewer than `tokens` tokens wait, or if a thread that has nothing to compute waits for them. */
+ * fewer than `tokens` tokens wait, or if a thread that has nothing to compute waits for them. The
+ * batch may have fewer rows than tokens waited, for texts that share a prefix; what arrives later
+ * has another query and would seldom have joined it. */
 int queue_try_take(queue *q, int tokens, qemb_batch *b, text **taken);
 /* Gives vectors (n) to the waiters of the taken texts; NULL fails them. Each waiter
  * takes a reference; the caller keeps its own. */

@@ -33,7 +33,7 @@ static void setup(void) {
     cr_assert(!qemb_open(&model, file, &qemb_cpu_ops, &opt, &err), "%s", err.msg);
     batch = qemb_batch_new(model);
     counters = metrics_new();
-    q = queue_new(1000, BATCH, counters);
+    q = queue_new(1000, BATCH, BATCH / 8, counters);
 }
 
 static void teardown(void) {
@@ -158,6 +158,57 @@ Test(serve_queue, long_texts_fill_what_is_left) {
     client_free(b);
     client_free(c);
     client_free(d);
+}
+
+Test(serve_queue, long_texts_take_turns) {
+    client *a = ASK('a', 40, 40, 40), *b = ASK('b', 40, 40);
+    finish(take("a0"));
+    finish(take("b0")); /* it was passed over, so it is first */
+    finish(take("a1"));
+    finish(take("b1"));
+    finish(take("a2"));
+    client_free(a);
+    client_free(b);
+}
+
+Test(serve_queue, long_texts_fill_a_batch) {
+    client *a = ASK('a', 20, 20, 20), *b = ASK('b', 9);
+    finish(take("a0 b0 a1"));
+    finish(take("a2"));
+    client_free(a);
+    client_free(b);
+    a = ASK('a', 20, 20, 20);
+    finish(take("a0 a1 a2"));
+    client_free(a);
+}
+
+/* A client with n documents for its query: pairs of five tokens and three of their own. */
+static client *ask_to_rank(char name, int n) {
+    int lengths[BATCH];
+    for (int i = 0; i < n; i++) lengths[i] = 8;
+    client *c = client_new(name, lengths, n);
+    for (int i = 0; i < n; i++)
+        for (int k = 0; k < 8; k++)
+            c->request.texts[i].text->ids[k] = k < 5 ? name : k == 5 ? i : 26;
+    cr_assert_geq(submit(c), 0);
+    return c;
+}
+
+/* The packer refuses a document of another query, not for want of room. The batch goes on with the
+ * documents that share theirs: 5 + 3 x 19 of its 64 rows. */
+Test(serve_queue, documents_of_a_query_share_a_batch) {
+    queue_free(q);
+    q = queue_new(1000, BATCH, BATCH / 2, counters);
+    client *a = ask_to_rank('a', 25), *b = ask_to_rank('b', 4), *c = ask_to_rank('c', 4);
+    finish(take("a0 a1 a2 a3 a4 a5 a6 a7 a8 a9 a10 a11 a12 a13 a14 a15 a16 a17 a18"));
+    finish(take("b0 b1 b2 b3")); /* they were passed over first */
+    cr_expect(!a->told && b->told && !c->told);
+    finish(take("c0 c1 c2 c3"));
+    finish(take("a19 a20 a21 a22 a23 a24"));
+    cr_expect(a->told && c->told);
+    client_free(a);
+    client_free(b);
+    client_free(c);
 }
 
 Test(serve_queue, equal_texts_are_computed_once) {
