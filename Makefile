@@ -31,7 +31,7 @@ SHARED  := $(patsubst %,frontends/%,ranking console options model_options select
 CLI     := $(patsubst %,frontends/cli/%,main embed check grep rerank hits line_index pipeline progress output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
-SERVE   := $(patsubst %,frontends/server/%,main http listen api model_worker queue cache redis metrics log buffer vector) $(SHARED)
+SERVE   := $(patsubst %,frontends/server/%,main http listen api api_rerank model_worker queue cache redis metrics log buffer vector) $(SHARED)
 TESTS   := amx batch embed_text line_index measure model_file format input model ops ranking serve_cache serve_queue simd text_ids tokenizer
 FUZZERS := file jsonl line_index request tokenizer
 TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console format input ranking cli/line_index server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
@@ -105,7 +105,7 @@ build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/measure be
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support tests/unit/emulated_amx $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
-build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console format input cli/line_index server/api server/buffer) $$(ENGINE))
+build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console format input cli/line_index ranking server/api server/api_rerank server/buffer server/vector) $$(ENGINE))
 	$(2) $(3) $$^ $(LIBS) -o $$@
 -include $$(wildcard $$(foreach d,* */* */*/* */*/*/*,build/$(1)/$$(d).d))
 endef
@@ -196,11 +196,11 @@ accuracy: qemb build/release/accuracy build/release/qemb-emulated $(EMULATED_GPU
 # ---- tests ----------------------------------------------------------------------------------------
 
 # The server tests in which several threads share data: the thread sanitizer runs these alone.
-RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat or fallback
+RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat or fallback or mixed
 # The same of grep: its own use of the pipeline.
 RACY_GREP := fifo or signal or answers_at_once or closed or made_again
 RACY_RERANK := in_order or signal or answers_at_once or closed or errors or any_batch
-SERVE_FILES := tests/e2e/test_serve.py tests/e2e/test_serve_caches.py
+SERVE_FILES := tests/e2e/test_serve.py tests/e2e/test_serve_caches.py tests/e2e/test_serve_rerank.py
 SERVE_TESTS = "$(VENV)/bin/pytest -q -rs $(SERVE_FILES)" \
   "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_FILES)" \
   "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_FILES) -k '$(RACY)'"

@@ -30,7 +30,7 @@ const option_row model_option_rows[] = {
      OPTION_INT, AT(engine.max_tokens), .unset = "the model's", .min = 1, .max = INT_MAX,
      .commands = TEXTS | FOR_PLAN | FOR_GREP | FOR_RERANK},
     {"batch-tokens", "N", "tokens in a batch", NULL,
-     OPTION_INT, AT(engine.batch_tokens), .unset = "1024; reranker: 8192; GPU: more",
+     OPTION_INT, AT(engine.batch_tokens), .unset = "1024; reranker, GPU: more",
      .min = 1, .max = 1 << 24, .commands = FOR_EMBED | FOR_PLAN | FOR_GREP | FOR_RERANK},
     {"threads", "N", "CPU threads of the model", NULL,
      OPTION_INT, AT(engine.threads), .unset = "all", .min = 1, .max = 4096, .commands = COMPUTE},

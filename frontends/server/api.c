@@ -9,12 +9,10 @@
 
 #include "frontends/format.h"
 
-#include <jansson.h>
 #include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 int api_fail(api_error *e, int status, const char *code, const char *param, const char *fmt, ...) {
     va_list ap;
@@ -36,9 +34,13 @@ static const char *type_name(const json_t *v) {
     return names[json_typeof(v)];
 }
 
-static int wrong_type(api_error *e, const char *key, const json_t *v, const char *want) {
+int api_wrong_type(api_error *e, const char *key, const json_t *v, const char *want) {
     return api_fail(e, 400, "invalid_type", key, "%s: wrong type (got %s, want %s)", key,
                     type_name(v), want);
+}
+
+int api_unknown(api_error *e, const char *key) {
+    return api_fail(e, 400, "unknown_parameter", NULL, "%.64s: unknown parameter", key);
 }
 
 static int add_ids(api_request *r, const json_t *list, api_error *e) {
@@ -61,12 +63,11 @@ static int add_ids(api_request *r, const json_t *list, api_error *e) {
     return 0;
 }
 
-static void add_text(api_request *r, const json_t *v) {
+void api_add_text(api_request *r, const json_t *v) {
     r->inputs[r->n++] = (api_input){.text = json_string_value(v), .len = json_string_length(v)};
 }
 
-/* Makes room for n inputs with n_ids ids in all. */
-static int make_room(api_request *r, size_t n, size_t n_ids, api_error *e) {
+int api_make_room(api_request *r, size_t n, size_t n_ids, api_error *e) {
     r->inputs = malloc((n + 1) * sizeof *r->inputs);
     r->ids = n_ids <= INT32_MAX ? malloc((n_ids + 1) * sizeof *r->ids) : NULL;
     if (r->inputs && r->ids) return 0;
@@ -78,7 +79,7 @@ static int parse_list(api_request *r, const json_t *list, int max_texts, api_err
     const json_t *first = json_array_get(list, 0);
     size_t n_ids = 0;
     if (!n) return api_fail(e, 400, "empty_input", "input", "input: an empty list");
-    if (json_is_integer(first)) return make_room(r, 1, n, e) || add_ids(r, list, e) ? -1 : 0;
+    if (json_is_integer(first)) return api_make_room(r, 1, n, e) || add_ids(r, list, e) ? -1 : 0;
     if (!json_is_string(first) && !json_is_array(first))
         return api_fail(e, 400, "invalid_type", "input",
                         "input: wrong type in the list (got %s, want strings, token ids or lists "
@@ -95,11 +96,11 @@ static int parse_list(api_request *r, const json_t *list, int max_texts, api_err
                             type_name(v), type_name(first));
         n_ids += json_array_size(v);
     }
-    if (make_room(r, n, n_ids, e)) return -1;
+    if (api_make_room(r, n, n_ids, e)) return -1;
     for (size_t i = 0; i < n; i++) {
         const json_t *v = json_array_get(list, i);
         if (json_is_string(v))
-            add_text(r, v);
+            api_add_text(r, v);
         else if (add_ids(r, v, e))
             return -1;
     }
@@ -108,20 +109,29 @@ static int parse_list(api_request *r, const json_t *list, int max_texts, api_err
 
 static int parse_input(api_request *r, const json_t *v, int max_texts, api_error *e) {
     if (json_is_array(v)) return parse_list(r, v, max_texts, e);
-    if (!json_is_string(v)) return wrong_type(e, "input", v, "a string or a list");
-    if (make_room(r, 1, 0, e)) return -1;
-    add_text(r, v);
+    if (!json_is_string(v)) return api_wrong_type(e, "input", v, "a string or a list");
+    if (api_make_room(r, 1, 0, e)) return -1;
+    api_add_text(r, v);
     return 0;
 }
 
-static int parse_bool(int *out, const char *key, const json_t *v, api_error *e) {
-    if (!json_is_boolean(v)) return wrong_type(e, key, v, "true or false");
+int api_bool(int *out, const char *key, const json_t *v, api_error *e) {
+    if (json_is_null(v)) return 0;
+    if (!json_is_boolean(v)) return api_wrong_type(e, key, v, "true or false");
     *out = json_is_true(v);
     return 0;
 }
 
+int api_string(const char **out, size_t *len, const char *key, const json_t *v, api_error *e) {
+    if (json_is_null(v)) return 0;
+    if (!json_is_string(v)) return api_wrong_type(e, key, v, "a string");
+    *out = json_string_value(v);
+    *len = json_string_length(v);
+    return 0;
+}
+
 static int parse_dimensions(api_request *r, const json_t *v, api_error *e) {
-    if (!json_is_integer(v)) return wrong_type(e, "dimensions", v, "an integer");
+    if (!json_is_integer(v)) return api_wrong_type(e, "dimensions", v, "an integer");
     const json_int_t x = json_integer_value(v);
     if (x < 1 || x > INT32_MAX)
         return api_fail(
@@ -132,7 +142,7 @@ static int parse_dimensions(api_request *r, const json_t *v, api_error *e) {
 }
 
 static int parse_encoding(api_request *r, const json_t *v, api_error *e) {
-    if (!json_is_string(v)) return wrong_type(e, "encoding_format", v, "a string");
+    if (!json_is_string(v)) return api_wrong_type(e, "encoding_format", v, "a string");
     const char *s = json_string_value(v);
     r->base64 = !strcmp(s, "base64");
     if (r->base64 || !strcmp(s, "float")) return 0;
@@ -146,32 +156,19 @@ static int parse_field(api_request *r, api_kind kind, const char *key, const jso
     if (!strcmp(key, "input")) return parse_input(r, v, max_texts, e);
     if (!strcmp(key, "user") && embeddings) return 0;
     const int is_null = json_is_null(v);
-    if (!strcmp(key, "model")) {
-        if (!is_null && !json_is_string(v)) return wrong_type(e, key, v, "a string");
-        r->model = json_string_value(v);
-        return 0;
-    }
-    if (!strcmp(key, "instruct")) {
-        if (is_null) return 0;
-        if (!json_is_string(v)) return wrong_type(e, key, v, "a string");
-        r->instruct = json_string_value(v);
-        r->instruct_len = json_string_length(v);
-        return 0;
-    }
-    if (!strcmp(key, "truncate")) return is_null ? 0 : parse_bool(&r->truncate, key, v, e);
-    if (embeddings && !strcmp(key, "fallback"))
-        return is_null ? 0 : parse_bool(&r->fallback, key, v, e);
+    size_t ignored;
+    if (!strcmp(key, "model")) return api_string(&r->model, &ignored, key, v, e);
+    if (!strcmp(key, "instruct")) return api_string(&r->instruct, &r->instruct_len, key, v, e);
+    if (!strcmp(key, "truncate")) return api_bool(&r->truncate, key, v, e);
+    if (embeddings && !strcmp(key, "fallback")) return api_bool(&r->fallback, key, v, e);
     if (embeddings && !strcmp(key, "dimensions")) return is_null ? 0 : parse_dimensions(r, v, e);
     if (embeddings && !strcmp(key, "encoding_format")) return is_null ? 0 : parse_encoding(r, v, e);
-    return api_fail(e, 400, "unknown_parameter", NULL, "%.64s: unknown parameter", key);
+    return api_unknown(e, key);
 }
 
-int api_parse(api_request *r, api_kind kind, const char *body, size_t len, int max_texts,
-              api_error *e) {
+int api_load(api_request *r, const char *body, size_t len, api_error *e) {
     json_error_t je;
-    const char *key;
-    json_t *v;
-    *r = (api_request){.truncate = -1};
+    *r = (api_request){.truncate = -1, .key = "input"};
     json_t *root =
         json_loadb(body, len, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY | JSON_ALLOW_NUL, &je);
     if (!root && json_error_code(&je) == json_error_out_of_memory)
@@ -186,6 +183,15 @@ int api_parse(api_request *r, api_kind kind, const char *body, size_t len, int m
     if (!json_is_object(root))
         return api_fail(e, 400, "invalid_json", NULL, "body: wrong type (got %s, want an object)",
                         type_name(root));
+    return 0;
+}
+
+int api_parse(api_request *r, api_kind kind, const char *body, size_t len, int max_texts,
+              api_error *e) {
+    const char *key;
+    json_t *v;
+    if (api_load(r, body, len, e)) return -1;
+    json_t *root = r->json;
     json_object_foreach(root, key, v) if (parse_field(r, kind, key, v, max_texts, e)) return -1;
     if (!r->inputs)
         return api_fail(e, 400, "missing_parameter", "input", "input: a required parameter");
@@ -201,7 +207,10 @@ void api_request_free(api_request *r) {
     json_decref(r->json);
     free(r->inputs);
     free(r->ids);
-    *r = (api_request){0};
+    r->json = NULL;
+    r->inputs = NULL;
+    r->ids = NULL;
+    r->model = r->instruct = r->query = NULL;
 }
 
 /* ---- responses ------------------------------------------------------------------------------- */
@@ -209,12 +218,6 @@ void api_request_free(api_request *r) {
 /* Bytes around one vector or list of ids, and around all of them without the model's name. */
 #define ITEM_ROOM  96
 #define FRAME_ROOM 256
-
-static char *put(char *p, const char *s) {
-    const size_t n = strlen(s);
-    memcpy(p, s, n);
-    return p + n;
-}
 
 /* Writes ],"model":...,"usage":{...}, all that follows the data but the last brace. */
 static char *put_tail(char *p, const char *model, uint64_t tokens) {
@@ -224,7 +227,7 @@ static char *put_tail(char *p, const char *model, uint64_t tokens) {
     return put(format_uint(put(p, ",\"total_tokens\":"), tokens), "}");
 }
 
-static int open_text(buffer *out, size_t room, api_error *e) {
+int api_open_text(buffer *out, size_t room, api_error *e) {
     *out = (buffer){.data = malloc(room), .cap = room};
     return out->data ? 0 : api_fail(e, 503, "out_of_memory", NULL, "response: out of memory");
 }
@@ -237,7 +240,7 @@ size_t api_embeddings_room(int n, int dim, int base64, size_t name_len) {
 int api_embeddings(buffer *out, const pending_text *texts, int n, int dim, int base64,
                    const char *model, uint64_t tokens, api_error *e) {
     float *unit = malloc((size_t)dim * sizeof *unit);
-    if (open_text(out, api_embeddings_room(n, dim, base64, strlen(model)), e)) {
+    if (api_open_text(out, api_embeddings_room(n, dim, base64, strlen(model)), e)) {
         free(unit);
         return -1;
     }
@@ -269,7 +272,7 @@ int api_embeddings(buffer *out, const pending_text *texts, int n, int dim, int b
 
 int api_tokens(buffer *out, const pending_text *texts, int n, int max_tokens, const char *model,
                uint64_t tokens, api_error *e) {
-    if (open_text(out, (size_t)n * ITEM_ROOM + tokens * 11 + 6 * strlen(model) + FRAME_ROOM, e))
+    if (api_open_text(out, (size_t)n * ITEM_ROOM + tokens * 11 + 6 * strlen(model) + FRAME_ROOM, e))
         return -1;
     char *p = put(out->data, "{\"object\":\"list\",\"data\":[");
     for (int i = 0; i < n; i++) {

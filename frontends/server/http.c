@@ -10,9 +10,12 @@
  * one is loading, failing, or has a full queue. The response's "model" then names the second one,
  * and qemb_fallbacks_total counts the request. A request with token ids never falls back, since ids
  * belong to one model.
+ *
+ * A request to rerank goes the same way to the server's reranker; its documents are the texts.
  */
 #include "http.h"
 
+#include "api_rerank.h"
 #include "frontends/console.h"
 #include "frontends/format.h"
 #include "listen.h"
@@ -50,7 +53,7 @@ typedef struct conn {
 
 struct http {
     http_options opt;
-    model_worker *worker, *fallback; /* fallback may be NULL */
+    model_worker *workers[N_ROLES]; /* all but the first may be NULL */
     struct MHD_Daemon *daemon;
     int listen_fd, port;
     keys *keys; /* NULL: no key is needed */
@@ -103,7 +106,7 @@ static int hold(request *r, size_t n, api_error *e) {
     }
     atomic_fetch_sub(&h->held, n);
     api_fail(e, 429, "server_overloaded", NULL, "server: no memory left for this request now");
-    e->retry_after = model_worker_retry_after(h->worker);
+    e->retry_after = model_worker_retry_after(h->workers[ROLE_MAIN]);
     return -1;
 }
 
@@ -157,9 +160,17 @@ static enum MHD_Result answer(request *r, int status, buffer *body, const char *
 
 #define JSON "application/json"
 
+/* Whether the request is one to rerank. */
+static int ranks(const request *r) {
+    return r->route >= ROUTE_RERANK_V1 && r->route <= ROUTE_RERANK;
+}
+
 static enum MHD_Result answer_error(request *r) {
     buffer body = {0};
-    api_error_json(&body, &r->error);
+    if (ranks(r))
+        api_rerank_error(&body, r->api.is_tei, &r->error);
+    else
+        api_error_json(&body, &r->error);
     return answer(r, r->error.status, &body, JSON);
 }
 
@@ -201,8 +212,8 @@ static int check_key(request *r) {
 static int check_method(request *r, const char *method) {
     if (r->route == ROUTE_OTHER)
         return api_fail(&r->error, 404, "unknown_url", NULL,
-                        "path: not here (want /v1/embeddings, /v1/models, /tokenize, /health or "
-                        "/metrics)");
+                        "path: not here (want /v1/embeddings, /v1/rerank, /v1/models, /tokenize, "
+                        "/health or /metrics)");
     const int post = r->route <= ROUTE_TOKENIZE;
     if (post ? !strcmp(method, "POST") : !strcmp(method, "GET") || !strcmp(method, "HEAD"))
         return 0;
@@ -211,7 +222,7 @@ static int check_method(request *r, const char *method) {
 }
 
 /* Whether type is application/json, with charset UTF-8 or none. */
-static int json_type(const char *type) {
+static int is_json(const char *type) {
     if (strncasecmp(type, JSON, sizeof JSON - 1)) return 0;
     type += sizeof JSON - 1;
     while (*type == ' ') type++;
@@ -227,7 +238,7 @@ static int check_body(request *r) {
     const char *type = header(r, "Content-Type"), *encoding = header(r, "Content-Encoding");
     const char *length = header(r, "Content-Length");
     if (r->route > ROUTE_TOKENIZE) return 0;
-    if ((type && !json_type(type)) || (encoding && strcasecmp(encoding, "identity")))
+    if ((type && !is_json(type)) || (encoding && strcasecmp(encoding, "identity")))
         return api_fail(&r->error, 415, "unsupported_media_type", NULL,
                         "Content-Type: not one that is understood (want application/json in "
                         "UTF-8, not encoded)");
@@ -309,20 +320,43 @@ static int departed(pending_request *t) {
     return poll(&p, 1, 0) == 1 && p.revents & (POLLRDHUP | POLLHUP | POLLERR);
 }
 
-/* Returns the worker of the model that the request names, or NULL. */
-static model_worker *choose_worker(request *r) {
-    const http_options *o = &r->h->opt;
-    if (!r->api.model) return r->h->worker;
-    for (int i = 0; i < o->n_names; i++)
-        if (!strcmp(r->api.model, o->names[i])) return r->h->worker;
-    if (r->h->fallback && !strcmp(r->api.model, o->fallback_name)) return r->h->fallback;
-    api_fail(&r->error, 404, "model_not_found", "model",
-             "model: not served here (got %.80s, want %.80s)", r->api.model, o->names[0]);
+static const char *name_of(const http *h, const model_worker *w) {
+    const http_options *o = &h->opt;
+    return w == h->workers[ROLE_MAIN]       ? o->names[0]
+           : w == h->workers[ROLE_FALLBACK] ? o->fallback_name
+                                            : o->reranker_name;
+}
+
+/* Returns the worker of the model of that name, or NULL. */
+static model_worker *worker_named(const http *h, const char *name) {
+    for (int i = 0; i < h->opt.n_names; i++)
+        if (!strcmp(name, h->opt.names[i])) return h->workers[ROLE_MAIN];
+    for (int i = ROLE_MAIN + 1; i < N_ROLES; i++)
+        if (h->workers[i] && !strcmp(name, name_of(h, h->workers[i]))) return h->workers[i];
     return NULL;
 }
 
-static const char *name_of(const http *h, const model_worker *w) {
-    return w == h->worker ? h->opt.names[0] : h->opt.fallback_name;
+/* Returns the worker that computes the request: of the model that it names, or of the server's
+ * model of the kind that it needs. NULL: there is none. */
+static model_worker *choose_worker(request *r) {
+    const http *h = r->h;
+    const char *name = r->api.model;
+    const char *kind = ranks(r) ? "reranker" : "embedding model";
+    model_worker *own = h->workers[ROLE_MAIN];
+    if (model_worker_is_reranker(own) != ranks(r))
+        own = ranks(r) ? h->workers[ROLE_RERANKER] : NULL;
+    if (!own) {
+        api_fail(&r->error, 400, "wrong_model_kind", "model", "model: this server has no %s", kind);
+        return NULL;
+    }
+    model_worker *w = name ? worker_named(h, name) : own;
+    if (!w)
+        api_fail(&r->error, 404, "model_not_found", "model",
+                 "model: not served here (got %.80s, want %.80s)", name, name_of(h, own));
+    if (!w || model_worker_is_reranker(w) == ranks(r)) return w;
+    api_fail(&r->error, 400, "wrong_model_kind", "model", "model: no %s (got %.80s, want %.80s)",
+             kind, name, name_of(h, own));
+    return NULL;
 }
 
 /* Frees w. Its request does not wait. */
@@ -340,9 +374,10 @@ static int prepare(request *r, model_worker *worker, work *w, api_error *e) {
     if (w->dim > whole)
         return api_fail(e, 400, "invalid_dimensions", "dimensions",
                         "dimensions: out of range (got %d, want 1..%d)", w->dim, whole);
-    if (r->route == ROUTE_EMBEDDINGS) {
-        const size_t room =
-            api_embeddings_room(r->texts, w->dim, r->base64, strlen(name_of(r->h, worker)));
+    if (r->route != ROUTE_TOKENIZE) {
+        const size_t name_len = strlen(name_of(r->h, worker));
+        const size_t room = ranks(r) ? api_rerank_room(&r->api, name_len)
+                                     : api_embeddings_room(r->texts, w->dim, r->base64, name_len);
         if (hold(r, room, e)) return -1;
         w->held = room;
     }
@@ -351,13 +386,18 @@ static int prepare(request *r, model_worker *worker, work *w, api_error *e) {
     return -1;
 }
 
+static int parse(request *r) {
+    const api_kind kind = r->route == ROUTE_EMBEDDINGS ? API_EMBEDDINGS : API_TOKENIZE;
+    const char *body = r->body ? r->body : "";
+    const int most = r->h->opt.max_texts;
+    if (!ranks(r)) return api_parse(&r->api, kind, body, r->len, most, &r->error);
+    return api_rerank_parse(&r->api, r->route == ROUTE_RERANK, body, r->len, most, &r->error);
+}
+
 /* Parses the body, tokenizes its texts, frees the body. */
 static int read_request(request *r) {
-    const api_kind kind = r->route == ROUTE_EMBEDDINGS ? API_EMBEDDINGS : API_TOKENIZE;
     model_worker *worker = NULL;
-    int bad =
-        api_parse(&r->api, kind, r->body ? r->body : "", r->len, r->h->opt.max_texts, &r->error) ||
-        !(worker = choose_worker(r));
+    int bad = parse(r) || !(worker = choose_worker(r));
     r->texts = r->api.n;
     r->base64 = r->api.base64;
     bad = bad || prepare(r, worker, &r->work, &r->error);
@@ -365,23 +405,37 @@ static int read_request(request *r) {
     return bad ? -1 : 0;
 }
 
-static enum MHD_Result finish_embeddings(request *r) {
+/* Writes the response of a request whose texts are computed. */
+static int write_response(request *r, buffer *body) {
+    const work *w = &r->work;
+    const char *name = name_of(r->h, w->worker);
+    if (!ranks(r))
+        return api_embeddings(body, w->pending.texts, r->texts, w->dim, r->base64, name, w->tokens,
+                              &r->error);
+    const api_rerank_frame frame = {.id = r->id,
+                                    .model = name,
+                                    .version = r->route == ROUTE_RERANK_V2 ? "2" : "1",
+                                    .tokens = w->tokens};
+    return api_rerank(body, &r->api, w->pending.texts, &frame, &r->error);
+}
+
+static enum MHD_Result finish_work(request *r) {
+    metrics *m = r->h->opt.metrics;
     buffer body = {0};
     switch (r->work.pending.state) {
     case REQUEST_DONE:
-        if (api_embeddings(&body, r->work.pending.texts, r->texts, r->work.dim, r->base64,
-                           name_of(r->h, r->work.worker), r->work.tokens, &r->error))
-            break;
-        metrics_add(r->h->opt.metrics, COUNT_TEXTS, (uint64_t)r->texts);
-        metrics_add(r->h->opt.metrics, COUNT_TOKENS, r->work.tokens);
-        metrics_add(r->h->opt.metrics, COUNT_DEDUP, (uint64_t)r->work.shared);
+        if (write_response(r, &body)) break;
+        metrics_add(m, ranks(r) ? COUNT_DOCUMENTS : COUNT_TEXTS, (uint64_t)r->texts);
+        metrics_add(m, ranks(r) ? COUNT_DOCUMENT_TOKENS : COUNT_TOKENS, r->work.tokens);
+        metrics_add(m, COUNT_DEDUP, (uint64_t)r->work.shared);
         return answer(r, 200, &body, JSON);
     case REQUEST_GONE:
         r->status = 499;
         return MHD_NO;
     case REQUEST_EXPIRED:
         api_fail(&r->error, 503, "deadline_exceeded", NULL,
-                 "server: no vectors after %g s, the most a request may take", r->h->opt.deadline);
+                 "server: no %s after %g s, the most a request may take",
+                 ranks(r) ? "scores" : "vectors", r->h->opt.deadline);
         r->error.retry_after = model_worker_retry_after(r->work.worker);
         break;
     case REQUEST_STOPPED:
@@ -412,7 +466,7 @@ static void start_waiting(request *r, work *w) {
 /* Gives r to the fallback, if r allows it and the fallback can take it. Returns 0 if r waits there,
  * 1 if r has all its vectors already, -1 if r is unchanged. */
 static int fall_back(request *r) {
-    model_worker *worker = r->h->fallback;
+    model_worker *worker = r->h->workers[ROLE_FALLBACK];
     api_error ignored; /* r keeps the error of the first model */
     work other;
     if (!r->api.fallback || !worker || r->work.worker == worker ||
@@ -459,13 +513,13 @@ static int submit_or_fall_back(request *r) {
     return fall_back(r);
 }
 
-static enum MHD_Result start_embeddings(request *r) {
+static enum MHD_Result start_work(request *r) {
     if (read_request(r)) return answer_error(r);
     r->work.cached = model_worker_lookup(r->work.worker, &r->work.pending);
     r->phase = WAITING;
     if (r->work.cached == r->texts) {
         r->work.pending.state = REQUEST_DONE;
-        return finish_embeddings(r);
+        return finish_work(r);
     }
     start_waiting(r, &r->work);
     pthread_mutex_lock(&r->h->lock);
@@ -474,7 +528,8 @@ static enum MHD_Result start_embeddings(request *r) {
     /* Before submit, since another thread may resume the connection right after it. */
     MHD_suspend_connection(r->connection);
     if (submit_or_fall_back(r)) MHD_resume_connection(r->connection);
-    api_request_free(&r->api); /* r belongs to this thread until it returns, even if resumed */
+    /* r belongs to this thread until it returns, even if resumed */
+    if (!r->api.with_texts) api_request_free(&r->api);
     return MHD_YES;
 }
 
@@ -492,15 +547,22 @@ static const char *state_name(model_worker *l) {
     return names[model_worker_state_of(l)];
 }
 
+/* The state of the first model; if that is good, of the reranker beside it. */
 static const char *health_of(const http *h) {
-    return atomic_load(&h->draining) ? "draining" : state_name(h->worker);
+    model_worker *w = h->workers[ROLE_MAIN], *reranker = h->workers[ROLE_RERANKER];
+    if (atomic_load(&h->draining)) return "draining";
+    if (reranker && model_worker_state_of(w) == WORKER_READY) w = reranker;
+    return state_name(w);
 }
 
 static enum MHD_Result tell_health(request *r) {
     buffer body = {0};
     const char *health = health_of(r->h);
     buffer_printf(&body, "{\"status\":\"%s\"", health);
-    if (r->h->fallback) buffer_printf(&body, ",\"fallback\":\"%s\"", state_name(r->h->fallback));
+    for (int i = ROLE_MAIN + 1; i < N_ROLES; i++)
+        if (r->h->workers[i])
+            buffer_printf(&body, ",\"%s\":\"%s\"", role_name((role)i),
+                          state_name(r->h->workers[i]));
     buffer_printf(&body, "}");
     return answer(r, strcmp(health, "ok") ? 503 : 200, &body, JSON);
 }
@@ -509,14 +571,15 @@ static enum MHD_Result tell_metrics(request *r) {
     http *h = r->h;
     buffer body = {0};
     gauges g = {.healthy = !strcmp(health_of(h), "ok"),
-                .devices = model_worker_devices(h->worker),
-                .cache_bytes = model_worker_cache_bytes(h->worker)};
-    model_worker *const workers[] = {h->worker, h->fallback};
-    for (int i = 0; i < 2 && workers[i]; i++) {
-        const queue_depth d = model_worker_depth(workers[i]);
-        g.worker[i].model = name_of(h, workers[i]);
-        g.worker[i].table = model_worker_table(workers[i]);
-        g.worker[i].fingerprint = model_worker_fingerprint(workers[i]);
+                .devices = model_worker_devices(h->workers[ROLE_MAIN]),
+                .cache_bytes = model_worker_cache_bytes(h->workers[ROLE_MAIN])};
+    for (int i = 0; i < N_ROLES; i++) {
+        model_worker *w = h->workers[i];
+        if (!w) continue;
+        const queue_depth d = model_worker_depth(w);
+        g.worker[i].model = name_of(h, w);
+        g.worker[i].table = model_worker_table(w);
+        g.worker[i].fingerprint = model_worker_fingerprint(w);
         g.worker[i].queue_texts = d.texts;
         g.worker[i].queue_tokens = d.tokens;
         g.worker[i].queue_requests = d.requests;
@@ -530,11 +593,13 @@ static enum MHD_Result tell_metrics(request *r) {
 
 static enum MHD_Result tell_models(request *r) {
     const http_options *o = &r->h->opt;
-    const char *names[MAX_NAMES + 1];
+    const char *names[MAX_NAMES + N_ROLES];
+    int n = o->n_names;
     buffer body = {0};
     memcpy(names, o->names, sizeof o->names);
-    names[o->n_names] = o->fallback_name;
-    api_models(&body, names, o->n_names + (o->fallback_name != NULL), (long)r->h->created);
+    if (o->fallback_name) names[n++] = o->fallback_name;
+    if (o->reranker_name) names[n++] = o->reranker_name;
+    api_models(&body, names, n, (long)r->h->created);
     return answer(r, 200, &body, JSON);
 }
 
@@ -542,7 +607,10 @@ static enum MHD_Result on_complete(request *r) {
     if (r->error.status) return answer_error(r);
     switch (r->route) {
     case ROUTE_EMBEDDINGS:
-        return start_embeddings(r);
+    case ROUTE_RERANK_V1:
+    case ROUTE_RERANK_V2:
+    case ROUTE_RERANK:
+        return start_work(r);
     case ROUTE_TOKENIZE:
         return tokenize(r);
     case ROUTE_HEALTH:
@@ -575,7 +643,7 @@ static enum MHD_Result on_request(void *cls, struct MHD_Connection *c, const cha
         return on_body(r, data, got);
     }
     if (r->phase == ANSWERED) return MHD_YES;
-    return r->phase == WAITING ? finish_embeddings(r) : on_complete(r);
+    return r->phase == WAITING ? finish_work(r) : on_complete(r);
 }
 
 /* Called once per request, when its response is sent or its connection lost. */
@@ -592,12 +660,14 @@ static void on_completed(void *cls, struct MHD_Connection *c, void **cookie,
     metrics_request(h->opt.metrics, r->route, r->status);
     if (r->route == ROUTE_EMBEDDINGS)
         metrics_observe(h->opt.metrics, HISTOGRAM_REQUEST_SECONDS, seconds);
+    if (ranks(r)) metrics_observe(h->opt.metrics, HISTOGRAM_RERANK_SECONDS, seconds);
     log_line(r->status >= 500 ? "error" : "info", "request",
              "\"request_id\":\"%s\",\"path\":\"%s\",\"status\":%d,\"code\":\"%s\",\"texts\":%d,"
              "\"tokens\":%" PRIu64 ",\"shared\":%d,\"cached\":%d,\"fallback\":%s,\"ms\":%.3f",
              r->id, route_path(r->route), r->status, r->error.status ? r->error.code : "", r->texts,
              r->work.tokens, r->work.shared, r->work.cached,
-             r->work.worker && r->work.worker == h->fallback ? "true" : "false", 1e3 * seconds);
+             r->work.worker && r->work.worker == h->workers[ROLE_FALLBACK] ? "true" : "false",
+             1e3 * seconds);
     work_clear(r, &r->work);
     api_request_free(&r->api);
     drop_body(r);
@@ -695,11 +765,10 @@ static void *accept_main(void *arg) {
 
 /* ---- start, tick, end ------------------------------------------------------------------------ */
 
-http *http_start(const http_options *o, model_worker *l, model_worker *fallback) {
+http *http_start(const http_options *o, model_worker *const workers[N_ROLES]) {
     http *h = need(calloc(1, sizeof *h));
     h->opt = *o;
-    h->worker = l;
-    h->fallback = fallback;
+    memcpy(h->workers, workers, sizeof h->workers);
     h->created = time(NULL);
     pthread_mutex_init(&h->lock, NULL);
     if (getrandom(&h->id_start, sizeof h->id_start, 0) != sizeof h->id_start)

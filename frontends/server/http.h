@@ -11,7 +11,7 @@ typedef struct {
     int port;
     const char *names[MAX_NAMES]; /* of the model; responses use the first */
     int n_names;
-    const char *fallback_name; /* of the fallback, or NULL */
+    const char *fallback_name, *reranker_name; /* of these models, or NULL */
     int http_threads, max_connections, max_texts;
     size_t max_body, max_memory; /* bytes */
     double deadline, receive_timeout, drain;
@@ -20,9 +20,10 @@ typedef struct {
 
 typedef struct http http;
 
-/* Starts the server. It answers 503 until the worker is ready. fallback may be NULL; http.c says
- * when it computes. Ends the process with a message on failure. */
-http *http_start(const http_options *o, model_worker *l, model_worker *fallback);
+/* Starts the server for these workers by role; all but the first may be NULL. It answers 503 until
+ * they are ready; http.c says when the fallback computes. Ends the process with a message on
+ * failure. */
+http *http_start(const http_options *o, model_worker *const workers[N_ROLES]);
 int http_port(const http *h);
 /* Closes connections that take too long to send a request or to read a response. */
 void http_tick(http *h, double now);

@@ -23,9 +23,9 @@ typedef struct {
     model_worker_options worker;
     http_options http;
     int cache_mib, redis_timeout;
-    const char *redis;    /* NULL: none */
-    const char *fallback; /* NULL: none */
-    char name[2][256];    /* of model and fallback, from their file names */
+    const char *redis;               /* NULL: none */
+    const char *fallback, *reranker; /* files, or NULL */
+    char name[N_ROLES][256];         /* of the models, from their file names */
 } options;
 
 static const char *checked_name(const char *option, const char *name) {
@@ -53,6 +53,10 @@ static const option_row rows[] = {
      OPTION_STRING, AT(fallback)},
     {"fallback-name", "NAME", "its name", NULL,
      OPTION_STRING, AT(http.fallback_name), .unset = "the file's"},
+    {"reranker", "FILE", "a model that ranks, beside one that embeds", NULL,
+     OPTION_STRING, AT(reranker)},
+    {"reranker-name", "NAME", "its name", NULL,
+     OPTION_STRING, AT(http.reranker_name), .unset = "the file's"},
     {"api-key-file", "FILE", "a key per line: requests must bring one", NULL,
      OPTION_STRING, AT(http.key_file)},
     {"http-threads", "N", "threads that parse, tokenize and format", "2",
@@ -84,7 +88,7 @@ static const option_row rows[] = {
 /* clang-format on */
 
 static const char synopsis[] =
-    "qemb-serve " QEMB_VERSION ": Qwen3-Embedding vectors over HTTP, as OpenAI's API has them\n"
+    "qemb-serve " QEMB_VERSION ": Qwen3-Embedding vectors and reranking over HTTP, by public APIs\n"
     "  qemb-serve -m MODEL.qemb [OPTION]...\n";
 static const char ending[] = "Status: 0 good, 1 usage, 2 model.\n"
                              "Requests, errors, metrics and the log: man qemb-serve\n";
@@ -98,17 +102,30 @@ static const char *name_by_file(char name[256], const char *path) {
     return name;
 }
 
+/* Sets the name of the model `file` with that role; NULL: there is none. */
+static void set_name(options *o, role role, const char *file, const char **name) {
+    const http_options *h = &o->http;
+    const char *option = role_name(role);
+    char name_option[32];
+    snprintf(name_option, sizeof name_option, "%s-name", option);
+    if (*name && !file) usage("--%s: of no model (want --%s)", name_option, option);
+    if (!file) return;
+    if (!*name) *name = name_by_file(o->name[role], file);
+    checked_name(name_option, *name);
+    for (int i = 0; i < h->n_names; i++)
+        if (!strcmp(h->names[i], *name))
+            usage("--%s: the model's own name (got %.80s): answers could not tell", name_option,
+                  *name);
+}
+
 static void check_names(options *o) {
     http_options *h = &o->http;
-    if (!h->n_names) add_name(o, "name", name_by_file(o->name[0], o->worker.model.model));
-    if (h->fallback_name && !o->fallback) usage("--fallback-name: of no model (want --fallback)");
-    if (!o->fallback) return;
-    if (!h->fallback_name) h->fallback_name = name_by_file(o->name[1], o->fallback);
-    checked_name("fallback-name", h->fallback_name);
-    for (int i = 0; i < h->n_names; i++)
-        if (!strcmp(h->names[i], h->fallback_name))
-            usage("--fallback-name: the model's own name (got %.80s): answers could not tell",
-                  h->fallback_name);
+    if (!h->n_names) add_name(o, "name", name_by_file(o->name[ROLE_MAIN], o->worker.model.model));
+    set_name(o, ROLE_FALLBACK, o->fallback, &h->fallback_name);
+    set_name(o, ROLE_RERANKER, o->reranker, &h->reranker_name);
+    if (h->fallback_name && h->reranker_name && !strcmp(h->fallback_name, h->reranker_name))
+        usage("--reranker-name: the fallback's name (got %.80s): answers could not tell",
+              h->reranker_name);
 }
 
 static void parse_options(options *o, int argc, char **argv) {
@@ -132,12 +149,13 @@ static int wait_signal(const sigset_t *set) {
     return sig > 0 ? sig : 0;
 }
 
-/* The workers of model and fallback; the second may be NULL. */
-typedef model_worker *model_workers[2];
+/* By role; all but the first may be NULL. */
+typedef model_worker *model_workers[N_ROLES];
 
 static void tick(model_workers w, http *h) {
     const double now = seconds_now();
-    for (int i = 0; i < 2 && w[i]; i++) model_worker_tick(w[i], now);
+    for (int i = 0; i < N_ROLES; i++)
+        if (w[i]) model_worker_tick(w[i], now);
     http_tick(h, now);
 }
 
@@ -151,7 +169,8 @@ static void drain(const http_options *o, const sigset_t *set, model_workers w, h
         if (wait_signal(set)) break; /* a second signal ends the drain */
         tick(w, h);
     }
-    for (int i = 0; i < 2 && w[i]; i++) model_worker_stop(w[i]);
+    for (int i = 0; i < N_ROLES; i++)
+        if (w[i]) model_worker_stop(w[i]);
     const double stopped = seconds_now();
     while (!http_idle(h, seconds_now()) && seconds_now() - stopped < LAST_ANSWERS) wait_signal(set);
 }
@@ -164,14 +183,21 @@ static void open_caches(options *o) {
 }
 
 static void open_workers(const options *o, model_workers w) {
-    w[0] = model_worker_open(&o->worker);
-    w[1] = NULL;
-    if (!o->fallback) return;
-    model_worker_options other = o->worker;
-    other.model.model = o->fallback;
-    other.is_fallback = 1;
-    other.model.engine.max_tokens = 0; /* from its file: the option is for the first model */
-    w[1] = model_worker_open(&other);
+    const char *const files[N_ROLES] = {o->worker.model.model, o->fallback, o->reranker};
+    for (int i = 0; i < N_ROLES; i++) {
+        model_worker_options own = o->worker;
+        own.role = (role)i;
+        own.model.model = files[i];
+        if (i != ROLE_MAIN) own.model.engine.max_tokens = 0; /* from its file */
+        if (i == ROLE_RERANKER) {                            /* it has a task only */
+            own.model.query = own.model.document = 0;
+            own.model.prompt = NULL;
+        }
+        w[i] = files[i] ? model_worker_open(&own) : NULL;
+    }
+    if (model_worker_is_reranker(w[ROLE_MAIN]) && (o->fallback || o->reranker))
+        usage("--fallback, --reranker: beside an embedding model (got the reranker %.128s)",
+              o->worker.model.model);
 }
 
 int main(int argc, char **argv) {
@@ -188,20 +214,24 @@ int main(int argc, char **argv) {
     o.http.metrics = o.worker.metrics = need(metrics_new());
     open_caches(&o);
     open_workers(&o, w);
-    http *h = http_start(&o.http, w[0], w[1]);
+    http *h = http_start(&o.http, w);
     log_line("info", "listening", "\"port\":%d,\"pid\":%ld", http_port(h), (long)getpid());
-    for (int i = 0; i < 2 && w[i]; i++) model_worker_start(w[i]);
+    for (int i = 0; i < N_ROLES; i++)
+        if (w[i]) model_worker_start(w[i]);
     int sig, dead = 0;
     for (; !(sig = wait_signal(&set)) && !dead; tick(w, h))
-        for (int i = 0; i < 2 && w[i]; i++) dead |= model_worker_state_of(w[i]) == WORKER_DEAD;
+        for (int i = 0; i < N_ROLES; i++)
+            dead |= w[i] && model_worker_state_of(w[i]) == WORKER_DEAD;
     drain(&o.http, &set, w, h);
     int joined = 1; /* before http_stop, so that no worker resumes a connection */
-    for (int i = 0; i < 2 && w[i]; i++) joined &= model_worker_join(w[i], LAST_BATCH);
+    for (int i = 0; i < N_ROLES; i++)
+        if (w[i]) joined &= model_worker_join(w[i], LAST_BATCH);
     http_stop(h);
     log_line("info", "stopped", "\"signal\":%d", sig);
     const int status = dead ? STATUS_MODEL : STATUS_GOOD;
     if (!joined) leave(status); /* a worker is in a long batch */
-    for (int i = 0; i < 2 && w[i]; i++) model_worker_free(w[i]);
+    for (int i = 0; i < N_ROLES; i++)
+        if (w[i]) model_worker_free(w[i]);
     redis_free(o.worker.redis);
     cache_free(o.worker.cache);
     metrics_free(o.worker.metrics);

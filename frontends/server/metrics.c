@@ -15,9 +15,15 @@
 /* ---- counters -------------------------------------------------------------------------------- */
 
 const char *route_path(route r) {
-    static const char *const paths[N_ROUTES] = {"/v1/embeddings", "/tokenize", "/v1/models",
-                                                "/health",        "/metrics",  "other"};
+    static const char *const paths[N_ROUTES] = {"/v1/embeddings", "/v1/rerank", "/v2/rerank",
+                                                "/rerank",        "/tokenize",  "/v1/models",
+                                                "/health",        "/metrics",   "other"};
     return paths[r];
+}
+
+const char *role_name(role r) {
+    static const char *const names[N_ROLES] = {"main", "fallback", "reranker"};
+    return names[r];
 }
 
 static const struct {
@@ -25,28 +31,30 @@ static const struct {
 } counters[N_COUNTS] = {
     [COUNT_TEXTS] = {"texts", "Texts of requests that were answered with vectors."},
     [COUNT_TOKENS] = {"tokens", "Their tokens."},
-    [COUNT_COMPUTED_TEXTS] = {"computed_texts", "Distinct texts that went through the model."},
+    [COUNT_DOCUMENTS] = {"documents", "Documents of requests that were answered with scores."},
+    [COUNT_DOCUMENT_TOKENS] = {"document_tokens", "Their tokens, with query and prompt."},
+    [COUNT_COMPUTED_TEXTS] = {"computed_texts", "Distinct texts that went through a model."},
     [COUNT_COMPUTED_TOKENS] = {"computed_tokens", "Their tokens."},
     [COUNT_DEDUP] = {"dedup_hits", "Texts that shared the computation of an equal one in flight."},
-    [COUNT_NON_FINITE] = {"non_finite", "Texts for which the model has no finite vector."},
+    [COUNT_NON_FINITE] = {"non_finite", "Texts for which a model has no finite vector or score."},
     [COUNT_CLAMPED] = {"clamped",
                        "Numbers cut to the largest that an activation can be, on a GPU."},
     [COUNT_RECOMPUTED] = {"recomputed", "Vectors that a GPU could not give and the CPU computed."},
     [COUNT_FAILED_DEVICES] = {"failed_devices", "GPUs that failed."},
     [COUNT_FALLBACKS] = {"fallbacks", "Requests that the fallback took, as they allow."},
     [COUNT_DEPARTED] = {"departed", "Requests dropped because their client had left."},
-    [COUNT_EXPIRED] = {"expired", "Requests whose deadline came before their vectors."},
+    [COUNT_EXPIRED] = {"expired", "Requests whose deadline came before their vectors or scores."},
     [COUNT_REAPED] = {"reaped", "Connections closed for sending or reading too slowly."},
     [COUNT_LOG_LOST] = {"log_lines_lost", "Log lines that standard error did not take."},
-    [COUNT_CACHE_HITS] = {"cache_hits", "Texts whose vectors were in memory."},
-    [COUNT_CACHE_MISSES] = {"cache_misses", "Texts whose vectors were in no cache."},
-    [COUNT_REDIS_HITS] = {"redis_hits", "Texts whose vectors were in Redis."},
+    [COUNT_CACHE_HITS] = {"cache_hits", "Texts whose vectors or scores were in memory."},
+    [COUNT_CACHE_MISSES] = {"cache_misses", "Texts whose vectors or scores were in no cache."},
+    [COUNT_REDIS_HITS] = {"redis_hits", "Texts whose vectors or scores were in Redis."},
     [COUNT_REDIS_ERRORS] = {"redis_errors", "Failures of Redis; a pause follows each."},
-    [COUNT_REDIS_DROPPED] = {"redis_dropped", "Vectors that were not stored in Redis."},
+    [COUNT_REDIS_DROPPED] = {"redis_dropped", "Vectors and scores that were not stored in Redis."},
 };
 
 /* 499: the client has left. The last entry counts all other codes. */
-static const int codes[] = {200, 400, 401, 404, 405, 413, 415, 422, 429, 499, 503, 0};
+static const int codes[] = {200, 400, 401, 404, 405, 413, 415, 422, 424, 429, 499, 503, 0};
 
 /* ---- histograms ------------------------------------------------------------------------------ */
 
@@ -69,6 +77,10 @@ static const struct {
                                    "Time from an embedding request's header to its answer.",
                                    {.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10,
                                     30, 60}},
+    [HISTOGRAM_RERANK_SECONDS] = {"rerank_seconds",
+                                  "Time from a rerank request's header to its answer.",
+                                  {.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10,
+                                   30, 60}},
 };
 
 struct metrics {
@@ -174,18 +186,25 @@ void metrics_text(metrics *m, buffer *out, const gauges *g) {
     gauge_text(out, "connections", "Open connections.", (size_t)g->connections);
     gauge_text(out, "devices", "GPUs that compute the model, or 1 for the CPU.",
                (size_t)g->devices);
-    gauge_text(out, "queue_texts", "Distinct texts that wait for a batch.",
-               (size_t)g->worker[0].queue_texts);
-    gauge_text(out, "queue_tokens", "Their tokens.", (size_t)g->worker[0].queue_tokens);
-    gauge_text(out, "queue_requests", "Requests that wait for vectors.",
-               (size_t)g->worker[0].queue_requests);
+    gauge_text(out, "queue_texts", "Distinct texts that wait for a batch of the first model.",
+               (size_t)g->worker[ROLE_MAIN].queue_texts);
+    gauge_text(out, "queue_tokens", "Their tokens.", (size_t)g->worker[ROLE_MAIN].queue_tokens);
+    gauge_text(out, "queue_requests", "Requests that wait for the first model.",
+               (size_t)g->worker[ROLE_MAIN].queue_requests);
     gauge_text(out, "fallback_queue_tokens", "Tokens that wait for the fallback.",
-               (size_t)g->worker[1].queue_tokens);
+               (size_t)g->worker[ROLE_FALLBACK].queue_tokens);
+    gauge_text(out, "reranker_queue_texts", "Documents that wait for a batch of --reranker.",
+               (size_t)g->worker[ROLE_RERANKER].queue_texts);
+    gauge_text(out, "reranker_queue_tokens", "Their tokens, with query and prompt.",
+               (size_t)g->worker[ROLE_RERANKER].queue_tokens);
+    gauge_text(out, "reranker_queue_requests", "Requests that wait for --reranker.",
+               (size_t)g->worker[ROLE_RERANKER].queue_requests);
     gauge_text(out, "cache_bytes", "Memory that the cache takes.", g->cache_bytes);
     buffer_printf(out, "# HELP qemb_model_info The models that are served.\n"
                        "# TYPE qemb_model_info gauge\n");
-    for (int i = 0; i < 2 && g->worker[i].model; i++) {
-        buffer_printf(out, "qemb_model_info{role=\"%s\",model=\"", i ? "fallback" : "main");
+    for (int i = 0; i < N_ROLES; i++) {
+        if (!g->worker[i].model) continue;
+        buffer_printf(out, "qemb_model_info{role=\"%s\",model=\"", role_name((role)i));
         label_text(out, g->worker[i].model);
         buffer_printf(out, "\",table=\"%s\",fingerprint=\"%s\",version=\"%s\"} 1\n",
                       g->worker[i].table, g->worker[i].fingerprint, QEMB_VERSION);

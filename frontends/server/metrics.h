@@ -8,6 +8,9 @@
 
 typedef enum {
     ROUTE_EMBEDDINGS,
+    ROUTE_RERANK_V1,
+    ROUTE_RERANK_V2,
+    ROUTE_RERANK,
     ROUTE_TOKENIZE,
     ROUTE_MODELS,
     ROUTE_HEALTH,
@@ -18,9 +21,16 @@ typedef enum {
 
 const char *route_path(route r);
 
+/* The models of a server. */
+typedef enum { ROLE_MAIN, ROLE_FALLBACK, ROLE_RERANKER, N_ROLES } role;
+
+const char *role_name(role r);
+
 typedef enum {
     COUNT_TEXTS,
     COUNT_TOKENS,
+    COUNT_DOCUMENTS,
+    COUNT_DOCUMENT_TOKENS,
     COUNT_COMPUTED_TEXTS,
     COUNT_COMPUTED_TOKENS,
     COUNT_DEDUP,
@@ -46,6 +56,7 @@ typedef enum {
     HISTOGRAM_BATCH_TOKENS,
     HISTOGRAM_BATCH_SECONDS,
     HISTOGRAM_REQUEST_SECONDS,
+    HISTOGRAM_RERANK_SECONDS,
     N_HISTOGRAMS
 } histogram;
 
@@ -55,7 +66,7 @@ typedef struct {
     struct {
         const char *model, *table, *fingerprint;       /* NULL: no such model */
         int queue_texts, queue_tokens, queue_requests; /* waiting */
-    } worker[2];                                       /* model, fallback */
+    } worker[N_ROLES];
 } gauges;
 
 /* Counters and histograms of one server. Thread-safe. */

@@ -17,6 +17,13 @@
 #include <string.h>
 #include <time.h>
 
+/* Rows of a reranker's batch on a CPU. The documents of a request share the rows of prompt and
+ * query, about a hundred, which each further batch computes again: 3% of 4096 rows, a tenth of
+ * the 1024 that embedding models have. `qemb rerank` takes twice as many rows, since nobody waits
+ * behind its batches; here a short request does. It needs no memory that a text of the usual window
+ * would not need. */
+#define RERANK_BATCH 4096
+
 /* A tokenizer and its buffers, used by one thread at a time. The worker keeps the unused ones. */
 typedef struct scratch {
     struct scratch *next;
@@ -61,6 +68,9 @@ struct model_worker {
     EVP_MD *sha256;
     uint8_t fingerprint[KEY_BYTES];
     char fingerprint_hex[2 * KEY_BYTES + 1];
+    int is_reranker;
+    /* Whether the n numbers of v are a vector that can be answered. */
+    int (*is_good)(const float *v, int n);
     /* The probe: the empty text, computed to test whether the model works. */
     pending_request probe;
     pending_text probe_text;
@@ -131,14 +141,35 @@ static text *make_text(model_worker *m, scratch *s, const record_ids *ids) {
     return t;
 }
 
-/* The empty text. A model that adds no token to it gets token 0. */
+/* The empty text, or pair. A model that adds no token to it gets token 0. */
 static text *make_probe(model_worker *m, scratch *s) {
     static const int32_t first;
     qemb_err err;
     record_ids ids = {0};
-    if (tokenize_text(&s->record_tokenizer, "", 0, "", 0, &ids, &err))
+    record_tokenizer *t = &s->record_tokenizer;
+    t->truncate = 1;
+    if (m->is_reranker ? tokenize_pair(t, &(text_pair){.query = "", .document = ""}, 0, &ids, &err)
+                       : tokenize_text(t, "", 0, "", 0, &ids, &err))
         ids = (record_ids){.ids = &first, .n = 1};
     return need(make_text(m, s, &ids));
+}
+
+static int is_finite(const float *v, int n) {
+    for (int i = 0; i < n; i++)
+        if (!isfinite(v[i])) return 0;
+    return 1;
+}
+
+static void check_kind(model_worker *m) {
+    const model_options *o = &m->opt.model;
+    m->is_reranker = m->file.file->config.kind == QEMB_RERANKER;
+    m->is_good = m->is_reranker ? is_finite : qemb_has_length; /* a logit may be 0 */
+    if (m->opt.role == ROLE_RERANKER && !m->is_reranker)
+        usage("--reranker: an embedding model (got %.128s)", o->model);
+    if (m->opt.role == ROLE_FALLBACK && m->is_reranker)
+        usage("--fallback: a reranker (got %.128s, want an embedding model)", o->model);
+    if (m->is_reranker && (o->query || o->document || o->prompt))
+        usage("--query, --document, --prompt: not for a reranker (got %.128s)", o->model);
 }
 
 model_worker *model_worker_open(const model_worker_options *o) {
@@ -150,6 +181,7 @@ model_worker *model_worker_open(const model_worker_options *o) {
     m->replicas = need(calloc((size_t)o->model.n_devices, sizeof *m->replicas));
     for (int i = 0; i < o->model.n_devices; i++) m->replicas[i] = (replica){.worker = m, .i = i};
     open_model_file(&m->file, o->model.model);
+    check_kind(m);
     m->sha256 = EVP_MD_fetch(NULL, "SHA256", NULL);
     if (!m->sha256) DIE(STATUS_MODEL, "SHA-256: not available");
     make_fingerprint(m);
@@ -159,20 +191,24 @@ model_worker *model_worker_open(const model_worker_options *o) {
     /* The engine would take larger batches where a GPU has the memory. They are a little faster,
      * and requests would wait twice as long for the one that is being computed. */
     int *batch = &m->opt.model.engine.batch_tokens;
+    if (!*batch && m->is_reranker && !o->model.ops->plan) *batch = RERANK_BATCH;
     if (!*batch) *batch = qemb_batch_tokens(o->model.ops);
-    m->queue = need(queue_new(o->max_queue_tokens, *batch, *batch / 8, o->metrics));
+    /* A reranker's turn is long, so that a batch has so many documents of one query when another
+     * request's turn comes that the packer keeps the two apart. */
+    const int share = m->is_reranker ? *batch / 2 : *batch / 8;
+    m->queue = need(queue_new(o->max_queue_tokens, *batch, share, o->metrics));
     return m;
 }
 
 /* ---- the replicas' threads ------------------------------------------------------------------- */
 
-/* vectors[i] = row i of out (n, D), or NULL if it has no finite length. Returns the number of
- * NULLs. */
-static int make_vectors(const float *out, int D, vector **vectors, int n) {
+/* vectors[i] = row i of out (n, dim), or NULL if it is not good. Returns the number of NULLs. */
+static int make_vectors(const model_worker *m, const float *out, vector **vectors, int n) {
+    const int D = model_worker_dim(m);
     int bad = 0;
     for (int i = 0; i < n; i++) {
         const float *row = out + (size_t)i * (size_t)D;
-        vectors[i] = qemb_has_length(row, D) ? vector_new(row, D) : NULL;
+        vectors[i] = m->is_good(row, D) ? vector_new(row, D) : NULL;
         bad += !vectors[i];
     }
     return bad;
@@ -210,9 +246,8 @@ static void load(replica *r) {
     }
     if (atomic_fetch_sub(&m->loading, 1) == 1)
         log_line("info", "loaded",
-                 "\"fallback\":%s,\"devices\":%d,\"table\":\"%s\",\"fingerprint\":\"%s\"",
-                 m->opt.is_fallback ? "true" : "false", o->n_devices, o->ops->name,
-                 m->fingerprint_hex);
+                 "\"role\":\"%s\",\"devices\":%d,\"table\":\"%s\",\"fingerprint\":\"%s\"",
+                 role_name(m->opt.role), o->n_devices, o->ops->name, m->fingerprint_hex);
     pthread_barrier_wait(&m->loaded);
 }
 
@@ -284,7 +319,7 @@ static int collect(replica *r) {
         return -1;
     }
     count_batch(r, j, &now);
-    const int bad = make_vectors(j->out, model_worker_dim(m), r->vectors, j->n);
+    const int bad = make_vectors(m, j->out, r->vectors, j->n);
     metrics_add(m->opt.metrics, COUNT_NON_FINITE, (uint64_t)bad);
     /* Before queue_finish, so that a text is always in flight or cached. */
     for (int i = 0; i < j->n; i++)
@@ -292,7 +327,8 @@ static int collect(replica *r) {
     const int state = bad ? WORKER_FAILING : WORKER_READY;
     if (atomic_exchange(&m->state, state) != state)
         log_line(bad ? "error" : "info", bad ? "failing" : "ready",
-                 "\"texts\":%d,\"non_finite\":%d", j->n, bad);
+                 "\"role\":\"%s\",\"texts\":%d,\"non_finite\":%d", role_name(m->opt.role), j->n,
+                 bad);
     queue_finish(m->queue, j->taken, r->vectors, j->n);
     for (int i = 0; i < j->n; i++) vector_drop(r->vectors[i]);
     qemb_batch_clear(j->batch);
@@ -406,6 +442,7 @@ int model_worker_retry_after(model_worker *m) { return queue_retry_after(m->queu
 int model_worker_devices(model_worker *m) { return atomic_load(&m->working); }
 queue_depth model_worker_depth(model_worker *m) { return queue_depth_of(m->queue); }
 int model_worker_dim(const model_worker *m) { return qemb_dim(&m->file.file->config); }
+int model_worker_is_reranker(const model_worker *m) { return m->is_reranker; }
 const char *model_worker_table(const model_worker *m) { return m->opt.model.ops->name; }
 const char *model_worker_fingerprint(const model_worker *m) { return m->fingerprint_hex; }
 
@@ -429,29 +466,37 @@ static int check_ids(const model_worker *m, const int32_t *ids, size_t n, int i,
     return 0;
 }
 
-static int tokenize_failed(const qemb_err *err, int i, api_error *e) {
+static int tokenize_failed(const qemb_err *err, const char *key, int i, api_error *e) {
     if (!strcmp(err->code, "too_long"))
-        return api_fail(e, 400, "context_length_exceeded", "input", "input[%d]: %s", i, err->msg);
+        return api_fail(e, 400, "context_length_exceeded", key, "%s[%d]: %s", key, i, err->msg);
     if (!strcmp(err->code, "out_of_memory"))
-        return api_fail(e, 503, err->code, NULL, "input[%d]: %s", i, err->msg);
-    return api_fail(e, 400, err->code, "input", "input[%d]: %s", i, err->msg);
+        return api_fail(e, 503, err->code, NULL, "%s[%d]: %s", key, i, err->msg);
+    return api_fail(e, 400, err->code, key, "%s[%d]: %s", key, i, err->msg);
 }
 
 static int tokenize_input(model_worker *m, scratch *s, const api_request *r, int i, pending_text *p,
                           api_error *e) {
     const api_input *in = &r->inputs[i];
+    record_tokenizer *t = &s->record_tokenizer;
     record_ids ids = {0};
     qemb_err err;
-    if (in->text) {
-        if (tokenize_text(&s->record_tokenizer, in->text, in->len, r->instruct, r->instruct_len,
-                          &ids, &err))
-            return tokenize_failed(&err, i, e);
+    int bad;
+    if (m->is_reranker) {
+        const text_pair pair = {.task = r->instruct,
+                                .task_len = r->instruct_len,
+                                .query = r->query,
+                                .query_len = r->query_len,
+                                .document = in->text,
+                                .document_len = in->len};
+        bad = tokenize_pair(t, &pair, r->max_document, &ids, &err);
+    } else if (in->text) {
+        bad = tokenize_text(t, in->text, in->len, r->instruct, r->instruct_len, &ids, &err);
     } else {
         const int32_t *given = r->ids + in->first_id;
         if (check_ids(m, given, in->len, i, e)) return -1;
-        if (tokenize_ids(&s->record_tokenizer, given, in->len, &ids, &err))
-            return tokenize_failed(&err, i, e);
+        bad = tokenize_ids(t, given, in->len, &ids, &err);
     }
+    if (bad) return tokenize_failed(&err, r->key, i, e);
     p->text = make_text(m, s, &ids);
     return p->text ? 0 : api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
 }
@@ -470,8 +515,8 @@ int model_worker_tokenize(model_worker *m, const api_request *r, pending_request
         if (!bad) *tokens += (uint64_t)t->texts[i].text->n;
         /* Bounds the memory of one request's ids. */
         if (!bad && *tokens > (uint64_t)m->opt.max_queue_tokens)
-            bad = api_fail(e, 413, "too_many_tokens", "input",
-                           "input: too many tokens in one request (got more than %d)",
+            bad = api_fail(e, 413, "too_many_tokens", r->key,
+                           "%s: too many tokens in one request (got more than %d)", r->key,
                            m->opt.max_queue_tokens);
     }
     give_scratch(m, s);
@@ -489,7 +534,7 @@ int model_worker_lookup(model_worker *m, pending_request *t) {
         s->text = NULL;
         hits++;
     }
-    if (m->opt.redis) redis_hits = redis_get(m->opt.redis, t, model_worker_dim(m));
+    if (m->opt.redis) redis_hits = redis_get(m->opt.redis, t, model_worker_dim(m), m->is_good);
     for (int i = 0; redis_hits && i < t->n; i++) {
         pending_text *s = &t->texts[i];
         if (!s->text || !s->vector) continue;

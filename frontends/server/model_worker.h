@@ -1,4 +1,6 @@
-/* model_worker.h - a model, its queue of requests and the threads that compute, one a device. */
+/* model_worker.h - a model, its queue of requests and the threads that compute, one a device.
+ *
+ * A reranker's texts are pairs of a query and a document, and the "vector" of one is its logit. */
 #ifndef QEMB_MODEL_WORKER_H
 #define QEMB_MODEL_WORKER_H
 
@@ -14,13 +16,15 @@ typedef struct model_worker model_worker;
 
 typedef struct {
     model_options model;
-    int max_queue_tokens, is_fallback;
+    role role;
+    int max_queue_tokens;
     cache *cache;     /* or NULL */
     redis *redis;     /* or NULL */
     metrics *metrics; /* has to outlive the worker */
 } model_worker_options;
 
-/* Opens the file and the tokenizer. Ends the process with a message on failure. */
+/* Opens the file and the tokenizer. Ends the process with a message on failure, and if the model is
+ * not of the kind that the role needs. */
 model_worker *model_worker_open(const model_worker_options *o);
 /* Starts the threads that open the model on the devices, which may take long, and then compute.
  * Ends the process with a message on failure. */
@@ -33,6 +37,7 @@ void model_worker_free(model_worker *w); /* after model_worker_join returned 1 *
 model_worker_state model_worker_state_of(model_worker *w);
 void model_worker_tick(model_worker *w, double now); /* call it a few times per second */
 int model_worker_dim(const model_worker *w);         /* numbers of a whole vector */
+int model_worker_is_reranker(const model_worker *w);
 int model_worker_max_tokens(const model_worker *w);
 size_t model_worker_cache_bytes(const model_worker *w);
 const char *model_worker_table(const model_worker *w); /* the name of the ops table */

@@ -8,8 +8,8 @@
  * So a request with a thousand texts leaves room for the next request. While long texts wait, at
  * least one of two successive batches contains a long text.
  *
- * The packer refuses a text for which the batch has no room. Steps 1 and 2 then end. It also refuses
- * a text that would undo the batch's sharing, such as a document of another query. Then only its
+ * The packer refuses a text for which the batch has no room. Step 2 then ends. It also refuses a
+ * text that would undo the batch's sharing, such as a document of another query. Then only its
  * request is passed over, and the batch goes on with texts that share: a request to rerank usually
  * fills batches of its own. The next batch begins with the first request that was passed over.
  */

@@ -87,11 +87,11 @@ static void make_name(char name[NAME_BYTES], const uint8_t *key) {
 
 /* ---- asking ---------------------------------------------------------------------------------- */
 
-/* Reads a value as a vector of n numbers. NULL if it is none, or has no finite length. */
-static vector *read_value(const redisReply *v, int n) {
+/* Reads a value as a vector of n numbers. NULL if it is none, or not good. */
+static vector *read_value(const redisReply *v, int n, int (*is_good)(const float *v, int n)) {
     if (v->type != REDIS_REPLY_STRING || v->len != (size_t)n * sizeof(float)) return NULL;
     vector *x = vector_new((const float *)(const void *)v->str, n);
-    if (!x || qemb_has_length(x->v, n)) return x;
+    if (!x || is_good(x->v, n)) return x;
     vector_drop(x);
     return NULL;
 }
@@ -119,7 +119,7 @@ static redisReply *ask(redisContext *c, const pending_request *t, int n) {
     return reply;
 }
 
-int redis_get(redis *r, pending_request *t, int dim) {
+int redis_get(redis *r, pending_request *t, int dim, int (*is_good)(const float *v, int n)) {
     int n = 0, hits = 0;
     for (int i = 0; i < t->n; i++) n += t->texts[i].text != NULL;
     redisContext *c = n ? take(r) : NULL;
@@ -133,7 +133,7 @@ int redis_get(redis *r, pending_request *t, int dim) {
     for (int i = 0, k = 0; i < t->n; i++) {
         pending_text *s = &t->texts[i];
         if (!s->text) continue;
-        s->vector = read_value(reply->element[k++], dim);
+        s->vector = read_value(reply->element[k++], dim, is_good);
         hits += s->vector != NULL;
     }
     freeReplyObject(reply);

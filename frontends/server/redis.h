@@ -10,9 +10,9 @@ typedef struct redis redis;
  * and a reply. */
 redis *redis_new(const char *address, int timeout_ms, metrics *m);
 void redis_free(redis *r); /* r may be NULL */
-/* Sets the vectors (dim) of those texts of t that have a text and are stored. Returns their number.
- * Takes at most two timeouts; returns 0 at once in a pause. */
-int redis_get(redis *r, pending_request *t, int dim);
+/* Sets the vectors (dim) of those texts of t that have a text and whose stored numbers are good.
+ * Returns their number. Takes at most two timeouts; returns 0 at once in a pause. */
+int redis_get(redis *r, pending_request *t, int dim, int (*is_good)(const float *v, int n));
 void redis_put(redis *r, const uint8_t key[KEY_BYTES], vector *v); /* does not block */
 
 #endif

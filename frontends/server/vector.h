@@ -4,7 +4,8 @@
 
 #include <stdatomic.h>
 
-/* A vector as qemb_embed returns it, not yet cut or normalized, so it serves every dimension.
+/* A vector as qemb_embed returns it, not yet cut or normalized, so it serves every dimension; a
+ * reranker's is one logit.
  * Counted by references, never changed. */
 typedef struct {
     atomic_int refs;
