@@ -88,7 +88,7 @@ static const option_row rows[] = {
 /* clang-format on */
 
 static const char synopsis[] =
-    "qemb-serve " QEMB_VERSION ": Qwen3-Embedding vectors and reranking over HTTP, by public APIs\n"
+    "qemb-serve " QEMB_VERSION ": Qwen3-Embedding vectors and reranking over HTTP\n"
     "  qemb-serve -m MODEL.qemb [OPTION]...\n";
 static const char ending[] = "Status: 0 good, 1 usage, 2 model.\n"
                              "Requests, errors, metrics and the log: man qemb-serve\n";

@@ -157,20 +157,39 @@ def test_redis_is_shared(redis):
         assert b.metric("qemb_computed_texts_total") == 2  # the probe and the unknown one
 
 
-def test_models_do_not_share_keys(redis, tmp_path):
-    with server(*with_redis(redis.port)) as a:
-        one = a.embed([[1, 2]])
-        wait_stored(redis, 2)
-    other = tmp_path / "other.qemb"  # one weight differs, and with it the recorded digest
+def with_header(path, at, new):
+    """The small model with other bytes in its header, as a file at path."""
     data = bytearray(Path(MODEL).read_bytes())
-    data[40] ^= 1
+    data[at : at + len(new)] = new
     struct.pack_into("<Q", data, 24, 0)
     checksum = 0xCBF29CE484222325
     for b in data[: 4096 + 96 * struct.unpack_from("<I", data, 32)[0]]:
         checksum = (checksum ^ b) * 0x100000001B3 % 2**64
     struct.pack_into("<Q", data, 24, checksum)
-    other.write_bytes(data)
-    with server(*with_redis(redis.port), "--name", "small", model=str(other)) as b:
+    path.write_bytes(data)
+    return str(path)
+
+
+def test_a_model_without_end_of_text(tmp_path):
+    """A key has all ids: texts that differ in the last one alone have different vectors."""
+    path = with_header(tmp_path / "small.qemb", 104, b"\xff" * 4)
+    lists = [[1, 2], [1, 3], [1], [0], [2]]
+    want = qemb("--output", "base64", records=[{"ids": ids} for ids in lists], model=path)
+    assert len(set(want)) == len(lists)
+    with server(model=path) as s:
+        for _ in range(2):
+            assert s.embed(lists) == want
+        a = s.post(ask([""]))
+        assert a.status == 400 and a.error["code"] == "empty_text"
+
+
+def test_models_do_not_share_keys(redis, tmp_path):
+    with server(*with_redis(redis.port)) as a:
+        one = a.embed([[1, 2]])
+        wait_stored(redis, 2)
+    # one weight differs, and with it the recorded digest
+    other = with_header(tmp_path / "other.qemb", 40, bytes([Path(MODEL).read_bytes()[40] ^ 1]))
+    with server(*with_redis(redis.port), "--name", "small", model=other) as b:
         assert b.embed([[1, 2]]) == one and b.metric("qemb_redis_hits_total") == 0
 
 
