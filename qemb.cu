@@ -119,18 +119,19 @@ static void cuda_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_nor
         launch_rope<128>(be, (act *)qkv, q_norm, k_norm, b->T);
 }
 
-template <int HD, int M>
+template <int HD, int M, bool ALL = false>
 static void launch_attention(qemb_backend *be, act *att, const act *qkv, const att_tile *tiles,
                              int n) {
     if (!n) return;
     const int H = be->c->n_heads, K = be->c->n_kv_heads;
     const float scale_log2e = (float)(1.4426950408889634 / sqrt((double)HD));
     good(be,
-         launch(attention_kernel<act, HD, M>, dim3((unsigned)n, (unsigned)K), dim3(ATT_THREADS),
-                att_shared_bytes<HD, M>(), be->st, att, qkv, tiles, H, K, be->lg, scale_log2e),
+         launch(attention_kernel<act, HD, M, ALL>, dim3((unsigned)n, (unsigned)K),
+                dim3(ATT_THREADS), att_shared_bytes<HD, M>(), be->st, att, qkv, tiles, H, K, be->lg,
+                scale_log2e),
          "attention");
 }
-/* Attention of the 128-row tiles */
+/* Causal attention of the 128-row tiles */
 template <int HD>
 static void wide_attention(qemb_backend *be, act *att, const act *qkv, const att_tile *tiles) {
     if (!be->hopper.on) return launch_attention<HD, 2>(be, att, qkv, tiles, be->n_wide);
@@ -142,10 +143,16 @@ static void wide_attention(qemb_backend *be, act *att, const act *qkv, const att
              "attention");
 }
 template <int HD>
-static void any_attention(qemb_backend *be, act *att, const act *qkv, int B, int last_only) {
+static void any_attention(qemb_backend *be, act *att, const act *qkv, const qemb_packed_batch *b,
+                          int last_only) {
     const att_tile *narrow = be->dev.tiles, *wide = narrow + be->n_narrow,
                    *last = wide + be->n_wide;
-    if (last_only) return launch_attention<HD, 1>(be, att, qkv, last, B);
+    if (last_only) /* a last token sees all tokens in any case */
+        return launch_attention<HD, 1>(be, att, qkv, last, b->B);
+    if (b->bidirectional) {
+        launch_attention<HD, 2, true>(be, att, qkv, wide, be->n_wide);
+        return launch_attention<HD, 1, true>(be, att, qkv, narrow, be->n_narrow);
+    }
     wide_attention<HD>(be, att, qkv, wide);
     launch_attention<HD, 1>(be, att, qkv, narrow, be->n_narrow);
 }
@@ -154,9 +161,9 @@ static void cuda_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
     const int rows = last_only ? b->B : b->T, Q = be->c->n_heads * be->c->head_dim;
     act *out = be->fp8 ? be->att : (act *)att;
     if (be->c->head_dim == 64)
-        any_attention<64>(be, out, (const act *)qkv, b->B, last_only);
+        any_attention<64>(be, out, (const act *)qkv, b, last_only);
     else
-        any_attention<128>(be, out, (const act *)qkv, b->B, last_only);
+        any_attention<128>(be, out, (const act *)qkv, b, last_only);
     if (be->fp8) launch_quantize(be, coded_rows(att, rows, Q), (const act *)out, nullptr, rows, Q);
 }
 
@@ -210,6 +217,16 @@ static void cuda_gather_last(qemb_backend *be, float *y, const float *x,
                 (float4 *)y, (const float4 *)x, be->dev.last, be->c->hidden / 4),
          "gather_last");
 }
+static void cuda_gather_mean(qemb_backend *be, float *y, float *x, const float *w,
+                             const qemb_packed_batch *b) {
+    const att_tile *texts = be->dev.tiles + be->n_narrow + be->n_wide; /* those of last tokens */
+    const int n = be->c->hidden / 4;
+    any_rmsnorm(be, x, x, w, b->T); /* in place: a block reads its row before it writes it */
+    good(be,
+         launch(gather_mean_kernel<float4>, dim3((unsigned)b->B, blocks(n, MEAN_COLUMNS)),
+                dim3(MEAN_THREADS), 0, be->st, (float4 *)y, (const float4 *)x, texts, n),
+         "gather_mean");
+}
 
 static int cuda_pool(qemb_backend *be, float *out, float *x, const float *w, int B) {
     const size_t bytes = (size_t)B * be->c->hidden * sizeof(float);
@@ -217,7 +234,7 @@ static int cuda_pool(qemb_backend *be, float *out, float *x, const float *w, int
     assert(be->n_pooled < IN_FLIGHT);
     pooled_batch *p = &be->pooled[(be->first_pooled + be->n_pooled++) % IN_FLIGHT];
     p->out = out, p->B = B;
-    any_rmsnorm(be, x, x, w, B); /* in place: a block reads its row before it writes it */
+    if (w) any_rmsnorm(be, x, x, w, B); /* in place */
     good(be, cudaMemcpyAsync(p->vectors, x, bytes, cudaMemcpyDeviceToHost, be->st), "pool");
     good(be,
          cudaMemcpyAsync(p->clamps, be->clamps, sizeof *p->clamps, cudaMemcpyDeviceToHost, be->st),
@@ -284,7 +301,7 @@ static int cuda_fp8_plan(qemb_part *p, const qemb_file *f, const qemb_options *o
         .begin = cuda_begin, .embed = cuda_embed, .rmsnorm = cuda_rmsnorm, .matmul = cuda_matmul,  \
         .matmul_add = cuda_matmul_add, .qknorm_rope = cuda_qknorm_rope,                            \
         .attention = cuda_attention, .gate_up = cuda_gate_up, .gather_last = cuda_gather_last,     \
-        .pool = cuda_pool, .collect = cuda_collect,                                                \
+        .gather_mean = cuda_gather_mean, .pool = cuda_pool, .collect = cuda_collect,               \
     }
 const qemb_ops qemb_cuda_ops = TABLE("cuda", QEMB_MATH_F16, cuda_open, cuda_plan);
 const qemb_ops qemb_cuda_fp8_ops = TABLE("cuda-fp8", QEMB_MATH_FP8, cuda_fp8_open, cuda_fp8_plan);

@@ -1,9 +1,10 @@
-/* attention.cuh - causal grouped-query attention over texts of any length laid end to end, by the
+/* attention.cuh - grouped-query attention over texts of any length laid end to end, by the
  * FlashAttention-2 scheme (Dao 2023) on mma.sync, for heads of 64 and 128.
  *
  *   att = softmax(q k^T / sqrt(HD)) v
  *
- * A token sees the shared prefix and the tokens of its own text up to itself.
+ * A token sees the shared prefix and the tokens of its own text up to itself or, ALL (bidirectional
+ * attention), all tokens of its text, which then has no shared prefix.
  *
  * Tile: 64*M rows = (64*M / G) consecutive tokens x the G query heads of one kv head, so that the
  * heads that use the same K and V load them once. Row r is token r/G, head r%G. Four warps of 16*M
@@ -13,7 +14,7 @@
  *
  * M = 1: q in registers. M = 2: q stays in shared memory; half the K and V fragment loads per row.
  * Bytes per token: 2 HD (2H + 2K) of q, k, v, att, K and V again from L2 once per tile. Flops per
- * token at position p: 4 HD H (p+1).
+ * token that sees n keys (causal: its position + 1): 4 HD H n.
  */
 #ifndef ATTENTION_CUH
 #define ATTENTION_CUH
@@ -105,11 +106,22 @@ __device__ __forceinline__ void att_load_q(const A *q, int ld, const att_tile &w
  * After the last tile, att = O / l. s and m are kept without the factor 1 / sqrt(HD): it is in
  * scale_log2e = log2(e) / sqrt(HD), since exp(x) = 2^(x log2(e)). l is a thread's part of the sum;
  * att_store adds those of a row's four lanes. */
-template <class A, int M>
+template <class A, int M, bool ALL = false>
 __device__ __forceinline__ void att_softmax(const att_view<A> &s, float (&p)[M][8][4],
                                             float (&m)[M][2], float (&l)[M][2],
                                             float (&older)[M][2], int n, float scale_log2e) {
-    if (n * ATT_KEYS + ATT_KEYS - 1 > s.first) { /* it passes the first token */
+    if constexpr (ALL) {
+        if (n * ATT_KEYS + ATT_KEYS > s.keys) { /* it passes the text's end */
+            const int left = s.keys - n * ATT_KEYS - s.lane % 4 * 2;
+#pragma unroll
+            for (int u = 0; u < M; u++)
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (j * 8 + (e & 1) >= left) p[u][j][e] = -INFINITY;
+        }
+    } else if (n * ATT_KEYS + ATT_KEYS - 1 > s.first) { /* it passes the first token */
         const int key = n * ATT_KEYS + s.lane % 4 * 2 - s.first;
 #pragma unroll
         for (int u = 0; u < M; u++)
@@ -183,7 +195,7 @@ __device__ __forceinline__ void att_store(const att_view<A> &s, const att_tile &
 }
 
 /* Grid (tiles, K). qkv (T, (H+2K)*HD): q heads, k heads, v heads; att rows of H*HD. */
-template <class A, int HD, int M>
+template <class A, int HD, int M, bool ALL = false>
 __global__ void __launch_bounds__(ATT_THREADS, M == 1 ? 2 : 1)
     attention_kernel(A *att, const A *qkv, const att_tile *tiles, int H, int K, int lg,
                      float scale_log2e) {
@@ -196,10 +208,10 @@ __global__ void __launch_bounds__(ATT_THREADS, M == 1 ? 2 : 1)
         s.k = qkv + (size_t)(H + blockIdx.y) * HD;
         s.to_v = K * HD;
         s.ld = (H + 2 * K) * HD;
-        s.prefix = w.prefix;
+        s.prefix = ALL ? 0 : w.prefix;
         s.own = w.row0 - w.prefix;
         s.first = w.prefix + w.t0;
-        s.keys = w.prefix + min(w.len, w.t0 + (64 * M >> lg));
+        s.keys = ALL ? w.len : w.prefix + min(w.len, w.t0 + (64 * M >> lg));
         s.lg = lg;
         s.warp = threadIdx.x / 32;
         s.lane = threadIdx.x % 32;
@@ -226,7 +238,7 @@ __global__ void __launch_bounds__(ATT_THREADS, M == 1 ? 2 : 1)
             if (n + 1 < n_tiles) att_load_kv<A, HD>(s, base + ((n + 1) & 1) * STAGE, n + 1);
             const shared_addr Kt = base + (n & 1) * STAGE, Vt = Kt + att_tile_bytes<HD>;
             float p[M][8][4] = {};
-#pragma unroll(M > 1 ? 4 : KSTEPS)             /* 8 would spill in the 128-row kernel */
+#pragma unroll(M > 1 ? (ALL ? 2 : 4) : KSTEPS) /* more would spill in the 128-row kernel */
             for (int k = 0; k < KSTEPS; k++) { /* p = q k^T */
                 uint32_t a[M][4];
 #pragma unroll
@@ -251,7 +263,7 @@ __global__ void __launch_bounds__(ATT_THREADS, M == 1 ? 2 : 1)
                 }
             }
             float older[M][2];
-            att_softmax<A, M>(s, p, m, l, older, n, scale_log2e);
+            att_softmax<A, M, ALL>(s, p, m, l, older, n, scale_log2e);
             att_rescale<HD, M>(o, older);
 #pragma unroll
             for (int k = 0; k < ATT_KEYS / 16; k++) { /* o += p v */

@@ -432,9 +432,13 @@ static int check_device(qemb_backend *be, qemb_err *err) {
 }
 
 template <int HD, int M> static cudaError_t allow_shared() {
-    return cudaFuncSetAttribute((const void *)attention_kernel<act, HD, M>,
-                                cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                att_shared_bytes<HD, M>());
+    cudaError_t e = cudaSuccess;
+    for (const void *kernel : {(const void *)attention_kernel<act, HD, M, false>,
+                               (const void *)attention_kernel<act, HD, M, true>})
+        if (e == cudaSuccess)
+            e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     att_shared_bytes<HD, M>());
+    return e;
 }
 
 static int open_device(qemb_backend *be, qemb_err *err) {

@@ -23,10 +23,10 @@ static void list_tiles(qemb_backend *be, int row0, int len, int prefix) {
 }
 
 /* Sorts tiles with the most keys first, so that the last blocks to run are short. */
-static void sort_tiles(att_tile *t, int n) {
-    std::stable_sort(t, t + n, [](const att_tile &a, const att_tile &b) {
-        return a.prefix + a.t0 > b.prefix + b.t0;
-    });
+static void sort_tiles(att_tile *t, int n, bool bidirectional) {
+    const auto keys = [=](const att_tile &a) { return a.prefix + (bidirectional ? a.len : a.t0); };
+    std::stable_sort(t, t + n,
+                     [=](const att_tile &a, const att_tile &b) { return keys(a) > keys(b); });
 }
 
 /* Finds the graph of the batch's class and fills its lists up with empty tiles. Their sizes must
@@ -66,11 +66,14 @@ static void start_recording(qemb_backend *be) {
 static int cuda_begin(qemb_backend *be, const qemb_packed_batch *b) {
     cudaSetDevice(be->device);
     assert(b->T <= be->max_rows && b->B >= 1 && b->cu[0] == b->P && b->cu[b->B] == b->T);
+    /* so that a graph need not know */
+    assert(b->bidirectional == (be->c->attention == QEMB_BIDIRECTIONAL));
+    assert(!b->bidirectional || b->P == 0);
     be->n_narrow = be->n_wide = 0;
     if (b->P) list_tiles(be, 0, b->P, 0);
     for (int i = 0; i < b->B; i++) list_tiles(be, b->cu[i], b->cu[i + 1] - b->cu[i], b->P);
-    sort_tiles(be->narrow, be->n_narrow);
-    sort_tiles(be->wide_tiles, be->n_wide);
+    sort_tiles(be->narrow, be->n_narrow, b->bidirectional);
+    sort_tiles(be->wide_tiles, be->n_wide, b->bidirectional);
     choose_graph(be, b);
 
     batch_view host;

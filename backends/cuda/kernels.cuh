@@ -1,4 +1,5 @@
-/* kernels.cuh - the memory-bound kernels: embed, rmsnorm, qknorm_rope, swiglu, gather_last.
+/* kernels.cuh - the memory-bound kernels: embed, rmsnorm, qknorm_rope, swiglu, gather_last,
+ * gather_mean.
  * Templates on the activation type A (__half, __nv_bfloat16; float where a kernel says so).
  *
  * Bytes and flops are per token and count every number once. Each row's sums run in an order that
@@ -7,6 +8,7 @@
 #ifndef KERNELS_CUH
 #define KERNELS_CUH
 
+#include "attention.cuh" /* att_tile */
 #include "ptx.cuh"
 
 __device__ __forceinline__ float group_sum(float v, int lanes) {
@@ -152,6 +154,37 @@ __global__ void __launch_bounds__(GATHER_THREADS)
     gather_last_kernel(X *y, const X *x, const int *last, int n) {
     const X *from = x + (size_t)last[blockIdx.x] * n;
     for (int i = threadIdx.x; i < n; i += GATHER_THREADS) y[(size_t)blockIdx.x * n + i] = from[i];
+}
+
+/* ---- gather_mean --------------------------------------------------------------------------------
+ * y (B, D) = mean of each text's rows of x (T, D), fp32: those of the prefix, then the text's own,
+ * as its tile texts[b] has them; rows of n = D/4 float4. Grid (B, n / MEAN_COLUMNS). A lane sums
+ * every fourth position of one column, in double; then the four lanes of a column add up. So the
+ * order depends on positions alone, and the sums add nothing to the mean's error. 4 D bytes and D
+ * flops per token of every text, the prefix once for each. */
+enum { MEAN_WARPS = 4, MEAN_THREADS = 32 * MEAN_WARPS, MEAN_COLUMNS = 8 * MEAN_WARPS };
+template <class X>
+__global__ void __launch_bounds__(MEAN_THREADS)
+    gather_mean_kernel(X *y, const X *x, const att_tile *texts, int n) {
+    const att_tile t = texts[blockIdx.x];
+    const int lane = threadIdx.x % 32, rows = t.prefix + t.len;
+    const int c = blockIdx.y * MEAN_COLUMNS + threadIdx.x / 32 * 8 + lane % 8;
+    const bool ok = c < n; /* all lanes take part in the shuffles */
+    double sum[4] = {};
+#pragma unroll 4
+    for (int p = ok ? lane / 8 : rows; p < rows; p += 4) {
+        const X v = x[(size_t)(p < t.prefix ? p : t.row0 + p - t.prefix) * n + c];
+        sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], 8);
+        sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], 16);
+        sum[k] /= rows;
+    }
+    if (ok && lane < 8)
+        y[(size_t)blockIdx.x * n + c] =
+            X{(float)sum[0], (float)sum[1], (float)sum[2], (float)sum[3]};
 }
 
 #endif
