@@ -15,21 +15,23 @@ template <class A> struct attention_args {
 };
 template <class A> using attention_start = cudaError_t (*)(const attention_args<A> &);
 
-template <class A, int HD, int M> static cudaError_t attention_mma(const attention_args<A> &a) {
-    cuda_ok(cudaFuncSetAttribute((const void *)attention_kernel<A, HD, M>,
+template <class A, int HD, int M, bool ALL>
+static cudaError_t attention_mma(const attention_args<A> &a) {
+    cuda_ok(cudaFuncSetAttribute((const void *)attention_kernel<A, HD, M, ALL>,
                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  att_shared_bytes<HD, M>()),
             "attribute");
-    return launch(attention_kernel<A, HD, M>, dim3((unsigned)a.n_tiles, (unsigned)a.K),
+    return launch(attention_kernel<A, HD, M, ALL>, dim3((unsigned)a.n_tiles, (unsigned)a.K),
                   dim3(ATT_THREADS), att_shared_bytes<HD, M>(), (cudaStream_t)0, a.att, a.qkv,
                   a.tiles, a.H, a.K, a.lg, a.scale_log2e);
 }
 
 /* B texts of lens own tokens behind a shared prefix of P; every text is also run through the
- * oracle. */
-template <class A, int HD, int M>
+ * oracle. ALL: bidirectional. */
+template <class A, int HD, int M, bool ALL = false>
 static void attention_case(const std::vector<int> &lens, int P, int K, int lg, bool last,
-                           double scale = 1.7, attention_start<A> start = attention_mma<A, HD, M>) {
+                           double scale = 1.7,
+                           attention_start<A> start = attention_mma<A, HD, M, ALL>) {
     const int G = 1 << lg, H = K * G, ld = (H + 2 * K) * HD, tokens = (64 * M) >> lg;
     int T = P;
     std::vector<att_tile> tiles;
@@ -62,7 +64,7 @@ static void attention_case(const std::vector<int> &lens, int P, int K, int lg, b
             const int row = b < 0 || t < P ? t : row0 + t - P;
             for (int i = 0; i < ld; i++) q[(size_t)t * ld + i] = num(qkv[(size_t)row * ld + i]);
         }
-        oracle_attention(att.data(), weighted.data(), reach.data(), q.data(), n, H, K, HD);
+        oracle_attention(att.data(), weighted.data(), reach.data(), q.data(), n, H, K, HD, ALL);
         for (int t = last ? n - 1 : first; t < n; t++) {
             const int to = last ? b : b < 0 ? t : row0 + t - first;
             for (int i = 0; i < H * HD; i++) {

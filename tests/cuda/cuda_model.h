@@ -48,7 +48,23 @@ struct model {
 };
 
 inline qemb_config config(int L, int D, int H, int K, int hd, int F, int max) {
-    return qemb_config{L, D, H, K, hd, F, 300, max, 299, 1e6f, 1e-6f};
+    qemb_config c = {};
+    c.n_layers = L, c.hidden = D, c.n_heads = H, c.n_kv_heads = K, c.head_dim = hd, c.ffn = F;
+    c.vocab = 300, c.max_positions = max, c.eos_id = 299, c.rope_theta = 1e6f, c.rms_eps = 1e-6f;
+    return c;
+}
+
+/* What a text's tokens see and what becomes its vector. Qwen3-Embedding's, then the others. */
+struct model_mode {
+    qemb_attention attention;
+    qemb_pooling pooling;
+};
+constexpr model_mode USUAL = {QEMB_CAUSAL, QEMB_POOL_LAST};
+constexpr model_mode OTHER_MODES[] = {{QEMB_BIDIRECTIONAL, QEMB_POOL_MEAN},
+                                      {QEMB_BIDIRECTIONAL, QEMB_POOL_LAST},
+                                      {QEMB_CAUSAL, QEMB_POOL_MEAN}};
+inline void set_mode(qemb_file *f, model_mode m) {
+    f->config.attention = m.attention, f->config.pooling = m.pooling;
 }
 
 inline std::vector<std::vector<int32_t>> random_texts(const std::vector<int> &lens, int prefix,

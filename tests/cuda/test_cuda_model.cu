@@ -72,6 +72,33 @@ TEST(forward_mlp_chunks) {
     qemb_file_close(f);
 }
 
+/* Errors of rows are as independent as the rows, so a mean's relative error is that of a row. FP8's
+ * bound: accuracy_case in test_cuda_quantize.cu. A batch that is a graph and one that is not; both
+ * tile sizes, also with Hopper's kernels asked for. */
+TEST(forward_modes) {
+    const qemb_config c = config(2, 64, 4, 2, 64, 96, 700);
+    for (const model_mode &mode : OTHER_MODES) {
+        qemb_file *f = open_model(&c, 25, 1);
+        set_mode(f, mode);
+        for (const qemb_ops *ops : {&qemb_cuda_ops, &qemb_cuda_fp8_ops}) {
+            const bool fp8 = ops == &qemb_cuda_fp8_ops;
+            if (fp8 && !has_fp8()) continue;
+            qemb_options opt = {};
+            opt.hopper = 1;
+            model cuda(f, ops, 2048, opt), cpu(f, &qemb_cpu_ops, 2048);
+            double worst = 1;
+            if (!check(cuda.m && cpu.m, "open: %s%s", cuda.err.msg, cpu.err.msg)) continue;
+            compare(cuda, cpu, random_texts({1, 2, 64, 65, 130, 600}, 0, 5), &worst,
+                    fp8 ? 1 - 2.2e-2 : MIN_COSINE);
+            compare(cuda, cpu, random_texts({3, 4, 5}, 7, 6), &worst,
+                    fp8 ? 1 - 2.2e-2 : MIN_COSINE);
+            printf("attention %d pooling %d %s: least cosine %.7f\n", mode.attention, mode.pooling,
+                   ops->name, worst);
+        }
+        qemb_file_close(f);
+    }
+}
+
 /* ---- against transformers -------------------------------------------------------------------- */
 
 /* Reads ids and vectors of a golden (tests/fixtures/make_golden.py describes it). */
@@ -179,13 +206,14 @@ TEST_SCHEDULES(overflow_is_computed_again) {
 /* ---- a text's vector is its own -------------------------------------------------------------- */
 
 /* Alone, packed, behind a shared prefix, and with either tile size */
-TEST_SCHEDULES(same_bits) {
+static void same_bits_case(const qemb_ops *ops, model_mode mode) {
     const qemb_config c = config(2, 64, 4, 2, 64, 96, 700);
     qemb_file *f = open_model(&c, 41, 1);
+    set_mode(f, mode);
     {
         qemb_options opt = {};
         opt.deterministic = 1;
-        model cuda(f, &qemb_cuda_ops, 2048, opt);
+        model cuda(f, ops, 2048, opt);
         std::vector<std::vector<int32_t>> texts = random_texts({1, 40, 64, 90, 129}, 33, 9);
         for (const std::vector<int32_t> &t : random_texts({5, 600}, 0, 10)) texts.push_back(t);
         std::vector<std::vector<float>> packed = cuda.embed(texts);
@@ -198,6 +226,13 @@ TEST_SCHEDULES(same_bits) {
         }
     }
     qemb_file_close(f);
+}
+TEST_SCHEDULES(same_bits) { same_bits_case(&qemb_cuda_ops, USUAL); }
+TEST(same_bits_of_modes) {
+    for (const model_mode &mode : OTHER_MODES) {
+        same_bits_case(&qemb_cuda_ops, mode);
+        if (has_fp8()) same_bits_case(&qemb_cuda_fp8_ops, mode);
+    }
 }
 
 /* ---- timed algorithms ------------------------------------------------------------------------ */
@@ -282,9 +317,11 @@ struct graph_batch {
     int prefix;
 };
 static void graph_case(qemb_dtype dtype, const qemb_ops *ops,
-                       const std::vector<graph_batch> &batches, long replays) {
+                       const std::vector<graph_batch> &batches, long replays,
+                       model_mode mode = USUAL) {
     const qemb_config c = config(2, 64, 2, 1, 64, 64, 700);
     qemb_file *f = open_model_of(dtype, &c, 43, 1);
+    set_mode(f, mode);
     {
         qemb_options opt = {};
         model with(f, ops, 1024, opt);
@@ -316,6 +353,17 @@ TEST_SCHEDULES(graph_same_bits) {
     for (qemb_dtype dtype : {QEMB_F16, QEMB_I8})
         graph_case(dtype, &qemb_cuda_ops, small, 3 + 3 + 2);
     if (has_fp8()) graph_case(QEMB_F16, &qemb_cuda_fp8_ops, small, 3 + 3 + 2);
+}
+/* (32, 2) 20 23 24; (16, 2) 9 1 14; (16, 3) 5+2 3+4, causal also 5+3+4 and 4+2+3; (640, 2) */
+TEST(graph_modes) {
+    for (const model_mode &mode : OTHER_MODES) {
+        const bool shares = mode.attention == QEMB_CAUSAL;
+        std::vector<graph_batch> batches = {{{20}, 0},  {{23}, 0},   {{9}, 0},  {{1}, 0},
+                                            {{24}, 0},  {{5, 2}, 0}, {{14}, 0}, {{3, 4}, 0},
+                                            {{600}, 0}, {{520}, 0},  {{610}, 0}};
+        if (shares) batches.insert(batches.end(), {{{3, 4}, 5}, {{2, 3}, 4}});
+        graph_case(QEMB_F16, &qemb_cuda_ops, batches, 2 + 2 + 1 + 2 * shares + 2, mode);
+    }
 }
 /* Tiles of both sizes in a graph: (640, 2) and (640, 3) */
 TEST(graph_long) {

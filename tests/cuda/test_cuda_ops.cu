@@ -317,10 +317,18 @@ TEST_SCHEDULES(attention_bf16) {
     attention_case<__nv_bfloat16, 128, 2>({1, 64, 65, 100}, 5, 1, 1, false);
     attention_case<__nv_bfloat16, 64, 1>({1, 65}, 0, 1, 2, false);
 }
+/* Bidirectional: a last tile of 1, of 63 and of 64 keys; several tiles; one text behind another */
+TEST_SCHEDULES(attention_all) {
+    attention_case<__half, 128, 1, true>(ragged, 0, 1, 2, false);
+    attention_case<__half, 64, 1, true>({5, 193, 3}, 0, 2, 0, false);
+    attention_case<__half, 128, 2, true>(ragged, 0, 1, 1, false);
+    attention_case<__half, 64, 2, true>({5, 193, 3}, 0, 2, 1, false);
+}
 /* Scores of hundreds: one key takes all, the running maximum moves */
 TEST(attention_sharp) {
     attention_case<__half, 128, 1>({200}, 0, 1, 2, false, 12);
     attention_case<__half, 64, 2>({200}, 3, 1, 2, false, 12);
+    attention_case<__half, 64, 1, true>({200}, 0, 1, 2, false, 12);
 }
 
 /* ---- the table's ops ------------------------------------------------------------------------- */
@@ -332,8 +340,12 @@ struct bench_backend {
     std::vector<int32_t> tokens, pos, cu;
     qemb_packed_batch b = {};
 
-    bench_backend(int D, int H, int K, int hd, int F, int V, int rows, qemb_options opt = {}) {
-        c = qemb_config{1, D, H, K, hd, F, V, rows, 0, 1e6f, 1e-6f};
+    bench_backend(int D, int H, int K, int hd, int F, int V, int rows, qemb_options opt = {},
+                  bool bidirectional = false) {
+        c = qemb_config{};
+        c.n_layers = 1, c.hidden = D, c.n_heads = H, c.n_kv_heads = K, c.head_dim = hd;
+        c.ffn = F, c.vocab = V, c.max_positions = rows, c.rope_theta = 1e6f, c.rms_eps = 1e-6f;
+        c.attention = bidirectional ? QEMB_BIDIRECTIONAL : QEMB_CAUSAL;
         opt.batch_tokens = opt.max_tokens = rows;
         opt.threads = 2;
         qemb_err err = {};
@@ -350,8 +362,8 @@ struct bench_backend {
         cu.push_back((int)pos.size());
         for (size_t t = 0; t < pos.size(); t++)
             tokens.push_back((int)(rng_u64(r) % (uint64_t)c.vocab));
-        b = qemb_packed_batch{(int)lens.size(), (int)pos.size(), P,
-                              tokens.data(),    pos.data(),      cu.data()};
+        b = qemb_packed_batch{(int)lens.size(), (int)pos.size(), P,          tokens.data(),
+                              pos.data(),       cu.data(),       c.attention};
         qemb_cuda_ops.begin(be, &b);
     }
 };
@@ -487,10 +499,10 @@ TEST(op_matmul_unknown_shape) {
 
 /* qknorm_rope, then attention, on a layout: the lists of begin against the oracle, text by text. */
 static void attention_op_case(int hd, int H, int K, const std::vector<int> &lens, int P, bool last,
-                              qemb_options opt = {}) {
+                              qemb_options opt = {}, bool bidirectional = false) {
     rng r = {(uint64_t)(hd + P)};
     const int ld = (H + 2 * K) * hd;
-    bench_backend f(64, H, K, hd, 64, 16, 1400, opt);
+    bench_backend f(64, H, K, hd, 64, 16, 1400, opt, bidirectional);
     f.begin(lens, P, &r);
     std::vector<__half> qkv = random_numbers<__half>(&r, (size_t)f.b.T * ld, 2);
     std::vector<float> wq = random_numbers<float>(&r, hd, 0.5, 1),
@@ -524,7 +536,8 @@ static void attention_op_case(int hd, int H, int K, const std::vector<int> &lens
                 }
             }
         }
-        oracle_attention(o.data(), weighted.data(), reach.data(), q.data(), n, H, K, hd);
+        oracle_attention(o.data(), weighted.data(), reach.data(), q.data(), n, H, K, hd,
+                         bidirectional);
         for (int t = last ? n - 1 : P; t < n; t++)
             for (int i = 0; i < H * hd; i++) {
                 const size_t at = (size_t)t * H * hd + i,
@@ -547,6 +560,15 @@ TEST_SCHEDULES(op_attention) {
 TEST(op_attention_long) {
     attention_op_case(64, 2, 1, {530, 7, 64}, 0, false);
     attention_op_case(128, 2, 2, {3, 20}, 515, false);
+}
+/* Bidirectional; Hopper's kernel, which is causal, is not used */
+TEST(op_attention_all) {
+    qemb_options opt = {};
+    opt.hopper = 1;
+    attention_op_case(64, 4, 2, {1, 90, 3, 64}, 0, false, {}, true);
+    attention_op_case(128, 2, 1, {1, 90, 3, 64}, 0, true, {}, true);
+    attention_op_case(64, 2, 1, {530, 7, 64}, 0, false, {}, true);
+    attention_op_case(128, 2, 2, {530, 7, 64}, 0, false, opt, true);
 }
 TEST(op_attention_hopper) {
     qemb_options opt = {};
@@ -619,6 +641,53 @@ TEST(op_hopper_choice) {
 }
 #endif
 
+/* The bound of rmsnorm for each row; the sums are in double; the mean rounds. Texts of one token
+ * more and less than the lanes of a column, and a long one. A shared prefix changes no bit. pool
+ * without weights copies. */
+TEST_SCHEDULES(op_gather_mean) {
+    rng r = {13};
+    const int D = 1032;
+    const std::vector<int> lens = {1, 2, 3, 4, 5, 300, 9};
+    const int B = (int)lens.size();
+    std::vector<float> w = random_numbers<float>(&r, D, 1, 1), out((size_t)B * D), y[2];
+    std::vector<std::vector<float>> rows; /* every text's: two that all share, then its own */
+    const std::vector<float> head = random_numbers<float>(&r, 2 * D, 3);
+    for (int n : lens) {
+        rows.push_back(head);
+        for (float v : random_numbers<float>(&r, (size_t)n * D, 3)) rows.back().push_back(v);
+    }
+    for (int shared = 0; shared < 2; shared++) {
+        bench_backend f(D, 2, 1, 64, 64, 16, 1300);
+        std::vector<float> x = shared ? head : std::vector<float>();
+        std::vector<int> laid = lens;
+        for (int b = 0; b < B; b++) {
+            x.insert(x.end(), rows[b].begin() + shared * 2 * D, rows[b].end());
+            laid[b] += 2 - 2 * shared;
+        }
+        f.begin(laid, 2 * shared, &r);
+        device_array<float> dx(x), dw(w), dy((size_t)B * D);
+        qemb_cuda_ops.gather_mean(f.be, dy.p, dx.p, dw.p, &f.b);
+        y[shared] = dy.get();
+        check(!qemb_cuda_ops.pool(f.be, out.data(), dy.p, nullptr, B), "pool asks again");
+        qemb_cuda_ops.collect(f.be);
+        check(out == y[shared], "pool changes bits");
+        check(!failure_of(f.be), "%s", failure_of(f.be));
+    }
+    check(y[0] == y[1], "a shared prefix changes bits");
+    for (int b = 0; b < B; b++) {
+        const int n = 2 + lens[b];
+        const std::vector<double> x = doubles(rows[b]);
+        std::vector<double> row(D), want(D), size(D);
+        for (int t = 0; t < n; t++) {
+            oracle_rmsnorm(row.data(), &x[(size_t)t * D], w.data(), D, 1e-6);
+            for (int i = 0; i < D; i++) want[i] += row[i] / n, size[i] += fabs(row[i]) / n;
+        }
+        for (int i = 0; i < D; i++)
+            if (!check_near(y[0][(size_t)b * D + i], want[i], 56 * U * size[i] + U * fabs(want[i]),
+                            "mean", (size_t)b * D + i))
+                return;
+    }
+}
 /* Two batches are pooled before the first one is collected. */
 TEST_SCHEDULES(op_gather_last_pool) {
     rng r = {9};

@@ -221,7 +221,7 @@ TEST_SCHEDULES(dequantize) {
  * attention's halves. */
 static void fp8_product_case(int T) {
     const int D = 96, Q = 2 * 64, N = Q + 2 * 64; /* wqkv, wo */
-    const qemb_config c = {1, D, 2, 1, 64, 160, 16, 64, 0, 1e6f, 1e-6f};
+    const qemb_config c = config(1, D, 2, 1, 64, 160, 64);
     qemb_options opt = {};
     opt.batch_tokens = opt.max_tokens = 64;
     opt.threads = 1;
