@@ -564,6 +564,12 @@ def test_stats(pair_ids, tmp_path, budget):
     assert (int(batches), int(tokens)) == (len(want), sum(want))
 
 
+def test_stats_of_nothing_computed():
+    p = rerank("--stats", data=jsonl("oops", ask(documents=[])))
+    assert b"qemb: 1 records failed\nqemb: 0 documents, 0 tokens in " in p.stderr
+    assert b"qemb: 0 batches, 0 tokens computed" in p.stderr
+
+
 # ---- lines ---------------------------------------------------------------------------------------
 
 
@@ -591,6 +597,18 @@ def test_lines():
         assert read_lines(out(f"--query={QUERY}", f"--best={k}", data=data)) == want[:k]
     assert out("--query", QUERY) == b""
     assert len(read_lines(out("--query", "", data=data))) == len(lines)
+
+
+def test_equal_lines_are_in_order():
+    """They differ in NFC alone, and so have equal ids."""
+    lines = [["caf\u00e9", "cafe\u0301", "two"][i * i % 7 % 3] for i in range(300)]
+    data = "".join(l + "\n" for l in lines).encode()
+    want = ranked_lines(lines)
+    assert len({score for score, _ in want}) == 2
+    for k in (1, 150, 299, 300):
+        assert read_lines(out("--query", QUERY, "-k", k, data=data)) == want[:k]
+    p = rerank("--query", QUERY, "--progress", data=data)
+    assert p.returncode == 0 and b"\r" in p.stderr and read_lines(p.stdout) == want
 
 
 def test_lines_that_end_with_nul():
