@@ -104,6 +104,31 @@ def test_gpus_that_take_batches_of_different_sizes(gpus):
     assert batches["0"] < batches["1"] == batches["0,1"] == batches["1,0"], batches
 
 
+def test_rerank_on_several(gpus):
+    """The dense layer of two batches in flight, on the host; a record's documents in batches of
+    several devices; a device that fails, and all of them."""
+    records = [{"query": f"query {i}", "documents": TEXTS[i : 2 * i + 1]} for i in range(12)]
+    stdin = "".join(json.dumps(r) + "\n" for r in records).encode()
+
+    def rerank(*args):
+        model = ROOT / "tests/fixtures/reranker.qemb"
+        command = [QEMB, "rerank", "-m", model, "--batch-tokens", "200", "--threads", "1", *args]
+        return subprocess.run(command, input=stdin, capture_output=True, timeout=GUARD)
+
+    gpus("4")
+    want = rerank()
+    assert want.returncode == 0 and want.stdout.count(b"\n") == 12, want.stderr
+    p = rerank("--devices", "all")
+    assert (p.returncode, p.stdout) == (0, want.stdout), p.stderr
+    gpus("4 2 2")
+    p = rerank("--devices", "all")
+    assert (p.returncode, p.stdout) == (0, want.stdout) and b"qemb: device 2: GPU" in p.stderr
+    gpus("4 -1 3")
+    p = rerank("--devices", "0,1")
+    assert p.returncode == 2 and want.stdout.startswith(p.stdout) and p.stdout != want.stdout
+    assert p.stdout.endswith(b"\n") and b"; no device is left\n" in p.stderr
+
+
 def test_a_line_gets_its_answer(gpus):
     """A program that writes one line and waits."""
     gpus("2")
