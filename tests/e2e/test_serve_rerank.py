@@ -414,7 +414,7 @@ def test_limits():
             {"query": "q", "documents": [str(i) for i in range(n)]}, "/v1/rerank"
         )
         fits = 1000 // ask(1).json["usage"]["total_tokens"]  # a digit is a token
-        assert 1 < fits < 10 and ask(fits).status == 200
+        assert 1 < fits < 20 and ask(fits).status == 200
         for n, status, code in (
             (fits + 1, 413, "too_many_tokens"),
             (21, 400, "too_many_inputs"),
@@ -501,8 +501,7 @@ def test_redis_keeps_scores(redis):
     with with_reranker(*args) as s:
         assert results_in(s.post(body, "/v1/rerank")) == want
         assert s.metric("qemb_redis_hits_total") >= len(TEXTS)
-        keys = redis.command(b"KEYS", b"*", lines=1 + 2 * int(redis.command(b"DBSIZE")[1:]))
-        lengths = {k: int(redis.command(b"STRLEN", k)[1:]) for k in keys[2::2]}
+        lengths = {k: int(redis.command(b"STRLEN", k)[1:]) for k in redis.keys()}
         logits = [k for k, n in lengths.items() if n == 4]
         assert len(logits) == 1 + len(set(TEXTS))
         for value in (struct.pack("<f", math.nan), struct.pack("<f", math.inf), b"\0" * 8):
