@@ -610,6 +610,11 @@ static size_t matrix_bytes(const qemb_mat *m) {
     return n + rows * QEMB_GROUPS((size_t)m->cols) * sizeof *m->scale;
 }
 
+/* What comes from the pooling before the dense layer, of all batches in flight. */
+static size_t pooled_floats(const qemb_config *c, const qemb_ops *ops, const qemb_options *o) {
+    return (size_t)max_int(ops->in_flight, 1) * (size_t)o->batch_tokens * (size_t)c->hidden;
+}
+
 void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt, qemb_memory *mem) {
     const qemb_config *c = &f->config;
     const qemb_options o = fill_options(f, ops, opt);
@@ -619,6 +624,7 @@ void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
     mem->arena_batch =
         plan_activations(NULL, c, ops, o.batch_tokens, o.batch_tokens, o.mlp_rows, NULL);
     mem->arena_text = plan_activations(NULL, c, ops, o.max_tokens, 1, o.mlp_rows, NULL);
+    if (c->dense_rows) mem->arena_batch += pooled_floats(c, ops, &o) * sizeof(float);
     mem->weights = 0;
     for (int i = 0; i < QEMB_LAYER_MATRICES; i++)
         mem->weights += (size_t)c->n_layers * matrix_bytes(m[i]);
@@ -635,11 +641,6 @@ static int open_fallback(qemb_model *m, qemb_err *err) {
     return qemb_open(&m->fallback, m->file, m->ops->fallback(), &o, err);
 }
 
-/* What comes from the pooling before the dense layer, of all batches in flight. */
-static size_t pooled_floats(const qemb_model *m) {
-    return (size_t)qemb_in_flight(m) * (size_t)m->opt.batch_tokens * (size_t)m->file->config.hidden;
-}
-
 int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
               qemb_err *err) {
     const qemb_config *c = &f->config;
@@ -652,7 +653,7 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
     m->tokens = malloc(rows * sizeof *m->tokens);
     m->pos = malloc(rows * sizeof *m->pos);
     m->cu = malloc((rows + 1) * sizeof *m->cu); /* a text has at least one row */
-    if (c->dense_rows) m->pooled = malloc(pooled_floats(m) * sizeof *m->pooled);
+    if (c->dense_rows) m->pooled = malloc(pooled_floats(c, ops, &m->opt) * sizeof *m->pooled);
     int bad = !m->w.layers || !m->tokens || !m->pos || !m->cu || (c->dense_rows && !m->pooled);
     if (bad)
         qemb_fail(err, "out_of_memory", "model: out of memory");

@@ -447,7 +447,8 @@ typedef struct qemb_batch qemb_batch; /* texts that one forward will compute */
 /* Memory of a model, in bytes. */
 typedef struct {
     int batch_tokens;   /* as in the options, filled in */
-    size_t arena_batch; /* activations of a bulk batch of batch_tokens rows */
+    size_t arena_batch; /* activations of a bulk batch of batch_tokens rows, and what a dense layer
+                           reads */
     size_t arena_text;  /* activations of one text of max_tokens */
     size_t weights;     /* the layers' matrices in the map: every batch reads them, or their copy */
     size_t table;       /* the embedding table in the map: only the rows in use are read */

@@ -28,6 +28,7 @@ typedef struct request {
     size_t id_len;
     size_t n, top_n; /* documents; results wanted, at most n */
     ranked *results; /* (n) */
+    size_t *cut;     /* (n) bytes of each document that truncation removed */
     uint64_t tokens;
     qemb_err err; /* of the line, or of its first document that has no score; code NULL: none */
 } request;
@@ -52,7 +53,7 @@ typedef struct {
     /* The writer's. */
     output out;
     best_hits lines; /* without JSON */
-    uint64_t texts, tokens, computed, batches, errors;
+    uint64_t texts, tokens, computed, batches, truncated, errors;
     progress progress;
 } reranking;
 
@@ -73,6 +74,7 @@ static void add_request(reranking *w) {
     q->top_n = r->top_n ? r->top_n : (size_t)w->opt->best;
     if (!q->top_n || q->top_n > q->n) q->top_n = q->n;
     q->results = need(calloc(q->n + 1, sizeof *q->results));
+    q->cut = need(calloc(q->n + 1, sizeof *q->cut));
     w->current = q;
     w->next_document = 0;
     pthread_mutex_lock(&w->lock);
@@ -144,9 +146,10 @@ static void print_request(reranking *w, request *q, uint64_t line) {
     output_wrote(&w->out, put(output_id(p, q->id, q->id_len, line), ",\"results\":["));
     for (size_t i = 0; i < q->top_n; i++) {
         const ranked *r = &q->results[i];
-        p = output_room(&w->out, 64 + FORMAT_UINT_ROOM + FORMAT_FLOAT_ROOM);
+        p = output_room(&w->out, 96 + 2 * FORMAT_UINT_ROOM + FORMAT_FLOAT_ROOM);
         p = format_uint(put(p, i ? ",{\"index\":" : "{\"index\":"), r->index);
         p = format_float(put(p, ",\"relevance_score\":"), r->score);
+        if (q->cut[r->index]) p = format_uint(put(p, ",\"truncated_bytes\":"), q->cut[r->index]);
         output_wrote(&w->out, put(p, "}"));
     }
     p = output_room(&w->out, 32 + FORMAT_UINT_ROOM);
@@ -161,6 +164,7 @@ static void drop_oldest(reranking *w) {
     pthread_mutex_unlock(&w->lock);
     free(q->id);
     free(q->results);
+    free(q->cut);
     free(q);
 }
 
@@ -170,7 +174,7 @@ static void take_document(reranking *w, const result *r) {
     pthread_mutex_unlock(&w->lock);
     const size_t i = r->from.offset;
     if (i < q->n && r->unit)
-        q->results[i] = (ranked){i, ranking_score(*r->unit)};
+        q->results[i] = (ranked){i, ranking_score(*r->unit)}, q->cut[i] = r->cut_bytes;
     else if (i < q->n && !q->err.code)
         qemb_fail(&q->err, r->code, "documents[%zu]: %.*s", i, (int)r->message_len, r->message);
     q->tokens += (uint64_t)r->tokens;
@@ -194,6 +198,7 @@ static void take_line(reranking *w, const result *r) {
 static void take_record(void *self, const result *r) {
     reranking *w = self;
     w->texts += r->unit != NULL;
+    w->truncated += r->unit && r->cut_bytes;
     w->tokens += (uint64_t)r->tokens;
     if (w->opt->query)
         take_line(w, r);
@@ -236,8 +241,9 @@ static void print_summary(const reranking *w) {
     const double seconds = seconds_now() - w->progress.start;
     say("%" PRIu64 " documents, %" PRIu64 " tokens in %.3f s (%.1f documents/s)", w->texts,
         w->tokens, seconds, per_second(w->texts, seconds));
-    say("%" PRIu64 " batches, %" PRIu64 " tokens computed: those that texts of a batch share, once",
-        w->batches, w->computed);
+    say("%" PRIu64 " batches, %" PRIu64 " tokens computed: those that texts of a batch share, "
+        "once; %" PRIu64 " truncated",
+        w->batches, w->computed, w->truncated);
     pipeline_say_devices(w->p);
 }
 

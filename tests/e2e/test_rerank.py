@@ -133,6 +133,19 @@ def golden_pairs():
     return [json.loads(line) for line in lines]
 
 
+def test_truncated_documents_are_told():
+    """The bytes that are cut: the document without them gives the same tokens and score."""
+    document = "A list of words. " * 60
+    got, short = golden_scores([ask("q", [document, "short"]), ask("q", ["short"])])
+    long, not_cut = got["results"]
+    assert "truncated_bytes" not in not_cut and "truncated_bytes" not in short["results"][0]
+    (again,) = golden_scores([ask("q", [document[: -long.pop("truncated_bytes")], "short"])])
+    assert again == got | {"id": 1, "results": [long, not_cut]}
+    stats = rerank("--truncate", "--stats", data=jsonl(ask("q", [document, "short"])),
+                   model=GOLDEN / "reranker.qemb").stderr
+    assert b" 1 truncated" in stats
+
+
 def golden_scores(records, *args):
     got = objects(*records, args=("--truncate", *args), model=GOLDEN / "reranker.qemb")
     for g in got:
@@ -323,7 +336,8 @@ def test_a_long_document(pair_ids):
     (cut,) = objects(one, args=("--max-tokens", n - 1, "--truncate"))
     assert cut["tokens"] == n - 1 and cut["results"] != ranked(QUERY, DOCUMENTS[:1])
     # The last token of the document is the dot.
-    assert cut["results"] == ranked(QUERY, [DOCUMENTS[0][:-1]])
+    (without,) = ranked(QUERY, [DOCUMENTS[0][:-1]])
+    assert cut["results"] == [without | {"truncated_bytes": 1}]
 
 
 def test_no_room_for_a_document(as_embedding):
