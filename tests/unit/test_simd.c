@@ -357,7 +357,17 @@ static size_t resident(const uint8_t *map) {
  * up to 2 MiB around it, so that a part of a matrix given back can return with the next: of four, 8
  * of 26. */
 Test(simd, copied_weights_leave_the_map) {
-    const qemb_config c = {1, 512, 4, 2, 64, 8192, 300, 64, 299, 1e6f, 1e-6f};
+    const qemb_config c = {.n_layers = 1,
+                           .hidden = 512,
+                           .n_heads = 4,
+                           .n_kv_heads = 2,
+                           .head_dim = 64,
+                           .ffn = 8192,
+                           .vocab = 300,
+                           .max_positions = 64,
+                           .eos_id = 299,
+                           .rope_theta = 1e6f,
+                           .rms_eps = 1e-6f};
     const size_t matrices = 2 * 512 * (512 + 256 + 3 * 8192);
     for (int o = 0; qemb_cpu_table(o); o++) {
         const qemb_ops *op = qemb_cpu_table(o);
