@@ -289,9 +289,9 @@ int input_parse(input_parser *p, const char *line, size_t len, input_object *o, 
 
 /* ---- the object in a JSON line for a reranker ------------------------------------------------ */
 
-/* The text of a document, a string or {"text": string}; NULL if it is neither. */
+/* The text of a document, a string or an object with a string "text"; NULL if it is neither. */
 static const json_t *document_text(const json_t *v) {
-    if (json_is_object(v) && json_object_size(v) == 1) v = json_object_get(v, "text");
+    if (json_is_object(v)) v = json_object_get(v, "text");
     return json_is_string(v) ? v : NULL;
 }
 
@@ -313,8 +313,8 @@ static int want_top(const json_t *v, input_ranking *o, qemb_err *err) {
     if (!json_is_integer(v))
         return qemb_fail(err, "bad_record", "\"top_n\": wrong type (got %s, want an integer)",
                          type_name(v));
-    if (json_integer_value(v) < 1)
-        return qemb_fail(err, "bad_record", "\"top_n\": out of range (got %lld, want 1 or more)",
+    if (json_integer_value(v) < 0)
+        return qemb_fail(err, "bad_record", "\"top_n\": out of range (got %lld, want 0 or more)",
                          (long long)json_integer_value(v));
     o->top_n = (size_t)json_integer_value(v);
     return 0;

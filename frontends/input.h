@@ -77,8 +77,8 @@ typedef struct {
 } input_ranking;
 
 /* Parses the JSON object in line (len). It has "query" and "documents", a list of strings or of
- * {"text": string}; "id", "instruct" and "top_n" are optional; other keys and repeated keys are
- * errors. Valid and failing as input_parse. */
+ * objects with a string "text", whose other keys are ignored; "id", "instruct" and "top_n" are
+ * optional; other keys and repeated keys are errors. Valid and failing as input_parse. */
 int input_parse_ranking(input_parser *p, const char *line, size_t len, input_ranking *o,
                         qemb_err *err);
 /* Document i (len) of what was parsed last. */

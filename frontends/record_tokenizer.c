@@ -7,7 +7,28 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char query_start[] = "Instruct: ", query_end[] = "\nQuery:";
+/* The prompt of a task. Qwen3-Embedding's ends with the second string. */
+static const char task_start[] = "Instruct: ", task_end[] = "\nQuery:";
+
+/* What follows the task in the prompts of f: task_end, and spaces if the model was trained with
+ * some. NULL: its prompts have another form. A file without prompts gets Qwen3-Embedding's. */
+static const char *end_of_task(const qemb_file *f) {
+    int others = 0;
+    for (int i = 0; i < f->n_prompts; i++) {
+        const char *s = f->prompts[i].text, *end = strstr(s, task_end);
+        if (end && !strncmp(s, task_start, sizeof task_start - 1) &&
+            !end[sizeof task_end - 1 + strspn(end + sizeof task_end - 1, " ")])
+            return end;
+        others |= *s != 0;
+    }
+    return others ? NULL : task_end;
+}
+
+static int no_task(qemb_err *err, const char *object) {
+    return qemb_fail(err, "no_task",
+                     "%s: this model's prompts have no task (want one of its prompts, by name)",
+                     object);
+}
 
 /* Sets t->prompt to the file's prompt `name`. */
 static int set_named(record_tokenizer *t, const qemb_file *f, const model_options *o,
@@ -19,24 +40,33 @@ static int set_named(record_tokenizer *t, const qemb_file *f, const model_option
         const size_t n = strlen(names);
         snprintf(names + n, sizeof names - n, "%s%s", i ? ", " : "", f->prompts[i].name);
     }
-    return qemb_fail(err, "model_file", "%.128s: no prompt named %.40s (want %s)", o->model, name,
-                     *names ? names : "--instruct TASK, since the file has none");
+    if (!*names)
+        return qemb_fail(err, "model_file",
+                         "%.128s: no prompts in the file (convert the model with --prompt "
+                         "%.40s=TEXT, or give texts without a prompt)",
+                         o->model, name);
+    return qemb_fail(err, "model_file",
+                     "%.128s: no prompt named %.40s (want --prompt with one of: "
+                     "%s)",
+                     o->model, name, names);
 }
 
 /* Sets t->prompt to what the options say: an embedding model's prompt, or a reranker's task. */
 static int set_prompt(record_tokenizer *t, const qemb_file *f, const model_options *o,
                       qemb_err *err) {
     const int is_reranker = f->config.kind == QEMB_RERANKER;
+    t->task_end = is_reranker ? "" : end_of_task(f);
     const char *name = o->query ? "query" : is_reranker ? "instruct" : o->prompt;
     const char *document = o->document ? qemb_file_prompt(f, "document") : NULL;
     t->prompt = document ? document : "";
     if (o->instruct) {
-        const size_t room = sizeof query_start + sizeof query_end + strlen(o->instruct);
+        if (!t->task_end) return no_task(err, "--instruct");
+        const size_t room = sizeof task_start + strlen(t->task_end) + strlen(o->instruct);
         t->prompt = t->own_prompt = need(malloc(room));
         if (is_reranker)
             strcpy(t->own_prompt, o->instruct);
         else
-            snprintf(t->own_prompt, room, "%s%s%s", query_start, o->instruct, query_end);
+            snprintf(t->own_prompt, room, "%s%s%s", task_start, o->instruct, t->task_end);
         qemb_tokenizer_result r; /* invalid UTF-8 in it would fail every text */
         qemb_err why;
         if (qemb_tokenizer_encode(t->text.state, t->prompt, strlen(t->prompt), SIZE_MAX, &r, &why))
@@ -84,10 +114,12 @@ int tokenize_text(record_tokenizer *t, const char *text, size_t len, const char 
                   size_t instruct_len, record_ids *out, qemb_err *err) {
     const char *const run[] = {t->prompt, text};
     const size_t run_len[] = {t->prompt_len, len};
-    const char *const own[] = {query_start, instruct, query_end, text};
-    const size_t own_len[] = {sizeof query_start - 1, instruct_len, sizeof query_end - 1, len};
     size_t *cut = t->truncate ? &out->cut_bytes : NULL;
     if (!instruct) return give_ids(t, text_ids_encode(&t->text, run, run_len, 2, cut, err), out);
+    if (instruct_len && !t->task_end) return no_task(err, "instruct");
+    const char *const own[] = {task_start, instruct, t->task_end, text};
+    const size_t own_len[] = {sizeof task_start - 1, instruct_len,
+                              t->task_end ? strlen(t->task_end) : 0, len};
     const int first = instruct_len ? 0 : 3; /* "": no prompt */
     return give_ids(t, text_ids_encode(&t->text, own + first, own_len + first, 4 - first, cut, err),
                     out);

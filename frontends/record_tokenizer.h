@@ -13,7 +13,8 @@ typedef struct {
     input_parser *parser; /* NULL: records are bare texts */
     const char *prompt;   /* (prompt_len) for records without "instruct"; a reranker's task */
     size_t prompt_len;
-    char *own_prompt; /* owns prompt, or NULL if the file does */
+    char *own_prompt;     /* owns prompt, or NULL if the file does */
+    const char *task_end; /* what follows a task in a prompt; NULL: the model's prompts have none */
     int truncate;
     int dim, one_dim; /* length of a vector; 1: the same for all records */
 } record_tokenizer;
@@ -41,8 +42,8 @@ void record_tokenizer_close(record_tokenizer *t);
 /* Tokenizes a record. On failure out->id and id_len are set too, and err->code is the code of the
  * error record. */
 int tokenize_record(record_tokenizer *t, const input_record *r, record_ids *out, qemb_err *err);
-/* Tokenizes a text (len) behind the prompt of task instruct (instruct_len); NULL: behind the
- * default prompt. */
+/* Tokenizes a text (len) behind the prompt of task instruct (instruct_len), in the form of the
+ * model's own prompts; NULL: behind the default prompt. Code "no_task": theirs has no task. */
 int tokenize_text(record_tokenizer *t, const char *text, size_t len, const char *instruct,
                   size_t instruct_len, record_ids *out, qemb_err *err);
 /* Tokenizes a pair for a reranker; text_ids_pair says how. A pair without a task (NULL) has the

@@ -99,7 +99,12 @@ static int set_ids(text_ids *t, const int32_t *ids, size_t n, qemb_err *err) {
 static size_t most_ids(const text_ids *t) { return (size_t)(t->max_tokens - n_added(t)); }
 
 static int too_long(const text_ids *t, qemb_err *err) {
-    const char *with = t->n_head ? " with the prompt" : t->n_tail ? " with the end-of-text" : "";
+    const char *with = t->n_tail ? " with the end-of-text" : "";
+    if (t->n_head)
+        return qemb_fail(err, "too_long",
+                         "text: too long (got more than %zu tokens beside the prompt's %d, want at "
+                         "most %d in all)",
+                         most_ids(t), n_added(t), t->max_tokens);
     return qemb_fail(err, "too_long",
                      "text: too long (got more than %zu tokens, want at most %d%s)", most_ids(t),
                      t->max_tokens, with);

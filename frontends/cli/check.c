@@ -114,7 +114,8 @@ static void embed_example(qemb_model *m, record_tokenizer *t, const char *text, 
                           float *unit) {
     record_ids ids = {0};
     qemb_err err;
-    if (tokenize_text(t, text, strlen(text), task, is_query ? sizeof task - 1 : 0, &ids, &err))
+    const size_t task_len = is_query && t->task_end ? sizeof task - 1 : 0; /* 0: no prompt */
+    if (tokenize_text(t, text, strlen(text), task, task_len, &ids, &err))
         DIE(STATUS_MODEL, "%s", err.msg);
     if (embed_ids(m, t->dim, &ids, unit, t->dim))
         DIE(STATUS_MODEL, "the example: a vector without a finite length");

@@ -33,6 +33,7 @@ typedef struct {
     int progress;      /* 1: always, -1: never, 0: if standard error is a terminal */
     int dim;           /* 0: the model's */
     const char *query; /* of grep and rerank */
+    int raw_scores;    /* of rerank: logits */
     /* of grep */
     const char **files; /* (n_files) "-": standard input */
     int n_files;

@@ -79,6 +79,8 @@ static const option_row rows[] = {
      OPTION_FLAG, AT(verify), .value = 1, .commands = FOR_INFO},
     {"query", "TEXT", "rerank: lines are documents for TEXT", NULL,
      OPTION_STRING, AT(query), .unset = "JSON records", .commands = FOR_RERANK},
+    {"raw-scores", NULL, "rerank: logits instead of probabilities", NULL,
+     OPTION_FLAG, AT(raw_scores), .value = 1, .commands = FOR_RERANK},
     {"best", "N", "grep, rerank: so many, best first", NULL,
      OPTION_INT, AT(best), .unset = "10; rerank: all", .min = 1, .max = INT_MAX, .letter = 'k',
      .commands = FOR_GREP | FOR_RERANK},
@@ -211,7 +213,7 @@ static void open_kind(model_file *f, const options *o, qemb_kind kind) {
     if (f->file->config.kind == kind) return;
     DIE(STATUS_MODEL, "%.128s: %s", o->model.model,
         kind == QEMB_RERANKER ? "an embedding model, which has no scores (want a reranker)"
-                              : "a reranker, which has no vectors (want qemb rerank)");
+                              : "a reranker: its texts are pairs (want qemb rerank)");
 }
 
 static int embed(const options *o) {

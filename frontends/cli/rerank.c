@@ -168,13 +168,17 @@ static void drop_oldest(reranking *w) {
     free(q);
 }
 
+static float score_of(const reranking *w, const result *r) {
+    return w->opt->raw_scores ? *r->unit : ranking_score(*r->unit);
+}
+
 static void take_document(reranking *w, const result *r) {
     pthread_mutex_lock(&w->lock);
     request *q = w->oldest;
     pthread_mutex_unlock(&w->lock);
     const size_t i = r->from.offset;
     if (i < q->n && r->unit)
-        q->results[i] = (ranked){i, ranking_score(*r->unit)}, q->cut[i] = r->cut_bytes;
+        q->results[i] = (ranked){i, score_of(w, r)}, q->cut[i] = r->cut_bytes;
     else if (i < q->n && !q->err.code)
         qemb_fail(&q->err, r->code, "documents[%zu]: %.*s", i, (int)r->message_len, r->message);
     q->tokens += (uint64_t)r->tokens;
@@ -189,10 +193,9 @@ static void take_line(reranking *w, const result *r) {
             say("line %" PRIu64 ": %s: %.*s", r->line, r->code, (int)r->message_len, r->message);
         return;
     }
-    best_offer(&w->lines, &(hit){.score = ranking_score(*r->unit),
-                                 .order = r->line,
-                                 .text = r->text,
-                                 .len = r->text_len});
+    best_offer(
+        &w->lines,
+        &(hit){.score = score_of(w, r), .order = r->line, .text = r->text, .len = r->text_len});
 }
 
 static void take_record(void *self, const result *r) {

@@ -241,6 +241,7 @@ def test_top_n():
     want = ranked(QUERY, DOCUMENTS)
     for top in (1, 3, len(DOCUMENTS), 1000, 2**63 - 1):
         assert objects(ask(top_n=top))[0]["results"] == want[:top]
+    assert objects(ask(top_n=0))[0]["results"] == want
     assert objects(ask(), ask(top_n=5), ask(top_n=None), args=("-k", 2)) == [
         {"id": i, "results": want[:n], "tokens": objects(ask())[0]["tokens"]}
         for i, n in ((1, 2), (2, 5), (3, 2))]
@@ -297,7 +298,7 @@ BAD = [
     ({"id": 7, "query": 1, "documents": []}, "bad_record", 7, '"query": wrong type'),
     ({"id": 7, "query": "a", "documents": "b"}, "bad_record", 7, '"documents": wrong type'),
     ({"id": 7, "query": "a", "documents": ["b", 1]}, "bad_record", 7, '"documents"[1]'),
-    ({"id": 7, "query": "a", "documents": ["b"], "top_n": 0}, "bad_record", 7, '"top_n"'),
+    ({"id": 7, "query": "a", "documents": ["b"], "top_n": -1}, "bad_record", 7, '"top_n"'),
     ({"id": 7, "query": "a", "documents": ["b"], "text": "c"}, "bad_record", 7, "unknown key"),
     ({"id": 7, "query": "a", "documents": ["b"], "é" * 99: 0}, "bad_record", 7, "unknown key"),
     ({"id": 7, "query": "a", "documents": ["b", "x " * 3000, "y " * 3000]}, "too_long", 7,
@@ -332,7 +333,8 @@ def test_a_long_document(pair_ids):
     one = ask(documents=DOCUMENTS[:1])
     assert objects(one, args=("--max-tokens", n))[0]["results"] == ranked(QUERY, DOCUMENTS[:1])
     (e,) = objects(one, args=("--max-tokens", n - 1), status=3, errors="1 records failed")
-    assert e["error"]["code"] == "too_long" and f"at most {n - 1} with the" in e["error"]["message"]
+    assert e["error"]["code"] == "too_long"
+    assert f"want at most {n - 1} in all" in e["error"]["message"]
     (cut,) = objects(one, args=("--max-tokens", n - 1, "--truncate"))
     assert cut["tokens"] == n - 1 and cut["results"] != ranked(QUERY, DOCUMENTS[:1])
     # The last token of the document is the dot.
@@ -725,7 +727,7 @@ def test_models_of_the_other_kind():
     for args in ([], ["tokenize"], ["grep", "q"]):
         status, printed, said = run(*args, "-m", MODEL)
         assert (status, printed) == (2, b"")
-        assert said == f"qemb: {MODEL}: a reranker, which has no vectors (want qemb rerank)\n"
+        assert said == f"qemb: {MODEL}: a reranker: its texts are pairs (want qemb rerank)\n"
 
 
 def test_bad_models(tmp_path):
@@ -789,7 +791,7 @@ def test_a_prompt_that_is_missing(prompted):
             status, printed, said = run(*word, "-m", prompted, "--prompt", name)
             assert (status, printed) == (2, b"")
             assert said == (f"qemb: {prompted[:128]}: no prompt named {name[:40]} "
-                            "(want query, document, STS)\n")
+                            "(want --prompt with one of: query, document, STS)\n")
     # The demo's file has an empty document prompt, and --document is good without one.
     assert run("-m", EMBEDDING, "--document") == run("-m", EMBEDDING)
 
@@ -800,8 +802,30 @@ def test_a_file_without_prompts(tmp_path):
     model = f.write(tmp_path / "none.qemb")
     status, _, said = run("-m", model, "--query")
     assert status == 2 and said.endswith(
-        ": no prompt named query (want --instruct TASK, since the file has none)\n")
+        ": no prompts in the file (convert the model with --prompt query=TEXT, or give texts "
+        "without a prompt)\n")
     assert run("-m", model, "--document") == run("-m", EMBEDDING)
+
+
+def test_raw_scores_are_logits():
+    probabilities, = objects(ask())
+    logits, = objects(ask(), args=("--raw-scores",))
+    assert [r["index"] for r in logits["results"]] == [r["index"] for r in probabilities["results"]]
+    for p, l in zip(probabilities["results"], logits["results"]):
+        want = 1 / (1 + math.exp(-l["relevance_score"]))
+        assert abs(p["relevance_score"] - want) <= want * 2.0**-24  # rounded to float
+    lines = "\n".join(d for d in DOCUMENTS if d and d.isprintable()).encode()
+    scored = out("--query", QUERY, "--raw-scores", data=lines).decode().splitlines()
+    by_text = {DOCUMENTS[r["index"]]: r["relevance_score"] for r in logits["results"]}
+    assert len(scored) > 5
+    for line in scored:
+        score, text = line.split("\t")
+        assert float(score) == by_text[text]
+
+
+def test_objects_as_documents_may_have_other_keys():
+    got, = objects(ask(documents=[{"text": "two", "title": "x"}, {"url": 1, "text": "中文"}]))
+    assert got["results"] == ranked(QUERY, ["two", "中文"])
 
 
 def test_one_prompt_at_most(prompted):
@@ -822,8 +846,7 @@ def test_prompts_of_grep(prompted, tmp_path):
              for t in ("two", "x", "last words")}
     index = ["--index", tmp_path / "index"]
     for args, prompt in (([], "Query: "), (["--prompt", "STS"], "Compare: "),
-                         (["--prompt", "document"], "Passage: "),
-                         (["--instruct", "T"], "Instruct: T\nQuery:")):
+                         (["--prompt", "document"], "Passage: ")):
         p = subprocess.run([QEMB, "-m", prompted, "-0"], input=(prompt + "what").encode(),
                            stdout=subprocess.PIPE, timeout=GUARD)
         query = np.array(json.loads(p.stdout))

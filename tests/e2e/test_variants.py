@@ -54,6 +54,28 @@ def rows_of(unit, eps_free):
     return normed / np.sqrt(np.mean(normed**2, axis=1, keepdims=True)) * w
 
 
+def test_a_task_has_the_form_of_the_models_prompts():
+    """F2LLM was trained with a space behind "Query:", Qwen3-Embedding without. A file without
+    prompts is taken for a fine-tune of that one. Prompts of another form have no task."""
+    golden = ROOT / "tests" / "golden"
+    for name, behind in (("f2llm", " "), ("harrier", ""), ("octen", ""), ("hf-tiny", "")):
+        model = golden / f"{name}.qemb"
+        text = json.dumps({"text": f"Instruct: find it\nQuery:{behind}hi"}).encode()
+        want = run(model, "tokenize", "--input", "jsonl", data=text)
+        assert run(model, "tokenize", "--instruct", "find it", data=b"hi") == want
+        record = json.dumps({"text": "hi", "instruct": "find it"}).encode()
+        assert run(model, "tokenize", "--input", "jsonl", data=record) == want
+    for name in ("voyage", "jina-v5"):
+        model = golden / f"{name}.qemb"
+        run(model, "tokenize", "--instruct", "find it", status=2)
+        got = json.loads(run(model, "--input", "jsonl", data=record, status=3))
+        assert got["error"]["code"] == "no_task"
+        bare = b'{"text": "hi", "instruct": ""}'
+        assert run(model, "tokenize", "--input", "jsonl", data=bare) == run(
+            model, "tokenize", data=b"hi")
+        run(model, "check")
+
+
 @pytest.mark.parametrize("rows", (3, 200))
 @pytest.mark.parametrize("activation", (0, 1), ids=("identity", "tanh"))
 def test_dense_layer(tmp_path, rows, activation):

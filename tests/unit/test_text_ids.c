@@ -153,9 +153,10 @@ Test(text_ids, the_prompts_of_a_pair_stay_whole) {
         if (most >= whole.n) {
             is(&t, n, &whole, "whole");
         } else {
-            char says[80];
-            snprintf(says, sizeof says, "got more than %d tokens, want at most %d with the prompt",
-                     most - added, most);
+            char says[128];
+            snprintf(says, sizeof says,
+                     "got more than %d tokens beside the prompt's %d, want at most %d in all",
+                     most - added, added, most);
             cr_assert_eq(n, -1);
             cr_assert_str_eq(err.code, "too_long");
             cr_assert(strstr(err.msg, says), "%s", err.msg);
