@@ -589,14 +589,14 @@ static qemb_options fill_options(const qemb_file *f, const qemb_ops *ops, const 
     const int window = qemb_window(&f->config), max_positions = f->config.max_positions;
     const int any_batch = o.batch_tokens <= 0, any_mlp = o.mlp_rows <= 0;
     if (any_batch) o.batch_tokens = qemb_batch_tokens(ops);
-    /* A reranker's documents share much, which is computed once a batch. A batch of a window's rows
-     * needs no more memory than the longest text. */
-    if (any_batch && f->config.kind == QEMB_RERANKER)
-        o.batch_tokens = max_int(o.batch_tokens, window);
     if (any_mlp) o.mlp_rows = ops->mlp_rows ? ops->mlp_rows : QEMB_MLP_ROWS;
     o.mlp_rows = padded_rows(ops, o.mlp_rows); /* a product may write as many */
     if (o.max_tokens <= 0) o.max_tokens = window;
     o.max_tokens = min_int(o.max_tokens, max_positions);
+    /* A reranker's documents share much, which is computed once a batch. As many rows as the
+     * longest text has need hardly more memory than that. */
+    if (any_batch && f->config.kind == QEMB_RERANKER)
+        o.batch_tokens = max_int(o.batch_tokens, min_int(window, o.max_tokens));
     if (o.threads <= 0) o.threads = omp_get_num_procs();
     large = o;
     if (any_batch) large.batch_tokens *= 2;
@@ -708,7 +708,8 @@ struct qemb_batch {
     int max_texts, max_rows; /* of a bulk batch; max_texts = max_rows */
     int vocab, longest;      /* what may be added: ids below vocab, texts of up to longest ids */
     int shares;              /* texts may share a prefix */
-    int enough;              /* rows from which a further batch costs no speed */
+    int start_rows;          /* what a further batch costs, as rows */
+    size_t lost;             /* rows computed more than once: see lost_by */
     int B;                   /* distinct texts */
     int prefix;              /* ids of their longest common prefix, fewer than any of them has */
     size_t sum;              /* ids of all texts */
@@ -723,7 +724,7 @@ qemb_batch *qemb_batch_new(const qemb_model *m) {
     b->max_texts = b->max_rows = m->opt.batch_tokens;
     b->vocab = m->file->config.vocab, b->longest = m->opt.max_tokens;
     b->shares = m->file->config.attention == QEMB_CAUSAL;
-    b->enough = min_int(qemb_batch_tokens(m->ops), b->max_rows) / 4;
+    b->start_rows = min_int(qemb_batch_tokens(m->ops), b->max_rows) / 16;
     for (b->n_slots = 16; b->n_slots < 2 * (uint32_t)b->max_texts; b->n_slots *= 2) {}
     b->texts = malloc((size_t)b->max_texts * sizeof *b->texts);
     b->slots = malloc(b->n_slots * sizeof *b->slots);
@@ -745,7 +746,7 @@ void qemb_batch_free(qemb_batch *b) {
 void qemb_batch_clear(qemb_batch *b) {
     memset(b->slots, -1, b->n_slots * sizeof *b->slots);
     b->B = b->prefix = 0;
-    b->sum = 0;
+    b->sum = b->lost = 0;
 }
 
 static uint64_t hash_ids(const int32_t *ids, int n) {
@@ -757,6 +758,23 @@ static uint64_t hash_ids(const int32_t *ids, int n) {
     return h;
 }
 
+/* Rows that the batch has more than its texts need, if the text ids (n) joins and leaves `prefix`
+ * ids to share: each text so far has those that it no longer shares, and a text that shares more
+ * with the one before it has them again. Fewer than WORTH of the latter are chance, as in a sorted
+ * list, and another batch would not save them. */
+static size_t lost_by(const qemb_batch *b, const int32_t *ids, int n, int prefix) {
+    enum { WORTH = 16 };
+    const packed_text *last = &b->texts[b->B - 1];
+    const int most = b->shares ? min_int(n, last->n) - 1 : 0;
+    size_t lost = b->lost;
+    int common = prefix;
+    if (b->B > 1) lost += (size_t)(b->B - 1) * (size_t)(b->prefix - prefix);
+    while (common < most && ids[common] == last->ids[common]) common++;
+    return common - prefix < WORTH ? lost : lost + (size_t)(common - prefix);
+}
+
+/* A batch is closed when the rows that it has lost are more than a new batch would cost: the prefix
+ * again, and start_rows for its start. So a reranker's documents stay with their query. */
 int qemb_pack_add(qemb_batch *b, const int32_t *ids, int n) {
     assert(n >= 1 && n <= b->longest);
     for (int i = 0; i < n; i++) assert(ids[i] >= 0 && ids[i] < b->vocab);
@@ -771,17 +789,16 @@ int qemb_pack_add(qemb_batch *b, const int32_t *ids, int n) {
 
     /* The last token stays the text's own, since its row is pooled. */
     int prefix = b->shares ? n - 1 : 0;
+    size_t lost = 0;
     if (b->B) {
         const int limit = min_int(prefix, b->B == 1 ? b->texts[0].n - 1 : b->prefix);
         for (prefix = 0; prefix < limit && ids[prefix] == b->texts[0].ids[prefix];) prefix++;
         const size_t rows = b->sum + (size_t)n - (size_t)b->B * (size_t)prefix;
         if (rows > (size_t)b->max_rows) return -1; /* each text has a row: B < max_texts */
-        /* A text that shortens the prefix can add more rows than it has. If the batch is large
-         * enough, the text then begins the next one, with the texts that follow it: a reranker's
-         * documents share their query. */
-        const size_t before = qemb_batch_tokens_computed(b);
-        if (before >= (size_t)b->enough && rows > before + (size_t)n) return -1;
+        lost = lost_by(b, ids, n, prefix);
+        if (lost > (size_t)(prefix + b->start_rows)) return -1;
     }
+    b->lost = lost;
     b->texts[b->B] = (packed_text){ids, n, hash};
     b->slots[slot] = b->B;
     b->sum += (size_t)n;

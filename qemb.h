@@ -477,8 +477,7 @@ void qemb_batch_clear(qemb_batch *b);
 /* Adds a text: ids (n), end-of-text included, 1 <= n <= max_tokens, every id in 0..V-1. The caller
  * owns ids and keeps them until qemb_embed returns. Returns the row of out for the text's vector,
  * the same row for equal texts, or -1 if it belongs into the next batch: this one has no room, or
- * it has a quarter of its rows and the text would undo more of its sharing than it has tokens. An
- * empty batch takes every text. */
+ * what its texts no longer share costs more than another batch. An empty batch takes every text. */
 int qemb_pack_add(qemb_batch *b, const int32_t *ids, int n);
 int qemb_batch_rows(const qemb_batch *b); /* rows of out: distinct texts */
 /* Tokens that need not be computed because the texts share a prefix. */

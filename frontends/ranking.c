@@ -8,7 +8,7 @@ float ranking_score(float logit) { return (float)(1 / (1 + exp(-(double)logit)))
 
 static int compare(const void *a, const void *b) {
     const ranked *x = a, *y = b;
-    if (x->score != y->score) return x->score < y->score ? 1 : -1;
+    if (x->logit != y->logit) return x->logit < y->logit ? 1 : -1;
     return x->index > y->index ? 1 : -1;
 }
 

@@ -4,14 +4,15 @@
 
 #include <stddef.h>
 
+/* Logits are kept, not scores: from about 17 on the score of every logit is the float 1. */
 typedef struct {
     size_t index; /* of the document in its list */
-    float score;  /* the probability that the document answers the query, 0..1 */
+    float logit;  /* finite */
 } ranked;
 
-/* The probability of the reranker's logit, a finite number: callers tell others as errors. */
+/* The probability of a logit, 0..1: that the document answers the query. */
 float ranking_score(float logit);
-/* Sorts by score, the highest first; equal scores by index. */
+/* Sorts by logit, the highest first; equal ones by index. */
 void ranking_sort(ranked *r, size_t n);
 
 #endif

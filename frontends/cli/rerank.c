@@ -135,6 +135,10 @@ static int tokenize(void *self, record_tokenizer *t, const input_record *r, reco
 
 /* ---- the writer: scores ---------------------------------------------------------------------- */
 
+static float shown(const reranking *w, float logit) {
+    return w->opt->raw_scores ? logit : ranking_score(logit);
+}
+
 static void print_request(reranking *w, request *q, uint64_t line) {
     if (q->err.code) {
         w->errors++;
@@ -148,7 +152,7 @@ static void print_request(reranking *w, request *q, uint64_t line) {
         const ranked *r = &q->results[i];
         p = output_room(&w->out, 96 + 2 * FORMAT_UINT_ROOM + FORMAT_FLOAT_ROOM);
         p = format_uint(put(p, i ? ",{\"index\":" : "{\"index\":"), r->index);
-        p = format_float(put(p, ",\"relevance_score\":"), r->score);
+        p = format_float(put(p, ",\"relevance_score\":"), shown(w, r->logit));
         if (q->cut[r->index]) p = format_uint(put(p, ",\"truncated_bytes\":"), q->cut[r->index]);
         output_wrote(&w->out, put(p, "}"));
     }
@@ -168,17 +172,13 @@ static void drop_oldest(reranking *w) {
     free(q);
 }
 
-static float score_of(const reranking *w, const result *r) {
-    return w->opt->raw_scores ? *r->unit : ranking_score(*r->unit);
-}
-
 static void take_document(reranking *w, const result *r) {
     pthread_mutex_lock(&w->lock);
     request *q = w->oldest;
     pthread_mutex_unlock(&w->lock);
     const size_t i = r->from.offset;
     if (i < q->n && r->unit)
-        q->results[i] = (ranked){i, score_of(w, r)}, q->cut[i] = r->cut_bytes;
+        q->results[i] = (ranked){i, *r->unit}, q->cut[i] = r->cut_bytes;
     else if (i < q->n && !q->err.code)
         qemb_fail(&q->err, r->code, "documents[%zu]: %.*s", i, (int)r->message_len, r->message);
     q->tokens += (uint64_t)r->tokens;
@@ -193,9 +193,8 @@ static void take_line(reranking *w, const result *r) {
             say("line %" PRIu64 ": %s: %.*s", r->line, r->code, (int)r->message_len, r->message);
         return;
     }
-    best_offer(
-        &w->lines,
-        &(hit){.score = score_of(w, r), .order = r->line, .text = r->text, .len = r->text_len});
+    best_offer(&w->lines,
+               &(hit){.score = *r->unit, .order = r->line, .text = r->text, .len = r->text_len});
 }
 
 static void take_record(void *self, const result *r) {
@@ -227,7 +226,7 @@ static void print_lines(reranking *w) {
     for (size_t i = 0; i < w->lines.n; i++) {
         const hit *h = &w->lines.heap[i];
         char *p = output_room(&w->out, FORMAT_FLOAT_ROOM + h->len + 2);
-        p = put(format_float(p, h->score), "\t");
+        p = put(format_float(p, shown(w, h->score)), "\t");
         p = terminal ? put_printable(p, h->text, h->len) : put_bytes(p, h->text, h->len);
         *p++ = w->opt->null_separated ? '\0' : '\n';
         output_wrote(&w->out, p);

@@ -144,8 +144,7 @@ static ranked *rank(const api_request *r, const pending_text *texts, api_error *
             free(ranking);
             return NULL;
         }
-        const float logit = texts[i].vector->v[0];
-        ranking[i] = (ranked){(size_t)i, r->raw_scores ? logit : ranking_score(logit)};
+        ranking[i] = (ranked){(size_t)i, texts[i].vector->v[0]};
     }
     ranking_sort(ranking, (size_t)r->n);
     return ranking;
@@ -156,11 +155,12 @@ static ranked *rank(const api_request *r, const pending_text *texts, api_error *
 static char *put_results(char *p, const api_request *r, const ranked *ranking, int n) {
     p = put(p, "[");
     for (int i = 0; i < n; i++) {
-        const api_input *in = &r->inputs[ranking[i].index];
+        const float logit = ranking[i].logit;
         p = format_uint(put(p, i ? ",{\"index\":" : "{\"index\":"), ranking[i].index);
         p = put(p, r->is_tei ? ",\"score\":" : ",\"relevance_score\":");
-        p = format_float(p, ranking[i].score);
+        p = format_float(p, r->raw_scores ? logit : ranking_score(logit));
         if (r->with_texts) {
+            const api_input *in = &r->inputs[ranking[i].index];
             p = put(p, r->is_tei ? ",\"text\":" : ",\"document\":{\"text\":");
             p = format_json_string(p, in->text, in->len);
             if (!r->is_tei) p = put(p, "}");

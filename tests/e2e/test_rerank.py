@@ -25,7 +25,6 @@ QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
 MODEL = str(ROOT / "tests" / "fixtures" / "reranker.qemb")
 EMBEDDING = str(ROOT / "tests" / "fixtures" / "small.qemb")
 MAX_TOKENS = BATCH_TOKENS = 2048
-ENOUGH = 256
 GUARD = 60  # seconds after which a test counts as hung; no test measures time
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -534,28 +533,36 @@ def test_tables_are_within_their_errors():
 # ---- what is computed ----------------------------------------------------------------------------
 
 
+def common(a, b):
+    """How many ids both texts begin with, but not their last ones."""
+    return next((i for i, (x, y) in enumerate(zip(a[:-1], b[:-1])) if x != y),
+                min(len(a), len(b)) - 1)
+
+
 def packed(texts, budget):
     """Batches of distinct texts (lists of ids), as qemb_pack_add says, and the tokens that each
     computes: those of a common prefix, which leaves each text a token, once."""
-
-    def computed(batch):
-        prefix = min(len(t) for t in batch) - 1 if len(batch) > 1 else 0
-        while any(t[:prefix] != batch[0][:prefix] for t in batch):
-            prefix -= 1
-        return sum(map(len, batch)) - prefix * (len(batch) - 1)
-
-    batches = []
+    start = min(1024, budget) // 16  # what a further batch costs, beside its prefix
+    batches, computed, lost, prefix = [], [], 0, 0
     for t in texts:
         if batches and t in batches[-1]:
             continue
+        joins = False
         if batches:
-            before, rows = computed(batches[-1]), computed(batches[-1] + [t])
-            undone = before >= min(ENOUGH, budget // 4) and rows > before + len(t)
-            if rows <= budget and not undone:
-                batches[-1].append(t)
-                continue
-        batches.append([t])
-    return [computed(b) for b in batches]
+            batch = batches[-1]
+            shorter = min(common(t, other) for other in batch)
+            rows = sum(map(len, batch)) + len(t) - len(batch) * shorter
+            more = common(t, batch[-1]) - shorter
+            now = lost + (len(batch) - 1) * (prefix - shorter) + (more if more >= 16 else 0)
+            joins = rows <= budget and now <= shorter + start
+        if joins:
+            batch.append(t)
+            prefix, lost, computed[-1] = shorter, now, rows
+        else:
+            batches.append([t])
+            computed.append(len(t))
+            prefix, lost = len(t) - 1, 0
+    return computed
 
 
 @pytest.mark.parametrize("budget", [BATCH_TOKENS, 1000, 300, 64])
@@ -821,6 +828,25 @@ def test_raw_scores_are_logits():
     for line in scored:
         score, text = line.split("\t")
         assert float(score) == by_text[text]
+
+
+def test_saturated_scores_keep_the_order_of_their_logits(tmp_path):
+    """From 17 on a logit's score is the float 1, and documents are still in their order."""
+    f = edit_qemb.Qemb(MODEL)
+    dense = np.array(f.floats("dense"))
+    f.set_dense([(dense * -100).tolist()], [0.0])  # the fixture's logits are below 0
+    model = f.write(tmp_path / "large.qemb")
+    (got,) = objects(ask(), model=model)
+    (logits,) = objects(ask(), args=("--raw-scores",), model=model)
+    order = [r["index"] for r in logits["results"]]
+    assert sum(r["relevance_score"] == 1 for r in got["results"]) > 5
+    assert [r["index"] for r in got["results"]] == order != sorted(order)
+    assert [r["index"] for r in objects(ask(top_n=2), model=model)[0]["results"]] == order[:2]
+    lines = "\n".join(d for d in DOCUMENTS if d and d.isprintable()).encode()
+    by_text = {DOCUMENTS[r["index"]]: r["relevance_score"] for r in logits["results"]}
+    printed = rerank("--query", QUERY, data=lines, model=model).stdout.decode().splitlines()
+    scores = [by_text[line.split("\t")[1]] for line in printed]
+    assert scores == sorted(scores, reverse=True)
 
 
 def test_objects_as_documents_may_have_other_keys():

@@ -241,7 +241,8 @@ static qemb_model *open_spied(const qemb_file *f, qemb_options opt) {
     return open_with(f, &spy, opt);
 }
 
-/* 18 documents make 256 rows */
+/* What a further batch costs, beside its prefix: a sixteenth of a table's rows, or of fewer. */
+enum { START = QEMB_BATCH_TOKENS / 16 };
 enum { HEAD = 30, QUERY = 46, DOCUMENT = 10, PAIR = HEAD + QUERY + DOCUMENT };
 
 /* ids (PAIR) of document d for query q: a head that all have, the query, the document */
@@ -250,68 +251,104 @@ static void pair(int32_t *ids, int q, int d) {
     ids[PAIR - 1] = 50; /* they end alike */
 }
 
-/* n documents of query 0 have HEAD + QUERY + n DOCUMENT rows. A document of query 1 undoes the
- * sharing of QUERY rows, (n - 1) times. Whether it joins depends on the size alone. */
-Test(batch, another_query_begins_a_batch_when_this_one_is_large_enough) {
+/* n documents of query 0 have HEAD + QUERY + n DOCUMENT rows. A document of query 1 would give each
+ * of them the query again, but the first; a further batch costs the head and START. */
+Test(batch, another_query_begins_a_batch_when_the_first_would_lose_more) {
     qemb_file *f = open_model(&small_configs[0], 4, 1);
-    for (int n = 2; n < 40; n++) {
+    qemb_model *m = open_spied(f, (qemb_options){.batch_tokens = 8192});
+    int joined = 0;
+    for (int n = 1; n < 40; n++) {
         static int32_t ids[41][PAIR];
-        qemb_model *m = open_spied(f, (qemb_options){.batch_tokens = 8192});
         qemb_batch *b = qemb_batch_new(m);
         for (int d = 0; d < n; d++) {
             pair(ids[d], 0, d);
             cr_assert_eq(qemb_pack_add(b, ids[d], PAIR), d, "documents of one query are together");
         }
-        const int rows = HEAD + QUERY + n * DOCUMENT;
-        cr_assert_eq(qemb_batch_tokens_computed(b), (size_t)rows);
+        const size_t rows = HEAD + QUERY + (size_t)n * DOCUMENT;
+        cr_assert_eq(qemb_batch_tokens_computed(b), rows);
         pair(ids[n], 1, 0);
-        const int large = rows >= QEMB_BATCH_TOKENS / 4;
-        cr_assert_eq(qemb_pack_add(b, ids[n], PAIR), large ? -1 : n, "%d rows", rows);
+        const int joins = (n - 1) * QUERY <= HEAD + START;
+        cr_assert_eq(qemb_pack_add(b, ids[n], PAIR), joins ? n : -1, "%d documents", n);
         cr_assert_eq(qemb_batch_tokens_computed(b),
-                     (size_t)(large ? rows : HEAD + (n + 1) * (QUERY + DOCUMENT)));
-        cr_assert_eq(qemb_batch_rows(b), large ? n : n + 1, "a refused text leaves no trace");
+                     joins ? HEAD + (size_t)(n + 1) * (QUERY + DOCUMENT) : rows);
+        cr_assert_eq(qemb_batch_rows(b), joins ? n + 1 : n, "a refused text leaves no trace");
         cr_assert_eq(qemb_pack_add(b, ids[n - 1], PAIR), n - 1, "an equal text is found");
+        joined += joins;
         qemb_batch_free(b);
-        qemb_close(m);
     }
+    cr_assert(joined > 1 && joined < 5);
+    qemb_close(m);
     qemb_file_close(f);
 }
 
-/* A small budget has a small quarter: 25 of 100 rows. */
-Test(batch, a_quarter_of_a_small_budget) {
+/* A document of query 0, then many of query 1: each of these has the query again, until that has
+ * cost more than a further batch. Then they have a batch of their own. After a clear, nothing is
+ * remembered. */
+Test(batch, documents_leave_a_batch_in_which_they_share_less) {
     qemb_file *f = open_model(&small_configs[0], 4, 1);
-    qemb_model *m = open_spied(f, (qemb_options){.batch_tokens = 100});
-    static const int32_t other[] = {8, 1, 2};
-    for (int n = 2; n < 20; n++) {
-        int32_t ids[20][10];
-        qemb_batch *b = qemb_batch_new(m);
-        for (int d = 0; d < n; d++) {
-            for (int i = 0; i < 10; i++) ids[d][i] = i < 8 ? 7 : d;
-            cr_assert_eq(qemb_pack_add(b, ids[d], 10), d);
+    qemb_model *m = open_spied(f, (qemb_options){.batch_tokens = 8192});
+    qemb_batch *b = qemb_batch_new(m);
+    for (int round = 0; round < 2; round++) {
+        static int32_t ids[60][PAIR];
+        pair(ids[0], 0, 0);
+        cr_assert_eq(qemb_pack_add(b, ids[0], PAIR), 0);
+        int n = 1, row = 0;
+        for (; n < 60 && row >= 0; n += row >= 0) {
+            pair(ids[n], 1, n);
+            row = qemb_pack_add(b, ids[n], PAIR);
+            cr_assert_eq(row, (n - 1) * QUERY <= HEAD + START ? n : -1, "%d", n);
         }
-        const int fits = n * 10 + 3 <= 100, rows = 8 + 2 * n;
-        cr_assert_eq(qemb_pack_add(b, other, 3), fits && rows < 25 ? n : -1, "%d rows", rows);
+        cr_assert_lt(n, 60);
+        qemb_batch_clear(b);
+        for (int d = n; d < 60; d++) {
+            pair(ids[d], 1, d);
+            cr_assert_eq(qemb_pack_add(b, ids[d], PAIR), d - n);
+        }
+        qemb_batch_clear(b);
+    }
+    qemb_batch_free(b);
+    qemb_close(m);
+    qemb_file_close(f);
+}
+
+/* Neighbours of a sorted list share a few ids more than all texts do. That closes no batch unless
+ * they share 16 more. */
+Test(batch, neighbours_that_share_little_stay) {
+    qemb_file *f = open_model(&small_configs[0], 4, 1);
+    qemb_model *m = open_spied(f, (qemb_options){.batch_tokens = 8192});
+    for (int shared = 14; shared <= 17; shared++) {
+        static int32_t ids[100][20];
+        qemb_batch *b = qemb_batch_new(m);
+        int n = 0, row = 0;
+        for (; n < 100 && row >= 0; n += row >= 0) { /* texts 2k and 2k+1 share */
+            for (int i = 0; i < 20; i++) ids[n][i] = i < shared ? n / 2 : 150 + n % 2;
+            row = qemb_pack_add(b, ids[n], 20);
+        }
+        if (shared < 16)
+            cr_assert_eq(n, 100);
+        else
+            cr_assert(n > 4 && n < 20, "%d", n);
         qemb_batch_free(b);
     }
     qemb_close(m);
     qemb_file_close(f);
 }
 
-/* Texts that shorten the prefix a little are cheaper here than in a further batch: with two texts
- * of a prefix of 300, one that shares 150 or more of it adds no more rows than it has. */
-Test(batch, a_text_that_shares_enough_joins) {
+/* With a small budget, a further batch costs a sixteenth of it: 6 of 100 rows. */
+Test(batch, a_small_budget) {
     qemb_file *f = open_model(&small_configs[0], 4, 1);
-    qemb_model *m = open_spied(f, (qemb_options){.batch_tokens = 4096});
-    static int32_t ids[3][400];
-    for (int shared = 0; shared <= 300; shared++) {
-        for (int t = 0; t < 3; t++)
-            for (int i = 0; i < 400; i++) ids[t][i] = i < (t == 2 ? shared : 300) ? 9 : 10 + t;
-        qemb_batch *b = qemb_batch_new(m);
-        cr_assert_eq(qemb_pack_add(b, ids[0], 400), 0);
-        cr_assert_eq(qemb_pack_add(b, ids[1], 400), 1);
-        cr_assert_eq(qemb_pack_add(b, ids[2], 400), shared >= 150 ? 2 : -1, "%d", shared);
-        qemb_batch_free(b);
-    }
+    qemb_model *m = open_spied(f, (qemb_options){.batch_tokens = 100});
+    for (int n = 2; n < 8; n++)
+        for (int shared = 0; shared < 8; shared++) {
+            int32_t ids[9][10];
+            qemb_batch *b = qemb_batch_new(m);
+            for (int d = 0; d <= n; d++)
+                for (int i = 0; i < 10; i++) ids[d][i] = d == n && i >= shared ? 90 : i < 8 ? 7 : d;
+            for (int d = 0; d < n; d++) cr_assert_eq(qemb_pack_add(b, ids[d], 10), d);
+            cr_assert_eq(qemb_pack_add(b, ids[n], 10),
+                         (n - 1) * (8 - shared) <= shared + 6 ? n : -1, "%d %d", n, shared);
+            qemb_batch_free(b);
+        }
     qemb_close(m);
     qemb_file_close(f);
 }

@@ -34,12 +34,12 @@ Test(ranking, a_larger_logit_has_no_smaller_score) {
 
 static void check_order(const ranked *r, size_t n) {
     for (size_t i = 1; i < n; i++)
-        cr_assert(r[i - 1].score > r[i].score ||
-                  (r[i - 1].score == r[i].score && r[i - 1].index < r[i].index));
+        cr_assert(r[i - 1].logit > r[i].logit ||
+                  (r[i - 1].logit == r[i].logit && r[i - 1].index < r[i].index));
 }
 
 /* Few different scores: most are ties. */
-Test(ranking, sorts_by_score_then_by_index) {
+Test(ranking, sorts_by_logit_then_by_index) {
     enum { N = 300 };
     rng r = {6};
     for (size_t n = 0; n <= N; n += 1 + n / 7) {
@@ -56,6 +56,15 @@ Test(ranking, sorts_by_score_then_by_index) {
         for (size_t i = 0; i < n; i++) there[list[i].index]++;
         for (size_t i = 0; i < n; i++) cr_assert_eq(there[i], 1);
     }
+}
+
+/* Their scores are the same float. */
+Test(ranking, large_logits_keep_their_order) {
+    ranked list[] = {{0, 18}, {1, 20}, {2, 19}, {3, 20}};
+    cr_assert(ranking_score(18) == 1 && ranking_score(20) == 1);
+    ranking_sort(list, 4);
+    const size_t want[] = {1, 3, 2, 0};
+    for (size_t i = 0; i < 4; i++) cr_assert_eq(list[i].index, want[i]);
 }
 
 Test(ranking, zeros_of_both_signs_are_equal) {
