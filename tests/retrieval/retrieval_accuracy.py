@@ -122,7 +122,7 @@ def write_int8_file(source, out):
         parts = [(s.name, s.rows)] if s.data else ()  # () for scales
         sections.append(s._replace(data=parts, bits=bits[s.name] if s.dtype is cw.F16 else 0))
     with open(out, "wb") as f:
-        cw.write_sections(f, c, numbers[8], sections, tensors, cw.tqdm(disable=True))
+        cw.write_sections(f, data[72:140], sections, tensors, cw.tqdm(disable=True))
 
 
 def has_int8_weights(model):
