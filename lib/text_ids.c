@@ -155,7 +155,15 @@ int text_ids_pair(text_ids *t, const text_pair *p, int max_document, size_t *cut
         if (limited) most = r.n + (size_t)max_document;
     }
     if (encode(t, part, len, 7, most, &r, &left, err)) return -1;
-    if (r.bytes_left && !limited && !cut) return too_long(t, err);
+    if (r.bytes_left && !limited && !cut) {
+        if (!encode(t, part, len, 5, most, &r, &left, err) && !r.bytes_left)
+            return too_long(t, err);
+        return qemb_fail(
+            err, "query_too_long",
+            "query: too long for any document (got more than %zu tokens with the task, "
+            "beside the prompt's %d, want at most %d in all)",
+            most, n_added(t), t->max_tokens);
+    }
     if (cut) *cut = limited ? 0 : left;
     return set_ids(t, r.ids, r.n, err);
 }

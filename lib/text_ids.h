@@ -40,7 +40,9 @@ int text_ids_encode(text_ids *t, const char *const part[], const size_t len[], i
                     qemb_err *err);
 /* The same for a reranker: the parts are "<Instruct>: ", task, "\n<Query>: ", query,
  * "\n<Document>: ", document. At most max_document tokens of the document are used, however many
- * max_tokens leaves; 0: no such limit. Cutting it there is no error. */
+ * max_tokens leaves; 0: no such limit. Cutting it there is no error. Code "query_too_long": there
+ * is no room for any document. Of invalid UTF-8, the offset counts from the document; if that is
+ * valid, from the beginning of the pair. */
 int text_ids_pair(text_ids *t, const text_pair *p, int max_document, size_t *cut, qemb_err *err);
 /* t->ids = ids (n) of an embedding model, which may end in end-of-text. cut gets the number of ids
  * beyond max_tokens. Returns and fails as above. */

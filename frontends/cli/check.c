@@ -3,6 +3,7 @@
 
 #include "frontends/console.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -149,6 +150,7 @@ static void compute_logits(const example *e, qemb_model *m, record_tokenizer *t,
         qemb_batch_clear(b);
         qemb_pack_add(b, ids.ids, ids.n);
         qemb_embed(m, b, &logit);
+        if (!isfinite(logit)) DIE(STATUS_MODEL, "the example: a score that is not finite");
         score[i] = logit;
     }
     qemb_batch_free(b);

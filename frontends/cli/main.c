@@ -258,8 +258,11 @@ static int grep(const options *o) {
 static void check_query(record_tokenizer *t, const char *query) {
     const text_pair pair = {.query = query, .query_len = strlen(query), .document = ""};
     record_ids ids = {0};
+    qemb_tokenizer_result r;
     qemb_err err;
-    if (tokenize_pair(t, &pair, 0, &ids, &err)) usage("--query: %s", err.msg);
+    if (qemb_tokenizer_encode(t->text.state, query, pair.query_len, SIZE_MAX, &r, &err) ||
+        (!t->truncate && tokenize_pair(t, &pair, 0, &ids, &err)))
+        usage("--query: %s", err.msg);
 }
 
 static int rerank(const options *o) {

@@ -179,6 +179,8 @@ static void take_document(reranking *w, const result *r) {
     const size_t i = r->from.offset;
     if (i < q->n && r->unit)
         q->results[i] = (ranked){i, *r->unit}, q->cut[i] = r->cut_bytes;
+    else if (i < q->n && !q->err.code && !strcmp(r->code, "query_too_long"))
+        qemb_fail(&q->err, r->code, "%.*s", (int)r->message_len, r->message);
     else if (i < q->n && !q->err.code)
         qemb_fail(&q->err, r->code, "documents[%zu]: %.*s", i, (int)r->message_len, r->message);
     q->tokens += (uint64_t)r->tokens;

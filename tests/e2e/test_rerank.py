@@ -302,7 +302,8 @@ BAD = [
     ({"id": 7, "query": "a", "documents": ["b"], "é" * 99: 0}, "bad_record", 7, "unknown key"),
     ({"id": 7, "query": "a", "documents": ["b", "x " * 3000, "y " * 3000]}, "too_long", 7,
      "documents[1]: text: too long"),
-    ({"id": 7, "query": "x " * 3000, "documents": ["b"]}, "too_long", 7, "documents[0]"),
+    ({"id": 7, "query": "x " * 3000, "documents": ["b"]}, "query_too_long", 7,
+     "query: too long for any document"),
 ]
 
 
@@ -374,6 +375,8 @@ def test_a_logit_that_is_not_finite(tmp_path):
     assert got[1]["results"] == []
     p = rerank("--query", "q", data=b"a\n", model=model)
     assert p.returncode == 3 and p.stdout == b"" and b"line 1: non_finite: score" in p.stderr
+    p = subprocess.run([QEMB, "check", "-m", model], capture_output=True, timeout=GUARD)
+    assert p.returncode == 2 and b"a score that is not finite" in p.stderr
 
 
 def test_a_huge_record():
@@ -661,7 +664,9 @@ def test_a_bad_query():
     for args in (["--query", b"a\xff"], ["--query", "word " * 3000]):
         said = rerank(*args, data=b"two\n")
         assert said.returncode == 1 and said.stdout == b""
-        assert said.stderr.startswith(b"qemb: --query: text: ") and said.stderr.count(b"\n") == 2
+        assert said.stderr.startswith(b"qemb: --query: ") and said.stderr.count(b"\n") == 2
+        assert (b"text: invalid UTF-8 at byte 1 " if args[1] == b"a\xff" else b"for any document"
+                ) in said.stderr
     assert len(read_lines(out("--query", "word " * 3000, "--truncate", data=b"two\n"))) == 1
 
 

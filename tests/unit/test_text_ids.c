@@ -139,6 +139,11 @@ Test(text_ids, the_prompts_of_a_pair_stay_whole) {
     const list whole = expected(&p, SIZE_MAX);
     qemb_err err;
     text_ids t = opened(&as_reranker, 0);
+    static char s[1 << 12];
+    size_t before = 0;
+    list first = {.n = 0};
+    middle(s, &p, &before);
+    append(&first, s, before, SIZE_MAX);
     const int added = t.n_head + t.n_tail;
     text_ids_close(&t);
     for (int most = added + 1; most <= whole.n + 1; most++) {
@@ -154,11 +159,12 @@ Test(text_ids, the_prompts_of_a_pair_stay_whole) {
             is(&t, n, &whole, "whole");
         } else {
             char says[128];
+            const int fits = most - added >= first.n; /* the query, and nothing of the document */
             snprintf(says, sizeof says,
-                     "got more than %d tokens beside the prompt's %d, want at most %d in all",
-                     most - added, added, most);
+                     "got more than %d tokens %sbeside the prompt's %d, want at most %d in all",
+                     most - added, fits ? "" : "with the task, ", added, most);
             cr_assert_eq(n, -1);
-            cr_assert_str_eq(err.code, "too_long");
+            cr_assert_str_eq(err.code, fits ? "too_long" : "query_too_long");
             cr_assert(strstr(err.msg, says), "%s", err.msg);
         }
         text_ids_close(&t);
@@ -232,7 +238,7 @@ Test(text_ids, both_limits) {
     text_ids_close(&t);
     t = opened(&as_reranker, added + first.n - 1); /* the query does not fit */
     cr_assert_eq(text_ids_pair(&t, &p, 3, NULL, &err), -1);
-    cr_assert_str_eq(err.code, "too_long");
+    cr_assert_str_eq(err.code, "query_too_long");
     const list want = expected(&p, (size_t)first.n - 1);
     is(&t, text_ids_pair(&t, &p, 3, &cut, &err), &want, "no document");
     cr_assert_eq(cut, p.document_len);
