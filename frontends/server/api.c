@@ -28,7 +28,7 @@ int api_fail(api_error *e, int status, const char *code, const char *param, cons
 
 /* ---- requests -------------------------------------------------------------------------------- */
 
-static const char *type_name(const json_t *v) {
+const char *api_type_name(const json_t *v) {
     static const char *const names[] = {"an object", "a list", "a string", "an integer",
                                         "a real",    "true",   "false",    "null"};
     return names[json_typeof(v)];
@@ -36,7 +36,7 @@ static const char *type_name(const json_t *v) {
 
 int api_wrong_type(api_error *e, const char *key, const json_t *v, const char *want) {
     return api_fail(e, 400, "invalid_type", key, "%s: wrong type (got %s, want %s)", key,
-                    type_name(v), want);
+                    api_type_name(v), want);
 }
 
 int api_unknown(api_error *e, const char *key) {
@@ -53,7 +53,7 @@ static int add_ids(api_request *r, const json_t *list, api_error *e) {
         if (!json_is_integer(v))
             return api_fail(e, 400, "invalid_type", "input",
                             "input: wrong type in a list of token ids (got %s, want an integer)",
-                            type_name(v));
+                            api_type_name(v));
         const json_int_t id = json_integer_value(v);
         if (id < 0 || id > INT32_MAX)
             return api_fail(e, 400, "invalid_token", "input",
@@ -84,7 +84,7 @@ static int parse_list(api_request *r, const json_t *list, int max_texts, api_err
         return api_fail(e, 400, "invalid_type", "input",
                         "input: wrong type in the list (got %s, want strings, token ids or lists "
                         "of token ids)",
-                        type_name(first));
+                        api_type_name(first));
     if (n > (size_t)max_texts)
         return api_fail(e, 400, "too_many_inputs", "input",
                         "input: too many texts (got %zu, want at most %d)", n, max_texts);
@@ -93,7 +93,7 @@ static int parse_list(api_request *r, const json_t *list, int max_texts, api_err
         if (json_typeof(v) != json_typeof(first))
             return api_fail(e, 400, "invalid_type", "input",
                             "input[%zu]: not of the first one's type (got %s, want %s)", i,
-                            type_name(v), type_name(first));
+                            api_type_name(v), api_type_name(first));
         n_ids += json_array_size(v);
     }
     if (api_make_room(r, n, n_ids, e)) return -1;
@@ -182,7 +182,7 @@ int api_load(api_request *r, const char *body, size_t len, api_error *e) {
     r->json = root;
     if (!json_is_object(root))
         return api_fail(e, 400, "invalid_json", NULL, "body: wrong type (got %s, want an object)",
-                        type_name(root));
+                        api_type_name(root));
     return 0;
 }
 

@@ -79,6 +79,7 @@ int api_load(api_request *r, const char *body, size_t len, api_error *e);
 /* The value v of the request's key; null leaves *out alone. */
 int api_bool(int *out, const char *key, const json_t *v, api_error *e);
 int api_string(const char **out, size_t *len, const char *key, const json_t *v, api_error *e);
+const char *api_type_name(const json_t *v); /* with its article */
 /* Errors of the request's key. */
 int api_wrong_type(api_error *e, const char *key, const json_t *v, const char *want);
 int api_unknown(api_error *e, const char *key);

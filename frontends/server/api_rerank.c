@@ -2,7 +2,8 @@
  *
  * Two forms of request:
  *   {"query": text, "documents": [text | {"text": text}...]} as Jina, Cohere and vLLM have it, with
- *     "top_n", "return_documents", "max_tokens_per_doc", "truncation"
+ *     "top_n", "return_documents", "max_tokens_per_doc", "truncation"; other keys of a document are
+ *     not looked at
  *   {"query": text, "texts": [text...]} of text-embeddings-inference, with "raw_scores",
  *     "return_text", "truncation_direction"
  * and in both "model" (many clients send none), "truncate", "top_n" and the extension "instruct".
@@ -19,10 +20,19 @@
 
 /* ---- requests -------------------------------------------------------------------------------- */
 
-/* The text of a document, or NULL. */
-static const json_t *text_of(const json_t *v, int is_tei) {
-    if (!is_tei && json_is_object(v) && json_object_size(v) == 1) v = json_object_get(v, "text");
-    return json_is_string(v) ? v : NULL;
+/* The text of the i-th document v, or NULL with *e. */
+static const json_t *text_of(const api_request *r, size_t i, const json_t *v, api_error *e) {
+    if (json_is_string(v)) return v;
+    if (r->is_tei || !json_is_object(v)) {
+        api_fail(e, 400, "invalid_type", r->key, "%s[%zu]: wrong type (got %s, want a string%s)",
+                 r->key, i, api_type_name(v), r->is_tei ? "" : " or an object with \"text\"");
+        return NULL;
+    }
+    const json_t *text = json_object_get(v, "text");
+    if (json_is_string(text)) return text;
+    api_fail(e, 400, "invalid_type", r->key, "%s[%zu].text: wrong type (got %s, want a string)",
+             r->key, i, text ? api_type_name(text) : "nothing");
+    return NULL;
 }
 
 static int parse_documents(api_request *r, const json_t *list, int max_texts, api_error *e) {
@@ -34,10 +44,8 @@ static int parse_documents(api_request *r, const json_t *list, int max_texts, ap
                         "%s: too many texts (got %zu, want at most %d)", r->key, n, max_texts);
     if (api_make_room(r, n, 0, e)) return -1;
     for (size_t i = 0; i < n; i++) {
-        const json_t *text = text_of(json_array_get(list, i), r->is_tei);
-        if (!text)
-            return api_fail(e, 400, "invalid_type", r->key, "%s[%zu]: wrong type (want a string%s)",
-                            r->key, i, r->is_tei ? "" : " or {\"text\": a string}");
+        const json_t *text = text_of(r, i, json_array_get(list, i), e);
+        if (!text) return -1;
         api_add_text(r, text);
     }
     return 0;
@@ -66,6 +74,19 @@ static int parse_direction(const char *key, const json_t *v, api_error *e) {
                     "%s: not served (got %.40s, want Right)", key, s);
 }
 
+/* Cohere ranks the fields of a document that this names; here that is its text. */
+static int parse_rank_fields(const char *key, const json_t *v, api_error *e) {
+    if (json_is_null(v)) return 0;
+    if (!json_is_array(v)) return api_wrong_type(e, key, v, "a list");
+    const char *field = json_string_value(json_array_get(v, 0));
+    if (json_array_size(v) == 1 && field && !strcmp(field, "text")) return 0;
+    char *got = json_dumps(v, JSON_COMPACT | JSON_ENSURE_ASCII);
+    api_fail(e, 400, "invalid_rank_fields", key, "%s: not served (got %.80s, want [\"text\"])", key,
+             got ? got : "others");
+    free(got);
+    return -1;
+}
+
 static int is_one_of(const char *key, const char *const *names, int n) {
     for (int i = 0; i < n; i++)
         if (!strcmp(key, names[i])) return 1;
@@ -76,9 +97,8 @@ static int parse_field(api_request *r, const char *key, const json_t *v, int max
                        api_error *e) {
     /* Keys of the public APIs: those that change no score, and those that are not served. */
     static const char *const idle[] = {"user", "priority"};
-    static const char *const only_null[] = {"rank_fields", "max_chunks_per_doc",
-                                            "truncate_prompt_tokens"};
     size_t ignored;
+    int unused;
     if (!strcmp(key, "query")) return api_string(&r->query, &r->query_len, key, v, e);
     if (!strcmp(key, r->key)) return parse_documents(r, v, max_texts, e);
     if (!strcmp(key, "model")) return api_string(&r->model, &ignored, key, v, e);
@@ -95,7 +115,9 @@ static int parse_field(api_request *r, const char *key, const json_t *v, int max
     if (!strcmp(key, "return_documents")) return api_bool(&r->with_texts, key, v, e);
     if (!strcmp(key, "max_tokens_per_doc")) return parse_count(&r->max_document, 1, key, v, e);
     if (!strcmp(key, "truncation")) return api_bool(&r->truncate, key, v, e);
-    if (json_is_null(v) && is_one_of(key, only_null, LENGTH(only_null))) return 0;
+    if (!strcmp(key, "rank_fields")) return parse_rank_fields(key, v, e);
+    if (!strcmp(key, "max_chunks_per_doc")) return parse_count(&unused, 1, key, v, e);
+    if (!strcmp(key, "truncate_prompt_tokens") && json_is_null(v)) return 0;
     return api_unknown(e, key);
 }
 

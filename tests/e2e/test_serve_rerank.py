@@ -166,6 +166,18 @@ def test_null_counts_as_not_given(both):
     assert both.post({**ASK, "user": "u", "priority": 3}, "/v2/rerank").status == 200
 
 
+def test_cohere_v1_documents_with_other_keys(both):
+    """Only "text" is ranked and returned, as with Cohere's default for rank_fields."""
+    want = ranked(QUERY, TEXTS)["results"]
+    objects = [{"title": "t", "text": t, "n": {"text": 5}} for t in TEXTS]
+    body = {"query": QUERY, "documents": objects}
+    more = {"rank_fields": ["text"], "max_chunks_per_doc": 3, "return_documents": True}
+    for path in PATHS:
+        assert results_in(both.post(body, path)) == want
+        got = results_in(both.post({**body, **more}, path))
+        assert got == [{**r, "document": {"text": TEXTS[r["index"]]}} for r in want]
+
+
 def test_instruct(both):
     want = scores(QUERY, TEXTS, instruct="Find a planet")
     assert want != scores(QUERY, TEXTS)
@@ -230,7 +242,6 @@ BAD = [
     ({**ASK, "documents": []}, 400, "empty_input", "documents"),
     ({**ASK, "documents": ["x", None]}, 400, "invalid_type", "documents"),
     ({**ASK, "documents": [{"text": 1}]}, 400, "invalid_type", "documents"),
-    ({**ASK, "documents": [{"text": "x", "title": "y"}]}, 400, "invalid_type", "documents"),
     ({**ASK, "documents": [{"image": "x"}]}, 400, "invalid_type", "documents"),
     ({**ASK, "documents": ["x"] * 2049}, 400, "too_many_inputs", "documents"),
     ({**ASK, "model": 1}, 400, "invalid_type", "model"),
@@ -243,8 +254,12 @@ BAD = [
     ({**ASK, "truncate": "x"}, 400, "invalid_type", "truncate"),
     ({**ASK, "truncation": 1}, 400, "invalid_type", "truncation"),
     ({**ASK, "instruct": 1}, 400, "invalid_type", "instruct"),
-    ({**ASK, "rank_fields": ["title"]}, 400, "unknown_parameter", None),
-    ({**ASK, "max_chunks_per_doc": 2}, 400, "unknown_parameter", None),
+    ({**ASK, "rank_fields": ["title"]}, 400, "invalid_rank_fields", "rank_fields"),
+    ({**ASK, "rank_fields": ["text", "title"]}, 400, "invalid_rank_fields", "rank_fields"),
+    ({**ASK, "rank_fields": []}, 400, "invalid_rank_fields", "rank_fields"),
+    ({**ASK, "rank_fields": "text"}, 400, "invalid_type", "rank_fields"),
+    ({**ASK, "max_chunks_per_doc": 0}, 400, "invalid_number", "max_chunks_per_doc"),
+    ({**ASK, "max_chunks_per_doc": "2"}, 400, "invalid_type", "max_chunks_per_doc"),
     ({**ASK, "truncate_prompt_tokens": 5}, 400, "unknown_parameter", None),
     ({**ASK, "raw_scores": True}, 400, "unknown_parameter", None),
     ({**ASK, "dimensions": 5}, 400, "unknown_parameter", None),
@@ -257,6 +272,31 @@ def test_bad_requests(both, body, status, code, param):
         a = both.post(body, path)
         assert (a.status, a.error["code"], a.error["param"]) == (status, code, param)
         assert a.json["message"] == a.json["detail"] == a.error["message"]
+
+
+@pytest.mark.parametrize(
+    "more,message",
+    [
+        (
+            {"documents": ["x", 5]},
+            'documents[1]: wrong type (got an integer, want a string or an object with "text")',
+        ),
+        (
+            {"documents": [{"title": "x"}]},
+            "documents[0].text: wrong type (got nothing, want a string)",
+        ),
+        (
+            {"documents": [{"text": None, "title": "x"}]},
+            "documents[0].text: wrong type (got null, want a string)",
+        ),
+        (
+            {"rank_fields": ["text", "title"]},
+            'rank_fields: not served (got ["text","title"], want ["text"])',
+        ),
+    ],
+)
+def test_messages(both, more, message):
+    assert both.post({**ASK, **more}, "/v1/rerank").error["message"] == message
 
 
 TEI = {"query": "q", "texts": ["x"]}
