@@ -39,8 +39,11 @@ int api_wrong_type(api_error *e, const char *key, const json_t *v, const char *w
                     api_type_name(v), want);
 }
 
-int api_unknown(api_error *e, const char *key) {
-    return api_fail(e, 400, "unknown_parameter", NULL, "%.64s: unknown parameter", key);
+int api_unknown(api_error *e, const char *key, const char *known) {
+    char name[65]; /* the first 64 bytes */
+    snprintf(name, sizeof name, "%s", key);
+    return api_fail(e, 400, "unknown_parameter", name, "%s: unknown parameter (want %s)", name,
+                    known);
 }
 
 static int add_ids(api_request *r, const json_t *list, api_error *e) {
@@ -150,6 +153,13 @@ static int parse_encoding(api_request *r, const json_t *v, api_error *e) {
                     "encoding_format: unknown (got %.40s, want float or base64)", s);
 }
 
+/* The keys of parse_field. */
+static const char *const known[] = {
+    [API_EMBEDDINGS] =
+        "input, model, dimensions, encoding_format, user, instruct, truncate, fallback",
+    [API_TOKENIZE] = "input, model, instruct, truncate",
+};
+
 static int parse_field(api_request *r, api_kind kind, const char *key, const json_t *v,
                        int max_texts, api_error *e) {
     const int embeddings = kind == API_EMBEDDINGS;
@@ -163,7 +173,7 @@ static int parse_field(api_request *r, api_kind kind, const char *key, const jso
     if (embeddings && !strcmp(key, "fallback")) return api_bool(&r->fallback, key, v, e);
     if (embeddings && !strcmp(key, "dimensions")) return is_null ? 0 : parse_dimensions(r, v, e);
     if (embeddings && !strcmp(key, "encoding_format")) return is_null ? 0 : parse_encoding(r, v, e);
-    return api_unknown(e, key);
+    return api_unknown(e, key, known[kind]);
 }
 
 int api_load(api_request *r, const char *body, size_t len, api_error *e) {

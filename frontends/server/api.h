@@ -11,7 +11,7 @@
 typedef struct {
     int status;       /* of HTTP */
     const char *code; /* static string */
-    char param[32];   /* "": null */
+    char param[72];   /* "": null */
     char msg[480];
     int retry_after; /* seconds; 0: no such header */
 } api_error;
@@ -82,7 +82,7 @@ int api_string(const char **out, size_t *len, const char *key, const json_t *v, 
 const char *api_type_name(const json_t *v); /* with its article */
 /* Errors of the request's key. */
 int api_wrong_type(api_error *e, const char *key, const json_t *v, const char *want);
-int api_unknown(api_error *e, const char *key);
+int api_unknown(api_error *e, const char *key, const char *known);
 
 /* Makes room for n inputs with n_ids ids in all. */
 int api_make_room(api_request *r, size_t n, size_t n_ids, api_error *e);

@@ -2,11 +2,12 @@
  *
  * Two forms of request:
  *   {"query": text, "documents": [text | {"text": text}...]} as Jina, Cohere and vLLM have it, with
- *     "top_n", "return_documents", "max_tokens_per_doc", "truncation"; other keys of a document are
- *     not looked at
- *   {"query": text, "texts": [text...]} of text-embeddings-inference, with "raw_scores",
- *     "return_text", "truncation_direction"
- * and in both "model" (many clients send none), "truncate", "top_n" and the extension "instruct".
+ *     "return_documents", "max_tokens_per_doc", "truncation", "instruction", "use_activation";
+ *     other keys of a document are not looked at
+ *   {"query": text, "texts": [text...]} of text-embeddings-inference, with "return_text",
+ *     "truncation_direction"
+ * and in both "model" (many clients send none), "truncate", "top_n", "raw_scores" and the extension
+ * "instruct".
  * null counts as not given. A key that could change the result and is not known is an error.
  */
 #include "api_rerank.h"
@@ -93,32 +94,63 @@ static int is_one_of(const char *key, const char *const *names, int n) {
     return 0;
 }
 
+/* The keys of parse_field, by r->is_tei. */
+static const char *const known[] = {
+    "query, documents, model, top_n, return_documents, max_tokens_per_doc, truncate or truncation, "
+    "instruct or instruction, raw_scores or use_activation, rank_fields, max_chunks_per_doc, user, "
+    "priority",
+    "query, texts, model, top_n, return_text, raw_scores, truncate, truncation_direction, "
+    "instruct, "
+    "user, priority",
+};
+
 static int parse_field(api_request *r, const char *key, const json_t *v, int max_texts,
                        api_error *e) {
     /* Keys of the public APIs: those that change no score, and those that are not served. */
     static const char *const idle[] = {"user", "priority"};
     size_t ignored;
-    int unused;
+    int unused, activation = -1;
     if (!strcmp(key, "query")) return api_string(&r->query, &r->query_len, key, v, e);
     if (!strcmp(key, r->key)) return parse_documents(r, v, max_texts, e);
     if (!strcmp(key, "model")) return api_string(&r->model, &ignored, key, v, e);
     if (!strcmp(key, "instruct")) return api_string(&r->instruct, &r->instruct_len, key, v, e);
     if (!strcmp(key, "truncate")) return api_bool(&r->truncate, key, v, e);
     if (!strcmp(key, "top_n")) return parse_count(&r->top_n, 0, key, v, e);
+    if (!strcmp(key, "raw_scores")) return api_bool(&r->raw_scores, key, v, e);
     if (is_one_of(key, idle, LENGTH(idle))) return 0;
     if (r->is_tei) {
-        if (!strcmp(key, "raw_scores")) return api_bool(&r->raw_scores, key, v, e);
         if (!strcmp(key, "return_text")) return api_bool(&r->with_texts, key, v, e);
         if (!strcmp(key, "truncation_direction")) return parse_direction(key, v, e);
-        return api_unknown(e, key);
+        return api_unknown(e, key, known[r->is_tei]);
     }
     if (!strcmp(key, "return_documents")) return api_bool(&r->with_texts, key, v, e);
     if (!strcmp(key, "max_tokens_per_doc")) return parse_count(&r->max_document, 1, key, v, e);
     if (!strcmp(key, "truncation")) return api_bool(&r->truncate, key, v, e);
+    if (!strcmp(key, "instruction")) return api_string(&r->instruct, &r->instruct_len, key, v, e);
+    if (!strcmp(key, "use_activation")) {
+        if (api_bool(&activation, key, v, e)) return -1;
+        if (activation >= 0) r->raw_scores = !activation;
+        return 0;
+    }
     if (!strcmp(key, "rank_fields")) return parse_rank_fields(key, v, e);
     if (!strcmp(key, "max_chunks_per_doc")) return parse_count(&unused, 1, key, v, e);
     if (!strcmp(key, "truncate_prompt_tokens") && json_is_null(v)) return 0;
-    return api_unknown(e, key);
+    return api_unknown(e, key, known[r->is_tei]);
+}
+
+/* Fails if a key is given by two of its names. */
+static int check_names(const json_t *root, api_error *e) {
+    static const char *const names[][2] = {
+        {"truncate", "truncation"}, {"instruct", "instruction"}, {"raw_scores", "use_activation"}};
+    for (int i = 0; i < LENGTH(names); i++) {
+        const json_t *a = json_object_get(root, names[i][0]);
+        const json_t *b = json_object_get(root, names[i][1]);
+        if (a && b && !json_is_null(a) && !json_is_null(b))
+            return api_fail(e, 400, "conflicting_parameters", names[i][1],
+                            "%s: says the same as %s (got both, want one of them)", names[i][1],
+                            names[i][0]);
+    }
+    return 0;
 }
 
 int api_rerank_parse(api_request *r, int with_tei, const char *body, size_t len, int max_texts,
@@ -130,6 +162,7 @@ int api_rerank_parse(api_request *r, int with_tei, const char *body, size_t len,
     r->is_tei = with_tei && json_object_get(root, "texts");
     r->key = r->is_tei ? "texts" : "documents";
     json_object_foreach(root, key, v) if (parse_field(r, key, v, max_texts, e)) return -1;
+    if (check_names(root, e)) return -1;
     if (!r->query)
         return api_fail(e, 400, "missing_parameter", "query", "query: a required parameter");
     if (!r->inputs)

@@ -199,7 +199,8 @@ BAD = [
     ({**OK, "fallback": 1}, 400, "invalid_type", "fallback"),
     ({**OK, "instruct": 1}, 400, "invalid_type", "instruct"),
     ({**OK, "input": [1], "instruct": "x"}, 400, "invalid_instruct", "instruct"),
-    ({**OK, "dimension": 4}, 400, "unknown_parameter", None),
+    ({**OK, "dimension": 4}, 400, "unknown_parameter", "dimension"),
+    ({**OK, "k" * 99: 4}, 400, "unknown_parameter", "k" * 64),
 ]
 
 

@@ -134,6 +134,22 @@ def test_tei_form(both):
     assert exact(top.body) == want[:3]
 
 
+def test_logits_of_documents(both):
+    """vLLM's use_activation is the opposite of raw_scores."""
+    raw = both.post({"query": QUERY, "texts": TEXTS, "raw_scores": True}, "/rerank")
+    logits = [(r["index"], r["score"]) for r in exact(raw.body)]
+    scores = [(r["index"], r["relevance_score"]) for r in ranked(QUERY, TEXTS)["results"]]
+    for more, want in (
+        ({"raw_scores": True}, logits),
+        ({"raw_scores": True, "use_activation": None}, logits),
+        ({"raw_scores": False}, scores),
+        ({"use_activation": False}, logits),
+        ({"use_activation": True}, scores),
+    ):
+        got = results_in(both.post({"query": QUERY, "documents": TEXTS, **more}, "/v1/rerank"))
+        assert [(r["index"], r["relevance_score"]) for r in got] == want
+
+
 def test_top_n_and_documents(both):
     want = ranked(QUERY, TEXTS)["results"]
     for top_n, n in (
@@ -155,14 +171,44 @@ def test_a_hundred_documents_are_a_search_unit(both):
         assert a.json["meta"]["billed_units"]["search_units"] == units
 
 
+KEYS = (
+    "model top_n return_documents max_tokens_per_doc truncate truncation instruct instruction "
+    "raw_scores use_activation rank_fields max_chunks_per_doc user priority"
+).split()
+TEI_KEYS = (
+    "model top_n return_text raw_scores truncate truncation_direction instruct user priority"
+).split()
+
+
+def test_an_unknown_key_is_told_the_known_ones(both):
+    """The lists of the messages are those of the keys that are accepted."""
+    forms = [
+        ({**ASK, "topn": 1}, "/v1/rerank", ["query", "documents", *KEYS]),
+        ({"query": "q", "texts": ["x"], "topn": 1}, "/rerank", ["query", "texts", *TEI_KEYS]),
+        ({**OK, "topn": 1}, "/tokenize", ["input", "model", "instruct", "truncate"]),
+        (
+            {**OK, "topn": 1},
+            "/v1/embeddings",
+            "input model dimensions encoding_format user instruct truncate fallback".split(),
+        ),
+    ]
+    for body, path, keys in forms:
+        e = both.post(body, path).json["error"]
+        message = e if isinstance(e, str) else e["message"]
+        start, end = "topn: unknown parameter (want ", ")"
+        assert message.startswith(start) and message.endswith(end)
+        assert message[len(start) : -1].replace(" or ", ", ").split(", ") == keys
+        body = {**dict.fromkeys(keys), **body}  # topn last
+        assert '"topn: unknown' in both.post(body, path).body.decode()
+
+
 def test_null_counts_as_not_given(both):
-    keys = (
-        "model top_n return_documents max_tokens_per_doc instruct truncate truncation user priority"
-    )
-    idle = "rank_fields max_chunks_per_doc truncate_prompt_tokens"
-    body = {"query": QUERY, "documents": TEXTS, **dict.fromkeys(f"{keys} {idle}".split())}
+    nulls = dict.fromkeys([*KEYS, "truncate_prompt_tokens"])
+    body = {"query": QUERY, "documents": TEXTS, **nulls}
     for path in PATHS:
         assert results_in(both.post(body, path)) == ranked(QUERY, TEXTS)["results"]
+    body = {"query": QUERY, "texts": TEXTS, **dict.fromkeys(TEI_KEYS)}
+    assert both.post(body, "/rerank").status == 200
     assert both.post({**ASK, "user": "u", "priority": 3}, "/v2/rerank").status == 200
 
 
@@ -182,6 +228,8 @@ def test_instruct(both):
     want = scores(QUERY, TEXTS, instruct="Find a planet")
     assert want != scores(QUERY, TEXTS)
     a = both.post({"query": QUERY, "documents": TEXTS, "instruct": "Find a planet"}, "/v1/rerank")
+    assert [r["relevance_score"] for r in sorted(results_in(a), key=lambda r: r["index"])] == want
+    a = both.post({**ASK, "documents": TEXTS, "instruction": "Find a planet"}, "/v1/rerank")
     assert [r["relevance_score"] for r in sorted(results_in(a), key=lambda r: r["index"])] == want
     a = both.post({"query": QUERY, "texts": TEXTS, "instruct": "Find a planet"}, "/rerank")
     assert [r["score"] for r in sorted(exact(a.body), key=lambda r: r["index"])] == want
@@ -260,9 +308,19 @@ BAD = [
     ({**ASK, "rank_fields": "text"}, 400, "invalid_type", "rank_fields"),
     ({**ASK, "max_chunks_per_doc": 0}, 400, "invalid_number", "max_chunks_per_doc"),
     ({**ASK, "max_chunks_per_doc": "2"}, 400, "invalid_type", "max_chunks_per_doc"),
-    ({**ASK, "truncate_prompt_tokens": 5}, 400, "unknown_parameter", None),
-    ({**ASK, "raw_scores": True}, 400, "unknown_parameter", None),
-    ({**ASK, "dimensions": 5}, 400, "unknown_parameter", None),
+    ({**ASK, "truncate_prompt_tokens": 5}, 400, "unknown_parameter", "truncate_prompt_tokens"),
+    ({**ASK, "raw_scores": 1}, 400, "invalid_type", "raw_scores"),
+    ({**ASK, "use_activation": 1}, 400, "invalid_type", "use_activation"),
+    ({**ASK, "instruction": 1}, 400, "invalid_type", "instruction"),
+    ({**ASK, "dimensions": 5}, 400, "unknown_parameter", "dimensions"),
+    ({**ASK, "instruction": "T", "instruct": "T"}, 400, "conflicting_parameters", "instruction"),
+    ({**ASK, "truncation": True, "truncate": True}, 400, "conflicting_parameters", "truncation"),
+    (
+        {**ASK, "raw_scores": True, "use_activation": False},
+        400,
+        "conflicting_parameters",
+        "use_activation",
+    ),
 ]
 
 
