@@ -88,10 +88,12 @@ static int parse_rank_fields(const char *key, const json_t *v, api_error *e) {
     return -1;
 }
 
-static int is_one_of(const char *key, const char *const *names, int n) {
-    for (int i = 0; i < n; i++)
-        if (!strcmp(key, names[i])) return 1;
-    return 0;
+/* vLLM's limit of a pair. */
+static int parse_prompt_tokens(const char *key, const json_t *v, api_error *e) {
+    if (json_is_null(v)) return 0;
+    return api_fail(e, 400, "unknown_parameter", key,
+                    "%s: not served (got %s, want null, or max_tokens_per_doc)", key,
+                    api_type_name(v));
 }
 
 /* The keys of parse_field, by r->is_tei. */
@@ -106,8 +108,6 @@ static const char *const known[] = {
 
 static int parse_field(api_request *r, const char *key, const json_t *v, int max_texts,
                        api_error *e) {
-    /* Keys of the public APIs: those that change no score, and those that are not served. */
-    static const char *const idle[] = {"user", "priority"};
     size_t ignored;
     int unused, activation = -1;
     if (!strcmp(key, "query")) return api_string(&r->query, &r->query_len, key, v, e);
@@ -117,7 +117,7 @@ static int parse_field(api_request *r, const char *key, const json_t *v, int max
     if (!strcmp(key, "truncate")) return api_bool(&r->truncate, key, v, e);
     if (!strcmp(key, "top_n")) return parse_count(&r->top_n, 0, key, v, e);
     if (!strcmp(key, "raw_scores")) return api_bool(&r->raw_scores, key, v, e);
-    if (is_one_of(key, idle, LENGTH(idle))) return 0;
+    if (!strcmp(key, "user") || !strcmp(key, "priority")) return 0; /* they change no score */
     if (r->is_tei) {
         if (!strcmp(key, "return_text")) return api_bool(&r->with_texts, key, v, e);
         if (!strcmp(key, "truncation_direction")) return parse_direction(key, v, e);
@@ -134,7 +134,7 @@ static int parse_field(api_request *r, const char *key, const json_t *v, int max
     }
     if (!strcmp(key, "rank_fields")) return parse_rank_fields(key, v, e);
     if (!strcmp(key, "max_chunks_per_doc")) return parse_count(&unused, 1, key, v, e);
-    if (!strcmp(key, "truncate_prompt_tokens") && json_is_null(v)) return 0;
+    if (!strcmp(key, "truncate_prompt_tokens")) return parse_prompt_tokens(key, v, e);
     return api_unknown(e, key, known[r->is_tei]);
 }
 

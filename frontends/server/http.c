@@ -180,7 +180,15 @@ static const char *header(request *r, const char *name) {
     return MHD_lookup_connection_value(r->connection, MHD_HEADER_KIND, name);
 }
 
+/* The other names of paths, which llama.cpp's server has. */
+static const struct {
+    const char *path;
+    route route;
+} aliases[] = {{"/v1/reranking", ROUTE_RERANK_V1}, {"/reranking", ROUTE_RERANK}};
+
 static route find_route(const char *url) {
+    for (int i = 0; i < LENGTH(aliases); i++)
+        if (!strcmp(url, aliases[i].path)) return aliases[i].route;
     for (int i = 0; i < ROUTE_OTHER; i++)
         if (!strcmp(url, route_path((route)i))) return (route)i;
     return ROUTE_OTHER;
@@ -212,8 +220,9 @@ static int check_key(request *r) {
 static int check_method(request *r, const char *method) {
     if (r->route == ROUTE_OTHER)
         return api_fail(&r->error, 404, "unknown_url", NULL,
-                        "path: not here (want /v1/embeddings, /v1/rerank, /v1/models, /tokenize, "
-                        "/health or /metrics)");
+                        "path: not here (want /v1/embeddings, /v1/rerank, /v1/reranking, "
+                        "/v2/rerank, /rerank, /reranking, /tokenize, /v1/models, /health or "
+                        "/metrics)");
     const int post = r->route <= ROUTE_TOKENIZE;
     if (post ? !strcmp(method, "POST") : !strcmp(method, "GET") || !strcmp(method, "HEAD"))
         return 0;

@@ -39,6 +39,7 @@ from test_serve_caches import redis, wait_stored, with_redis  # noqa: F401 - red
 
 RERANKER = str(ROOT / "tests" / "fixtures" / "reranker.qemb")
 PATHS = ["/v1/rerank", "/v2/rerank", "/rerank"]
+ALIASES = ["/v1/reranking", "/reranking"]  # llama.cpp's server has them too
 QUERY = "Which planet is red?"
 ASK = {"query": QUERY, "documents": ["one"]}
 
@@ -89,7 +90,7 @@ def results_in(a):
 # ---- scores --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", PATHS + ALIASES)
 def test_scores_are_qembs_bit_for_bit(both, path):
     want = ranked(QUERY, TEXTS)
     for documents in (
@@ -348,6 +349,10 @@ def test_bad_requests(both, body, status, code, param):
             "documents[0].text: wrong type (got null, want a string)",
         ),
         (
+            {"truncate_prompt_tokens": 5},
+            "truncate_prompt_tokens: not served (got an integer, want null, or max_tokens_per_doc)",
+        ),
+        (
             {"rank_fields": ["text", "title"]},
             'rank_fields: not served (got ["text","title"], want ["text"])',
         ),
@@ -383,8 +388,25 @@ def test_texts_are_for_one_path(both):
         assert both.post(TEI, path).error["code"] == "unknown_parameter"
 
 
+def test_other_paths_are_told_the_paths(both):
+    a = both.post(ASK, "/v1/ranking")
+    assert (a.status, a.error["code"]) == (404, "unknown_url")
+    listed = a.error["message"].split("(want ")[1].rstrip(")").replace(" or ", ", ").split(", ")
+    assert set(PATHS + ALIASES) < set(listed)
+    for path in listed:
+        assert both.request("GET", path).status in (200, 405)
+
+
+def test_reranking_is_rerank(both):
+    """In errors, in the form of text-embeddings-inference, and in the counters."""
+    assert both.post({"query": "q", "texts": ["x"]}, "/reranking").json[0]["index"] == 0
+    assert both.post(TEI, "/v1/reranking").error["code"] == "unknown_parameter"
+    paths = {dict(k[1])["path"] for k in both.metrics() if k[0] == "qemb_requests_total"}
+    assert "/rerank" in paths and not paths & set(ALIASES)
+
+
 def test_paths_and_methods(both):
-    for path in PATHS:
+    for path in PATHS + ALIASES:
         a = both.request("GET", path)
         assert (a.status, a.headers["Allow"]) == (405, "POST")
         assert both.post(ASK, path, {"Content-Type": "text/plain"}).status == 415
