@@ -8,6 +8,7 @@
 #include "frontends/replicas.h"
 #include "log.h"
 
+#include <inttypes.h>
 #include <math.h>
 #include <openssl/evp.h>
 #include <pthread.h>
@@ -516,8 +517,11 @@ int model_worker_tokenize(model_worker *m, const api_request *r, pending_request
         /* Bounds the memory of one request's ids. */
         if (!bad && *tokens > (uint64_t)m->opt.max_queue_tokens)
             bad = api_fail(e, 413, "too_many_tokens", r->key,
-                           "%s: too many tokens in one request (got more than %d)", r->key,
-                           m->opt.max_queue_tokens);
+                           "%s: too many tokens in one request%s (got %" PRIu64 " or more, want "
+                           "at most %d, the server's --max-queue)",
+                           r->key,
+                           m->is_reranker ? ", with prompt and query once for each document" : "",
+                           *tokens, m->opt.max_queue_tokens);
     }
     give_scratch(m, s);
     if (bad) pending_request_clear(t);

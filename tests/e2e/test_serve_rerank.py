@@ -541,6 +541,9 @@ def test_limits():
         ):
             a = ask(n)
             assert (a.status, a.error["code"], a.error["param"]) == (status, code, "documents")
+        want = "1000, the server's --max-queue)"
+        assert want in (message := ask(fits + 1).error["message"])
+        assert "with prompt and query once for each document" in message
 
 
 def test_full_queue_and_deadline():
