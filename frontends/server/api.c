@@ -300,15 +300,18 @@ int api_tokens(buffer *out, const pending_text *texts, int n, int max_tokens, co
     return 0;
 }
 
-void api_models(buffer *out, const char *const *names, int n, long created) {
+/* "kind" is not in OpenAI's API, whose clients ignore it. */
+void api_models(buffer *out, const api_model *models, int n, long created) {
     buffer_printf(out, "{\"object\":\"list\",\"data\":[");
     for (int i = 0; i < n; i++) {
         char name[6 * 256 + 2];
-        const size_t len = strlen(names[i]);
-        *format_json_string(name, names[i], len < 255 ? len : 255) = 0;
+        const size_t len = strlen(models[i].name);
+        *format_json_string(name, models[i].name, len < 255 ? len : 255) = 0;
         buffer_printf(out,
-                      "%s{\"id\":%s,\"object\":\"model\",\"created\":%ld,\"owned_by\":\"qemb\"}",
-                      i ? "," : "", name, created);
+                      "%s{\"id\":%s,\"object\":\"model\",\"created\":%ld,\"owned_by\":\"qemb\","
+                      "\"kind\":\"%s\"}",
+                      i ? "," : "", name, created,
+                      models[i].is_reranker ? "reranker" : "embedding");
     }
     buffer_printf(out, "]}");
 }

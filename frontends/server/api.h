@@ -68,7 +68,13 @@ int api_embeddings(buffer *out, const pending_text *texts, int n, int dim, int b
                    const char *model, uint64_t tokens, api_error *e);
 int api_tokens(buffer *out, const pending_text *texts, int n, int max_tokens, const char *model,
                uint64_t tokens, api_error *e);
-void api_models(buffer *out, const char *const *names, int n, long created);
+/* A name of a model that is served. */
+typedef struct {
+    const char *name;
+    int is_reranker;
+} api_model;
+
+void api_models(buffer *out, const api_model *models, int n, long created);
 void api_error_json(buffer *out, const api_error *e);
 
 /* ---- shared with api_rerank.c ---------------------------------------------------------------- */

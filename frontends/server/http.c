@@ -602,13 +602,14 @@ static enum MHD_Result tell_metrics(request *r) {
 
 static enum MHD_Result tell_models(request *r) {
     const http_options *o = &r->h->opt;
-    const char *names[MAX_NAMES + N_ROLES];
-    int n = o->n_names;
+    const int ranks_only = model_worker_is_reranker(r->h->workers[ROLE_MAIN]);
+    api_model models[MAX_NAMES + N_ROLES];
+    int n = 0;
     buffer body = {0};
-    memcpy(names, o->names, sizeof o->names);
-    if (o->fallback_name) names[n++] = o->fallback_name;
-    if (o->reranker_name) names[n++] = o->reranker_name;
-    api_models(&body, names, n, (long)r->h->created);
+    for (; n < o->n_names; n++) models[n] = (api_model){o->names[n], ranks_only};
+    if (o->fallback_name) models[n++] = (api_model){o->fallback_name, 0};
+    if (o->reranker_name) models[n++] = (api_model){o->reranker_name, 1};
+    api_models(&body, models, n, (long)r->h->created);
     return answer(r, 200, &body, JSON);
 }
 

@@ -413,10 +413,10 @@ def test_paths_and_methods(both):
 
 
 def test_models_of_another_kind(both):
-    assert [m["id"] for m in both.request("GET", "/v1/models").json["data"]] == [
-        "small",
-        "reranker",
-    ]
+    models = both.request("GET", "/v1/models").json["data"]
+    kinds = [(m["id"], m["kind"]) for m in models]
+    assert kinds == [("small", "embedding"), ("reranker", "reranker")]
+    assert [m.id for m in both.openai().models.list()] == ["small", "reranker"]
     for path in ("/v1/embeddings", "/tokenize"):
         a = both.post({**OK, "model": "reranker"}, path)
         assert (a.status, a.error["code"]) == (400, "wrong_model_kind")
@@ -441,7 +441,9 @@ def test_a_reranker_alone():
             a = s.post({**OK, "model": "one"}, path)
             assert (a.status, a.error["code"]) == (400, "wrong_model_kind")
             assert "no embedding model" in a.error["message"]
-        assert [m["id"] for m in s.request("GET", "/v1/models").json["data"]] == ["one", "two"]
+        models = s.request("GET", "/v1/models").json["data"]
+        kinds = [(m["id"], m["kind"]) for m in models]
+        assert kinds == [("one", "reranker"), ("two", "reranker")]
         assert s.request("GET", "/health").json == {"status": "ok"}
 
 
