@@ -59,28 +59,34 @@ static const int codes[] = {200, 400, 401, 404, 405, 413, 415, 422, 424, 429, 49
 /* ---- histograms ------------------------------------------------------------------------------ */
 
 #define MAX_BOUNDS 16
+#define TEXTS      1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048
+#define TOKENS     16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768
+#define SECONDS    .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10
 
 static const struct {
     const char *name, *help;
     double bounds[MAX_BOUNDS]; /* ascending; ends with 0 */
 } histograms[N_HISTOGRAMS] = {
     [HISTOGRAM_BATCH_TEXTS] = {"batch_texts",
-                               "Distinct texts of a batch.",
-                               {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048}},
-    [HISTOGRAM_BATCH_TOKENS] = {"batch_tokens",
-                                "Tokens of a batch.",
-                                {16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768}},
-    [HISTOGRAM_BATCH_SECONDS] = {"batch_seconds",
-                                 "Time a batch took to compute.",
-                                 {.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}},
+                               "Distinct texts of a batch of the first model or the fallback.",
+                               {TEXTS}},
+    [HISTOGRAM_BATCH_TOKENS] = {"batch_tokens", "Tokens of such a batch.", {TOKENS}},
+    [HISTOGRAM_BATCH_SECONDS] = {"batch_seconds", "Time it took to compute.", {SECONDS}},
+    [HISTOGRAM_RERANKER_BATCH_TEXTS] = {"reranker_batch_texts",
+                                        "Distinct documents of a batch of --reranker.",
+                                        {TEXTS}},
+    [HISTOGRAM_RERANKER_BATCH_TOKENS] = {"reranker_batch_tokens",
+                                         "Tokens of such a batch, with query and prompt.",
+                                         {TOKENS}},
+    [HISTOGRAM_RERANKER_BATCH_SECONDS] = {"reranker_batch_seconds",
+                                          "Time it took to compute.",
+                                          {SECONDS}},
     [HISTOGRAM_REQUEST_SECONDS] = {"request_seconds",
                                    "Time from an embedding request's header to its answer.",
-                                   {.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10,
-                                    30, 60}},
+                                   {SECONDS, 30, 60}},
     [HISTOGRAM_RERANK_SECONDS] = {"rerank_seconds",
                                   "Time from a rerank request's header to its answer.",
-                                  {.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10,
-                                   30, 60}},
+                                  {SECONDS, 30, 60}},
 };
 
 struct metrics {

@@ -51,10 +51,14 @@ typedef enum {
     N_COUNTS
 } count;
 
+/* Batches of the models that embed, or of a reranker that is the first model; and of --reranker. */
 typedef enum {
     HISTOGRAM_BATCH_TEXTS,
     HISTOGRAM_BATCH_TOKENS,
     HISTOGRAM_BATCH_SECONDS,
+    HISTOGRAM_RERANKER_BATCH_TEXTS,
+    HISTOGRAM_RERANKER_BATCH_TOKENS,
+    HISTOGRAM_RERANKER_BATCH_SECONDS,
     HISTOGRAM_REQUEST_SECONDS,
     HISTOGRAM_RERANK_SECONDS,
     N_HISTOGRAMS

@@ -295,16 +295,18 @@ static void device_failed(replica *r, const char *why) {
 
 static void count_batch(replica *r, const job *j, const qemb_health *now) {
     metrics *m = r->worker->opt.metrics;
+    const int beside = r->worker->opt.role == ROLE_RERANKER;
     const int tokens = count_tokens(j->taken, j->n);
     const double end = seconds_now();
     metrics_add(m, COUNT_CLAMPED, now->clamped - r->before.clamped);
     metrics_add(m, COUNT_RECOMPUTED, now->recomputed - r->before.recomputed);
     r->before = *now;
     /* A batch that was submitted behind another one began when that one ended. */
-    metrics_observe(m, HISTOGRAM_BATCH_SECONDS, end - (j->start > r->end ? j->start : r->end));
+    metrics_observe(m, beside ? HISTOGRAM_RERANKER_BATCH_SECONDS : HISTOGRAM_BATCH_SECONDS,
+                    end - (j->start > r->end ? j->start : r->end));
     r->end = end;
-    metrics_observe(m, HISTOGRAM_BATCH_TEXTS, j->n);
-    metrics_observe(m, HISTOGRAM_BATCH_TOKENS, tokens);
+    metrics_observe(m, beside ? HISTOGRAM_RERANKER_BATCH_TEXTS : HISTOGRAM_BATCH_TEXTS, j->n);
+    metrics_observe(m, beside ? HISTOGRAM_RERANKER_BATCH_TOKENS : HISTOGRAM_BATCH_TOKENS, tokens);
     metrics_add(m, COUNT_COMPUTED_TEXTS, (uint64_t)j->n);
     metrics_add(m, COUNT_COMPUTED_TOKENS, (uint64_t)tokens);
 }

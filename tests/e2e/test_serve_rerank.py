@@ -757,6 +757,28 @@ def test_metrics_and_log(tmp_path):
     assert b"Geheimnis" not in b"".join(s.raw)
 
 
+def batches_of(s, prefix):
+    m = s.metrics()
+    assert m[(f"{prefix}_seconds_count", ())] == m[(f"{prefix}_tokens_count", ())]
+    names = ("texts_count", "texts_sum", "tokens_sum")
+    return [m[(f"{prefix}_{name}", ())] for name in names]
+
+
+def test_metrics_of_batches_are_apart():
+    """The first model's keep their names, whatever its kind."""
+    with with_reranker("--cache", 0) as s:
+        one, other = batches_of(s, "qemb_batch"), batches_of(s, "qemb_reranker_batch")
+        tokens = s.post({"query": "q", "documents": ["a", "b"]}, "/v1/rerank").json["usage"]
+        got = [x - y for x, y in zip(batches_of(s, "qemb_reranker_batch"), other)]
+        assert got[0] in (1, 2) and got[1:] == [2, tokens["total_tokens"]]
+        assert batches_of(s, "qemb_batch") == one
+        s.embed(["a", "b"])
+        assert batches_of(s, "qemb_batch")[1] == one[1] + 2
+    with server(model=RERANKER) as s:
+        s.post(ASK, "/v1/rerank")
+        assert batches_of(s, "qemb_batch")[1] == 2 and batches_of(s, "qemb_reranker_batch")[0] == 0
+
+
 # ---- clients -------------------------------------------------------------------------------------
 
 PASSAGES = ["Venus is hot.", "Mars is the red planet.", "", "Jupiter has a red spot."]
