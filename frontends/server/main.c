@@ -22,7 +22,7 @@
 typedef struct {
     model_worker_options worker;
     http_options http;
-    int cache_mib, redis_timeout;
+    int cache_mib, redis_timeout, reranker_max_tokens;
     const char *redis;               /* NULL: none */
     const char *fallback, *reranker; /* files, or NULL */
     char name[N_ROLES][256];         /* of the models, from their file names */
@@ -57,6 +57,8 @@ static const option_row rows[] = {
      OPTION_STRING, AT(reranker)},
     {"reranker-name", "NAME", "its name", NULL,
      OPTION_STRING, AT(http.reranker_name), .unset = "the file's"},
+    {"reranker-max-tokens", "N", "its longest pair, prompt included", NULL,
+     OPTION_INT, AT(reranker_max_tokens), .unset = "the model's", .min = 1, .max = INT_MAX},
     {"api-key-file", "FILE", "a key per line: requests must bring one", NULL,
      OPTION_STRING, AT(http.key_file)},
     {"http-threads", "N", "threads that parse, tokenize and format", "2",
@@ -123,6 +125,8 @@ static void check_names(options *o) {
     if (!h->n_names) add_name(o, "name", name_by_file(o->name[ROLE_MAIN], o->worker.model.model));
     set_name(o, ROLE_FALLBACK, o->fallback, &h->fallback_name);
     set_name(o, ROLE_RERANKER, o->reranker, &h->reranker_name);
+    if (o->reranker_max_tokens && !o->reranker)
+        usage("--reranker-max-tokens: of no model (want --reranker)");
     if (h->fallback_name && h->reranker_name && !strcmp(h->fallback_name, h->reranker_name))
         usage("--reranker-name: the fallback's name (got %.80s): answers could not tell",
               h->reranker_name);
@@ -188,8 +192,9 @@ static void open_workers(const options *o, model_workers w) {
         model_worker_options own = o->worker;
         own.role = (role)i;
         own.model.model = files[i];
-        if (i != ROLE_MAIN) own.model.engine.max_tokens = 0; /* from its file */
-        if (i == ROLE_RERANKER) {                            /* it has a task only */
+        if (i == ROLE_FALLBACK) own.model.engine.max_tokens = 0; /* from its file */
+        if (i == ROLE_RERANKER) {                                /* it has a task only */
+            own.model.engine.max_tokens = o->reranker_max_tokens;
             own.model.query = own.model.document = 0;
             own.model.prompt = NULL;
         }

@@ -167,6 +167,10 @@ static void check_kind(model_worker *m) {
     m->is_good = m->is_reranker ? is_finite : qemb_has_length; /* a logit may be 0 */
     if (m->opt.role == ROLE_RERANKER && !m->is_reranker)
         usage("--reranker: an embedding model (got %.128s)", o->model);
+    const int most = m->file.file->config.max_positions;
+    if (m->opt.role == ROLE_RERANKER && o->engine.max_tokens > most)
+        usage("--reranker-max-tokens: more than the model can (got %d, want 1..%d)",
+              o->engine.max_tokens, most);
     if (m->opt.role == ROLE_FALLBACK && m->is_reranker)
         usage("--fallback: a reranker (got %.128s, want an embedding model)", o->model);
     if (m->is_reranker && (o->query || o->document || o->prompt))

@@ -464,6 +464,25 @@ def test_three_models():
         assert s.request("GET", "/health").json == states
 
 
+def test_reranker_max_tokens():
+    """--max-tokens is of the first model alone."""
+    with with_reranker("--max-tokens", 20, "--reranker-max-tokens", 200) as s:
+        body = {"query": QUERY, "documents": ["x", "word " * 150]}
+        a = s.post(body, "/v1/rerank")
+        assert (a.status, a.error["code"]) == (400, "context_length_exceeded")
+        assert a.error["message"].startswith("documents[1]:") and "200" in a.error["message"]
+        args = ("--max-tokens", "200", "--truncate")
+        want = ranked(*body.values(), *args)
+        a = s.post({**body, "truncate": True}, "/v1/rerank")
+        assert a.json["usage"]["total_tokens"] == want["tokens"]
+        got = [(r["index"], r["relevance_score"]) for r in results_in(a)]
+        assert got == [(r["index"], r["relevance_score"]) for r in want["results"]]
+        assert s.post({**OK, "input": "word " * 20}).error["code"] == "context_length_exceeded"
+
+
+BESIDE = ("-m", MODEL, "--reranker", RERANKER)
+
+
 @pytest.mark.parametrize(
     "args,status,message",
     [
@@ -488,6 +507,9 @@ def test_three_models():
         (("-m", RERANKER, "--document"), 1, "not for a reranker"),
         (("-m", RERANKER, "--prompt", "query"), 1, "not for a reranker"),
         (("-m", RERANKER, "--max-tokens", "5"), 1, "no room"),
+        ((*BESIDE, "--reranker-max-tokens", "5"), 1, "no room"),
+        ((*BESIDE, "--reranker-max-tokens", "99999999"), 1, "--reranker-max-tokens: more than"),
+        (("-m", RERANKER, "--reranker-max-tokens", "500"), 1, "want --reranker)"),
     ],
 )
 def test_usage(args, status, message):
