@@ -226,7 +226,7 @@ void api_request_free(api_request *r) {
 /* ---- responses ------------------------------------------------------------------------------- */
 
 /* Bytes around one vector or list of ids, and around all of them without the model's name. */
-#define ITEM_ROOM  96
+#define ITEM_ROOM  (96 + API_CUT_ROOM)
 #define FRAME_ROOM 256
 
 /* Writes ],"model":...,"usage":{...}, all that follows the data but the last brace. */
@@ -235,6 +235,12 @@ static char *put_tail(char *p, const char *model, uint64_t tokens) {
     p = format_json_string(p, model, strlen(model));
     p = format_uint(put(p, ",\"usage\":{\"prompt_tokens\":"), tokens);
     return put(format_uint(put(p, ",\"total_tokens\":"), tokens), "}");
+}
+
+char *api_put_cut(char *p, const pending_text *t) {
+    if (t->cut_bytes) p = format_uint(put(p, ",\"truncated_bytes\":"), t->cut_bytes);
+    if (t->cut_tokens) p = format_uint(put(p, ",\"truncated_tokens\":"), t->cut_tokens);
+    return p;
 }
 
 int api_open_text(buffer *out, size_t room, api_error *e) {
@@ -265,10 +271,11 @@ int api_embeddings(buffer *out, const pending_text *texts, int n, int dim, int b
                            "input[%d]: the model has no vector of finite length for it", i);
         } else if (base64) {
             *p++ = '"';
-            p = put(format_vector(p, FORMAT_BASE64, unit, dim), "\"}");
+            p = put(format_vector(p, FORMAT_BASE64, unit, dim), "\"");
         } else {
-            p = put(format_vector(p, FORMAT_JSON, unit, dim), "}");
+            p = format_vector(p, FORMAT_JSON, unit, dim);
         }
+        if (!bad) p = put(api_put_cut(p, &texts[i]), "}");
     }
     free(unit);
     if (bad) {
@@ -293,7 +300,7 @@ int api_tokens(buffer *out, const pending_text *texts, int n, int max_tokens, co
             if (k) *p++ = ',';
             p = format_uint(p, (uint64_t)t->ids[k]);
         }
-        p = put(p, "]}");
+        p = put(api_put_cut(put(p, "]"), &texts[i]), "}");
     }
     p = format_uint(put(put_tail(p, model, tokens), ",\"max_tokens\":"), (uint64_t)max_tokens);
     out->len = (size_t)(put(p, "}") - out->data);

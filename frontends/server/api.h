@@ -95,6 +95,10 @@ int api_make_room(api_request *r, size_t n, size_t n_ids, api_error *e);
 /* Adds the string v. */
 void api_add_text(api_request *r, const json_t *v);
 
+#define API_CUT_ROOM 48
+/* Writes the key that says what truncation removed, as qemb does; nothing if that is nothing. */
+char *api_put_cut(char *p, const pending_text *t);
+
 /* Allocates a response of at most `room` bytes. */
 int api_open_text(buffer *out, size_t room, api_error *e);
 

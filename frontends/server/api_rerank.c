@@ -173,7 +173,7 @@ int api_rerank_parse(api_request *r, int with_tei, const char *body, size_t len,
 /* ---- responses ------------------------------------------------------------------------------- */
 
 /* Bytes around one result, and around all of them without the names. */
-#define ITEM_ROOM  128
+#define ITEM_ROOM  (128 + API_CUT_ROOM)
 #define FRAME_ROOM 512
 /* Documents of one of Cohere's search units. */
 #define SEARCH_UNIT 100
@@ -206,14 +206,16 @@ static ranked *rank(const api_request *r, const pending_text *texts, api_error *
 }
 
 /* The forms differ in names: {"index", "relevance_score", "document": {"text"}} and {"index",
- * "score", "text"}. */
-static char *put_results(char *p, const api_request *r, const ranked *ranking, int n) {
+ * "score", "text"}. The first also says what of a document was cut, as `qemb rerank` does. */
+static char *put_results(char *p, const api_request *r, const pending_text *texts,
+                         const ranked *ranking, int n) {
     p = put(p, "[");
     for (int i = 0; i < n; i++) {
         const float logit = ranking[i].logit;
         p = format_uint(put(p, i ? ",{\"index\":" : "{\"index\":"), ranking[i].index);
         p = put(p, r->is_tei ? ",\"score\":" : ",\"relevance_score\":");
         p = format_float(p, r->raw_scores ? logit : ranking_score(logit));
+        if (!r->is_tei) p = api_put_cut(p, &texts[ranking[i].index]);
         if (r->with_texts) {
             const api_input *in = &r->inputs[ranking[i].index];
             p = put(p, r->is_tei ? ",\"text\":" : ",\"document\":{\"text\":");
@@ -236,11 +238,11 @@ int api_rerank(buffer *out, const api_request *r, const pending_text *texts,
     }
     char *p = out->data;
     if (r->is_tei) {
-        p = put_results(p, r, ranking, n);
+        p = put_results(p, r, texts, ranking, n);
     } else {
         p = put(put(put(p, "{\"id\":\""), frame->id), "\",\"object\":\"list\",\"model\":");
         p = format_json_string(p, frame->model, strlen(frame->model));
-        p = put_results(put(p, ",\"results\":"), r, ranking, n);
+        p = put_results(put(p, ",\"results\":"), r, texts, ranking, n);
         p = format_uint(put(p, ",\"usage\":{\"prompt_tokens\":"), frame->tokens);
         p = format_uint(put(p, ",\"total_tokens\":"), frame->tokens);
         p = put(put(p, "},\"meta\":{\"api_version\":{\"version\":\""), frame->version);

@@ -504,6 +504,8 @@ static int tokenize_input(model_worker *m, scratch *s, const api_request *r, int
         bad = tokenize_ids(t, given, in->len, &ids, &err);
     }
     if (bad) return tokenize_failed(&err, r->key, i, e);
+    p->cut_bytes = ids.cut_bytes;
+    p->cut_tokens = ids.cut_tokens;
     p->text = make_text(m, s, &ids);
     return p->text ? 0 : api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
 }

@@ -32,8 +32,9 @@ struct pending_text {
     pending_request *request;
     text *text;
     vector *vector;
-    pending_text *prev, *next; /* in the text's list of waiters */
-    int failed;                /* its vector has no finite length, or its logit is not finite */
+    pending_text *prev, *next;    /* in the text's list of waiters */
+    int failed;                   /* its vector has no finite length, or its logit is not finite */
+    size_t cut_bytes, cut_tokens; /* what truncation removed, or 0 */
 };
 
 typedef enum {

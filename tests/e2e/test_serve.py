@@ -133,6 +133,17 @@ def test_truncate(serve):
     text = "word " * MAX_TOKENS
     want = qemb("--truncate", "--output", "base64", records=[{"text": text}])
     assert serve.embed([text], truncate=True) == want
+    line = qemb("--truncate", "--output", "jsonl", records=[{"text": text}])[0]
+    said = json.loads(line)["truncated_bytes"]
+    ids = list(range(200)) * 20
+    for path in ("/v1/embeddings", "/v1/embeddings", "/tokenize"):
+        a = serve.post({"model": "small", "input": ["x", text], "truncate": True}, path)
+        assert [e.get("truncated_bytes") for e in a.json["data"]] == [None, said]
+        a = serve.post({"model": "small", "input": [[5], ids], "truncate": True}, path)
+        cut = [e.get("truncated_tokens") for e in a.json["data"]]
+        assert cut == [None, len(ids) - MAX_TOKENS + 1]
+    got = serve.openai().embeddings.create(model="small", input=text, extra_body={"truncate": True})
+    assert len(got.data[0].embedding) == HIDDEN and got.data[0].truncated_bytes == said
     a = serve.post({"model": "small", "input": ["x", text]})
     assert a.status == 400 and a.error["code"] == "context_length_exceeded"
     assert a.error["message"].startswith("input[1]:")

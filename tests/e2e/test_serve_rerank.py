@@ -247,9 +247,20 @@ def test_truncate(both):
         assert a.json["error"]["message"].startswith("documents[1]:")
     a = both.post({"query": QUERY, "texts": ["x", long]}, "/rerank")
     assert a.status == 422 and a.json["error"].startswith("texts[1]:")
-    assert (
-        both.post({"query": QUERY, "texts": ["x", long], "truncate": True}, "/rerank").status == 200
-    )
+    a = both.post({"query": QUERY, "texts": ["x", long], "truncate": True}, "/rerank")
+    assert a.status == 200 and all(set(r) == {"index", "score"} for r in a.json)
+
+
+def test_a_cut_document_says_so(both):
+    """Where the document was truncated; a limit of the request's own is no news."""
+    body = {"query": QUERY, "documents": ["x", "word " * 20000], "return_documents": True}
+    cut_of = lambda results: {r["index"]: r.get("truncated_bytes") for r in results}
+    want = cut_of(ranked(QUERY, body["documents"], "--truncate")["results"])
+    assert want[0] is None and want[1] > 0
+    for _ in range(2):  # the second time from the cache
+        assert cut_of(results_in(both.post({**body, "truncate": True}, "/v2/rerank"))) == want
+    a = both.post({**body, "max_tokens_per_doc": 5}, "/v2/rerank")
+    assert all("truncated_bytes" not in r for r in results_in(a))
 
 
 def test_max_tokens_per_doc(both):

@@ -54,6 +54,7 @@ static void check_answer(const api_request *r) {
     buffer out = {0};
     api_error e;
     for (int i = 0; i < r->n; i++) texts[i].vector = vector_new(&(float){(float)(i * 7 % 5)}, 1);
+    for (int i = 0; i < r->n; i += 2) texts[i].cut_bytes = INT64_MAX;
     const api_rerank_frame frame = {.id = "id", .model = "\"", .version = "1", .tokens = 5};
     CHECK(!api_rerank(&out, r, texts, &frame, &e));
     CHECK(out.len <= api_rerank_room(r, 1));
