@@ -19,7 +19,7 @@
 #include <time.h>
 
 /* Rows of a reranker's batch on a CPU. The documents of a request share the rows of prompt and
- * query, about a hundred, which each further batch computes again: 3% of 4096 rows, a tenth of
+ * query, about a hundred, which each further batch computes again: 2.4% of 4096 rows, a tenth of
  * the 1024 that embedding models have. `qemb rerank` takes twice as many rows, since nobody waits
  * behind its batches; here a short request does. It needs no memory that a text of the usual window
  * would not need. */
