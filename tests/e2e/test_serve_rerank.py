@@ -596,7 +596,7 @@ def test_memory_of_returned_documents():
     """A text that is returned is counted until its answer is sent."""
     big = "x" * 30000
     with with_reranker(*BUSY, "--max-memory", 1) as s:
-        slow = Ranking(s, 10, return_documents=True)
+        slow = Ranking(s, 40, return_documents=True)
         s.wait_metric("qemb_reranker_queue_tokens", lambda x: x > 0)
         more = {"query": "q", "documents": [big] * 8, "max_tokens_per_doc": 5}
         a = s.post({**more, "return_documents": True}, "/v1/rerank")
@@ -604,7 +604,7 @@ def test_memory_of_returned_documents():
         assert s.post(more, "/v1/rerank").status == 200
         a = slow.wait()
         got = {r["index"]: r["document"]["text"] for r in a.json["results"]}
-        assert [got[i] for i in range(10)] == slow.body["documents"]
+        assert [got[i] for i in range(40)] == slow.body["documents"]
         until = time.monotonic() + GUARD  # it is released after its answer is sent
         while s.post({**more, "return_documents": True}, "/v1/rerank").status != 200:
             assert time.monotonic() < until
