@@ -111,6 +111,7 @@ static int parse_field(api_request *r, const char *key, const json_t *v, int max
     size_t ignored;
     int unused, activation = -1;
     if (!strcmp(key, "query")) return api_string(&r->query, &r->query_len, key, v, e);
+    if (json_is_null(v) && (!strcmp(key, "texts") || !strcmp(key, "documents"))) return 0;
     if (!strcmp(key, r->key)) return parse_documents(r, v, max_texts, e);
     if (!strcmp(key, "model")) return api_string(&r->model, &ignored, key, v, e);
     if (!strcmp(key, "instruct")) return api_string(&r->instruct, &r->instruct_len, key, v, e);
@@ -159,7 +160,8 @@ int api_rerank_parse(api_request *r, int with_tei, const char *body, size_t len,
     json_t *v;
     if (api_load(r, body, len, e)) return -1;
     json_t *root = r->json;
-    r->is_tei = with_tei && json_object_get(root, "texts");
+    const json_t *texts = json_object_get(root, "texts");
+    r->is_tei = with_tei && texts && !json_is_null(texts);
     r->key = r->is_tei ? "texts" : "documents";
     json_object_foreach(root, key, v) if (parse_field(r, key, v, max_texts, e)) return -1;
     if (check_names(root, e)) return -1;

@@ -474,6 +474,8 @@ static int check_ids(const model_worker *m, const int32_t *ids, size_t n, int i,
 }
 
 static int tokenize_failed(const qemb_err *err, const char *key, int i, api_error *e) {
+    if (!strcmp(err->code, "query_too_long"))
+        return api_fail(e, 400, "context_length_exceeded", "query", "%s", err->msg);
     if (!strcmp(err->code, "too_long"))
         return api_fail(e, 400, "context_length_exceeded", key, "%s[%d]: %s", key, i, err->msg);
     if (!strcmp(err->code, "out_of_memory"))

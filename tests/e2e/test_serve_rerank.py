@@ -297,7 +297,7 @@ BAD = [
     ({**ASK, "query": None}, 400, "missing_parameter", "query"),
     ({"query": "q"}, 400, "missing_parameter", "documents"),
     ({**ASK, "query": ["q"]}, 400, "invalid_type", "query"),
-    ({**ASK, "documents": None}, 400, "invalid_type", "documents"),
+    ({**ASK, "documents": None}, 400, "missing_parameter", "documents"),
     ({**ASK, "documents": "x"}, 400, "invalid_type", "documents"),
     ({**ASK, "documents": []}, 400, "empty_input", "documents"),
     ({**ASK, "documents": ["x", None]}, 400, "invalid_type", "documents"),
@@ -647,6 +647,24 @@ def test_scores_are_cached(both):
     assert grown["qemb_computed_texts_total"] == 5 and grown["qemb_cache_hits_total"] == 10
     other = results_in(both.post({**body, "query": "another"}, "/v1/rerank"))
     assert sorted(r["relevance_score"] for r in other) != sorted(r["relevance_score"] for r in want)
+
+
+def test_null_is_not_given(both):
+    """Clients that send every optional key send null for those that they do not use."""
+    body = {"query": QUERY, "documents": ["two"], "texts": None}
+    want = results_in(both.post({"query": QUERY, "documents": ["two"]}, "/rerank"))
+    assert results_in(both.post(body, "/rerank")) == want
+    tei = both.post({"query": QUERY, "texts": ["two"], "documents": None}, "/rerank").json
+    assert [r["index"] for r in tei] == [0]
+    answer = both.post({"query": QUERY, "documents": None, "texts": None}, "/rerank")
+    assert answer.status == 400 and answer.json["error"]["param"] == "documents"
+
+
+def test_a_query_that_leaves_no_room(both):
+    answer = both.post({"query": "x " * 4000, "documents": ["a", "b"]}, "/v1/rerank")
+    assert answer.status == 400 and answer.json["error"]["param"] == "query"
+    assert answer.json["error"]["code"] == "context_length_exceeded"
+    assert answer.json["error"]["message"].startswith("query: too long for any document")
 
 
 def test_redis_keeps_scores(redis):
