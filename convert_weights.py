@@ -385,9 +385,11 @@ def read_prompts(j, kind, given):
         for key in ("truncate_dim", "suffix"):
             expect(PROMPTS, key, j.get(key), None)
         expect(PROMPTS, "model_type", j.get("model_type"), None, "SentenceTransformer")
+    others = [name for name in given if name != "instruct"]
+    if kind == "reranker" and others:
+        refuse("--prompt", "of a reranker it can only give the task", " and ".join(
+            map(show, others)), show("instruct"))
     prompts |= given
-    if kind == "reranker" and len(prompts) > 3:
-        refuse("--prompt", "a reranker's prompts", show(list(given)), show(list(RERANKER)))
     if len(prompts) > 64 or any(not k or "\0" in k + v for k, v in prompts.items()):
         refuse(PROMPTS, "prompts", show(prompts), "at most 64, with names, without NUL characters")
     return "".join(f"{k}\0{v}\0" for k, v in prompts.items()).encode(), list(prompts)
@@ -957,7 +959,8 @@ def find_kind(args, said, source, place):
         kind = "reranker"
     if not kind or kind == "embedding" and not said and not args.pooling:
         refuse(place[0], place[1] + "; if its last token is pooled, say so with --pooling last; "
-               "if it is a reranker, with --kind reranker")
+               "if it was trained with Qwen3-Reranker's prompt (docs/models.md), with --kind "
+               "reranker; other rerankers are not supported")
     if args.kind and args.kind != kind:
         refuse("--kind", "what the source's files say", args.kind, kind)
     for option in ("pooling", "end_token") if kind == "reranker" else ():
@@ -1147,6 +1150,10 @@ def named_prompt(text):
     name, equals, prompt = text.partition("=")
     if not equals or text != text.encode("utf-8", "replace").decode():
         raise argparse.ArgumentTypeError(f"{text!r} (want NAME=TEXT, in UTF-8)")
+    if "\\n" in prompt:  # a shell leaves it in quotes, and no known prompt contains it
+        raise argparse.ArgumentTypeError(
+            f"prompt {name}: a line break written as \\ and n (got {prompt[:120]}, want the line "
+            "break itself: in bash --prompt $'NAME=...\\n...')")
     return name, prompt
 
 

@@ -678,6 +678,11 @@ def test_no_modules_file(folder):
     convert(folder)
 
 
+NO_KIND = ("if its last token is pooled, say so with --pooling last; if it was trained with "
+           "Qwen3-Reranker's prompt (docs/models.md), with --kind reranker; other rerankers are "
+           "not supported")
+
+
 def mean_pooling(j):
     j.update(pooling_mode_lasttoken=False, pooling_mode_mean_tokens=True)
 
@@ -692,7 +697,7 @@ def test_pooling_last_by_hand(folder, mode):
         edit(pooling, mean_pooling)
     if mode == "absent":
         hint = refused(folder, "--out", "out.qemb")
-        assert "--pooling last" in hint and "--kind reranker" in hint
+        assert hint == "1_Pooling/config.json: no such file in the source; " + NO_KIND
     q = convert(folder, "--pooling", "last")
     assert "pooling: last token, by --pooling\n" in q.provenance and q.use == PLAIN
 
@@ -863,9 +868,15 @@ def test_reranker_by_hand(reranker):
     assert_reranker(convert(plain, "--kind", "reranker"), logit_row(plain))
     assert_reranker(convert(plain, "--kind", "reranker", "--prompt", "instruct=Find = it\n"),
                     logit_row(plain), instruct="Find = it\n")
-    assert refused(plain, "--kind", "reranker", "--prompt", "query=x") == (
-        '--prompt: a reranker\'s prompts (got ["query"], want ["prefix", "suffix", "instruct"])')
     assert "--pooling last" in refused(plain, "--kind", "embedding")
+
+
+@pytest.mark.parametrize("name", ["query", "prefix", "suffix"])
+def test_reranker_has_one_prompt_to_give(reranker, name):
+    """The others are what it was trained with."""
+    words = f'--prompt: of a reranker it can only give the task (got "{name}", want "instruct")'
+    assert refused(reranker, "--prompt", f"{name}=x") == words
+    assert refused(reranker, "--prompt", "instruct=x", "--prompt", f"{name}=x") == words
 
 
 def test_kind_contradicts_the_files(folder, reranker):
@@ -1096,6 +1107,18 @@ def test_refuses_a_malformed_prompt(folder, capsys, text):
     assert e.value.code == 2 and "want NAME=TEXT, in UTF-8" in capsys.readouterr().err
 
 
+def test_refuses_a_line_break_written_out(folder, capsys):
+    """In most quotes of a shell, \\n remains two characters."""
+    with pytest.raises(SystemExit) as e:
+        run(folder, "--prompt", "query=Instruct: x\\nQuery:")
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and os.listdir() == []
+    assert ("prompt query: a line break written as \\ and n (got Instruct: x\\nQuery:, want the "
+            "line break itself: in bash --prompt $'NAME=...\\n...')\n") in err
+    text = "Instruct: x\nQuery:"
+    assert convert(folder, "--prompt", "query=" + text).prompts["query"] == text
+
+
 def test_end_token_by_hand(folder):
     q = convert(folder, "--end-token", "<think>")
     assert q.config["eos_id"] == 261 and "end: <think>, by --end-token\n" in q.provenance
@@ -1239,8 +1262,7 @@ def test_gguf_variants(folder, keys, use):
 def test_gguf_without_pooling(folder):
     pair = Pair(folder, **{"qwen3.pooling_type": None})
     assert refused(pair.gguf) == (
-        "tiny.gguf: no qwen3.pooling_type that says what it is for; if its last token is pooled, "
-        "say so with --pooling last; if it is a reranker, with --kind reranker")
+        "tiny.gguf: no qwen3.pooling_type that says what it is for; " + NO_KIND)
     assert convert(pair.gguf, "--pooling", "mean").use == PLAIN | {"pooling": 1}
     pair.save(**{"qwen3.pooling_type": 2})
     assert "qwen3.pooling_type (got 2, want 1 or 3 or 4 or null or 0)" in refused(pair.gguf)
