@@ -61,7 +61,13 @@ RERANKER = {
     "suffix": "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
     "instruct": "Given a web search query, retrieve relevant passages that answer the query",
 }
-CLASSIFIER = "Qwen3ForSequenceClassification"
+# The prompts of embeddings whose source may have none: those of Qwen3-Embedding's own checkpoint,
+# which a GGUF file cannot hold; pplx-embed was trained without, and bare texts are both prompts.
+KNOWN_PROMPTS = {
+    "Qwen3-Embedding": {"query": f"Instruct: {RERANKER['instruct']}\nQuery:", "document": ""},
+    "pplx-embed": {"query": "", "document": ""},
+}
+CLASSIFIER, PPLX = "Qwen3ForSequenceClassification", "PPLXQwen3Model"
 RERANKER_WINDOW = 8192  # tokens of a pair, prefix and suffix included, in the model card
 # The only pre-tokenizer pattern that tokenizer.c implements.
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -132,7 +138,7 @@ Claims = namedtuple("Claims", "architecture attention tied labels linear")
 # bidirectional attention: perplexity's pplx-embed-v1; voyage's and ai-sage's.
 ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen3Model": "qwen3",
                  CLASSIFIER: "qwen3",
-                 "PPLXQwen3Model": "bidirectional_pplx_qwen3", "Qwen3BidirectionalModel": "qwen3"}
+                 PPLX: "bidirectional_pplx_qwen3", "Qwen3BidirectionalModel": "qwen3"}
 
 
 def read_claims(j):
@@ -373,9 +379,10 @@ def read_logit_score(j, ids, template):
         expect(LOGIT_SCORE, f"{key}, of {show(word)}", j.get(key), ids.get(word))
 
 
-def read_prompts(j, kind, given):
-    """Returns the section prompts and the names. given: those of --prompt. A reranker has the three
-    of its model card; a CrossEncoder's prompt is the task."""
+def read_prompts(j, kind, given, notes, known=None):
+    """Returns the section prompts and the names. given: those of --prompt. known: the model of
+    KNOWN_PROMPTS whose prompts a source without any gets; adds a note. A reranker has the three of
+    its model card; a CrossEncoder's prompt is the task."""
     prompts, default = dict(j.get("prompts") or {}), j.get("default_prompt_name")
     if kind == "reranker":
         prompts = RERANKER | ({"instruct": prompts[default]} if default is not None else {})
@@ -385,6 +392,11 @@ def read_prompts(j, kind, given):
         for key in ("truncate_dim", "suffix"):
             expect(PROMPTS, key, j.get(key), None)
         expect(PROMPTS, "model_type", j.get("model_type"), None, "SentenceTransformer")
+        if known and not prompts:
+            prompts = dict(KNOWN_PROMPTS[known])
+            own = " and ".join(name for name in prompts if name not in given)
+            if own:
+                notes.append(f"the source has no prompts; {own} as in {known}")
     others = [name for name in given if name != "instruct"]
     if kind == "reranker" and others:
         refuse("--prompt", "of a reranker it can only give the task", " and ".join(
@@ -568,13 +580,17 @@ def gguf_tokenizer(meta, o):
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}}
 
 
+def is_qwen3_embedding(name):
+    return bool(re.search("qwen3[-_ ]?embedding", name.lower()))
+
+
 def gguf_end(meta, o, name):
     """Returns the token appended to every text of an embedding. Files made before llama.cpp read
     the post-processor (2025-06) say nothing of it and have another eos_token_id, <|im_end|>."""
     key = "tokenizer.ggml."
     expect(o, f"{key}add_eos_token{END_HINT}", meta.get(key + "add_eos_token"), True)
     token = meta[key + "tokens"][meta[key + "eos_token_id"]]
-    if re.search("qwen3[-_ ]?embedding", name.lower()) and token != "<|endoftext|>":
+    if is_qwen3_embedding(name) and token != "<|endoftext|>":
         refuse(o, f"{key}eos_token_id{END_HINT}", show(token), show("<|endoftext|>"))
     return token
 
@@ -1008,8 +1024,9 @@ def read_directory(args, folder, source):
         template = folder / TEMPLATE
         template = template.read_text("utf-8", "replace") if template.is_file() else ""
         parse(folder, LOGIT_SCORE, read_logit_score, tokenizer.ids, template)
-    prompts = (parse(folder, PROMPTS, read_prompts, kind, args.prompts) if PROMPTS in has else
-               read_prompts({}, kind, args.prompts))
+    more = kind, args.prompts, notes, "pplx-embed" if claims.architecture == PPLX else None
+    prompts = (parse(folder, PROMPTS, read_prompts, *more) if PROMPTS in has else
+               read_prompts({}, *more))
     tensors, shards = open_tensors(folder)
     files = [f"file: {name} sha256 " + hashlib.sha256((folder / name).read_bytes()).hexdigest()
              for name in has if name != TOKENIZER_CONFIG]
@@ -1057,12 +1074,13 @@ def gguf_source(args, path, o):
     if kind == "embedding":
         end = args.end_token or gguf_end(meta, o, name)
         tokenizer = tokenizer._replace(eos_id=end_token(end, tokenizer.ids))
-        prompts = read_prompts({}, kind, args.prompts)
-        if not args.prompts:
+        known = "Qwen3-Embedding" if is_qwen3_embedding(name) else None
+        prompts = read_prompts({}, kind, args.prompts, notes, known)
+        if not known and not args.prompts:
             notes.append("a GGUF file has no prompts; --prompt NAME=TEXT gives some")
     else:
         task = {"prompts": {"query": gguf_task(meta, o)}, "default_prompt_name": "query"}
-        prompts = read_prompts(task, kind, args.prompts)
+        prompts = read_prompts(task, kind, args.prompts, notes)
     claims = claims._replace(tied="lm_head.weight" not in tensors)
     if kind == "reranker" and "score.weight" in tensors:
         claims = claims._replace(architecture=CLASSIFIER, labels={"0": "", "1": ""})

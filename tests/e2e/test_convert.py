@@ -271,6 +271,8 @@ def test_committed_goldens_are_sound(name):
     """NAME.qemb, and NAME.vec in the form that tests/fixtures/make_golden.py documents."""
     q = Qemb(ROOT / f"tests/golden/{name}.qemb")
     assert ("note: random weights\n" in q.provenance) == (name != "demo")
+    if name == "pplx":
+        assert q.prompts == {"query": "", "document": ""}
     lines = (ROOT / f"tests/golden/{name}.vec").read_text().splitlines()
     head = dict(line.split(" ", 1) for line in lines[:7])
     assert lines[0] == "golden 1" and head["model"] == name
@@ -939,6 +941,12 @@ def test_mean(folder, change):
     assert q.use == PLAIN and "pooling: last token, by --pooling\n" in q.provenance
 
 
+def pplx(j):
+    j.update(architectures=["PPLXQwen3Model"], model_type="bidirectional_pplx_qwen3",
+             auto_map={"AutoConfig": "configuration.PPLXQwen3Config",
+                       "AutoModel": "modeling.PPLXQwen3Model"})
+
+
 def test_mean_by_hand(folder):
     assert convert(folder, "--pooling", "mean").use == PLAIN | {"pooling": 1}
 
@@ -947,9 +955,7 @@ def test_mean_by_hand(folder):
     setting("is_causal", False), setting("use_bidirectional_attention", True),
     lambda j: j.update(is_causal=False, use_bidirectional_attention=True),
     setting("architectures", ["Qwen3BidirectionalModel"]),
-    lambda j: j.update(architectures=["PPLXQwen3Model"], model_type="bidirectional_pplx_qwen3",
-                       auto_map={"AutoConfig": "configuration.PPLXQwen3Config",
-                                 "AutoModel": "modeling.PPLXQwen3Model"})])
+    pplx])
 def test_bidirectional(folder, change):
     edit(folder / "config.json", change)
     q = convert(folder)
@@ -1088,6 +1094,23 @@ def test_quantizer(folder):
     assert q.use == PLAIN | {"pooling": 1, "dense_rows": SHAPE["hidden"], "activation": 1}
     assert (q.sections["dense"] == np.eye(SHAPE["hidden"])).all()
     assert "note: vectors are tanh of the pooled row, not rounded to 8 bits\n" in q.provenance
+
+
+@pytest.mark.parametrize("source", [None, {}, {"prompts": {}}, {"prompts": None}])
+def test_pplx_has_no_prompts(folder, source):
+    """It was trained without: --query and --document are good and change no text."""
+    edit(folder / "config.json", pplx)
+    path = folder / "config_sentence_transformers.json"
+    path.unlink() if source is None else hf.save_json(path, source)
+    q = convert(folder)
+    assert q.prompts == {"query": "", "document": ""}
+    note = "note: the source has no prompts; query and document as in pplx-embed\n"
+    assert note in q.provenance
+    q = convert(folder, "--prompt", "query=Q: ")
+    assert q.prompts == {"query": "Q: ", "document": ""}
+    hf.save_json(path, {"prompts": {"code": "C: "}})
+    q = convert(folder)
+    assert q.prompts == {"code": "C: "} and "note: " not in q.provenance
 
 
 def test_prompts_by_hand(folder):
@@ -1249,6 +1272,27 @@ def test_gguf_default_name_and_note(folder, capsys):
     note = "a GGUF file has no prompts; --prompt NAME=TEXT gives some"
     assert f"note       {note}" in capsys.readouterr().out
     assert f"note: {note}\n" in Qemb("tiny.qemb").provenance
+
+
+@pytest.mark.parametrize("key", ["Qwen3 Embedding 0.6B", "qwen3-embedding", "Qwen3_Embedding_4B"])
+def test_gguf_of_qwen3_embedding(folder, capsys, key):
+    """Its own prompts, those of the checkpoint, whose name is in a key or is the file's."""
+    pair = Pair(folder, **{"general.name": key})
+    q = convert(pair.gguf)
+    same(q, convert(folder))
+    assert q.prompts == {"query": hf.QUERY, "document": ""}
+    note = "the source has no prompts; query and document as in Qwen3-Embedding\n"
+    assert "note: " + note in q.provenance and "note       " + note in capsys.readouterr().out
+    assert "--prompt NAME=TEXT" not in q.provenance
+    q = convert(pair.gguf, "--prompt", "query=Q: ", "--prompt", "code=C: ")
+    assert q.prompts == {"query": "Q: ", "document": "", "code": "C: "}
+    assert "; document as in Qwen3-Embedding\n" in q.provenance
+    both = "--prompt", "query=", "--prompt", "document=D: "
+    q = convert(pair.gguf, *both)
+    assert q.prompts == {"query": "", "document": "D: "} and "note: " not in q.provenance
+    pair.save()
+    named = pair.gguf.rename(pair.gguf.with_name("Qwen3-Embedding-0.6B-f16.gguf"))
+    assert convert(named).prompts == {"query": hf.QUERY, "document": ""}
 
 
 @pytest.mark.parametrize("keys,use", [
