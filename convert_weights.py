@@ -75,7 +75,10 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
 
 
 class Refused(Exception):
-    """An error for the user, in one line."""
+    """An error for the user, in one line. The arguments: the object, the rest of the line."""
+
+    def __str__(self):
+        return ": ".join(map(str, self.args))
 
 
 class Interrupted(BaseException):
@@ -84,7 +87,7 @@ class Interrupted(BaseException):
 
 def refuse(obj, what, got=None, want=None):
     sides = ", ".join(f"{k} {v}" for k, v in (("got", got), ("want", want)) if v is not None)
-    raise Refused(f"{obj}: {what}" + (f" ({sides})" if sides else ""))
+    raise Refused(obj, what + (f" ({sides})" if sides else ""))
 
 
 def show(value):
@@ -93,9 +96,21 @@ def show(value):
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def expect(obj, what, got, *allowed):
+def show_both(a, b):
+    """Two values as JSON. If one is long, both are cut to where they begin to differ."""
+    a, b = json.dumps(a), json.dumps(b)
+    if max(len(a), len(b)) <= 120:
+        return a, b
+    at = max(0, len(os.path.commonprefix([a, b])) - 40)
+    return ["..." * (at > 0) + t[at : at + 110] + "..." * (len(t) > at + 110) for t in (a, b)]
+
+
+def expect(obj, what, got, *allowed, hint=""):
+    """hint: what the user can do."""
     if got not in allowed:
-        refuse(obj, what, show(got), " or ".join(map(show, allowed)))
+        sides = show_both(got, *allowed) if len(allowed) == 1 else (
+            show(got), " or ".join(map(show, allowed)))
+        refuse(obj, f"{what}; {hint}" if hint else what, *sides)
 
 
 def parse(folder, name, read, *args):
@@ -134,6 +149,7 @@ Config = namedtuple("Config", [field[0] for field in FIELDS])
 # What else config.json says. labels: of a classifier's rows. linear: rows of the projection that
 # voyage's class has behind the final norm
 Claims = namedtuple("Claims", "architecture attention tied labels linear")
+SCALING_HINT = "if it was added after the training, for longer texts,"
 # The last two are code in the checkpoint (auto_map), read and found to be Qwen3Model with
 # bidirectional attention: perplexity's pplx-embed-v1; voyage's and ai-sage's.
 ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen3Model": "qwen3",
@@ -168,17 +184,24 @@ def read_claims(j):
 def read_config(j):
     o = "config.json"
     expect(o, "hidden_act", j.get("hidden_act"), "silu")
-    for key in ("attention_bias", "use_sliding_window", "quantization_config"):
+    for key in ("attention_bias", "use_sliding_window"):
         expect(o, key, j.get(key), None, False)
+    expect(o, "quantization_config", j.get("quantization_config"), None, False,
+           hint="convert the model from which this one was quantized")
     for kind in j.get("layer_types") or []:
         expect(o, "layer_types", kind, "full_attention")
     # Older programs write rope_theta and rope_scaling, newer ones rope_parameters with both.
     thetas = {j["rope_theta"]} if j.get("rope_theta") is not None else set()
     for key in ("rope_scaling", "rope_parameters"):
-        for name, value in (j.get(key) or {}).items():
+        rope = j.get(key) or {}
+        hint = f"{SCALING_HINT} copy the source and remove " + (
+            key if key == "rope_scaling" else f"all of {key} but rope_theta")
+        for name in ("rope_type", "type"):
+            expect(o, f"{key}.{name}", rope.get(name, "default"), "default", hint=hint)
+        for name, value in rope.items():
             if name == "rope_theta":
                 thetas.add(value)
-            elif name not in ("rope_type", "type") or value != "default":
+            elif name not in ("rope_type", "type"):
                 refuse(o, f"{key}.{name}", show(value), 'rope_type "default"')
     if len(thetas) != 1:
         refuse(o, "rope_theta", show(sorted(thetas)), "one value")
@@ -388,9 +411,12 @@ def read_prompts(j, kind, given, notes, known=None):
         prompts = RERANKER | ({"instruct": prompts[default]} if default is not None else {})
     else:
         if prompts.get(default) != "":  # a prompt that changes no text may be the default
-            expect(PROMPTS, "default_prompt_name", default, None)
-        for key in ("truncate_dim", "suffix"):
-            expect(PROMPTS, key, j.get(key), None)
+            expect(PROMPTS, "default_prompt_name", default, None, hint="copy the source and remove "
+                   f"it, and choose the prompt by qemb --prompt {default}")
+        dim = j.get("truncate_dim")
+        expect(PROMPTS, "truncate_dim", dim, None, hint="copy the source and remove it, and cut "
+               f"the vectors by qemb --dim {dim}")
+        expect(PROMPTS, "suffix", j.get("suffix"), None)
         expect(PROMPTS, "model_type", j.get("model_type"), None, "SentenceTransformer")
         if known and not prompts:
             prompts = dict(KNOWN_PROMPTS[known])
@@ -448,7 +474,12 @@ def open_tensors(folder):
     index = {}
     if not (folder / SINGLE).exists():
         if not (folder / INDEX).exists():
-            refuse(folder, "no weights", None, f"{SINGLE} or {INDEX}")
+            others = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
+            refuse(others[0] if others else folder, (
+                "not read, since loading it can run code; " if others else
+                "no weights; if there is a pytorch_model.bin, ") + "save the model anew in "
+                "transformers, by model.save_pretrained(NEW, safe_serialization=True), and copy "
+                "the other files", None, f"{SINGLE} or {INDEX}")
         index = parse(folder, INDEX, read_index)
     tensors, shards = {}, sorted(set(index.values())) or [SINGLE]
     for shard in shards:
@@ -552,7 +583,8 @@ def gguf_config(meta, o, rows):
     for key in own:
         if key not in [*GGUF_CONFIG, *GGUF_OTHER]:
             refuse(o, f"qwen3.{key}", show(own[key]), "no such key")
-    expect(o, "qwen3.rope.scaling.type", own.get("rope.scaling.type"), None, "none")
+    expect(o, "qwen3.rope.scaling.type", own.get("rope.scaling.type"), None, "none",
+           hint=f"{SCALING_HINT} convert the original without it")
     for key in ("attention.value_length", "rope.dimension_count"):
         expect(o, f"qwen3.{key}", own.get(key), None, own["attention.key_length"])
     return {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu",
@@ -600,14 +632,16 @@ def gguf_task(meta, o):
     template = meta.get("tokenizer.chat_template.rerank")
     if template is None:
         return RERANKER["instruct"]
-    begin = RERANKER["prefix"] + "<Instruct>: "
-    end = "\n<Query>: {query}\n<Document>: {document}" + RERANKER["suffix"]
-    if not (template.startswith(begin) and template.endswith(end)):
-        refuse(o, "tokenizer.chat_template.rerank", show(template), show(begin + "…" + end))
-    return template[len(begin) : len(template) - len(end)]
+    found = re.search("<Instruct>: (.*)", template)
+    task = found[1] if found else RERANKER["instruct"]
+    middle = f"<Instruct>: {task}\n<Query>: {{query}}\n<Document>: {{document}}"
+    expect(o, "tokenizer.chat_template.rerank", template,
+           RERANKER["prefix"] + middle + RERANKER["suffix"],
+           hint="it is not Qwen3-Reranker's, the only one that qemb has")
+    return task
 
 
-def gguf_labels(meta, s):
+def gguf_labels(meta, s, o):
     """Returns {row: label} of cls.output: by the rows of the embedding table if it has two of them,
     since files with swapped labels were reported, else by the labels."""
     def close(a, b):  # Q8_0 rounds by 1/254 of a block's largest number at most
@@ -620,7 +654,9 @@ def gguf_labels(meta, s):
         return {"0": "yes", "1": "no"}
     if close(two[0], no) and close(two[1], yes):
         return {"0": "no", "1": "yes"}
-    return dict(enumerate(meta.get("qwen3.classifier.output_labels", [])))
+    labels = meta.get("qwen3.classifier.output_labels")
+    expect(o, "qwen3.classifier.output_labels", labels, ["yes", "no"], ["no", "yes"])
+    return dict(enumerate(labels))
 
 
 # ---- dtypes of a .qemb -------------------------------------------------------------------------
@@ -966,10 +1002,11 @@ def find_source(name, quiet):
 
 
 def find_kind(args, said, source, place):
-    """Returns the kind of model. said: what the source's files say, or None. The first revisions of
-    Qwen3-Reranker have the files of a language model and nothing that says what it is for, so the
-    name decides, or --kind. Other rerankers have other prompts, so no less than its name will do,
-    as in llama.cpp."""
+    """Returns the kind of model. said: what the source's files say, or None, and where. The first
+    revisions of Qwen3-Reranker have the files of a language model and nothing that says what it is
+    for, so the name decides, or --kind. Other rerankers have other prompts, so no less than its
+    name will do, as in llama.cpp."""
+    said, where = said
     kind = said or ("embedding" if args.pooling else args.kind)
     if not kind and re.search("qwen3[-_ ]?reranker", source.lower()):
         kind = "reranker"
@@ -978,7 +1015,8 @@ def find_kind(args, said, source, place):
                "if it was trained with Qwen3-Reranker's prompt (docs/models.md), with --kind "
                "reranker; other rerankers are not supported")
     if args.kind and args.kind != kind:
-        refuse("--kind", "what the source's files say", args.kind, kind)
+        refuse("--kind", f"{where if said else '--pooling'} says what the model is for", args.kind,
+               kind)
     for option in ("pooling", "end_token") if kind == "reranker" else ():
         if getattr(args, option):
             refuse("--" + option.replace("_", "-"), "an option for embeddings",
@@ -1006,8 +1044,10 @@ def read_directory(args, folder, source):
     tokenizer = parse(folder, "tokenizer.json", read_tokenizer, c.vocab)
     has = [name for name in JSON_FILES + [TOKENIZER_CONFIG] if (folder / name).is_file()]
     modules = parse(folder, "modules.json", read_modules) if "modules.json" in has else []
-    said = ("reranker" if claims.architecture == CLASSIFIER or "LogitScore" in modules else
-            "embedding" if "Pooling" in modules or POOLING in has else None)
+    said = (("reranker", "config.json") if claims.architecture == CLASSIFIER else
+            ("reranker", "modules.json") if "LogitScore" in modules else
+            ("embedding", "modules.json") if "Pooling" in modules else
+            ("embedding", POOLING) if POOLING in has else (None, None))
     kind = find_kind(args, said, source, (POOLING, "no such file in the source"))
     pooling = args.pooling or "last"
     if kind == "embedding" and not args.pooling:
@@ -1055,7 +1095,20 @@ def read_gguf(args, path, o):
     try:
         return understand(o, lambda: gguf_source(args, path, o), "GGUF of the known form")
     except Refused as e:
-        raise Refused(e if str(e).startswith(o) else f"{o}: {e}")
+        raise Refused(o, gguf_words(o, *e.args))
+
+
+def gguf_words(o, obj, text):
+    """Returns a refusal without the file's name. Keys of config.json and tensors get the names that
+    they have in a GGUF file."""
+    if obj == "config.json":
+        names = {v: k for k, v in GGUF_CONFIG.items()} | {"attention": "attention.causal"}
+        return re.sub(r"^\w+", lambda m: f"qwen3.{names[m[0]]}" if m[0] in names else m[0], text)
+    obj = "tokenizer.ggml" if obj == "tokenizer.json" else str(obj)
+    obj = {f"{name}.weight": f"{own}.weight" for own, name in GGUF_TENSORS.items()}.get(obj, obj)
+    for own, name in GGUF_LAYER.items():
+        obj = re.sub(rf"^layers\.(\d+)\.{name}\.", rf"blk.\1.{own}.", obj)
+    return text if obj == o else f"{obj}: {text}"
 
 
 def gguf_source(args, path, o):
@@ -1066,10 +1119,13 @@ def gguf_source(args, path, o):
     claims, c = read_claims(j), read_config(j)
     tokenizer = read_tokenizer(gguf_tokenizer(meta, o), c.vocab)
     pooling = meta.get("qwen3.pooling_type")
-    expect(o, "qwen3.pooling_type", pooling, *GGUF_POOLING)
+    if pooling not in GGUF_POOLING:
+        refuse(o, f"qwen3.pooling_type (got {show(pooling)}{', CLS' * (pooling == 2)}; want MEAN, "
+               "LAST or RANK)")
     said, pooling = GGUF_POOLING[pooling]
     name = f"{meta.get('general.name', '')} {o}"
-    kind = find_kind(args, said, name, (o, "no qwen3.pooling_type that says what it is for"))
+    kind = find_kind(args, (said, "qwen3.pooling_type"), name,
+                     (o, "no qwen3.pooling_type that says what it is for"))
     notes = []
     if kind == "embedding":
         end = args.end_token or gguf_end(meta, o, name)
@@ -1090,7 +1146,7 @@ def gguf_source(args, path, o):
     check_tensors(s)
     if kind == "reranker":
         if claims.architecture == CLASSIFIER:
-            s = s._replace(claims=claims._replace(labels=gguf_labels(meta, s)))
+            s = s._replace(claims=claims._replace(labels=gguf_labels(meta, s, o)))
         s = s._replace(dense=logit_dense(s, tokenizer.ids))
     return s
 

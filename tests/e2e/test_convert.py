@@ -886,7 +886,25 @@ def test_kind_contradicts_the_files(folder, reranker):
     assert convert(reranker, "--kind", "embedding", "--pooling", "last").use == PLAIN
     hf.save_sentence_transformers(reranker, SHAPE["hidden"])
     assert refused(reranker, "--kind", "reranker") == (
-        "--kind: what the source's files say (got reranker, want embedding)")
+        "--kind: modules.json says what the model is for (got reranker, want embedding)")
+    (reranker / "modules.json").unlink()
+    assert refused(reranker, "--kind", "reranker").startswith("--kind: 1_Pooling/config.json says ")
+    logit_score(reranker)
+    assert refused(reranker, "--kind", "embedding").startswith("--kind: modules.json says ")
+    (reranker / "modules.json").unlink()
+    edit(reranker / "config.json", setting("architectures", [SCORES]))
+    assert refused(reranker, "--kind", "embedding").startswith("--kind: config.json says what ")
+
+
+def test_kind_contradicts_pooling(reranker):
+    assert refused(reranker, "--kind", "reranker", "--pooling", "last") == (
+        "--kind: --pooling says what the model is for (got reranker, want embedding)")
+
+
+def test_kind_contradicts_a_gguf(folder):
+    assert refused(Pair(folder).gguf, "--kind", "reranker") == (
+        "tiny.gguf: --kind: qwen3.pooling_type says what the model is for (got reranker, want "
+        "embedding)")
 
 
 def test_an_embedding_may_be_named_so(folder):
@@ -1309,7 +1327,10 @@ def test_gguf_without_pooling(folder):
         "tiny.gguf: no qwen3.pooling_type that says what it is for; " + NO_KIND)
     assert convert(pair.gguf, "--pooling", "mean").use == PLAIN | {"pooling": 1}
     pair.save(**{"qwen3.pooling_type": 2})
-    assert "qwen3.pooling_type (got 2, want 1 or 3 or 4 or null or 0)" in refused(pair.gguf)
+    assert refused(pair.gguf) == (
+        "tiny.gguf: qwen3.pooling_type (got 2, CLS; want MEAN, LAST or RANK)")
+    pair.save(**{"qwen3.pooling_type": 7})
+    assert "qwen3.pooling_type (got 7; want MEAN, LAST or RANK)" in refused(pair.gguf)
 
 
 def test_gguf_with_a_head(folder):
@@ -1413,14 +1434,30 @@ def test_gguf_reranker_task(ranker):
     assert convert(ranker.gguf, "--prompt", "instruct=Else").prompts["instruct"] == "Else"
     ranker.save(add={"score.weight": ranker.rows}, **{
         "tokenizer.chat_template.rerank": template.replace("yes", "Yes")})
-    assert refused(ranker.gguf).startswith("tiny.gguf: tokenizer.chat_template.rerank (got")
+    message = refused(ranker.gguf)
+    assert message.startswith("tiny.gguf: tokenizer.chat_template.rerank; it is not Qwen3-"
+                              "Reranker's, the only one that qemb has (got ...")
+    assert re.search(r'be \\"Yes\\" or .*, want \.\.\..* be \\"yes\\" or ', message)
+
+
+@pytest.mark.parametrize("old,new,got,want", [
+    ("system", "user", r'\(got "<\|im_start\|>user\\nJudge', r'"<\|im_start\|>system\\nJudge'),
+    ("\n<Query>", "\n\n<Query>", r"the query\\n\\n<Query>", r"the query\\n<Query>"),
+    ("\n\n</think>", "", r"<think>\\n\\n", r"<think>\\n\\n</think>"),
+    ("<Instruct>: ", "", r">user\\nGiven a web", r">user\\n<Instruct>: Given a web")])
+def test_gguf_reranker_shows_what_differs(ranker, old, new, got, want):
+    template = ranker.keys["tokenizer.chat_template.rerank"].replace(old, new, 1)
+    ranker.save(add={"score.weight": ranker.rows}, **{"tokenizer.chat_template.rerank": template})
+    assert re.search(f"{got}.*, want .*{want}", refused(ranker.gguf))
 
 
 @pytest.mark.parametrize("labels", [None, ["yes"], ["a", "b"], ["yes", "yes"]])
 def test_gguf_reranker_without_labels(ranker, labels):
     rows = np.ones((2, 32), "f4")
     ranker.save(add={"score.weight": rows}, **{"qwen3.classifier.output_labels": labels})
-    assert "id2label (got" in refused(ranker.gguf)
+    assert refused(ranker.gguf) == (
+        f"tiny.gguf: qwen3.classifier.output_labels (got {json.dumps(labels)}, "
+        'want ["yes", "no"] or ["no", "yes"])')
 
 
 def test_gguf_reranker_refuses_options(ranker):
@@ -1436,12 +1473,14 @@ def test_gguf_reranker_refuses_options(ranker):
 T = "tokenizer.ggml."
 GGUF_REFUSED = {
     "key": ({"qwen3.expert_count": 8}, "qwen3.expert_count (got 8, want no such key)"),
-    "yarn": ({"qwen3.rope.scaling.type": "yarn"}, 'qwen3.rope.scaling.type (got "yarn"'),
+    "yarn": ({"qwen3.rope.scaling.type": "yarn"},
+             "qwen3.rope.scaling.type; if it was added after the training, for longer texts, "
+             'convert the original without it (got "yarn", want null or "none")'),
     "partial rope": ({"qwen3.rope.dimension_count": 16}, "dimension_count (got 16, want null or "),
     "value length": ({"qwen3.attention.value_length": 16}, "value_length (got 16, want null or 32"),
     "no head size": ({"qwen3.attention.key_length": None}, "not GGUF of the known form (KeyError"),
-    "no layers": ({"qwen3.block_count": None}, "config.json: num_hidden_layers (got null"),
-    "no theta": ({"qwen3.rope.freq_base": None}, "config.json: rope_theta (got []"),
+    "no layers": ({"qwen3.block_count": None}, "tiny.gguf: qwen3.block_count (got null"),
+    "no theta": ({"qwen3.rope.freq_base": None}, "tiny.gguf: qwen3.rope.freq_base (got []"),
     "heads": ({"qwen3.attention.head_count": 3}, "attn_q.weight: shape (got"),
     "tokenizer": ({T + "model": "llama"}, 'tokenizer.ggml.model (got "llama", want "gpt2")'),
     "split": ({T + "pre": "llama-bpe"}, 'tokenizer.ggml.pre (got "llama-bpe", want "qwen2")'),
@@ -1449,7 +1488,8 @@ GGUF_REFUSED = {
     "bos": ({T + "add_bos_token": True}, "tokenizer.ggml.add_bos_token (got true"),
     "no tokens": ({T + "tokens": None}, "not GGUF of the known form (KeyError: 'tokens')"),
     "no merges": ({T + "merges": None}, "not GGUF of the known form (KeyError: 'merges')"),
-    "merge": ({T + "merges": ["a b", "b a", "c d", "e f"]}, 'merge 1, "ba" (got null, want 257)'),
+    "merge": ({T + "merges": ["a b", "b a", "c d", "e f"]},
+              'tokenizer.ggml: id of merge 1, "ba" (got null, want 257)'),
     "few types": ({T + "token_type": [1]}, "numbers of tokens and types (got 1, want 300)"),
     "end": ({T + "eos_token_id": 300}, "not GGUF of the known form (IndexError"),
     "unused end": ({T + "eos_token_id": 299}, '--end-token: "[PAD299]" is no token of this model'),
@@ -1479,7 +1519,12 @@ def test_refuses_a_kind_of_token(folder):
 def test_refuses_tensors_of_gguf(folder):
     pair = Pair(folder)
     pair.save(drop=[OTHER])
-    assert refused(pair.gguf) == f"tiny.gguf: {OTHER}: missing tensor (got 1 missing, want none)"
+    words = "missing tensor (got 1 missing, want none)"
+    assert refused(pair.gguf) == f"tiny.gguf: blk.0.ffn_up.weight: {words}"
+    for name in pair.tensors:
+        if name != "embed_tokens.weight":
+            pair.save(drop=[name])
+            assert refused(pair.gguf) == f"tiny.gguf: {hf.gguf_name(name)}: {words}"
     pair.save(drop=["embed_tokens.weight"])
     assert refused(pair.gguf) == "tiny.gguf: token_embd.weight: missing tensor"
     pair.save(add={"rope_freqs.weight": np.ones(16, "f4")})
@@ -1543,13 +1588,18 @@ CONFIG_REFUSED = {
     "bias": (setting("attention_bias", True), "attention_bias (got true"),
     "sliding": (setting("use_sliding_window", True), "use_sliding_window (got true"),
     "null causal": (setting("is_causal", None), "is_causal (got null, want true or false)"),
-    "quantized": (setting("quantization_config", {"bits": 4}), 'quantization_config (got {"bits"'),
+    "quantized": (setting("quantization_config", {"bits": 4}), "quantization_config; convert the "
+                  'model from which this one was quantized (got {"bits"'),
     "sliding layer": (setting("layer_types", ["full_attention", "sliding_attention"]),
                       'layer_types (got "sliding_attention"'),
     "yarn": (setting("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
-             'rope_scaling.rope_type (got "yarn"'),
-    "old yarn": (setting("rope_scaling", {"type": "yarn"}), 'rope_scaling.type (got "yarn"'),
-    "new yarn": (setting("rope_parameters", {"rope_type": "yarn"}), "rope_parameters.rope_type"),
+             "rope_scaling.rope_type; if it was added after the training, for longer texts, copy "
+             'the source and remove rope_scaling (got "yarn", want "default")'),
+    "old yarn": (setting("rope_scaling", {"factor": 4.0, "type": "yarn"}),
+                 'remove rope_scaling (got "yarn"'),
+    "new yarn": (setting("rope_parameters", {"rope_type": "yarn"}), "rope_parameters.rope_type; if "
+                 "it was added after the training, for longer texts, copy the source and remove "
+                 'all of rope_parameters but rope_theta (got "yarn", want "default")'),
     "partial rope": (setting("rope_parameters", {"partial_rotary_factor": 0.5}),
                      "rope_parameters.partial_rotary_factor (got 0.5"),
     "two thetas": (setting("rope_parameters", {"rope_theta": 10000.0}),
@@ -1608,7 +1658,7 @@ TOKENIZER_REFUSED = {
     "no pre-tokenizer": (setting(PRE, None), "not JSON of the known form"),
     "byte level alone": (setting(PRE, {"type": "ByteLevel"}), '(got ["ByteLevel", null]'),
     "pattern": (setting(*SPLIT, "pattern", "Regex", hf.SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")),
-                "pre_tokenizer pattern (got"),
+                r"\\p{N}]?\\p{L}+|\\p{N}{1,3}| "),
     "string pattern": (setting(*SPLIT, "pattern", {"String": hf.SPLIT}), "pre_tokenizer pattern"),
     "behavior": (setting(*SPLIT, "behavior", "Removed"), 'behavior (got "Removed"'),
     "invert": (setting(*SPLIT, "invert", True), "invert (got true"),
@@ -1693,10 +1743,13 @@ ST_REFUSED = {
                 '"Pooling", "Dropout", "Normalize"], want'),
     "pooling elsewhere": ("modules.json", setting(1, "path", "2_Pooling"), 'Pooling (got "2_'),
     "default prompt": ("config_sentence_transformers.json", setting("default_prompt_name", "query"),
-                       'default_prompt_name (got "query", want null)'),
+                       "default_prompt_name; copy the source and remove it, and choose the prompt "
+                       'by qemb --prompt query (got "query", want null)'),
     "kind": ("config_sentence_transformers.json", setting("model_type", "SparseEncoder"),
              'model_type (got "SparseEncoder"'),
-    "cut": ("config_sentence_transformers.json", setting("truncate_dim", 12), "dim (got 12, want"),
+    "cut": ("config_sentence_transformers.json", setting("truncate_dim", 12),
+            "truncate_dim; copy the source and remove it, and cut the vectors by qemb --dim 12 "
+            "(got 12, want null)"),
     "suffix": ("config_sentence_transformers.json", setting("suffix", "<|im_end|>"), "suffix (got"),
     "NUL": ("config_sentence_transformers.json", setting("prompts", "query", "a\0b"), "NUL char"),
     "unnamed": ("config_sentence_transformers.json", setting("prompts", "", "x"), "prompts (got"),
@@ -1839,10 +1892,17 @@ def test_refuses_what_is_not_safetensors(folder):
     assert refused(folder).startswith("model.safetensors: damaged")
 
 
-def test_refuses_no_weights(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert refused(folder).endswith(
-        "no weights (want model.safetensors or model.safetensors.index.json)")
+SAVE = ("save the model anew in transformers, by model.save_pretrained(NEW, "
+        "safe_serialization=True), and copy the other files (want model.safetensors or "
+        "model.safetensors.index.json)")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_refuses_no_weights(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    assert refused(folder) == f"{name}: not read, since loading it can run code; {SAVE}"
+    (folder / name).unlink()
+    assert refused(folder) == f"{folder}: no weights; if there is a pytorch_model.bin, {SAVE}"
 
 
 SHARD = "model-00002-of-00003.safetensors"
