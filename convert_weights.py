@@ -32,9 +32,22 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
+
+def no_package(e):
+    """Returns the line for a package that is not installed."""
+    needs = re.findall(r'^#   ("[^"]+")', Path(__file__).read_text(encoding="utf-8"), re.M)
+    return (f"convert_weights.py: {e.name.split('.')[0]}: no such package; `make convert` installs "
+            "it for .venv/bin/python convert_weights.py, or: pip install " + " ".join(needs))
+
+
+try:
+    import numpy as np
+    from safetensors import SafetensorError, safe_open
+    from tqdm import tqdm
+except ImportError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.exit(no_package(missing))
 
 VERSION = "0.1.0"
 GROUP = 64  # weights in a row of an INT8 matrix that share a scale
@@ -1181,6 +1194,14 @@ def provenance(args, s, source, commit, dtypes):
     return "".join(" ".join(line.split()) + "\n" for line in lines).encode("utf-8", "replace")
 
 
+def model_words(s):
+    """Returns how vectors are made, for the summary."""
+    words = [s.kind, s.pooling, s.claims.attention]
+    if s.dense and s.kind == "embedding":
+        words.append(f"dense {s.dense[0].rows}" + " tanh" * (s.activation == "tanh"))
+    return ", ".join([*words, f"longest text {s.window or s.config.max_positions}"])
+
+
 def convert(args):
     started = time.monotonic()
     folder, source, commit = find_source(args.source, args.quiet)
@@ -1213,6 +1234,7 @@ def convert(args):
             "and f32 vectors",
             f"rounding   at most {rounding.worst:.3g}{rounding.where}; {rounding.tiny:,} numbers "
             "below 2^-14 were rounded",
+            f"model      {model_words(s)}",
             f"tokenizer  {len(merges):,} merges, end-of-text {end}",
             f"prompts    {', '.join(names) or 'none'}",
             f"sha256     {sha}",
@@ -1254,6 +1276,8 @@ def main():
         convert(args)
     except Refused as e:
         sys.exit(f"convert_weights.py: {' '.join(str(e).split())}")
+    except ModuleNotFoundError as e:  # of those that are slow to load
+        sys.exit(no_package(e))
     except OSError as e:
         sys.exit(f"convert_weights.py: {e.filename or args.source}: {e.strerror or e}")
     except Interrupted as e:

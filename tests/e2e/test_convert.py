@@ -522,6 +522,28 @@ def test_summary(folder, capsys):
     assert q.provenance.endswith("note: two lines\n")
 
 
+def model_line(folder, capsys, *args):
+    run(folder, "--out", "out.qemb", *args)
+    return re.search(r"^  model      (.*)$", capsys.readouterr().out, re.M)[1]
+
+
+def test_summary_of_the_model(folder, capsys):
+    assert model_line(folder, capsys) == "embedding, last, causal, longest text 64"
+    add_dense(folder)
+    edit(folder / "1_Pooling/config.json", mean_pooling)
+    edit(folder / "config.json", setting("is_causal", False))
+    hf.save_json(folder / "sentence_bert_config.json", {"max_seq_length": 20})
+    assert model_line(folder, capsys) == (
+        "embedding, mean, bidirectional, dense 6 tanh, longest text 20")
+    edit(folder / "2_Dense/config.json",
+         setting("activation_function", "torch.nn.modules.linear.Identity"))
+    assert ", dense 6, longest" in model_line(folder, capsys)
+
+
+def test_summary_of_a_reranker(reranker, capsys):
+    assert model_line(reranker, capsys) == "reranker, last, causal, longest text 64"
+
+
 def number(value, dtype):
     return hf.to_bytes(np.array([value], "f4"), dtype)
 
@@ -2048,13 +2070,38 @@ def test_hub_without_network(tmp_path):
 def test_exit_status_and_streams(folder):
     r = subprocess.run([sys.executable, ROOT / "convert_weights.py", folder, "--out", "out.qemb"],
                        capture_output=True, text=True)
-    assert (r.returncode, r.stderr) == (0, "") and r.stdout.count("\n") == 6
+    assert (r.returncode, r.stderr) == (0, "") and r.stdout.count("\n") == 7
     edit(folder / "config.json", setting("model_type", "llama"))
     r = subprocess.run([sys.executable, ROOT / "convert_weights.py", folder, "--out", "no.qemb"],
                        capture_output=True, text=True)
     assert (r.returncode, r.stdout) == (1, "")
     assert r.stderr == 'convert_weights.py: config.json: model_type (got "llama", want "qwen3")\n'
     assert os.listdir() == ["out.qemb"]
+
+
+NEEDS = re.findall(r'^#   ("[a-z_]+>=.*"),$', (ROOT / "convert_weights.py").read_text(), re.M)
+
+
+def test_packages_missing():
+    """-I -S: without site-packages."""
+    r = subprocess.run([sys.executable, "-I", "-S", ROOT / "convert_weights.py", "--help"],
+                       capture_output=True, text=True)
+    assert (r.returncode, r.stdout) == (1, "") and len(NEEDS) == 5
+    assert r.stderr == (
+        "convert_weights.py: numpy: no such package; `make convert` installs it for .venv/bin/"
+        f"python convert_weights.py, or: pip install {' '.join(NEEDS)}\n")
+
+
+@pytest.mark.parametrize("name", ["gguf", "huggingface_hub"])
+def test_a_package_missing(folder, monkeypatch, name):
+    """Those that only some sources need."""
+    for module in [m for m in sys.modules if m.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    path = folder.parent / "x.gguf"
+    path.touch()
+    source = path if name == "gguf" else "owner/name"
+    assert refused(source).startswith(f"{name}: no such package; `make convert` installs it ")
 
 
 # Stops in the middle of the weights, says so, and waits to be killed.
