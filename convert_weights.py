@@ -80,7 +80,9 @@ KNOWN_PROMPTS = {
     "Qwen3-Embedding": {"query": f"Instruct: {RERANKER['instruct']}\nQuery:", "document": ""},
     "pplx-embed": {"query": "", "document": ""},
 }
-CLASSIFIER, PPLX = "Qwen3ForSequenceClassification", "PPLXQwen3Model"
+CLASSIFIER, PPLX, VOYAGE = ("Qwen3ForSequenceClassification", "PPLXQwen3Model",
+                            "Qwen3BidirectionalModel")
+MAX_ROWS = 1 << 16  # of a dense layer, in lib/model_file.c
 RERANKER_WINDOW = 8192  # tokens of a pair, prefix and suffix included, in the model card
 # The only pre-tokenizer pattern that tokenizer.c implements.
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -160,14 +162,42 @@ FIELDS = (
 )
 Config = namedtuple("Config", [field[0] for field in FIELDS])
 # What else config.json says. labels: of a classifier's rows. linear: rows of the projection that
-# voyage's class has behind the final norm
+# voyage's class has behind the final norm, or None
 Claims = namedtuple("Claims", "architecture attention tied labels linear")
 SCALING_HINT = "if it was added after the training, for longer texts,"
-# The last two are code in the checkpoint (auto_map), read and found to be Qwen3Model with
-# bidirectional attention: perplexity's pplx-embed-v1; voyage's and ai-sage's.
-ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen3Model": "qwen3",
-                 CLASSIFIER: "qwen3",
-                 PPLX: "bidirectional_pplx_qwen3", "Qwen3BidirectionalModel": "qwen3"}
+# Architecture -> model_type
+ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen3Model": "qwen3", CLASSIFIER: "qwen3",
+                 PPLX: "bidirectional_pplx_qwen3", VOYAGE: "qwen3"}
+# The architectures that are code in the checkpoint (auto_map), read and found to be Qwen3Model with
+# bidirectional attention: perplexity's pplx-embed-v1; voyage's and ai-sage's. With the class of
+# their configuration, which adds nothing, or None.
+CUSTOM = {PPLX: "PPLXQwen3Config", VOYAGE: None}
+
+
+def read_auto_map(o, architecture, classes):
+    """Refuses code other than that of the architecture, which says how the model is computed."""
+    for name, code in classes.items():
+        want = (None if architecture not in CUSTOM else
+                CUSTOM[architecture] if name == "AutoConfig" else architecture)
+        if want is None or code.rsplit(".")[-1] != want:
+            refuse(o, f"auto_map: {name} is code of its own, which qemb does not have", show(code),
+                   f"{want or 'none'}, as architectures says {architecture}")
+
+
+def read_attention(o, j, architecture):
+    both, causal = j.get("use_bidirectional_attention"), j.get("is_causal", True)
+    expect(o, "use_bidirectional_attention", both, None, False, True)
+    if architecture in CUSTOM:
+        hint = f"{architecture} is bidirectional"
+        expect(o, "use_bidirectional_attention", both, None, True, hint=hint)
+        expect(o, "is_causal", j.get("is_causal", False), False, hint=hint)
+        return "bidirectional"
+    expect(o, "is_causal", causal, True, False)
+    if both and causal:
+        refuse(o, "use_bidirectional_attention: transformers' Qwen3 reads is_causal alone and "
+               'would be causal; if it was trained bidirectional, copy the source and add '
+               '"is_causal": false, else remove this', "true", '"is_causal": false beside it')
+    return ATTENTIONS[not causal]
 
 
 def read_claims(j):
@@ -178,20 +208,14 @@ def read_claims(j):
                "whose name ends in -retrieval, -text-matching, -classification or -clustering",
                show(names))
     expect(o, "architectures", names, *([name] for name in ARCHITECTURES))
-    expect(o, "model_type", j.get("model_type"), ARCHITECTURES[names[0]])
-    for name, code in (j.get("auto_map") or {}).items():
-        own = code.rsplit(".")[-1]
-        if name != "AutoConfig" and own not in list(ARCHITECTURES)[3:]:
-            refuse(o, f"auto_map: a model with code of its own, {name}", show(code),
-                   " or ".join(list(ARCHITECTURES)[3:]))
-    # transformers reads is_causal, the models' own code and vLLM use_bidirectional_attention.
-    both = j.get("use_bidirectional_attention")
-    expect(o, "use_bidirectional_attention", both, None, False, True)
-    causal = j.get("is_causal", not both)
-    expect(o, "is_causal", causal, *([False] if both else [True, False]))
-    every = not causal or names[0] in list(ARCHITECTURES)[3:]
-    return Claims(names[0], ATTENTIONS[every], j.get("tie_word_embeddings", False),
-                  j.get("id2label") or {}, j.get("num_labels"))
+    name, tied = names[0], j.get("tie_word_embeddings")
+    expect(o, "model_type", j.get("model_type"), ARCHITECTURES[name])
+    read_auto_map(o, name, j.get("auto_map") or {})
+    expect(o, "tie_word_embeddings", tied, None, False, True)
+    rows = j.get("num_labels") if name == VOYAGE else None
+    if rows is not None and (type(rows) is not int or not 1 <= rows <= MAX_ROWS):
+        refuse(o, "num_labels", show(rows), f"an integer from 1 to {MAX_ROWS}")
+    return Claims(name, read_attention(o, j, name), bool(tied), j.get("id2label") or {}, rows)
 
 
 def read_config(j):
@@ -391,8 +415,8 @@ def read_dense(j, hidden):
     """Returns the rows of the dense layer, whether it has a bias, its activation."""
     o, rows = DENSE, j["out_features"]
     expect(o, "in_features", j["in_features"], hidden)
-    if type(rows) is not int or not 1 <= rows <= 1 << 16:
-        refuse(o, "out_features", show(rows), f"an integer from 1 to {1 << 16}")
+    if type(rows) is not int or not 1 <= rows <= MAX_ROWS:
+        refuse(o, "out_features", show(rows), f"an integer from 1 to {MAX_ROWS}")
     expect(o, "bias", j.get("bias", True), True, False)
     expect(o, "use_residual", j.get("use_residual"), None, False)
     for key in ("module_input_name", "module_output_name"):
@@ -797,7 +821,7 @@ def check_tensors(s):
     tensors, more = s.tensors, {}
     if s.kind == "reranker":
         more = logit_tensors(s)
-    elif "linear.weight" in tensors and s.claims.linear:
+    elif s.claims.linear:
         more = {"linear.weight": (s.claims.linear, s.config.hidden)}
     want = {name: (w.cols,) if w.dtype is F32 else (rows, w.cols)
             for w in weight_sections(s.config, F16) for name, rows in w.data} | more

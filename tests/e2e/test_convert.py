@@ -625,6 +625,13 @@ def setting(*path_and_value):
     return change
 
 
+def steps(*changes):
+    def change(j):
+        for step in changes:
+            step(j)
+    return change
+
+
 def newer_rope(j):
     theta = j.pop("rope_theta")
     j["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
@@ -987,15 +994,21 @@ def pplx(j):
                        "AutoModel": "modeling.PPLXQwen3Model"})
 
 
+def voyage(j):
+    j.update(architectures=["Qwen3BidirectionalModel"], use_bidirectional_attention=True,
+             auto_map={"AutoModel": "modeling_qwen3_bidirectional.Qwen3BidirectionalModel"})
+
+
 def test_mean_by_hand(folder):
     assert convert(folder, "--pooling", "mean").use == PLAIN | {"pooling": 1}
 
 
 @pytest.mark.parametrize("change", [
-    setting("is_causal", False), setting("use_bidirectional_attention", True),
+    setting("is_causal", False),
     lambda j: j.update(is_causal=False, use_bidirectional_attention=True),
     setting("architectures", ["Qwen3BidirectionalModel"]),
-    pplx])
+    lambda j: j.update(architectures=["Qwen3BidirectionalModel"], is_causal=False),
+    voyage, pplx])
 def test_bidirectional(folder, change):
     edit(folder / "config.json", change)
     q = convert(folder)
@@ -1100,14 +1113,19 @@ def test_refuses_dense_weights(folder):
                               ".bin is not read, since loading it can run code;")
 
 
-def test_projection_inside_the_model(folder):
+def projected(folder, rows=48, **config):
     """As in voyage-4-nano: its class projects every row, and then the rows are averaged."""
-    w = np.random.default_rng(11).standard_normal((48, SHAPE["hidden"])).astype("f4")
+    w = np.random.default_rng(11).standard_normal((rows, SHAPE["hidden"])).astype("f4")
     save(folder / "model.safetensors", weights() | {
         "linear.weight": ("F32", w.shape, w.tobytes())})
-    edit(folder / "config.json", lambda j: j.update(
-        num_labels=48, use_bidirectional_attention=True))
+    edit(folder / "config.json", voyage)
+    edit(folder / "config.json", lambda j: j.update({"num_labels": rows} | config))
     edit(folder / "1_Pooling/config.json", mean_pooling)
+    return w
+
+
+def test_projection_inside_the_model(folder):
+    w = projected(folder)
     q = convert(folder)
     assert q.use == PLAIN | {"pooling": 1, "attention": 1, "dense_rows": 48}
     assert q.sections["dense"].tobytes() == w.tobytes() and not q.sections["dense_bias"].any()
@@ -1115,14 +1133,33 @@ def test_projection_inside_the_model(folder):
     assert refused(folder).startswith("2_Dense/config.json: a dense layer behind linear.weight")
 
 
+EXTRA = "linear.weight: no tensor of this model (got 1 extra, want none)"
+
+
 @pytest.mark.parametrize("change,words", [
     (setting("num_labels", 47), "linear.weight: shape (got [48, 24], want [47, 24])"),
-    (without("use_cache"), "linear.weight: no tensor of this model (got 1 extra, want none)")])
+    (without("num_labels"), EXTRA), (setting("num_labels", None), EXTRA),
+    (lambda j: j.update(architectures=["Qwen3Model"], auto_map={}, is_causal=False), EXTRA),
+    (pplx, EXTRA)])
 def test_refuses_another_projection(folder, change, words):
-    save(folder / "model.safetensors", weights() | {
-        "linear.weight": ("F32", (48, SHAPE["hidden"]), bytes(4 * 48 * SHAPE["hidden"]))})
+    """The other classes have none, so transformers would leave the tensor out."""
+    projected(folder)
     edit(folder / "config.json", change)
     assert refused(folder) == words
+
+
+def test_refuses_no_projection(folder):
+    """transformers would draw its numbers."""
+    projected(folder)
+    save(folder / "model.safetensors", weights())
+    assert refused(folder) == "linear.weight: missing tensor (got 1 missing, want none)"
+
+
+@pytest.mark.parametrize("rows", [0, 65537, True, "48", 48.0])
+def test_refuses_rows_of_a_projection(folder, rows):
+    projected(folder, num_labels=rows)
+    assert refused(folder) == (f"config.json: num_labels (got {json.dumps(rows)}, want an integer "
+                               "from 1 to 65536)")
 
 
 def test_quantizer(folder):
@@ -1599,12 +1636,39 @@ CONFIG_REFUSED = {
     "architecture": (setting("architectures", ["Qwen3ForTokenClassification"]), "architectures"),
     "adapters": (setting("architectures", ["JinaEmbeddingsV5Model"]), "adapters are not merged"),
     "own code": (setting("auto_map", {"AutoModel": "modeling.OtherModel"}),
-                 'auto_map: a model with code of its own, AutoModel (got "modeling.OtherModel", '
-                 "want PPLXQwen3Model or Qwen3BidirectionalModel)"),
+                 "auto_map: AutoModel is code of its own, which qemb does not have (got "
+                 '"modeling.OtherModel", want none, as architectures says Qwen3ForCausalLM)'),
+    "another code": (lambda j: j.update(architectures=["Qwen3Model"], auto_map={
+        "AutoModel": "modeling.Qwen3BidirectionalModel"}), "want none, as architectures says Qwen"),
+    "own configuration": (setting("auto_map", {"AutoConfig": "c.OtherConfig"}),
+                          'auto_map: AutoConfig is code of its own, which qemb does not have (got '
+                          '"c.OtherConfig", want none, as'),
+    "pplx code": (steps(pplx, setting("auto_map", "AutoModel", "m.Qwen3BidirectionalModel")),
+                  'AutoModel is code of its own, which qemb does not have (got "m.Qwen3Bidirectiona'
+                  'lModel", want PPLXQwen3Model, as architectures says PPLXQwen3Model)'),
+    "second code": (steps(pplx, lambda j: j["auto_map"].update(AutoModelForCausalLM="m.Other")),
+                    "AutoModelForCausalLM is code of its own"),
+    "pplx configuration": (steps(pplx, lambda j: j["auto_map"].update(AutoConfig="c.OtherConfig")),
+                           "want PPLXQwen3Config, as architectures says PPLXQwen3Model"),
+    "voyage configuration": (steps(voyage, lambda j: j["auto_map"].update(AutoConfig="c.Other")),
+                             "AutoConfig is code of its own"),
+    "own tokenizer": (setting("auto_map", {"AutoTokenizer": ["t.Tokenizer", None]}), "code of its"),
     "pplx type": (setting("architectures", ["PPLXQwen3Model"]),
                   'model_type (got "qwen3", want "bidirectional_pplx_qwen3")'),
     "two attentions": (lambda j: j.update(is_causal=True, use_bidirectional_attention=True),
-                       "is_causal (got true, want false)"),
+                       "use_bidirectional_attention: transformers' Qwen3 reads is_causal alone"),
+    "unread attention": (setting("use_bidirectional_attention", True),
+                         "use_bidirectional_attention: transformers' Qwen3 reads is_causal alone "
+                         "and would be causal; if it was trained bidirectional, copy the source "
+                         'and add "is_causal": false, else remove this (got true, want "is_causal"'
+                         ": false beside it)"),
+    "text attention": (setting("use_bidirectional_attention", "yes"), '(got "yes", want null or'),
+    "causal voyage": (steps(voyage, setting("is_causal", True)), "is_causal; Qwen3Bidirectional"
+                      "Model is bidirectional (got true, want false)"),
+    "causal pplx": (steps(pplx, lambda j: j.update(use_bidirectional_attention=False)),
+                    "use_bidirectional_attention; PPLXQwen3Model is bidirectional (got false, want "
+                    "null or true)"),
+    "tied": (setting("tie_word_embeddings", "no"), 'tie_word_embeddings (got "no", want null or'),
     "no architecture": (without("architectures"), "architectures (got null"),
     "activation": (setting("hidden_act", "gelu"), 'hidden_act (got "gelu", want "silu")'),
     "bias": (setting("attention_bias", True), "attention_bias (got true"),
