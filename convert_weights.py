@@ -428,24 +428,64 @@ def read_dense(j, hidden):
     return rows, j.get("bias", True), names[kind]
 
 
-def read_logit_score(j, ids, template):
-    """template: the text of chat_template.jinja, or "". It makes the prompt of a pair; nothing here
-    can run it, so its words are compared."""
-    for words in ("Judge whether the Document meets the requirements", "<Instruct>: ", "<Query>: ",
-                  "<Document>: ") if template else ():
-        if words not in template:
-            refuse(TEMPLATE, "not that of Qwen3-Reranker, which qemb has", None, show(words))
+def read_logit_score(j, ids):
     for key, word in (("true_token_id", "yes"), ("false_token_id", "no")):
         expect(LOGIT_SCORE, f"{key}, of {show(word)}", j.get(key), ids.get(word))
 
 
-def read_prompts(j, kind, given, notes, known=None):
+def read_chat_template(j):
+    """Returns the template in tokenizer_config.json that transformers takes by default, or None."""
+    template = j.get("chat_template")
+    if isinstance(template, list):
+        template = {t["name"]: t["template"] for t in template}
+    return template.get("default") if isinstance(template, dict) else template
+
+
+# A message of a pair in a template, without its spaces; the group is its role.
+MESSAGE = (r'messages\|selectattr\("role","eq","(\w+)"\)\|map\(attribute="content"\)\|first'
+           r'|\(messages\|selectattr\("role","eq","(\w+)"\)\|first\)\.content(?:\[0\]\.text)?')
+
+
+def read_template(o, text):
+    """Returns the task that a chat template gives a pair without one, or None if the template is
+    not for pairs. sentence-transformers makes a pair's prompt with it. Nothing here can run it, so
+    its text must be that of Qwen3-Reranker's, which may name the messages first."""
+    values, tasks = {}, []
+    text = text.replace("\r\n", "\n")
+    if re.search(r"\bfor \w+ in messages", text) and not re.search(
+            """["'](query|document)["']""", text):
+        return None  # of a conversation: the general one of Qwen3
+    while m := re.match(r"\s*\{%- *set (\w+) = ([^{}%]*) -%\}\s*", text):
+        values[m[1]], text = m[2], text[m.end():]
+
+    def role(m):
+        value = values.get(m[1], m[1])
+        default = re.fullmatch(r"""(.*)\| *default\((["'])([^"'\\]*)\2\) *""", value, re.S)
+        found = re.fullmatch(MESSAGE, re.sub(r"\s", "", default[1] if default else value).replace(
+            "'", '"'))
+        if not found:
+            return m[0]
+        if "system" in found.groups():
+            tasks.append(default[3] if default else "")
+        return f"{{{{ {found[1] or found[2]}'s text }}}}"  # which no template can contain
+
+    pair = "\n".join(f"<{tag}>: {{{{ {name}'s text }}}}" for tag, name in (
+        ("Instruct", "system"), ("Query", "query"), ("Document", "document")))
+    # Jinja leaves out the last line break.
+    expect(o, "chat template", re.sub(r"\{\{ ([^{}]*?) \}\}", role, text),
+           RERANKER["prefix"] + pair + RERANKER["suffix"] + "\n",
+           hint="it is not Qwen3-Reranker's, the only one for pairs that qemb has")
+    return tasks[0]
+
+
+def read_prompts(j, kind, given, notes, known=None, task=RERANKER["instruct"]):
     """Returns the section prompts and the names. given: those of --prompt. known: the model of
     KNOWN_PROMPTS whose prompts a source without any gets; adds a note. A reranker has the three of
-    its model card; a CrossEncoder's prompt is the task."""
+    its model card; a CrossEncoder's prompt is the task, if it has one, else `task` is."""
     prompts, default = dict(j.get("prompts") or {}), j.get("default_prompt_name")
     if kind == "reranker":
-        prompts = RERANKER | ({"instruct": prompts[default]} if default is not None else {})
+        expect(PROMPTS, "model_type", j.get("model_type"), None, "CrossEncoder")
+        prompts = RERANKER | {"instruct": default is not None and prompts[default] or task}
     else:
         if prompts.get(default) != "":  # a prompt that changes no text may be the default
             expect(PROMPTS, "default_prompt_name", default, None, hint="copy the source and remove "
@@ -664,9 +704,8 @@ def gguf_end(meta, o, name):
     return token
 
 
-def gguf_task(meta, o):
+def gguf_task(template, o):
     """Returns the task of a reranker's template, which must be the model card's."""
-    template = meta.get("tokenizer.chat_template.rerank")
     if template is None:
         return RERANKER["instruct"]
     found = re.search("<Instruct>: (.*)", template)
@@ -1038,14 +1077,42 @@ def find_source(name, quiet):
     return folder, name, folder.name  # the directory of a snapshot is named by its commit
 
 
+def is_qwen3_reranker(name):
+    return bool(re.search("qwen3[-_ ]?reranker", name.lower()))
+
+
+def check_prompt(args, obj, source, told):
+    """Refuses a reranker of which no template (told), name or --kind says that it was trained with
+    Qwen3-Reranker's prompt. Others have other prompts, and classifiers, such as reward models,
+    have the same form."""
+    if not told and not is_qwen3_reranker(source) and args.kind != "reranker":
+        refuse(obj, "a classifier or reranker, and nothing says its prompt; if it was trained with "
+               "Qwen3-Reranker's (docs/models.md), say so with --kind reranker; others are not "
+               "supported")
+
+
+def find_task(args, folder, has, obj, source):
+    """Returns the task of pairs without one, for a reranker."""
+    text, name = None, TEMPLATE
+    if (folder / TEMPLATE).is_file():  # goes before tokenizer_config.json's
+        text = (folder / TEMPLATE).read_text("utf-8", "replace")
+    elif TOKENIZER_CONFIG in has:
+        text, name = parse(folder, TOKENIZER_CONFIG, read_chat_template), TOKENIZER_CONFIG
+    task = None if text is None else understand(name, lambda: read_template(name, text))
+    # With modules.json, sentence-transformers takes the template only if this file says so.
+    taken = "modules.json" not in has or BERT in has and parse(folder, BERT, lambda j: (
+        "message" in j.get("modality_config", {})))
+    check_prompt(args, obj, source, task is not None and taken)
+    return RERANKER["instruct"] if task is None else task
+
+
 def find_kind(args, said, source, place):
     """Returns the kind of model. said: what the source's files say, or None, and where. The first
     revisions of Qwen3-Reranker have the files of a language model and nothing that says what it is
-    for, so the name decides, or --kind. Other rerankers have other prompts, so no less than its
-    name will do, as in llama.cpp."""
+    for, so the name decides, or --kind."""
     said, where = said
     kind = said or ("embedding" if args.pooling else args.kind)
-    if not kind and re.search("qwen3[-_ ]?reranker", source.lower()):
+    if not kind and is_qwen3_reranker(source):
         kind = "reranker"
     if not kind or kind == "embedding" and not said and not args.pooling:
         refuse(place[0], place[1] + "; if its last token is pooled, say so with --pooling last; "
@@ -1098,10 +1165,10 @@ def read_directory(args, folder, source):
               if TOKENIZER_CONFIG in has else None, parse(folder, BERT, read_bert)
               if BERT in has else None]
     if "LogitScore" in modules:
-        template = folder / TEMPLATE
-        template = template.read_text("utf-8", "replace") if template.is_file() else ""
-        parse(folder, LOGIT_SCORE, read_logit_score, tokenizer.ids, template)
-    more = kind, args.prompts, notes, "pplx-embed" if claims.architecture == PPLX else None
+        parse(folder, LOGIT_SCORE, read_logit_score, tokenizer.ids)
+    more = [kind, args.prompts, notes, "pplx-embed" if claims.architecture == PPLX else None]
+    if kind == "reranker":
+        more.append(find_task(args, folder, has, said[1], source))
     prompts = (parse(folder, PROMPTS, read_prompts, *more) if PROMPTS in has else
                read_prompts({}, *more))
     tensors, shards = open_tensors(folder)
@@ -1172,8 +1239,9 @@ def gguf_source(args, path, o):
         if not known and not args.prompts:
             notes.append("a GGUF file has no prompts; --prompt NAME=TEXT gives some")
     else:
-        task = {"prompts": {"query": gguf_task(meta, o)}, "default_prompt_name": "query"}
-        prompts = read_prompts(task, kind, args.prompts, notes)
+        template = meta.get("tokenizer.chat_template.rerank")
+        check_prompt(args, o, name, template is not None)
+        prompts = read_prompts({}, kind, args.prompts, notes, None, gguf_task(template, o))
     claims = claims._replace(tied="lm_head.weight" not in tensors)
     if kind == "reranker" and "score.weight" in tensors:
         claims = claims._replace(architecture=CLASSIFIER, labels={"0": "", "1": ""})

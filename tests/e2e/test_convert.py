@@ -822,19 +822,26 @@ def test_reranker_with_a_tied_head_in_its_file(reranker):
                                  "config.json ties it")
 
 
+NO_PROMPT = ("a classifier or reranker, and nothing says its prompt; if it was trained with Qwen3-"
+             "Reranker's (docs/models.md), say so with --kind reranker; others are not supported")
+
+
 @pytest.mark.parametrize("labels", [None, {"0": "LABEL_0"}])
 def test_classifier_with_one_row(folder, reranker, labels):
-    """Whatever its name and directory says."""
+    """Reward models have the same form, so the name decides, or --kind."""
     row = hf.to_bytes(np.random.default_rng(9).standard_normal(SHAPE["hidden"]), "F32")
     save(reranker / "model.safetensors", weights() | {
         "score.weight": ("F32", (1, SHAPE["hidden"]), row)})
     edit(reranker / "config.json", lambda j: j.update(architectures=[SCORES], id2label=labels))
+    assert_reranker(convert(reranker), np.frombuffer(row, "<f4"))
     plain = reranker.rename(reranker.with_name("plain"))
     hf.save_json(plain / "modules.json", [{"name": "0", "path": "", "type": "st.Transformer"}])
-    assert_reranker(convert(plain), np.frombuffer(row, "<f4"))
+    assert refused(plain, "--out", "out.qemb") == "config.json: " + NO_PROMPT
+    assert_reranker(convert(plain, "--kind", "reranker"), np.frombuffer(row, "<f4"))
     save(plain / "model.safetensors", weights() | head() | {
         "score.weight": ("F32", (1, SHAPE["hidden"]), row)})
-    assert refused(plain) == "lm_head.weight: no tensor of this model (got 1 extra, want none)"
+    assert refused(plain, "--kind", "reranker") == (
+        "lm_head.weight: no tensor of this model (got 1 extra, want none)")
 
 
 @pytest.mark.parametrize("yes", [0, 1])
@@ -845,15 +852,39 @@ def test_classifier_with_two_rows(reranker, yes):
     edit(reranker / "config.json", lambda j: j.update(
         architectures=[SCORES], id2label={str(yes): "yes", str(1 - yes): "no"}))
     assert_reranker(convert(reranker), rows[yes] - rows[1 - yes])
+    plain = reranker.rename(reranker.with_name("boolean-questions"))
+    assert refused(plain, "--out", "out.qemb") == "config.json: " + NO_PROMPT
+    assert_reranker(convert(plain, "--kind", "reranker"), rows[yes] - rows[1 - yes])
+    plain.rename(reranker)
     edit(reranker / "config.json", setting("id2label", {"0": "LABEL_0", "1": "LABEL_1"}))
     assert "id2label (got" in refused(reranker)
     edit(reranker / "config.json", without("id2label"))
     assert refused(reranker) == "score.weight: shape (got [2, 24], want [1, 24])"
 
 
+def message(role, end=""):
+    return f'messages | selectattr("role", "eq", "{role}") | map(attribute="content") | first{end}'
+
+
+def template(*values, start="", prefix=JUDGE, query="\n<Query>: ", end=ANSWER + "\n"):
+    """A chat template of a reranker. values: for the task, the query and the document."""
+    task, q, d = values
+    return (f"{start}{prefix}<Instruct>: {{{{ {task} }}}}{query}{{{{ {q} }}}}\n<Document>: "
+            f"{{{{ {d} }}}}{end}")
+
+
+MESSAGES = [message("system", f' | default("{TASK}")'), message("query"), message("document")]
+NAMES = ["instruction", "query_text", "document_text"]
+# Those of sentence-transformers' tests, and of Qwen3-Reranker since April 2026
+TEMPLATES = [template(*MESSAGES), template(*NAMES, start="".join(
+    f"{{%- set {name} = {value} -%}}\n" for name, value in zip(NAMES, MESSAGES)))]
+CHAT = ("{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content +"
+        " '<|im_end|>\n' }}{%- endfor %}{%- set ns.last_query_index = 0 %}")  # as Qwen3's
+
+
 def logit_score(folder, true=YES, false=NO, default="query"):
     """The files of a newer revision, after sentence-transformers' documentation."""
-    base = "sentence_transformers."
+    base, text = "sentence_transformers.", {"method": "forward", "method_output_name": "logits"}
     hf.save_json(folder / "modules.json", [
         {"idx": 0, "name": "0", "path": "", "type": base + "base.modules.transformer.Transformer"},
         {"idx": 1, "name": "1", "path": "1_LogitScore",
@@ -863,26 +894,132 @@ def logit_score(folder, true=YES, false=NO, default="query"):
     hf.save_json(folder / "config_sentence_transformers.json", {
         "activation_fn": "torch.nn.modules.linear.Identity", "default_prompt_name": default,
         "model_type": "CrossEncoder", "prompts": {"query": "Find the passage"}})
+    hf.save_json(folder / "sentence_bert_config.json", {
+        "transformer_task": "text-generation", "module_output_name": "causal_logits",
+        "modality_config": {"text": text, "message": text | {"format": "flat"}}})
 
 
 def test_newer_reranker(reranker):
+    logit_score(reranker)
+    q = convert(reranker)
+    assert_reranker(q, logit_row(reranker), instruct="Find the passage")
+    assert "file: 1_LogitScore/config.json sha256 " in q.provenance
+    plain = reranker.rename(reranker.with_name("plain"))
+    assert refused(plain, "--out", "out.qemb") == "modules.json: " + NO_PROMPT
+    q = convert(plain, "--kind", "reranker")
+    assert_reranker(q, logit_row(plain), instruct="Find the passage")
+
+
+@pytest.mark.parametrize("text", [
+    *TEMPLATES, TEMPLATES[0].replace('"', "'").replace(JUDGE.replace('"', "'"), JUDGE),
+    TEMPLATES[1].replace("\n", "\r\n"), template(
+        MESSAGES[0], '(messages | selectattr("role", "eq", "query") | first).content',
+        '(messages | selectattr("role", "eq", "document") | first).content[0].text')])
+@pytest.mark.parametrize("place", ["file", "text", "list"])
+def test_template_of_a_reranker(reranker, text, place):
+    """It says the prompt, whatever the name."""
     plain = reranker.rename(reranker.with_name("plain"))
     logit_score(plain)
-    q = convert(plain)
-    assert_reranker(q, logit_row(plain), instruct="Find the passage")
-    assert "file: 1_LogitScore/config.json sha256 " in q.provenance
+    if place == "file":
+        (plain / "chat_template.jinja").write_text(text, newline="")
+    hf.save_json(plain / "tokenizer_config.json", {"chat_template": {
+        "file": CHAT, "text": text,
+        "list": [{"name": "tool_use", "template": CHAT}, {"name": "default", "template": text}],
+    }[place]})
+    assert_reranker(convert(plain), logit_row(plain), instruct="Find the passage")
     logit_score(plain, default=None)
-    (plain / "chat_template.jinja").write_text(
-        JUDGE + "<Instruct>: {{ i }}\n<Query>: {{ q }}\n<Document>: {{ d }}" + ANSWER)
     assert_reranker(convert(plain), logit_row(plain))
+    (plain / "modules.json").unlink()
+    edit(plain / "config.json", setting("architectures", [SCORES]))
+    row = np.ones((1, SHAPE["hidden"]), "<f4")
+    save(plain / "model.safetensors", weights() | {
+        "score.weight": ("F32", row.shape, row.tobytes())})
+    assert_reranker(convert(plain), row)
 
 
-@pytest.mark.parametrize("missing", ["Judge whether", "<Instruct>: ", "<Query>: ", "<Document>: "])
-def test_refuses_another_template(reranker, missing):
-    logit_score(reranker)
-    text = JUDGE + "<Instruct>: {{ task }}\n<Query>: {{ query }}\n<Document>: {{ document }}"
-    (reranker / "chat_template.jinja").write_text(text.replace(missing, ""))
-    assert refused(reranker).startswith("chat_template.jinja: not that of Qwen3-Reranker")
+@pytest.mark.parametrize("default", [None, "query"])
+def test_task_of_a_template(reranker, default):
+    """sentence-transformers takes it if there is no prompt, or an empty one."""
+    logit_score(reranker, default=default)
+    edit(reranker / "config_sentence_transformers.json", setting("prompts", "query", ""))
+    text = TEMPLATES[1].replace(TASK, "Find it")
+    (reranker / "chat_template.jinja").write_text(text)
+    assert_reranker(convert(reranker), logit_row(reranker), instruct="Find it")
+
+
+def test_template_that_is_not_taken(reranker):
+    """Without modality_config, sentence-transformers joins query and document itself."""
+    plain = reranker.rename(reranker.with_name("plain"))
+    logit_score(plain)
+    (plain / "chat_template.jinja").write_text(TEMPLATES[0])
+    edit(plain / "sentence_bert_config.json", without("modality_config", "message"))
+    assert refused(plain) == "modules.json: " + NO_PROMPT
+    (plain / "sentence_bert_config.json").unlink()
+    assert refused(plain) == "modules.json: " + NO_PROMPT
+    assert convert(plain, "--kind", "reranker").use["kind"] == 1
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+@pytest.mark.parametrize("newer", [False, True])
+def test_general_template(reranker, place, newer):
+    """The first revisions have the one of Qwen3, for conversations. It says nothing."""
+    if newer:
+        logit_score(reranker, default=None)
+    if place.endswith("json"):
+        hf.save_json(reranker / place, {"chat_template": CHAT})
+    else:
+        (reranker / place).write_text(CHAT)
+    assert_reranker(convert(reranker), logit_row(reranker))
+    plain = reranker.rename(reranker.with_name("plain"))
+    assert "--kind reranker" in refused(plain, "--out", "out.qemb")
+    assert_reranker(convert(plain, "--kind", "reranker"), logit_row(plain))
+
+
+TEMPLATE_REFUSED = {
+    "no judge": template(*MESSAGES, prefix=""),
+    "another judge": template(*MESSAGES, prefix=JUDGE.replace("yes", "Yes")),
+    "before": template(*MESSAGES, start="x"),
+    "empty line": template(*MESSAGES, query="\n\n<Query>: "),
+    "no break": template(*MESSAGES, query="<Query>: "),
+    "order": template(MESSAGES[0], MESSAGES[2], MESSAGES[1]),
+    "role": template(MESSAGES[0], MESSAGES[1], message("user")),
+    "unset": template("system", "query", "document"),
+    "trimmed": template(*MESSAGES).replace("{{ messages", "{{- messages"),
+    "last value": template(MESSAGES[0], MESSAGES[1], message("document", " | trim")),
+    "no thinking": template(*MESSAGES, end="<|im_end|>\n<|im_start|>assistant\n\n"),
+    "a break less": template(*MESSAGES, end=ANSWER),
+    "a break more": template(*MESSAGES, end=ANSWER + "\n\n"),
+    "words": "Judge whether the Document meets the requirements X <Document>: {{ d }} <Query>: "
+             "{{ q }} <Instruct>: {{ i }}",
+    "short": "Is {{ d }} good for {{ q }}?",
+    "loop": "{%- for m in messages %}{% if m.role == 'query' %}Q: {{ m.content }}{% endif %}"
+            "{%- endfor %}",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATE_REFUSED)
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_refuses_another_template(reranker, case, place):
+    """Even if the name says Qwen3-Reranker."""
+    text = TEMPLATE_REFUSED[case]
+    if place.endswith("json"):
+        hf.save_json(reranker / place, {"chat_template": text})
+    else:
+        (reranker / place).write_text(text)
+    for _ in range(2):
+        words = refused(reranker)
+        assert words.startswith(f"{place}: chat template; it is not Qwen3-Reranker's, the only one "
+                                "for pairs that qemb has (got ")
+        logit_score(reranker)
+
+
+def test_refuses_prompts_of_an_embedding(reranker):
+    """CrossEncoder does not read them."""
+    hf.save_json(reranker / "config_sentence_transformers.json", {
+        "model_type": "SentenceTransformer", "prompts": {"q": "Q: "}, "default_prompt_name": "q"})
+    assert refused(reranker) == ('config_sentence_transformers.json: model_type (got "Sentence'
+                                 'Transformer", want null or "CrossEncoder")')
 
 
 @pytest.mark.parametrize("true,false,words", [
@@ -1450,6 +1587,16 @@ def test_gguf_reranker(ranker, dtype):
     q = convert(ranker.gguf)
     same(q, convert(ranker.folder))
     assert_reranker(q, logit_row(ranker.folder))
+
+
+def test_gguf_reranker_without_template(ranker):
+    """Then its name says the prompt, or --kind."""
+    keys = {"tokenizer.chat_template.rerank": None}
+    ranker.save(add={"score.weight": ranker.rows}, **keys)
+    assert refused(ranker.gguf, "--out", "out.qemb") == "tiny.gguf: " + NO_PROMPT
+    same(convert(ranker.gguf, "--kind", "reranker"), convert(ranker.folder))
+    ranker.save(add={"score.weight": ranker.rows}, **keys, **{"general.name": "Qwen3 Reranker"})
+    same(convert(ranker.gguf), convert(ranker.folder))
 
 
 def test_gguf_reranker_of_before_cls_output(ranker):
