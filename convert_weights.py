@@ -358,7 +358,15 @@ def read_tokenizer_config(j, tokenizer, given):
     if added and tokenizer.ids.get(end, NO_TOKEN) != tokenizer.eos_id:
         refuse(o, f"add_eos_token: {show(end)} is not what tokenizer.json appends; say what a text "
                "ends with by --end-token TOKEN, or none")
-    return j.get("model_max_length")
+    return read_limit(o, j, "model_max_length")
+
+
+def read_limit(o, j, key):
+    """Returns the limit of a text in tokens, or None."""
+    value = j.get(key)
+    if value is not None and type(value) not in (int, float):
+        refuse(o, key, show(value), "an integer")
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 def end_token(given, ids):
@@ -385,8 +393,8 @@ def read_modules(j):
     if len(set(names)) < len(names):  # sentence-transformers keeps the last of a name
         refuse("modules.json", "names", show(names), "names that differ")
     for i, kind in enumerate(kinds):
-        if kind in ("Pooling", "Dense", "LogitScore"):
-            expect("modules.json", f"path of {kind}", j[i]["path"], f"{i}_{kind}")
+        if kind in ("Transformer", "Pooling", "Dense", "LogitScore"):
+            expect("modules.json", f"path of {kind}", j[i]["path"], f"{i}_{kind}" if i else "")
     return kinds
 
 
@@ -395,7 +403,7 @@ def read_bert(j):
     expect(BERT, "do_lower_case", j.get("do_lower_case"), None, False)
     for key in ("query_length", "document_length"):
         expect(BERT, key, j.get(key), None)
-    return j.get("max_seq_length")
+    return read_limit(BERT, j, "max_seq_length")
 
 
 def read_pooling(j):
@@ -1151,12 +1159,16 @@ def read_directory(args, folder, source):
     said = (("reranker", "config.json") if claims.architecture == CLASSIFIER else
             ("reranker", "modules.json") if "LogitScore" in modules else
             ("embedding", "modules.json") if "Pooling" in modules else
-            ("embedding", POOLING) if POOLING in has else (None, None))
-    kind = find_kind(args, said, source, (POOLING, "no such file in the source"))
+            ("embedding", POOLING) if POOLING in has and not modules else (None, None))
+    kind = find_kind(args, said, source, ("modules.json", "no module that pools") if modules else
+                     (POOLING, "no such file in the source"))
     pooling = args.pooling or "last"
     if kind == "embedding" and not args.pooling:
         pooling = parse(folder, POOLING, read_pooling)
     notes = []
+    if kind == "embedding" and modules and not {"Normalize", "FlexibleQuantizer"} & {*modules}:
+        notes.append("modules.json has no Normalize: vectors in sentence-transformers have any "
+                     "length, here length 1")
     if args.end_token:
         tokenizer = tokenizer._replace(eos_id=end_token(args.end_token, tokenizer.ids))
     elif kind == "embedding" and pooling == "last" and tokenizer.eos_id == NO_TOKEN:
@@ -1260,7 +1272,7 @@ def default_window(kind, c, limits):
     """Returns the header's window. limits: of the source's files, for an embedding."""
     if kind == "reranker":
         return min(RERANKER_WINDOW, c.max_positions)
-    least = min((n for n in limits if isinstance(n, int) and n > 0), default=c.max_positions)
+    least = min((n for n in limits if n and n > 0), default=c.max_positions)
     return least if least < c.max_positions else 0
 
 

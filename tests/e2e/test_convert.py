@@ -709,6 +709,30 @@ def test_no_modules_file(folder):
     convert(folder)
 
 
+NO_NORMALIZE = ("modules.json has no Normalize: vectors in sentence-transformers have any length, "
+                "here length 1")
+
+
+def test_no_normalize(folder, capsys):
+    assert "Normalize" not in convert(folder).provenance
+    edit(folder / "modules.json", without(-1))
+    for args in (), ("--pooling", "mean"):
+        capsys.readouterr()
+        assert f"note: {NO_NORMALIZE}\n" in convert(folder, *args).provenance
+        assert f"note       {NO_NORMALIZE}\n" in capsys.readouterr().out
+    (folder / "modules.json").unlink()
+    assert "Normalize" not in convert(folder).provenance
+
+
+def test_transformer_alone(folder):
+    """A directory 1_Pooling that modules.json does not name is left from elsewhere."""
+    edit(folder / "modules.json", lambda j: j[:1])
+    assert refused(folder) == "modules.json: no module that pools; " + NO_KIND
+    q = convert(folder, "--pooling", "mean")
+    assert q.use == PLAIN | {"pooling": 1} and "pooling: mean, by --pooling\n" in q.provenance
+    assert f"note: {NO_NORMALIZE}\n" in q.provenance
+
+
 NO_KIND = ("if its last token is pooled, say so with --pooling last; if it was trained with "
            "Qwen3-Reranker's prompt (docs/models.md), with --kind reranker; other rerankers are "
            "not supported")
@@ -1391,10 +1415,16 @@ def test_refuses_tokenizer_config(folder, key, value):
                                       ("tokenizer_config.json", "model_max_length")])
 def test_window(folder, name, key):
     """sentence-transformers cuts a text to it; here it is a limit unless a caller says more."""
+    hf.save_json(folder / name, {key: 20.0})
+    assert convert(folder).use == PLAIN | {"window": 20}
     hf.save_json(folder / name, {key: 20})
     q = convert(folder)
     assert q.use == PLAIN | {"window": 20} and "window: 20 tokens\n" in q.provenance
-    for value in 64, 65, None:
+    for value in True, "20":
+        hf.save_json(folder / name, {key: value})
+        assert refused(folder, "--out", "out.qemb") == (
+            f"{name}: {key} (got {json.dumps(value)}, want an integer)")
+    for value in 64, 65, 1e30, 10**400, float("inf"), None:
         hf.save_json(folder / name, {key: value})
         q = convert(folder)
         assert q.use == PLAIN and "window" not in q.provenance
@@ -1974,6 +2004,8 @@ ST_REFUSED = {
     "no name": ("modules.json", without(1, "name"), "not JSON of the known form (KeyError: 'name"),
     "dropout": ("modules.json", lambda j: j.insert(2, {"type": "x.Dropout", "path": "2_Dropout"}),
                 '"Pooling", "Dropout", "Normalize"], want'),
+    "model elsewhere": ("modules.json", setting(0, "path", "0_Transformer"),
+                        'path of Transformer (got "0_Transformer", want "")'),
     "pooling elsewhere": ("modules.json", setting(1, "path", "2_Pooling"), 'Pooling (got "2_'),
     "default prompt": ("config_sentence_transformers.json", setting("default_prompt_name", "query"),
                        "default_prompt_name; copy the source and remove it, and choose the prompt "
