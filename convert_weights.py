@@ -412,8 +412,10 @@ def read_pooling(j):
     kinds = [k.removeprefix("pooling_mode_").removesuffix("_tokens") for k, on in j.items()
              if k.startswith("pooling_mode_") and on]
     mode = j.get("pooling_mode", [])
-    kinds = sorted({*kinds, *([mode] if isinstance(mode, str) else mode)})
-    expect(POOLING, "pooling", kinds, ["lasttoken"], ["mean"])
+    mode = [mode] if isinstance(mode, str) else mode
+    kinds = sorted([*mode, *({*kinds} - {*mode})])
+    expect(POOLING, "pooling", kinds, ["lasttoken"], ["mean"],
+           hint="if it is wrong, say what is pooled by --pooling last or mean")
     if kinds == ["mean"]:  # the last token is never the prompt's
         expect(POOLING, "include_prompt", j.get("include_prompt", True), True)
     return "last" if kinds == ["lasttoken"] else "mean"
@@ -1060,6 +1062,19 @@ def interrupt(number, frame):
     raise Interrupted(number)
 
 
+def has_checkpoint(folder):
+    return (folder / "config.json").exists() and any(
+        (folder / name).exists() for name in (SINGLE, INDEX))
+
+
+def check_gguf(folder, files, source, hint):
+    """Refuses a source that has GGUF files and no checkpoint."""
+    names = sorted(f for f in files if f.endswith(".gguf"))
+    if names and not has_checkpoint(folder):
+        refuse(source, f"GGUF files and no checkpoint; {hint}", ", ".join(names[:4]) + (
+            f" and {len(names) - 4} more" if len(names) > 4 else ""), f"config.json and {SINGLE}")
+
+
 def find_source(name, quiet):
     """Returns the directory or GGUF file, its name, and the commit (None if it is not from the
     hub)."""
@@ -1082,6 +1097,12 @@ def find_source(name, quiet):
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as e:  # network, access, spelling: the message of the hub
         refuse(name, f"no such directory, and not from the hub: {' '.join(str(e).split())[:300]}")
+    if not has_checkpoint(folder):
+        try:
+            files = huggingface_hub.list_repo_files(name, revision=folder.name)
+        except Exception:  # of any type; then what is missing is the message
+            files = []
+        check_gguf(folder, files, name, "download one of them by hf download and name that")
     return folder, name, folder.name  # the directory of a snapshot is named by its commit
 
 
@@ -1149,8 +1170,7 @@ def read_directory(args, folder, source):
         refuse(ADAPTER, "an adapter (LoRA), which transformers would add to the weights; merge it "
                "first: peft's AutoPeftModelForFeatureExtraction.from_pretrained(DIRECTORY)"
                ".merge_and_unload().save_pretrained(NEW), and copy the other files")
-    if not (folder / "config.json").exists() and any(folder.glob("*.gguf")):
-        refuse("config.json", "no such file in the source; it has GGUF files: name one of them")
+    check_gguf(folder, [p.name for p in folder.glob("*.gguf")], source, "name one of them")
     claims = parse(folder, "config.json", read_claims)
     c = parse(folder, "config.json", read_config)
     tokenizer = parse(folder, "tokenizer.json", read_tokenizer, c.vocab)
@@ -1235,10 +1255,10 @@ def gguf_source(args, path, o):
     claims, c = read_claims(j), read_config(j)
     tokenizer = read_tokenizer(gguf_tokenizer(meta, o), c.vocab)
     pooling = meta.get("qwen3.pooling_type")
-    if pooling not in GGUF_POOLING:
-        refuse(o, f"qwen3.pooling_type (got {show(pooling)}{', CLS' * (pooling == 2)}; want MEAN, "
-               "LAST or RANK)")
-    said, pooling = GGUF_POOLING[pooling]
+    if pooling not in GGUF_POOLING and not args.pooling:
+        refuse(o, "qwen3.pooling_type; if it is wrong, say what is pooled by --pooling last or mean"
+               f" (got {show(pooling)}{', CLS' * (pooling == 2)}; want MEAN, LAST or RANK)")
+    said, pooling = GGUF_POOLING.get(pooling, (None, None))
     name = f"{meta.get('general.name', '')} {o}"
     kind = find_kind(args, (said, "qwen3.pooling_type"), name,
                      (o, "no qwen3.pooling_type that says what it is for"))
@@ -1312,7 +1332,7 @@ def convert(args):
     out = Path(args.out or source.split("/")[-1].removesuffix(".gguf") + ".qemb")
     if out.exists() and not out.is_file():
         refuse(out, "output", "something else", "a file, or a free name")
-    s = (read_directory if folder.is_dir() else read_gguf)(args, folder, source)
+    s = (read_gguf if folder.is_file() else read_directory)(args, folder, source)
     s.notes.extend(args.note)
     weights = [*weight_sections(s.config, MATRIX_DTYPES[args.dtype]), *s.dense]
     weights = [add_bits(w, s.tensors) for w in weights]

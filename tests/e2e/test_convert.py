@@ -1553,10 +1553,13 @@ def test_gguf_without_pooling(folder):
         "tiny.gguf: no qwen3.pooling_type that says what it is for; " + NO_KIND)
     assert convert(pair.gguf, "--pooling", "mean").use == PLAIN | {"pooling": 1}
     pair.save(**{"qwen3.pooling_type": 2})
-    assert refused(pair.gguf) == (
-        "tiny.gguf: qwen3.pooling_type (got 2, CLS; want MEAN, LAST or RANK)")
+    words = ("tiny.gguf: qwen3.pooling_type; if it is wrong, say what is pooled by --pooling last "
+             "or mean (got ")
+    assert refused(pair.gguf, "--out", "out.qemb") == words + "2, CLS; want MEAN, LAST or RANK)"
+    assert convert(pair.gguf, "--pooling", "mean").use == PLAIN | {"pooling": 1}
+    assert convert(pair.gguf, "--pooling", "last").use == PLAIN
     pair.save(**{"qwen3.pooling_type": 7})
-    assert "qwen3.pooling_type (got 7; want MEAN, LAST or RANK)" in refused(pair.gguf)
+    assert refused(pair.gguf) == words + "7; want MEAN, LAST or RANK)"
 
 
 def test_gguf_with_a_head(folder):
@@ -1801,9 +1804,41 @@ def test_refuses_a_gguf_that_shrinks(folder, monkeypatch):
     assert refused(pair.gguf).startswith("tiny.gguf: shrank while it was read (got ")
 
 
-def test_refuses_a_directory_of_gguf_files(folder):
+@pytest.mark.parametrize("more", [(), ("config.json", "tokenizer.json")])
+def test_refuses_a_directory_of_gguf_files(folder, more):
     pair = Pair(folder)
-    assert "one of them" in refused(pair.gguf.parent)
+    new = folder.with_name("files")
+    new.mkdir()
+    for name in more:
+        shutil.copy(folder / name, new / name)
+    for i in range(5):
+        shutil.copy(pair.gguf, new / f"{i}.gguf")
+    words = "files: GGUF files and no checkpoint; name one of them (got 0.gguf, "
+    assert refused(new) == (words + "1.gguf, 2.gguf, 3.gguf and 1 more, want config.json and "
+                            "model.safetensors)")
+    shutil.copy(pair.gguf, folder / "x.gguf")
+    convert(folder)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_hub_name_of_gguf_files(tmp_path, monkeypatch, listed):
+    """None of them is among the files asked for, so the directory may not even exist."""
+    import huggingface_hub
+
+    def files(name, revision):
+        assert (name, revision) == ("owner/some-GGUF", "0123")
+        if not listed:
+            raise OSError("no network")
+        return ["README.md", "config.json", "Q8_0/some-Q8_0.gguf", "some-f16.gguf"]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, allow_patterns: str(tmp_path / "0123"))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", files)
+    monkeypatch.chdir(tmp_path)
+    assert refused("owner/some-GGUF") == (
+        "owner/some-GGUF: GGUF files and no checkpoint; download one of them by hf download and "
+        "name that (got Q8_0/some-Q8_0.gguf, some-f16.gguf, want config.json and "
+        "model.safetensors)" if listed else "config.json: no such file in the source")
 
 
 # ---- what it refuses ---------------------------------------------------------------------------
@@ -1980,17 +2015,20 @@ def test_refuses_more_tokens_than_rows(folder):
     assert refused(folder) == "tokenizer.json: tokens (got 260, want at most vocab_size, 259)"
 
 
+WRONG = "pooling; if it is wrong, say what is pooled by --pooling last or mean "
 ST_REFUSED = {
     "max pooling": ("1_Pooling/config.json", lambda j: j.update(
-        pooling_mode_lasttoken=False, pooling_mode_max_tokens=True), 'pooling (got ["max"]'),
+        pooling_mode_lasttoken=False, pooling_mode_max_tokens=True), WRONG + '(got ["max"]'),
     "two poolings": ("1_Pooling/config.json", setting("pooling_mode_mean_tokens", True),
-                     'pooling (got ["lasttoken", "mean"], want ["lasttoken"] or ["mean"])'),
+                     WRONG + '(got ["lasttoken", "mean"], want ["lasttoken"] or ["mean"])'),
     "newer list": ("1_Pooling/config.json", lambda j: {"pooling_mode": ["mean", "max"]},
-                   'pooling (got ["max", "mean"]'),
+                   WRONG + '(got ["max", "mean"]'),
+    "mean twice": ("1_Pooling/config.json", lambda j: {"pooling_mode": ["mean", "mean"]},
+                   WRONG + '(got ["mean", "mean"]'),
     "prompt left out": ("1_Pooling/config.json", lambda j: {
         "pooling_mode": "mean", "include_prompt": False}, "include_prompt (got false, want true)"),
     "newer cls": ("1_Pooling/config.json", lambda j: {"pooling_mode": "cls"}, '(got ["cls"]'),
-    "no pooling": ("1_Pooling/config.json", lambda j: {}, "pooling (got []"),
+    "no pooling": ("1_Pooling/config.json", lambda j: {}, WRONG + "(got []"),
     "no pooling module": ("modules.json", without(1), 'modules (got ["Transformer", '
                           '"Normalize"], want Transformer, Pooling, Dense or not, Normalize or '),
     "two dense": ("modules.json", lambda j: j[:2] + [{"type": "Dense", "path": "2_Dense"}] * 2,
