@@ -280,12 +280,15 @@ def read_merges(model):
     return ids
 
 
+ADDED_FLAGS = "single_word", "lstrip", "rstrip", "normalized"
+
+
 def read_added(tokens, first, vocab):
     """Returns the section added_tokens. Their ids are first .. vocab-1."""
     o, out, seen = "tokenizer.json", b"", set()
     for t in sorted(tokens, key=lambda t: t["id"]):
         name, i, text = f"added token {show(t['content'])}", t["id"], t["content"].encode()
-        for flag in ("single_word", "lstrip", "rstrip", "normalized"):
+        for flag in ADDED_FLAGS:
             expect(o, f"{name} {flag}", t[flag], False)
         if type(i) is not int or not first <= i < vocab or i in seen:
             refuse(o, f"{name} id", show(i), f"one of its own, from {first} to {vocab - 1}")
@@ -350,8 +353,16 @@ def read_tokenizer_config(j, tokenizer, given):
     """Refuses what transformers would do on top of tokenizer.json. given: --end-token. Returns the
     limit of a text in tokens, or None."""
     o, end = TOKENIZER_CONFIG, j.get("eos_token")
-    for key in ("add_prefix_space", "add_bos_token"):
+    for key in ("add_prefix_space", "add_bos_token", "split_special_tokens"):
         expect(o, key, j.get(key), None, False)
+    if j.get("auto_map"):
+        refuse(o, "auto_map: a tokenizer with code of its own, which qemb does not have",
+               show(j["auto_map"]), "none")
+    for i, t in (j.get("added_tokens_decoder") or {}).items():  # goes before tokenizer.json's
+        name = f"added_tokens_decoder: {show(t['content'])}"
+        expect(o, f"{name} id in tokenizer.json", tokenizer.ids.get(t["content"]), int(i))
+        for flag in ADDED_FLAGS:
+            expect(o, f"{name} {flag}", t.get(flag, False), False)
     expect(o, "truncation_side", j.get("truncation_side"), None, "right")
     end = end["content"] if isinstance(end, dict) else end
     added = j.get("add_eos_token") and not given
@@ -381,14 +392,20 @@ def end_token(given, ids):
 # ---- what sentence-transformers adds -----------------------------------------------------------
 
 
-def read_modules(j):
+QUANTIZER = "st_quantize.FlexibleQuantizer"  # code of perplexity's checkpoints: identity_dense
+
+
+def read_modules(j, architecture):
     """Returns the names of the modules."""
     kinds = [m["type"].rsplit(".")[-1] for m in j]
-    # FlexibleQuantizer is code of perplexity's checkpoints, see identity_dense.
     if not re.fullmatch("Transformer( Pooling( Dense)?( Normalize)?| Pooling FlexibleQuantizer"
                         "| LogitScore)?", " ".join(kinds)):
         refuse("modules.json", "modules", show(kinds), "Transformer, Pooling, Dense or not, "
                "Normalize or not; or Transformer, LogitScore")
+    own = [m["type"] for m in j if not m["type"].startswith("sentence_transformers.")]
+    if own != [QUANTIZER] * (architecture == PPLX and "FlexibleQuantizer" in kinds):
+        refuse("modules.json", "modules with code of their own, which qemb does not have",
+               show(own), "types of sentence_transformers")
     names = [m["name"] for m in j]
     if len(set(names)) < len(names):  # sentence-transformers keeps the last of a name
         refuse("modules.json", "names", show(names), "names that differ")
@@ -398,11 +415,28 @@ def read_modules(j):
     return kinds
 
 
-def read_bert(j):
+# What a model's loading may be told without another result, but for rounding.
+LOADING = {"attn_implementation", "torch_dtype", "dtype", "device_map", "low_cpu_mem_usage",
+           "padding_side", "trust_remote_code", "use_cache"}
+
+
+def read_bert(j, kind):
     """Returns the limit of a text in tokens, or None."""
     expect(BERT, "do_lower_case", j.get("do_lower_case"), None, False)
-    for key in ("query_length", "document_length"):
+    for key in ("query_length", "document_length", "query_expansion"):
         expect(BERT, key, j.get(key), None)
+    for key in [f"{what}_{end}" for what in ("model", "config", "tokenizer", "processor")
+                for end in ("args", "kwargs")]:
+        for name, value in (j.get(key) or {}).items():
+            if name not in LOADING:
+                refuse(BERT, f"{key}.{name}", show(value), "no such key")
+    expect(BERT, "processing_kwargs", j.get("processing_kwargs"), None, {})
+    if kind == "embedding":
+        expect(BERT, "transformer_task", j.get("transformer_task"), None, "feature-extraction")
+        expect(BERT, "modality_config; with message, texts go through the chat template",
+               j.get("modality_config"), None,
+               {"text": {"method": "forward", "method_output_name": "last_hidden_state"}})
+        expect(BERT, "module_output_name", j.get("module_output_name"), None, "token_embeddings")
     return read_limit(BERT, j, "max_seq_length")
 
 
@@ -682,13 +716,15 @@ def gguf_config(meta, o, rows):
 def gguf_tokenizer(meta, o):
     """Returns what tokenizer.json would say, without an end token."""
     ggml = {k.removeprefix("tokenizer.ggml."): v for k, v in meta.items()}
-    for key, want in ("model", ["gpt2"]), ("pre", ["qwen2"]), ("add_bos_token", [None, False]):
+    no = [None, False]
+    for key, want in (("model", ["gpt2"]), ("pre", ["qwen2"]), ("add_bos_token", no),
+                      ("add_sep_token", no), ("add_space_prefix", no)):
         expect(o, f"tokenizer.ggml.{key}", ggml.get(key), *want)
     tokens, kinds = ggml["tokens"], ggml["token_type"]
     expect(o, "numbers of tokens and types", len(kinds), len(tokens))
     for token, kind in zip(tokens, kinds):  # normal, control, user-defined, unused
         expect(o, f"type of the token {show(token)}", kind, 1, 3, 4, 5)
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    flags = dict.fromkeys(ADDED_FLAGS, False)
     level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
     return {"model": {"type": "BPE", "merges": ggml["merges"], "vocab": {
@@ -1175,7 +1211,8 @@ def read_directory(args, folder, source):
     c = parse(folder, "config.json", read_config)
     tokenizer = parse(folder, "tokenizer.json", read_tokenizer, c.vocab)
     has = [name for name in JSON_FILES + [TOKENIZER_CONFIG] if (folder / name).is_file()]
-    modules = parse(folder, "modules.json", read_modules) if "modules.json" in has else []
+    modules = (parse(folder, "modules.json", read_modules, claims.architecture)
+               if "modules.json" in has else [])
     said = (("reranker", "config.json") if claims.architecture == CLASSIFIER else
             ("reranker", "modules.json") if "LogitScore" in modules else
             ("embedding", "modules.json") if "Pooling" in modules else
@@ -1194,7 +1231,7 @@ def read_directory(args, folder, source):
     elif kind == "embedding" and pooling == "last" and tokenizer.eos_id == NO_TOKEN:
         notes.append("no token ends a text, as tokenizer.json says; --end-token appends one")
     limits = [parse(folder, TOKENIZER_CONFIG, read_tokenizer_config, tokenizer, args.end_token)
-              if TOKENIZER_CONFIG in has else None, parse(folder, BERT, read_bert)
+              if TOKENIZER_CONFIG in has else None, parse(folder, BERT, read_bert, kind)
               if BERT in has else None]
     if "LogitScore" in modules:
         parse(folder, LOGIT_SCORE, read_logit_score, tokenizer.ids)

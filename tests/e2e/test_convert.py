@@ -668,7 +668,7 @@ ACCEPTED = {
                                                                 "SentenceTransformer")),
     "prompt not pooled": ("1_Pooling/config.json", setting("include_prompt", False)),
     "pooling by name": ("1_Pooling/config.json", lambda j: {"pooling_mode": "lasttoken"}),
-    "module types moved": ("modules.json", setting(1, "type", "st.sentence.pooling.Pooling")),
+    "module types moved": ("modules.json", setting(1, "type", "sentence_transformers.x.Pooling")),
 }
 
 
@@ -859,7 +859,8 @@ def test_classifier_with_one_row(folder, reranker, labels):
     edit(reranker / "config.json", lambda j: j.update(architectures=[SCORES], id2label=labels))
     assert_reranker(convert(reranker), np.frombuffer(row, "<f4"))
     plain = reranker.rename(reranker.with_name("plain"))
-    hf.save_json(plain / "modules.json", [{"name": "0", "path": "", "type": "st.Transformer"}])
+    hf.save_json(plain / "modules.json", [{"name": "0", "path": "",
+                                             "type": "sentence_transformers.models.Transformer"}])
     assert refused(plain, "--out", "out.qemb") == "config.json: " + NO_PROMPT
     assert_reranker(convert(plain, "--kind", "reranker"), np.frombuffer(row, "<f4"))
     save(plain / "model.safetensors", weights() | head() | {
@@ -1328,8 +1329,13 @@ def test_quantizer(folder):
     edit(folder / "modules.json", lambda j: j[:2] + [{
         "idx": 2, "name": "2", "path": "", "type": "st_quantize.FlexibleQuantizer"}])
     edit(folder / "1_Pooling/config.json", mean_pooling)
+    assert refused(folder) == (
+        'modules.json: modules with code of their own, which qemb does not have (got ["st_quantize'
+        '.FlexibleQuantizer"], want types of sentence_transformers)')
+    edit(folder / "config.json", pplx)
     q = convert(folder)
-    assert q.use == PLAIN | {"pooling": 1, "dense_rows": SHAPE["hidden"], "activation": 1}
+    assert q.use == PLAIN | {"pooling": 1, "attention": 1, "dense_rows": SHAPE["hidden"],
+                             "activation": 1}
     assert (q.sections["dense"] == np.eye(SHAPE["hidden"])).all()
     assert "note: vectors are tanh of the pooled row, not rounded to 8 bits\n" in q.provenance
 
@@ -1404,11 +1410,79 @@ def test_tokenizer_config(folder, end):
     assert convert(folder).config["eos_id"] == 260
 
 
-@pytest.mark.parametrize("key,value", [("add_prefix_space", True), ("add_bos_token", True),
-                                       ("truncation_side", "left")])
+@pytest.mark.parametrize("key,value", [
+    ("add_prefix_space", True), ("add_bos_token", True), ("split_special_tokens", True),
+    ("truncation_side", "left")])
 def test_refuses_tokenizer_config(folder, key, value):
     hf.save_json(folder / "tokenizer_config.json", {key: value})
     assert refused(folder).startswith(f"tokenizer_config.json: {key} (got {json.dumps(value)}, ")
+
+
+def test_refuses_a_tokenizer_of_its_own(folder):
+    hf.save_json(folder / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["t.T", None]}})
+    assert refused(folder).startswith("tokenizer_config.json: auto_map: a tokenizer with code of ")
+
+
+def test_added_tokens_in_tokenizer_config(folder):
+    """transformers adds those that tokenizer.json has not, or has with other flags."""
+    path, flags = folder / "tokenizer_config.json", dict.fromkeys(
+        ("single_word", "lstrip", "rstrip", "normalized"), False)
+    hf.save_json(path, {"added_tokens_decoder": {"261": {"content": "<think>"} | flags}})
+    assert convert(folder).use == PLAIN
+    for key, value, words in (
+            ("content", "<other>", '"<other>" id in tokenizer.json (got null, want 261)'),
+            ("content", "é中", " id in tokenizer.json (got 262, want 261)"),
+            ("lstrip", True, '"<think>" lstrip (got true, want false)'),
+            ("normalized", True, '"<think>" normalized (got true, want false)')):
+        old = path.read_text()
+        edit(path, setting("added_tokens_decoder", "261", key, value))
+        message = refused(folder, "--out", "out.qemb")
+        assert message.startswith("tokenizer_config.json: added_tokens_decoder: ")
+        assert message.endswith(words)
+        path.write_text(old)
+
+
+TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+BERT_REFUSED = {
+    "message": ({"modality_config": TEXT | {"message": TEXT["text"] | {"format": "flat"}}},
+                "modality_config; with message, texts go through the chat template (got"),
+    "hidden states": ({"modality_config": {"text": {"method": "f", "method_output_name": "h"}}},
+                      "modality_config; with"),
+    "task": ({"transformer_task": "text-generation"}, "transformer_task (got"),
+    "output": ({"module_output_name": "sentence_embedding"}, "module_output_name (got"),
+    "expansion": ({"query_expansion": {"length": 32}}, "query_expansion (got"),
+    "processing": ({"processing_kwargs": {"text": {"add_special_tokens": False}}},
+                   "processing_kwargs (got"),
+    "config": ({"config_kwargs": {"is_causal": False}}, "config_kwargs.is_causal (got false, want "
+               "no such key)"),
+    "old config": ({"config_args": {"is_causal": False}}, "config_args.is_causal (got"),
+    "tokenizer": ({"tokenizer_args": {"truncation_side": "left"}}, "tokenizer_args.truncation_sid"),
+    "model": ({"model_args": {"add_pooling_layer": False}}, "model_args.add_pooling_layer (got"),
+}
+
+
+@pytest.mark.parametrize("case", BERT_REFUSED)
+def test_refuses_sentence_bert_config(folder, case):
+    settings, words = BERT_REFUSED[case]
+    hf.save_json(folder / "sentence_bert_config.json", settings)
+    assert refused(folder).startswith("sentence_bert_config.json: " + words)
+
+
+def test_sentence_bert_config(folder):
+    """What a newer sentence-transformers saves for texts."""
+    hf.save_json(folder / "sentence_bert_config.json", {
+        "transformer_task": "feature-extraction", "modality_config": TEXT, "processing_kwargs": {},
+        "module_output_name": "token_embeddings", "unpad_inputs": None, "max_seq_length": 20,
+        "model_args": {"attn_implementation": "sdpa", "torch_dtype": "bfloat16"},
+        "processor_kwargs": {"padding_side": "left"}})
+    assert convert(folder).use == PLAIN | {"window": 20}
+
+
+def test_refuses_another_template_by_name(reranker):
+    logit_score(reranker)
+    path = reranker / "sentence_bert_config.json"
+    edit(path, setting("processing_kwargs", {"chat_template": {"chat_template": "other"}}))
+    assert refused(reranker).startswith("sentence_bert_config.json: processing_kwargs (got ")
 
 
 @pytest.mark.parametrize("name,key", [("sentence_bert_config.json", "max_seq_length"),
@@ -1724,6 +1798,8 @@ GGUF_REFUSED = {
     "tokenizer": ({T + "model": "llama"}, 'tokenizer.ggml.model (got "llama", want "gpt2")'),
     "split": ({T + "pre": "llama-bpe"}, 'tokenizer.ggml.pre (got "llama-bpe", want "qwen2")'),
     "no split": ({T + "pre": None}, 'tokenizer.ggml.pre (got null, want "qwen2")'),
+    "sep": ({T + "add_sep_token": True}, "tokenizer.ggml.add_sep_token (got true, want null or"),
+    "space": ({T + "add_space_prefix": True}, "tokenizer.ggml.add_space_prefix (got true"),
     "bos": ({T + "add_bos_token": True}, "tokenizer.ggml.add_bos_token (got true"),
     "no tokens": ({T + "tokens": None}, "not GGUF of the known form (KeyError: 'tokens')"),
     "no merges": ({T + "merges": None}, "not GGUF of the known form (KeyError: 'merges')"),
@@ -2031,12 +2107,14 @@ ST_REFUSED = {
     "no pooling": ("1_Pooling/config.json", lambda j: {}, WRONG + "(got []"),
     "no pooling module": ("modules.json", without(1), 'modules (got ["Transformer", '
                           '"Normalize"], want Transformer, Pooling, Dense or not, Normalize or '),
+    "own pooling": ("modules.json", setting(1, "type", "custom_st.Pooling"),
+                    'code of their own, which qemb does not have (got ["custom_st.Pooling"], want'),
     "two dense": ("modules.json", lambda j: j[:2] + [{"type": "Dense", "path": "2_Dense"}] * 2,
                   '"Pooling", "Dense", "Dense"], want'),
     "dense behind": ("modules.json", lambda j: j.append({"type": "x.Dense", "path": "3_Dense"}),
                      '"Normalize", "Dense"], want'),
     "dense elsewhere": ("modules.json", lambda j: j.insert(
-        2, {"type": "Dense", "path": "3", "name": "x"}),
+        2, {"type": "sentence_transformers.models.Dense", "path": "3", "name": "x"}),
                         'path of Dense (got "3", want "2_Dense")'),
     "name twice": ("modules.json", setting(2, "name", "1"), 'names (got ["0", "1", "1"], want'),
     "no name": ("modules.json", without(1, "name"), "not JSON of the known form (KeyError: 'name"),
