@@ -572,6 +572,25 @@ def packed(texts, budget):
     return computed
 
 
+def test_a_query_costs_little_more_than_its_different_tokens(pair_ids):
+    """100 documents of 200 tokens, in batches of a real reranker's size: at most 1.02 times the
+    nodes of a tree of all ids. Batches of 1,024 rows cost more than that."""
+    rng = random.Random(3)
+    words = sorted(set((ROOT / "tests/fixtures/small.txt").read_text(encoding="utf-8").split()))
+    documents = [" ".join(rng.choices(words, k=200)) for _ in range(100)]
+    while (n := [len(i) for i in pair_ids(*((QUERY, d) for d in documents))]) and max(n) > 300:
+        documents = [d if k <= 300 else d[: len(d) * 300 // k] for d, k in zip(documents, n)]
+    ids = pair_ids(*((QUERY, d) for d in documents))
+    assert sum(map(len, ids)) > 25_000
+    different = len({tuple(i[:k]) for i in ids for k in range(1, len(i) + 1)})
+
+    def cost(*args):
+        said = rerank("--stats", *args, data=jsonl(ask(documents=documents))).stderr.decode()
+        return int(re.search(r"(\d+) tokens computed", said)[1]) / different
+
+    assert 1 <= cost("--batch-tokens", 8192) <= 1.02 < cost("--batch-tokens", 1024)
+
+
 @pytest.mark.parametrize("budget", [BATCH_TOKENS, 1000, 300, 64])
 def test_stats(pair_ids, tmp_path, budget):
     records = [ask(q, [f"{d} {i}" for i in range(9) for d in DOCUMENTS[:8]]) for q in QUERIES]
