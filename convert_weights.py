@@ -23,6 +23,7 @@ the source and the options alone: the same checkpoint gives the same bytes.
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -215,7 +216,10 @@ def read_claims(j):
     rows = j.get("num_labels") if name == VOYAGE else None
     if rows is not None and (type(rows) is not int or not 1 <= rows <= MAX_ROWS):
         refuse(o, "num_labels", show(rows), f"an integer from 1 to {MAX_ROWS}")
-    return Claims(name, read_attention(o, j, name), bool(tied), j.get("id2label") or {}, rows)
+    labels = j.get("id2label") or {}
+    if not isinstance(labels, dict) or not all(row.isdecimal() for row in labels):
+        refuse(o, "id2label", show(labels), "labels by the numbers of their rows")
+    return Claims(name, read_attention(o, j, name), bool(tied), labels, rows)
 
 
 def read_config(j):
@@ -377,7 +381,11 @@ def read_limit(o, j, key):
     value = j.get(key)
     if value is not None and type(value) not in (int, float):
         refuse(o, key, show(value), "an integer")
-    return int(value) if type(value) is float and value.is_integer() else value
+    if type(value) is float and math.isfinite(value):
+        if not value.is_integer():
+            refuse(o, key, show(value), "an integer")
+        return int(value)
+    return value
 
 
 def end_token(given, ids):
@@ -445,7 +453,7 @@ def read_pooling(j):
     # One flag per pooling mode or, in newer files, the mode's name, or a list of names.
     kinds = [k.removeprefix("pooling_mode_").removesuffix("_tokens") for k, on in j.items()
              if k.startswith("pooling_mode_") and on]
-    mode = j.get("pooling_mode", [])
+    mode = j.get("pooling_mode") or []
     mode = [mode] if isinstance(mode, str) else mode
     kinds = sorted([*mode, *({*kinds} - {*mode})])
     expect(POOLING, "pooling", kinds, ["lasttoken"], ["mean"],
@@ -527,6 +535,11 @@ def read_prompts(j, kind, given, notes, known=None, task=RERANKER["instruct"]):
     KNOWN_PROMPTS whose prompts a source without any gets; adds a note. A reranker has the three of
     its model card; a CrossEncoder's prompt is the task, if it has one, else `task` is."""
     prompts, default = dict(j.get("prompts") or {}), j.get("default_prompt_name")
+    for name, text in prompts.items():
+        if not isinstance(text, str):
+            refuse(PROMPTS, f"prompt {show(name)}", show(text), "a text")
+    if default is not None and default not in prompts:
+        refuse(PROMPTS, "default_prompt_name", show(default), "the name of a prompt, or null")
     if kind == "reranker":
         expect(PROMPTS, "model_type", j.get("model_type"), None, "CrossEncoder")
         prompts = RERANKER | {"instruct": default is not None and prompts[default] or task}
@@ -1166,7 +1179,7 @@ def find_task(args, folder, has, obj, source):
     task = None if text is None else understand(name, lambda: read_template(name, text))
     # With modules.json, sentence-transformers takes the template only if this file says so.
     taken = "modules.json" not in has or BERT in has and parse(folder, BERT, lambda j: (
-        "message" in j.get("modality_config", {})))
+        "message" in (j.get("modality_config") or {})))
     check_prompt(args, obj, source, task is not None and taken)
     return RERANKER["instruct"] if task is None else task
 

@@ -709,7 +709,7 @@ struct qemb_batch {
     int vocab, longest;      /* what may be added: ids below vocab, texts of up to longest ids */
     int shares;              /* texts may share a prefix */
     int start_rows;          /* what a further batch costs, as rows */
-    size_t lost;             /* rows computed more than once: see lost_by */
+    size_t lost, run;        /* rows computed more than once: see qemb_pack_add */
     int B;                   /* distinct texts */
     int prefix;              /* ids of their longest common prefix, fewer than any of them has */
     size_t sum;              /* ids of all texts */
@@ -746,7 +746,7 @@ void qemb_batch_free(qemb_batch *b) {
 void qemb_batch_clear(qemb_batch *b) {
     memset(b->slots, -1, b->n_slots * sizeof *b->slots);
     b->B = b->prefix = 0;
-    b->sum = b->lost = 0;
+    b->sum = b->lost = b->run = 0;
 }
 
 static uint64_t hash_ids(const int32_t *ids, int n) {
@@ -758,23 +758,22 @@ static uint64_t hash_ids(const int32_t *ids, int n) {
     return h;
 }
 
-/* Rows that the batch has more than its texts need, if the text ids (n) joins and leaves `prefix`
- * ids to share: each text so far has those that it no longer shares, and a text that shares more
- * with the one before it has them again. Fewer than WORTH of the latter are chance, as in a sorted
- * list, and another batch would not save them. */
-static size_t lost_by(const qemb_batch *b, const int32_t *ids, int n, int prefix) {
+/* Ids (n) that a text shares with the one before it in the batch, more than the `prefix` that all
+ * share. Fewer than WORTH are 0: as in a sorted list, they are chance. */
+static int shared_with_last(const qemb_batch *b, const int32_t *ids, int n, int prefix) {
     enum { WORTH = 16 };
     const packed_text *last = &b->texts[b->B - 1];
     const int most = b->shares ? min_int(n, last->n) - 1 : 0;
-    size_t lost = b->lost;
     int common = prefix;
-    if (b->B > 1) lost += (size_t)(b->B - 1) * (size_t)(b->prefix - prefix);
     while (common < most && ids[common] == last->ids[common]) common++;
-    return common - prefix < WORTH ? lost : lost + (size_t)(common - prefix);
+    return common - prefix < WORTH ? 0 : common - prefix;
 }
 
-/* A batch is closed when the rows that it has lost are more than a new batch would cost: the prefix
- * again, and start_rows for its start. So a reranker's documents stay with their query. */
+/* A text that shortens the prefix gives every text so far those ids again (`lost`). A text that
+ * shares more with the one before it has that much once more, and so have those that follow it and
+ * share as much (`run`). When both are more than a new batch would cost, the prefix again and
+ * start_rows for its start, the batch is closed. So a reranker's documents stay with their
+ * query. */
 int qemb_pack_add(qemb_batch *b, const int32_t *ids, int n) {
     assert(n >= 1 && n <= b->longest);
     for (int i = 0; i < n; i++) assert(ids[i] >= 0 && ids[i] < b->vocab);
@@ -789,16 +788,18 @@ int qemb_pack_add(qemb_batch *b, const int32_t *ids, int n) {
 
     /* The last token stays the text's own, since its row is pooled. */
     int prefix = b->shares ? n - 1 : 0;
-    size_t lost = 0;
+    size_t lost = 0, run = 0;
     if (b->B) {
         const int limit = min_int(prefix, b->B == 1 ? b->texts[0].n - 1 : b->prefix);
         for (prefix = 0; prefix < limit && ids[prefix] == b->texts[0].ids[prefix];) prefix++;
         const size_t rows = b->sum + (size_t)n - (size_t)b->B * (size_t)prefix;
         if (rows > (size_t)b->max_rows) return -1; /* each text has a row: B < max_texts */
-        lost = lost_by(b, ids, n, prefix);
-        if (lost > (size_t)(prefix + b->start_rows)) return -1;
+        const int shared = shared_with_last(b, ids, n, prefix);
+        lost = b->lost + (b->B > 1 ? (size_t)(b->B - 1) * (size_t)(b->prefix - prefix) : 0);
+        run = shared ? b->run + (size_t)shared : 0;
+        if (lost + run > (size_t)(prefix + b->start_rows)) return -1;
     }
-    b->lost = lost;
+    b->lost = lost, b->run = run;
     b->texts[b->B] = (packed_text){ids, n, hash};
     b->slots[slot] = b->B;
     b->sum += (size_t)n;

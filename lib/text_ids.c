@@ -48,8 +48,9 @@ int text_ids_open(text_ids *t, const qemb_file *f, const qemb_tokenizer *tokeniz
     bad = bad || set_added(t, f, err);
     if (!bad && n_added(t) >= t->max_tokens && f->config.kind == QEMB_RERANKER)
         bad = qemb_fail(err, "usage",
-                        "longest text: no room beside the %d tokens of the prompt (got %d)",
-                        n_added(t), t->max_tokens);
+                        "longest text: no room beside the %d tokens of the prompt (got %d, want %d "
+                        "or more)",
+                        n_added(t), t->max_tokens, n_added(t) + 1);
     if (bad) text_ids_close(t);
     return bad ? -1 : 0;
 }
@@ -151,13 +152,13 @@ int text_ids_pair(text_ids *t, const text_pair *p, int max_document, size_t *cut
     int limited = 0;
     if (max_document) { /* it counts from the end of the pair without its document */
         if (encode(t, part, len, 5, most, &r, &left, err)) return -1;
-        limited = r.n + (size_t)max_document < most;
+        limited = r.n + (size_t)max_document <= most;
         if (limited) most = r.n + (size_t)max_document;
     }
     if (encode(t, part, len, 7, most, &r, &left, err)) return -1;
     if (r.bytes_left && !limited && !cut) {
-        if (!encode(t, part, len, 5, most, &r, &left, err) && !r.bytes_left)
-            return too_long(t, err);
+        if (encode(t, part, len, 5, most, &r, &left, err)) return -1;
+        if (!r.bytes_left && r.n < most) return too_long(t, err);
         return qemb_fail(
             err, "query_too_long",
             "query: too long for any document (got more than %zu tokens with the task, "

@@ -260,8 +260,15 @@ static void check_query(record_tokenizer *t, const char *query) {
     record_ids ids = {0};
     qemb_tokenizer_result r;
     qemb_err err;
-    if (qemb_tokenizer_encode(t->text.state, query, pair.query_len, SIZE_MAX, &r, &err) ||
-        (!t->truncate && tokenize_pair(t, &pair, 0, &ids, &err)))
+    const int truncate = t->truncate;
+    t->truncate = 0;
+    const int bad =
+        qemb_tokenizer_encode(t->text.state, query, pair.query_len, SIZE_MAX, &r, &err) ||
+        tokenize_pair(t, &pair, 0, &ids, &err);
+    t->truncate = truncate;
+    if (bad && truncate && !strcmp(err.code, "query_too_long"))
+        say("--query: %s: it is cut, and no document is read", err.msg);
+    else if (bad)
         usage("--query: %s", err.msg);
 }
 

@@ -887,6 +887,24 @@ def test_classifier_with_two_rows(reranker, yes):
     assert refused(reranker) == "score.weight: shape (got [2, 24], want [1, 24])"
 
 
+@pytest.mark.parametrize("name,change,says", [
+    ("sentence_bert_config.json", {"max_seq_length": 50.5}, "max_seq_length (got 50.5, want an in"),
+    ("tokenizer_config.json", {"model_max_length": 50.5}, "model_max_length (got 50.5, want an in"),
+    ("config_sentence_transformers.json", {"prompts": {"query": None}},
+     'prompt "query" (got null, want a text)'),
+    ("config_sentence_transformers.json", {"default_prompt_name": "nope"},
+     'default_prompt_name (got "nope", want the name of a prompt, or null)'),
+    ("1_Pooling/config.json", {"pooling_mode": None, "pooling_mode_lasttoken": False},
+     "pooling; if it is wrong"),
+    ("config.json", {"id2label": {"a": "yes"}}, "id2label (got"),
+    ("config.json", {"id2label": ["yes", "no"]}, "id2label (got"),
+])
+def test_odd_values_have_a_message(folder, name, change, says):
+    path = folder / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | change))
+    assert refused(folder).startswith(f"{name}: {says}")
+
+
 def message(role, end=""):
     return f'messages | selectattr("role", "eq", "{role}") | map(attribute="content") | first{end}'
 
@@ -2136,7 +2154,7 @@ ST_REFUSED = {
     "unnamed": ("config_sentence_transformers.json", setting("prompts", "", "x"), "prompts (got"),
     "too many": ("config_sentence_transformers.json",
                  setting("prompts", {str(i): "" for i in range(65)}), "at most 64"),
-    "number": ("config_sentence_transformers.json", setting("prompts", "query", 3), "known form"),
+    "number": ("config_sentence_transformers.json", setting("prompts", "query", 3), "want a text"),
 }
 
 

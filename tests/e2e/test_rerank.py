@@ -550,7 +550,7 @@ def packed(texts, budget):
     """Batches of distinct texts (lists of ids), as qemb_pack_add says, and the tokens that each
     computes: those of a common prefix, which leaves each text a token, once."""
     start = min(1024, budget) // 16  # what a further batch costs, beside its prefix
-    batches, computed, lost, prefix = [], [], 0, 0
+    batches, computed, lost, run, prefix = [], [], 0, 0, 0
     for t in texts:
         if batches and t in batches[-1]:
             continue
@@ -560,15 +560,16 @@ def packed(texts, budget):
             shorter = min(common(t, other) for other in batch)
             rows = sum(map(len, batch)) + len(t) - len(batch) * shorter
             more = common(t, batch[-1]) - shorter
-            now = lost + (len(batch) - 1) * (prefix - shorter) + (more if more >= 16 else 0)
-            joins = rows <= budget and now <= shorter + start
+            now = lost + (len(batch) - 1) * (prefix - shorter)
+            again = run + more if more >= 16 else 0
+            joins = rows <= budget and now + again <= shorter + start
         if joins:
             batch.append(t)
-            prefix, lost, computed[-1] = shorter, now, rows
+            prefix, lost, run, computed[-1] = shorter, now, again, rows
         else:
             batches.append([t])
             computed.append(len(t))
-            prefix, lost = len(t) - 1, 0
+            prefix, lost, run = len(t) - 1, 0, 0
     return computed
 
 
@@ -690,7 +691,9 @@ def test_a_bad_query():
         assert said.stderr.startswith(b"qemb: --query: ") and said.stderr.count(b"\n") == 2
         assert (b"text: invalid UTF-8 at byte 1 " if args[1] == b"a\xff" else b"for any document"
                 ) in said.stderr
-    assert len(read_lines(out("--query", "word " * 3000, "--truncate", data=b"two\n"))) == 1
+    cut = out("--query", "word " * 3000, "--truncate", data=b"two\n",
+              errors="^qemb: --query: query: too long .*: it is cut, and no document is read\n$")
+    assert len(read_lines(cut)) == 1
 
 
 def test_a_signal_ends_lines():

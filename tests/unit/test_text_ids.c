@@ -159,7 +159,7 @@ Test(text_ids, the_prompts_of_a_pair_stay_whole) {
             is(&t, n, &whole, "whole");
         } else {
             char says[128];
-            const int fits = most - added >= first.n; /* the query, and nothing of the document */
+            const int fits = most - added > first.n; /* the query, and a token of the document */
             snprintf(says, sizeof says,
                      "got more than %d tokens %sbeside the prompt's %d, want at most %d in all",
                      most - added, fits ? "" : "with the task, ", added, most);
@@ -229,8 +229,8 @@ Test(text_ids, both_limits) {
     for (int most = 1; most <= of_document + 1; most++) {
         const list want = expected(&p, (size_t)(first.n + (most < 4 ? most : 4)));
         is(&t, text_ids_pair(&t, &p, most, &cut, &err), &want, "cut");
-        cr_assert(most < 4 ? cut == 0 : cut > 0, "%d", most);
-        if (most < 4)
+        cr_assert(most <= 4 ? cut == 0 : cut > 0, "%d", most);
+        if (most <= 4)
             is(&t, text_ids_pair(&t, &p, most, NULL, &err), &want, "limited");
         else
             cr_assert_eq(text_ids_pair(&t, &p, most, NULL, &err), -1, "%d", most);
