@@ -154,7 +154,7 @@ static bool golden_case_compare(const char *name, double *max_swiglu) {
 }
 TEST(golden) {
     double max_swiglu;
-    for (const char *name : {"gqa1", "gqa2", "gqa4", "square", "demo"})
+    for (const char *name : {"gqa1", "gqa2", "gqa4", "square", "whole", "demo"})
         golden_case_compare(name, &max_swiglu);
 }
 /* SwiGLU outputs far beyond the largest half: without the shift all is lost */

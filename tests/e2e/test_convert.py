@@ -262,6 +262,7 @@ RELATIVES = {
     "pplx": (dict(pooling=1, attention=1, dense_rows=32, activation=1), NO_TOKEN),
     "voyage": (dict(pooling=1, attention=1, dense_rows=64), NO_TOKEN),
     "dense": (dict(dense_rows=24, activation=1), 500),
+    "whole": (dict(pooling=1, attention=1), 500),
 }
 
 
