@@ -110,7 +110,7 @@ static int print_scores(const example *e, const double score[SCORES], const know
     return within;
 }
 
-/* unit (D) = the normalized vector of a query, or of a document. */
+/* unit (dim) = the normalized vector of a query, or of a document. */
 static void embed_example(qemb_model *m, record_tokenizer *t, const char *text, int is_query,
                           float *unit) {
     record_ids ids = {0};
@@ -125,15 +125,18 @@ static void embed_example(qemb_model *m, record_tokenizer *t, const char *text, 
 /* score = the cosines of the example. */
 static void compute_cosines(const example *e, qemb_model *m, record_tokenizer *t,
                             double score[SCORES]) {
-    const int D = t->dim;
-    float *q = need(malloc(2 * (size_t)D * sizeof *q)), *d = q + D;
+    const int n = e->n_queries, all = n + e->n_documents;
+    const size_t dim = (size_t)t->dim;
+    float *unit = need(malloc((size_t)all * dim * sizeof *unit));
+    for (int i = 0; i < all; i++)
+        embed_example(m, t, i < n ? e->queries[i] : e->documents[i - n], i < n, unit + i * dim);
     for (int i = 0; i < SCORES; i++) {
-        embed_example(m, t, e->queries[i / e->n_documents], 1, q);
-        embed_example(m, t, e->documents[i % e->n_documents], 0, d);
+        const float *q = unit + i / e->n_documents * dim;
+        const float *d = unit + (n + i % e->n_documents) * dim;
         score[i] = 0;
-        for (int k = 0; k < D; k++) score[i] += (double)q[k] * (double)d[k];
+        for (size_t k = 0; k < dim; k++) score[i] += (double)q[k] * (double)d[k];
     }
-    free(q);
+    free(unit);
 }
 
 /* score = the logits of the example. */
@@ -156,7 +159,7 @@ static void compute_logits(const example *e, qemb_model *m, record_tokenizer *t,
     qemb_batch_free(b);
 }
 
-int check_model(const qemb_config *c, qemb_model *m, record_tokenizer *t) {
+int check_model(const qemb_config *c, qemb_model *m, record_tokenizer *t, int with_texts) {
     const example card = {queries, documents, LENGTH(queries), LENGTH(documents)};
     const example planets = {planet_queries, planet_documents, LENGTH(planet_queries),
                              LENGTH(planet_documents)};
@@ -164,11 +167,11 @@ int check_model(const qemb_config *c, qemb_model *m, record_tokenizer *t) {
     const known_model *known = find_known(c);
     double score[SCORES];
     int within;
-    print_texts(&card);
+    if (with_texts) print_texts(&card);
     (ranks ? compute_logits : compute_cosines)(&card, m, t, score);
     within = print_scores(&card, score, ranks ? NULL : known); /* no card has a reranker's */
     if (ranks) {
-        print_texts(&planets);
+        if (with_texts) print_texts(&planets);
         compute_logits(&planets, m, t, score);
         within = print_scores(&planets, score, known);
         printf("A score is a logit: the probability is 1 / (1 + exp(-score)).\n");

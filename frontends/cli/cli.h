@@ -46,6 +46,10 @@ typedef struct {
     const char *index; /* NULL: none */
 } options;
 
+/* This many errors are told on standard error where the output has no place for them; further ones
+ * are counted. */
+enum { ERRORS_SHOWN = 10 };
+
 /* Whether a FILE of grep is standard input. */
 static inline int is_stdin(const char *name) { return !strcmp(name, "-"); }
 
@@ -91,6 +95,8 @@ typedef struct {
 } progress;
 
 void progress_open(progress *p, int shown, uint64_t bytes);
+/* Whether the options show the line in a run whose records go to standard output as they come. */
+int progress_wanted(const options *o);
 /* Shows the line, at most ten times a second. bytes: of input, so far. */
 void progress_show(progress *p, uint64_t texts, uint64_t tokens, uint64_t bytes);
 double per_second(uint64_t n, double seconds); /* 0 for no time */
@@ -175,9 +181,9 @@ int embed_ids(qemb_model *m, int whole, const record_ids *ids, float *unit, int 
 
 /* ---- check.c --------------------------------------------------------------------------------- */
 
-/* Prints the scores of published examples, beside the expected ones of a known model. Returns
- * whether they are within its tolerance, or 1 if none are known. */
-int check_model(const qemb_config *c, qemb_model *m, record_tokenizer *t);
+/* Prints the scores of published examples, beside the expected ones of a known model; with_texts:
+ * the examples too. Returns whether the scores are within its tolerance, or 1 if none are known. */
+int check_model(const qemb_config *c, qemb_model *m, record_tokenizer *t, int with_texts);
 
 /* ---- rerank.c -------------------------------------------------------------------------------- */
 

@@ -12,9 +12,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* With --on-error zero, skip and stop, this many errors are printed; further ones are counted. */
-#define ERRORS_SHOWN 10
-
 /* next and bytes are called by the reader thread, the others by the writer thread. */
 typedef struct {
     const options *opt;
@@ -176,9 +173,7 @@ int embed_stream(const options *o, qemb_model *const *m, int dim, record_tokeniz
                       .batch_end = end_batch};
     w.in = need(input_new(STDIN_FILENO, catch_signals(), o->null_separated ? '\0' : '\n'));
     w.zeros = need(calloc((size_t)dim, sizeof *w.zeros));
-    const int shown =
-        o->progress > 0 || (!o->progress && isatty(STDERR_FILENO) && !isatty(STDOUT_FILENO));
-    progress_open(&w.progress, shown, bytes_to_read());
+    progress_open(&w.progress, progress_wanted(o), bytes_to_read());
     output_open(&w.out, o->output, w.dim);
     const int failed = pipeline_run(w.p, &s);
     output_finish(&w.out, o->output, w.rows, w.dim);

@@ -5,11 +5,16 @@
 
 #include <inttypes.h>
 #include <stdio.h>
+#include <unistd.h>
 
 double per_second(uint64_t n, double seconds) { return seconds > 0 ? (double)n / seconds : 0; }
 
 void progress_open(progress *p, int shown, uint64_t bytes) {
     *p = (progress){.shown = shown, .bytes = bytes, .start = seconds_now()};
+}
+
+int progress_wanted(const options *o) {
+    return o->progress > 0 || (!o->progress && isatty(STDERR_FILENO) && !isatty(STDOUT_FILENO));
 }
 
 void progress_show(progress *p, uint64_t texts, uint64_t tokens, uint64_t bytes) {

@@ -17,9 +17,6 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-/* This many lines with errors are told; further ones are counted. */
-#define ERRORS_SHOWN 10
-
 /* A line of JSON. One without documents, or with an error, goes through the pipeline as one
  * document. */
 typedef struct request {
@@ -267,9 +264,7 @@ int rerank_stream(const options *o, qemb_model *const *m, record_tokenizer *t) {
     pthread_mutex_init(&w.lock, NULL);
     w.in = need(input_new(STDIN_FILENO, catch_signals(), o->null_separated ? '\0' : '\n'));
     w.parser = need(input_parser_new(0, 1));
-    const int shown =
-        o->progress > 0 || (!o->progress && isatty(STDERR_FILENO) && !isatty(STDOUT_FILENO));
-    progress_open(&w.progress, shown, 0);
+    progress_open(&w.progress, progress_wanted(o), 0);
     output_open(&w.out, FORMAT_JSON, 0);
     const int failed = pipeline_run(w.p, &s);
     if (o->query && !failed) print_lines(&w);
