@@ -708,7 +708,7 @@ struct qemb_batch {
     int max_texts, max_rows; /* of a bulk batch; max_texts = max_rows */
     int vocab, longest;      /* what may be added: ids below vocab, texts of up to longest ids */
     int shares;              /* texts may share a prefix */
-    int start_rows;          /* what a further batch costs, as rows */
+    int start_rows;          /* what a further batch costs, as rows: see qemb_pack_add */
     size_t lost, run;        /* rows computed more than once: see qemb_pack_add */
     int B;                   /* distinct texts */
     int prefix;              /* ids of their longest common prefix, fewer than any of them has */
@@ -772,8 +772,10 @@ static int shared_with_last(const qemb_batch *b, const int32_t *ids, int n, int 
 /* A text that shortens the prefix gives every text so far those ids again (`lost`). A text that
  * shares more with the one before it has that much once more, and so have those that follow it and
  * share as much (`run`). When both are more than a new batch would cost, the prefix again and
- * start_rows for its start, the batch is closed. So a reranker's documents stay with their
- * query. */
+ * start_rows for its start, the batch is closed. So a reranker's documents stay with their query.
+ *
+ * start_rows is 64 on a CPU. A batch of 64 rows takes as long there as about 73 in a large one
+ * (f32, docs/benchmarks.md), so batches are rather kept than closed. */
 int qemb_pack_add(qemb_batch *b, const int32_t *ids, int n) {
     assert(n >= 1 && n <= b->longest);
     for (int i = 0; i < n; i++) assert(ids[i] >= 0 && ids[i] < b->vocab);
