@@ -10,7 +10,7 @@ export QEMB_SHARED ?= $(abspath ../shared)
 
 # Debian packages that builds and tests need; each is named here alone. Python packages are named in
 # convert_weights.py and tests/*.txt, runtime libraries of an image in its Dockerfile.
-DEBIAN_BUILD   := gcc binutils libc6-dev libjansson-dev libssl-dev libxxhash-dev
+DEBIAN_BUILD   := gcc binutils libc6-dev libjansson-dev libssl-dev libxxhash-dev zlib1g-dev libzstd-dev
 DEBIAN_SERVE   := libmicrohttpd-dev libhiredis-dev
 DEBIAN_PYTHON  := python3 python3-venv
 DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread wrk apache2-utils # a plot, products to compare with, load
@@ -20,14 +20,14 @@ WARNINGS := -Wall -Wextra -Wpedantic -Werror
 # Products may be fused into sums (more exact, twice as fast); nothing else is relaxed.
 BASE     := -std=c11 -D_GNU_SOURCE -I. $(WARNINGS) -ffp-contract=fast -pthread -MMD -MP
 SERVE_LIBS := -lmicrohttpd -lhiredis
-LIBS     := -ljansson -lcrypto -lm
+LIBS     := -ljansson -lcrypto -lz -lzstd -lm
 # bench has oneDNN beside the matmul if its headers are there when bench is built (bench/vendor_gemm.c).
 BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
 CPU     := $(patsubst %,backends/cpu/%,memory threads row_ops packed_gemm avx2 avx2_integers avx512 avx512_attention amx dot_f16 dispatch)
 ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error lib/text_ids lib/embed_text
-SHARED  := $(patsubst %,frontends/%,ranking console options model_options select_ops open_model replicas record_tokenizer format input)
+SHARED  := $(patsubst %,frontends/%,fingerprint ranking console options model_options select_ops open_model replicas record_tokenizer format input)
 CLI     := $(patsubst %,frontends/cli/%,main embed check grep rerank hits line_index pipeline progress output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
@@ -157,6 +157,7 @@ qemb-serve: need-serve build/release/qemb-serve ## the OpenAI-compatible server 
 	cp build/release/qemb-serve qemb-serve
 
 include backends/cuda/cuda.mk
+include packaging/packaging.mk
 
 # ---- for users ------------------------------------------------------------------------------------
 
@@ -231,6 +232,8 @@ test-programs: qemb qemb-serve build/lib/libqemb.a build/release/qemb-bench buil
 
 test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/tsan/qemb-serve ## the server's tests alone: real clients, attacks, sanitizers
 	@tests/run.sh $(SERVE_TESTS)
+
+include tests/world/world.mk
 
 test-c: need-test $(C_TESTS) ## the C tests alone
 	@tests/run.sh $(patsubst %,"% --tap",$(C_TESTS))

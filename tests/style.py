@@ -15,7 +15,7 @@ from pathlib import Path
 
 COLUMNS = 100
 FUNCTION_LINES = 100
-TOP_LEVEL = 20
+TOP_LEVEL = 22  # README names the ways in; packaging/ and python/ are two of them
 README_WORDS = 900
 CODE = (".c", ".h", ".cu", ".cuh", ".cpp")
 GENERATED = {"lib/unicode_tables.h"}
@@ -176,7 +176,7 @@ BODY = "    x();\n"
 FAULTS = {  # check -> the files of a tree in which it must find something
     "columns": {"a.py": "x" * 101 + "\n"},
     "functions": {"a.c": "/* a.c - x */\nvoid f(void) {\n" + BODY * 99 + "}\n"},
-    "top_level": {f"f{i}": "" for i in range(21)},
+    "top_level": {f"f{i}": "" for i in range(23)},
     "readme": {"README.md": "word " * 900},
     "links": {"a.md": "[x](b.md)"},
     "names": {"a.md": "See b.c.\n"},

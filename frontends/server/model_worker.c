@@ -2,6 +2,7 @@
 #include "model_worker.h"
 
 #include "frontends/console.h"
+#include "frontends/fingerprint.h"
 #include "frontends/format.h"
 #include "frontends/open_model.h"
 #include "frontends/record_tokenizer.h"
@@ -67,8 +68,8 @@ struct model_worker {
     pthread_mutex_t lock;
     scratch *unused; /* under lock */
     EVP_MD *sha256;
-    uint8_t fingerprint[KEY_BYTES];
-    char fingerprint_hex[2 * KEY_BYTES + 1];
+    uint8_t fingerprint[FINGERPRINT_BYTES];
+    char fingerprint_hex[2 * FINGERPRINT_BYTES + 1];
     int is_reranker;
     /* Whether the n numbers of v are a vector that can be answered. */
     int (*is_good)(const float *v, int n);
@@ -81,21 +82,10 @@ struct model_worker {
 
 /* ---- opening --------------------------------------------------------------------------------- */
 
-/* The file's header holds the model's shape and the SHA-256 of the rest. Ops tables round
- * differently, so their vectors are not shared. --cpu and --math do not tell the table: machines
- * differ in what serves them. */
-#define HEADER_BYTES 4096
-
 static void make_fingerprint(model_worker *m) {
-    const char *table = m->opt.model.ops->name;
-    EVP_MD_CTX *c = need(EVP_MD_CTX_new());
-    const int good = EVP_DigestInit_ex(c, m->sha256, NULL) &&
-                     EVP_DigestUpdate(c, table, strlen(table) + 1) &&
-                     EVP_DigestUpdate(c, m->file.file->map, HEADER_BYTES) &&
-                     EVP_DigestFinal_ex(c, m->fingerprint, NULL);
-    EVP_MD_CTX_free(c);
-    if (!good) DIE(STATUS_MODEL, "SHA-256: not available");
-    for (int i = 0; i < KEY_BYTES; i++)
+    if (model_fingerprint(m->fingerprint, m->file.file, m->opt.model.ops))
+        DIE(STATUS_MODEL, "SHA-256: not available");
+    for (int i = 0; i < FINGERPRINT_BYTES; i++)
         snprintf(m->fingerprint_hex + 2 * i, 3, "%02x", m->fingerprint[i]);
 }
 

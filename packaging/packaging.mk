@@ -1,0 +1,1 @@
+# packaging.mk - what people install: a Debian package, a portable archive, images.

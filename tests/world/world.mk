@@ -1,0 +1,22 @@
+# world.mk - `make test-world`: the programs that people use beside qemb, each started for real. A
+# suite is tests/world/test_NAME.py; NAME.txt has its Python packages, which get an environment of
+# their own, since their needs differ. WORLD_NAME has its Debian packages.
+
+WORLD := clients stores engines python packages
+WORLD_clients  :=
+WORLD_stores   :=
+WORLD_engines  := default-jre-headless parallel
+WORLD_python   :=
+WORLD_packages := debootstrap lintian
+WORLD_VENV     := .venv-world
+
+.PHONY: test-world $(WORLD:%=need-world-%)
+$(WORLD:%=need-world-%): need-world-%:
+	$(call need,$(WORLD_$*))
+$(WORLD:%=$(WORLD_VENV)/%/.done): $(WORLD_VENV)/%/.done: tests/world/%.txt tests/requirements.txt | need-test need-world-%
+	[ -d $(@D) ] || python3 -m venv $(@D)
+	$(@D)/bin/pip install -q --disable-pip-version-check $(CONVERT_NEEDS) -r tests/world/$*.txt
+	touch $@
+
+test-world: qemb qemb-serve build/lib/libqemb.a $(WORLD:%=$(WORLD_VENV)/%/.done) ## clients, stores, engines, packages: each started for real (installs them; SUITES="clients stores")
+	@tests/run.sh $(foreach s,$(or $(SUITES),$(WORLD)),"$(WORLD_VENV)/$(s)/bin/pytest -q -rs tests/world/test_$(s).py")
