@@ -5,7 +5,8 @@
 #include <math.h>
 #include <string.h>
 
-const char *const format_names[] = {"json", "jsonl", "tsv", "base64", "f32", "f16", "npy", NULL};
+const char *const format_names[] = {"json", "jsonl", "tsv",  "base64", "f32",
+                                    "f16",  "npy",   "int8", "binary", NULL};
 
 int format_is_text(format_kind kind) { return kind <= FORMAT_BASE64; }
 
@@ -207,11 +208,30 @@ size_t format_vector_room(format_kind kind, int dim) {
         return (n * 4 + 2) / 3 * 4;
     case FORMAT_F16:
         return n * 2;
+    case FORMAT_INT8:
+        return n;
+    case FORMAT_BINARY:
+        return (n + 7) / 8;
     case FORMAT_F32:
     case FORMAT_NPY:
         break;
     }
     return n * 4;
+}
+
+/* 127 x is exact in double. A quotient of at least 1/2 that is no half differs from the nearest
+ * half by 2^-33 or more, so its rounding in double does not move it to one. */
+void format_int8(int8_t *out, const float *v, int dim) {
+    double most = 0;
+    for (int i = 0; i < dim; i++)
+        if (fabsf(v[i]) > most) most = fabsf(v[i]);
+    for (int i = 0; i < dim; i++) out[i] = most > 0 ? (int8_t)rint(127.0 * v[i] / most) : 0;
+}
+
+void format_binary(uint8_t *out, const float *v, int dim) {
+    memset(out, 0, ((size_t)dim + 7) / 8);
+    for (int i = 0; i < dim; i++)
+        if (v[i] > 0) out[i / 8] |= (uint8_t)(0x80 >> i % 8);
 }
 
 static char *float_list(char *p, const float *v, int dim, char separator) {
@@ -241,6 +261,12 @@ char *format_vector(char *p, format_kind kind, const float *v, int dim) {
             memcpy(p + 2 * i, &h, 2);
         }
         return p + n * 2;
+    case FORMAT_INT8:
+        format_int8((int8_t *)p, v, dim);
+        return p + n;
+    case FORMAT_BINARY:
+        format_binary((uint8_t *)p, v, dim);
+        return p + (n + 7) / 8;
     case FORMAT_F32:
     case FORMAT_NPY:
         break;

@@ -22,17 +22,24 @@ typedef enum {
     FORMAT_BASE64, /* base64 of the little-endian floats, a line per vector */
     FORMAT_F32,    /* little-endian floats, vectors back to back */
     FORMAT_F16,    /* little-endian halves, rounded to nearest even */
-    FORMAT_NPY     /* one NumPy file: a header, then FORMAT_F32 */
+    FORMAT_NPY,    /* one NumPy file: a header, then FORMAT_F32 */
+    FORMAT_INT8,   /* bytes -127..127: 127 x / max|x|, rounded to nearest even */
+    FORMAT_BINARY  /* a bit per number, 1 if x > 0, most significant bit first; the last byte ends
+                      with zeros */
 } format_kind;
 
 extern const char *const format_names[]; /* indexed by format_kind; ends with NULL */
-/* 1 if records are lines, 0 for f32, f16 and npy. */
+/* 1 if records are lines, 0 for the others. */
 int format_is_text(format_kind kind);
 
 /* The room that format_vector needs for dim numbers. */
 size_t format_vector_room(format_kind kind, int dim);
 /* Writes v (dim), which is finite, in the given kind. Text kinds: without the newline. */
 char *format_vector(char *p, format_kind kind, const float *v, int dim);
+/* FORMAT_INT8: out (dim). A vector of zeros stays one. */
+void format_int8(int8_t *out, const float *v, int dim);
+/* FORMAT_BINARY: out ((dim + 7) / 8). */
+void format_binary(uint8_t *out, const float *v, int dim);
 
 #define FORMAT_FLOAT_ROOM 24
 /* Writes a finite x as a JSON number of at most nine significant digits, without trailing zeros.

@@ -278,13 +278,64 @@ Test(format_vector, kinds) {
     expect_vector(FORMAT_NPY, sample, sizeof sample);
     expect_vector(FORMAT_F16, halves, sizeof halves);
     expect_vector(FORMAT_BASE64, base64, strlen(base64));
+    expect_vector(FORMAT_INT8, (const int8_t[]){32, 0, 127, -4}, 4); /* 31.75, -0, 127, -3.99 */
+    expect_vector(FORMAT_BINARY, (const uint8_t[]){0xa0}, 1);
+}
+
+/* Of whole numbers x (dim) scaled by a power of two: q is the nearest integer to 127 x / m, half to
+ * even. All of these products are exact in integers. */
+static void check_int8(const int32_t *x, int dim, float scale) {
+    float v[64] = {0};
+    int8_t q[64];
+    int64_t m = 0;
+    for (int i = 0; i < dim; i++) {
+        v[i] = (float)x[i] * scale;
+        if (llabs(x[i]) > m) m = llabs(x[i]);
+    }
+    format_int8(q, v, dim);
+    for (int i = 0; i < dim; i++) {
+        const int64_t off = 254 * (int64_t)x[i] - 2 * q[i] * m;
+        cr_assert(off >= -m && off <= m, "%d of %lld is %d", x[i], (long long)m, q[i]);
+        cr_assert(!m || llabs(off) != m || q[i] % 2 == 0, "%d of %lld is %d", x[i], (long long)m,
+                  q[i]);
+    }
+}
+
+Test(format_int8, is_the_nearest_even) {
+    rng r = {31};
+    int32_t x[64];
+    for (int round = 0; round < 20000; round++) {
+        const int bits = 1 + round % 24; /* floats hold these exactly; few bits make halves often */
+        for (int i = 0; i < 64; i++) x[i] = (int32_t)(rng_u64(&r) >> (64 - bits)) - (1 << bits) / 2;
+        check_int8(x, 1 + round % 64, round % 3 ? 0x1p-24f : 0x1p90f);
+    }
+    for (int i = 0; i < 64; i++) x[i] = i % 2 ? 2 * i - 63 : 254; /* 127 x / 254: halves */
+    check_int8(x, 64, 0x1p-100f);
+    for (int i = 0; i < 64; i++) x[i] = 0;
+    check_int8(x, 64, 1);
+    for (int i = 0; i < 64; i++) x[i] = i % 3 - 1; /* the smallest float */
+    check_int8(x, 64, 0x1p-149f);
+}
+
+Test(format_binary, is_a_bit_per_number) {
+    rng r = {32};
+    float v[70];
+    for (int dim = 1; dim <= 70; dim++) {
+        uint8_t got[9] = {0}, want[9] = {0};
+        rng_floats(&r, v, 70, 1);
+        v[dim / 2] = dim % 2 ? 0.0f : -0.0f; /* not above zero */
+        for (int i = 0; i < dim; i++) want[i / 8] += (uint8_t)((v[i] > 0) << (7 - i % 8));
+        memset(got, 0xff, ((size_t)dim + 7) / 8);
+        format_binary(got, v, dim);
+        cr_assert(!memcmp(got, want, sizeof want), "%d numbers", dim);
+    }
 }
 
 /* The longest numbers fit into the size that the functions promise. */
 Test(format_vector, room_is_enough) {
     static const float longest[] = {-1.23456794e-38f, -123456792.0f, -0.0000123456788f,
                                     -0.0123456791f, -3.40282347e38f};
-    for (int kind = FORMAT_JSON; kind <= FORMAT_NPY; kind++)
+    for (int kind = FORMAT_JSON; kind <= FORMAT_BINARY; kind++)
         for (size_t i = 0; i < sizeof longest / sizeof *longest; i++)
             for (int dim = 0; dim < 40; dim++) {
                 float v[40];
@@ -297,12 +348,13 @@ Test(format_vector, room_is_enough) {
 }
 
 Test(format_names, are_in_the_order_of_the_kinds) {
-    static const char *const names[] = {"json", "jsonl", "tsv", "base64", "f32", "f16", "npy"};
-    for (int k = 0; k < 7; k++) {
+    static const char *const names[] = {"json", "jsonl", "tsv",  "base64", "f32",
+                                        "f16",  "npy",   "int8", "binary"};
+    for (int k = 0; k < 9; k++) {
         cr_expect_str_eq(format_names[k], names[k]);
         cr_expect(format_is_text((format_kind)k) == (k < 4));
     }
-    cr_expect_null(format_names[7]);
+    cr_expect_null(format_names[9]);
 }
 
 Test(format_npy_header, is_what_numpy_reads) {
