@@ -30,16 +30,33 @@ static int no_task(qemb_err *err, const char *object) {
                      object);
 }
 
+char *task_prompt(const record_tokenizer *t, const char *task, size_t len, size_t *prompt_len) {
+    const size_t before = sizeof task_start - 1, after = strlen(t->task_end);
+    char *prompt = malloc(before + len + after + 1);
+    if (!prompt) return NULL;
+    memcpy(prompt, task_start, before);
+    memcpy(prompt + before, task, len);
+    memcpy(prompt + before + len, t->task_end, after + 1);
+    *prompt_len = before + len + after;
+    return prompt;
+}
+
+/* The names of f's prompts, as in "query, document". */
+static void list_prompts(const qemb_file *f, char *names, size_t room) {
+    *names = 0;
+    for (int i = 0; i < f->n_prompts && strlen(names) < room - 1; i++) {
+        const size_t n = strlen(names);
+        snprintf(names + n, room - n, "%s%s", i ? ", " : "", f->prompts[i].name);
+    }
+}
+
 /* Sets t->prompt to the file's prompt `name`. */
 static int set_named(record_tokenizer *t, const qemb_file *f, const model_options *o,
                      const char *name, qemb_err *err) {
-    char names[160] = "";
+    char names[160];
     t->prompt = qemb_file_prompt(f, name);
     if (t->prompt) return 0;
-    for (int i = 0; i < f->n_prompts && strlen(names) < sizeof names - 1; i++) {
-        const size_t n = strlen(names);
-        snprintf(names + n, sizeof names - n, "%s%s", i ? ", " : "", f->prompts[i].name);
-    }
+    list_prompts(f, names, sizeof names);
     if (!*names)
         return qemb_fail(err, "model_file",
                          "%.128s: no prompts in the file (convert the model with --prompt "
@@ -61,12 +78,10 @@ static int set_prompt(record_tokenizer *t, const qemb_file *f, const model_optio
     t->prompt = document ? document : "";
     if (o->instruct) {
         if (!t->task_end) return no_task(err, "--instruct");
-        const size_t room = sizeof task_start + strlen(t->task_end) + strlen(o->instruct);
-        t->prompt = t->own_prompt = need(malloc(room));
-        if (is_reranker)
-            strcpy(t->own_prompt, o->instruct);
-        else
-            snprintf(t->own_prompt, room, "%s%s%s", task_start, o->instruct, t->task_end);
+        size_t len;
+        t->own_prompt = is_reranker ? strdup(o->instruct)
+                                    : task_prompt(t, o->instruct, strlen(o->instruct), &len);
+        t->prompt = need(t->own_prompt);
         qemb_tokenizer_result r; /* invalid UTF-8 in it would fail every text */
         qemb_err why;
         if (qemb_tokenizer_encode(t->text.state, t->prompt, strlen(t->prompt), SIZE_MAX, &r, &why))
@@ -76,6 +91,40 @@ static int set_prompt(record_tokenizer *t, const qemb_file *f, const model_optio
     }
     t->prompt_len = strlen(t->prompt);
     return 0;
+}
+
+/* The names that public APIs have for what a text is for, and the prompts for it. */
+static const struct {
+    const char *purpose, *prompts[2]; /* the first that the model has */
+    int optional;                     /* 1: a model without them needs none */
+} purposes[] = {{"query", {"query"}, 0},
+                {"search_query", {"query"}, 0},
+                {"retrieval.query", {"query"}, 0},
+                {"document", {"document", "passage"}, 1},
+                {"passage", {"document", "passage"}, 1},
+                {"search_document", {"document", "passage"}, 1},
+                {"retrieval.passage", {"document", "passage"}, 1}};
+
+const char *prompt_named(const qemb_file *f, const char *name, qemb_err *err) {
+    char names[160];
+    const char *prompt = qemb_file_prompt(f, name);
+    if (prompt) return prompt;
+    list_prompts(f, names, sizeof names);
+    qemb_fail(err, "unknown_prompt", "the model has no such prompt (got %.40s, want %s)", name,
+              *names ? names : "none, since it has no prompts");
+    return NULL;
+}
+
+const char *prompt_for(const qemb_file *f, const char *purpose, qemb_err *err) {
+    for (int i = 0; i < LENGTH(purposes); i++) {
+        if (strcmp(purpose, purposes[i].purpose)) continue;
+        const char *prompt = NULL;
+        for (int k = 0; k < LENGTH(purposes[i].prompts) && purposes[i].prompts[k] && !prompt; k++)
+            prompt = qemb_file_prompt(f, purposes[i].prompts[k]);
+        if (prompt) return prompt;
+        if (purposes[i].optional) return "";
+    }
+    return prompt_named(f, purpose, err);
 }
 
 int record_tokenizer_open(record_tokenizer *t, const model_file *m, const model_options *o,
@@ -110,12 +159,18 @@ static int give_ids(const record_tokenizer *t, int n, record_ids *out) {
     return 0;
 }
 
+int tokenize_behind(record_tokenizer *t, const char *prompt, size_t prompt_len, const char *text,
+                    size_t len, record_ids *out, qemb_err *err) {
+    const char *const run[] = {prompt, text};
+    const size_t run_len[] = {prompt_len, len};
+    size_t *cut = t->truncate ? &out->cut_bytes : NULL;
+    return give_ids(t, text_ids_encode(&t->text, run, run_len, 2, cut, err), out);
+}
+
 int tokenize_text(record_tokenizer *t, const char *text, size_t len, const char *instruct,
                   size_t instruct_len, record_ids *out, qemb_err *err) {
-    const char *const run[] = {t->prompt, text};
-    const size_t run_len[] = {t->prompt_len, len};
     size_t *cut = t->truncate ? &out->cut_bytes : NULL;
-    if (!instruct) return give_ids(t, text_ids_encode(&t->text, run, run_len, 2, cut, err), out);
+    if (!instruct) return tokenize_behind(t, t->prompt, t->prompt_len, text, len, out, err);
     if (instruct_len && !t->task_end) return no_task(err, "instruct");
     const char *const own[] = {task_start, instruct, t->task_end, text};
     const size_t own_len[] = {sizeof task_start - 1, instruct_len,

@@ -7,7 +7,8 @@
 #include "model_options.h"
 #include "open_model.h"
 
-/* For one thread. A caller may change truncate, no other member. */
+/* For one thread. A caller may change truncate, and text.max_tokens to a smaller number from 1; no
+ * other member. */
 typedef struct {
     text_ids text;
     input_parser *parser; /* NULL: records are bare texts */
@@ -46,6 +47,19 @@ int tokenize_record(record_tokenizer *t, const input_record *r, record_ids *out,
  * model's own prompts; NULL: behind the default prompt. Code "no_task": theirs has no task. */
 int tokenize_text(record_tokenizer *t, const char *text, size_t len, const char *instruct,
                   size_t instruct_len, record_ids *out, qemb_err *err);
+/* Tokenizes a text behind a whole prompt (prompt_len). */
+int tokenize_behind(record_tokenizer *t, const char *prompt, size_t prompt_len, const char *text,
+                    size_t len, record_ids *out, qemb_err *err);
+/* The prompt of a task (len), in the form of the model's own: t->task_end must not be NULL.
+ * *prompt_len gets its length; the caller frees. NULL: out of memory. */
+char *task_prompt(const record_tokenizer *t, const char *task, size_t len, size_t *prompt_len);
+/* The prompt of f of that name. NULL: code "unknown_prompt", and the message lists the prompts. */
+const char *prompt_named(const qemb_file *f, const char *name, qemb_err *err);
+/* The prompt of f for texts of a purpose, by the names that public APIs have for it ("query",
+ * "search_query", "retrieval.query"; "document", "passage", "search_document",
+ * "retrieval.passage"), or by its own name. "" for documents if the model has no prompt for them.
+ * NULL as from prompt_named. */
+const char *prompt_for(const qemb_file *f, const char *purpose, qemb_err *err);
 /* Tokenizes a pair for a reranker; text_ids_pair says how. A pair without a task (NULL) has the
  * default one. */
 int tokenize_pair(record_tokenizer *t, const text_pair *pair, int max_document, record_ids *out,
