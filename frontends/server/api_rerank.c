@@ -8,15 +8,14 @@
  *     "truncation_direction"
  * and in both "model" (many clients send none), "truncate", "top_n", "raw_scores" and the extension
  * "instruct".
- * null counts as not given. A key that could change the result and is not known is an error.
+ * null counts as not given; api_keys.c says what becomes of other keys.
  */
 #include "api_rerank.h"
 
+#include "api_tei.h"
 #include "frontends/console.h"
-#include "frontends/format.h"
 #include "frontends/ranking.h"
 
-#include <limits.h>
 #include <stdlib.h>
 
 /* ---- requests -------------------------------------------------------------------------------- */
@@ -36,13 +35,13 @@ static const json_t *text_of(const api_request *r, size_t i, const json_t *v, ap
     return NULL;
 }
 
-static int parse_documents(api_request *r, const json_t *list, int max_texts, api_error *e) {
+static int take_documents(api_request *r, const char *key, const json_t *list, api_error *e) {
     const size_t n = json_array_size(list);
-    if (!json_is_array(list)) return api_wrong_type(e, r->key, list, "a list");
-    if (!n) return api_fail(e, 400, "empty_input", r->key, "%s: an empty list", r->key);
-    if (n > (size_t)max_texts)
-        return api_fail(e, 400, "too_many_inputs", r->key,
-                        "%s: too many texts (got %zu, want at most %d)", r->key, n, max_texts);
+    if (!json_is_array(list)) return api_wrong_type(e, key, list, "a list");
+    if (!n) return api_fail(e, 400, "empty_input", key, "%s: an empty list", key);
+    if (n > (size_t)r->max_texts)
+        return api_fail(e, 400, "too_many_inputs", key,
+                        "%s: too many texts (got %zu, want at most %d)", key, n, r->max_texts);
     if (api_make_room(r, n, 0, e)) return -1;
     for (size_t i = 0; i < n; i++) {
         const json_t *text = text_of(r, i, json_array_get(list, i), e);
@@ -52,32 +51,41 @@ static int parse_documents(api_request *r, const json_t *list, int max_texts, ap
     return 0;
 }
 
-/* *out = v, at least `least` and at most INT_MAX. */
-static int parse_count(int *out, int least, const char *key, const json_t *v, api_error *e) {
-    if (json_is_null(v)) return 0;
-    if (!json_is_integer(v)) return api_wrong_type(e, key, v, "an integer");
-    const json_int_t x = json_integer_value(v);
-    if (x < least)
-        return api_fail(e, 400, "invalid_number", key,
-                        "%s: out of range (got %" JSON_INTEGER_FORMAT ", want %d or more)", key, x,
-                        least);
-    *out = x < INT_MAX ? (int)x : INT_MAX;
+static int take_query(api_request *r, const char *key, const json_t *v, api_error *e) {
+    return api_string(&r->query, &r->query_len, key, v, e);
+}
+
+static int take_top_n(api_request *r, const char *key, const json_t *v, api_error *e) {
+    return api_count(&r->top_n, 0, key, v, e);
+}
+
+static int take_raw_scores(api_request *r, const char *key, const json_t *v, api_error *e) {
+    return api_bool(&r->raw_scores, key, v, e);
+}
+
+static int take_activation(api_request *r, const char *key, const json_t *v, api_error *e) {
+    if (api_bool(&r->raw_scores, key, v, e)) return -1;
+    r->raw_scores = !r->raw_scores;
     return 0;
 }
 
-/* Texts are cut at their end alone. */
-static int parse_direction(const char *key, const json_t *v, api_error *e) {
-    const char *s = NULL;
-    size_t len;
-    if (api_string(&s, &len, key, v, e)) return -1;
-    if (!s || !strcmp(s, "right") || !strcmp(s, "Right")) return 0;
-    return api_fail(e, 400, "invalid_truncation_direction", key,
-                    "%s: not served (got %.40s, want Right)", key, s);
+static int take_with_texts(api_request *r, const char *key, const json_t *v, api_error *e) {
+    return api_bool(&r->with_texts, key, v, e);
+}
+
+static int take_max_document(api_request *r, const char *key, const json_t *v, api_error *e) {
+    return api_count(&r->max_document, 1, key, v, e);
+}
+
+static int take_max_chunks(api_request *r, const char *key, const json_t *v, api_error *e) {
+    int unused;
+    (void)r;
+    return api_count(&unused, 1, key, v, e);
 }
 
 /* Cohere ranks the fields of a document that this names; here that is its text. */
-static int parse_rank_fields(const char *key, const json_t *v, api_error *e) {
-    if (json_is_null(v)) return 0;
+static int take_rank_fields(api_request *r, const char *key, const json_t *v, api_error *e) {
+    (void)r;
     if (!json_is_array(v)) return api_wrong_type(e, key, v, "a list");
     const char *field = json_string_value(json_array_get(v, 0));
     if (json_array_size(v) == 1 && field && !strcmp(field, "text")) return 0;
@@ -89,55 +97,49 @@ static int parse_rank_fields(const char *key, const json_t *v, api_error *e) {
 }
 
 /* vLLM's limit of a pair. */
-static int parse_prompt_tokens(const char *key, const json_t *v, api_error *e) {
-    if (json_is_null(v)) return 0;
+static int take_prompt_tokens(api_request *r, const char *key, const json_t *v, api_error *e) {
+    (void)r;
     return api_fail(e, 400, "unknown_parameter", key,
                     "%s: not served (got %s, want null, or max_tokens_per_doc)", key,
                     api_type_name(v));
 }
 
-/* The keys of parse_field, by r->is_tei. */
-static const char *const known[] = {
-    "query, documents, model, top_n, return_documents, max_tokens_per_doc, truncate or truncation, "
-    "instruct or instruction, raw_scores or use_activation, rank_fields, max_chunks_per_doc, user, "
-    "priority",
-    "query, texts, model, top_n, return_text, raw_scores, truncate, truncation_direction, "
-    "instruct, "
-    "user, priority",
-};
-
-static int parse_field(api_request *r, const char *key, const json_t *v, int max_texts,
-                       api_error *e) {
-    size_t ignored;
-    int unused, activation = -1;
-    if (!strcmp(key, "query")) return api_string(&r->query, &r->query_len, key, v, e);
-    if (json_is_null(v) && (!strcmp(key, "texts") || !strcmp(key, "documents"))) return 0;
-    if (!strcmp(key, r->key)) return parse_documents(r, v, max_texts, e);
-    if (!strcmp(key, "model")) return api_string(&r->model, &ignored, key, v, e);
-    if (!strcmp(key, "instruct")) return api_string(&r->instruct, &r->instruct_len, key, v, e);
-    if (!strcmp(key, "truncate")) return api_bool(&r->truncate, key, v, e);
-    if (!strcmp(key, "top_n")) return parse_count(&r->top_n, 0, key, v, e);
-    if (!strcmp(key, "raw_scores")) return api_bool(&r->raw_scores, key, v, e);
-    if (!strcmp(key, "user") || !strcmp(key, "priority")) return 0; /* they change no score */
-    if (r->is_tei) {
-        if (!strcmp(key, "return_text")) return api_bool(&r->with_texts, key, v, e);
-        if (!strcmp(key, "truncation_direction")) return parse_direction(key, v, e);
-        return api_unknown(e, key, known[r->is_tei]);
-    }
-    if (!strcmp(key, "return_documents")) return api_bool(&r->with_texts, key, v, e);
-    if (!strcmp(key, "max_tokens_per_doc")) return parse_count(&r->max_document, 1, key, v, e);
-    if (!strcmp(key, "truncation")) return api_bool(&r->truncate, key, v, e);
-    if (!strcmp(key, "instruction")) return api_string(&r->instruct, &r->instruct_len, key, v, e);
-    if (!strcmp(key, "use_activation")) {
-        if (api_bool(&activation, key, v, e)) return -1;
-        if (activation >= 0) r->raw_scores = !activation;
-        return 0;
-    }
-    if (!strcmp(key, "rank_fields")) return parse_rank_fields(key, v, e);
-    if (!strcmp(key, "max_chunks_per_doc")) return parse_count(&unused, 1, key, v, e);
-    if (!strcmp(key, "truncate_prompt_tokens")) return parse_prompt_tokens(key, v, e);
-    return api_unknown(e, key, known[r->is_tei]);
+/* The texts of the other form. */
+static int take_other_form(api_request *r, const char *key, const json_t *v, api_error *e) {
+    (void)v;
+    return api_fail(e, 400, "unknown_parameter", key, "%s: not in this request (want %s%s)", key,
+                    r->key, r->is_tei ? "" : "; texts alone at /rerank");
 }
+
+static const api_key keys[] = {{"query", take_query},
+                               {"model", api_take_model},
+                               {"top_n", take_top_n},
+                               {"raw_scores", take_raw_scores},
+                               {"truncate", api_take_truncate},
+                               {"instruct", api_take_instruct},
+                               {"documents", take_documents},
+                               {"texts", take_other_form},
+                               {"return_documents", take_with_texts},
+                               {"max_tokens_per_doc", take_max_document},
+                               {"truncation", api_take_truncate},
+                               {"instruction", api_take_instruct},
+                               {"use_activation", take_activation},
+                               {"rank_fields", take_rank_fields},
+                               {"max_chunks_per_doc", take_max_chunks},
+                               {"truncate_prompt_tokens", take_prompt_tokens},
+                               {NULL, NULL}};
+
+static const api_key tei_keys[] = {{"query", take_query},
+                                   {"model", api_take_model},
+                                   {"top_n", take_top_n},
+                                   {"raw_scores", take_raw_scores},
+                                   {"truncate", api_take_truncate},
+                                   {"instruct", api_take_instruct},
+                                   {"texts", take_documents},
+                                   {"documents", take_other_form},
+                                   {"return_text", take_with_texts},
+                                   {"truncation_direction", api_take_direction},
+                                   {NULL, NULL}};
 
 /* Fails if a key is given by two of its names. */
 static int check_names(const json_t *root, api_error *e) {
@@ -156,15 +158,12 @@ static int check_names(const json_t *root, api_error *e) {
 
 int api_rerank_parse(api_request *r, int with_tei, const char *body, size_t len, int max_texts,
                      api_error *e) {
-    const char *key;
-    json_t *v;
-    if (api_load(r, body, len, e)) return -1;
-    json_t *root = r->json;
+    if (api_load(r, body, len, max_texts, e)) return -1;
+    const json_t *root = r->json;
     const json_t *texts = json_object_get(root, "texts");
     r->is_tei = with_tei && texts && !json_is_null(texts);
     r->key = r->is_tei ? "texts" : "documents";
-    json_object_foreach(root, key, v) if (parse_field(r, key, v, max_texts, e)) return -1;
-    if (check_names(root, e)) return -1;
+    if (check_names(root, e) || api_parse_keys(r, r->is_tei ? tei_keys : keys, e)) return -1;
     if (!r->query)
         return api_fail(e, 400, "missing_parameter", "query", "query: a required parameter");
     if (!r->inputs)
@@ -257,28 +256,14 @@ int api_rerank(buffer *out, const api_request *r, const pending_text *texts,
     return 0;
 }
 
-/* Returns TEI's type of the error, and sets its status. */
-static const char *tei_error(api_error *e) {
-    if (e->status == 429) return "Overloaded";
-    if (e->status == 503) return "Unhealthy";
-    if (!strcmp(e->code, "empty_input")) return "Empty";
-    if (!strcmp(e->code, "non_finite")) {
-        e->status = 424;
-        return "Backend";
-    }
-    if (e->status == 400) e->status = 422;
-    return "Validation";
-}
-
 /* OpenAI's error, with the message again where clients of Cohere and Jina read it. */
 void api_rerank_error(buffer *out, int is_tei, api_error *e) {
-    char msg[6 * sizeof e->msg + 3];
-    *format_json_string(msg, e->msg, strlen(e->msg)) = 0;
     if (is_tei) {
-        const char *type = tei_error(e);
-        buffer_printf(out, "{\"error\":%s,\"error_type\":\"%s\"}", msg, type);
+        api_tei_error(out, e);
         return;
     }
+    char msg[6 * sizeof e->msg + 3];
+    *format_json_string(msg, e->msg, strlen(e->msg)) = 0;
     api_error_json(out, e);
     if (!out->data) return; /* out of memory */
     out->len--;             /* the last brace */

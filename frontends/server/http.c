@@ -6,34 +6,25 @@
  * and tokenized when its body has arrived. Then its connection is suspended until the queue has the
  * vectors, and the connection's thread sends the response.
  *
- * A request with "fallback": true is computed by the second model, if there is one, while the first
- * one is loading, failing, or has a full queue. The response's "model" then names the second one,
- * and qemb_fallbacks_total counts the request. A request with token ids never falls back, since ids
- * belong to one model.
- *
- * A request to rerank goes the same way to the server's reranker; its documents are the texts.
+ * request.h says where the rest happens.
  */
-#include "http.h"
-
+#include "api_ollama.h"
 #include "api_rerank.h"
+#include "api_tei.h"
+#include "request.h"
+
 #include "frontends/console.h"
-#include "frontends/format.h"
-#include "listen.h"
 #include "log.h"
 
 #include <assert.h>
 #include <ctype.h>
 #include <errno.h>
 #include <inttypes.h>
-#include <microhttpd.h>
 #include <poll.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/random.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 /* A body of more than PATIENCE times the limit is not read to its end. */
@@ -43,61 +34,9 @@
 #define LINGER        0.25
 #define FIRST_REQUEST 5.0
 
-/* An open connection. */
-typedef struct conn {
-    struct conn *prev, *next;
-    int fd, requests;
-    int timed; /* 1: the client has to send or read, since `since` */
-    double since;
-} conn;
-
-struct http {
-    http_options opt;
-    model_worker *workers[N_ROLES]; /* all but the first may be NULL */
-    struct MHD_Daemon *daemon;
-    int listen_fd, port;
-    keys *keys; /* NULL: no key is needed */
-    uint32_t id_start;
-    atomic_uint id_next;
-    atomic_size_t held; /* bytes of bodies and of responses to come */
-    atomic_int draining, active;
-    time_t created;
-    pthread_t acceptor;
-    pthread_mutex_t lock; /* guards the members below */
-    conn *conns;
-    int n_accepted, n_fresh; /* open sockets; those not yet in conns */
-    double last_change;
-};
-
-/* The part of a request that belongs to one worker. */
-typedef struct {
-    pending_request pending;
-    model_worker *worker; /* NULL: none yet */
-    int dim, cached, shared;
-    uint64_t tokens;
-    size_t held; /* bytes counted for the response */
-} work;
-
-typedef struct {
-    work work; /* has to be first: a pending_request is cast to its request */
-    http *h;
-    struct MHD_Connection *connection;
-    conn *conn;
-    route route;
-    enum { RECEIVING, WAITING, ANSWERED } phase;
-    char id[65];
-    double start;
-    api_error error; /* if status is not 0: the response */
-    char *body;
-    size_t len, cap, held, thrown;
-    api_request api;
-    int base64, texts, status;
-} request;
-
 /* ---- memory ---------------------------------------------------------------------------------- */
 
-/* Counts n more bytes for r. Fails beyond the bound on memory, unless r is the only request. */
-static int hold(request *r, size_t n, api_error *e) {
+int request_hold(request *r, size_t n, api_error *e) {
     http *h = r->h;
     const size_t before = atomic_fetch_add(&h->held, n);
     if (before == r->held || before + n <= h->opt.max_memory) {
@@ -110,23 +49,68 @@ static int hold(request *r, size_t n, api_error *e) {
     return -1;
 }
 
-static void release(request *r, size_t n) {
+void request_release(request *r, size_t n) {
     atomic_fetch_sub(&r->h->held, n);
     r->held -= n;
 }
 
-static void drop_body(request *r) {
+void request_drop_body(request *r) {
+    if (r->decoder) request_release(r, BODY_DECODER_ROOM);
+    body_decoder_free(r->decoder);
+    r->decoder = NULL;
     free(r->body);
-    release(r, r->cap);
+    request_release(r, r->cap);
     r->body = NULL;
     r->len = r->cap = 0;
 }
 
+/* ---- models by name -------------------------------------------------------------------------- */
+
+const char *http_name_of(const http *h, const model_worker *w) {
+    const http_options *o = &h->opt;
+    return w == h->workers[ROLE_MAIN]       ? o->names[0]
+           : w == h->workers[ROLE_FALLBACK] ? o->fallback_name
+                                            : o->reranker_name;
+}
+
+/* Ollama's clients may end a name with the tag ":latest". */
+static int is_name(const char *asked, const char *name) {
+    const size_t n = strlen(name);
+    return !strncmp(asked, name, n) && (!asked[n] || !strcmp(asked + n, ":latest"));
+}
+
+model_worker *http_worker_named(const http *h, const char *name) {
+    for (int i = 0; i < h->opt.n_names; i++)
+        if (is_name(name, h->opt.names[i])) return h->workers[ROLE_MAIN];
+    for (int i = ROLE_MAIN + 1; i < N_ROLES; i++)
+        if (h->workers[i] && is_name(name, http_name_of(h, h->workers[i]))) return h->workers[i];
+    return NULL;
+}
+
 /* ---- answers --------------------------------------------------------------------------------- */
 
-/* Queues the response and takes over body's memory. If body->data is NULL (out of memory), closes
- * the connection. */
-static enum MHD_Result answer(request *r, int status, buffer *body, const char *type) {
+/* For browsers: which origin may read the response, and in answer to OPTIONS, what it may send. */
+static void allow_origin(const request *r, struct MHD_Response *m) {
+    const char *origin = r->h->opt.cors_origin;
+    const char *asked = MHD_lookup_connection_value(r->connection, MHD_HEADER_KIND,
+                                                    "Access-Control-Request-Headers");
+    if (!origin) return;
+    MHD_add_response_header(m, "Access-Control-Allow-Origin", origin);
+    if (strcmp(origin, "*")) MHD_add_response_header(m, "Vary", "Origin");
+    MHD_add_response_header(m, "Access-Control-Expose-Headers",
+                            "x-request-id, x-qemb-fingerprint, Retry-After");
+    if (!r->is_options) return;
+    MHD_add_response_header(m, "Access-Control-Allow-Methods", route_methods(r->route));
+    if (asked && is_header_list(asked))
+        MHD_add_response_header(m, "Access-Control-Allow-Headers", asked);
+    MHD_add_response_header(m, "Access-Control-Max-Age", "86400");
+}
+
+static int has_results(const request *r) {
+    return r->status == 200 && r->route < ROUTE_TOKENIZE && !r->is_options;
+}
+
+enum MHD_Result request_answer(request *r, int status, buffer *body, const char *type) {
     http *h = r->h;
     r->phase = ANSWERED;
     r->status = status;
@@ -138,7 +122,7 @@ static enum MHD_Result answer(request *r, int status, buffer *body, const char *
         free(body->data);
         return MHD_NO;
     }
-    MHD_add_response_header(m, "Content-Type", type);
+    if (type) MHD_add_response_header(m, "Content-Type", type);
     MHD_add_response_header(m, "x-request-id", r->id);
     if (r->error.retry_after) {
         char seconds[16];
@@ -146,8 +130,10 @@ static enum MHD_Result answer(request *r, int status, buffer *body, const char *
         MHD_add_response_header(m, "Retry-After", seconds);
     }
     if (status == 401) MHD_add_response_header(m, "WWW-Authenticate", "Bearer");
-    if (status == 405)
-        MHD_add_response_header(m, "Allow", r->route <= ROUTE_TOKENIZE ? "POST" : "GET, HEAD");
+    if (status == 405 || r->is_options)
+        MHD_add_response_header(m, "Allow", route_methods(r->route));
+    if (has_results(r)) MHD_add_response_header(m, "x-qemb-fingerprint", r->work.recipe);
+    allow_origin(r, m);
     if (atomic_load(&h->draining)) MHD_add_response_header(m, "Connection", "close");
     pthread_mutex_lock(&h->lock); /* from now on the client has to read */
     r->conn->timed = 1;
@@ -158,40 +144,33 @@ static enum MHD_Result answer(request *r, int status, buffer *body, const char *
     return result;
 }
 
-#define JSON "application/json"
-
-/* Whether the request is one to rerank. */
-static int ranks(const request *r) {
+int request_ranks(const request *r) {
     return r->route >= ROUTE_RERANK_V1 && r->route <= ROUTE_RERANK;
 }
 
-static enum MHD_Result answer_error(request *r) {
+enum MHD_Result request_answer_error(request *r) {
     buffer body = {0};
-    if (ranks(r))
+    if (request_ranks(r))
         api_rerank_error(&body, r->api.is_tei, &r->error);
+    else if (r->route == ROUTE_TEI || r->route == ROUTE_INFO)
+        api_tei_error(&body, &r->error);
+    else if (r->route == ROUTE_OLLAMA || r->route == ROUTE_OLLAMA_OLD || r->route == ROUTE_SHOW ||
+             r->route == ROUTE_TAGS || r->route == ROUTE_VERSION)
+        api_ollama_error(&body, &r->error);
     else
         api_error_json(&body, &r->error);
-    return answer(r, r->error.status, &body, JSON);
+    return request_answer(r, r->error.status, &body, JSON);
+}
+
+static enum MHD_Result answer_options(request *r) {
+    buffer nothing = {.data = malloc(1)};
+    return request_answer(r, 204, &nothing, NULL);
 }
 
 /* ---- the header ------------------------------------------------------------------------------ */
 
 static const char *header(request *r, const char *name) {
     return MHD_lookup_connection_value(r->connection, MHD_HEADER_KIND, name);
-}
-
-/* The other names of paths, which llama.cpp's server has. */
-static const struct {
-    const char *path;
-    route route;
-} aliases[] = {{"/v1/reranking", ROUTE_RERANK_V1}, {"/reranking", ROUTE_RERANK}};
-
-static route find_route(const char *url) {
-    for (int i = 0; i < LENGTH(aliases); i++)
-        if (!strcmp(url, aliases[i].path)) return aliases[i].route;
-    for (int i = 0; i < ROUTE_OTHER; i++)
-        if (!strcmp(url, route_path((route)i))) return (route)i;
-    return ROUTE_OTHER;
 }
 
 /* Uses the client's request id if it is safe to log, otherwise makes one. */
@@ -208,9 +187,13 @@ static void make_id(request *r) {
                  atomic_fetch_add(&r->h->id_next, 1));
 }
 
+static int takes_body(const request *r) { return route_takes_body(r->route) && !r->is_options; }
+
 static int check_key(request *r) {
     const char *given = header(r, "Authorization");
-    if (!r->h->keys || r->route == ROUTE_HEALTH || r->route == ROUTE_METRICS) return 0;
+    /* Browsers send OPTIONS without the key. */
+    if (!r->h->keys || r->is_options || r->route == ROUTE_HEALTH || r->route == ROUTE_METRICS)
+        return 0;
     if (given && !strncasecmp(given, "Bearer ", 7) && keys_match(r->h->keys, given + 7)) return 0;
     return api_fail(&r->error, 401, "invalid_api_key", NULL,
                     given ? "Authorization: not a key of this server"
@@ -219,56 +202,55 @@ static int check_key(request *r) {
 
 static int check_method(request *r, const char *method) {
     if (r->route == ROUTE_OTHER)
-        return api_fail(&r->error, 404, "unknown_url", NULL,
-                        "path: not here (want /v1/embeddings, /v1/rerank, /v1/reranking, "
-                        "/v2/rerank, /rerank, /reranking, /tokenize, /v1/models, /health or "
-                        "/metrics)");
-    const int post = r->route <= ROUTE_TOKENIZE;
+        return api_fail(&r->error, 404, "unknown_url", NULL, "path: not here (want %s)",
+                        route_list);
+    if (r->is_options) return 0;
+    const int post = route_takes_body(r->route);
     if (post ? !strcmp(method, "POST") : !strcmp(method, "GET") || !strcmp(method, "HEAD"))
         return 0;
     return api_fail(&r->error, 405, "method_not_allowed", NULL, "method: not for %s (want %s)",
                     route_path(r->route), post ? "POST" : "GET");
 }
 
-/* Whether type is application/json, with charset UTF-8 or none. */
-static int is_json(const char *type) {
-    if (strncasecmp(type, JSON, sizeof JSON - 1)) return 0;
-    type += sizeof JSON - 1;
-    while (*type == ' ') type++;
-    if (!*type) return 1;
-    if (*type++ != ';') return 0;
-    const char *charset = strcasestr(type, "charset=");
-    if (!charset) return 1;
-    charset += 8;
-    return !strncasecmp(charset + (*charset == '"'), "utf-8", 5);
-}
-
 static int check_body(request *r) {
     const char *type = header(r, "Content-Type"), *encoding = header(r, "Content-Encoding");
     const char *length = header(r, "Content-Length");
-    if (r->route > ROUTE_TOKENIZE) return 0;
-    if ((type && !is_json(type)) || (encoding && strcasecmp(encoding, "identity")))
+    if (!takes_body(r)) return 0;
+    if (!is_json_type(type))
         return api_fail(&r->error, 415, "unsupported_media_type", NULL,
                         "Content-Type: not one that is understood (want application/json in "
-                        "UTF-8, not encoded)");
+                        "UTF-8)");
+    const content_coding coding = coding_of(encoding);
+    if (coding == CODING_UNKNOWN)
+        return api_fail(&r->error, 415, "unsupported_media_type", NULL,
+                        "Content-Encoding: not one that is understood (want gzip, deflate, zstd or "
+                        "none)");
     if (length && strtoull(length, NULL, 10) > r->h->opt.max_body)
         return api_fail(&r->error, 413, "body_too_large", NULL,
                         "body: too large (got %.20s bytes, want at most %zu)", length,
                         r->h->opt.max_body);
-    return 0;
+    if (coding == CODING_NONE) return 0;
+    if (request_hold(r, BODY_DECODER_ROOM, &r->error)) return -1;
+    r->decoder = body_decoder_new(coding);
+    if (r->decoder) return 0;
+    request_release(r, BODY_DECODER_ROOM);
+    return api_fail(&r->error, 503, "out_of_memory", NULL, "body: out of memory");
 }
 
-static request *request_new(http *h, struct MHD_Connection *c, const char *url) {
+static request *request_new(http *h, struct MHD_Connection *c, const char *method,
+                            const char *url) {
     request *r = calloc(1, sizeof *r);
     if (!r) return NULL;
     r->h = h;
     r->connection = c;
-    r->route = find_route(url);
+    r->route = route_of(method, url, &r->model);
+    r->is_options = !strcmp(method, "OPTIONS");
     r->start = seconds_now();
     const union MHD_ConnectionInfo *info =
         MHD_get_connection_info(c, MHD_CONNECTION_INFO_SOCKET_CONTEXT);
     r->conn = info->socket_context;
     make_id(r);
+    trace_parse(header(r, "traceparent"), r->trace, r->span);
     atomic_fetch_add(&h->active, 1);
     pthread_mutex_lock(&h->lock);
     r->conn->requests++;
@@ -284,7 +266,7 @@ static enum MHD_Result on_header(request *r, const char *method) {
     if (!bad) return MHD_YES;
     const char *length = header(r, "Content-Length");
     const int endless = length && strtoull(length, NULL, 10) / PATIENCE > r->h->opt.max_body;
-    return endless || header(r, "Expect") ? answer_error(r) : MHD_YES;
+    return endless || header(r, "Expect") ? request_answer_error(r) : MHD_YES;
 }
 
 /* ---- the body -------------------------------------------------------------------------------- */
@@ -296,10 +278,10 @@ static int grow_body(request *r, size_t n) {
     if (r->len + n <= r->cap) return 0;
     size_t cap = 2 * (r->len + n) > 4096 ? 2 * (r->len + n) : 4096;
     if (cap > r->h->opt.max_body) cap = r->h->opt.max_body;
-    if (hold(r, cap - r->cap, &r->error)) return -1;
+    if (request_hold(r, cap - r->cap, &r->error)) return -1;
     char *body = realloc(r->body, cap);
     if (!body) {
-        release(r, cap - r->cap);
+        request_release(r, cap - r->cap);
         return api_fail(&r->error, 503, "out_of_memory", NULL, "body: out of memory");
     }
     r->body = body;
@@ -307,333 +289,43 @@ static int grow_body(request *r, size_t n) {
     return 0;
 }
 
-static enum MHD_Result on_body(request *r, const char *data, size_t n) {
-    if (!r->error.status && r->route <= ROUTE_TOKENIZE && !grow_body(r, n)) {
+static int damaged(request *r) {
+    return api_fail(&r->error, 400, "invalid_encoding", NULL,
+                    "body: not what its Content-Encoding says");
+}
+
+/* Appends data (n), decoded. */
+static int add_body(request *r, const char *data, size_t n) {
+    if (!r->decoder) {
+        if (grow_body(r, n)) return -1;
         memcpy(r->body + r->len, data, n);
         r->len += n;
-        return MHD_YES;
+        return 0;
     }
-    drop_body(r);
+    body_decoder_feed(r->decoder, data, n);
+    for (;;) {
+        if (r->len == r->cap && grow_body(r, 1)) return -1;
+        const size_t room = r->cap - r->len;
+        const long got = body_decoder_read(r->decoder, r->body + r->len, room);
+        if (got < 0) return damaged(r);
+        r->len += (size_t)got;
+        if ((size_t)got < room) return 0;
+    }
+}
+
+static enum MHD_Result on_body(request *r, const char *data, size_t n) {
+    if (!r->error.status && takes_body(r) && !add_body(r, data, n)) return MHD_YES;
+    request_drop_body(r);
     r->thrown += n;
     return r->thrown / PATIENCE > r->h->opt.max_body ? MHD_NO : MHD_YES;
 }
 
-/* ---- the work -------------------------------------------------------------------------------- */
-
-static void resume(pending_request *t) { MHD_resume_connection(((request *)t)->connection); }
-
-/* Whether the client has left. A client that has shut down its sending half counts as gone, since
- * the server cannot tell it from one that has closed the socket. */
-static int departed(pending_request *t) {
-    struct pollfd p = {.fd = ((request *)t)->conn->fd, .events = POLLRDHUP};
-    return poll(&p, 1, 0) == 1 && p.revents & (POLLRDHUP | POLLHUP | POLLERR);
-}
-
-static const char *name_of(const http *h, const model_worker *w) {
-    const http_options *o = &h->opt;
-    return w == h->workers[ROLE_MAIN]       ? o->names[0]
-           : w == h->workers[ROLE_FALLBACK] ? o->fallback_name
-                                            : o->reranker_name;
-}
-
-/* Returns the worker of the model of that name, or NULL. */
-static model_worker *worker_named(const http *h, const char *name) {
-    for (int i = 0; i < h->opt.n_names; i++)
-        if (!strcmp(name, h->opt.names[i])) return h->workers[ROLE_MAIN];
-    for (int i = ROLE_MAIN + 1; i < N_ROLES; i++)
-        if (h->workers[i] && !strcmp(name, name_of(h, h->workers[i]))) return h->workers[i];
-    return NULL;
-}
-
-/* Returns the worker that computes the request: of the model that it names, or of the server's
- * model of the kind that it needs. NULL: there is none. */
-static model_worker *choose_worker(request *r) {
-    const http *h = r->h;
-    const char *name = r->api.model;
-    const char *kind = ranks(r) ? "reranker" : "embedding model";
-    model_worker *own = h->workers[ROLE_MAIN];
-    if (model_worker_is_reranker(own) != ranks(r))
-        own = ranks(r) ? h->workers[ROLE_RERANKER] : NULL;
-    if (!own) {
-        api_fail(&r->error, 400, "wrong_model_kind", "model", "model: this server has no %s", kind);
-        return NULL;
-    }
-    model_worker *w = name ? worker_named(h, name) : own;
-    if (!w)
-        api_fail(&r->error, 404, "model_not_found", "model",
-                 "model: not served here (got %.80s, want %.80s)", name, name_of(h, own));
-    if (!w || model_worker_is_reranker(w) == ranks(r)) return w;
-    api_fail(&r->error, 400, "wrong_model_kind", "model", "model: no %s (got %.80s, want %.80s)",
-             kind, name, name_of(h, own));
-    return NULL;
-}
-
-/* Frees w. Its request does not wait. */
-static void work_clear(request *r, work *w) {
-    pending_request_clear(&w->pending);
-    release(r, w->held);
-    w->held = 0;
-}
-
-/* Tokenizes the request's texts for worker into *w and counts the memory of the response. On
- * failure returns -1 with *e, and *w holds nothing. */
-static int prepare(request *r, model_worker *worker, work *w, api_error *e) {
-    const int whole = model_worker_dim(worker);
-    *w = (work){.worker = worker, .dim = r->api.dimensions ? r->api.dimensions : whole};
-    if (w->dim > whole)
-        return api_fail(e, 400, "invalid_dimensions", "dimensions",
-                        "dimensions: out of range (got %d, want 1..%d)", w->dim, whole);
-    if (r->route != ROUTE_TOKENIZE) {
-        const size_t name_len = strlen(name_of(r->h, worker));
-        const size_t room = ranks(r) ? api_rerank_room(&r->api, name_len)
-                                     : api_embeddings_room(r->texts, w->dim, r->base64, name_len);
-        if (hold(r, room, e)) return -1;
-        w->held = room;
-    }
-    if (!model_worker_tokenize(worker, &r->api, &w->pending, &w->tokens, e)) return 0;
-    work_clear(r, w);
-    return -1;
-}
-
-static int parse(request *r) {
-    const api_kind kind = r->route == ROUTE_EMBEDDINGS ? API_EMBEDDINGS : API_TOKENIZE;
-    const char *body = r->body ? r->body : "";
-    const int most = r->h->opt.max_texts;
-    if (!ranks(r)) return api_parse(&r->api, kind, body, r->len, most, &r->error);
-    return api_rerank_parse(&r->api, r->route == ROUTE_RERANK, body, r->len, most, &r->error);
-}
-
-/* Parses the body, tokenizes its texts, frees the body. */
-static int read_request(request *r) {
-    model_worker *worker = NULL;
-    int bad = parse(r) || !(worker = choose_worker(r));
-    r->texts = r->api.n;
-    r->base64 = r->api.base64;
-    bad = bad || prepare(r, worker, &r->work, &r->error);
-    drop_body(r);
-    return bad ? -1 : 0;
-}
-
-/* Writes the response of a request whose texts are computed. */
-static int write_response(request *r, buffer *body) {
-    const work *w = &r->work;
-    const char *name = name_of(r->h, w->worker);
-    if (!ranks(r))
-        return api_embeddings(body, w->pending.texts, r->texts, w->dim, r->base64, name, w->tokens,
-                              &r->error);
-    const api_rerank_frame frame = {.id = r->id,
-                                    .model = name,
-                                    .version = r->route == ROUTE_RERANK_V2 ? "2" : "1",
-                                    .tokens = w->tokens};
-    return api_rerank(body, &r->api, w->pending.texts, &frame, &r->error);
-}
-
-static enum MHD_Result finish_work(request *r) {
-    metrics *m = r->h->opt.metrics;
-    buffer body = {0};
-    switch (r->work.pending.state) {
-    case REQUEST_DONE:
-        if (write_response(r, &body)) break;
-        metrics_add(m, ranks(r) ? COUNT_DOCUMENTS : COUNT_TEXTS, (uint64_t)r->texts);
-        metrics_add(m, ranks(r) ? COUNT_DOCUMENT_TOKENS : COUNT_TOKENS, r->work.tokens);
-        metrics_add(m, COUNT_DEDUP, (uint64_t)r->work.shared);
-        return answer(r, 200, &body, JSON);
-    case REQUEST_GONE:
-        r->status = 499;
-        return MHD_NO;
-    case REQUEST_EXPIRED:
-        api_fail(&r->error, 503, "deadline_exceeded", NULL,
-                 "server: no %s after %g s, the most a request may take",
-                 ranks(r) ? "scores" : "vectors", r->h->opt.deadline);
-        r->error.retry_after = model_worker_retry_after(r->work.worker);
-        break;
-    case REQUEST_STOPPED:
-        api_fail(&r->error, 503, "shutting_down", NULL, "server: it is being stopped");
-        r->error.retry_after = 1;
-        break;
-    case REQUEST_NEW:
-    case REQUEST_WAITING: /* not accepted: error is set */
-        break;
-    }
-    return answer_error(r);
-}
-
-/* Puts the texts into the worker's queue. After it returns 0, r may be resumed at any time. */
-static int submit(request *r, api_error *e) {
-    if (!model_worker_submit(r->work.worker, &r->work.pending, &r->work.shared)) return 0;
-    api_fail(e, 429, "queue_full", NULL, "server: too many tokens wait already");
-    e->retry_after = model_worker_retry_after(r->work.worker);
-    return -1;
-}
-
-static void start_waiting(request *r, work *w) {
-    w->pending.deadline = r->start + r->h->opt.deadline;
-    w->pending.done = resume;
-    w->pending.departed = departed;
-}
-
-/* Gives r to the fallback, if r allows it and the fallback can take it. Returns 0 if r waits there,
- * 1 if r has all its vectors already, -1 if r is unchanged. */
-static int fall_back(request *r) {
-    model_worker *worker = r->h->workers[ROLE_FALLBACK];
-    api_error ignored; /* r keeps the error of the first model */
-    work other;
-    if (!r->api.fallback || !worker || r->work.worker == worker ||
-        model_worker_state_of(worker) != WORKER_READY)
-        return -1;
-    for (int i = 0; i < r->texts; i++) /* ids belong to the first model */
-        if (!r->api.inputs[i].text) return -1;
-    if (prepare(r, worker, &other, &ignored)) return -1;
-    other.cached = model_worker_lookup(worker, &other.pending);
-    start_waiting(r, &other);
-    work own = r->work;
-    const api_error error = r->error;
-    r->work = other; /* before submit: the queue keeps its address */
-    r->error = (api_error){0};
-    const int known = other.cached == r->texts;
-    if (known) r->work.pending.state = REQUEST_DONE;
-    if (!known && submit(r, &ignored)) {
-        work_clear(r, &r->work);
-        r->work = own;
-        r->error = error;
-        return -1;
-    }
-    work_clear(r, &own);
-    metrics_add(r->h->opt.metrics, COUNT_FALLBACKS, 1);
-    return known;
-}
-
-/* Returns 0 if r waits, 1 if it has all its vectors, -1 with its error set. */
-static int submit_or_fall_back(request *r) {
-    int fallen;
-    switch (model_worker_state_of(r->work.worker)) {
-    case WORKER_READY:
-        return submit(r, &r->error) ? fall_back(r) : 0;
-    case WORKER_FAILING:
-        fallen = fall_back(r);
-        return fallen < 0 ? submit(r, &r->error) : fallen;
-    case WORKER_DEAD:
-        return api_fail(&r->error, 503, "shutting_down", NULL, "server: its device has failed");
-    case WORKER_LOADING:
-        break;
-    }
-    api_fail(&r->error, 503, "loading", NULL, "server: the model is being loaded");
-    r->error.retry_after = 1;
-    return fall_back(r);
-}
-
-static enum MHD_Result start_work(request *r) {
-    if (read_request(r)) return answer_error(r);
-    r->work.cached = model_worker_lookup(r->work.worker, &r->work.pending);
-    r->phase = WAITING;
-    if (r->work.cached == r->texts) {
-        r->work.pending.state = REQUEST_DONE;
-        return finish_work(r);
-    }
-    start_waiting(r, &r->work);
-    pthread_mutex_lock(&r->h->lock);
-    r->conn->timed = 0; /* the client waits for the server */
-    pthread_mutex_unlock(&r->h->lock);
-    /* Before submit, since another thread may resume the connection right after it. */
-    MHD_suspend_connection(r->connection);
-    if (submit_or_fall_back(r)) MHD_resume_connection(r->connection);
-    /* r belongs to this thread until it returns, even if resumed */
-    if (!r->api.with_texts) api_request_free(&r->api);
-    return MHD_YES;
-}
-
-static enum MHD_Result tokenize(request *r) {
-    buffer body = {0};
-    if (read_request(r) ||
-        api_tokens(&body, r->work.pending.texts, r->texts, model_worker_max_tokens(r->work.worker),
-                   name_of(r->h, r->work.worker), r->work.tokens, &r->error))
-        return answer_error(r);
-    return answer(r, 200, &body, JSON);
-}
-
-static const char *state_name(model_worker *l) {
-    static const char *const names[] = {"loading", "ok", "failing", "failing"};
-    return names[model_worker_state_of(l)];
-}
-
-/* The state of the first model; if that is good, of the reranker beside it. */
-static const char *health_of(const http *h) {
-    model_worker *w = h->workers[ROLE_MAIN], *reranker = h->workers[ROLE_RERANKER];
-    if (atomic_load(&h->draining)) return "draining";
-    if (reranker && model_worker_state_of(w) == WORKER_READY) w = reranker;
-    return state_name(w);
-}
-
-static enum MHD_Result tell_health(request *r) {
-    buffer body = {0};
-    const char *health = health_of(r->h);
-    buffer_printf(&body, "{\"status\":\"%s\"", health);
-    for (int i = ROLE_MAIN + 1; i < N_ROLES; i++)
-        if (r->h->workers[i])
-            buffer_printf(&body, ",\"%s\":\"%s\"", role_name((role)i),
-                          state_name(r->h->workers[i]));
-    buffer_printf(&body, "}");
-    return answer(r, strcmp(health, "ok") ? 503 : 200, &body, JSON);
-}
-
-static enum MHD_Result tell_metrics(request *r) {
-    http *h = r->h;
-    buffer body = {0};
-    gauges g = {.healthy = !strcmp(health_of(h), "ok"),
-                .devices = model_worker_devices(h->workers[ROLE_MAIN]),
-                .cache_bytes = model_worker_cache_bytes(h->workers[ROLE_MAIN])};
-    for (int i = 0; i < N_ROLES; i++) {
-        model_worker *w = h->workers[i];
-        if (!w) continue;
-        const queue_depth d = model_worker_depth(w);
-        g.worker[i].model = name_of(h, w);
-        g.worker[i].table = model_worker_table(w);
-        g.worker[i].fingerprint = model_worker_fingerprint(w);
-        g.worker[i].queue_texts = d.texts;
-        g.worker[i].queue_tokens = d.tokens;
-        g.worker[i].queue_requests = d.requests;
-    }
-    pthread_mutex_lock(&h->lock);
-    g.connections = h->n_accepted;
-    pthread_mutex_unlock(&h->lock);
-    metrics_text(h->opt.metrics, &body, &g);
-    return answer(r, 200, &body, "text/plain; version=0.0.4; charset=utf-8");
-}
-
-static enum MHD_Result tell_models(request *r) {
-    const http_options *o = &r->h->opt;
-    const int ranks_only = model_worker_is_reranker(r->h->workers[ROLE_MAIN]);
-    api_model models[MAX_NAMES + N_ROLES];
-    int n = 0;
-    buffer body = {0};
-    for (; n < o->n_names; n++) models[n] = (api_model){o->names[n], ranks_only};
-    if (o->fallback_name) models[n++] = (api_model){o->fallback_name, 0};
-    if (o->reranker_name) models[n++] = (api_model){o->reranker_name, 1};
-    api_models(&body, models, n, (long)r->h->created);
-    return answer(r, 200, &body, JSON);
-}
-
 static enum MHD_Result on_complete(request *r) {
-    if (r->error.status) return answer_error(r);
-    switch (r->route) {
-    case ROUTE_EMBEDDINGS:
-    case ROUTE_RERANK_V1:
-    case ROUTE_RERANK_V2:
-    case ROUTE_RERANK:
-        return start_work(r);
-    case ROUTE_TOKENIZE:
-        return tokenize(r);
-    case ROUTE_HEALTH:
-        return tell_health(r);
-    case ROUTE_METRICS:
-        return tell_metrics(r);
-    case ROUTE_MODELS:
-        return tell_models(r);
-    case ROUTE_OTHER:
-    case N_ROUTES:
-        break;
-    }
-    return MHD_NO;
+    if (r->decoder && !r->error.status && !body_decoder_is_done(r->decoder)) damaged(r);
+    if (r->error.status) return request_answer_error(r);
+    if (r->is_options) return answer_options(r);
+    if (r->route == ROUTE_TOKENIZE) return http_tokenize(r);
+    return r->route < ROUTE_TOKENIZE ? http_start_work(r) : http_tell(r);
 }
 
 /* ---- libmicrohttpd's calls ------------------------------------------------------------------- */
@@ -644,7 +336,7 @@ static enum MHD_Result on_request(void *cls, struct MHD_Connection *c, const cha
     (void)version;
     request *r = *cookie;
     if (!r) {
-        r = *cookie = request_new(cls, c, url);
+        r = *cookie = request_new(cls, c, method, url);
         return r ? on_header(r, method) : MHD_NO;
     }
     if (*n) {
@@ -653,7 +345,7 @@ static enum MHD_Result on_request(void *cls, struct MHD_Connection *c, const cha
         return on_body(r, data, got);
     }
     if (r->phase == ANSWERED) return MHD_YES;
-    return r->phase == WAITING ? finish_work(r) : on_complete(r);
+    return r->phase == WAITING ? http_finish_work(r) : on_complete(r);
 }
 
 /* Called once per request, when its response is sent or its connection lost. */
@@ -668,20 +360,23 @@ static void on_completed(void *cls, struct MHD_Connection *c, void **cookie,
     const int sent = how == MHD_REQUEST_TERMINATED_COMPLETED_OK && r->phase == ANSWERED;
     if (!sent && r->status != 499) r->status = 499;
     metrics_request(h->opt.metrics, r->route, r->status);
-    if (r->route == ROUTE_EMBEDDINGS)
+    if (r->route < ROUTE_RERANK_V1)
         metrics_observe(h->opt.metrics, HISTOGRAM_REQUEST_SECONDS, seconds);
-    if (ranks(r)) metrics_observe(h->opt.metrics, HISTOGRAM_RERANK_SECONDS, seconds);
+    if (request_ranks(r)) metrics_observe(h->opt.metrics, HISTOGRAM_RERANK_SECONDS, seconds);
+    char trace[TRACE_ROOM + SPAN_ROOM + 32] = "";
+    if (*r->trace)
+        snprintf(trace, sizeof trace, ",\"trace_id\":\"%s\",\"span_id\":\"%s\"", r->trace, r->span);
     log_line(r->status >= 500 ? "error" : "info", "request",
              "\"request_id\":\"%s\",\"path\":\"%s\",\"status\":%d,\"code\":\"%s\",\"texts\":%d,"
-             "\"tokens\":%" PRIu64 ",\"shared\":%d,\"cached\":%d,\"fallback\":%s,\"ms\":%.3f",
+             "\"tokens\":%" PRIu64 ",\"shared\":%d,\"cached\":%d,\"fallback\":%s,\"ms\":%.3f%s",
              r->id, route_path(r->route), r->status, r->error.status ? r->error.code : "", r->texts,
              r->work.tokens, r->work.shared, r->work.cached,
              r->work.worker && r->work.worker == h->workers[ROLE_FALLBACK] ? "true" : "false",
-             1e3 * seconds);
-    work_clear(r, &r->work);
+             1e3 * seconds, trace);
+    http_end_work(r);
     api_request_free(&r->api);
-    drop_body(r);
-    release(r, r->held);
+    request_drop_body(r);
+    request_release(r, r->held);
     pthread_mutex_lock(&h->lock);
     r->conn->timed = 1;
     r->conn->since = h->last_change = seconds_now();

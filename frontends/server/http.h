@@ -8,6 +8,7 @@
 
 typedef struct {
     const char *host, *key_file;
+    const char *cors_origin; /* whose pages may read responses, or "*"; NULL: none */
     int port;
     const char *names[MAX_NAMES]; /* of the model; responses use the first */
     int n_names;

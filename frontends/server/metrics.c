@@ -15,9 +15,11 @@
 /* ---- counters -------------------------------------------------------------------------------- */
 
 const char *route_path(route r) {
-    static const char *const paths[N_ROUTES] = {"/v1/embeddings", "/v1/rerank", "/v2/rerank",
-                                                "/rerank",        "/tokenize",  "/v1/models",
-                                                "/health",        "/metrics",   "other"};
+    static const char *const paths[N_ROUTES] = {
+        "/v1/embeddings",  "/embed",  "/api/embed", "/api/embeddings", "/v1/rerank",
+        "/v2/rerank",      "/rerank", "/tokenize",  "/api/show",       "/v1/models",
+        "/v1/models/{id}", "/info",   "/api/tags",  "/api/version",    "/health",
+        "/metrics",        "other"};
     return paths[r];
 }
 
@@ -45,6 +47,7 @@ static const struct {
     [COUNT_DEPARTED] = {"departed", "Requests dropped because their client had left."},
     [COUNT_EXPIRED] = {"expired", "Requests whose deadline came before their vectors or scores."},
     [COUNT_REAPED] = {"reaped", "Connections closed for sending or reading too slowly."},
+    [COUNT_IGNORED_KEYS] = {"ignored_keys", "Keys of requests that no served API has."},
     [COUNT_LOG_LOST] = {"log_lines_lost", "Log lines that standard error did not take."},
     [COUNT_CACHE_HITS] = {"cache_hits", "Texts whose vectors or scores were in memory."},
     [COUNT_CACHE_MISSES] = {"cache_misses", "Texts whose vectors or scores were in no cache."},
@@ -54,7 +57,7 @@ static const struct {
 };
 
 /* 499: the client has left. The last entry counts all other codes. */
-static const int codes[] = {200, 400, 401, 404, 405, 413, 415, 422, 424, 429, 499, 503, 0};
+static const int codes[] = {200, 204, 400, 401, 404, 405, 413, 415, 422, 424, 429, 499, 503, 0};
 
 /* ---- histograms ------------------------------------------------------------------------------ */
 

@@ -6,13 +6,22 @@
 
 #include <stdint.h>
 
+/* Those up to ROUTE_SHOW take a body, by POST. */
 typedef enum {
     ROUTE_EMBEDDINGS,
+    ROUTE_TEI,
+    ROUTE_OLLAMA,
+    ROUTE_OLLAMA_OLD,
     ROUTE_RERANK_V1,
     ROUTE_RERANK_V2,
     ROUTE_RERANK,
     ROUTE_TOKENIZE,
+    ROUTE_SHOW,
     ROUTE_MODELS,
+    ROUTE_MODEL,
+    ROUTE_INFO,
+    ROUTE_TAGS,
+    ROUTE_VERSION,
     ROUTE_HEALTH,
     ROUTE_METRICS,
     ROUTE_OTHER,
@@ -42,6 +51,7 @@ typedef enum {
     COUNT_DEPARTED,
     COUNT_EXPIRED,
     COUNT_REAPED,
+    COUNT_IGNORED_KEYS,
     COUNT_LOG_LOST,
     COUNT_CACHE_HITS,
     COUNT_CACHE_MISSES,

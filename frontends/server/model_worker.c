@@ -441,6 +441,8 @@ queue_depth model_worker_depth(model_worker *m) { return queue_depth_of(m->queue
 int model_worker_dim(const model_worker *m) { return qemb_dim(&m->file.file->config); }
 int model_worker_is_reranker(const model_worker *m) { return m->is_reranker; }
 const char *model_worker_table(const model_worker *m) { return m->opt.model.ops->name; }
+const qemb_file *model_worker_file(const model_worker *m) { return m->file.file; }
+const model_options *model_worker_model_options(const model_worker *m) { return &m->opt.model; }
 const char *model_worker_fingerprint(const model_worker *m) { return m->fingerprint_hex; }
 
 size_t model_worker_cache_bytes(const model_worker *m) {
@@ -454,11 +456,12 @@ int model_worker_max_tokens(const model_worker *m) {
 
 /* ---- tokenizing ------------------------------------------------------------------------------ */
 
-static int check_ids(const model_worker *m, const int32_t *ids, size_t n, int i, api_error *e) {
+static int check_ids(const model_worker *m, const char *key, const int32_t *ids, size_t n, int i,
+                     api_error *e) {
     for (size_t k = 0; k < n; k++)
         if (ids[k] >= m->file.file->config.vocab)
-            return api_fail(e, 400, "invalid_token", "input",
-                            "input[%d]: no such token (got %d, want 0..%d)", i, ids[k],
+            return api_fail(e, 400, "invalid_token", key,
+                            "%s[%d]: no such token (got %d, want 0..%d)", key, i, ids[k],
                             m->file.file->config.vocab - 1);
     return 0;
 }
@@ -473,26 +476,74 @@ static int tokenize_failed(const qemb_err *err, const char *key, int i, api_erro
     return api_fail(e, 400, err->code, key, "%s[%d]: %s", key, i, err->msg);
 }
 
-static int tokenize_input(model_worker *m, scratch *s, const api_request *r, int i, pending_text *p,
-                          api_error *e) {
+/* Ids of another tokenizer give vectors of nothing, so a list has to end as this model's do. */
+static int check_origin(const model_worker *m, const api_request *r, int i, api_error *e) {
+    const int eos = m->file.file->config.eos_id;
+    const api_input *in = &r->inputs[i];
+    const int last = r->ids[in->first_id + (int)in->len - 1];
+    if (r->any_ids || m->opt.allow_token_ids || (eos != QEMB_NO_TOKEN && last == eos)) return 0;
+    char end[64] = "a model without one";
+    if (eos != QEMB_NO_TOKEN) snprintf(end, sizeof end, "got %d, want %d", last, eos);
+    return api_fail(e, 400, "foreign_token_ids", r->key,
+                    "%s[%d]: token ids that do not end in the model's end-of-text (%s), as those "
+                    "of /tokenize do. Send text: LangChain's OpenAIEmbeddings needs "
+                    "check_embedding_ctx_length=False. Or start the server with --allow-token-ids",
+                    r->key, i, end);
+}
+
+/* What stands before the texts of a request; of a reranker, the task. */
+typedef struct {
+    const char *text; /* (len) */
+    size_t len;
+    char *own; /* owns text, or NULL */
+} request_prompt;
+
+static int set_prompt(const model_worker *m, const record_tokenizer *t, const api_request *r,
+                      request_prompt *p, api_error *e) {
+    qemb_err err;
+    *p = (request_prompt){.text = t->prompt, .len = t->prompt_len};
+    if (!m->is_reranker && !r->inputs->text) {
+        *p = (request_prompt){.text = ""}; /* ids are complete */
+    } else if (r->prompt_name) {
+        const qemb_file *f = m->file.file;
+        const int exact = !strcmp(r->prompt_key, "prompt_name");
+        p->text =
+            exact ? prompt_named(f, r->prompt_name, &err) : prompt_for(f, r->prompt_name, &err);
+        if (!p->text)
+            return api_fail(e, 400, err.code, r->prompt_key, "%s: %s", r->prompt_key, err.msg);
+        p->len = strlen(p->text);
+    } else if (r->instruct && (m->is_reranker || !r->instruct_len)) {
+        *p = (request_prompt){.text = r->instruct, .len = r->instruct_len};
+    } else if (r->instruct && !t->task_end) {
+        return api_fail(e, 400, "no_task", "instruct",
+                        "instruct: this model's prompts have no task (want prompt_name)");
+    } else if (r->instruct) {
+        p->text = p->own = task_prompt(t, r->instruct, r->instruct_len, &p->len);
+        if (!p->own) return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
+    }
+    return 0;
+}
+
+static int tokenize_input(model_worker *m, scratch *s, const api_request *r,
+                          const request_prompt *prompt, int i, pending_text *p, api_error *e) {
     const api_input *in = &r->inputs[i];
     record_tokenizer *t = &s->record_tokenizer;
     record_ids ids = {0};
     qemb_err err;
     int bad;
     if (m->is_reranker) {
-        const text_pair pair = {.task = r->instruct,
-                                .task_len = r->instruct_len,
+        const text_pair pair = {.task = prompt->text,
+                                .task_len = prompt->len,
                                 .query = r->query,
                                 .query_len = r->query_len,
                                 .document = in->text,
                                 .document_len = in->len};
         bad = tokenize_pair(t, &pair, r->max_document, &ids, &err);
     } else if (in->text) {
-        bad = tokenize_text(t, in->text, in->len, r->instruct, r->instruct_len, &ids, &err);
+        bad = tokenize_behind(t, prompt->text, prompt->len, in->text, in->len, &ids, &err);
     } else {
         const int32_t *given = r->ids + in->first_id;
-        if (check_ids(m, given, in->len, i, e)) return -1;
+        if (check_origin(m, r, i, e) || check_ids(m, r->key, given, in->len, i, e)) return -1;
         bad = tokenize_ids(t, given, in->len, &ids, &err);
     }
     if (bad) return tokenize_failed(&err, r->key, i, e);
@@ -502,17 +553,27 @@ static int tokenize_input(model_worker *m, scratch *s, const api_request *r, int
     return p->text ? 0 : api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
 }
 
+/* A request may have a shorter limit than the worker. */
+static void set_limits(const model_worker *m, record_tokenizer *t, const api_request *r) {
+    const int most = model_worker_max_tokens(m);
+    t->truncate = r->truncate >= 0 ? r->truncate : m->opt.model.truncate;
+    t->text.max_tokens = r->max_tokens && r->max_tokens < most ? r->max_tokens : most;
+}
+
 int model_worker_tokenize(model_worker *m, const api_request *r, pending_request *t,
-                          uint64_t *tokens, api_error *e) {
+                          uint64_t *tokens, char recipe[RECIPE_ROOM], api_error *e) {
+    request_prompt prompt;
     t->texts = calloc((size_t)r->n, sizeof *t->texts);
     if (!t->texts) return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
     t->n = r->n;
     *tokens = 0;
     scratch *s = take_scratch(m);
-    s->record_tokenizer.truncate = r->truncate >= 0 ? r->truncate : m->opt.model.truncate;
-    int bad = 0;
+    set_limits(m, &s->record_tokenizer, r);
+    int bad = set_prompt(m, &s->record_tokenizer, r, &prompt, e);
+    if (!bad && recipe_fingerprint(recipe, m->fingerprint, prompt.text, prompt.len))
+        bad = api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
     for (int i = 0; i < r->n && !bad; i++) {
-        bad = tokenize_input(m, s, r, i, &t->texts[i], e);
+        bad = tokenize_input(m, s, r, &prompt, i, &t->texts[i], e);
         if (!bad) *tokens += (uint64_t)t->texts[i].text->n;
         /* Bounds the memory of one request's ids. */
         if (!bad && *tokens > (uint64_t)m->opt.max_queue_tokens)
@@ -523,6 +584,7 @@ int model_worker_tokenize(model_worker *m, const api_request *r, pending_request
                            m->is_reranker ? ", with prompt and query once for each document" : "",
                            *tokens, m->opt.max_queue_tokens);
     }
+    free(prompt.own);
     give_scratch(m, s);
     if (bad) pending_request_clear(t);
     return bad;

@@ -6,6 +6,7 @@
 
 #include "api.h"
 #include "cache.h"
+#include "frontends/fingerprint.h"
 #include "frontends/model_options.h"
 #include "redis.h"
 
@@ -18,9 +19,10 @@ typedef struct {
     model_options model;
     role role;
     int max_queue_tokens;
-    cache *cache;     /* or NULL */
-    redis *redis;     /* or NULL */
-    metrics *metrics; /* has to outlive the worker */
+    int allow_token_ids; /* 1: also ids that do not end in end-of-text */
+    cache *cache;        /* or NULL */
+    redis *redis;        /* or NULL */
+    metrics *metrics;    /* has to outlive the worker */
 } model_worker_options;
 
 /* Opens the file and the tokenizer. Ends the process with a message on failure, and if the model is
@@ -45,10 +47,14 @@ const char *model_worker_table(const model_worker *w); /* the name of the ops ta
  * ids. */
 const char *model_worker_fingerprint(const model_worker *w);
 
+const qemb_file *model_worker_file(const model_worker *w);
+const model_options *model_worker_model_options(const model_worker *w);
+
 /* Tokenizes the inputs of r: allocates t->texts (r->n) with ids and keys, sets *tokens to the
- * number of tokens. On failure returns -1 with *e, and t holds nothing. */
+ * number of tokens and recipe to the fingerprint of model, table and prompt. On failure returns -1
+ * with *e, and t holds nothing. */
 int model_worker_tokenize(model_worker *w, const api_request *r, pending_request *t,
-                          uint64_t *tokens, api_error *e);
+                          uint64_t *tokens, char recipe[RECIPE_ROOM], api_error *e);
 
 /* Sets the vectors of those texts of t that are cached. Returns their number. */
 int model_worker_lookup(model_worker *w, pending_request *t);

@@ -86,11 +86,27 @@ def test_one_string_is_one_vector(serve):
 
 
 def test_token_ids(serve):
-    lists = [[1, 2, 3], [1, 2, 3, EOS], [VOCAB - 1], [65]]
+    lists = [[1, 2, 3, EOS], [VOCAB - 1, EOS], [65, EOS], [EOS]]
     want = qemb("--output", "base64", records=[{"ids": ids} for ids in lists])
     assert serve.embed(lists) == want
     assert serve.embed(lists[0]) == want[:1]
-    assert want[0] == want[1]
+
+
+def test_foreign_token_ids(serve):
+    """Ids that do not end in end-of-text, such as those of another tokenizer, are refused."""
+    for ids in [1, 2, 3], [[1, EOS], [2]], [100257], [[EOS, 5]]:
+        a = serve.post({"model": "small", "input": ids})
+        assert (a.status, a.error["code"], a.error["param"]) == (400, "foreign_token_ids", "input")
+        assert "check_embedding_ctx_length=False" in a.error["message"]
+        assert "--allow-token-ids" in a.error["message"]
+    lists = [[1, 2, 3], [1, 2, 3, EOS], [65]]
+    want = qemb("--output", "base64", records=[{"ids": ids} for ids in lists])
+    with server("--allow-token-ids") as s:
+        assert s.embed(lists) == want and want[0] == want[1]
+    path = str(ROOT / "tests" / "golden" / "pplx.qemb")  # a model without end-of-text
+    with server("--name", "small", model=path) as s:
+        assert s.post({"input": [[1, 2]]}).error["code"] == "foreign_token_ids"
+        assert s.post({"input": ["x"]}).status == 200
 
 
 def test_usage_counts_tokens(serve):
@@ -135,13 +151,13 @@ def test_truncate(serve):
     assert serve.embed([text], truncate=True) == want
     line = qemb("--truncate", "--output", "jsonl", records=[{"text": text}])[0]
     said = json.loads(line)["truncated_bytes"]
-    ids = list(range(200)) * 20
+    ids = [*range(200)] * 20 + [EOS]
     for path in ("/v1/embeddings", "/v1/embeddings", "/tokenize"):
         a = serve.post({"model": "small", "input": ["x", text], "truncate": True}, path)
         assert [e.get("truncated_bytes") for e in a.json["data"]] == [None, said]
-        a = serve.post({"model": "small", "input": [[5], ids], "truncate": True}, path)
+        a = serve.post({"model": "small", "input": [[5, EOS], ids], "truncate": True}, path)
         cut = [e.get("truncated_tokens") for e in a.json["data"]]
-        assert cut == [None, len(ids) - MAX_TOKENS + 1]
+        assert cut == [None, len(ids) - MAX_TOKENS]
     got = serve.openai().embeddings.create(model="small", input=text, extra_body={"truncate": True})
     assert len(got.data[0].embedding) == HIDDEN and got.data[0].truncated_bytes == said
     a = serve.post({"model": "small", "input": ["x", text]})
@@ -156,7 +172,7 @@ def test_other_models(model):
     vocab = int(re.search(r"vocabulary +(\d+)", info)[1])
     lists = [[k % vocab for k in range(i, 3 * i)] for i in range(1, 12)]
     want = qemb("--output", "base64", records=[{"ids": ids} for ids in lists], model=path)
-    with server("--name", "small", model=path) as s:
+    with server("--name", "small", "--allow-token-ids", model=path) as s:
         assert s.embed(lists) == want
 
 
@@ -180,11 +196,9 @@ BAD = [
     (b"[" * 100000, 400, "invalid_json", None),
     ([1], 400, "invalid_json", None),
     ({"model": "small"}, 400, "missing_parameter", "input"),
-    ({"input": "x"}, 400, "missing_parameter", "model"),
-    ({**OK, "model": None}, 400, "missing_parameter", "model"),
     ({**OK, "model": 3}, 400, "invalid_type", "model"),
     ({**OK, "model": "other"}, 404, "model_not_found", "model"),
-    ({**OK, "input": None}, 400, "invalid_type", "input"),
+    ({**OK, "input": None}, 400, "missing_parameter", "input"),
     ({**OK, "input": {}}, 400, "invalid_type", "input"),
     ({**OK, "input": []}, 400, "empty_input", "input"),
     ({**OK, "input": [[]]}, 400, "empty_input", "input"),
@@ -196,9 +210,9 @@ BAD = [
     ({**OK, "input": [1.0]}, 400, "invalid_type", "input"),
     ({**OK, "input": [[1], [1.5]]}, 400, "invalid_type", "input"),
     ({**OK, "input": [-1]}, 400, "invalid_token", "input"),
-    ({**OK, "input": [[1], [VOCAB]]}, 400, "invalid_token", "input"),
+    ({**OK, "input": [[1, EOS], [VOCAB, EOS]]}, 400, "invalid_token", "input"),
     ({**OK, "input": [2**31]}, 400, "invalid_token", "input"),
-    ({**OK, "input": [1] * (MAX_TOKENS + 1)}, 400, "context_length_exceeded", "input"),
+    ({**OK, "input": [1] * MAX_TOKENS + [EOS]}, 400, "context_length_exceeded", "input"),
     ({**OK, "input": ["x"] * 2049}, 400, "too_many_inputs", "input"),
     ({**OK, "dimensions": 0}, 400, "invalid_dimensions", "dimensions"),
     ({**OK, "dimensions": HIDDEN + 1}, 400, "invalid_dimensions", "dimensions"),
@@ -206,12 +220,11 @@ BAD = [
     ({**OK, "dimensions": "8"}, 400, "invalid_type", "dimensions"),
     ({**OK, "encoding_format": "hex"}, 400, "invalid_encoding_format", "encoding_format"),
     ({**OK, "encoding_format": 1}, 400, "invalid_type", "encoding_format"),
-    ({**OK, "truncate": "yes"}, 400, "invalid_type", "truncate"),
+    ({**OK, "truncate": "yes"}, 400, "invalid_truncation", "truncate"),
     ({**OK, "fallback": 1}, 400, "invalid_type", "fallback"),
     ({**OK, "instruct": 1}, 400, "invalid_type", "instruct"),
     ({**OK, "input": [1], "instruct": "x"}, 400, "invalid_instruct", "instruct"),
     ({**OK, "dimension": 4}, 400, "unknown_parameter", "dimension"),
-    ({**OK, "k" * 99: 4}, 400, "unknown_parameter", "k" * 64),
 ]
 
 
@@ -248,7 +261,6 @@ def test_openai_client_sees_its_own_errors(serve):
 def test_paths_and_methods(serve):
     assert serve.request("GET", "/").error["code"] == "unknown_url"
     assert serve.request("GET", "/v1/embedding").status == 404
-    assert serve.post(OK, "/v1/embeddings/").status == 404
     for method, path, allow in [
         ("GET", "/v1/embeddings", "POST"),
         ("PUT", "/v1/embeddings", "POST"),
@@ -267,10 +279,9 @@ def test_paths_and_methods(serve):
     "headers,status",
     [
         ({"Content-Type": "text/plain"}, 415),
-        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
         ({"Content-Type": "application/jsonp"}, 415),
         ({"Content-Type": "application/json; charset=latin-1"}, 415),
-        ({**JSON, "Content-Encoding": "gzip"}, 415),
+        ({**JSON, "Content-Encoding": "br"}, 415),
         ({"Content-Type": 'Application/JSON ; charset="UTF-8"'}, 200),
         ({}, 200),
     ],
@@ -438,13 +449,13 @@ def broken_model(tmp_path, token):
 def test_a_text_without_a_vector(tmp_path):
     """The answer is an error that names the text, not a zero or null vector; health recovers."""
     with server("--name", "small", model=broken_model(tmp_path, 65)) as s:
-        a = s.post({"model": "small", "input": [[66], [65], [67]]})
+        a = s.post({"model": "small", "input": [[66, EOS], [65, EOS], [67, EOS]]})
         assert a.status == 422 and a.error["code"] == "non_finite"
         assert a.error["message"].startswith("input[1]:")
         s.wait_log("failing")
         s.wait_log("ready", 2)  # the server probes the model itself
         assert s.request("GET", "/health").status == 200
-        assert len(s.embed([[66], [67]])) == 2
+        assert len(s.embed([[66, EOS], [67, EOS]])) == 2
 
 
 def test_a_model_that_computes_nothing(tmp_path):
@@ -525,7 +536,7 @@ def test_fallback_when_the_model_fails(tmp_path):
         a = s.post(ask(SHORT, fallback=True, instruct="T"))
         want = [{"text": t, "instruct": "T"} for t in SHORT]
         assert vectors_in(a) == qemb("--output", "base64", records=want, model=TINY)
-        assert s.post(ask(SHORT)).status == s.post(ask([[1, 2]], fallback=True)).status == 422
+        assert s.post(ask(SHORT)).status == s.post(ask([[1, EOS]], fallback=True)).status == 422
         a = s.request("GET", "/health")
         assert a.status == 503 and a.json == {"status": "failing", "fallback": "ok"}
         assert s.metric("qemb_fallbacks_total") == 2 and s.metric("qemb_healthy") == 0
@@ -701,7 +712,7 @@ def test_body_limit():
 
 def test_memory_limit():
     with server(*BUSY, "--max-memory", 1, "--max-queue", 100000) as s:
-        body = {"model": "small", "input": [long_ids(i) for i in range(10)] + [[1]] * 380}
+        body = {"model": "small", "input": [long_ids(i) for i in range(10)] + [[1, EOS]] * 380}
         c = s.connect()
         c.request("POST", "/v1/embeddings", json.dumps(body), JSON)
         s.wait_metric("qemb_queue_tokens", lambda x: x > 0)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from serve_client import (
+    EOS,
     GUARD,
     HIDDEN,
     MODEL,
@@ -58,7 +59,7 @@ def test_no_cache():
 def test_cache_is_bounded():
     with server("--cache", 1) as s:
         for i in range(0, 4000, 400):
-            s.embed([[k % 250, k // 250 + 1] for k in range(i, i + 400)], dimensions=1)
+            s.embed([[k % 250, k // 250 + 1, EOS] for k in range(i, i + 400)], dimensions=1)
             assert s.metric("qemb_cache_bytes") <= 1 << 20
         assert s.metric("qemb_cache_bytes") > 900000
 
@@ -188,7 +189,7 @@ def test_a_model_without_end_of_text(tmp_path):
     lists = [[1, 2], [1, 3], [1], [0], [2]]
     want = qemb("--output", "base64", records=[{"ids": ids} for ids in lists], model=path)
     assert len(set(want)) == len(lists)
-    with server(model=path) as s:
+    with server("--allow-token-ids", model=path) as s:
         for _ in range(2):
             assert s.embed(lists) == want
         a = s.post(ask([""]))
@@ -197,16 +198,16 @@ def test_a_model_without_end_of_text(tmp_path):
 
 def test_models_do_not_share_keys(redis, tmp_path):
     with server(*with_redis(redis.port)) as a:
-        one = a.embed([[1, 2]])
+        one = a.embed([[1, 2, EOS]])
         wait_stored(redis, 2)
     # one weight differs, and with it the recorded digest
     other = with_header(tmp_path / "other.qemb", 40, bytes([Path(MODEL).read_bytes()[40] ^ 1]))
     with server(*with_redis(redis.port), "--name", "small", model=other) as b:
-        assert b.embed([[1, 2]]) == one and b.metric("qemb_redis_hits_total") == 0
+        assert b.embed([[1, 2, EOS]]) == one and b.metric("qemb_redis_hits_total") == 0
 
 
 def test_tables_share_no_vectors(redis):
-    lists, stored = [[1, 2, 3], [4, 5]], 0
+    lists, stored = [[1, 2, 3, EOS], [4, 5, EOS]], 0
     refusal = subprocess.run([QEMB, "--cpu", "abacus"], stderr=subprocess.PIPE, timeout=GUARD)
     for table in re.search(r"want (.*)\)", refusal.stderr.decode())[1].split(", "):
         want = qemb("--cpu", table, "--output", "base64", records=[{"ids": ids} for ids in lists])
@@ -221,10 +222,10 @@ def test_tables_share_no_vectors(redis):
 def test_what_one_table_serves_is_shared(redis):
     """Keys hold the table, whatever options chose it."""
     with server(*with_redis(redis.port), "--cpu", "plain") as s:
-        one = s.embed([[1, 2]])
+        one = s.embed([[1, 2, EOS]])
         wait_stored(redis, 2)
     with server(*with_redis(redis.port), "--cpu", "plain", "--math", "int8") as s:
-        assert s.embed([[1, 2]]) == one and s.metric("qemb_redis_hits_total") == 1
+        assert s.embed([[1, 2, EOS]]) == one and s.metric("qemb_redis_hits_total") == 1
 
 
 def test_wrong_values_in_redis_are_misses(redis):
@@ -298,7 +299,7 @@ def test_redis_killed_under_load(redis):
 
 
 def test_two_models_share_no_vectors(redis):
-    with server(*with_redis(redis.port), "--fallback", TINY) as s:
+    with server(*with_redis(redis.port), "--fallback", TINY, "--allow-token-ids") as s:
         s.wait_log("ready", 2)
         want = [vectors_of(SHORT, m) for m in (MODEL, TINY)]
         ids = [[1, 2, 3], [4]]  # other texts, or invalid, for the other model

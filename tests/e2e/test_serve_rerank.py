@@ -181,26 +181,13 @@ TEI_KEYS = (
 ).split()
 
 
-def test_an_unknown_key_is_told_the_known_ones(both):
-    """The lists of the messages are those of the keys that are accepted."""
-    forms = [
-        ({**ASK, "topn": 1}, "/v1/rerank", ["query", "documents", *KEYS]),
-        ({"query": "q", "texts": ["x"], "topn": 1}, "/rerank", ["query", "texts", *TEI_KEYS]),
-        ({**OK, "topn": 1}, "/tokenize", ["input", "model", "instruct", "truncate"]),
-        (
-            {**OK, "topn": 1},
-            "/v1/embeddings",
-            "input model dimensions encoding_format user instruct truncate fallback".split(),
-        ),
-    ]
-    for body, path, keys in forms:
-        e = both.post(body, path).json["error"]
-        message = e if isinstance(e, str) else e["message"]
-        start, end = "topn: unknown parameter (want ", ")"
-        assert message.startswith(start) and message.endswith(end)
-        assert message[len(start) : -1].replace(" or ", ", ").split(", ") == keys
-        body = {**dict.fromkeys(keys), **body}  # topn last
-        assert '"topn: unknown' in both.post(body, path).body.decode()
+def test_a_misspelt_key_is_told_the_right_one(both):
+    """Other unknown keys are no error."""
+    tei = {"query": "q", "texts": ["x"]}
+    for body, path in ((ASK, "/v1/rerank"), (tei, "/rerank")):
+        a = both.post({**body, "topn": 1}, path)
+        assert a.status in (400, 422) and "topn: unknown (want top_n?)" in a.body.decode()
+        assert both.post({**body, "colour": 1}, path).status == 200
 
 
 def test_null_counts_as_not_given(both):
@@ -311,7 +298,7 @@ BAD = [
     ({**ASK, "top_n": "1"}, 400, "invalid_type", "top_n"),
     ({**ASK, "max_tokens_per_doc": 0}, 400, "invalid_number", "max_tokens_per_doc"),
     ({**ASK, "return_documents": 1}, 400, "invalid_type", "return_documents"),
-    ({**ASK, "truncate": "x"}, 400, "invalid_type", "truncate"),
+    ({**ASK, "truncate": "x"}, 400, "invalid_truncation", "truncate"),
     ({**ASK, "truncation": 1}, 400, "invalid_type", "truncation"),
     ({**ASK, "instruct": 1}, 400, "invalid_type", "instruct"),
     ({**ASK, "rank_fields": ["title"]}, 400, "invalid_rank_fields", "rank_fields"),
@@ -324,7 +311,7 @@ BAD = [
     ({**ASK, "raw_scores": 1}, 400, "invalid_type", "raw_scores"),
     ({**ASK, "use_activation": 1}, 400, "invalid_type", "use_activation"),
     ({**ASK, "instruction": 1}, 400, "invalid_type", "instruction"),
-    ({**ASK, "dimensions": 5}, 400, "unknown_parameter", "dimensions"),
+    ({**ASK, "return_document": True}, 400, "unknown_parameter", "return_document"),
     ({**ASK, "instruction": "T", "instruct": "T"}, 400, "conflicting_parameters", "instruction"),
     ({**ASK, "truncation": True, "truncate": True}, 400, "conflicting_parameters", "truncation"),
     (
@@ -380,7 +367,7 @@ TEI_BAD = [
     ({**TEI, "texts": [{"text": "x"}]}, 422, "Validation"),
     ({**TEI, "texts": ["x"] * 2049}, 422, "Validation"),
     ({**TEI, "documents": ["x"]}, 422, "Validation"),
-    ({**TEI, "return_documents": True}, 422, "Validation"),
+    ({**TEI, "return_texts": True}, 422, "Validation"),
     ({**TEI, "truncation_direction": "Left"}, 422, "Validation"),
     ({**TEI, "raw_scores": 1}, 422, "Validation"),
     ({**TEI, "model": "other"}, 404, "Validation"),

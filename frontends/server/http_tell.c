@@ -1,0 +1,185 @@
+/* http_tell.c - answers about the server itself: health, metrics, models; see request.h. */
+#include "api_ollama.h"
+#include "api_tei.h"
+#include "request.h"
+
+#include "frontends/console.h"
+
+#include <stdio.h>
+
+static const char *state_name(model_worker *l) {
+    static const char *const names[] = {"loading", "ok", "failing", "failing"};
+    return names[model_worker_state_of(l)];
+}
+
+/* The state of the first model; if that is good, of the reranker beside it. */
+static const char *health_of(const http *h) {
+    model_worker *w = h->workers[ROLE_MAIN], *reranker = h->workers[ROLE_RERANKER];
+    if (atomic_load(&h->draining)) return "draining";
+    if (reranker && model_worker_state_of(w) == WORKER_READY) w = reranker;
+    return state_name(w);
+}
+
+static enum MHD_Result tell_health(request *r) {
+    buffer body = {0};
+    const char *health = health_of(r->h);
+    buffer_printf(&body, "{\"status\":\"%s\"", health);
+    for (int i = ROLE_MAIN + 1; i < N_ROLES; i++)
+        if (r->h->workers[i])
+            buffer_printf(&body, ",\"%s\":\"%s\"", role_name((role)i),
+                          state_name(r->h->workers[i]));
+    buffer_printf(&body, "}");
+    return request_answer(r, strcmp(health, "ok") ? 503 : 200, &body, JSON);
+}
+
+static enum MHD_Result tell_metrics(request *r) {
+    http *h = r->h;
+    buffer body = {0};
+    gauges g = {.healthy = !strcmp(health_of(h), "ok"),
+                .devices = model_worker_devices(h->workers[ROLE_MAIN]),
+                .cache_bytes = model_worker_cache_bytes(h->workers[ROLE_MAIN])};
+    for (int i = 0; i < N_ROLES; i++) {
+        model_worker *w = h->workers[i];
+        if (!w) continue;
+        const queue_depth d = model_worker_depth(w);
+        g.worker[i].model = http_name_of(h, w);
+        g.worker[i].table = model_worker_table(w);
+        g.worker[i].fingerprint = model_worker_fingerprint(w);
+        g.worker[i].queue_texts = d.texts;
+        g.worker[i].queue_tokens = d.tokens;
+        g.worker[i].queue_requests = d.requests;
+    }
+    pthread_mutex_lock(&h->lock);
+    g.connections = h->n_accepted;
+    pthread_mutex_unlock(&h->lock);
+    metrics_text(h->opt.metrics, &body, &g);
+    return request_answer(r, 200, &body, "text/plain; version=0.0.4; charset=utf-8");
+}
+
+/* ---- models ---------------------------------------------------------------------------------- */
+
+/* Lists the names of all models; returns their number. */
+static int list_models(const http *h, api_model models[MAX_NAMES + N_ROLES]) {
+    const http_options *o = &h->opt;
+    const int ranks_only = model_worker_is_reranker(h->workers[ROLE_MAIN]);
+    int n = 0;
+    for (; n < o->n_names; n++) models[n] = (api_model){o->names[n], ranks_only};
+    if (o->fallback_name) models[n++] = (api_model){o->fallback_name, 0};
+    if (o->reranker_name) models[n++] = (api_model){o->reranker_name, 1};
+    return n;
+}
+
+static enum MHD_Result tell_models(request *r) {
+    api_model models[MAX_NAMES + N_ROLES];
+    buffer body = {0};
+    const int n = list_models(r->h, models);
+    api_models(&body, models, n, (long)r->h->created);
+    return request_answer(r, 200, &body, JSON);
+}
+
+static enum MHD_Result no_such_model(request *r, const char *name) {
+    api_fail(&r->error, 404, "model_not_found", "model",
+             "model: not served here (got %.80s, want %.80s)", name,
+             http_name_of(r->h, r->h->workers[ROLE_MAIN]));
+    return request_answer_error(r);
+}
+
+static enum MHD_Result tell_model(request *r) {
+    buffer body = {0};
+    const model_worker *w = http_worker_named(r->h, r->model);
+    if (!w) return no_such_model(r, r->model);
+    const api_model model = {r->model, model_worker_is_reranker(w)};
+    api_model_json(&body, &model, (long)r->h->created);
+    return request_answer(r, 200, &body, JSON);
+}
+
+static api_ollama_card card_of(const http *h, const model_worker *w, const char *name) {
+    return (api_ollama_card){.name = name,
+                             .file = model_worker_file(w),
+                             .loaded = (long)h->created,
+                             .max_tokens = model_worker_max_tokens(w)};
+}
+
+static enum MHD_Result tell_tags(request *r) {
+    const http *h = r->h;
+    api_model models[MAX_NAMES + N_ROLES];
+    api_ollama_card cards[MAX_NAMES + N_ROLES];
+    buffer body = {0};
+    const int n = list_models(h, models);
+    for (int i = 0; i < n; i++)
+        cards[i] = card_of(h, http_worker_named(h, models[i].name), models[i].name);
+    api_ollama_tags(&body, cards, n);
+    return request_answer(r, 200, &body, JSON);
+}
+
+static enum MHD_Result tell_version(request *r) {
+    buffer body = {0};
+    buffer_printf(&body, "{\"version\":\"" QEMB_VERSION "\"}");
+    return request_answer(r, 200, &body, JSON);
+}
+
+static enum MHD_Result show_model(request *r) {
+    const http *h = r->h;
+    buffer body = {0};
+    if (api_ollama_parse_show(&r->api, r->body ? r->body : "", r->len, &r->error))
+        return request_answer_error(r);
+    const char *name = r->api.model;
+    const model_worker *w = name ? http_worker_named(h, name) : h->workers[ROLE_MAIN];
+    if (!w) return no_such_model(r, name);
+    const api_ollama_card card = card_of(h, w, http_name_of(h, w));
+    api_ollama_show(&body, &card);
+    return request_answer(r, 200, &body, JSON);
+}
+
+/* ---- text-embeddings-inference --------------------------------------------------------------- */
+
+static const char *dtype_of(qemb_math math) {
+    static const char *const names[] = {
+        [QEMB_MATH_F32] = "float32", [QEMB_MATH_BF16] = "bfloat16", [QEMB_MATH_INT16] = "int16",
+        [QEMB_MATH_INT8] = "int8",   [QEMB_MATH_FP8] = "fp8",       [QEMB_MATH_F16] = "float16"};
+    return names[math];
+}
+
+static enum MHD_Result tell_info(request *r) {
+    const http *h = r->h;
+    model_worker *w = h->workers[ROLE_MAIN];
+    const model_options *o = model_worker_model_options(w);
+    const qemb_config *c = &model_worker_file(w)->config;
+    buffer body = {0};
+    const api_tei_card card = {
+        .model = http_name_of(h, w),
+        .dtype = dtype_of(o->ops->math),
+        .pooling = c->kind == QEMB_RERANKER       ? NULL
+                   : c->pooling == QEMB_POOL_MEAN ? "mean"
+                                                  : "last_token",
+        .max_requests = h->opt.max_connections,
+        .max_tokens = model_worker_max_tokens(w),
+        .batch_tokens = o->engine.batch_tokens,
+        .max_texts = h->opt.max_texts,
+        .threads = h->opt.http_threads,
+        .truncates = o->truncate,
+    };
+    api_tei_info(&body, &card);
+    return request_answer(r, 200, &body, JSON);
+}
+
+enum MHD_Result http_tell(request *r) {
+    switch (r->route) {
+    case ROUTE_SHOW:
+        return show_model(r);
+    case ROUTE_MODELS:
+        return tell_models(r);
+    case ROUTE_MODEL:
+        return tell_model(r);
+    case ROUTE_INFO:
+        return tell_info(r);
+    case ROUTE_TAGS:
+        return tell_tags(r);
+    case ROUTE_VERSION:
+        return tell_version(r);
+    case ROUTE_METRICS:
+        return tell_metrics(r);
+    default:
+        return tell_health(r);
+    }
+}
