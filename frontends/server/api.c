@@ -199,8 +199,12 @@ static const api_key embeddings_keys[] = {{"input", api_take_input},
 
 int api_load(api_request *r, const char *body, size_t len, int max_texts, api_error *e) {
     json_error_t je;
-    *r = (api_request){
-        .truncate = -1, .normalize = -1, .base64 = -1, .key = "input", .max_texts = max_texts};
+    *r = (api_request){.key = "input",
+                       .max_texts = max_texts,
+                       .output = {.kind = FORMAT_F32},
+                       .truncate = -1,
+                       .normalize = -1,
+                       .base64 = -1};
     json_t *root =
         json_loadb(body, len, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY | JSON_ALLOW_NUL, &je);
     if (!root && json_error_code(&je) == json_error_out_of_memory)
@@ -236,7 +240,6 @@ int api_parse(api_request *r, api_kind kind, const char *body, size_t len, int m
     const int tokenize = kind == API_TOKENIZE;
     if (api_load(r, body, len, max_texts, e)) return -1;
     r->any_ids = tokenize; /* only to look at */
-    r->output.kind = FORMAT_F32;
     if (api_parse_keys(r, tokenize ? tokenize_keys : embeddings_keys, e)) return -1;
     if (r->max_tokens && !r->says_right)
         return api_fail(e, 400, "invalid_truncation", "truncate_prompt_tokens",

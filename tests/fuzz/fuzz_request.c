@@ -1,8 +1,13 @@
 /* fuzz_request.c - libFuzzer target: any bytes as the body of a request to qemb-serve. It is
- * parsed, or refused with an error that is valid JSON. The first byte chooses the kind of request.
- * A body that is a string is also tried as the input of a request, or as a document. A request
- * to rerank is answered with made-up logits, in JSON with every wanted result. */
+ * parsed, or refused with an error that is valid JSON. The first byte chooses the API. A body that
+ * is a string is also tried as the input of a request, or as a document. What is accepted is
+ * answered with made-up vectors or logits, in JSON with every wanted result. The bytes are also
+ * decoded as gzip and zstd, in pieces, and read as a header. */
+#include "frontends/server/api_ollama.h"
 #include "frontends/server/api_rerank.h"
+#include "frontends/server/api_tei.h"
+#include "frontends/server/body_decoder.h"
+#include "frontends/server/http_header.h"
 
 #include <jansson.h>
 #include <stdlib.h>
@@ -13,9 +18,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 #define MAX_TEXTS 16
 #define CHECK(x)  ((x) ? (void)0 : abort())
 
-static void check_request(const api_request *r, api_kind kind) {
-    CHECK(r->n >= 1 && r->n <= MAX_TEXTS && (r->model || kind == API_TOKENIZE));
-    CHECK(r->truncate >= -1 && r->truncate <= 1 && r->dimensions >= 0);
+static void check_request(const api_request *r) {
+    CHECK(r->n >= 1 && r->n <= MAX_TEXTS);
+    CHECK(r->truncate >= -1 && r->truncate <= 1 && r->dimensions >= 0 && r->max_tokens >= 0);
     CHECK(r->fallback == 0 || r->fallback == 1);
     size_t n_ids = 0, bytes = 0;
     for (int i = 0; i < r->n; i++) {
@@ -49,6 +54,56 @@ static void check_ranking_error(api_error *e, int is_tei) {
     free(out.data);
 }
 
+/* The APIs of embeddings. */
+typedef enum { OPENAI, TOKENIZE, TEI, OLLAMA, OLLAMA_OLD } dialect;
+
+static int parse_as(api_request *r, dialect d, const char *body, size_t n, api_error *e) {
+    if (d == TEI) return api_tei_parse(r, body, n, MAX_TEXTS, e);
+    if (d >= OLLAMA) return api_ollama_parse(r, d == OLLAMA_OLD, body, n, MAX_TEXTS, e);
+    return api_parse(r, d == TOKENIZE ? API_TOKENIZE : API_EMBEDDINGS, body, n, MAX_TEXTS, e);
+}
+
+/* The vectors of a response, as many as texts, each of them with `each` numbers, or a string. */
+static void check_vectors(const api_request *r, dialect d, const json_t *v, size_t each) {
+    const json_t *list = d == TEI      ? v
+                         : d == OLLAMA ? json_object_get(v, "embeddings")
+                                       : json_object_get(v, "data");
+    CHECK(d == OLLAMA_OLD || json_array_size(list) == (size_t)r->n);
+    for (int i = 0; i < r->n; i++) {
+        const json_t *x =
+            d == OLLAMA_OLD ? json_object_get(v, "embedding") : json_array_get(list, (size_t)i);
+        if (d == OPENAI) x = json_object_get(x, "embedding");
+        CHECK(r->output.base64 ? json_is_string(x) : json_array_size(x) == each);
+    }
+}
+
+static void check_embeddings(const api_request *r, dialect d) {
+    static const float v[] = {-3e38f, 1e-38f, 0.5f, -0.25f, 7, 1, 1, 1, -1};
+    enum { DIM = sizeof v / sizeof *v };
+    const size_t each = r->output.kind == FORMAT_BINARY ? 2 : DIM;
+    pending_text texts[MAX_TEXTS] = {{0}};
+    buffer out = {0};
+    api_error e;
+    for (int i = 0; i < r->n; i++) texts[i].vector = vector_new(v, DIM);
+    const api_answer a = {.texts = texts,
+                          .n = r->n,
+                          .dim = DIM,
+                          .output = r->output,
+                          .key = r->key,
+                          .model = "\"",
+                          .recipe = "0123456789abcdef0123456789abcdef"};
+    CHECK(!(d == TEI      ? api_tei(&out, &a, &e)
+            : d >= OLLAMA ? api_ollama(&out, &a, d == OLLAMA_OLD, &e)
+                          : api_embeddings(&out, &a, &e)));
+    CHECK(out.len <= api_vectors_room(r->n, DIM, &r->output, 1));
+    json_t *parsed = json_loadb(out.data, out.len, 0, NULL);
+    CHECK(parsed);
+    check_vectors(r, d, parsed, each);
+    json_decref(parsed);
+    free(out.data);
+    for (int i = 0; i < r->n; i++) vector_drop(texts[i].vector);
+}
+
 static void check_answer(const api_request *r) {
     pending_text texts[MAX_TEXTS] = {{0}};
     buffer out = {0};
@@ -80,22 +135,71 @@ static void parse_ranking(int with_tei, const char *body, size_t n) {
     api_request_free(&r);
 }
 
-static void parse(api_kind kind, const char *body, size_t n) {
+static void parse(dialect d, const char *body, size_t n) {
     api_request r;
     api_error e;
-    if (api_parse(&r, kind, body, n, MAX_TEXTS, &e))
-        check_error(&e);
-    else
-        check_request(&r, kind);
+    if (parse_as(&r, d, body, n, &e)) {
+        d == TEI ? check_ranking_error(&e, 1) : check_error(&e);
+    } else {
+        check_request(&r);
+        if (d != TOKENIZE) check_embeddings(&r, d);
+    }
     api_request_free(&r);
 }
 
-/* The bytes of kind: 1 tokenize, 2 rerank, 4 with the form of text-embeddings-inference. */
+/* The bytes of kind: 2 rerank, 4 with the form of text-embeddings-inference; else a dialect. */
+static dialect dialect_of(int kind) {
+    return kind & 8   ? (kind & 4   ? OLLAMA_OLD
+                         : kind & 1 ? OLLAMA
+                                    : TEI)
+           : kind & 1 ? TOKENIZE
+                      : OPENAI;
+}
+
 static void parse_any(int kind, const char *body, size_t n) {
     if (kind & 2)
         parse_ranking(!!(kind & 4), body, n);
     else
-        parse(kind & 1 ? API_TOKENIZE : API_EMBEDDINGS, body, n);
+        parse(dialect_of(kind), body, n);
+}
+
+/* All bytes are used up or refused, in pieces of any size, into a buffer of its exact size. */
+static void decode(content_coding c, const char *data, size_t n) {
+    body_decoder *d = body_decoder_new(c);
+    CHECK(d);
+    size_t total = 0;
+    long got = 0;
+    for (size_t at = 0; at < n && got >= 0 && total < 1 << 16; at += 7) {
+        body_decoder_feed(d, data + at, n - at < 7 ? n - at : 7);
+        do {
+            char *out = malloc(64);
+            CHECK(out);
+            got = body_decoder_read(d, out, 64);
+            CHECK(got <= 64);
+            total += got > 0 ? (size_t)got : 0;
+            free(out);
+        } while (got == 64 && total < 1 << 16);
+    }
+    body_decoder_free(d);
+}
+
+static void read_header(const char *data, size_t n) {
+    char trace[TRACE_ROOM], span[SPAN_ROOM];
+    const char *model = NULL;
+    char *s = malloc(n + 1);
+    CHECK(s);
+    memcpy(s, data, n);
+    s[n] = 0;
+    const route r = route_of("POST", s, &model);
+    CHECK((r == ROUTE_MODEL) == !!model && (!model || (model > s && model < s + strlen(s))));
+    is_json_type(s);
+    is_header_list(s);
+    coding_of(s);
+    if (trace_parse(s, trace, span))
+        CHECK(!*trace && !*span);
+    else
+        CHECK(strlen(trace) == TRACE_ROOM - 1 && strlen(span) == SPAN_ROOM - 1);
+    free(s);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
@@ -103,10 +207,18 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         {"{\"model\":\"m\",\"input\":", "}"},
         {"{\"return_documents\":true,\"query\":\"q\",\"documents\":[\"\",", "]}"},
         {"{\"return_text\":true,\"query\":\"q\",\"texts\":[\"\",", "]}"},
+        {"{\"normalize\":false,\"inputs\":", "}"},
+        {"{\"prompt\":", "}"},
     };
     if (!size) return 0;
     const int kind = *data;
-    const char *const *ends = around[!(kind & 2) ? 0 : kind & 4 ? 2 : 1];
+    const dialect d = dialect_of(kind);
+    const char *const *ends = around[kind & 2          ? (kind & 4 ? 2 : 1)
+                                     : d == TEI        ? 3
+                                     : d == OLLAMA_OLD ? 4
+                                                       : 0];
+    decode(kind & 1 ? CODING_ZLIB : CODING_ZSTD, (const char *)data + 1, size - 1);
+    read_header((const char *)data + 1, size - 1);
     parse_any(kind, (const char *)data + 1, size - 1);
     const size_t before = strlen(ends[0]), after = strlen(ends[1]);
     const size_t n = before + size - 1 + after;
