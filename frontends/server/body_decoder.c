@@ -8,7 +8,10 @@
 #include <zlib.h>
 #include <zstd.h>
 
-#define WINDOW_LOG 23 /* of zstd: 8 MiB */
+/* The largest window of a zstd frame, 8 MiB, is the most that RFC 9659 allows in HTTP. */
+#define WINDOW_LOG 23
+#define ZSTD_ROOM  ((size_t)9 << 20)  /* the window beside 0.5 MB of state and blocks */
+#define ZLIB_ROOM  ((size_t)64 << 10) /* a window of 32 KiB, and zlib's 10 KB of state */
 
 struct body_decoder {
     content_coding coding;
@@ -41,6 +44,10 @@ body_decoder *body_decoder_new(content_coding c) {
     if (!bad) return d;
     body_decoder_free(d);
     return NULL;
+}
+
+size_t body_decoder_room(const body_decoder *d) {
+    return d->coding == CODING_ZLIB ? ZLIB_ROOM : ZSTD_ROOM;
 }
 
 void body_decoder_free(body_decoder *d) {

@@ -9,14 +9,13 @@ typedef enum { CODING_NONE, CODING_ZLIB, CODING_ZSTD, CODING_UNKNOWN } content_c
 /* The coding that a Content-Encoding header names; NULL: none. */
 content_coding coding_of(const char *header);
 
-/* The memory that a decoder takes at most: a zstd frame may need a window of 8 MiB, the most that
- * RFC 9659 allows in HTTP. */
-#define BODY_DECODER_ROOM ((size_t)9 << 20)
-
 typedef struct body_decoder body_decoder;
 
-body_decoder *body_decoder_new(content_coding c); /* NULL: out of memory */
-void body_decoder_free(body_decoder *d);          /* d may be NULL */
+/* A decoder of CODING_ZLIB or CODING_ZSTD. NULL: out of memory. */
+body_decoder *body_decoder_new(content_coding c);
+/* The most memory that it may come to take, in bytes. */
+size_t body_decoder_room(const body_decoder *d);
+void body_decoder_free(body_decoder *d); /* d may be NULL */
 /* Gives the decoder data (n); the data must stay valid until it is used up. */
 void body_decoder_feed(body_decoder *d, const char *data, size_t n);
 /* Writes up to cap bytes to out. Returns their number; less than cap: the data is used up, and 0

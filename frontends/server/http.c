@@ -55,7 +55,7 @@ void request_release(request *r, size_t n) {
 }
 
 void request_drop_body(request *r) {
-    if (r->decoder) request_release(r, BODY_DECODER_ROOM);
+    if (r->decoder) request_release(r, body_decoder_room(r->decoder));
     body_decoder_free(r->decoder);
     r->decoder = NULL;
     free(r->body);
@@ -130,7 +130,7 @@ enum MHD_Result request_answer(request *r, int status, buffer *body, const char 
         MHD_add_response_header(m, "Retry-After", seconds);
     }
     if (status == 401) MHD_add_response_header(m, "WWW-Authenticate", "Bearer");
-    if (status == 405 || r->is_options)
+    if (status == 405 || status == 204)
         MHD_add_response_header(m, "Allow", route_methods(r->route));
     if (has_results(r)) MHD_add_response_header(m, "x-qemb-fingerprint", r->work.recipe);
     allow_origin(r, m);
@@ -212,6 +212,17 @@ static int check_method(request *r, const char *method) {
                     route_path(r->route), post ? "POST" : "GET");
 }
 
+static int open_decoder(request *r, content_coding coding) {
+    body_decoder *d = body_decoder_new(coding);
+    if (!d) return api_fail(&r->error, 503, "out_of_memory", NULL, "body: out of memory");
+    if (request_hold(r, body_decoder_room(d), &r->error)) {
+        body_decoder_free(d);
+        return -1;
+    }
+    r->decoder = d;
+    return 0;
+}
+
 static int check_body(request *r) {
     const char *type = header(r, "Content-Type"), *encoding = header(r, "Content-Encoding");
     const char *length = header(r, "Content-Length");
@@ -229,12 +240,7 @@ static int check_body(request *r) {
         return api_fail(&r->error, 413, "body_too_large", NULL,
                         "body: too large (got %.20s bytes, want at most %zu)", length,
                         r->h->opt.max_body);
-    if (coding == CODING_NONE) return 0;
-    if (request_hold(r, BODY_DECODER_ROOM, &r->error)) return -1;
-    r->decoder = body_decoder_new(coding);
-    if (r->decoder) return 0;
-    request_release(r, BODY_DECODER_ROOM);
-    return api_fail(&r->error, 503, "out_of_memory", NULL, "body: out of memory");
+    return coding == CODING_NONE ? 0 : open_decoder(r, coding);
 }
 
 static request *request_new(http *h, struct MHD_Connection *c, const char *method,
@@ -360,9 +366,10 @@ static void on_completed(void *cls, struct MHD_Connection *c, void **cookie,
     const int sent = how == MHD_REQUEST_TERMINATED_COMPLETED_OK && r->phase == ANSWERED;
     if (!sent && r->status != 499) r->status = 499;
     metrics_request(h->opt.metrics, r->route, r->status);
-    if (r->route < ROUTE_RERANK_V1)
+    if (r->route < ROUTE_RERANK_V1 && !r->is_options)
         metrics_observe(h->opt.metrics, HISTOGRAM_REQUEST_SECONDS, seconds);
-    if (request_ranks(r)) metrics_observe(h->opt.metrics, HISTOGRAM_RERANK_SECONDS, seconds);
+    if (request_ranks(r) && !r->is_options)
+        metrics_observe(h->opt.metrics, HISTOGRAM_RERANK_SECONDS, seconds);
     char trace[TRACE_ROOM + SPAN_ROOM + 32] = "";
     if (*r->trace)
         snprintf(trace, sizeof trace, ",\"trace_id\":\"%s\",\"span_id\":\"%s\"", r->trace, r->span);
