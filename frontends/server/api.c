@@ -164,13 +164,11 @@ static int take_prompt_tokens(api_request *r, const char *key, const json_t *v, 
     return api_take_truncate(r, key, json_true(), e);
 }
 
-static const api_key tokenize_keys[] = {{"input", api_take_input},
-                                        {"model", api_take_model},
-                                        {"instruct", api_take_instruct},
-                                        {"input_type", api_take_prompt},
-                                        {"prompt_name", api_take_prompt},
-                                        {"truncate", api_take_truncate},
-                                        {NULL, NULL}};
+static const api_key tokenize_keys[] = {
+    {"input", api_take_input},        {"model", api_take_model},
+    {"instruct", api_take_instruct},  {"input_type", api_take_prompt},
+    {"prompt_name", api_take_prompt}, {"task", api_take_prompt},
+    {"truncate", api_take_truncate},  {NULL, NULL}};
 
 static const api_key embeddings_keys[] = {{"input", api_take_input},
                                           {"model", api_take_model},

@@ -8,6 +8,8 @@
  *
  * request.h says where the rest happens.
  */
+#include "http.h"
+
 #include "api_ollama.h"
 #include "api_rerank.h"
 #include "api_tei.h"
@@ -300,27 +302,34 @@ static int damaged(request *r) {
                     "body: not what its Content-Encoding says");
 }
 
-/* Appends data (n), decoded. */
-static int add_body(request *r, const char *data, size_t n) {
-    if (!r->decoder) {
-        if (grow_body(r, n)) return -1;
-        memcpy(r->body + r->len, data, n);
-        r->len += n;
-        return 0;
-    }
+/* Appends data (n), which is not encoded. */
+static int add_plain(request *r, const char *data, size_t n) {
+    if (grow_body(r, n)) return -1;
+    memcpy(r->body + r->len, data, n);
+    r->len += n;
+    return 0;
+}
+
+/* Appends what data (n) decodes to. Behind a body of the full size, one more byte is tried. */
+static int add_decoded(request *r, const char *data, size_t n) {
     body_decoder_feed(r->decoder, data, n);
     for (;;) {
-        if (r->len == r->cap && grow_body(r, 1)) return -1;
-        const size_t room = r->cap - r->len;
-        const long got = body_decoder_read(r->decoder, r->body + r->len, room);
+        char more;
+        const int full = r->len == r->h->opt.max_body;
+        if (!full && r->len == r->cap && grow_body(r, 1)) return -1;
+        const size_t room = full ? 1 : r->cap - r->len;
+        const long got = body_decoder_read(r->decoder, full ? &more : r->body + r->len, room);
         if (got < 0) return damaged(r);
+        if (full) return got ? grow_body(r, 1) : 0; /* too large */
         r->len += (size_t)got;
         if ((size_t)got < room) return 0;
     }
 }
 
 static enum MHD_Result on_body(request *r, const char *data, size_t n) {
-    if (!r->error.status && takes_body(r) && !add_body(r, data, n)) return MHD_YES;
+    if (!r->error.status && takes_body(r) &&
+        !(r->decoder ? add_decoded(r, data, n) : add_plain(r, data, n)))
+        return MHD_YES;
     request_drop_body(r);
     r->thrown += n;
     return r->thrown / PATIENCE > r->h->opt.max_body ? MHD_NO : MHD_YES;

@@ -2,24 +2,7 @@
 #ifndef QEMB_HTTP_H
 #define QEMB_HTTP_H
 
-#include "model_worker.h"
-
-#define MAX_NAMES 16
-
-typedef struct {
-    const char *host, *key_file;
-    const char *cors_origin; /* whose pages may read responses, or "*"; NULL: none */
-    int port;
-    const char *names[MAX_NAMES]; /* of the model; responses use the first */
-    int n_names;
-    const char *fallback_name, *reranker_name; /* of these models, or NULL */
-    int http_threads, max_connections, max_texts;
-    size_t max_body, max_memory; /* bytes */
-    double deadline, receive_timeout, drain;
-    metrics *metrics; /* has to outlive the server */
-} http_options;
-
-typedef struct http http;
+#include "http_options.h"
 
 /* Starts the server for these workers by role; all but the first may be NULL. It answers 503 until
  * they are ready; http.c says when the fallback computes. Ends the process with a message on

@@ -8,8 +8,8 @@
 
 /* ---- routes ---------------------------------------------------------------------------------- */
 
-/* Other names of paths: without the version, as clients with another base URL send them; llama.cpp's
- * of reranking; "/", to which clients of text-embeddings-inference send texts. */
+/* Other names of paths: without the version, for clients whose base URL lacks it; llama.cpp's of
+ * reranking. */
 static const struct {
     const char *path;
     route route;
@@ -48,7 +48,9 @@ static const char *skip_path(const char *url, const char *path) {
 route route_of(const char *method, const char *url, const char **model) {
     char path[PATH_ROOM];
     clean_path(path, url);
-    if (!strcmp(path, "/") && !strcmp(method, "POST")) return ROUTE_TEI;
+    /* Clients of text-embeddings-inference send texts to its base URL. */
+    if (!strcmp(path, "/") && (!strcmp(method, "POST") || !strcmp(method, "OPTIONS")))
+        return ROUTE_TEI;
     for (int i = 0; i < LENGTH(aliases); i++)
         if (!strcmp(path, aliases[i].path)) return aliases[i].route;
     for (int i = 0; i < ROUTE_OTHER; i++)

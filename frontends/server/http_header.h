@@ -14,8 +14,8 @@ const char *route_methods(route r);
 /* The paths that a message about an unknown one names. */
 extern const char route_list[];
 
-/* Whether a body of that Content-Type may be JSON in UTF-8. NULL: none is given. Accepted are JSON's
- * types, and the one that curl sends unless told otherwise. */
+/* Whether a body of that Content-Type may be JSON in UTF-8. NULL: none is given. Accepted are
+ * JSON's types, and the one that curl sends unless told otherwise. */
 int is_json_type(const char *type);
 
 /* Characters of the ids in a traceparent header (W3C Trace Context), with the NUL. */

@@ -136,6 +136,16 @@ static void check_names(options *o) {
               h->reranker_name);
 }
 
+/* An origin as browsers send it: without a path. */
+static void check_origin(const char *origin) {
+    const char *host = origin ? strstr(origin, "://") : NULL;
+    if (!origin || !strcmp(origin, "*")) return;
+    if (!host || host == origin || !host[3] || host[3 + strcspn(host + 3, "/?#, \t\r\n")])
+        usage("--cors-origin: not an origin (got %.80s, want SCHEME://HOST, with :PORT if it is "
+              "not the usual one, or *)",
+              origin);
+}
+
 static void parse_options(options *o, int argc, char **argv) {
     *o = (options){0};
     option_table t = {.synopsis = synopsis,
@@ -146,6 +156,7 @@ static void parse_options(options *o, int argc, char **argv) {
     model_options_check(&o->worker.model);
     options_check(&t, ~0u, "", !!o->worker.model.ops->plan);
     check_names(o);
+    check_origin(o->http.cors_origin);
 }
 
 /* ---- the run --------------------------------------------------------------------------------- */

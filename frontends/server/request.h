@@ -6,8 +6,8 @@
 #define QEMB_REQUEST_H
 
 #include "body_decoder.h"
-#include "http.h"
 #include "http_header.h"
+#include "http_options.h"
 #include "listen.h"
 
 #include <microhttpd.h>

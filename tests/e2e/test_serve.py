@@ -991,6 +991,8 @@ def test_manual_and_deployment_name_what_there_is(serve):
         (("-m", MODEL, "--fallback", MODEL), 1, "own name"),
         (("-m", MODEL, "--fallback-name", "x"), 1, "no model"),
         (("-m", MODEL, "--redis", "nowhere"), 1, "HOST:PORT"),
+        (("-m", MODEL, "--cors-origin", "a.example"), 1, "--cors-origin"),
+        (("-m", MODEL, "--cors-origin", "https://a.example/"), 1, "--cors-origin"),
         (("-m", MODEL, "--redis", "x:0"), 1, "HOST:PORT"),
         (("-m", MODEL, "texts"), 1, "operand"),
         (("-m", MODEL, "--port"), 1, "needs a value"),
