@@ -55,18 +55,18 @@ build/$(1)/%.o: %.c $$(C_HEADERS)
 build/$(1)/test_cuda: $$(EMU_OBJECTS:%=build/$(1)/%)
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -lcrypto -lm -o $$@
 build/$(1)/qemb-cuda: build/$(1)/qemb.cu.o $$(patsubst %,build/$(1)/%.o,$$(CUDA_PROGRAM)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
-	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -ljansson -lcrypto -lm -o $$@
+	$$(CXX) -g -fopenmp -no-pie $(3) $$^ $$(LIBS) -o $$@
 build/$(1)/bench_cuda: build/$(1)/bench/bench_cuda.cu.o build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES)) $$(EMU_C:%.c=build/$(1)/%.o)
 	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -lcrypto -lm -o $$@
 build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$$(CUDA_SERVE)) build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
-	$$(CXX) -g -fopenmp -no-pie $(3) $$^ $$(SERVE_LIBS) -ljansson -lcrypto -lm -o $$@
+	$$(CXX) -g -fopenmp -no-pie $(3) $$^ $$(SERVE_LIBS) $$(LIBS) -o $$@
 endef
 $(eval $(call emu,emu,-O2 -fopenmp,))
 $(eval $(call emu,emu-asan,-O1 -fopenmp,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all))
 $(eval $(call emu,emu-race,-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie,-DEMU_RACE))
 
 build/emu/qemb-cpu: $(patsubst %,build/emu/%.o,$(FRONT) $(BACKEND) $(ENGINE))
-	$(CC) $(EMU_CC) -O2 -fopenmp $^ -ljansson -lcrypto -lm -o $@
+	$(CC) $(EMU_CC) -O2 -fopenmp $^ $(LIBS) -o $@
 
 test-emu: emu-values emu-sanitizers emu-races emu-program emu-day emu-mutants ## CUDA kernels and the CUDA program on the CPU (make -j2): values, sanitizers, races, mutants
 emu-values: build/emu/test_cuda
@@ -116,11 +116,11 @@ build/cuda/%.o: %.c $(C_HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(EMU_CC) -O3 -fopenmp -c $< -o $@
 build/cuda/qemb-cuda: build/cuda/qemb.cu.o $(patsubst %,build/cuda/%.o,$(CUDA_PROGRAM))
-	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt -ljansson -lcrypto -lm -o $@
+	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(LIBS) -o $@
 qemb-cuda: build/cuda/qemb-cuda ## qemb for NVIDIA GPUs: same options, same protocol
 	cp build/cuda/qemb-cuda qemb-cuda
 build/cuda/qemb-serve: $(patsubst %,build/cuda/%.o,$(CUDA_SERVE)) build/cuda/qemb.cu.o
-	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(SERVE_LIBS) -ljansson -lcrypto -lm -o $@
+	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(SERVE_LIBS) $(LIBS) -o $@
 qemb-serve-cuda: need-serve build/cuda/qemb-serve ## qemb-serve for NVIDIA GPUs: same options and requests
 	cp build/cuda/qemb-serve qemb-serve-cuda
 
@@ -139,9 +139,10 @@ CUBLASLT  = $(shell python3 tests/cuda/gpu_day.py cublaslt $(CUDA))
 # std::string and with it arc4random of glibc 2.36, which nothing calls.
 GPU_LINK  = g++ -static-libstdc++ -static-libgcc -pthread -Wl,--defsym=arc4random=main
 GPU_CUDA  = -L$(CUDA)/lib64 -lcudart_static $(firstword $(wildcard $(CUBLASLT)/libcublasLt.so.*)) -Wl,-rpath,$(CUDA)/lib64
-GPU_LIBS  = -l:libjansson.a -l:libcrypto.a -l:libgomp.a -ldl -lrt -lm
+GPU_LIBS  = -l:libjansson.a -l:libcrypto.a -l:libz.a -l:libzstd.a -l:libgomp.a -ldl -lrt -lm
 # File and Debian package
 GPU_NEEDS := gcc:gcc g++:g++ make:make python3:python3 jansson.h:libjansson-dev libjansson.a:libjansson-dev openssl/evp.h:libssl-dev libcrypto.a:libssl-dev xxhash.h:libxxhash-dev \
+  zlib.h:zlib1g-dev libz.a:zlib1g-dev zstd.h:libzstd-dev libzstd.a:libzstd-dev \
   microhttpd.h:libmicrohttpd-dev libmicrohttpd.a:libmicrohttpd-dev hiredis/hiredis.h:libhiredis-dev libhiredis.a:libhiredis-dev libgomp.a:libgcc-dev
 
 gpu-needs:
