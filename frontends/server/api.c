@@ -157,7 +157,7 @@ static int take_endianness(api_request *r, const char *key, const json_t *v, api
 }
 
 /* vLLM: -1 is the model's limit. Of N tokens it keeps the last ones, unless truncation_side says
- * otherwise, which api_check_request looks at. */
+ * otherwise, which api_parse looks at. */
 static int take_prompt_tokens(api_request *r, const char *key, const json_t *v, api_error *e) {
     if (!json_is_integer(v)) return api_wrong_type(e, key, v, "an integer");
     if (json_integer_value(v) != -1 && api_count(&r->max_tokens, 1, key, v, e)) return -1;

@@ -170,6 +170,11 @@ static const struct {
     {"precision", "\"float32\"", "want embed_dtype"},
     {"max_tokens", NULL, "want truncate_prompt_tokens with truncation_side \"right\""},
     {"parameters", NULL, "want its keys beside the inputs"},
+    {"task_type", NULL, "want input_type"},
+    {"dim", NULL, "want dimensions"},
+    {"ids", NULL, "want the key of inputs in this API"},
+    {"text", NULL, "want the key of texts in this API"},
+    {"texts", NULL, "want the key of texts in this API"},
 };
 
 static int changes_nothing(const char *idle, const json_t *v) {

@@ -5,7 +5,7 @@
 #include "http_options.h"
 
 /* Starts the server for these workers by role; all but the first may be NULL. It answers 503 until
- * they are ready; http.c says when the fallback computes. Ends the process with a message on
+ * they are ready; http_work.c says when the fallback computes. Ends the process with a message on
  * failure. */
 http *http_start(const http_options *o, model_worker *const workers[N_ROLES]);
 int http_port(const http *h);

@@ -348,14 +348,15 @@ def test_curl(serve, tmp_path):
     if not shutil.which("curl"):
         pytest.skip("curl: not installed")
     url = f"http://127.0.0.1:{serve.port}/v1/embeddings"
-    out = subprocess.run(
-        ["curl", "-sS", "--json", json.dumps({**OK, "encoding_format": "base64"}), url],
-        stdout=subprocess.PIPE,
-        timeout=GUARD,
-        check=True,
-    ).stdout
     want = qemb("--output", "base64", records=[{"text": "x"}])
-    assert [e["embedding"] for e in json.loads(out)["data"]] == want
+    for option in "--json", "-d":  # -d says that the body is a form
+        out = subprocess.run(
+            ["curl", "-sS", option, json.dumps({**OK, "encoding_format": "base64"}), url],
+            stdout=subprocess.PIPE,
+            timeout=GUARD,
+            check=True,
+        ).stdout
+        assert [e["embedding"] for e in json.loads(out)["data"]] == want
     body = tmp_path / "body"
     body.write_text(json.dumps(OK) + " " * (2 << 20))
     out = subprocess.run(

@@ -221,6 +221,9 @@ def test_keys_of_other_apis():
         {"embedding_types": ["int8"]},
         {"max_tokens": 5},
         {"embd_normalize": -1},
+        {"task_type": "RETRIEVAL_QUERY"},
+        {"dim": 8},
+        {"texts": ["y"]},
     ],
 )
 def test_keys_that_would_change_the_vector(serve, more):
