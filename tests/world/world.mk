@@ -3,7 +3,7 @@
 # their own, since their needs differ. WORLD_NAME has its Debian packages.
 
 WORLD := clients stores engines python packages
-WORLD_clients  :=
+WORLD_clients  := prometheus
 WORLD_stores   :=
 WORLD_engines  := default-jre-headless parallel
 WORLD_python   :=
