@@ -30,6 +30,7 @@ typedef struct {
     int null_separated; /* records end with NUL */
     format_kind output;
     on_error on_error;
+    int errors_ok;     /* 1: records that failed do not change the exit status */
     int progress;      /* 1: always, -1: never, 0: if standard error is a terminal */
     int dim;           /* 0: the model's */
     const char *query; /* of grep and rerank */

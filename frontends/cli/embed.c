@@ -189,5 +189,6 @@ int embed_stream(const options *o, qemb_model *const *m, int dim, record_tokeniz
     pipeline_free(w.p);
     input_free(w.in);
     end_by_signal(); /* so that the parent sees the signal as the cause */
-    return w.read_errno ? STATUS_USAGE : w.errors ? STATUS_RECORDS : STATUS_GOOD;
+    if (w.read_errno) return STATUS_USAGE;
+    return w.errors && !o->errors_ok ? STATUS_RECORDS : STATUS_GOOD;
 }

@@ -66,6 +66,8 @@ static const option_row rows[] = {
     {"on-error", "WHAT", "record, zero, skip or stop", NULL,
      OPTION_CHOICE, AT(on_error), .unset = "record; binary: stop", .choices = on_error_kinds,
      .commands = FOR_EMBED},
+    {"errors-ok", NULL, "records that fail do not change the exit status", NULL,
+     OPTION_FLAG, AT(errors_ok), .value = 1, .commands = FOR_EMBED | FOR_RERANK},
     {"stats", NULL, "a summary on standard error at the end", NULL,
      OPTION_FLAG, AT(stats), .value = 1, .commands = FOR_EMBED | FOR_RERANK},
     {"progress", NULL, "a progress line on standard error: always", NULL,
@@ -184,6 +186,9 @@ static void parse_options(options *o, option_table *t, unsigned bit, int argc, c
         usage("--on-error record: no place for error records in binary output (want zero, skip, "
               "stop)");
     if (o->on_error == ON_ERROR_DEFAULT) o->on_error = text ? ON_ERROR_RECORD : ON_ERROR_STOP;
+    if (o->errors_ok && o->on_error == ON_ERROR_STOP)
+        usage("--errors-ok: the first error stops this run (want --on-error %szero or skip)",
+              text ? "record, " : "");
 }
 
 /* ---- embed ----------------------------------------------------------------------------------- */

@@ -284,5 +284,6 @@ int rerank_stream(const options *o, qemb_model *const *m, record_tokenizer *t) {
     pipeline_free(w.p);
     input_free(w.in);
     end_by_signal(); /* so that the parent sees the signal as the cause */
-    return w.read_errno ? STATUS_USAGE : w.errors ? STATUS_RECORDS : STATUS_GOOD;
+    if (w.read_errno) return STATUS_USAGE;
+    return w.errors && !o->errors_ok ? STATUS_RECORDS : STATUS_GOOD;
 }

@@ -646,6 +646,21 @@ def test_on_error_in_text():
     assert (got[0], got[2]) == (one, two)
 
 
+@pytest.mark.parametrize(
+    "args",
+    [(), ("--on-error", "skip"), ("--on-error", "zero"), ("--output", "npy", "--on-error", "zero")],
+)
+def test_errors_ok(args):
+    """The same output and messages; the exit status is 0."""
+    data = b"one\n\xff\ntwo\n"
+    want, got = qemb(*args, data=data), qemb(*args, "--errors-ok", data=data)
+    assert (want.returncode, got.returncode) == (3, 0)
+    assert got.stdout == want.stdout and got.stderr == want.stderr
+    fd = os.open("/", os.O_RDONLY)  # other failures are failures still
+    out(*args, "--errors-ok", stdin=fd, status=1, errors="cannot read")
+    os.close(fd)
+
+
 def test_many_errors_are_named_ten_times():
     p = qemb("--on-error", "skip", data=b"\xff\n" * 50)
     assert p.returncode == 3 and p.stderr.count(b"\n") == 11
@@ -917,6 +932,8 @@ USAGE = [
     (("-m", MODEL, "--input", "json"), "--input: unknown .got json, want text, jsonl"),
     (("-m", MODEL, "--on-error", "die"), "--on-error: .*want record, zero, skip, stop"),
     (("-m", MODEL, "--on-error", "record", "--output", "f32"), "--on-error record"),
+    (("-m", MODEL, "--errors-ok", "--on-error", "stop"), "--errors-ok: .*want --on-error record, "),
+    (("-m", MODEL, "--errors-ok", "--output", "f32"), "--errors-ok: .*want --on-error zero"),
     (("-m", MODEL, "--query", "--instruct", "x"), "--prompt and --instruct: only one of them"),
     (("-m", MODEL, "--instruct", ""), "--instruct: an empty task"),
     (("-m", MODEL, "--instruct", b"\xff"), "--instruct: .*invalid UTF-8"),

@@ -379,6 +379,9 @@ def test_a_logit_that_is_not_finite(tmp_path):
     assert got[1]["results"] == []
     p = rerank("--query", "q", data=b"a\n", model=model)
     assert p.returncode == 3 and p.stdout == b"" and b"line 1: non_finite: score" in p.stderr
+    p = rerank("--query", "q", "--errors-ok", data=b"a\n", model=model)
+    assert p.returncode == 0 and p.stdout == b"" and b"line 1: non_finite: score" in p.stderr
+    assert objects(ask(documents=["a"]), args=("--errors-ok",), model=model, errors="1 records")
     p = subprocess.run([QEMB, "check", "-m", model], capture_output=True, timeout=GUARD)
     assert p.returncode == 2 and b"a score that is not finite" in p.stderr
 
