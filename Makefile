@@ -27,14 +27,14 @@ ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 
 CPU     := $(patsubst %,backends/cpu/%,memory threads row_ops packed_gemm avx2 avx2_integers avx512 avx512_attention amx dot_f16 dispatch)
 ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error lib/text_ids lib/embed_text
-SHARED  := $(patsubst %,frontends/%,fingerprint ranking console options model_options select_ops open_model replicas record_tokenizer format input)
+SHARED  := $(patsubst %,frontends/%,fingerprint ranking console options model_options select_ops open_model replicas record_tokenizer format input decompress)
 CLI     := $(patsubst %,frontends/cli/%,main embed check grep rerank hits line_index pipeline progress output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main http http_header http_work http_tell body_decoder listen api api_keys api_tei api_ollama api_rerank model_worker queue cache redis metrics log buffer vector) $(SHARED)
 TESTS   := amx batch embed_text line_index measure model_file format input model ops ranking serve_cache serve_queue simd text_ids tokenizer
 FUZZERS := file jsonl line_index request tokenizer
-TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console format input ranking cli/line_index server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
+TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console decompress format input ranking cli/line_index server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
 
 VENV      := .venv
@@ -105,7 +105,7 @@ build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/measure be
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support tests/unit/emulated_amx $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
-build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console format input cli/line_index ranking server/api server/api_keys server/api_tei server/api_ollama server/api_rerank server/body_decoder server/http_header server/metrics server/log server/buffer server/vector) $$(ENGINE))
+build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console decompress format input cli/line_index ranking server/api server/api_keys server/api_tei server/api_ollama server/api_rerank server/body_decoder server/http_header server/metrics server/log server/buffer server/vector) $$(ENGINE))
 	$(2) $(3) $$^ $(LIBS) -o $$@
 -include $$(wildcard $$(foreach d,* */* */*/* */*/*/*,build/$(1)/$$(d).d))
 endef

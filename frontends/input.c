@@ -1,9 +1,12 @@
 /* input.c - see input.h. */
 #include "input.h"
 
+#include "decompress.h"
+
 #include <errno.h>
 #include <jansson.h>
 #include <poll.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -17,14 +20,24 @@
 struct input {
     int fd, wake_fd;
     char separator;
-    int ended;    /* read() returned 0 */
-    int failed;   /* errno of a read that failed */
-    int skipping; /* inside a record that did not fit in memory */
+    int ended;        /* read() returned 0 */
+    char failed[128]; /* why no more can be read, or "" */
+    int skipping;     /* inside a record that did not fit in memory */
     uint64_t line, bytes;
     char *data;        /* (cap) */
     size_t cap;        /* of data */
     size_t begin, end; /* data[begin .. end) is unread */
     size_t scanned;    /* data[begin .. scanned) has no separator */
+
+    int decided;                /* whether the bytes are compressed */
+    decompressor *decompressor; /* NULL: they are not */
+    char *raw;                  /* (BUFFER_BYTES) */
+    size_t raw_begin, raw_end;  /* raw[raw_begin .. raw_end) is not decompressed */
+    int raw_more;               /* the decompressor may have more without them */
+    uint64_t raw_bytes;         /* decompressed */
+
+    void (*watch)(void *self, const void *bytes, size_t n); /* or NULL */
+    void *watch_self;
 };
 
 input *input_new(int fd, int wake_fd, char separator) {
@@ -40,11 +53,24 @@ input *input_new(int fd, int wake_fd, char separator) {
 
 void input_free(input *in) {
     if (!in) return;
+    decompressor_free(in->decompressor);
+    free(in->raw);
     free(in->data);
     free(in);
 }
 
+void input_watch(input *in, void (*watch)(void *, const void *, size_t), void *self) {
+    in->watch = watch, in->watch_self = self;
+}
+
 uint64_t input_bytes(const input *in) { return in->bytes; }
+uint64_t input_consumed(const input *in) { return in->decompressor ? in->raw_bytes : in->bytes; }
+const char *input_error(const input *in) { return in->failed; }
+
+static input_status fail(input *in, const char *why) {
+    snprintf(in->failed, sizeof in->failed, "%s", why);
+    return INPUT_FAILED;
+}
 
 /* Makes room after data + end, and shrinks a buffer that is larger than needed. If memory runs out
  * inside a record, drops what was read of it and skips the rest. */
@@ -71,10 +97,55 @@ static void make_room(input *in) {
     }
 }
 
+/* Moves bytes from raw to data. INPUT_RECORD: that may have brought some. */
+static input_status expand(input *in) {
+    const char *from = in->raw + in->raw_begin;
+    make_room(in);
+    const size_t room = in->cap - in->end;
+    const ptrdiff_t n =
+        decompress(in->decompressor, &from, in->raw_end - in->raw_begin, in->data + in->end, room);
+    if (n < 0) return fail(in, decompressor_error(in->decompressor));
+    in->raw_bytes += (uint64_t)(from - in->raw) - in->raw_begin;
+    in->raw_begin = (size_t)(from - in->raw);
+    in->raw_more = (size_t)n == room || *decompressor_error(in->decompressor);
+    in->end += (size_t)n;
+    return INPUT_RECORD;
+}
+
+/* Looks at the first bytes, all in data. A record ends with none that a compressed stream begins
+ * with, so none has been taken while that is open. */
+static input_status find_compression(input *in) {
+    const compression c = compression_of(in->data, in->end);
+    in->decided = c != COMPRESSION_UNKNOWN;
+    if (c == COMPRESSION_UNKNOWN || c == COMPRESSION_NONE) return INPUT_RECORD;
+    in->raw = malloc(BUFFER_BYTES);
+    in->decompressor = in->raw ? decompressor_new(c) : NULL;
+    if (!in->decompressor) return fail(in, "out of memory");
+    memcpy(in->raw, in->data, in->end);
+    in->raw_end = in->end;
+    in->end = 0;
+    return expand(in);
+}
+
+/* Takes n bytes that were read, 0 at the end of input; `to` is where they are. */
+static input_status take_bytes(input *in, char *to, size_t n) {
+    in->ended = !n;
+    if (in->watch && n) in->watch(in->watch_self, to, n);
+    if (in->decompressor) {
+        in->raw_begin = 0, in->raw_end = n;
+        if (n) return expand(in);
+        return decompressor_at_end(in->decompressor) ? INPUT_RECORD
+                                                     : fail(in, "compressed data: cut off");
+    }
+    in->end += n;
+    return in->decided || !n ? INPUT_RECORD : find_compression(in);
+}
+
 /* One read. INPUT_RECORD: bytes arrived, or the end of input. */
 static input_status fill(input *in, int wait) {
     struct pollfd fds[2] = {{.fd = in->fd, .events = POLLIN},
                             {.fd = in->wake_fd, .events = POLLIN}};
+    if (in->raw_begin < in->raw_end || in->raw_more) return expand(in);
     for (;;) {
         if (poll(fds, 2, wait ? -1 : 0) < 0) {
             if (errno == EINTR) continue;
@@ -82,18 +153,14 @@ static input_status fill(input *in, int wait) {
         }
         if (fds[1].revents) return INPUT_STOPPED;
         if (!fds[0].revents) return INPUT_WAIT;
-        make_room(in);
-        const ssize_t n = read(in->fd, in->data + in->end, in->cap - in->end);
-        if (n >= 0) {
-            in->ended = !n;
-            in->end += (size_t)n;
-            return INPUT_RECORD;
-        }
+        if (!in->decompressor) make_room(in);
+        char *to = in->decompressor ? in->raw : in->data + in->end;
+        const ssize_t n = read(in->fd, to, in->decompressor ? BUFFER_BYTES : in->cap - in->end);
+        if (n >= 0) return take_bytes(in, to, (size_t)n);
         if (errno == EINTR || errno == EAGAIN) continue; /* EAGAIN: another process read it first */
         break;
     }
-    in->failed = errno;
-    return INPUT_FAILED;
+    return fail(in, strerror(errno));
 }
 
 /* Returns data[begin .. stop) as a record. The next record begins at `next`. */
@@ -121,16 +188,13 @@ input_status input_next(input *in, int wait, input_record *r) {
             in->bytes += in->end - in->begin;
             in->begin = in->end = in->scanned = 0;
         }
-        if (in->failed) {
-            errno = in->failed;
-            return INPUT_FAILED;
-        }
+        if (*in->failed) return INPUT_FAILED;
         if (in->ended) {
             if (in->begin == in->end && !in->skipping) return INPUT_END;
             return take(in, in->end, in->end, r);
         }
         const input_status s = fill(in, wait);
-        if (s != INPUT_RECORD) return s;
+        if (s != INPUT_RECORD && s != INPUT_FAILED) return s;
     }
 }
 

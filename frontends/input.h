@@ -1,4 +1,5 @@
-/* input.h - input records: splits a file descriptor into records, parses JSON objects. */
+/* input.h - input records: splits a file descriptor into records, parses JSON objects. What is
+ * compressed is decompressed. */
 #ifndef QEMB_INPUT_H
 #define QEMB_INPUT_H
 
@@ -24,19 +25,25 @@ typedef enum {
     INPUT_RECORD,  /* *r is filled */
     INPUT_WAIT,    /* no complete record has arrived yet */
     INPUT_STOPPED, /* wake_fd became readable */
-    INPUT_FAILED   /* errno says why */
+    INPUT_FAILED   /* input_error says why */
 } input_status;
 
-/* Reads records from fd. Each ends with `separator`; the last one may lack it. If separator is
+/* Reads records from fd, whose bytes may be those of a .gz or .zst file. Each ends with `separator`; the last one may lack it. If separator is
  * '\n', one CR before it is dropped. A wait ends when wake_fd becomes readable (-1: none).
  * input_free closes neither descriptor. Returns NULL if out of memory. */
 input *input_new(int fd, int wake_fd, char separator);
 void input_free(input *in);
+/* Has all bytes of the descriptor given to watch as they are read. Call it before input_next. */
+void input_watch(input *in, void (*watch)(void *self, const void *bytes, size_t n), void *self);
 /* Gets the next record. With wait = 0 it returns INPUT_WAIT instead of blocking. Complete records
  * that were read before a failure or a wake are returned first; an incomplete one is dropped. */
 input_status input_next(input *in, int wait, input_record *r);
 /* The bytes of all records so far, separators included. */
 uint64_t input_bytes(const input *in);
+/* The bytes of the descriptor that these are; of compressed ones, those that are decompressed. */
+uint64_t input_consumed(const input *in);
+/* Why no more can be read, or "". */
+const char *input_error(const input *in);
 
 /* ---- the object in a JSON line --------------------------------------------------------------- */
 
