@@ -63,16 +63,19 @@ static inline char *put(char *p, const char *s) { return put_bytes(p, s, strlen(
 
 /* ---- output.c -------------------------------------------------------------------------------- */
 
-/* A buffer of standard output. A failed write ends the process with STATUS_OUTPUT; without a
- * message if the reader of the pipe has closed it. */
+/* A buffer of standard output or of a file. A failed write to standard output ends the process with
+ * STATUS_OUTPUT; without a message if the reader of the pipe has closed it. A failed write to a
+ * file sets error, and what follows is dropped. */
 typedef struct {
     int fd, to_spool;
+    int target; /* gets all in the end */
+    int error;  /* errno; 0: no failure */
     char *data; /* (cap), len in use */
     size_t len, cap;
     off_t header_at; /* FORMAT_NPY: offset of the header */
 } output;
 
-void output_open(output *o, format_kind kind, int dim);
+void output_open(output *o, int fd, format_kind kind);
 /* Returns room for n bytes. output_wrote then takes the end of what was written. */
 char *output_room(output *o, size_t n);
 void output_wrote(output *o, const char *end);
@@ -85,7 +88,7 @@ char *output_id(char *p, const char *id, size_t id_len, uint64_t line);
 void output_flush(output *o);
 /* Call it after the last record, also if an error stops the run. */
 void output_finish(output *o, format_kind kind, uint64_t rows, int dim);
-void output_close(output *o); /* closes standard output too */
+void output_close(output *o); /* closes the descriptor too; a file is on the disk then */
 
 /* ---- progress.c ------------------------------------------------------------------------------ */
 
@@ -93,13 +96,17 @@ typedef struct {
     int shown;
     uint64_t bytes; /* of the whole input; 0: unknown */
     double start, last;
+    char label[40];                                     /* begins the line */
+    uint64_t texts_before, tokens_before, bytes_before; /* of earlier runs */
 } progress;
 
 void progress_open(progress *p, int shown, uint64_t bytes);
 /* Whether the options show the line in a run whose records go to standard output as they come. */
 int progress_wanted(const options *o);
-/* Shows the line, at most ten times a second. bytes: of input, so far. */
+/* Shows the line, at most ten times a second. Counts are of this run; bytes: of input, so far. */
 void progress_show(progress *p, uint64_t texts, uint64_t tokens, uint64_t bytes);
+/* Counts a run that has ended among the earlier ones. */
+void progress_add(progress *p, uint64_t texts, uint64_t tokens, uint64_t bytes);
 double per_second(uint64_t n, double seconds); /* 0 for no time */
 
 /* ---- pipeline.c ------------------------------------------------------------------------------ */
@@ -157,7 +164,7 @@ typedef struct pipeline pipeline;
 /* m: the replicas on the devices of o->model. dim: qemb_dim. What is given has to outlive it. */
 pipeline *pipeline_new(const options *o, qemb_model *const *m, int dim, record_tokenizer *t);
 void pipeline_free(pipeline *p);
-/* Computes until the input ends or a signal arrives: 0. -1: no device is left; what could be
+/* Computes until the input ends or a signal arrives: 0. May then run again. -1: no device is left; what could be
  * computed has been given to the stream, and the process has to be ended by pipeline_die. */
 int pipeline_run(pipeline *p, const stream *s);
 _Noreturn void pipeline_die(const pipeline *p);
@@ -172,9 +179,45 @@ void end_by_signal(void);
 
 /* ---- embed.c --------------------------------------------------------------------------------- */
 
-/* Embeds standard input to standard output until the input ends, an error stops the run or a signal
- * arrives. m: the replicas on the devices of o->model. dim: qemb_dim. Returns the exit status; does
- * not return after a signal. */
+typedef struct {
+    uint64_t texts, errors; /* records with a vector, and without; together the input's records */
+    uint64_t rows;          /* of the output: vectors, zeros and error records */
+    uint64_t tokens;
+    uint64_t batches, distinct, saved, truncated; /* for --stats */
+} embed_counts;
+
+/* What several runs share. */
+typedef struct {
+    const options *opt;
+    pipeline *p;
+    int dim;     /* of a vector that asks for no other */
+    int wake_fd; /* of catch_signals */
+    progress progress;
+} embedder;
+
+/* From the records of a descriptor to the vectors on another. */
+typedef struct {
+    int in, out;      /* out is closed */
+    const char *name; /* of an input file, for messages; NULL: standard input */
+    /* Gets the bytes of the input as they are read, from the reader thread. NULL: none. */
+    void (*watch)(void *self, const void *bytes, size_t n);
+    void *self;
+    /* The results. */
+    embed_counts counts;
+    char read_error[128]; /* why the input could not be read to its end; "": it was */
+    int write_error;      /* errno; 0: none. A failure of standard output ends the process */
+    int stopped;          /* by --on-error stop */
+} embed_run;
+
+/* Runs until the input ends, an error stops it or a signal arrives. Standard output is ended and
+ * the process too if --on-error stop stops the run, since standard input may not end. Returns -1
+ * if no device is left; then the process has to be ended by pipeline_die. */
+int embed_records(embedder *e, embed_run *r);
+/* The texts, tokens and batches of --stats. */
+void embed_say_stats(const embedder *e, const embed_counts *c);
+
+/* Embeds standard input to standard output. m: the replicas on the devices of o->model. dim:
+ * qemb_dim. Returns the exit status; does not return after a signal. */
 int embed_stream(const options *o, qemb_model *const *m, int dim, record_tokenizer *t);
 /* unit (dim) = the vector of one text, of `whole` numbers, cut and scaled to length 1. -1: it has
  * no finite length. */

@@ -12,6 +12,7 @@
 
 #include "backends/cpu/dot_f16.h"
 #include "frontends/console.h"
+#include "frontends/decompress.h"
 #include "lib/unicode.h"
 
 #include <errno.h>
@@ -51,9 +52,9 @@ _Noreturn static void die(const qemb_err *err) { DIE(GREP_ERROR, "%s", err->msg)
 
 static const char *shown(const char *name) { return is_stdin(name) ? "standard input" : name; }
 
-static void cannot_read(search *s, const char *name, int error) {
+static void cannot_read(search *s, const char *name, const char *why) {
     s->unreadable = 1;
-    say("%.200s: cannot read (%s)", shown(name), strerror(error));
+    say("%.200s: cannot read (%s)", shown(name), why);
 }
 
 static int is_same(const struct stat *a, const struct stat *b) {
@@ -61,12 +62,20 @@ static int is_same(const struct stat *a, const struct stat *b) {
 }
 
 /* Why an open file is not searched, or NULL. */
-static const char *unfit(const options *o, const struct stat *st) {
+static const char *unfit(const options *o, int fd, const struct stat *st) {
     struct stat other;
+    char first[COMPRESSION_MAGIC];
     if (!S_ISREG(st->st_mode)) return o->index ? "not a regular file, which --index needs" : NULL;
     /* would never end */
     if (!fstat(STDOUT_FILENO, &other) && is_same(st, &other)) return "is also the output";
-    return o->index && !stat(o->index, &other) && is_same(st, &other) ? "is the index" : NULL;
+    if (!o->index) return NULL;
+    if (!stat(o->index, &other) && is_same(st, &other)) return "is the index";
+    /* an index has the places of lines */
+    const ssize_t n = pread(fd, first, sizeof first, 0);
+    const compression c = n > 0 ? compression_of(first, (size_t)n) : COMPRESSION_NONE;
+    return c == COMPRESSION_GZIP || c == COMPRESSION_ZSTD
+               ? "compressed, which --index cannot take (decompress it)"
+               : NULL;
 }
 
 /* Opens a file. Returns -1 after a message if it cannot be searched. Does not wait for the writer
@@ -75,10 +84,10 @@ static int open_file(search *s, const char *name) {
     struct stat st;
     const int fd = is_stdin(name) ? STDIN_FILENO : open(name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     const int error = fd < 0 || fstat(fd, &st) ? errno : S_ISDIR(st.st_mode) ? EISDIR : 0;
-    const char *why = error ? NULL : unfit(s->opt, &st);
+    const char *why = error ? NULL : unfit(s->opt, fd, &st);
     if (!error && !why) return fd;
     if (error) {
-        cannot_read(s, name, error);
+        cannot_read(s, name, strerror(error));
     } else {
         s->unreadable = 1;
         say("%.200s: %s", shown(name), why);
@@ -88,7 +97,7 @@ static int open_file(search *s, const char *name) {
 }
 
 static void close_file(search *s) {
-    s->bytes += input_bytes(s->in);
+    s->bytes += input_consumed(s->in);
     input_free(s->in);
     if (s->fd != STDIN_FILENO) close(s->fd);
     s->in = NULL;
@@ -119,7 +128,7 @@ static input_status next_line(void *self, int wait, input_record *r, origin *fro
         }
         const uint64_t offset = input_bytes(s->in);
         const input_status status = input_next(s->in, wait, r);
-        if (status == INPUT_FAILED) cannot_read(s, name, errno);
+        if (status == INPUT_FAILED) cannot_read(s, name, input_error(s->in));
         if (status == INPUT_FAILED || status == INPUT_END) {
             close_file(s);
         } else if (status != INPUT_RECORD || !is_blank(r)) {
@@ -132,7 +141,7 @@ static input_status next_line(void *self, int wait, input_record *r, origin *fro
 
 static uint64_t bytes_read(void *self) {
     const search *s = self;
-    return s->bytes + (s->in ? input_bytes(s->in) : 0);
+    return s->bytes + (s->in ? input_consumed(s->in) : 0);
 }
 
 /* Bytes of all files; 0: not known. */
@@ -212,7 +221,7 @@ static void read_texts(search *s, options *o) {
         const int fd = open_file(s, name);
         if (fd < 0) continue;
         if (line_index_text_of(fd, &s->files[n].text))
-            cannot_read(s, name, errno);
+            cannot_read(s, name, strerror(errno));
         else
             o->files[n++] = name;
         close(fd);

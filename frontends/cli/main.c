@@ -312,7 +312,7 @@ static int tokenize(const options *o) {
     int status = STATUS_GOOD;
     open_kind(&f, o, QEMB_EMBEDDING);
     open_record_tokenizer(&t, &f, o);
-    output_open(&out, FORMAT_JSON, 0);
+    output_open(&out, STDOUT_FILENO, FORMAT_JSON);
     input *in = need(input_new(STDIN_FILENO, -1, o->null_separated ? '\0' : '\n'));
     for (;;) {
         input_record r;
@@ -324,9 +324,8 @@ static int tokenize(const options *o) {
             got = input_next(in, 1, &r);
         }
         if (got == INPUT_FAILED) {
-            const int error = errno;
             output_flush(&out);
-            DIE(STATUS_USAGE, "standard input: cannot read (%s)", strerror(error));
+            DIE(STATUS_USAGE, "standard input: cannot read (%s)", input_error(in));
         }
         if (got != INPUT_RECORD) break;
         if (tokenize_record(&t, &r, &ids, &err)) {

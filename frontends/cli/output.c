@@ -1,4 +1,4 @@
-/* output.c - writes records to standard output; see cli.h. */
+/* output.c - writes records to standard output or a file; see cli.h. */
 #include "cli.h"
 
 #include "frontends/console.h"
@@ -13,19 +13,24 @@
 
 #define OUTPUT_BYTES ((size_t)256 << 10)
 
-/* An .npy header holds the number of rows, which is known at the end. If standard output is a
- * regular file, its header is overwritten then. Otherwise the vectors go to an unlinked temporary
- * file first and are copied out at the end. */
+/* An .npy header holds the number of rows, which is known at the end. If the output is a regular
+ * file, zeros stand in the header's place until then, so that NumPy refuses what a killed run
+ * leaves. Otherwise the vectors go to an unlinked temporary file first and are copied out at the
+ * end: of a copy that is cut off, NumPy finds fewer bytes than its header says. */
 
-_Noreturn static void output_failed(const output *o) {
+static void output_failed(output *o) {
+    if (o->target != STDOUT_FILENO) {
+        if (!o->error) o->error = errno;
+        return;
+    }
     if (errno == EPIPE && !o->to_spool)
         leave(STATUS_OUTPUT); /* the reader has closed the pipe: no message */
     DIE(STATUS_OUTPUT, "%s: cannot write (%s)", o->to_spool ? "temporary file" : "standard output",
         strerror(errno));
 }
 
-static void write_all(const output *o, const char *data, size_t len) {
-    while (len) {
+static void write_all(output *o, const char *data, size_t len) {
+    while (len && !o->error) {
         const ssize_t n = write(o->fd, data, len);
         if (n >= 0) {
             data += n;
@@ -72,17 +77,19 @@ static int open_spool(void) {
         strerror(errno));
 }
 
-void output_open(output *o, format_kind kind, int dim) {
-    *o = (output){.fd = STDOUT_FILENO};
+void output_open(output *o, int fd, format_kind kind) {
+    *o = (output){.fd = fd, .target = fd};
     if (kind != FORMAT_NPY) return;
     struct stat st;
-    o->header_at = lseek(STDOUT_FILENO, 0, SEEK_CUR);
-    if (o->header_at < 0 || fstat(STDOUT_FILENO, &st) || !S_ISREG(st.st_mode) ||
-        (fcntl(STDOUT_FILENO, F_GETFL) & O_APPEND)) {
+    o->header_at = lseek(fd, 0, SEEK_CUR);
+    if (o->header_at < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode) ||
+        (fcntl(fd, F_GETFL) & O_APPEND)) {
         o->to_spool = 1;
         o->fd = open_spool();
     } else {
-        output_wrote(o, format_npy_header(output_room(o, FORMAT_NPY_HEADER), 0, dim));
+        char *header = output_room(o, FORMAT_NPY_HEADER);
+        memset(header, 0, FORMAT_NPY_HEADER);
+        output_wrote(o, header + FORMAT_NPY_HEADER);
     }
 }
 
@@ -91,7 +98,7 @@ static void write_npy_header(output *o, uint64_t rows, int dim) {
     format_npy_header(header, rows, dim);
     if (o->to_spool) {
         const int spool = o->fd;
-        o->fd = STDOUT_FILENO, o->to_spool = 0;
+        o->fd = o->target, o->to_spool = 0;
         write_all(o, header, sizeof header);
         if (lseek(spool, 0, SEEK_SET) < 0) output_failed(o);
         char *data = output_room(o, OUTPUT_BYTES);
@@ -112,7 +119,8 @@ void output_finish(output *o, format_kind kind, uint64_t rows, int dim) {
 
 void output_close(output *o) {
     free(o->data);
-    if (close(STDOUT_FILENO) && errno != EINTR) output_failed(o);
+    if (o->target != STDOUT_FILENO && !o->error && fsync(o->target)) output_failed(o);
+    if (close(o->target) && errno != EINTR) output_failed(o);
 }
 
 char *output_id(char *p, const char *id, size_t id_len, uint64_t line) {

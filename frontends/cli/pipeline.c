@@ -4,7 +4,8 @@
  *                   ──> a compute thread a device: qemb_submit, qemb_collect
  *                   ──> writer thread: qemb_l2_normalize ──> the stream's record and batch_end
  *
- * embed.c and grep.c have the streams: where records come from and what becomes of their vectors.
+ * embed.c, rerank.c and grep.c have the streams: where records come from and what becomes of their
+ * vectors.
  *
  * A fixed number of batches circulates between the threads. Reading stops while all are in use. The
  * reader hands a batch to the compute threads when the next text does not fit, when the input has
@@ -178,6 +179,7 @@ typedef struct {
     pipeline *p;
     qemb_model *model;
     int device;
+    int running; /* thread is started in this run */
     pthread_t thread;
     job *submitted; /* and not collected, oldest first */
     int n_submitted;
@@ -335,7 +337,7 @@ static void *reader_main(void *arg) {
     }
     j->bytes = p->stream->bytes(p->stream->self);
     pthread_mutex_lock(&p->lock);
-    if (j->n) insert(&p->ready, j);
+    insert(j->n ? &p->ready : &p->free, j);
     p->reader_ended = 1;
     pthread_cond_broadcast(&p->changed);
     pthread_mutex_unlock(&p->lock);
@@ -539,11 +541,17 @@ void pipeline_free(pipeline *p) {
 int pipeline_run(pipeline *p, const stream *s) {
     pthread_t reader_thread, writer_thread;
     p->stream = s;
+    p->filled = 0;
+    p->reader_ended = 0;
+    p->ended = p->failed; /* devices that failed in an earlier run */
+    for (int i = 0; i < p->n_replicas; i++) p->replicas[i].running = !p->replicas[i].health.failure;
     start_thread(&reader_thread, reader_main, p);
     start_thread(&writer_thread, writer_main, p);
     for (int i = 0; i < p->n_replicas; i++)
-        start_thread(&p->replicas[i].thread, compute_main, &p->replicas[i]);
-    for (int i = 0; i < p->n_replicas; i++) pthread_join(p->replicas[i].thread, NULL);
+        if (p->replicas[i].running)
+            start_thread(&p->replicas[i].thread, compute_main, &p->replicas[i]);
+    for (int i = 0; i < p->n_replicas; i++)
+        if (p->replicas[i].running) pthread_join(p->replicas[i].thread, NULL);
     const int failed = p->failed == p->n_replicas;
     if (!failed) pthread_join(reader_thread, NULL); /* otherwise it may be blocked on input */
     pthread_join(writer_thread, NULL);              /* what could be computed is written */

@@ -11,7 +11,6 @@
 #include "frontends/console.h"
 #include "frontends/ranking.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -35,7 +34,6 @@ typedef struct {
     const options *opt;
     pipeline *p;
     input *in;
-    int read_errno; /* of standard input; 0: no failure */
 
     /* The reader's: the line whose documents are given. */
     input_parser *parser;
@@ -81,9 +79,7 @@ static void add_request(reranking *w) {
 }
 
 static input_status next_line(reranking *w, int wait, input_record *r) {
-    const input_status status = input_next(w->in, wait, r);
-    if (status == INPUT_FAILED) w->read_errno = errno;
-    return status;
+    return input_next(w->in, wait, r);
 }
 
 /* Gives the next document of the line, or of the next line. from->offset counts the documents. */
@@ -106,7 +102,7 @@ static input_status next_document(void *self, int wait, input_record *r, origin 
 
 static uint64_t bytes_read(void *self) {
     const reranking *w = self;
-    return input_bytes(w->in);
+    return input_consumed(w->in);
 }
 
 static int tokenize(void *self, record_tokenizer *t, const input_record *r, record_ids *out,
@@ -265,7 +261,7 @@ int rerank_stream(const options *o, qemb_model *const *m, record_tokenizer *t) {
     w.in = need(input_new(STDIN_FILENO, catch_signals(), o->null_separated ? '\0' : '\n'));
     w.parser = need(input_parser_new(0, 1));
     progress_open(&w.progress, progress_wanted(o), 0);
-    output_open(&w.out, FORMAT_JSON, 0);
+    output_open(&w.out, STDOUT_FILENO, FORMAT_JSON);
     const int failed = pipeline_run(w.p, &s);
     if (o->query && !failed) print_lines(&w);
     output_flush(&w.out);
@@ -278,12 +274,13 @@ int rerank_stream(const options *o, qemb_model *const *m, record_tokenizer *t) {
     if (w.oldest) say("stopped before all documents of a record were ranked: it is left out");
     while (w.oldest) drop_oldest(&w);
     print_summary(&w);
-    if (w.read_errno) say("standard input: cannot read (%s)", strerror(w.read_errno));
+    const int failed_read = *input_error(w.in) != 0;
+    if (failed_read) say("standard input: cannot read (%s)", input_error(w.in));
     pthread_mutex_destroy(&w.lock);
     input_parser_free(w.parser);
     pipeline_free(w.p);
     input_free(w.in);
     end_by_signal(); /* so that the parent sees the signal as the cause */
-    if (w.read_errno) return STATUS_USAGE;
+    if (failed_read) return STATUS_USAGE;
     return w.errors && !o->errors_ok ? STATUS_RECORDS : STATUS_GOOD;
 }

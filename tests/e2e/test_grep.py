@@ -4,6 +4,7 @@ vectors that `qemb` prints.
 QEMB_BIN names the program, as in test_protocol.py.
 """
 
+import gzip
 import json
 import os
 import pty
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 ROOT = Path(__file__).resolve().parents[2]
 QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
@@ -601,6 +603,26 @@ def test_an_index_of_some_files(notes, tmp_path):
     assert not index.exists()  # it would be one of some files
     assert out("--index", index, QUERY, tmp_path / "none", status=2, errors="none") == b""
     assert not index.exists()
+
+
+def test_compressed_files(notes, tmp_path):
+    """Searched like what they hold; an index has the places of lines, so it leaves them out."""
+    packed = {"gz": gzip.compress(notes.read_bytes()), "zst": zstandard.compress(notes.read_bytes())}
+    for kind, data in packed.items():
+        path = tmp_path / f"notes.{kind}"
+        path.write_bytes(data)
+        assert out("-n", QUERY, path) == out("-n", QUERY, input=data) == out("-n", QUERY, notes)
+        both = hits("-k", 99, QUERY, path, notes)
+        assert [(h["score"], h["line"], h["text"]) for h in both if h["file"] == str(path)] == [
+            (h["score"], h["line"], h["text"]) for h in both if h["file"] == str(notes)
+        ]
+        index = tmp_path / f"{kind}.qidx"
+        said = f"^qemb: {path}: compressed, which --index cannot take .decompress it.\n$"
+        got = out("--index", index, "-h", QUERY, path, notes, status=2, errors=said)
+        assert got == out(QUERY, notes) and not index.exists()
+        path.write_bytes(data[:-4])
+        said = f"^qemb: {path}: cannot read .compressed data: cut off.\n$"
+        assert out("-h", "-k", 99, QUERY, notes, path, status=2, errors=said).count(b"\n") > 7
 
 
 def test_an_index_survives_a_missing_file(notes, tmp_path):

@@ -7,6 +7,7 @@ as a wrong exit status.
 import base64
 import contextlib
 import fcntl
+import gzip
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from pathlib import Path
 import hf_fixture as hf
 import numpy as np
 import pytest
+import zstandard
 
 ROOT = Path(__file__).resolve().parents[2]
 QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
@@ -249,6 +251,50 @@ def test_order_with_errors_between():
     for g, r in zip(got, records):
         assert ("error" in g) == (b"\xff" in r)
         assert ("embedding" in g) != (b"\xff" in r)
+
+
+def packings(data):
+    """The same bytes as .gz and as .zst: one member, several, empty ones between."""
+    cut = len(data) // 3
+    parts = [data[:cut], b"", data[cut:]]
+    zst = zstandard.ZstdCompressor().compress
+    for pack in (gzip.compress, zst):
+        yield pack(data)
+        yield b"".join(map(pack, parts))
+
+
+def test_compressed_input(alone, tmp_path):
+    data, want = lines(TEXTS), b"".join(alone)
+    for packed in packings(data):
+        assert out(data=packed) == want
+        assert objects("tokenize", data=packed) == objects("tokenize", data=data)
+        p = start()  # a few bytes at a time
+        for i in range(0, len(packed), 5):
+            p.stdin.write(packed[i : i + 5])
+        assert finish(p) == want
+        path = tmp_path / "packed"
+        path.write_bytes(packed)
+        with open(path, "rb") as f:
+            said = qemb("--progress", stdin=f).stderr
+        assert re.search(rb"100 %, ETA 0:00:00", said), said
+
+
+def test_compressed_input_that_is_cut_or_damaged(alone):
+    """What was whole is answered; the status is that of a read that failed."""
+    data = lines(TEXTS[:3])
+    for packed in packings(data):
+        whole = packed + packed
+        for bad, why in (
+            (whole[:-3], "compressed data: cut off"),
+            (packed + b"text\n", "(gzip|zstd): damaged: "),
+        ):
+            got = out(data=bad, status=1, errors=rf"^qemb: standard input: cannot read \({why}")
+            assert got.startswith(b"".join(alone[:3]))
+            p = qemb("tokenize", data=bad)
+            assert p.returncode == 1 and p.stdout.count(b"\n") >= 3
+    # no more than a magic's first bytes: texts
+    for text in (b"\x1f\x8b", b"(", b"(\xb5"):
+        assert qemb(data=text).stdout.count(b"\n") == 1
 
 
 def test_a_line_of_100_megabytes(alone, tmp_path):
@@ -596,6 +642,37 @@ def test_npy_everywhere(tmp_path):
     assert npy(out("--output", "npy", "--dim", 3)).shape == (0, 3)
 
 
+def test_npy_of_a_killed_run_does_not_load(tmp_path):
+    """In a file, zeros stand in place of the header until the end. A copy out of the temporary file
+    that is cut off has fewer numbers than its header says."""
+    with open(tmp_path / "v.npy", "w+b") as f:
+        p = start("--output", "npy", stdout=f)
+        p.stdin.write(b"two\n")
+        guard = time.monotonic() + GUARD
+        while os.fstat(f.fileno()).st_size <= 128 and time.monotonic() < guard:
+            time.sleep(0.01)
+        p.kill()
+        p.communicate()
+        f.seek(0)
+        got = f.read()
+        assert len(got) == 128 + 4 * HIDDEN and got[:128] == bytes(128)
+    with pytest.raises(ValueError):
+        np.load(tmp_path / "v.npy")
+    # the copy has begun, and a full pipe holds it up
+    p = start("--output", "npy")
+    p.stdin.write(lines(["two"] * 1000))
+    p.stdin.close()
+    waiting, guard = 0, time.monotonic() + GUARD
+    while waiting < 60000 and time.monotonic() < guard:
+        waiting = struct.unpack("i", fcntl.ioctl(p.stdout, termios.FIONREAD, b"\0" * 4))[0]
+        time.sleep(0.01)
+    p.kill()
+    (tmp_path / "v.npy").write_bytes(p.stdout.read())
+    p.wait(GUARD)
+    with pytest.raises(ValueError):
+        np.load(tmp_path / "v.npy")
+
+
 @pytest.mark.parametrize("kind", ["f32", "f16", "npy"])
 def test_binary_outputs_have_one_dim(kind):
     data = jsonl({"text": "a", "dim": 4}, {"text": "a"}, {"id": "k", "text": "a", "dim": 5})
@@ -832,7 +909,7 @@ def test_stats():
     assert (
         re.fullmatch(
             r"qemb: 1 batches, 3 distinct texts, 0 prefix tokens saved, 1 truncated, "
-            r"1 errors, peak memory [0-9.]+ MiB, table [a-z0-9-]+",
+            r"1 errors, 5 rows, peak memory [0-9.]+ MiB, table [a-z0-9-]+",
             lines_[2],
         )
         and len(lines_) == 3
