@@ -28,7 +28,7 @@ ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 CPU     := $(patsubst %,backends/cpu/%,memory threads row_ops packed_gemm avx2 avx2_integers avx512 avx512_attention amx dot_f16 dispatch)
 ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error lib/text_ids lib/embed_text
 SHARED  := $(patsubst %,frontends/%,fingerprint ranking console options model_options select_ops open_model replicas record_tokenizer format input decompress)
-CLI     := $(patsubst %,frontends/cli/%,main embed check grep rerank hits line_index pipeline progress output)
+CLI     := $(patsubst %,frontends/cli/%,main embed check grep rerank hits line_index shards shard_store pipeline progress output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main http http_header http_work http_tell body_decoder listen api api_keys api_tei api_ollama api_rerank model_worker queue cache redis metrics log buffer vector) $(SHARED)

@@ -28,9 +28,10 @@ typedef enum {
     INPUT_FAILED   /* input_error says why */
 } input_status;
 
-/* Reads records from fd, whose bytes may be those of a .gz or .zst file. Each ends with `separator`; the last one may lack it. If separator is
- * '\n', one CR before it is dropped. A wait ends when wake_fd becomes readable (-1: none).
- * input_free closes neither descriptor. Returns NULL if out of memory. */
+/* Reads records from fd, whose bytes may be those of a .gz or .zst file. Each ends with
+ * `separator`; the last one may lack it. If separator is '\n', one CR before it is dropped. A wait
+ * ends when wake_fd becomes readable (-1: none). input_free closes neither descriptor. Returns NULL
+ * if out of memory. */
 input *input_new(int fd, int wake_fd, char separator);
 void input_free(input *in);
 /* Has all bytes of the descriptor given to watch as they are read. Call it before input_next. */

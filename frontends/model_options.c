@@ -7,8 +7,8 @@
 #include <limits.h>
 #include <string.h>
 
-#define TEXTS   (FOR_EMBED | FOR_TOKENIZE)
-#define COMPUTE (FOR_EMBED | FOR_PLAN | FOR_CHECK | FOR_GREP | FOR_RERANK)
+#define TEXTS   (FOR_EMBED | FOR_SHARDS | FOR_TOKENIZE)
+#define COMPUTE (FOR_EMBED | FOR_SHARDS | FOR_PLAN | FOR_CHECK | FOR_GREP | FOR_RERANK)
 #define TABLE   (COMPUTE | FOR_INFO)
 #define AT(m)   .at = offsetof(model_options, m)
 
@@ -31,7 +31,8 @@ const option_row model_option_rows[] = {
      .commands = TEXTS | FOR_PLAN | FOR_GREP | FOR_RERANK},
     {"batch-tokens", "N", "tokens in a batch", NULL,
      OPTION_INT, AT(engine.batch_tokens), .unset = "1024; reranker, GPU: more",
-     .min = 1, .max = 1 << 24, .commands = FOR_EMBED | FOR_PLAN | FOR_GREP | FOR_RERANK},
+     .min = 1, .max = 1 << 24,
+     .commands = FOR_EMBED | FOR_SHARDS | FOR_PLAN | FOR_GREP | FOR_RERANK},
     {"threads", "N", "CPU threads of the model", NULL,
      OPTION_INT, AT(engine.threads), .unset = "all", .min = 1, .max = 4096, .commands = COMPUTE},
     {"cpu", "NAME", "instructions such as avx2, or a table", NULL,

@@ -30,7 +30,8 @@ enum {
     FOR_PLAN = 8,
     FOR_CHECK = 16,
     FOR_GREP = 32,
-    FOR_RERANK = 64
+    FOR_RERANK = 64,
+    FOR_SHARDS = 128
 };
 
 extern const option_row model_option_rows[];

@@ -30,14 +30,15 @@ typedef struct {
     int null_separated; /* records end with NUL */
     format_kind output;
     on_error on_error;
-    int errors_ok;     /* 1: records that failed do not change the exit status */
-    int progress;      /* 1: always, -1: never, 0: if standard error is a terminal */
-    int dim;           /* 0: the model's */
-    const char *query; /* of grep and rerank */
-    int raw_scores;    /* of rerank: logits */
-    /* of grep */
-    const char **files; /* (n_files) "-": standard input */
+    int errors_ok;      /* 1: records that failed do not change the exit status */
+    int progress;       /* 1: always, -1: never, 0: if standard error is a terminal */
+    int dim;            /* 0: the model's */
+    const char *query;  /* of grep and rerank */
+    int raw_scores;     /* of rerank: logits */
+    const char **files; /* (n_files) of grep and shards; "-": standard input */
     int n_files;
+    const char *out; /* of shards: the directory */
+    /* of grep */
     int best; /* how many; 0: not given */
     int has_min_score;
     float min_score;
@@ -51,7 +52,7 @@ typedef struct {
  * are counted. */
 enum { ERRORS_SHOWN = 10 };
 
-/* Whether a FILE of grep is standard input. */
+/* Whether a FILE is standard input. */
 static inline int is_stdin(const char *name) { return !strcmp(name, "-"); }
 
 /* Copy s to p, which has room for it, and return the end. */
@@ -164,8 +165,9 @@ typedef struct pipeline pipeline;
 /* m: the replicas on the devices of o->model. dim: qemb_dim. What is given has to outlive it. */
 pipeline *pipeline_new(const options *o, qemb_model *const *m, int dim, record_tokenizer *t);
 void pipeline_free(pipeline *p);
-/* Computes until the input ends or a signal arrives: 0. May then run again. -1: no device is left; what could be
- * computed has been given to the stream, and the process has to be ended by pipeline_die. */
+/* Computes until the input ends or a signal arrives: 0, and it may run again. -1: no device is
+ * left; what could be computed has been given to the stream, and the process has to be ended by
+ * pipeline_die. */
 int pipeline_run(pipeline *p, const stream *s);
 _Noreturn void pipeline_die(const pipeline *p);
 void pipeline_say_devices(pipeline *p); /* the devices' part of --stats */
@@ -213,6 +215,7 @@ typedef struct {
  * the process too if --on-error stop stops the run, since standard input may not end. Returns -1
  * if no device is left; then the process has to be ended by pipeline_die. */
 int embed_records(embedder *e, embed_run *r);
+void embed_counts_add(embed_counts *sum, const embed_counts *c);
 /* The texts, tokens and batches of --stats. */
 void embed_say_stats(const embedder *e, const embed_counts *c);
 
@@ -222,6 +225,14 @@ int embed_stream(const options *o, qemb_model *const *m, int dim, record_tokeniz
 /* unit (dim) = the vector of one text, of `whole` numbers, cut and scaled to length 1. -1: it has
  * no finite length. */
 int embed_ids(qemb_model *m, int whole, const record_ids *ids, float *unit, int dim);
+
+/* ---- shards.c -------------------------------------------------------------------------------- */
+
+/* Makes an output in directory o->out for each of o->files, unless it is there. Opens the model of
+ * f when it is needed; on_layer_loaded may be NULL. Returns the exit status; does not return after
+ * a signal. */
+int make_shards(const options *o, const model_file *f, record_tokenizer *t,
+                void (*on_layer_loaded)(int, int));
 
 /* ---- check.c --------------------------------------------------------------------------------- */
 

@@ -41,6 +41,12 @@ static double peak_mib(void) {
     return (double)kib / 1024;
 }
 
+void embed_counts_add(embed_counts *sum, const embed_counts *c) {
+    sum->texts += c->texts, sum->errors += c->errors, sum->rows += c->rows;
+    sum->tokens += c->tokens, sum->batches += c->batches, sum->distinct += c->distinct;
+    sum->saved += c->saved, sum->truncated += c->truncated;
+}
+
 void embed_say_stats(const embedder *e, const embed_counts *c) {
     const double seconds = seconds_now() - e->progress.start;
     say("%" PRIu64 " texts, %" PRIu64 " tokens in %.3f s (%.1f texts/s, %.1f tokens/s)", c->texts,

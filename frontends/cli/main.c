@@ -19,7 +19,8 @@
 /* ---- options --------------------------------------------------------------------------------- */
 
 static int embed(const options *), info(const options *), tokenize(const options *),
-    plan(const options *), check(const options *), grep(const options *), rerank(const options *);
+    plan(const options *), check(const options *), grep(const options *), rerank(const options *),
+    shards(const options *);
 
 static const struct {
     const char *name;
@@ -31,16 +32,17 @@ static const struct {
     {"info", FOR_INFO, 0, info},       {"tokenize", FOR_TOKENIZE, 1, tokenize},
     {"plan", FOR_PLAN, 0, plan},       {"check", FOR_CHECK, 0, check},
     {"grep", FOR_GREP, 0, grep}, /* reads it only as one of its files */
-    {"rerank", FOR_RERANK, 1, rerank},
+    {"rerank", FOR_RERANK, 1, rerank}, {"shards", FOR_SHARDS, 0, shards},
 };
 
 static const char *const input_kinds[] = {"text", "jsonl", NULL};
 static const char *const color_choices[] = {"auto", "always", "never", NULL};
 static const char *const on_error_kinds[] = {"record", "zero", "skip", "stop", NULL};
 
-#define TEXTS (FOR_EMBED | FOR_TOKENIZE)
-#define RUNS  (FOR_EMBED | FOR_GREP | FOR_RERANK)
-#define AT(m) .at = offsetof(options, m)
+#define VECTORS (FOR_EMBED | FOR_SHARDS)
+#define TEXTS   (VECTORS | FOR_TOKENIZE)
+#define RUNS    (VECTORS | FOR_GREP | FOR_RERANK)
+#define AT(m)   .at = offsetof(options, m)
 
 static void take_min_score(void *to, const char *name, const char *value) {
     options *o = to;
@@ -58,18 +60,20 @@ static const option_row rows[] = {
      OPTION_CHOICE, AT(jsonl), .choices = input_kinds, .commands = TEXTS},
     {"null", NULL, "records end with NUL instead of a newline", NULL,
      OPTION_FLAG, AT(null_separated), .value = 1, .letter = '0', .commands = TEXTS | FOR_RERANK},
-    {"output", "KIND", "json, jsonl, tsv, base64, f32, f16 or npy", "json",
-     OPTION_CHOICE, AT(output), .choices = format_names, .commands = FOR_EMBED},
+    {"output", "KIND", "jsonl, tsv, base64, f32, f16, npy, int8, binary", "json",
+     OPTION_CHOICE, AT(output), .choices = format_names, .commands = VECTORS},
+    {"out", "DIR", "shards: the directory of the outputs", NULL,
+     OPTION_STRING, AT(out), .commands = FOR_SHARDS},
     {"dim", "N", "numbers in a vector, at most the model's", NULL,
      OPTION_INT, AT(dim), .unset = "all", .min = 1, .max = INT_MAX,
-     .commands = FOR_EMBED | FOR_GREP},
+     .commands = VECTORS | FOR_GREP},
     {"on-error", "WHAT", "record, zero, skip or stop", NULL,
      OPTION_CHOICE, AT(on_error), .unset = "record; binary: stop", .choices = on_error_kinds,
-     .commands = FOR_EMBED},
+     .commands = VECTORS},
     {"errors-ok", NULL, "records that fail do not change the exit status", NULL,
-     OPTION_FLAG, AT(errors_ok), .value = 1, .commands = FOR_EMBED | FOR_RERANK},
+     OPTION_FLAG, AT(errors_ok), .value = 1, .commands = VECTORS | FOR_RERANK},
     {"stats", NULL, "a summary on standard error at the end", NULL,
-     OPTION_FLAG, AT(stats), .value = 1, .commands = FOR_EMBED | FOR_RERANK},
+     OPTION_FLAG, AT(stats), .value = 1, .commands = VECTORS | FOR_RERANK},
     {"progress", NULL, "a progress line on standard error: always", NULL,
      OPTION_FLAG, AT(progress), .value = 1, .commands = RUNS},
     {"quiet", NULL, "a progress line: never", NULL,
@@ -108,6 +112,7 @@ static const char synopsis[] =
     "qemb " QEMB_VERSION ": lines of text in, Qwen3-Embedding vectors out\n"
     "  qemb -m MODEL.qemb [OPTION]... < TEXTS > VECTORS\n"
     "  qemb info|tokenize|plan|check -m MODEL.qemb [OPTION]...\n"
+    "  qemb shards -m MODEL.qemb --out DIR [OPTION]... FILE...\n"
     "  qemb grep [-m MODEL.qemb] [OPTION]... QUERY [FILE]...\n"
     "  qemb rerank -m RERANKER.qemb [OPTION]... < RECORDS > RANKINGS\n"
     "  qemb rerank -m RERANKER.qemb --query TEXT [OPTION]... < LINES > RANKING\n";
@@ -130,6 +135,10 @@ static void take_operand(void *to, const char *value, int n) {
             o->files[o->n_files++] = value;
         else
             o->query = value;
+        return;
+    }
+    if (o->bit == FOR_SHARDS) {
+        o->files[o->n_files++] = value;
         return;
     }
     if (o->bit != FOR_INFO || o->model.model)
@@ -161,6 +170,14 @@ static void check_grep(options *o) {
     if (!o->model.model) o->model.model = demo_model();
 }
 
+static void check_shards(const options *o) {
+    int listed = 0;
+    if (!o->out || !*o->out) usage("shards: no directory (want --out DIR)");
+    if (!o->n_files) usage("shards: no input (want FILEs, or - for a list of them)");
+    for (int i = 0; i < o->n_files; i++) listed += is_stdin(o->files[i]);
+    if (listed > 1) usage("-: given twice (standard input has one list)");
+}
+
 static option_table table_for(options *o) {
     return (option_table){
         .synopsis = synopsis,
@@ -179,6 +196,7 @@ static void parse_options(options *o, option_table *t, unsigned bit, int argc, c
     if (o->bit != commands[o->command].bit)
         usage("--query: its value is the word rerank (want qemb rerank --query TEXT)");
     if (o->bit == FOR_GREP) check_grep(o);
+    if (o->bit == FOR_SHARDS) check_shards(o);
     model_options_check(&o->model);
     options_check(t, o->bit, commands[o->command].name, !!o->model.ops->plan);
     const int text = format_is_text(o->output);
@@ -230,6 +248,19 @@ static int embed(const options *o) {
     replicas_open(m, f.file, &o->model, loading(o));
     const int status = embed_stream(o, m, qemb_dim(&f.file->config), &t);
     for (int i = 0; i < o->model.n_devices; i++) qemb_close(m[i]);
+    record_tokenizer_close(&t);
+    close_model_file(&f);
+    return status;
+}
+
+/* ---- shards ---------------------------------------------------------------------------------- */
+
+static int shards(const options *o) {
+    model_file f;
+    record_tokenizer t;
+    open_kind(&f, o, QEMB_EMBEDDING);
+    open_record_tokenizer(&t, &f, o);
+    const int status = make_shards(o, &f, &t, loading(o));
     record_tokenizer_close(&t);
     close_model_file(&f);
     return status;

@@ -607,8 +607,8 @@ def test_an_index_of_some_files(notes, tmp_path):
 
 def test_compressed_files(notes, tmp_path):
     """Searched like what they hold; an index has the places of lines, so it leaves them out."""
-    packed = {"gz": gzip.compress(notes.read_bytes()), "zst": zstandard.compress(notes.read_bytes())}
-    for kind, data in packed.items():
+    for kind, compress in (("gz", gzip.compress), ("zst", zstandard.compress)):
+        data = compress(notes.read_bytes())
         path = tmp_path / f"notes.{kind}"
         path.write_bytes(data)
         assert out("-n", QUERY, path) == out("-n", QUERY, input=data) == out("-n", QUERY, notes)
