@@ -60,7 +60,7 @@ static const option_row rows[] = {
      OPTION_CHOICE, AT(jsonl), .choices = input_kinds, .commands = TEXTS},
     {"null", NULL, "records end with NUL instead of a newline", NULL,
      OPTION_FLAG, AT(null_separated), .value = 1, .letter = '0', .commands = TEXTS | FOR_RERANK},
-    {"output", "KIND", "jsonl, tsv, base64, f32, f16, npy, int8, binary", "json",
+    {"output", "KIND", "jsonl tsv base64 f32 f16 npy int8 or binary", "json",
      OPTION_CHOICE, AT(output), .choices = format_names, .commands = VECTORS},
     {"out", "DIR", "shards: the directory of the outputs", NULL,
      OPTION_STRING, AT(out), .commands = FOR_SHARDS},
