@@ -200,6 +200,7 @@ accuracy: qemb build/release/accuracy build/release/qemb-emulated $(EMULATED_GPU
 RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat or fallback or mixed
 # The same of grep: its own use of the pipeline.
 RACY_GREP := fifo or signal or answers_at_once or closed or made_again
+RACY_SHARDS := npy or gives_up or full_disk or empty or in_binary
 RACY_RERANK := in_order or signal or answers_at_once or closed or errors or any_batch
 SERVE_FILES := tests/e2e/test_serve.py tests/e2e/test_serve_caches.py tests/e2e/test_serve_rerank.py tests/e2e/test_serve_shapes.py
 SERVE_TESTS = "$(VENV)/bin/pytest -q -rs $(SERVE_FILES)" \
@@ -218,10 +219,11 @@ test: need-test $(VENV_TEST) ## install what is missing, run all tests but CUDA'
 	  $(patsubst %,"% -runs=$(FUZZ_RUNS) -seed=1 -max_len=4096 -verbosity=0",$(FUZZ_BINS)) \
 	  "$(VENV)/bin/pytest -q -rs tests/e2e $(SERVE_FILES:%=--ignore=%)" \
 	  $(SERVE_TESTS) \
-	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py tests/e2e/test_grep.py tests/e2e/test_rerank.py tests/e2e/test_variants.py" \
+	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py tests/e2e/test_grep.py tests/e2e/test_rerank.py tests/e2e/test_shards.py tests/e2e/test_variants.py" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_grep.py -k '$(RACY_GREP)'" \
-	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_rerank.py -k '$(RACY_RERANK)'"
+	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_rerank.py -k '$(RACY_RERANK)'" \
+	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_shards.py -k '$(RACY_SHARDS)'"
 
 test-cuda: need-test ## the CUDA tests: emulated, compiled for each architecture, and on a GPU if there is one
 	@tests/run.sh "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) test-gpu-pack" "$(SUBMAKE) gpu-day PHASE=check"

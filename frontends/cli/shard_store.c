@@ -41,13 +41,6 @@ static void lock_name(file_name out, const char *name) {
     snprintf(out, sizeof(file_name), ".%s.lock", name);
 }
 
-/* Whether fd is still the file of that name: a holder removes its lock. */
-static int is_named(const shard_store *s, int fd, const char *file) {
-    struct stat a, b;
-    return !fstat(fd, &a) && !fstatat(s->fd, file, &b, AT_SYMLINK_NOFOLLOW) &&
-           a.st_ino == b.st_ino && a.st_dev == b.st_dev;
-}
-
 shard_lock_status shard_lock(shard_store *s, const char *name, int *lock) {
     file_name file;
     lock_name(file, name);
@@ -60,11 +53,11 @@ shard_lock_status shard_lock(shard_store *s, const char *name, int *lock) {
         if (s->found) fd = openat(s->fd, file, flags, 0666);
         if (fd < 0) return SHARD_LOCK_FAILED;
         const int error = fcntl(fd, F_OFD_SETLK, &whole) ? errno : 0;
-        if (!error && is_named(s, fd, file)) {
+        if (!error) { /* of a file that its holder has just removed, too: then two may have one */
             *lock = fd;
             return SHARD_LOCKED;
         }
-        if (error && error != EAGAIN && error != EACCES && error != EINTR) {
+        if (error != EAGAIN && error != EACCES && error != EINTR) {
             s->no_locks = 1;
             say("%.200s: no locks here (%s): processes may do the same shard", s->path,
                 strerror(error));

@@ -50,6 +50,7 @@ typedef struct {
     json_t *recipe; /* what decides on an output, beside its input; as in its JSON */
     shard *shards;  /* (n) */
     size_t n, seen; /* seen: made or not */
+    int lock;       /* of the shard in work */
     int open;       /* the members up to the empty line are */
     qemb_model *replicas[MAX_DEVICES];
     embedder embedder;
@@ -277,6 +278,7 @@ static shard_state make(sharding *w, const shard *s, int in) {
     EVP_DigestInit_ex(digest.sha256, EVP_sha256(), NULL);
     if (embed_records(&w->embedder, &r)) {
         shard_part_remove(&w->store, s->name);
+        shard_unlock(&w->store, s->name, w->lock);
         pipeline_die(w->embedder.p);
     }
     say_progress("");
@@ -318,11 +320,10 @@ static shard_state look(sharding *w, const shard *s, int in) {
 
 /* Looks twice for the output: the process that had the lock may have made it. */
 static shard_state make_if_needed(sharding *w, const shard *s, int in) {
-    int lock;
     shard_state state = look(w, s, in);
     if (state == SHARD_THERE) shard_tidy(&w->store, s->name);
     if (state != SHARD_MADE) return state;
-    switch (shard_lock(&w->store, s->name, &lock)) {
+    switch (shard_lock(&w->store, s->name, &w->lock)) {
     case SHARD_BUSY:
         return SHARD_PENDING;
     case SHARD_LOCK_FAILED:
@@ -332,7 +333,7 @@ static shard_state make_if_needed(sharding *w, const shard *s, int in) {
     }
     state = look(w, s, in);
     if (state == SHARD_MADE) state = make(w, s, in);
-    shard_unlock(&w->store, s->name, lock);
+    shard_unlock(&w->store, s->name, w->lock);
     return state;
 }
 

@@ -88,6 +88,33 @@ def test_all_devices_fail(gpus, devices):
     assert p.stderr.count(b"; no device is left\n") == (n > 1)
 
 
+def test_shards_on_several(gpus, tmp_path):
+    """A device that fails in one shard has no part in the next ones; if all fail, nothing is left
+    of the shard in work."""
+    paths = [tmp_path / f"{i}.txt" for i in range(4)]
+    for path in paths:
+        path.write_text("".join(t + "\n" for t in TEXTS))
+
+    def shards(out):
+        command = [QEMB, "shards", "-m", TINY, *BATCHES, "--output", "base64", "--out", out]
+        command += ["--devices", "all", "--stats", *paths]
+        return subprocess.run(command, capture_output=True, timeout=GUARD)
+
+    gpus("4")
+    want = run().stdout
+    gpus("4 2 2")
+    p = shards(tmp_path / "one")
+    assert p.returncode == 0 and b"qemb: 4 shards: 4 made" in p.stderr, p.stderr
+    assert p.stderr.count(b"device 2: GPU: collect failed (as told); the other") == 1
+    assert [(d, f) for d, _, _, f in devices_in(p.stderr)] == [(i, i == 2) for i in range(4)]
+    assert all((tmp_path / "one" / f"{f.name}.base64").read_bytes() == want for f in paths)
+    gpus("4 -1 2")
+    p = shards(tmp_path / "all")
+    assert p.returncode == 2 and b"; no device is left\n" in p.stderr
+    names = {f.name for f in (tmp_path / "all").iterdir()}
+    assert names <= {f"{f.name}.{ext}" for f in paths[:3] for ext in ("base64", "json")}
+
+
 def test_gpus_that_take_batches_of_different_sizes(gpus):
     """Of two GPUs the second has no memory for the larger default, so all batches are small."""
     gpus("2")
