@@ -206,6 +206,9 @@ struct input_parser {
     char *id; /* "id", from json_dumps */
     int32_t *ids;
     size_t ids_cap;
+    int keep;
+    char *kept; /* (kept_cap) */
+    size_t kept_cap;
 };
 
 input_parser *input_parser_new(int vocab, int dim) {
@@ -224,8 +227,11 @@ void input_parser_free(input_parser *p) {
     if (!p) return;
     forget(p);
     free(p->ids);
+    free(p->kept);
     free(p);
 }
+
+void input_parser_keep(input_parser *p) { p->keep = 1; }
 
 static int syntax_error(const json_error_t *e, size_t len, qemb_err *err) {
     switch (json_error_code(e)) {
@@ -297,6 +303,15 @@ static int want_dim(const input_parser *p, const json_t *v, input_object *o, qem
     return 0;
 }
 
+/* Keys that a record of the output has beside "id". */
+static int is_of_output(const char *key) {
+    static const char *const names[] = {"embedding",        "tokens", "truncated_bytes",
+                                        "truncated_tokens", "line",   "error"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (!strcmp(key, names[i])) return 1;
+    return 0;
+}
+
 static int field(input_parser *p, const char *key, const json_t *v, input_object *o,
                  qemb_err *err) {
     const int is_null = json_is_null(v);
@@ -308,8 +323,94 @@ static int field(input_parser *p, const char *key, const json_t *v, input_object
         o->instruct = "";
         return is_null ? 0 : want_string(key, v, &o->instruct, &o->instruct_len, err);
     }
+    if (p->keep && !is_of_output(key)) return 0;
+    if (p->keep)
+        return qemb_fail(err, "bad_record", "\"%.64s\": a key of the output (want another name)",
+                         key);
     return qemb_fail(err, "bad_record",
-                     "\"%.64s\": unknown key (want id, text, ids, instruct, dim)", key);
+                     "\"%.64s\": unknown key (want id, text, ids, instruct, dim; --keep takes "
+                     "others)",
+                     key);
+}
+
+/* ---- keys that are kept ---------------------------------------------------------------------- */
+
+/* jansson does not tell where in a line a value stands. These functions go through an object that
+ * it has parsed, so every token is whole. */
+
+/* Also NUL: jansson overlooks it behind a number. */
+static int is_space(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n' || !c; }
+
+static const char *skip_space(const char *s) {
+    while (is_space(*s)) s++;
+    return s;
+}
+
+/* The end of the string at s. */
+static const char *skip_string(const char *s) {
+    for (s++; *s != '"'; s++)
+        if (*s == '\\') s++;
+    return s + 1;
+}
+
+/* The end of the value at s. */
+static const char *skip_value(const char *s) {
+    int depth = 0;
+    if (*s != '"' && *s != '{' && *s != '[') {
+        while (*s != ',' && *s != '}' && *s != ']' && !is_space(*s)) s++;
+        return s;
+    }
+    do {
+        if (*s == '"') {
+            s = skip_string(s);
+            continue;
+        }
+        depth += (*s == '{' || *s == '[') - (*s == '}' || *s == ']');
+        s++;
+    } while (depth);
+    return s;
+}
+
+/* Whether the key with these quotes (len) comes back. */
+static int is_kept(const char *quoted, size_t len) {
+    static const char *const ours[] = {"id", "text", "ids", "instruct", "dim"};
+    json_t *key = json_loadb(quoted, len, JSON_DECODE_ANY, NULL); /* it may have escapes */
+    const char *name = json_string_value(key);
+    int kept = name && !is_of_output(name);
+    for (size_t i = 0; i < sizeof ours / sizeof *ours; i++) kept = kept && strcmp(name, ours[i]);
+    json_decref(key);
+    return kept;
+}
+
+static char *copy_tokens(char *to, const char *s, size_t n) {
+    for (size_t i = 0; i < n; i++) *to++ = s[i] == '\n' || s[i] == '\r' || !s[i] ? ' ' : s[i];
+    return to;
+}
+
+/* Sets o->kept of the object in line (len), which ends with its brace. -1: out of memory. */
+static int keep_others(input_parser *p, const char *line, size_t len, input_object *o) {
+    if (len + 1 > p->kept_cap) {
+        free(p->kept);
+        p->kept = malloc(len + 1);
+        p->kept_cap = p->kept ? len + 1 : 0;
+        if (!p->kept) return -1;
+    }
+    char *to = p->kept; /* of each key, at least its comma or the object's brace is in line too */
+    const char *s = skip_space(skip_space(line) + 1);
+    while (*s == '"') {
+        const char *key = s, *key_end = skip_string(s);
+        const char *value = skip_space(skip_space(key_end) + 1), *end = skip_value(value);
+        if (is_kept(key, (size_t)(key_end - key))) {
+            *to++ = ',';
+            to = copy_tokens(to, key, (size_t)(key_end - key));
+            *to++ = ':';
+            to = copy_tokens(to, value, (size_t)(end - value));
+        }
+        s = skip_space(end);
+        if (*s == ',') s = skip_space(s + 1);
+    }
+    o->kept = p->kept, o->kept_len = (size_t)(to - p->kept);
+    return 0;
 }
 
 static int fields(input_parser *p, input_object *o, qemb_err *err) {
@@ -348,7 +449,10 @@ static int parse_object(input_parser *p, const char *line, size_t len, const cha
 
 int input_parse(input_parser *p, const char *line, size_t len, input_object *o, qemb_err *err) {
     *o = (input_object){0};
-    return parse_object(p, line, len, &o->id, &o->id_len, err) ? -1 : fields(p, o, err);
+    if (parse_object(p, line, len, &o->id, &o->id_len, err)) return -1;
+    if (p->keep && keep_others(p, line, len, o))
+        return qemb_fail(err, "out_of_memory", "record: out of memory");
+    return fields(p, o, err);
 }
 
 /* ---- the object in a JSON line for a reranker ------------------------------------------------ */

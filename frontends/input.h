@@ -58,6 +58,10 @@ typedef struct {
     const char *instruct; /* (instruct_len), "" to embed as a document; NULL: not given */
     size_t instruct_len;
     int dim; /* 1..the parser's dim, or 0: not given */
+    /* (kept_len) the other keys, if they are kept: ,"key":value for each, in order, as they came; a
+     * newline between tokens is a space. No key of the output is among them. */
+    const char *kept;
+    size_t kept_len;
 } input_object;
 
 typedef struct input_parser input_parser; /* owns what input_object points to */
@@ -65,10 +69,13 @@ typedef struct input_parser input_parser; /* owns what input_object points to */
 /* dim: numbers of a whole vector. NULL: out of memory. */
 input_parser *input_parser_new(int vocab, int dim);
 void input_parser_free(input_parser *p);
+/* From here on, input_parse keeps other keys. Those that the output has are errors still. */
+void input_parser_keep(input_parser *p);
 /* Parses the JSON object in line (len). It has exactly one of "text" and "ids"; "id", "instruct"
- * and "dim" are optional; other keys and repeated keys are errors. null counts as not given, except
- * for "id"; "instruct": null is "". *o is valid until the next call. On failure returns -1 and
- * still sets o->id, to "null" if line is no JSON object; err->code is "invalid_json",
+ * and "dim" are optional; other keys, unless they are kept, and repeated keys are errors. null
+ * counts as not given, except for "id"; "instruct": null is "". *o is valid until the next call. On
+ * failure returns -1 and still sets o->id, to "null" if line is no JSON object, and o->kept;
+ * err->code is "invalid_json",
  * "invalid_utf8", "bad_record", "bad_ids", "bad_dim" or "out_of_memory". */
 int input_parse(input_parser *p, const char *line, size_t len, input_object *o, qemb_err *err);
 

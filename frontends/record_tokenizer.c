@@ -142,6 +142,7 @@ int record_tokenizer_open(record_tokenizer *t, const model_file *m, const model_
     t->one_dim = records->one_dim;
     if (text_ids_open(&t->text, m->file, m->tokenizer, max_tokens, err)) return -1;
     if (records->jsonl) t->parser = need(input_parser_new(c->vocab, qemb_dim(c)));
+    if (records->keep) input_parser_keep(t->parser);
     return set_prompt(t, m->file, o, err);
 }
 
@@ -202,6 +203,7 @@ int tokenize_record(record_tokenizer *t, const input_record *r, record_ids *out,
     input_object in;
     const int bad = input_parse(t->parser, r->text, r->len, &in, err);
     out->id = in.id, out->id_len = in.id_len;
+    out->kept = in.kept, out->kept_len = in.kept_len;
     if (bad) return -1;
     if (in.dim && t->one_dim && in.dim != t->dim)
         return qemb_fail(err, "bad_dim",

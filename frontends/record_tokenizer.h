@@ -25,11 +25,14 @@ typedef struct {
     int jsonl;   /* records are JSON objects */
     int dim;     /* length of a vector; 0: the model's */
     int one_dim; /* a record may not ask for another dim */
+    int keep;    /* of jsonl: records may have other keys, which come back */
 } record_options;
 
 typedef struct {
     const char *id; /* (id_len) as in input_object */
     size_t id_len;
+    const char *kept; /* (kept_len) as in input_object */
+    size_t kept_len;
     const int32_t *ids; /* (n) with end-of-text, valid until the next call */
     int n, dim;
     size_t cut_bytes, cut_tokens; /* what truncation removed, or 0 */

@@ -27,6 +27,7 @@ typedef struct {
     unsigned bit; /* its bit */
     model_options model;
     int jsonl, stats, verify;
+    int keep;           /* 1: JSON records may have other keys, which come back */
     int null_separated; /* records end with NUL */
     format_kind output;
     on_error on_error;
@@ -80,12 +81,22 @@ void output_open(output *o, int fd, format_kind kind);
 /* Returns room for n bytes. output_wrote then takes the end of what was written. */
 char *output_room(output *o, size_t n);
 void output_wrote(output *o, const char *end);
+/* What a JSON object of the output begins with. */
+typedef struct {
+    const char *id; /* (id_len) as in record_ids; id_len 0: the id is line */
+    size_t id_len;
+    const char *kept; /* (kept_len) as in record_ids */
+    size_t kept_len;
+    uint64_t line;
+} output_head;
+
+/* The room that output_put_head needs. */
+size_t output_head_room(const output_head *h);
+/* Writes {"id":... and the keys that are kept at p. Returns the end. */
+char *output_put_head(char *p, const output_head *h);
 /* Writes {"id":...,"line":...,"error":{"code":...,"message":...}} and a newline. */
-void output_error(output *o, const char *id, size_t id_len, uint64_t line, const char *code,
-                  const char *message, size_t message_len);
-/* Writes {"id":... at p, which has room for id_len + 32 bytes; id_len 0: the id is line. Returns
- * the end. */
-char *output_id(char *p, const char *id, size_t id_len, uint64_t line);
+void output_error(output *o, const output_head *h, const char *code, const char *message,
+                  size_t message_len);
 void output_flush(output *o);
 /* Call it after the last record, also if an error stops the run. */
 void output_finish(output *o, format_kind kind, uint64_t rows, int dim);
@@ -120,10 +131,8 @@ typedef struct {
 
 /* A record with its vector, or with an error. Valid during the call that gets it. */
 typedef struct {
-    uint64_t line;
+    output_head head;
     origin from;
-    const char *id; /* (id_len) as in record_ids */
-    size_t id_len;
     const float *unit; /* (dim) scaled to length 1, or one logit; NULL: an error */
     int dim, tokens;
     const char *text; /* (text_len), of a record with a vector; NULL: the stream keeps no texts */

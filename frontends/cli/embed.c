@@ -83,21 +83,22 @@ static int handle_error(embedding *w, const result *r) {
     const char *name = w->run->name;
     w->run->counts.errors++;
     if (policy == ON_ERROR_RECORD) {
-        output_error(&w->out, r->id, r->id_len, r->line, r->code, r->message, r->message_len);
+        output_error(&w->out, &r->head, r->code, r->message, r->message_len);
         w->run->counts.rows++;
         return 0;
     }
     if (w->run->counts.errors <= ERRORS_SHOWN)
-        say("%.200s%srecord %" PRIu64 ": %s: %.*s", name ? name : "", name ? ": " : "", r->line,
-            r->code, (int)(r->message_len < 500 ? r->message_len : 500), r->message);
+        say("%.200s%srecord %" PRIu64 ": %s: %.*s", name ? name : "", name ? ": " : "",
+            r->head.line, r->code, (int)(r->message_len < 500 ? r->message_len : 500), r->message);
     if (policy == ON_ERROR_STOP) stop_run(w);
     return policy == ON_ERROR_ZERO;
 }
 
 static void write_vector(embedding *w, const result *r, const float *v) {
     const format_kind kind = w->e->opt->output;
-    char *p = output_room(&w->out, format_vector_room(kind, r->dim) + r->id_len + 200);
-    if (kind == FORMAT_JSONL) p = put(output_id(p, r->id, r->id_len, r->line), ",\"embedding\":");
+    char *p =
+        output_room(&w->out, format_vector_room(kind, r->dim) + output_head_room(&r->head) + 200);
+    if (kind == FORMAT_JSONL) p = put(output_put_head(p, &r->head), ",\"embedding\":");
     p = format_vector(p, kind, v, r->dim);
     if (kind == FORMAT_JSONL) {
         p = format_uint(put(p, ",\"tokens\":"), (uint64_t)r->tokens);

@@ -169,14 +169,14 @@ static void take_line(void *self, const result *r) {
     search *s = self;
     qemb_err err;
     if (!r->unit) {
-        line_index_failed(&s->files[r->from.file], r->line, r->message, r->message_len);
+        line_index_failed(&s->files[r->from.file], r->head.line, r->message, r->message_len);
         return;
     }
     s->tokens += (uint64_t)r->tokens;
     for (int i = 0; i < s->dim; i++) s->halves[i] = format_half(r->unit[i]);
-    hit h = {.order = s->order++, .file = r->from.file, .line = r->line};
+    hit h = {.order = s->order++, .file = r->from.file, .line = r->head.line};
     if (s->index) {
-        const line_index_row row = {r->from.offset, r->text_len, r->line};
+        const line_index_row row = {r->from.offset, r->text_len, r->head.line};
         if (line_index_add(s->index, r->from.file, &row, s->halves, &err)) {
             line_index_drop(s->index);
             die(&err);

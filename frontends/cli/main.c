@@ -58,6 +58,8 @@ static void take_min_score(void *to, const char *name, const char *value) {
 static const option_row rows[] = {
     {"input", "KIND", "text or jsonl: a text or {\"text\":...} per line", "text",
      OPTION_CHOICE, AT(jsonl), .choices = input_kinds, .commands = TEXTS},
+    {"keep", NULL, "jsonl to jsonl: other keys of a record come back", NULL,
+     OPTION_FLAG, AT(keep), .value = 1, .commands = VECTORS},
     {"null", NULL, "records end with NUL instead of a newline", NULL,
      OPTION_FLAG, AT(null_separated), .value = 1, .letter = '0', .commands = TEXTS | FOR_RERANK},
     {"output", "KIND", "jsonl tsv base64 f32 f16 npy int8 or binary", "json",
@@ -204,6 +206,9 @@ static void parse_options(options *o, option_table *t, unsigned bit, int argc, c
         usage("--on-error record: no place for error records in binary output (want zero, skip, "
               "stop)");
     if (o->on_error == ON_ERROR_DEFAULT) o->on_error = text ? ON_ERROR_RECORD : ON_ERROR_STOP;
+    if (o->keep && (!o->jsonl || o->output != FORMAT_JSONL))
+        usage("--keep: other keys come from JSON and go to JSON (want --input jsonl --output "
+              "jsonl)");
     if (o->errors_ok && o->on_error == ON_ERROR_STOP)
         usage("--errors-ok: the first error stops this run (want --on-error %szero or skip)",
               text ? "record, " : "");
@@ -223,7 +228,7 @@ static layer_loaded *loading(const options *o) {
 }
 
 static void open_record_tokenizer(record_tokenizer *t, const model_file *f, const options *o) {
-    const record_options records = {o->jsonl, o->dim, !format_is_text(o->output)};
+    const record_options records = {o->jsonl, o->dim, !format_is_text(o->output), o->keep};
     qemb_err err;
     if (!record_tokenizer_open(t, f, &o->model, &records, &err)) return;
     if (strcmp(err.code, "usage")) DIE(STATUS_MODEL, "%s", err.msg);
@@ -360,7 +365,8 @@ static int tokenize(const options *o) {
         }
         if (got != INPUT_RECORD) break;
         if (tokenize_record(&t, &r, &ids, &err)) {
-            output_error(&out, ids.id, ids.id_len, r.line, err.code, err.msg, strlen(err.msg));
+            const output_head head = {.id = ids.id, .id_len = ids.id_len, .line = r.line};
+            output_error(&out, &head, err.code, err.msg, strlen(err.msg));
             status = STATUS_RECORDS;
         } else {
             write_ids(&out, &ids);

@@ -123,18 +123,21 @@ void output_close(output *o) {
     if (close(o->target) && errno != EINTR) output_failed(o);
 }
 
-char *output_id(char *p, const char *id, size_t id_len, uint64_t line) {
-    p = put(p, "{\"id\":");
-    if (!id_len) return format_uint(p, line);
-    memcpy(p, id, id_len);
-    return p + id_len;
+size_t output_head_room(const output_head *h) {
+    return h->id_len + h->kept_len + FORMAT_UINT_ROOM + 8;
 }
 
-void output_error(output *o, const char *id, size_t id_len, uint64_t line, const char *code,
-                  const char *message, size_t message_len) {
-    char *p = output_room(o, id_len + 6 * message_len + 200);
-    p = put(output_id(p, id, id_len, line), ",\"line\":");
-    p = put(format_uint(p, line), ",\"error\":{\"code\":\"");
+char *output_put_head(char *p, const output_head *h) {
+    p = put(p, "{\"id\":");
+    p = h->id_len ? put_bytes(p, h->id, h->id_len) : format_uint(p, h->line);
+    return h->kept_len ? put_bytes(p, h->kept, h->kept_len) : p;
+}
+
+void output_error(output *o, const output_head *h, const char *code, const char *message,
+                  size_t message_len) {
+    char *p = output_room(o, output_head_room(h) + 6 * message_len + 200);
+    p = put(output_put_head(p, h), ",\"line\":");
+    p = put(format_uint(p, h->line), ",\"error\":{\"code\":\"");
     p = put(put(p, code), "\",\"message\":");
     p = put(format_json_string(p, message, message_len), "}}\n");
     output_wrote(o, p);

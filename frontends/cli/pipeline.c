@@ -46,8 +46,9 @@
 typedef struct {
     uint64_t line;
     origin from;
-    const char *code;      /* NULL: it has a vector; else the error code */
-    size_t id, id_len;     /* offset in notes; id_len 0: none */
+    const char *code;  /* NULL: it has a vector; else the error code */
+    size_t id, id_len; /* offset in notes; id_len 0: none */
+    size_t kept, kept_len;
     size_t note, note_len; /* the message of an error; of a vector the text, kept or not */
     size_t cut_bytes, cut_tokens;
     int row, dim, tokens;
@@ -314,6 +315,8 @@ static job *add_record(pipeline *p, job *j, const input_record *in, origin from)
     }
     r.id_len = t.id_len;
     r.id = job_note(j, t.id, t.id_len);
+    r.kept_len = t.kept_len;
+    r.kept = job_note(j, t.kept, t.kept_len);
     j->records[j->n++] = r;
     return j;
 }
@@ -462,10 +465,12 @@ static int give_numbers(const pipeline *p, const float *out, result *x) {
 
 static void give_record(pipeline *p, const job *j, const record *r) {
     const char *note = j->notes + r->note;
-    result x = {.line = r->line,
+    result x = {.head = {.id = j->notes + r->id,
+                         .id_len = r->id_len,
+                         .kept = j->notes + r->kept,
+                         .kept_len = r->kept_len,
+                         .line = r->line},
                 .from = r->from,
-                .id = j->notes + r->id,
-                .id_len = r->id_len,
                 .cut_bytes = r->cut_bytes,
                 .cut_tokens = r->cut_tokens,
                 .dim = r->dim,

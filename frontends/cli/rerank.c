@@ -133,14 +133,15 @@ static float shown(const reranking *w, float logit) {
 }
 
 static void print_request(reranking *w, request *q, uint64_t line) {
+    const output_head head = {.id = q->id, .id_len = q->id_len, .line = line};
     if (q->err.code) {
         w->errors++;
-        output_error(&w->out, q->id, q->id_len, line, q->err.code, q->err.msg, strlen(q->err.msg));
+        output_error(&w->out, &head, q->err.code, q->err.msg, strlen(q->err.msg));
         return;
     }
     ranking_sort(q->results, q->n);
-    char *p = output_room(&w->out, q->id_len + 64);
-    output_wrote(&w->out, put(output_id(p, q->id, q->id_len, line), ",\"results\":["));
+    char *p = output_room(&w->out, output_head_room(&head) + 64);
+    output_wrote(&w->out, put(output_put_head(p, &head), ",\"results\":["));
     for (size_t i = 0; i < q->top_n; i++) {
         const ranked *r = &q->results[i];
         p = output_room(&w->out, 96 + 2 * FORMAT_UINT_ROOM + FORMAT_FLOAT_ROOM);
@@ -178,18 +179,20 @@ static void take_document(reranking *w, const result *r) {
         qemb_fail(&q->err, r->code, "documents[%zu]: %.*s", i, (int)r->message_len, r->message);
     q->tokens += (uint64_t)r->tokens;
     if (i + 1 < q->n) return;
-    print_request(w, q, r->line);
+    print_request(w, q, r->head.line);
     drop_oldest(w);
 }
 
 static void take_line(reranking *w, const result *r) {
     if (!r->unit) {
         if (w->errors++ < ERRORS_SHOWN)
-            say("line %" PRIu64 ": %s: %.*s", r->line, r->code, (int)r->message_len, r->message);
+            say("line %" PRIu64 ": %s: %.*s", r->head.line, r->code, (int)r->message_len,
+                r->message);
         return;
     }
-    best_offer(&w->lines,
-               &(hit){.score = *r->unit, .order = r->line, .text = r->text, .len = r->text_len});
+    best_offer(
+        &w->lines,
+        &(hit){.score = *r->unit, .order = r->head.line, .text = r->text, .len = r->text_len});
 }
 
 static void take_record(void *self, const result *r) {

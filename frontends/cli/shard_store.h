@@ -34,8 +34,8 @@ void shard_unlock(const shard_store *s, const char *name, int lock);
 /* Removes what dead processes of this machine have left of a name that nobody has locked. */
 void shard_tidy(shard_store *s, const char *name);
 
-/* Opens a new file for name, which is locked. Returns -1 and sets errno if that fails. First removes
- * what dead processes of this machine have left. */
+/* Opens a new file for name, which is locked. Returns -1 and sets errno if that fails. First
+ * removes what dead processes of this machine have left. */
 int shard_part_open(const shard_store *s, const char *name);
 void shard_part_remove(const shard_store *s, const char *name);
 /* Renames name's file, which is on the disk, to final. -1: errno says why. */

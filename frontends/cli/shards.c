@@ -136,12 +136,13 @@ static json_t *recipe_of(const options *o, const qemb_file *f, const record_toke
     if (model_fingerprint(model, f, o->model.ops) ||
         recipe_fingerprint(fingerprint, model, t->prompt, t->prompt_len))
         DIE(STATUS_MODEL, "libcrypto: no SHA-256");
-    return need(json_pack(
-        "{s:s, s:s, s:s, s:i, s:{s:s, s:b, s:s, s:i, s:b, s:b, s:b}}", "qemb", QEMB_VERSION,
-        "output", format_names[o->output], "fingerprint", fingerprint, "dim", t->dim, "options",
-        "input", o->jsonl ? "jsonl" : "text", "null", o->null_separated, "on-error",
-        on_error[o->on_error], "max-tokens", t->text.max_tokens, "truncate", t->truncate,
-        "deterministic", o->model.engine.deterministic, "hopper", o->model.engine.hopper));
+    return need(json_pack("{s:s, s:s, s:s, s:i, s:{s:s, s:b, s:b, s:s, s:i, s:b, s:b, s:b}}",
+                          "qemb", QEMB_VERSION, "output", format_names[o->output], "fingerprint",
+                          fingerprint, "dim", t->dim, "options", "input",
+                          o->jsonl ? "jsonl" : "text", "keep", o->keep, "null", o->null_separated,
+                          "on-error", on_error[o->on_error], "max-tokens", t->text.max_tokens,
+                          "truncate", t->truncate, "deterministic", o->model.engine.deterministic,
+                          "hopper", o->model.engine.hopper));
 }
 
 /* The whole number at key, or -1. */

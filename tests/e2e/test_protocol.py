@@ -493,6 +493,44 @@ def test_jsonl_output_ids():
     assert [type(g["id"]) for g in got[:4]] == [str, int, int, float]
 
 
+KEPT = [
+    (
+        '{"id":7,"lang":"de","text":"x", "n" : {"a": [1, "}"]} ,"f":1.50e3}',
+        '"lang":"de","n":{"a": [1, "}"]},"f":1.50e3',
+    ),
+    ('{"text":"x","ü":"\\u00fc"}', '"ü":"\\u00fc"'),
+    ('{"text":"x"}', ""),
+    ('{"b":1,"text":5}', '"b":1'),
+    ('{"b":1,"text":"x","embedding":5}', '"b":1'),
+    ('{"b":1,"text":"x","error":5}', '"b":1'),
+]
+
+
+def test_keep():
+    """Other keys come back as they came, behind the id, also of a record that failed."""
+    data = jsonl(*[line for line, _ in KEPT], {"text": "last", "k": 1})
+    args = ("--keep", "--input", "jsonl", "--output", "jsonl", "--batch-tokens", 8)
+    got = out(*args, data=data, status=3, errors="3 of 7 records failed").decode().splitlines()
+    plain = out("--output", "jsonl", data=b"x\n" * 3 + b"a\n" * 3 + b"last").decode().splitlines()
+    assert len(got) == len(KEPT) + 1
+    for i, (line, kept) in enumerate(KEPT):
+        start = f'{{"id":{json.loads(line).get("id", i + 1)}' + (f",{kept}" if kept else "")
+        if i < 3:
+            assert got[i] == start + plain[i][plain[i].index(',"embedding"') :]
+        else:
+            assert got[i].startswith(f'{start},"line":{i + 1},"error":')
+    for g, key in zip(got[4:6], ("embedding", "error")):
+        assert f'"{key}": a key of the output' in json.loads(g)["error"]["message"]
+    assert got[6].startswith('{"id":7,"k":1,"embedding":[')
+    # without it, the message names it
+    (e,) = objects("--input", "jsonl", data=b'{"text":"x","lang":"de"}', status=3, errors="1 of 1")
+    assert '"lang": unknown key' in e["error"]["message"] and "--keep" in e["error"]["message"]
+    # records on several lines stay lines
+    many = b'{"text":"x","a":[1,\n2]}\0{"text":"x","b":{\n}}\0'
+    got = objects(*args, "-0", data=many)
+    assert [g.get("a", g.get("b")) for g in got] == [[1, 2], {}]
+
+
 def test_dim_of_a_record():
     full = vectors(data=b"x")[0].astype(np.float64)
     got = vectors(
@@ -616,6 +654,11 @@ def test_all_outputs_agree(dim):
     )
     assert same(npy(run("npy")))
     assert np.array_equal(np.frombuffer(run("f16"), "<f2").reshape(-1, dim), want.astype("<f2"))
+    exact = want.astype(np.float64)
+    exact = np.rint(127 * exact / np.abs(exact).max(axis=1, keepdims=True))
+    assert np.array_equal(np.frombuffer(run("int8"), "i1").reshape(-1, dim), exact)
+    bits = np.packbits(want > 0, axis=1)
+    assert np.array_equal(np.frombuffer(run("binary"), "u1").reshape(len(texts), -1), bits)
 
 
 def test_npy_everywhere(tmp_path):
@@ -673,7 +716,7 @@ def test_npy_of_a_killed_run_does_not_load(tmp_path):
         np.load(tmp_path / "v.npy")
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "npy"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "npy", "int8", "binary"])
 def test_binary_outputs_have_one_dim(kind):
     data = jsonl({"text": "a", "dim": 4}, {"text": "a"}, {"id": "k", "text": "a", "dim": 5})
     args = ("--input", "jsonl", "--dim", 4, "--output", kind)
@@ -681,7 +724,7 @@ def test_binary_outputs_have_one_dim(kind):
     assert got == out(*args, data=jsonl({"text": "a"}, {"text": "a"}))
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "npy"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "npy", "int8", "binary"])
 def test_on_error_in_binary(kind, tmp_path):
     data = b"one\n\xff\ntwo\n"
     args = ("--output", kind, "--dim", 4)
@@ -1009,6 +1052,8 @@ USAGE = [
     (("-m", MODEL, "--input", "json"), "--input: unknown .got json, want text, jsonl"),
     (("-m", MODEL, "--on-error", "die"), "--on-error: .*want record, zero, skip, stop"),
     (("-m", MODEL, "--on-error", "record", "--output", "f32"), "--on-error record"),
+    (("-m", MODEL, "--keep", "--input", "jsonl"), "--keep: .*--output jsonl"),
+    (("-m", MODEL, "--keep", "--output", "jsonl"), "--keep: .*want --input jsonl"),
     (("-m", MODEL, "--errors-ok", "--on-error", "stop"), "--errors-ok: .*want --on-error record, "),
     (("-m", MODEL, "--errors-ok", "--output", "f32"), "--errors-ok: .*want --on-error zero"),
     (("-m", MODEL, "--query", "--instruct", "x"), "--prompt and --instruct: only one of them"),

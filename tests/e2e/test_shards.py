@@ -5,6 +5,7 @@ QEMB_BIN names the program, as in test_protocol.py. What an output has to be, th
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -174,6 +175,64 @@ def test_a_list_on_standard_input(files, tmp_path):
     check_all(tmp_path / "out", files)
     assert summary(shards("--out", tmp_path / "out", "-"))[0] == 0
     assert "NUL" in shards("--out", tmp_path / "out", "-", input=b"a\0b\n", status=1)
+
+
+# ---- counts -------------------------------------------------------------------------------------
+
+RECORDS = [b"one", b"", b"bad \xff", b"two", b"", b"three"]
+
+
+def forms():
+    """The same records in each form of input, with the options that say so."""
+    yield (), b"\n".join(RECORDS)
+    yield (), b"\r\n".join(RECORDS) + b"\r\n"
+    yield (), gzip.compress(b"\n".join(RECORDS) + b"\n")
+    yield ("-0",), b"\0".join(RECORDS) + b"\0"
+    objects = [b'{"text":5}' if b"bad" in r else b'{"text":"%s"}' % r for r in RECORDS]
+    yield ("--input", "jsonl"), b"\n".join(objects)
+    yield ("--input", "jsonl", "-0"), b"\0".join(objects)
+
+
+@pytest.mark.parametrize("policy", ["record", "skip", "zero"])
+@pytest.mark.parametrize("form", range(6))
+def test_rows_and_ids_are_counted_alike(form, policy, tmp_path):
+    """In the output of each kind, an npy's header, ids, messages, --stats and a shard's JSON."""
+    args, data = list(forms())[form]
+    args = (*args, "--on-error", policy)
+    rows = len(RECORDS) - (policy == "skip")
+    path, out = tmp_path / "in", tmp_path / "out"
+    path.write_bytes(data)
+    for kind in ("json", "jsonl", "f32", "npy"):
+        if kind in ("f32", "npy") and policy == "record":
+            continue
+        p = subprocess.run(
+            [QEMB, "-m", MODEL, *map(str, OPTIONS), *args, "--output", kind, "--stats"],
+            input=data,
+            capture_output=True,
+            timeout=GUARD,
+        )
+        said = p.stderr.decode()
+        assert "qemb: 1 of 6 records failed\n" in said and "qemb: 5 texts, " in said
+        assert f" 1 errors, {rows} rows, " in said
+        assert ("qemb: record 3: " in said) == (policy != "record")
+        if kind == "npy":
+            assert np.load(io.BytesIO(p.stdout)).shape == (rows, DIM)
+        elif kind == "f32":
+            assert len(p.stdout) == rows * DIM * 4
+        else:
+            got = [json.loads(l) for l in p.stdout.splitlines()]
+            assert len(got) == rows
+        if kind == "jsonl":
+            want = [i for i in range(1, 7) if (i, policy) != (3, "skip")]
+            assert [g["id"] for g in got] == want
+            tokens = sum(g.get("tokens", 0) for g in got)
+            assert f"qemb: 5 texts, {tokens} tokens in " in said
+        said = shards("--out", out, *args, "--output", kind, "--errors-ok", path)
+        assert summary(said)[4:] == (rows, 1)
+        r = record(out, path)
+        assert (r["records"], r["rows"], r["errors"]) == (6, rows, 1)
+        if kind == "jsonl":
+            assert r["tokens"] == tokens
 
 
 # ---- what is made again -------------------------------------------------------------------------

@@ -22,6 +22,8 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsi
                                          ",\"id\":{\"a\":[1.5e3]}",
                                          ",\"instruct\":\"x\"",
                                          ",\"dim\":64",
+                                         ",\"\\u0069d\":[\"}\", {\"b\":-1e2}]\n",
+                                         ",\"tokens\":false",
                                          "{\"query\":\"a\",\"documents\":[\"b\"]}",
                                          ",\"documents\":[]",
                                          ",{\"text\":\"c\"}",
@@ -67,11 +69,46 @@ static void require_utf8(const char *s, size_t len) {
     json_decref(v);
 }
 
-static void try_text(input_parser *parser, const char *line, size_t size) {
+/* What is kept is a line's part, and the object's keys that neither input nor output has. */
+static void require_kept(const input_object *o, const char *line, size_t size) {
+    static const char *const others[] = {"id",
+                                         "text",
+                                         "ids",
+                                         "instruct",
+                                         "dim",
+                                         "embedding",
+                                         "tokens",
+                                         "truncated_bytes",
+                                         "truncated_tokens",
+                                         "line",
+                                         "error"};
+    const int flags = JSON_DECODE_ANY | JSON_ALLOW_NUL | JSON_REJECT_DUPLICATES;
+    json_t *all = json_loadb(line, size, flags, NULL);
+    if (!json_is_object(all)) {
+        require(!o->kept_len);
+        json_decref(all);
+        return;
+    }
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) json_object_del(all, others[i]);
+    require(o->kept_len <= size && (!o->kept_len || !memchr(o->kept, '\n', o->kept_len)));
+    const size_t n = o->kept_len ? o->kept_len - 1 : 0; /* without its comma */
+    char *object = malloc(n + 2);
+    object[0] = '{', object[n + 1] = '}';
+    if (n) memcpy(object + 1, o->kept + 1, n);
+    json_t *kept = json_loadb(object, n + 2, flags, NULL);
+    require(kept && json_equal(kept, all));
+    free(object);
+    json_decref(kept);
+    json_decref(all);
+}
+
+static void try_text(input_parser *parser, int keeps, const char *line, size_t size) {
     input_object o;
     qemb_err err = {NULL, ""};
     const int bad = input_parse(parser, line, size, &o, &err);
     require_id(o.id, o.id_len);
+    if (keeps) require_kept(&o, line, size);
+    require(keeps || !o.kept_len);
     if (bad) {
         require(err.code && *err.msg);
         return;
@@ -105,9 +142,14 @@ static void try_ranking(input_parser *parser, const char *line, size_t size) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static input_parser *parser; /* kept, to find state that leaks into the next line */
-    if (!parser) parser = input_parser_new(VOCAB, HIDDEN);
-    try_text(parser, (const char *)data, size);
+    static input_parser *parser, *keeping; /* kept, to find state that leaks into the next line */
+    if (!parser) {
+        parser = input_parser_new(VOCAB, HIDDEN);
+        keeping = input_parser_new(VOCAB, HIDDEN);
+        input_parser_keep(keeping);
+    }
+    try_text(parser, 0, (const char *)data, size);
+    try_text(keeping, 1, (const char *)data, size);
     try_ranking(parser, (const char *)data, size);
     return 0;
 }

@@ -473,6 +473,47 @@ Test(objects, everything) {
     input_parser_free(p);
 }
 
+Test(objects, kept_keys) {
+    static const struct {
+        const char *line, *kept, *code;
+    } cases[] = {
+        {"{\"text\":\"a\"}", "", NULL},
+        {"{\"text\":\"a\",\"b\":1}", ",\"b\":1", NULL},
+        {" { \"b\" : 1.50e+3 , \"text\":\"a\" , \"c\":null } ", ",\"b\":1.50e+3,\"c\":null", NULL},
+        {"{\"c\":{\"d\":[1, \"}]\\\"\", {}]},\"b\":[],\"text\":\"a\",\"id\":{\"x\":1}}",
+         ",\"c\":{\"d\":[1, \"}]\\\"\", {}]},\"b\":[]", NULL},
+        {"{\"b\":[1,\n\r2],\n\"text\":\"a\"}", ",\"b\":[1,  2]", NULL},
+        {"{\"\\u0074ext\":\"a\",\"\\u00e9\":\"\\u00e9\",\"\":0}", ",\"\\u00e9\":\"\\u00e9\",\"\":0",
+         NULL},
+        {"{\"text\":\"a\",\"b\":1,\"tokens\":2}", ",\"b\":1", "bad_record"},
+        {"{\"text\":\"a\",\"b\":1,\"\\u0065rror\":2}", ",\"b\":1", "bad_record"},
+        {"{\"text\":7,\"b\":1}", ",\"b\":1", "bad_record"},
+        {"{\"text\":\"a\",\"b\":1", "", "invalid_json"},
+        {"[{\"b\":1}]", "", "bad_record"},
+    };
+    input_parser *p = input_parser_new(VOCAB, HIDDEN);
+    input_object of_nul;
+    qemb_err err;
+    static const char nul[] = "{\"a\":[1\0,2],\"b\":3\0,\"text\":\"a\"}";
+    input_parser_keep(p);
+    cr_assert(!input_parse(p, nul, sizeof nul - 1, &of_nul, &err)); /* jansson overlooks these */
+    cr_expect(of_nul.kept_len == 17 && !memcmp(of_nul.kept, ",\"a\":[1 ,2],\"b\":3", 17));
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const size_t n = strlen(cases[i].line), kept = strlen(cases[i].kept);
+        input_object o;
+        qemb_err e;
+        char *line = malloc(n); /* of this size: it ends with no NUL */
+        memcpy(line, cases[i].line, n);
+        const int bad = input_parse(p, line, n, &o, &e);
+        cr_expect(bad == (cases[i].code ? -1 : 0), "%s", cases[i].line);
+        cr_expect(!bad || !strcmp(e.code, cases[i].code), "%s", cases[i].line);
+        cr_expect(o.kept_len == kept && (!kept || !memcmp(o.kept, cases[i].kept, kept)), "%.*s",
+                  (int)o.kept_len, o.kept);
+        free(line);
+    }
+    input_parser_free(p);
+}
+
 Test(objects, refusals) {
     static const struct {
         const char *line, *code, *id, *says;
