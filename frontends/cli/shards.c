@@ -51,6 +51,7 @@ typedef struct {
     shard *shards;  /* (n) */
     size_t n, seen; /* seen: made or not */
     int lock;       /* of the shard in work */
+    int waiting;    /* for shards that other processes had */
     int open;       /* the members up to the empty line are */
     qemb_model *replicas[MAX_DEVICES];
     embedder embedder;
@@ -225,12 +226,13 @@ static int write_json(sharding *w, const shard *s, const embed_run *r, const cha
     char name[PATH_MAX], output_name[PATH_MAX];
     file_name(name, s, "json");
     file_name(output_name, s, extension(w->opt->output));
+    const char *const end = put_printable(output_name, output_name, strlen(output_name));
     json_t *json = need(json_pack("{s:s%, s:I, s:I, s:I, s:I, s:s, s:I, s:{s:I, s:s}}", "file",
-                                  output_name, strlen(output_name), "rows", (json_int_t)c->rows,
-                                  "errors", (json_int_t)c->errors, "tokens", (json_int_t)c->tokens,
-                                  "bytes", (json_int_t)bytes[1], "sha256", sha256[1], "records",
-                                  (json_int_t)(c->texts + c->errors), "input", "bytes",
-                                  (json_int_t)bytes[0], "sha256", sha256[0]));
+                                  output_name, (size_t)(end - output_name), "rows",
+                                  (json_int_t)c->rows, "errors", (json_int_t)c->errors, "tokens",
+                                  (json_int_t)c->tokens, "bytes", (json_int_t)bytes[1], "sha256",
+                                  sha256[1], "records", (json_int_t)(c->texts + c->errors), "input",
+                                  "bytes", (json_int_t)bytes[0], "sha256", sha256[0]));
     json_object_update(json, w->recipe);
     char *text = need(json_dumps(json, JSON_INDENT(1)));
     json_decref(json);
@@ -319,9 +321,10 @@ static shard_state look(sharding *w, const shard *s, int in) {
     return there ? SHARD_THERE : SHARD_MADE;
 }
 
-/* Looks twice for the output: the process that had the lock may have made it. */
+/* Looks for the output before the lock, since most shards of a second run are there, and under it,
+ * since the process that had it may have made the output. */
 static shard_state make_if_needed(sharding *w, const shard *s, int in) {
-    shard_state state = look(w, s, in);
+    shard_state state = w->waiting ? SHARD_MADE : look(w, s, in);
     if (state == SHARD_THERE) shard_tidy(&w->store, s->name);
     if (state != SHARD_MADE) return state;
     switch (shard_lock(&w->store, s->name, &w->lock)) {
@@ -357,7 +360,7 @@ static shard_state do_shard(sharding *w, const shard *s) {
 /* Does all shards, first those that no other process has. Returns early after a signal. */
 static void do_shards(sharding *w) {
     size_t pending = w->n;
-    for (int pass = 0; pending && !signal_caught(); pass++) {
+    for (; pending && !signal_caught(); w->waiting = 1) {
         const size_t before = pending;
         for (size_t i = 0; i < w->n && !signal_caught(); i++) {
             shard *s = &w->shards[i];
@@ -366,7 +369,8 @@ static void do_shards(sharding *w) {
             s->state = do_shard(w, s);
             pending -= s->state != SHARD_PENDING;
         }
-        if (pending == before && pass) { /* looks again in a moment, or ends with the signal */
+        if (pending == before &&
+            w->waiting) { /* looks again in a moment, or ends with the signal */
             struct pollfd signal = {.fd = w->embedder.wake_fd, .events = POLLIN};
             poll(&signal, 1, 200);
         }

@@ -177,6 +177,19 @@ def test_a_list_on_standard_input(files, tmp_path):
     assert "NUL" in shards("--out", tmp_path / "out", "-", input=b"a\0b\n", status=1)
 
 
+def test_a_name_that_is_not_utf8(tmp_path):
+    path, out = os.fsencode(tmp_path) + b"/caf\xe9\n.txt", tmp_path / "out"
+    Path(os.fsdecode(path)).write_bytes(b"text\n")
+    args = [os.fsencode(a) for a in command("--out", out)]
+    for made in (1, 0):
+        p = subprocess.run([*args, path], capture_output=True, timeout=GUARD)
+        assert p.returncode == 0 and summary(p.stderr.decode())[:2] == (1, made)
+    names = sorted(os.listdir(os.fsencode(out)))
+    assert names == [b"caf\xe9\n.txt.json", b"caf\xe9\n.txt.jsonl"]
+    with open(os.fsencode(out) + b"/" + names[0]) as f:
+        assert json.load(f)["file"] == "caf??.txt.jsonl"
+
+
 # ---- counts -------------------------------------------------------------------------------------
 
 RECORDS = [b"one", b"", b"bad \xff", b"two", b"", b"three"]
