@@ -288,6 +288,8 @@ def test_another_recipe_is_made_again(files, tmp_path):
         (MODEL, ("--on-error", "skip")),
         (MODEL, ("--output", "tsv")),
         (MODEL, ("-0",)),
+        (MODEL, ("--input", "jsonl", "--output", "jsonl", "--errors-ok")),
+        (MODEL, ("--input", "jsonl", "--output", "jsonl", "--errors-ok", "--keep")),
     ]
     if "avx2" in tables:
         runs.append((MODEL, ("--cpu", "plain")))
@@ -423,9 +425,9 @@ def test_a_full_disk_leaves_no_shard(files, tmp_path):
     big, out = tmp_path / "big.txt", tmp_path / "out"
     big.write_bytes(b"".join(b"text %d\n" % i for i in range(600)))
 
-    def limit():
+    def limit(most=4000):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     for kind in ("f32", "npy"):
         said = shards("--out", out, "--output", kind, files[0], big, files[1], status=4,
@@ -434,6 +436,11 @@ def test_a_full_disk_leaves_no_shard(files, tmp_path):
         assert summary(said)[:4] == (3, 2, 0, 1)
         check_all(out, files[:2], "--output", kind, ext=kind)
         shutil.rmtree(out)
+    # room for the vectors, but not for their JSON
+    big.write_bytes(b"one\n")
+    args = ("--out", out, "--output", "f32", big)
+    said = shards(*args, status=4, preexec_fn=lambda: limit(300))
+    assert summary(said)[:4] == (1, 0, 0, 1) and not list(out.iterdir())
 
 
 # ---- several processes, and kills ---------------------------------------------------------------
@@ -550,6 +557,12 @@ def test_parts_of_others_are_left_alone(files, tmp_path):
     shards("--out", out, *files)
     assert not stale.exists() and all(p.exists() for p in others)
     assert not list(out.glob("*.lock"))
+    # of a process that had the same id, such as the 1 of a container
+    shutil.rmtree(out)
+    own = ["sh", "-c", f'mkdir {out} && touch "{out}/.{name}.{host}.$$-0123abcd.part" '
+           f'"{out}/.{name}.lock" && exec "$@"', "sh"]
+    subprocess.run([*own, *command("--out", out, *files)], check=True, stderr=subprocess.PIPE)
+    assert not list(out.glob(".*"))
     # also if the shard itself was whole
     for path in (stale, out / f".{name}.lock"):
         path.write_bytes(b"x")
