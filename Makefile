@@ -33,7 +33,7 @@ FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main http http_header http_work http_tell body_decoder listen api api_keys api_tei api_ollama api_rerank model_worker queue cache redis metrics log buffer vector) $(SHARED)
 TESTS   := amx batch embed_text line_index measure model_file format input model ops ranking serve_cache serve_queue simd text_ids tokenizer
-FUZZERS := file jsonl line_index request tokenizer
+FUZZERS := file input jsonl line_index request tokenizer
 TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console decompress format input ranking cli/line_index server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
 

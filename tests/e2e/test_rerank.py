@@ -4,6 +4,7 @@ QEMB_BIN names the program, as in test_protocol.py.
 """
 
 import functools
+import gzip
 import json
 import math
 import os
@@ -280,6 +281,14 @@ def test_nothing_in_a_record():
     got = objects(ask(documents=[], id="a"), ask("", [""]), ask(documents=[], id="b"))
     assert [g["id"] for g in got] == ["a", 2, "b"] and len(got[1]["results"]) == 1
     assert out(data=b"") == b""
+
+
+def test_compressed_records():
+    data = jsonl(ask(id="a"), ask(id="b", documents=["two"]))
+    assert out(data=gzip.compress(data)) == out(data=data)
+    cut = gzip.compress(data)[:-1]
+    got = out(data=cut, status=1, errors="^qemb: standard input: cannot read .compressed data: cut")
+    assert got == out(data=data)
 
 
 def test_ends_of_records():
