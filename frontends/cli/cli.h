@@ -220,9 +220,9 @@ typedef struct {
     int stopped;          /* by --on-error stop */
 } embed_run;
 
-/* Runs until the input ends, an error stops it or a signal arrives. Standard output is ended and
- * the process too if --on-error stop stops the run, since standard input may not end. Returns -1
- * if no device is left; then the process has to be ended by pipeline_die. */
+/* Runs until the input ends, an error stops it or a signal arrives. If --on-error stop stops a run
+ * from standard input, which may not end, it ends the process. Returns -1 if no device is left; then
+ * the process has to be ended by pipeline_die. */
 int embed_records(embedder *e, embed_run *r);
 void embed_counts_add(embed_counts *sum, const embed_counts *c);
 /* The texts, tokens and batches of --stats. */
