@@ -221,8 +221,8 @@ typedef struct {
 } embed_run;
 
 /* Runs until the input ends, an error stops it or a signal arrives. If --on-error stop stops a run
- * from standard input, which may not end, it ends the process. Returns -1 if no device is left; then
- * the process has to be ended by pipeline_die. */
+ * from standard input, which may not end, it ends the process. Returns -1 if no device is left;
+ * then the process has to be ended by pipeline_die. */
 int embed_records(embedder *e, embed_run *r);
 void embed_counts_add(embed_counts *sum, const embed_counts *c);
 /* The texts, tokens and batches of --stats. */

@@ -10,7 +10,6 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <openssl/evp.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -83,20 +82,19 @@ static void part_name(const shard_store *s, file_name out, const char *name) {
     snprintf(out, sizeof(file_name), ".%s.%s.%ld-%s.part", name, s->host, (long)getpid(), s->tag);
 }
 
-/* Whether a file is of this machine's process that is dead, or that had this one's id. */
-static int is_stale(const shard_store *s, const char *file, const char *name) {
+/* Whether a file is one that a process of this machine has begun for name. */
+static int is_part(const shard_store *s, const char *file, const char *name) {
     file_name start;
-    char *end;
-    const int n = snprintf(start, sizeof start, ".%s.%s.", name, s->host);
-    if (strncmp(file, start, (size_t)n) || file[n] < '1' || file[n] > '9') return 0;
-    errno = 0;
-    const long pid = strtol(file + n, &end, 10);
-    if (errno || pid > INT_MAX || *end != '-') return 0;
-    if (strspn(end + 1, "0123456789abcdef") != 8 || strcmp(end + 9, ".part")) return 0;
-    return pid == getpid() ? strncmp(end + 1, s->tag, 8) != 0
-                           : kill((pid_t)pid, 0) && errno == ESRCH;
+    const size_t n = (size_t)snprintf(start, sizeof start, ".%s.%s.", name, s->host);
+    if (strncmp(file, start, n)) return 0;
+    const size_t digits = strspn(file + n, "0123456789");
+    const char *tag = file + n + digits;
+    return digits && *tag == '-' && strspn(tag + 1, "0123456789abcdef") == 8 &&
+           !strcmp(tag + 9, ".part");
 }
 
+/* Who holds the lock of name knows that no other process of this machine is at it, so what is there
+ * is of dead ones. A process id would not tell: it may be that of a zombie, or be used again. */
 static void remove_stale(const shard_store *s, const char *name) {
     const int fd = openat(s->fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     DIR *dir = fd < 0 ? NULL : fdopendir(fd);
@@ -105,7 +103,7 @@ static void remove_stale(const shard_store *s, const char *name) {
         return;
     }
     for (struct dirent *d; (d = readdir(dir));)
-        if (is_stale(s, d->d_name, name)) unlinkat(s->fd, d->d_name, 0);
+        if (is_part(s, d->d_name, name)) unlinkat(s->fd, d->d_name, 0);
     closedir(dir);
 }
 

@@ -31,7 +31,7 @@ typedef enum { SHARD_LOCKED, SHARD_BUSY, SHARD_LOCK_FAILED } shard_lock_status;
 shard_lock_status shard_lock(shard_store *s, const char *name, int *lock);
 /* Removes a lock. */
 void shard_unlock(const shard_store *s, const char *name, int lock);
-/* Removes what dead processes of this machine have left of a name that nobody has locked. */
+/* Removes what dead processes of this machine have left of name, unless it is locked. */
 void shard_tidy(shard_store *s, const char *name);
 
 /* Opens a new file for name, which is locked. Returns -1 and sets errno if that fails. First

@@ -310,14 +310,14 @@ static shard_state make(sharding *w, const shard *s, int in) {
 /* SHARD_THERE if it is; SHARD_MADE if it has to be made; or a failure. */
 static shard_state look(sharding *w, const shard *s, int in) {
     json_t *json = read_json(w, s);
-    const int there = is_there(w, s, in, json);
+    const int there = is_there(w, s, in, json), error = errno;
     if (there > 0) {
         w->rows += (uint64_t)number(json, "rows");
         w->errors += (uint64_t)number(json, "errors");
         w->embedder.progress.bytes -= s->bytes;
     }
     json_decref(json);
-    if (there < 0) return signal_caught() ? SHARD_STOPPED : cannot_read(w, s, strerror(errno));
+    if (there < 0) return signal_caught() ? SHARD_STOPPED : cannot_read(w, s, strerror(error));
     return there ? SHARD_THERE : SHARD_MADE;
 }
 

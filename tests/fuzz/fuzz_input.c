@@ -1,5 +1,6 @@
 /* fuzz_input.c - libFuzzer target: compressed input. A stream that is whole has the records of its
- * text; one that is changed or cut off has any, and ends. The first three bytes say what is done. */
+ * text; one that is changed or cut off may have any, and ends. The first three bytes say what is
+ * done. */
 #include "frontends/decompress.h"
 #include "frontends/input.h"
 
