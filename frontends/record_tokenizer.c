@@ -7,38 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The prompt of a task. Qwen3-Embedding's ends with the second string. */
-static const char task_start[] = "Instruct: ", task_end[] = "\nQuery:";
-
-/* What follows the task in the prompts of f: task_end, and spaces if the model was trained with
- * some. NULL: its prompts have another form. A file without prompts gets Qwen3-Embedding's. */
-static const char *end_of_task(const qemb_file *f) {
-    int others = 0;
-    for (int i = 0; i < f->n_prompts; i++) {
-        const char *s = f->prompts[i].text, *end = strstr(s, task_end);
-        if (end && !strncmp(s, task_start, sizeof task_start - 1) &&
-            !end[sizeof task_end - 1 + strspn(end + sizeof task_end - 1, " ")])
-            return end;
-        others |= *s != 0;
-    }
-    return others ? NULL : task_end;
-}
-
 static int no_task(qemb_err *err, const char *object) {
     return qemb_fail(err, "no_task",
                      "%s: this model's prompts have no task (want one of its prompts, by name)",
                      object);
-}
-
-char *task_prompt(const record_tokenizer *t, const char *task, size_t len, size_t *prompt_len) {
-    const size_t before = sizeof task_start - 1, after = strlen(t->task_end);
-    char *prompt = malloc(before + len + after + 1);
-    if (!prompt) return NULL;
-    memcpy(prompt, task_start, before);
-    memcpy(prompt + before, task, len);
-    memcpy(prompt + before + len, t->task_end, after + 1);
-    *prompt_len = before + len + after;
-    return prompt;
 }
 
 /* The names of f's prompts, as in "query, document". */
@@ -72,15 +44,15 @@ static int set_named(record_tokenizer *t, const qemb_file *f, const model_option
 static int set_prompt(record_tokenizer *t, const qemb_file *f, const model_options *o,
                       qemb_err *err) {
     const int is_reranker = f->config.kind == QEMB_RERANKER;
-    t->task_end = is_reranker ? "" : end_of_task(f);
+    t->task_end = is_reranker ? "" : text_ids_task_end(f);
     const char *name = o->query ? "query" : is_reranker ? "instruct" : o->prompt;
     const char *document = o->document ? qemb_file_prompt(f, "document") : NULL;
     t->prompt = document ? document : "";
     if (o->instruct) {
         if (!t->task_end) return no_task(err, "--instruct");
-        size_t len;
         t->own_prompt = is_reranker ? strdup(o->instruct)
-                                    : task_prompt(t, o->instruct, strlen(o->instruct), &len);
+                                    : text_ids_task_prompt(o->instruct, strlen(o->instruct),
+                                                           t->task_end, NULL);
         t->prompt = need(t->own_prompt);
         qemb_tokenizer_result r; /* invalid UTF-8 in it would fail every text */
         qemb_err why;
@@ -173,8 +145,8 @@ int tokenize_text(record_tokenizer *t, const char *text, size_t len, const char 
     size_t *cut = t->truncate ? &out->cut_bytes : NULL;
     if (!instruct) return tokenize_behind(t, t->prompt, t->prompt_len, text, len, out, err);
     if (instruct_len && !t->task_end) return no_task(err, "instruct");
-    const char *const own[] = {task_start, instruct, t->task_end, text};
-    const size_t own_len[] = {sizeof task_start - 1, instruct_len,
+    const char *const own[] = {TASK_START, instruct, t->task_end, text};
+    const size_t own_len[] = {sizeof TASK_START - 1, instruct_len,
                               t->task_end ? strlen(t->task_end) : 0, len};
     const int first = instruct_len ? 0 : 3; /* "": no prompt */
     return give_ids(t, text_ids_encode(&t->text, own + first, own_len + first, 4 - first, cut, err),

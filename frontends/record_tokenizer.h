@@ -53,9 +53,6 @@ int tokenize_text(record_tokenizer *t, const char *text, size_t len, const char 
 /* Tokenizes a text behind a whole prompt (prompt_len). */
 int tokenize_behind(record_tokenizer *t, const char *prompt, size_t prompt_len, const char *text,
                     size_t len, record_ids *out, qemb_err *err);
-/* The prompt of a task (len), in the form of the model's own: t->task_end must not be NULL.
- * *prompt_len gets its length; the caller frees. NULL: out of memory. */
-char *task_prompt(const record_tokenizer *t, const char *task, size_t len, size_t *prompt_len);
 /* The prompt of f of that name. NULL: code "unknown_prompt", and the message lists the prompts. */
 const char *prompt_named(const qemb_file *f, const char *name, qemb_err *err);
 /* The prompt of f for texts of a purpose, by the names that public APIs have for it ("query",

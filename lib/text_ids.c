@@ -63,6 +63,30 @@ void text_ids_close(text_ids *t) {
     *t = (text_ids){0};
 }
 
+const char *text_ids_task_end(const qemb_file *f) {
+    static const char usual[] = "\nQuery:";
+    int others = 0;
+    for (int i = 0; i < f->n_prompts; i++) {
+        const char *s = f->prompts[i].text, *end = strstr(s, usual);
+        if (end && !strncmp(s, TASK_START, sizeof TASK_START - 1) &&
+            !end[sizeof usual - 1 + strspn(end + sizeof usual - 1, " ")])
+            return end;
+        others |= *s != 0;
+    }
+    return others ? NULL : usual;
+}
+
+char *text_ids_task_prompt(const char *task, size_t len, const char *end, size_t *prompt_len) {
+    const size_t before = sizeof TASK_START - 1, after = strlen(end);
+    char *prompt = malloc(before + len + after + 1);
+    if (!prompt) return NULL;
+    memcpy(prompt, TASK_START, before);
+    memcpy(prompt + before, task, len);
+    memcpy(prompt + before + len, end, after + 1);
+    if (prompt_len) *prompt_len = before + len + after;
+    return prompt;
+}
+
 /* The parts (total bytes) as one string, valid until the next call. NULL: out of memory. */
 static const char *join(text_ids *t, const char *const part[], const size_t len[], int n,
                         size_t total) {

@@ -26,6 +26,16 @@ int text_ids_open(text_ids *t, const qemb_file *f, const qemb_tokenizer *tokeniz
                   qemb_err *err);
 void text_ids_close(text_ids *t);
 
+/* A prompt for a task: TASK_START, the task, and the end that the model's own prompts have. */
+#define TASK_START "Instruct: "
+/* What follows the task in the prompts of f: Qwen3-Embedding's "\nQuery:", with spaces behind it if
+ * the model was trained with some. It lives as long as f. NULL: f's prompts have another form. A
+ * file without prompts gets Qwen3-Embedding's. */
+const char *text_ids_task_end(const qemb_file *f);
+/* TASK_START, task (len) and end as one string, which ends with a NUL and which the caller frees;
+ * *prompt_len, unless NULL, is its length. NULL: out of memory. */
+char *text_ids_task_prompt(const char *task, size_t len, const char *end, size_t *prompt_len);
+
 /* UTF-8 with lengths in bytes. */
 typedef struct {
     const char *task, *query, *document;

@@ -518,7 +518,7 @@ static int set_prompt(const model_worker *m, const record_tokenizer *t, const ap
         return api_fail(e, 400, "no_task", "instruct",
                         "instruct: this model's prompts have no task (want prompt_name)");
     } else if (r->instruct) {
-        p->text = p->own = task_prompt(t, r->instruct, r->instruct_len, &p->len);
+        p->text = p->own = text_ids_task_prompt(r->instruct, r->instruct_len, t->task_end, &p->len);
         if (!p->own) return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
     }
     return 0;
