@@ -10,7 +10,8 @@ export QEMB_SHARED ?= $(abspath ../shared)
 
 # Debian packages that builds and tests need; each is named here alone. Python packages are named in
 # convert_weights.py and tests/*.txt, runtime libraries of an image in its Dockerfile.
-DEBIAN_BUILD   := gcc binutils libc6-dev libjansson-dev libssl-dev libxxhash-dev zlib1g-dev libzstd-dev
+DEBIAN_LIBRARY := gcc binutils libc6-dev
+DEBIAN_BUILD   := $(DEBIAN_LIBRARY) libjansson-dev libssl-dev libxxhash-dev zlib1g-dev libzstd-dev
 DEBIAN_SERVE   := libmicrohttpd-dev libhiredis-dev
 DEBIAN_PYTHON  := python3 python3-venv
 DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread wrk apache2-utils # a plot, products to compare with, load
@@ -57,7 +58,9 @@ define need
 	$$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi; fi
 endef
 
-.PHONY: need-build need-serve need-python need-bench need-test
+.PHONY: need-library need-build need-serve need-python need-bench need-test
+need-library:
+	$(call need,$(DEBIAN_LIBRARY))
 need-build:
 	$(call need,$(DEBIAN_BUILD))
 need-serve: need-build
@@ -128,13 +131,25 @@ build/fuzz/backends/cpu/%.o: backends/cpu/%.c | need-build
 $(eval $(call variant,clang,$(CLANG),-O1 -Wno-unknown-pragmas))
 
 # libqemb.a has one object, in which only the names that begin with qemb_ are visible.
-build/lib/%.o: %.c | need-build
+build/lib/%.o: %.c | need-library
 	@mkdir -p $(@D)
 	$(CC) $(BASE) -O3 -g -fopenmp -fPIC -c $< -o $@
 build/lib/libqemb.a: $(patsubst %,build/lib/%.o,$(ENGINE))
 	$(LD) -r $^ -o build/lib/libqemb.o
 	objcopy --wildcard --keep-global-symbol='qemb_*' build/lib/libqemb.o
 	rm -f $@ && $(AR) rcs $@ build/lib/libqemb.o
+
+# libqemb.so needs glibc alone: OpenMP serves the plain table, which x86-64 CPUs without AVX2 use.
+SO_OPENMP := $(if $(filter x86_64,$(shell uname -m)),-Wno-unknown-pragmas,-fopenmp)
+SONAME    := libqemb.so.0 # 0: the interface may change with every version
+build/lib/shared/qemb.o: qemb.c | need-library
+	@mkdir -p $(@D)
+	$(CC) $(BASE) -O3 -g $(SO_OPENMP) -fPIC -c $< -o $@
+build/lib/libqemb.map:
+	@mkdir -p $(@D)
+	echo '{ global: qemb_*; local: *; };' >$@
+build/lib/libqemb.so: build/lib/libqemb.map build/lib/shared/qemb.o $(patsubst %,build/lib/%.o,$(filter-out qemb,$(ENGINE)))
+	$(CC) -shared -Wl,-soname,$(SONAME) -Wl,--version-script=$< -Wl,-z,defs $(filter %.o,$^) $(filter -fopenmp,$(SO_OPENMP)) -pthread -lm -o $@
 -include $(wildcard $(foreach d,* */* */*/*,build/lib/$(d).d))
 
 define PKG_CONFIG

@@ -41,23 +41,36 @@ typedef struct {
 int qemb_fail(qemb_err *err, const char *code, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 
-/* ---- embedders: one text, one vector (lib/embed_text.c) -------------------------------------- */
+/* ---- embedders: texts to vectors (lib/embed_text.c) ------------------------------------------ */
 
 typedef struct qemb_ops qemb_ops;
 typedef struct qemb_options qemb_options;
 /* A model file with its tokenizer and a model over one table of ops. One thread at a time. */
 typedef struct qemb_embedder qemb_embedder;
 
+/* QEMB_VERSION as the library was built. */
+const char *qemb_version(void);
+
 /* Opens the .qemb file path, of an embedding model. ops: the table that computes, NULL for the
- * fastest in float that this CPU has. opt: NULL for the defaults. Codes: "model_file", "device",
- * "out_of_memory". */
+ * fastest in float that this CPU has. opt: NULL for the defaults, with which texts are computed one
+ * by one; for lists of texts, batch_tokens = qemb_batch_tokens(ops). Codes: "model_file", "device",
+ * "out_of_memory", "usage" (max_tokens is more than the model can). */
 int qemb_embedder_open(qemb_embedder **e, const char *path, const qemb_ops *ops,
                        const qemb_options *opt, qemb_err *err);
 void qemb_embedder_close(qemb_embedder *e); /* NULL may be closed */
 /* The numbers of a whole vector. */
 int qemb_embedder_dim(const qemb_embedder *e);
+/* The most tokens of a text, with the prompt and the end-of-text. */
+int qemb_embedder_max_tokens(const qemb_embedder *e);
 /* The model's prompt of that name ("query", "document"), or NULL. It lives as long as e. */
 const char *qemb_embedder_prompt(const qemb_embedder *e, const char *name);
+/* The name of the model's prompt i, from 0 on; NULL past the last one. It lives as long as e. */
+const char *qemb_embedder_prompt_name(const qemb_embedder *e, int i);
+/* *prompt = the prompt of a task ("Find packages"), in the form of the model's own prompts. The
+ * caller frees it. Codes: "no_task" (theirs has no task), "out_of_memory". */
+int qemb_embedder_task_prompt(const qemb_embedder *e, const char *task, char **prompt,
+                              qemb_err *err);
+
 /* out (dim) = the vector of text, len bytes of UTF-8, cut to dim numbers and scaled to length 1,
  * 1 <= dim <= qemb_embedder_dim. prompt is put before the text; NULL for none, which is right for
  * documents of most models. The end-of-text token is appended here. Codes: "invalid_utf8",
@@ -65,6 +78,26 @@ const char *qemb_embedder_prompt(const qemb_embedder *e, const char *name);
  * "non_finite" (no length to scale to 1), "out_of_memory", "device". */
 int qemb_embed_text(qemb_embedder *e, const char *prompt, const char *text, size_t len, float *out,
                     int dim, qemb_err *err);
+
+/* Texts that qemb_embed_texts embeds alike. */
+typedef struct {
+    const char *prompt; /* put before each text; NULL: none */
+    int truncate;       /* 1: a text that is too long is cut; 0: it is an error */
+    int dim;            /* numbers of a vector */
+} qemb_text_options;
+
+/* out (k, dim) = the vectors of the first k of the n texts, text[i] of len[i] bytes: as many as one
+ * batch takes. A vector has the same bits whatever its batch. Returns k, 0 if n is 0. Returns -1 if
+ * text[0] fails, with the codes of qemb_embed_text; a later text that fails ends the k texts, so
+ * that it is the first one of the next call:
+ *
+ *   for (int i = 0, k; i < n; i += k) {
+ *       k = qemb_embed_texts(e, &o, text + i, len + i, n - i, out + (size_t)i * o.dim, &err);
+ *       if (k < 0) k = 1; // text i failed: err says why
+ *   }
+ */
+int qemb_embed_texts(qemb_embedder *e, const qemb_text_options *o, const char *const text[],
+                     const size_t len[], int n, float *out, qemb_err *err);
 
 /* ---- the model, as the file describes it ----------------------------------------------------- */
 

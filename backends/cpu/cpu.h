@@ -17,9 +17,14 @@
 
 #ifdef _OPENMP
 #include <omp.h>
-#else /* a build without OpenMP has one thread */
+#else /* a build without OpenMP: the plain table has one thread, the others have their own */
+#include <sched.h>
 static inline int omp_get_thread_num(void) { return 0; }
-static inline int omp_get_num_procs(void) { return 1; }
+/* CPUs that this process may use; 1 if there are more than a cpu_set_t has. */
+static inline int omp_get_num_procs(void) {
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
+}
 #endif
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
