@@ -244,7 +244,7 @@ test-cuda: need-test ## the CUDA tests: emulated, compiled for each architecture
 	@tests/run.sh "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) test-gpu-pack" "$(SUBMAKE) gpu-day PHASE=check"
 
 .PHONY: test-programs test-serve test-cuda
-test-programs: qemb qemb-serve build/lib/libqemb.a build/release/qemb-bench build/release/qemb-emulated $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
+test-programs: qemb qemb-serve build/lib/libqemb.a build/lib/libqemb.so build/release/qemb-bench build/release/qemb-emulated $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
   $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve) build/tsan/qemb-devices build/tsan/qemb-serve-devices
 
 test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/tsan/qemb-serve ## the server's tests alone: real clients, attacks, sanitizers
@@ -280,4 +280,4 @@ train: $(VENV)/.convert ## train the demo model again: build/train/run-1/demo.qe
 	$(GOLDEN)/bin/python tests/fixtures/make_golden.py --trained $(RUN)/qemb-demo --out $(RUN)
 
 clean: ## remove what make made, but for the Python environments
-	rm -rf build qemb qemb-serve qemb-cuda qemb-serve-cuda
+	rm -rf build qemb qemb-serve qemb-cuda qemb-serve-cuda python/build python/qemb.egg-info python/qemb/libqemb.so

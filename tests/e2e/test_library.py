@@ -1,5 +1,6 @@
-"""What `make install` gives a C or C++ program: qemb.h, libqemb.a, qemb.pc; examples/embed.c;
-examples/embed.py, which needs the program alone."""
+"""What `make install` gives a C or C++ program: qemb.h, libqemb.a, qemb.pc; examples/embed.c; the
+shared library; examples/python/pipe.py, which needs the program alone."""
+import json
 import os
 import re
 import struct
@@ -52,17 +53,43 @@ def test_example_prints_the_cosines_of_the_programs_vectors(installed, tmp_path,
     assert out.splitlines() == want
 
 
-def test_python_example_prints_the_same():
+PIPE = ROOT / "examples/python/pipe.py"
+
+
+def test_pipe_prints_the_same():
     documents = ["Beijing is a city.", "Größe: 中"]
-    example, env = ROOT / "examples/embed.py", os.environ | {"QEMB": str(ROOT / "qemb")}
-    out = run(sys.executable, example, MODEL, "capital of China", *documents, env=env)
+    env = os.environ | {"QEMB": str(ROOT / "qemb")}
+    out = run(sys.executable, PIPE, MODEL, "capital of China", *documents, env=env)
     (query,) = vectors("--query", text="capital of China\n")
     want = [f"{sum(a * b for a, b in zip(query, d)):.4f}  {text}"
             for d, text in zip(vectors(text="\n".join(documents) + "\n"), documents)]
     assert out.splitlines() == want
-    r = subprocess.run([sys.executable, example, MODEL, "a", "b " * 3000], env=env,
+    r = subprocess.run([sys.executable, PIPE, MODEL, "a", "b " * 3000], env=env,
                        capture_output=True, text=True, check=False)
     assert r.returncode == 1 and "too_long" in r.stderr
+
+
+def test_pipe_does_not_shift(monkeypatch):
+    """By newlines, by texts that fail, by answers that nobody has read."""
+    monkeypatch.setenv("QEMB", str(ROOT / "qemb"))
+    monkeypatch.syspath_prepend(str(PIPE.parent))
+    pipe = __import__("pipe").Embedder(str(MODEL))
+    texts = ["one\ntwo", "a\r\nb\n", "\n", "", "NUL \0", "b " * 3000, "\ud800", "\u2028", "last"]
+    got = {}
+    for text in texts:
+        try:
+            got[text] = pipe.embed(text)
+        except ValueError as e:
+            assert ("too_long" if text[0] == "b" else "surrogates not allowed") in str(e)
+    pipe.qemb.stdin.write(b'{"id": 0, "text": "not asked"}\n')
+    assert pipe.embed("last") == got["last"]
+    pipe.qemb.stdin.close()
+    assert pipe.qemb.wait() and len(got) == len(texts) - 2
+    for text, vector in got.items():
+        record = json.dumps({"text": text}).encode() + b"\n"
+        alone = subprocess.run([ROOT / "qemb", "-m", MODEL, "--input", "jsonl"], input=record,
+                               capture_output=True, check=True).stdout
+        assert vector == json.loads(alone)
 
 
 def test_example_is_short_and_names_what_is_wrong(installed, tmp_path):
@@ -92,6 +119,14 @@ def test_every_function_of_the_header_is_in_the_library(installed):
     header = (installed / "include/qemb.h").read_text()
     declared = set(re.findall(r"^(?!static)[a-z].*?\b\*?(qemb_\w+)\(", header, re.M))
     assert declared == {name for kind, name in symbols(installed) if kind == "T"}
+
+
+def test_shared_library_shows_the_same_names(installed):
+    run("make", "-s", "build/lib/libqemb.so", cwd=ROOT)
+    library = ROOT / "build/lib/libqemb.so"
+    names = re.findall(r"^\S+ [A-Z] (\S+)$", run("nm", "-D", "--defined-only", library), re.M)
+    assert sorted(names) == sorted(name for _, name in symbols(installed))
+    assert "[libqemb.so.0]" in run("readelf", "-d", library)
 
 
 def test_manual_pages_and_version_are_installed(installed):
