@@ -15,8 +15,8 @@ class QembEmbeddings(Embeddings):
         self.model = qemb.Model(path, **options)
         self.dim = dim
         self.document = "document" if "document" in self.model.prompts else None
-        self.query = {"instruct": instruct} if instruct else {"query": "query" in
-                                                              self.model.prompts}
+        has_query = "query" in self.model.prompts
+        self.query = {"instruct": instruct} if instruct else {"query": has_query}
 
     def embed_documents(self, texts):
         return self.model.embed(texts, prompt=self.document, dim=self.dim).tolist()

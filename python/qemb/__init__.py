@@ -84,9 +84,9 @@ class Model:
     max_tokens: the longest text, by default the model's window. truncate: cuts longer texts, which
     are errors otherwise.
 
-    Threads may share a model; their batches take turns, and other Python threads run meanwhile. A
-    forked process opens the file again when it first needs it. A pickled model is its path and its
-    options."""
+    Threads may share a model: it computes one batch at a time, and other Python threads run
+    meanwhile. A forked process opens the file again when it first needs it. A pickled model is its
+    path and its options."""
 
     def __init__(self, path: str | os.PathLike[str], math: str | None = None,
                  cpu: str | None = None, threads: int | None = None,
@@ -100,22 +100,18 @@ class Model:
             max_tokens=_integer("max_tokens", max_tokens, 1, 2**31 - 1),
             threads=_integer("threads", threads, 1, 4096))
         self._closed = False
-        self._set_locks()
+        self._lock = threading.Lock()  # held while the library computes a batch
         self._open()
         _models.add(self)
-
-    def _set_locks(self) -> None:
-        self._next, self._lock = threading.Lock(), threading.Lock()
-        self._handle: ctypes.c_void_p | None = None
 
     def _open(self) -> None:
         handle, err = ctypes.c_void_p(), _library.Err()
         if _lib.qemb_embedder_open(ctypes.byref(handle), os.fsencode(self.path), self._table,
                                    ctypes.byref(self._options), ctypes.byref(err)):
             raise _error_of(err)
-        self._handle = handle
+        self._handle: ctypes.c_void_p | None = handle
         self._finalize = weakref.finalize(self, _lib.qemb_embedder_close, handle)
-        self._finalize.atexit = False  # the process's end frees the memory
+        self._finalize.atexit = False  # a daemon thread may use it until the process ends
         self._dim: int = _lib.qemb_embedder_dim(handle)
         self._max_tokens: int = _lib.qemb_embedder_max_tokens(handle)
         self._prompts: dict[str, bytes] = {}
@@ -124,19 +120,14 @@ class Model:
 
     @contextmanager
     def _turn(self) -> Iterator[ctypes.c_void_p]:
-        """Locks the model. A thread that waits holds `_next`, so that it is the next one even if
-        the thread before it wants another batch at once."""
-        with self._next:
-            self._lock.acquire()
-        try:
+        """The library's model, locked."""
+        with self._lock:
             if self._closed:
                 raise Error("closed", f"{self.path}: the model is closed")
             if self._handle is None:
                 self._open()
             assert self._handle is not None
             yield self._handle
-        finally:
-            self._lock.release()
 
     @property
     def dim(self) -> int:
@@ -179,7 +170,8 @@ class Model:
         dim = self._dim if dim is None else operator.index(dim)
         if not 1 <= dim <= self._dim:
             raise Error("bad_dim", f"dim: out of range (got {dim}, want 1..{self._dim})")
-        options = _library.TextOptions(self._prompt_of(query, prompt, instruct), self._truncate, dim)
+        before = self._prompt_of(query, prompt, instruct)
+        options = _library.TextOptions(before, self._truncate, dim)
         out = np.empty((len(texts), dim), np.float32)
         for at in range(0, len(texts), _CHUNK):
             self._embed_chunk(texts[at:at + _CHUNK], at, options, out, on_error)
@@ -242,13 +234,9 @@ class Model:
 
     def close(self) -> None:
         """Frees the model's memory. It may be closed twice."""
-        with self._next:
-            self._lock.acquire()
-        try:
+        with self._lock:
             self._closed, self._handle = True, None
             self._finalize()
-        finally:
-            self._lock.release()
 
     def __enter__(self) -> Model:
         return self
@@ -268,11 +256,11 @@ _models: weakref.WeakSet[Model] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """In the new process: a model's threads are not there, and its locks may be taken. Its memory
-    is the parent's, shared; to free it would wait for the threads."""
+    """In the new process: a model's threads are not there, and its lock may be taken. Its memory is
+    the parent's, shared; to free it would wait for the threads."""
     for model in list(_models):
         model._finalize.detach()
-        model._set_locks()
+        model._handle, model._lock = None, threading.Lock()
 
 
 os.register_at_fork(after_in_child=_after_fork)

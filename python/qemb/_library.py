@@ -47,7 +47,7 @@ free = ctypes.CDLL(None).free
 free.argtypes, free.restype = [c_void_p], None
 
 
-def load(version):
+def load(version: str) -> ctypes.CDLL:
     """The library: $QEMB_LIBRARY, or the one in this package. It must have this version, since
     the interface may change with every one."""
     path = os.environ.get("QEMB_LIBRARY") or os.path.join(os.path.dirname(__file__), "libqemb.so")
