@@ -15,7 +15,7 @@
 /* clang-format off */
 const option_row model_option_rows[] = {
     {"model", "FILE", "the model, made by convert_weights.py", NULL,
-     OPTION_STRING, AT(model), .letter = 'm'},
+     OPTION_STRING, AT(model), .letter = 'm', .suffix = ".qemb"},
     {"query", NULL, "the texts are queries: the model's own prompt", NULL,
      OPTION_FLAG, AT(query), .value = 1, .commands = TEXTS},
     {"document", NULL, "the texts are documents: the model's prompt, if any", NULL,
@@ -38,7 +38,7 @@ const option_row model_option_rows[] = {
     {"cpu", "NAME", "instructions such as avx2, or a table", NULL,
      OPTION_STRING, AT(cpu), .unset = "the fastest", .commands = TABLE},
     {"math", "NAME", "f32, int16, bf16, int8; GPU: f16, fp8", NULL,
-     OPTION_STRING, AT(math), .unset = "f32; GPU: f16", .commands = TABLE},
+     OPTION_STRING, AT(math), .unset = "f32; GPU: f16", .choices = math_names, .commands = TABLE},
     {"devices", "LIST", "GPU: which, such as 0,2, or all", "0",
      OPTION_STRING, AT(device_list), .commands = COMPUTE, .gpu = 1},
     {"vram", "MIB", "GPU: memory to use at most, of each", NULL,
@@ -50,6 +50,8 @@ const option_row model_option_rows[] = {
      OPTION_FLAG, AT(engine.no_graphs), .value = 1, .commands = COMPUTE, .gpu = 1},
     {"hopper", NULL, "GPU: the kernels for compute capability 9.0", NULL,
      OPTION_FLAG, AT(engine.hopper), .value = 1, .commands = COMPUTE, .gpu = 1},
+    {"completion", NULL, "the options as a table, which shells complete by", NULL,
+     OPTION_TABLE, .at = 0},
 };
 /* clang-format on */
 const int n_model_option_rows = LENGTH(model_option_rows);

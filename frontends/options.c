@@ -56,6 +56,57 @@ _Noreturn static void print_version(void) {
     print_and_leave(text);
 }
 
+/* ---- shell completion ------------------------------------------------------------------------ */
+
+/* What the row's value is: "-" for none, "words A B", "files SUFFIX", "folders" or "any". */
+static void print_values(FILE *out, const option_row *r) {
+    if (!r->argument)
+        fputc('-', out);
+    else if (r->choices) {
+        fputs("words", out);
+        for (int i = 0; r->choices[i]; i++) fprintf(out, " %s", r->choices[i]);
+    } else if (!strcmp(r->argument, "FILE"))
+        fprintf(out, "files %s", r->suffix ? r->suffix : "");
+    else
+        fputs(strcmp(r->argument, "DIR") ? "any" : "folders", out);
+}
+
+/* The names of the row's commands with commas between them; "-": all. */
+static void print_commands(FILE *out, const option_table *t, const option_row *r) {
+    unsigned bit;
+    const char *name;
+    if (!r->commands || !t->command_name) {
+        fputc('-', out);
+        return;
+    }
+    for (int i = 0, n = 0; (name = t->command_name(i, &bit)); i++)
+        if (r->commands & bit) fprintf(out, "%s%s", n++ ? "," : "", name);
+}
+
+/* Prints a line for each command and each option. Its fields end with tabs, as
+ * packaging/completion/ reads them: "command NAME" or "option NAME LETTER VALUES COMMANDS HELP". */
+_Noreturn static void print_table(const option_table *t) {
+    char *text = NULL;
+    size_t size;
+    unsigned bit;
+    const option_row *r;
+    FILE *out = need(open_memstream(&text, &size));
+    for (int i = 1; t->command_name && t->command_name(i, &bit); i++)
+        fprintf(out, "command\t%s\n", t->command_name(i, &bit));
+    for (int i = 0; (r = row_at(t, i, NULL)); i++) {
+        fprintf(out, "option\t%s\t%c\t", r->name, r->letter ? r->letter : '-');
+        print_values(out, r);
+        fputc('\t', out);
+        print_commands(out, t, r);
+        fprintf(out, "\t%s\n", r->help);
+    }
+    fputs("option\thelp\t-\t-\t-\ta list of the options\n"
+          "option\tversion\tV\t-\t-\tthe version\n",
+          out);
+    fclose(out);
+    print_and_leave(need(text));
+}
+
 /* ---- values ---------------------------------------------------------------------------------- */
 
 static int parse_int(const option_row *r, const char *s) {
@@ -100,6 +151,8 @@ static void set_option(const option_row *r, void *options, const char *value) {
         break;
     case OPTION_CALL:
         r->call(options, r->name, value);
+        break;
+    case OPTION_TABLE: /* options_parse has the table */
         break;
     }
 }
@@ -204,6 +257,7 @@ void options_parse(option_table *t, int argc, char **argv) {
         if (opt == ':') usage("%.80s: needs a value", argv[optind - 1]);
         if (opt == '?') refuse(t, argv[optind - 1]);
         const option_row *r = row_at(t, row_of(t, opt), &options);
+        if (r->kind == OPTION_TABLE) print_table(t);
         set_option(r, options, optarg);
         see(t, r);
     }

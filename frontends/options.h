@@ -15,7 +15,8 @@ typedef enum {
     OPTION_SIZE,   /* min..max, shifted left by `shift` bits, into a size_t */
     OPTION_STRING, /* the pointer, into a const char * */
     OPTION_CHOICE, /* one of `choices`; its index into an int or an enum */
-    OPTION_CALL    /* passed to `call` */
+    OPTION_CALL,   /* passed to `call` */
+    OPTION_TABLE   /* takes no value; prints the rows for shell completion and ends the process */
 } option_kind;
 
 typedef struct {
@@ -32,7 +33,8 @@ typedef struct {
     int shift;                  /* of OPTION_SIZE */
     unsigned commands;          /* the commands that the option applies to, as bits; 0: all */
     int gpu;                    /* 1: only for a program that computes on a GPU */
-    const char *const *choices; /* ends with NULL */
+    const char *const *choices; /* ends with NULL; of OPTION_STRING: what completion offers */
+    const char *suffix;         /* of an argument FILE: what the files' names end with; NULL: any */
     void (*call)(void *options, const char *name, const char *value);
 } option_row;
 
@@ -56,6 +58,9 @@ typedef struct {
     /* The bit of the command that the operands so far have named; NULL: there are none. A row whose
      * letter is 'h' has it only for its commands; otherwise -h is --help. */
     const unsigned *command;
+    /* The name of command i and its bit, for completion; NULL past the last one. Command 0 is what
+     * a program does without a command's name. The pointer itself may be NULL: there are none. */
+    const char *(*command_name)(int i, unsigned *bit);
     const option_row *seen[OPTION_ROWS]; /* (n_seen) the rows that were given, each once */
     int n_seen;
 } option_table;

@@ -8,8 +8,9 @@
 #include <stdio.h>
 #include <string.h>
 
-static const char *const math_names[] = {"f32",  "bf16", "int16",
-                                         "int8", "fp8",  "f16"}; /* qemb_math */
+enum { N_MATHS = 6 };
+const char *const math_names[N_MATHS + 1] = {"f32",  "bf16", "int16",
+                                             "int8", "fp8",  "f16"}; /* by qemb_math */
 
 const char *math_name(qemb_math math) { return math_names[math]; }
 
@@ -40,7 +41,7 @@ static const qemb_ops *no_such_cpu(const char *cpu, qemb_err *err) {
 static const qemb_ops *no_such_math(const char *what, const char *cpu, const char *math,
                                     qemb_err *err) {
     char want[80] = "";
-    for (int m = 0; m < LENGTH(math_names); m++)
+    for (int m = 0; m < N_MATHS; m++)
         if (choose(cpu, (qemb_math)m)) list(want, sizeof want, math_names[m]);
     qemb_fail(err, "usage", "--math: %s %s%.40s (got %.40s, want %s)", what,
               cpu ? "--cpu " : "this program on this machine", cpu ? cpu : "", math, want);
@@ -52,8 +53,8 @@ const qemb_ops *select_ops(const char *cpu, const char *math, qemb_err *err) {
     /* int8 has the largest error: every table of that name would do */
     if (cpu && !qemb_cpu_choose(cpu, QEMB_MATH_INT8)) return no_such_cpu(cpu, err);
     if (!math) math = math_names[cpu ? math_of_cpu(cpu) : qemb_backend_math];
-    while (m < LENGTH(math_names) && strcmp(math, math_names[m])) m++;
-    const qemb_ops *found = m < LENGTH(math_names) ? choose(cpu, (qemb_math)m) : NULL;
+    while (m < N_MATHS && strcmp(math, math_names[m])) m++;
+    const qemb_ops *found = m < N_MATHS ? choose(cpu, (qemb_math)m) : NULL;
     if (found) return found;
     const int of_cpu = cpu && m <= QEMB_MATH_INT8;
     return no_such_math(of_cpu ? "a smaller error than that of" : "not with", cpu, math, err);

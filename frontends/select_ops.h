@@ -8,5 +8,6 @@
  * "usage" if this program or this machine has no such table. */
 const qemb_ops *select_ops(const char *cpu, const char *math, qemb_err *err);
 const char *math_name(qemb_math math); /* as --math names it */
+extern const char *const math_names[]; /* by qemb_math, then NULL */
 
 #endif

@@ -180,6 +180,12 @@ static void check_shards(const options *o) {
     if (listed > 1) usage("-: given twice (standard input has one list)");
 }
 
+static const char *command_name(int i, unsigned *bit) {
+    if (i >= LENGTH(commands)) return NULL;
+    *bit = commands[i].bit;
+    return commands[i].name;
+}
+
 static option_table table_for(options *o) {
     return (option_table){
         .synopsis = synopsis,
@@ -187,7 +193,8 @@ static option_table table_for(options *o) {
         .sections = {{model_option_rows, n_model_option_rows, &o->model}, {rows, LENGTH(rows), o}},
         .operand = take_operand,
         .operand_options = o,
-        .command = &o->bit};
+        .command = &o->bit,
+        .command_name = command_name};
 }
 
 /* bit: of the command, if an option's form depends on it; else FOR_EMBED until its word is met. */
