@@ -4,7 +4,6 @@ ifeq ($(origin CC),default)
 CC := gcc
 endif
 CLANG   ?= clang
-PREFIX  ?= /usr/local
 # Optional test data (tokenizer vectors, the real tokenizer.json); tests that want it skip without.
 export QEMB_SHARED ?= $(abspath ../shared)
 
@@ -42,7 +41,7 @@ VENV      := .venv
 VENV_TEST := $(VENV)/.test
 GOLDEN    := .venv-golden
 
-.PHONY: all help demo accuracy test test-c bench fuzz golden train convert install clean
+.PHONY: all help demo accuracy test test-c bench fuzz golden train convert clean
 all: qemb
 
 help: ## this list
@@ -152,19 +151,6 @@ build/lib/libqemb.so: build/lib/libqemb.map build/lib/shared/qemb.o $(patsubst %
 	$(CC) -shared -Wl,-soname,$(SONAME) -Wl,--version-script=$< -Wl,-z,defs $(filter %.o,$^) $(filter -fopenmp,$(SO_OPENMP)) -pthread -lm -o $@
 -include $(wildcard $(foreach d,* */* */*/*,build/lib/$(d).d))
 
-define PKG_CONFIG
-prefix=$(PREFIX)
-libdir=$${prefix}/lib
-includedir=$${prefix}/include
-
-Name: qemb
-Description: Qwen3-Embedding vectors of texts, on the CPU
-Version: $(shell sed -n 's/.*QEMB_VERSION "\(.*\)"/\1/p' qemb.h)
-Cflags: -I$${includedir}
-Libs: -L$${libdir} -lqemb -lgomp -pthread -lm
-endef
-export PKG_CONFIG
-
 qemb: build/release/qemb
 	cp build/release/qemb qemb
 
@@ -187,17 +173,6 @@ demo: qemb ## install what is missing, build, and search a list of packages and 
 convert: $(VENV)/.convert ## MODEL=directory-hub-name-or-gguf [OUT=file.qemb] [DTYPE=int8] [FLAGS="--kind reranker"]: make a .qemb file (docs/models.md)
 	@test -n "$(MODEL)" || { echo "usage: make convert MODEL=directory-hub-name-or-gguf [OUT=file.qemb] [DTYPE=int8] [FLAGS=\"--kind reranker\"]"; exit 1; }
 	$(VENV)/bin/python convert_weights.py "$(MODEL)" $(if $(OUT),--out "$(OUT)") $(if $(DTYPE),--dtype "$(DTYPE)") $(FLAGS)
-
-install: qemb qemb-serve build/lib/libqemb.a ## programs, manuals, the demo model and the C library under PREFIX (/usr/local)
-	install -D -m 755 qemb $(DESTDIR)$(PREFIX)/bin/qemb
-	install -D -m 755 qemb-serve $(DESTDIR)$(PREFIX)/bin/qemb-serve
-	install -D -m 644 docs/man/qemb.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb.1
-	install -D -m 644 docs/man/qemb-serve.1 $(DESTDIR)$(PREFIX)/share/man/man1/qemb-serve.1
-	install -D -m 644 examples/demo.qemb $(DESTDIR)$(PREFIX)/share/qemb/demo.qemb
-	install -D -m 644 build/lib/libqemb.a $(DESTDIR)$(PREFIX)/lib/libqemb.a
-	install -D -m 644 qemb.h $(DESTDIR)$(PREFIX)/include/qemb.h
-	install -d $(DESTDIR)$(PREFIX)/lib/pkgconfig
-	printf '%s\n' "$$PKG_CONFIG" >$(DESTDIR)$(PREFIX)/lib/pkgconfig/qemb.pc
 
 bench: need-bench qemb qemb-serve ## speed of every part and of whole runs, beside the machine's limits and peers (see bench.sh)
 	@$(SUBMAKE) build/release/qemb-bench

@@ -1,0 +1,53 @@
+#!/bin/sh
+# install.sh install|portable|uninstall - the files of install.list; the Makefile calls it.
+#
+# portable: the rows up to "---". A file is written under a temporary name in its directory and
+# renamed, so a program that runs keeps the file that it runs from, and nobody sees a half. The
+# environment has VERSION, PREFIX, DESTDIR, STRIP (a command, or "true"), PROGRAMS (the folder of the
+# programs) and, relative to PREFIX or absolute, LIBDIR, UNITDIR and ZSHDIR.
+set -eu
+action=$1
+list=$(dirname "$0")/install.list
+temporary=
+trap 'rm -f "$temporary"' EXIT
+trap 'exit 1' HUP INT TERM
+
+destination() { # of a row, in the file system
+    path=$(echo "$1" | sed "s|@LIBDIR@|$LIBDIR|; s|@UNITDIR@|$UNITDIR|; s|@ZSHDIR@|$ZSHDIR|")
+    case $path in
+    /*) echo "$DESTDIR$path" ;;
+    *) echo "$DESTDIR$PREFIX/$path" ;;
+    esac
+}
+
+put() { # KIND SOURCE DESTINATION
+    mode=644 source=$2
+    mkdir -p "$(dirname "$3")"
+    temporary=$(dirname "$3")/.$(basename "$3").$$
+    if [ "$1" = program ]; then
+        mode=755 source=$PROGRAMS/$2
+    fi
+    install -m "$mode" "$source" "$temporary"
+    case $1 in
+    program) $STRIP "$temporary" ;;
+    library) $STRIP --strip-debug "$temporary" ;;
+    text) sed "s|@PREFIX@|$PREFIX|g; s|@LIBDIR@|$LIBDIR|g; s|@VERSION@|$VERSION|g" "$source" \
+        >"$temporary" ;;
+    esac
+    mv -f "$temporary" "$3"
+}
+
+while read -r kind source to; do
+    case $kind in
+    '#'* | '') continue ;;
+    ---) if [ "$action" = portable ]; then break; else continue; fi ;;
+    esac
+    to=$(destination "$to")
+    if [ "$action" = uninstall ]; then
+        rm -f "$to"
+    else
+        put "$kind" "$source" "$to"
+    fi
+done <"$list"
+# The only folder that is qemb's own; others may be there for other programs.
+[ "$action" != uninstall ] || rmdir "$DESTDIR$PREFIX/share/qemb" 2>/dev/null || true
