@@ -3,6 +3,7 @@
 
 #include "frontends/console.h"
 #include "log.h"
+#include "probe.h"
 
 #include <limits.h>
 #include <signal.h>
@@ -22,7 +23,7 @@
 typedef struct {
     model_worker_options worker;
     http_options http;
-    int cache_mib, redis_timeout, reranker_max_tokens;
+    int cache_mib, redis_timeout, reranker_max_tokens, probe;
     const char *redis;               /* NULL: none */
     const char *fallback, *reranker; /* files, or NULL */
     char name[N_ROLES][256];         /* of the models, from their file names */
@@ -47,6 +48,8 @@ static const option_row rows[] = {
     {"host", "ADDRESS", "where to listen", "127.0.0.1", OPTION_STRING, AT(http.host)},
     {"port", "N", "0: any free one, which the log names", "8080",
      OPTION_INT, AT(http.port), .min = 0, .max = 65535},
+    {"probe", NULL, "ask the server there for its health, and end", NULL,
+     OPTION_FLAG, AT(probe), .value = 1},
     {"name", "NAME", "the model's name; repeat for more names", NULL,
      OPTION_CALL, .unset = "the file's", .call = add_name},
     {"fallback", "FILE", "another model, for requests that allow it", NULL,
@@ -95,8 +98,9 @@ static const option_row rows[] = {
 
 static const char synopsis[] =
     "qemb-serve " QEMB_VERSION ": Qwen3-Embedding vectors and reranking over HTTP\n"
-    "  qemb-serve -m MODEL.qemb [OPTION]...\n";
-static const char ending[] = "Status: 0 good, 1 usage, 2 model.\n"
+    "  qemb-serve -m MODEL.qemb [OPTION]...\n"
+    "  qemb-serve --probe [--host ADDRESS] [--port N]\n";
+static const char ending[] = "Status: 0 good, 1 usage or not healthy, 2 model.\n"
                              "Requests, errors, metrics and the log: man qemb-serve\n";
 
 /* name = path without directory and ".qemb" */
@@ -153,6 +157,7 @@ static void parse_options(options *o, int argc, char **argv) {
                       .sections = {{model_option_rows, n_model_option_rows, &o->worker.model},
                                    {rows, LENGTH(rows), o}}};
     options_parse(&t, argc, argv);
+    if (o->probe) leave(probe(o->http.host, o->http.port));
     model_options_check(&o->worker.model);
     options_check(&t, ~0u, "", !!o->worker.model.ops->plan);
     check_names(o);
