@@ -3,8 +3,9 @@
 #
 # portable: the rows up to "---". A file is written under a temporary name in its directory and
 # renamed, so a program that runs keeps the file that it runs from, and nobody sees a half. The
-# environment has VERSION, PREFIX, DESTDIR, STRIP (a command, or "true"), PROGRAMS (the folder of the
-# programs) and, relative to PREFIX or absolute, LIBDIR, UNITDIR and ZSHDIR.
+# environment has VERSION, PREFIX, DESTDIR, INTO (the folder that PREFIX will be), STRIP (a command,
+# or "true"), PROGRAMS (the folder of the programs) and, relative to PREFIX or absolute, LIBDIR,
+# UNITDIR and ZSHDIR.
 set -eu
 action=$1
 list=$(dirname "$0")/install.list
@@ -16,7 +17,7 @@ destination() { # of a row, in the file system
     path=$(echo "$1" | sed "s|@LIBDIR@|$LIBDIR|; s|@UNITDIR@|$UNITDIR|; s|@ZSHDIR@|$ZSHDIR|")
     case $path in
     /*) echo "$DESTDIR$path" ;;
-    *) echo "$DESTDIR$PREFIX/$path" ;;
+    *) echo "$INTO/$path" ;;
     esac
 }
 
@@ -50,4 +51,4 @@ while read -r kind source to; do
     fi
 done <"$list"
 # The only folder that is qemb's own; others may be there for other programs.
-[ "$action" != uninstall ] || rmdir "$DESTDIR$PREFIX/share/qemb" 2>/dev/null || true
+[ "$action" != uninstall ] || rmdir "$INTO/share/qemb" 2>/dev/null || true
