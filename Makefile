@@ -15,6 +15,7 @@ DEBIAN_SERVE   := libmicrohttpd-dev libhiredis-dev
 DEBIAN_PYTHON  := python3 python3-venv
 DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread wrk apache2-utils # a plot, products to compare with, load
 DEBIAN_TEST    := git g++ pkgconf clang libclang-rt-dev libcriterion-dev xz-utils curl redis-server
+DEBIAN_DEB     := debhelper dpkg-dev lintian
 
 WARNINGS := -Wall -Wextra -Wpedantic -Werror
 # Products may be fused into sums (more exact, twice as fast); nothing else is relaxed.

@@ -5,7 +5,7 @@ LIBDIR  ?= lib
 UNITDIR ?= lib/systemd/system
 ZSHDIR  ?= share/zsh/site-functions
 STRIP   ?= strip
-VERSION := $(shell sed -n 's/.*QEMB_VERSION "\(.*\)"/\1/p' qemb.h)
+VERSION := $(shell sed -n 's/.*QEMB_VERSION "\(.*\)"/\1/p' qemb.h 2>/dev/null)
 # $(call files,ACTION,PROGRAMS,INTO): runs install.sh with the programs of one folder, into another
 files = DESTDIR="$(DESTDIR)" INTO="$(3)" PREFIX="$(PREFIX)" LIBDIR="$(LIBDIR)" UNITDIR="$(UNITDIR)" ZSHDIR="$(ZSHDIR)" STRIP="$(STRIP)" VERSION="$(VERSION)" PROGRAMS="$(2)" packaging/install.sh $(1)
 
@@ -43,3 +43,32 @@ build/dist/$(DIST).tar.gz: build/static/qemb build/static/qemb-serve packaging/i
 	install -m 644 LICENSE build/dist/$(DIST)/share/doc/qemb/
 	tar -C build/dist --sort=name --mtime=@$(EPOCH) --owner=0 --group=0 --numeric-owner -c $(DIST) | gzip -9n >$@.tmp
 	mv $@.tmp $@
+
+# ---- the Debian packages --------------------------------------------------------------------------
+
+DEB := build/deb/qemb-$(VERSION)
+comma := ,
+NOT_SOURCE := .git .venv .venv-golden .venv-world build qemb qemb-serve qemb-cuda qemb-serve-cuda
+.PHONY: deb need-deb
+# The tag that lintian leaves out asks for the bug that a first upload to Debian closes.
+need-deb: need-serve
+	$(call need,$(DEBIAN_DEB))
+deb: need-deb ## Debian packages of this release: build/deb/*.deb
+	rm -rf build/deb
+	mkdir -p $(DEB)
+	tar -c $(NOT_SOURCE:%=--exclude=./%) . | tar -x -C $(DEB)
+	mv $(DEB)/packaging/debian $(DEB)/debian
+	sed -i 's/@BUILD_DEPENDS@/$(subst $() ,$(comma) ,$(filter-out libc6-dev,$(filter %-dev,$(DEBIAN_BUILD) $(DEBIAN_SERVE))))/' $(DEB)/debian/control
+	cd $(DEB) && MAKEFLAGS= dpkg-buildpackage -us -uc -b
+	lintian --fail-on error,warning --suppress-tags initial-upload-closes-no-bugs build/deb/*.changes
+
+# ---- images ---------------------------------------------------------------------------------------
+
+# Docker if its daemon answers, else Podman, which needs none.
+BUILD_IMAGE ?= $(if $(shell docker info >/dev/null 2>&1 || command -v podman),podman build --format docker,docker build)
+.PHONY: image image-cuda
+image: dist ## an image of qemb-serve from the portable archive, 23 MB: qemb-serve:VERSION
+	$(BUILD_IMAGE) -t qemb-serve:$(VERSION) -f packaging/image/Dockerfile build/dist/$(DIST)
+
+image-cuda: ## an image of qemb-serve-cuda on NVIDIA's base image: qemb-serve-cuda:VERSION
+	$(BUILD_IMAGE) -t qemb-serve-cuda:$(VERSION) -f packaging/image/Dockerfile.cuda .
