@@ -1230,8 +1230,12 @@ def read_directory(args, folder, source):
             ("reranker", "modules.json") if "LogitScore" in modules else
             ("embedding", "modules.json") if "Pooling" in modules else
             ("embedding", POOLING) if POOLING in has and not modules else (None, None))
-    kind = find_kind(args, said, source, ("modules.json", "no module that pools") if modules else
-                     (POOLING, "no such file in the source"))
+    nothing = (POOLING, "no such file in the source")
+    if claims.architecture == "Qwen3ForCausalLM":
+        nothing = ("config.json", "a language model, and no file of sentence-transformers says "
+                   "that it embeds, as those of Qwen/Qwen3-Embedding-0.6B do")
+    kind = find_kind(args, said, source,
+                     ("modules.json", "no module that pools") if modules else nothing)
     pooling = args.pooling or "last"
     if kind == "embedding" and not args.pooling:
         pooling = parse(folder, POOLING, read_pooling)

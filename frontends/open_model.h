@@ -9,8 +9,11 @@ typedef struct {
     qemb_tokenizer *tokenizer;
 } model_file;
 
-/* Opens and checks both. Ends the process with STATUS_MODEL and a message if that fails. */
+/* Opens and checks both. Ends the process with STATUS_MODEL and a message if that fails. Of what is
+ * no .qemb file the message says what it is, and the command that makes one of it. */
 void open_model_file(model_file *m, const char *path);
 void close_model_file(model_file *m);
+/* The same without the tokenizer. The caller closes the file. */
+qemb_file *open_weights(const char *path);
 
 #endif

@@ -495,9 +495,7 @@ static int verify(const qemb_file *f, const char *path) {
 }
 
 static int info(const options *o) {
-    qemb_err err;
-    qemb_file *f;
-    if (qemb_file_open(&f, o->model.model, &err)) DIE(STATUS_MODEL, "%s", err.msg);
+    qemb_file *f = open_weights(o->model.model);
     printf("file             %s (%.1f MiB)\n", o->model.model, mib(f->map_bytes));
     print_config(f);
     printf("table            %s, on this machine\n", o->model.ops->name);
@@ -520,12 +518,10 @@ static int info(const options *o) {
 
 static int plan(const options *o) {
     static const int usual[] = {512, 1024, 2048, 4096, 8192, 16384, 32768};
-    qemb_err err;
-    qemb_file *f;
     qemb_memory mem;
     qemb_options opt = o->model.engine;
     opt.device = o->model.devices[0];
-    if (qemb_file_open(&f, o->model.model, &err)) DIE(STATUS_MODEL, "%s", err.msg);
+    qemb_file *f = open_weights(o->model.model);
     if (opt.max_tokens > f->config.max_positions)
         usage("--max-tokens: more than the model can (got %d, want 1..%d)", opt.max_tokens,
               f->config.max_positions);

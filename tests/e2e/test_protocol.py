@@ -1137,6 +1137,63 @@ def test_usage_errors(args, message):
     assert said[1:] == ["qemb: hint: qemb --help"]
 
 
+def folder_with(*names):
+    def make(path):
+        path.mkdir()
+        for name in names:
+            (path / name).write_text("{}")
+
+    return make
+
+
+def safetensors(path):
+    folder_with("config.json")(path.parent)
+    path.write_bytes(struct.pack("<Q", 2) + b"{}" + bytes(16))
+
+
+def other_version(path):
+    data = Path(MODEL).read_bytes()
+    path.write_bytes(data[:8] + struct.pack("<I", 2) + data[12:])
+
+
+WANT = "(want a .qemb file: make convert MODEL="
+NOT_A_MODEL = {  # what -m names -> (how it is made, what is said of it)
+    "hf dir": (folder_with("config.json", "model.safetensors"),
+               f'{{0}}: a Hugging Face directory {WANT}"{{0}}" OUT=model.qemb)'),
+    "lora": (folder_with("adapter_config.json", "config.json"),
+             "{0}: a LoRA adapter (want a model: merge the two by peft's merge_and_unload, then "
+             "make convert MODEL=MERGED OUT=model.qemb)"),
+    "empty": (folder_with(), "{0}: a directory (want a .qemb file)"),
+    "m.gguf": (lambda path: path.write_bytes(b"GGUF\3\0\0\0" + bytes(16)),
+               f"{{0}}: a GGUF file {WANT}{{0}} OUT=model.qemb)"),
+    "hf/model.safetensors": (
+        safetensors, f"{{0}}: a safetensors file of a Hugging Face directory {WANT}{{1}} "
+        "OUT=model.qemb)"),
+    "v2.qemb": (other_version, "{0}: a .qemb file of version 2 ({2} reads version 1: make "
+                "convert makes the file again)"),
+    "Qwen/Qwen3-Embedding-0.6B": (
+        None, f"{{0}}: no such file; a name on the hub is not opened {WANT}{{0}} OUT=model.qemb)"),
+    "no.qemb": (None, "{0}: No such file or directory (make convert "
+                "MODEL=Qwen/Qwen3-Embedding-0.6B OUT=model.qemb makes a model)"),
+    "my/no.qemb": (None, "{0}: No such file or directory (make convert "
+                   "MODEL=Qwen/Qwen3-Embedding-0.6B OUT=model.qemb makes a model)"),
+    "text": (lambda path: path.write_bytes(b"text\n" * 1000), "{0}: magic: not a .qemb file"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_A_MODEL)
+def test_what_is_no_model_is_named_with_the_next_step(name, tmp_path):
+    make, said = NOT_A_MODEL[name]
+    if make:
+        make(tmp_path / name)
+    version = out("--version", model=False).decode().strip()
+    want = f"qemb: {said.format(name, Path(name).parent, version)}\n"
+    for command in "embed", "info", "plan", "grep", "rerank":
+        args = {"embed": [], "grep": ["grep", "x"]}.get(command, [command])
+        p = qemb(*args, "-m", name, model=False, data=b"x\n", cwd=tmp_path)
+        assert (p.returncode, p.stdout, p.stderr.decode()) == (2, b"", want)
+
+
 def test_options_anywhere_and_last_one_wins(alone):
     command = [QEMB, "--dim=9", "-m" + MODEL, "--dim", "128", "--"]
     p = subprocess.run(command, input=b"two\n", stdout=subprocess.PIPE, timeout=GUARD)

@@ -980,7 +980,9 @@ def test_manual_and_deployment_name_what_there_is(serve):
     "args,status,message",
     [
         ((), 1, "no model"),
-        (("-m", "/nowhere"), 2, "/nowhere"),
+        (("-m", "/nowhere"), 2, "/nowhere: No such file or directory (make convert "),
+        (("-m", ROOT / "tests/golden/hf-tiny"), 2, "a Hugging Face directory (want a .qemb file: "),
+        (("-m", MODEL, "--reranker", "Qwen/X"), 2, "make convert MODEL=Qwen/X OUT=model.qemb"),
         (("-m", MODEL, "--port", "65536"), 1, "--port"),
         (("-m", MODEL, "--host", "no.such.host.invalid"), 1, "--host"),
         (("-m", MODEL, "--host", "192.0.2.1"), 1, "cannot listen"),
