@@ -59,7 +59,7 @@ deb: need-deb ## Debian packages of this release: build/deb/*.deb
 	tar -c $(NOT_SOURCE:%=--exclude=./%) . | tar -x -C $(DEB)
 	mv $(DEB)/packaging/debian $(DEB)/debian
 	sed -i 's/@BUILD_DEPENDS@/$(subst $() ,$(comma) ,$(filter-out libc6-dev,$(filter %-dev,$(DEBIAN_BUILD) $(DEBIAN_SERVE))))/' $(DEB)/debian/control
-	cd $(DEB) && MAKEFLAGS= dpkg-buildpackage -us -uc -b
+	cd $(DEB) && MAKEFLAGS= dpkg-buildpackage -us -uc -b -j$(JOBS)
 	lintian --fail-on error,warning --suppress-tags initial-upload-closes-no-bugs build/deb/*.changes
 
 # ---- images ---------------------------------------------------------------------------------------

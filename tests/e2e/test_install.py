@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import time
 import urllib.request
@@ -122,6 +123,25 @@ def test_a_failed_install_leaves_the_old_file(installed):
     assert made.returncode
     assert (path.read_bytes(), path.stat().st_ino) == before
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_packages_have_the_version_of_the_header(installed):
+    version = re.search(r'QEMB_VERSION "(.*)"', (ROOT / "qemb.h").read_text())[1]
+    changelog = (ROOT / "packaging/debian/changelog").read_text()
+    assert re.match(rf"qemb \({re.escape(version)}-\d+\) ", changelog)
+    assert f"image: qemb-serve:{version}\n" in (ROOT / "packaging/kubernetes.yaml").read_text()
+    assert f"\nVersion: {version}\n" in (installed / "lib/pkgconfig/qemb.pc").read_text()
+
+
+def test_the_dockerfile_copies_what_make_needs_to_install_packages(tmp_path):
+    before = (ROOT / "packaging/image/Dockerfile.cuda").read_text().split("RUN make need-serve")[0]
+    copies = re.findall(r"^COPY (\S+) (\S+)$", before, re.M)
+    for source, folder in copies:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / source, tmp_path / folder)
+    p = subprocess.run(["make", "-n", "need-serve"], cwd=tmp_path, capture_output=True, text=True,
+                       check=False)
+    assert copies and p.returncode == 0 and "libmicrohttpd-dev" in p.stdout, p.stderr
 
 
 # ---- completion --------------------------------------------------------------------------------
