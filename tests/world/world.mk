@@ -7,7 +7,7 @@ WORLD_clients  := prometheus
 WORLD_stores   :=
 WORLD_engines  := default-jre-headless parallel
 WORLD_python   :=
-WORLD_packages := debootstrap podman crun zsh fish
+WORLD_packages := debootstrap podman crun zsh fish $(DEBIAN_DEB)
 WORLD_VENV     := .venv-world
 
 .PHONY: test-world $(WORLD:%=need-world-%)
