@@ -3,9 +3,9 @@
 #
 # portable: the rows up to "---". A file is written under a temporary name in its directory and
 # renamed, so a program that runs keeps the file that it runs from, and nobody sees a half. The
-# environment has VERSION, PREFIX, DESTDIR, INTO (the folder that PREFIX will be), STRIP (a command,
-# or "true"), PROGRAMS (the folder of the programs) and, relative to PREFIX or absolute, LIBDIR,
-# UNITDIR and ZSHDIR.
+# environment has VERSION, SONAME, PREFIX, DESTDIR, INTO (the folder that PREFIX will be), STRIP (a
+# command, or "true"), PROGRAMS (the folder of the programs) and, relative to PREFIX or absolute,
+# LIBDIR, UNITDIR and ZSHDIR.
 set -eu
 action=$1
 list=$(dirname "$0")/install.list
@@ -13,8 +13,13 @@ temporary=
 trap 'rm -f "$temporary"' EXIT
 trap 'exit 1' HUP INT TERM
 
+fill() {
+    sed "s|@PREFIX@|$PREFIX|g; s|@LIBDIR@|$LIBDIR|g; s|@UNITDIR@|$UNITDIR|g; s|@ZSHDIR@|$ZSHDIR|g
+        s|@VERSION@|$VERSION|g; s|@SONAME@|$SONAME|g"
+}
+
 destination() { # of a row, in the file system
-    path=$(echo "$1" | sed "s|@LIBDIR@|$LIBDIR|; s|@UNITDIR@|$UNITDIR|; s|@ZSHDIR@|$ZSHDIR|")
+    path=$(echo "$1" | fill)
     case $path in
     /*) echo "$DESTDIR$path" ;;
     *) echo "$INTO/$path" ;;
@@ -28,14 +33,17 @@ put() { # KIND SOURCE DESTINATION
     if [ "$1" = program ]; then
         mode=755 source=$PROGRAMS/$2
     fi
-    install -m "$mode" "$source" "$temporary"
+    if [ "$1" = link ]; then
+        ln -s "$(echo "$source" | fill)" "$temporary"
+    else
+        install -m "$mode" "$source" "$temporary"
+    fi
     case $1 in
     program) $STRIP "$temporary" ;;
     library) $STRIP --strip-debug "$temporary" ;;
-    text) sed "s|@PREFIX@|$PREFIX|g; s|@LIBDIR@|$LIBDIR|g; s|@VERSION@|$VERSION|g" "$source" \
-        >"$temporary" ;;
+    text) fill <"$source" >"$temporary" ;;
     esac
-    mv -f "$temporary" "$3"
+    mv -fT "$temporary" "$3"
 }
 
 while read -r kind source to; do
@@ -52,3 +60,7 @@ while read -r kind source to; do
 done <"$list"
 # The only folder that is qemb's own; others may be there for other programs.
 [ "$action" != uninstall ] || rmdir "$INTO/share/qemb" 2>/dev/null || true
+# The loader's cache of libraries; of a folder that it does not search, nothing changes.
+if [ "$action" != portable ] && [ -z "$DESTDIR" ] && [ "$(id -u)" = 0 ]; then
+    ldconfig
+fi

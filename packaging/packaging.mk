@@ -7,10 +7,10 @@ ZSHDIR  ?= share/zsh/site-functions
 STRIP   ?= strip
 VERSION := $(shell sed -n 's/.*QEMB_VERSION "\(.*\)"/\1/p' qemb.h 2>/dev/null)
 # $(call files,ACTION,PROGRAMS,INTO): runs install.sh with the programs of one folder, into another
-files = DESTDIR="$(DESTDIR)" INTO="$(3)" PREFIX="$(PREFIX)" LIBDIR="$(LIBDIR)" UNITDIR="$(UNITDIR)" ZSHDIR="$(ZSHDIR)" STRIP="$(STRIP)" VERSION="$(VERSION)" PROGRAMS="$(2)" packaging/install.sh $(1)
+files = DESTDIR="$(DESTDIR)" INTO="$(3)" PREFIX="$(PREFIX)" LIBDIR="$(LIBDIR)" UNITDIR="$(UNITDIR)" ZSHDIR="$(ZSHDIR)" STRIP="$(STRIP)" VERSION="$(VERSION)" SONAME="$(strip $(SONAME))" PROGRAMS="$(2)" packaging/install.sh $(1)
 
 .PHONY: install uninstall
-install: qemb qemb-serve build/lib/libqemb.a ## programs, manuals, completion, the unit, the demo model and the C library under PREFIX (/usr/local); also while they run
+install: qemb qemb-serve build/lib/libqemb.a build/lib/libqemb.so ## programs, manuals, completion, the unit, the demo model and the C library under PREFIX (/usr/local); also while they run
 	@$(call files,install,.,$(DESTDIR)$(PREFIX))
 
 uninstall: ## removes what make install put under PREFIX

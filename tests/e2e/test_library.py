@@ -28,9 +28,15 @@ def installed(tmp_path_factory):
     return prefix
 
 
-def flags(prefix):
+def flags(prefix, static=False):
+    """What the compiler and the linker need. A program finds the shared library by itself only
+    where the loader looks, so the tests name its folder."""
     env = os.environ | {"PKG_CONFIG_PATH": str(prefix / "lib/pkgconfig")}
-    return run("pkg-config", "--cflags", "--libs", "qemb", env=env).split()
+    if static:
+        words = run("pkg-config", "--static", "--cflags", "--libs", "qemb", env=env).split()
+        return [str(prefix / "lib/libqemb.a") if w == "-lqemb" else w for w in words]
+    return [*run("pkg-config", "--cflags", "--libs", "qemb", env=env).split(),
+            f"-Wl,-rpath,{prefix}/lib"]
 
 
 def vectors(*args, text):
@@ -43,8 +49,11 @@ def vectors(*args, text):
 
 @pytest.mark.parametrize("compiler", [["gcc", "-std=c11"], ["clang", "-std=c17"],
                                       ["g++", "-std=c++17", "-x", "c++"]])
-def test_example_prints_the_cosines_of_the_programs_vectors(installed, tmp_path, compiler):
-    run(*compiler, *STRICT, EXAMPLE, "-x", "none", "-o", tmp_path / "embed", *flags(installed))
+@pytest.mark.parametrize("static", [False, True])
+def test_example_prints_the_cosines_of_the_programs_vectors(installed, tmp_path, compiler, static):
+    run(*compiler, *STRICT, EXAMPLE, "-x", "none", "-o", tmp_path / "embed",
+        *flags(installed, static))
+    assert ("libqemb.so.0" in run("readelf", "-d", tmp_path / "embed")) != static
     documents = ["Beijing is a city.", "Gravity attracts bodies."]
     out = run(tmp_path / "embed", MODEL, "capital of China", *documents)
     (query,) = vectors("--query", text="capital of China\n")
@@ -122,8 +131,7 @@ def test_every_function_of_the_header_is_in_the_library(installed):
 
 
 def test_shared_library_shows_the_same_names(installed):
-    run("make", "-s", "build/lib/libqemb.so", cwd=ROOT)
-    library = ROOT / "build/lib/libqemb.so"
+    library = installed / "lib/libqemb.so"
     names = re.findall(r"^\S+ [A-Z] (\S+)$", run("nm", "-D", "--defined-only", library), re.M)
     assert sorted(names) == sorted(name for _, name in symbols(installed))
     assert "[libqemb.so.0]" in run("readelf", "-d", library)

@@ -115,7 +115,7 @@ def test_packages_install_in_a_clean_debian_run_and_leave_nothing(tmp_path):
     make("deb")  # lintian's errors and warnings end it
     system = System(tmp_path, "bookworm")
     (system.root / "debs").mkdir()
-    names = ["qemb", "qemb-data", "qemb-serve", "libqemb-dev"]
+    names = ["qemb", "qemb-data", "qemb-serve", "libqemb0", "libqemb-dev"]
     for name in names:
         (deb,) = (ROOT / "build/deb").glob(f"{name}_*.deb")
         shutil.copy(deb, system.root / "debs")
@@ -134,7 +134,8 @@ def test_packages_install_in_a_clean_debian_run_and_leave_nothing(tmp_path):
     for path in ("/usr/lib/systemd/system/qemb-serve.service", "/usr/share/man/man1/qemb.1.gz",
                  "/etc/systemd/system/multi-user.target.wants/qemb-serve.service",
                  "/usr/share/bash-completion/completions/qemb", "/etc/default/qemb-serve",
-                 "/usr/share/zsh/vendor-completions/_qemb", "/usr/include/qemb.h"):
+                 "/usr/share/zsh/vendor-completions/_qemb", "/usr/include/qemb.h",
+                 "/usr/lib/x86_64-linux-gnu/libqemb.so", "/usr/lib/x86_64-linux-gnu/libqemb.so.0"):
         assert path in new
     unit = (system.root / "lib/systemd/system/qemb-serve.service").read_text()
     assert "\nExecStart=/usr/bin/qemb-serve " in unit
