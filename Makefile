@@ -32,7 +32,7 @@ SHARED  := $(patsubst %,frontends/%,fingerprint ranking console options model_op
 CLI     := $(patsubst %,frontends/cli/%,main embed check grep rerank hits line_index shards shard_store pipeline progress output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
-SERVE   := $(patsubst %,frontends/server/%,main probe http http_header http_work http_tell body_decoder listen api api_keys api_tei api_ollama api_rerank model_worker queue cache redis metrics log buffer vector) $(SHARED)
+SERVE   := $(patsubst %,frontends/server/%,main probe http http_header http_work http_tell listen api api_keys api_tei api_ollama api_rerank model_worker queue cache redis metrics log buffer vector) $(SHARED)
 TESTS   := amx batch embed_text line_index measure model_file format input model ops ranking serve_cache serve_queue simd text_ids tokenizer
 FUZZERS := file input jsonl line_index request tokenizer
 TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console decompress format input ranking cli/line_index server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
@@ -108,7 +108,7 @@ build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/measure be
 	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support tests/unit/emulated_amx $(ENGINE))
 	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
-build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console decompress format input cli/line_index ranking server/api server/api_keys server/api_tei server/api_ollama server/api_rerank server/body_decoder server/http_header server/metrics server/log server/buffer server/vector) $$(ENGINE))
+build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console decompress format input cli/line_index ranking server/api server/api_keys server/api_tei server/api_ollama server/api_rerank server/http_header server/metrics server/log server/buffer server/vector) $$(ENGINE))
 	$(2) $(3) $$^ $(LIBS) -o $$@
 -include $$(wildcard $$(foreach d,* */* */*/* */*/*/*,build/$(1)/$$(d).d))
 endef

@@ -1,4 +1,4 @@
-/* decompress.c - .gz by zlib, .zst by libzstd; see decompress.h. */
+/* decompress.c - gzip and deflate by zlib, zstd by libzstd; see decompress.h. */
 #include "decompress.h"
 
 #include <limits.h>
@@ -11,7 +11,7 @@
 
 struct decompressor {
     compression kind;
-    z_stream gzip;
+    z_stream zlib;
     ZSTD_DStream *zstd;
     int at_end;     /* behind a whole member or frame */
     char error[96]; /* "": none */
@@ -28,32 +28,45 @@ compression compression_of(const void *bytes, size_t n) {
     return COMPRESSION_NONE;
 }
 
-decompressor *decompressor_new(compression kind) {
+static int open_zstd(decompressor *d, int window_log) {
+    d->zstd = ZSTD_createDStream();
+    if (!d->zstd || !window_log) return d->zstd ? 0 : -1;
+    return ZSTD_isError(ZSTD_DCtx_setParameter(d->zstd, ZSTD_d_windowLogMax, window_log)) ? -1 : 0;
+}
+
+decompressor *decompressor_new(compression kind, int window_log) {
     decompressor *d = calloc(1, sizeof *d);
     if (!d) return NULL;
     d->kind = kind;
-    /* 16: a gzip header, no other */
-    if (kind == COMPRESSION_GZIP ? inflateInit2(&d->gzip, 16 + MAX_WBITS) == Z_OK
-                                 : (d->zstd = ZSTD_createDStream()) != NULL)
+    /* 16: a gzip header; 32: what the data says */
+    const int header = kind == COMPRESSION_GZIP ? 16 : 32;
+    if (kind == COMPRESSION_ZSTD ? !open_zstd(d, window_log)
+                                 : inflateInit2(&d->zlib, header + MAX_WBITS) == Z_OK)
         return d;
-    free(d);
+    decompressor_free(d);
     return NULL;
+}
+
+/* zlib: a window of 32 KiB and 10 KB of state. zstd: 0.5 MB of state and blocks beside it. */
+size_t decompressor_room(compression kind, int window_log) {
+    return kind == COMPRESSION_ZSTD ? ((size_t)1 << window_log) + ((size_t)1 << 20)
+                                    : (size_t)64 << 10;
 }
 
 void decompressor_free(decompressor *d) {
     if (!d) return;
-    if (d->kind == COMPRESSION_GZIP) inflateEnd(&d->gzip);
+    if (d->kind != COMPRESSION_ZSTD) inflateEnd(&d->zlib);
     ZSTD_freeDStream(d->zstd);
     free(d);
 }
 
 static void damaged(decompressor *d, const char *why) {
     snprintf(d->error, sizeof d->error, "%s: damaged: %s",
-             d->kind == COMPRESSION_GZIP ? "gzip" : "zstd", why);
+             d->kind == COMPRESSION_ZSTD ? "zstd" : "gzip", why);
 }
 
 static size_t gunzip(decompressor *d, const char **in, size_t n, char *out, size_t cap) {
-    z_stream *z = &d->gzip;
+    z_stream *z = &d->zlib;
     z->next_in = (const Bytef *)*in;
     z->avail_in = n < UINT_MAX ? (uInt)n : UINT_MAX;
     z->next_out = (Bytef *)out;
@@ -93,7 +106,7 @@ ptrdiff_t decompress(decompressor *d, const char **in, size_t n, char *out, size
     if (*d->error) return -1;
     if (!n && d->at_end) return 0;
     const size_t wrote =
-        d->kind == COMPRESSION_GZIP ? gunzip(d, in, n, out, cap) : unzstd(d, in, n, out, cap);
+        d->kind == COMPRESSION_ZSTD ? unzstd(d, in, n, out, cap) : gunzip(d, in, n, out, cap);
     return wrote || !*d->error ? (ptrdiff_t)wrote : -1;
 }
 

@@ -1,4 +1,4 @@
-/* decompress.h - streams of .gz and .zst bytes. */
+/* decompress.h - compressed streams: gzip, zlib and zstd. */
 #ifndef QEMB_DECOMPRESS_H
 #define QEMB_DECOMPRESS_H
 
@@ -12,6 +12,7 @@ typedef enum {
     COMPRESSION_UNKNOWN,
     COMPRESSION_NONE,
     COMPRESSION_GZIP,
+    COMPRESSION_DEFLATE, /* HTTP's: with zlib's header, or gzip's */
     COMPRESSION_ZSTD
 } compression;
 
@@ -24,9 +25,12 @@ compression compression_of(const void *bytes, size_t n);
 
 typedef struct decompressor decompressor;
 
-/* kind: GZIP or ZSTD. NULL: out of memory. */
-decompressor *decompressor_new(compression kind);
-void decompressor_free(decompressor *d);
+/* kind: GZIP, DEFLATE or ZSTD. window_log: refuses zstd frames with a window of more than
+ * 2^window_log bytes; 0: libzstd's limit. NULL: out of memory. */
+decompressor *decompressor_new(compression kind, int window_log);
+/* The most memory that a decompressor takes, in bytes; window_log is not 0. */
+size_t decompressor_room(compression kind, int window_log);
+void decompressor_free(decompressor *d); /* d may be NULL */
 /* Decompresses from *in (n) to out (cap > 0). Moves *in to what it has not used, and returns the
  * number of bytes written; cap of them: there may be more without more input. Members or frames
  * that follow each other are one stream. Returns -1 if the stream is damaged, behind all that it

@@ -119,7 +119,7 @@ static input_status find_compression(input *in) {
     in->decided = c != COMPRESSION_UNKNOWN;
     if (c == COMPRESSION_UNKNOWN || c == COMPRESSION_NONE) return INPUT_RECORD;
     in->raw = malloc(BUFFER_BYTES);
-    in->decompressor = in->raw ? decompressor_new(c) : NULL;
+    in->decompressor = in->raw ? decompressor_new(c, 0) : NULL;
     if (!in->decompressor) return fail(in, "out of memory");
     memcpy(in->raw, in->data, in->end);
     in->raw_end = in->end;

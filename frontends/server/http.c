@@ -31,6 +31,8 @@
 
 /* A body of more than PATIENCE times the limit is not read to its end. */
 #define PATIENCE 4
+/* The largest window of a zstd body, 8 MiB, is the most that RFC 9659 allows in HTTP. */
+#define WINDOW_LOG 23
 /* Seconds that a drain waits for a further request on an idle connection, and for the first request
  * on a new one. */
 #define LINGER        0.25
@@ -57,8 +59,8 @@ void request_release(request *r, size_t n) {
 }
 
 void request_drop_body(request *r) {
-    if (r->decoder) request_release(r, body_decoder_room(r->decoder));
-    body_decoder_free(r->decoder);
+    if (r->decoder) request_release(r, decompressor_room(r->coding, WINDOW_LOG));
+    decompressor_free(r->decoder);
     r->decoder = NULL;
     free(r->body);
     request_release(r, r->cap);
@@ -214,15 +216,13 @@ static int check_method(request *r, const char *method) {
                     route_path(r->route), post ? "POST" : "GET");
 }
 
-static int open_decoder(request *r, content_coding coding) {
-    body_decoder *d = body_decoder_new(coding);
-    if (!d) return api_fail(&r->error, 503, "out_of_memory", NULL, "body: out of memory");
-    if (request_hold(r, body_decoder_room(d), &r->error)) {
-        body_decoder_free(d);
-        return -1;
-    }
-    r->decoder = d;
-    return 0;
+static int open_decoder(request *r) {
+    const size_t room = decompressor_room(r->coding, WINDOW_LOG);
+    if (request_hold(r, room, &r->error)) return -1;
+    r->decoder = decompressor_new(r->coding, WINDOW_LOG);
+    if (r->decoder) return 0;
+    request_release(r, room);
+    return api_fail(&r->error, 503, "out_of_memory", NULL, "body: out of memory");
 }
 
 static int check_body(request *r) {
@@ -233,8 +233,8 @@ static int check_body(request *r) {
         return api_fail(&r->error, 415, "unsupported_media_type", NULL,
                         "Content-Type: not one that is understood (want application/json in "
                         "UTF-8)");
-    const content_coding coding = coding_of(encoding);
-    if (coding == CODING_UNKNOWN)
+    r->coding = coding_of(encoding);
+    if (r->coding == COMPRESSION_UNKNOWN)
         return api_fail(&r->error, 415, "unsupported_media_type", NULL,
                         "Content-Encoding: not one that is understood (want gzip, deflate, zstd or "
                         "none)");
@@ -242,7 +242,7 @@ static int check_body(request *r) {
         return api_fail(&r->error, 413, "body_too_large", NULL,
                         "body: too large (got %.20s bytes, want at most %zu)", length,
                         r->h->opt.max_body);
-    return coding == CODING_NONE ? 0 : open_decoder(r, coding);
+    return r->coding == COMPRESSION_NONE ? 0 : open_decoder(r);
 }
 
 static request *request_new(http *h, struct MHD_Connection *c, const char *method,
@@ -312,14 +312,15 @@ static int add_plain(request *r, const char *data, size_t n) {
 
 /* Appends what data (n) decodes to. Behind a body of the full size, one more byte is tried. */
 static int add_decoded(request *r, const char *data, size_t n) {
-    body_decoder_feed(r->decoder, data, n);
+    const char *end = data + n;
     for (;;) {
         char more;
         const int full = r->len == r->h->opt.max_body;
         if (!full && r->len == r->cap && grow_body(r, 1)) return -1;
         const size_t room = full ? 1 : r->cap - r->len;
-        const long got = body_decoder_read(r->decoder, full ? &more : r->body + r->len, room);
-        if (got < 0) return damaged(r);
+        char *to = full ? &more : r->body + r->len;
+        const ptrdiff_t got = decompress(r->decoder, &data, (size_t)(end - data), to, room);
+        if (got < 0 || *decompressor_error(r->decoder)) return damaged(r);
         if (full) return got ? grow_body(r, 1) : 0; /* too large */
         r->len += (size_t)got;
         if ((size_t)got < room) return 0;
@@ -336,7 +337,7 @@ static enum MHD_Result on_body(request *r, const char *data, size_t n) {
 }
 
 static enum MHD_Result on_complete(request *r) {
-    if (r->decoder && !r->error.status && !body_decoder_is_done(r->decoder)) damaged(r);
+    if (r->decoder && !r->error.status && !decompressor_at_end(r->decoder)) damaged(r);
     if (r->error.status) return request_answer_error(r);
     if (r->is_options) return answer_options(r);
     if (r->route == ROUTE_TOKENIZE) return http_tokenize(r);

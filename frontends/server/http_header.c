@@ -88,6 +88,13 @@ int is_json_type(const char *type) {
     return is_utf8(charset, strcspn(charset, quoted ? "\"" : " \t;"));
 }
 
+compression coding_of(const char *encoding) {
+    if (!encoding || !strcasecmp(encoding, "identity")) return COMPRESSION_NONE;
+    if (!strcasecmp(encoding, "gzip") || !strcasecmp(encoding, "x-gzip")) return COMPRESSION_GZIP;
+    if (!strcasecmp(encoding, "deflate")) return COMPRESSION_DEFLATE;
+    return strcasecmp(encoding, "zstd") ? COMPRESSION_UNKNOWN : COMPRESSION_ZSTD;
+}
+
 /* ---- traces ---------------------------------------------------------------------------------- */
 
 /* Copies n digits in lower case, not all of them 0. Returns their end, or NULL. */

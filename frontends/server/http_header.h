@@ -1,7 +1,8 @@
-/* http_header.h - what the header of a request says: its route, type, trace. */
+/* http_header.h - what the header of a request says: its route, type, coding, trace. */
 #ifndef QEMB_HTTP_HEADER_H
 #define QEMB_HTTP_HEADER_H
 
+#include "frontends/decompress.h"
 #include "metrics.h"
 
 /* The route of a request for the path url. Slashes may be doubled, and one may end the path. Of
@@ -17,6 +18,9 @@ extern const char route_list[];
 /* Whether a body of that Content-Type may be JSON in UTF-8. NULL: none is given. Accepted are
  * JSON's types, and the one that curl sends unless told otherwise. */
 int is_json_type(const char *type);
+/* What a Content-Encoding header says; NULL: none is given. UNKNOWN: a coding that is not
+ * understood. */
+compression coding_of(const char *encoding);
 
 /* Characters of the ids in a traceparent header (W3C Trace Context), with the NUL. */
 enum { TRACE_ROOM = 33, SPAN_ROOM = 17 };

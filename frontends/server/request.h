@@ -5,7 +5,6 @@
 #ifndef QEMB_REQUEST_H
 #define QEMB_REQUEST_H
 
-#include "body_decoder.h"
 #include "http_header.h"
 #include "http_options.h"
 #include "listen.h"
@@ -69,7 +68,8 @@ typedef struct {
     char trace[TRACE_ROOM], span[SPAN_ROOM]; /* of the client's trace; "": none */
     double start;
     api_error error;       /* if status is not 0: the response */
-    body_decoder *decoder; /* of an encoded body, or NULL */
+    compression coding;    /* of the body */
+    decompressor *decoder; /* NULL: COMPRESSION_NONE */
     char *body;
     size_t len, cap, held, thrown;
     api_request api;

@@ -3,10 +3,10 @@
  * is a string is also tried as the input of a request, or as a document. What is accepted is
  * answered with made-up vectors or logits, in JSON with every wanted result. The bytes are also
  * decoded as gzip and zstd, in pieces, and read as a header. */
+#include "frontends/decompress.h"
 #include "frontends/server/api_ollama.h"
 #include "frontends/server/api_rerank.h"
 #include "frontends/server/api_tei.h"
-#include "frontends/server/body_decoder.h"
 #include "frontends/server/http_header.h"
 
 #include <jansson.h>
@@ -164,23 +164,23 @@ static void parse_any(int kind, const char *body, size_t n) {
 }
 
 /* All bytes are used up or refused, in pieces of any size, into a buffer of its exact size. */
-static void decode(content_coding c, const char *data, size_t n) {
-    body_decoder *d = body_decoder_new(c);
+static void decode(compression c, const char *data, size_t n) {
+    decompressor *d = decompressor_new(c, 23);
     CHECK(d);
     size_t total = 0;
-    long got = 0;
+    ptrdiff_t got = 0;
     for (size_t at = 0; at < n && got >= 0 && total < 1 << 16; at += 7) {
-        body_decoder_feed(d, data + at, n - at < 7 ? n - at : 7);
+        const char *in = data + at, *end = data + (n - at < 7 ? n : at + 7);
         do {
             char *out = malloc(64);
             CHECK(out);
-            got = body_decoder_read(d, out, 64);
+            got = decompress(d, &in, (size_t)(end - in), out, 64);
             CHECK(got <= 64);
             total += got > 0 ? (size_t)got : 0;
             free(out);
         } while (got == 64 && total < 1 << 16);
     }
-    body_decoder_free(d);
+    decompressor_free(d);
 }
 
 static void read_header(const char *data, size_t n) {
@@ -217,7 +217,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
                                      : d == TEI        ? 3
                                      : d == OLLAMA_OLD ? 4
                                                        : 0];
-    decode(kind & 1 ? CODING_ZLIB : CODING_ZSTD, (const char *)data + 1, size - 1);
+    decode(kind & 1 ? COMPRESSION_DEFLATE : COMPRESSION_ZSTD, (const char *)data + 1, size - 1);
     read_header((const char *)data + 1, size - 1);
     parse_any(kind, (const char *)data + 1, size - 1);
     const size_t before = strlen(ends[0]), after = strlen(ends[1]);
