@@ -5,7 +5,7 @@
 WORLD := clients stores engines python packages
 WORLD_clients  := prometheus
 WORLD_stores   :=
-WORLD_engines  := default-jre-headless parallel
+WORLD_engines  := default-jre-headless parallel slurmctld slurmd slurm-client busybox shellcheck
 WORLD_python   :=
 WORLD_packages := debootstrap podman crun zsh fish $(DEBIAN_DEB)
 WORLD_VENV     := .venv-world
