@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import time
-from itertools import groupby
 from pathlib import Path
 
 import kubernetes_validate
@@ -327,7 +326,8 @@ def slurm(engine, tmp_path):
     for name in "state", "spool":
         (tmp_path / name).mkdir()
     conf = tmp_path / "slurm.conf"
-    conf.write_text(SLURM.format(host=socket.gethostname().split(".")[0], user=getpass.getuser(), dir=tmp_path,
+    host = socket.gethostname().split(".")[0]
+    conf.write_text(SLURM.format(host=host, user=getpass.getuser(), dir=tmp_path,
                                  cpus=os.cpu_count(), ports=(free_port(), free_port())))
     engine.env["SLURM_CONF"] = str(conf)
     daemons = []
