@@ -290,6 +290,21 @@ def test_parallel(work, engine, rates):
         {p: p.stat().st_mtime_ns for p in engine.out.glob("*.jsonl")}
 
 
+def test_parallel_again_takes_what_is_new(engine, tmp_path):
+    files, listed = [tmp_path / f"{i}" for i in range(3)], tmp_path / "list"
+    command = [ENGINES / "parallel.sh", MODEL, engine.out, listed]
+    for some in (files[:2], files):  # the second time one is new, and one has changed
+        for i, file in enumerate(some):
+            file.write_text(json.dumps({"text": f"{i} of {len(some)}"}) + "\n")
+        listed.write_text("".join(f"{file}\n" for file in some))
+        engine.good(command)
+        for file in some:
+            with file.open() as texts:
+                want = subprocess.run([QEMB, "-m", MODEL, *PIPE], stdin=texts, stdout=subprocess.PIPE,
+                                      check=True).stdout
+            assert (engine.out / f"{file.name}.jsonl").read_bytes() == want
+
+
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as s:
         return s.getsockname()[1]
