@@ -88,8 +88,9 @@ static int handle_error(embedding *w, const result *r) {
         return 0;
     }
     if (w->run->counts.errors <= ERRORS_SHOWN)
-        say("%.200s%srecord %" PRIu64 ": %s: %.*s", name ? name : "", name ? ": " : "",
-            r->head.line, r->code, (int)(r->message_len < 500 ? r->message_len : 500), r->message);
+        say("%.200s%srecord %" PRIu64 ": %s: %.*s%s", name ? name : "", name ? ": " : "",
+            r->head.line, r->code, (int)(r->message_len < 500 ? r->message_len : 500), r->message,
+            policy == ON_ERROR_STOP ? "; stops here (--on-error zero or skip goes on)" : "");
     if (policy == ON_ERROR_STOP) stop_run(w);
     return policy == ON_ERROR_ZERO;
 }

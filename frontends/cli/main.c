@@ -70,7 +70,7 @@ static const option_row rows[] = {
      OPTION_INT, AT(dim), .unset = "all", .min = 1, .max = INT_MAX,
      .commands = VECTORS | FOR_GREP},
     {"on-error", "WHAT", "record, zero, skip or stop", NULL,
-     OPTION_CHOICE, AT(on_error), .unset = "record; binary: stop", .choices = on_error_kinds,
+     OPTION_CHOICE, AT(on_error), .unset = "record; not text: stop", .choices = on_error_kinds,
      .commands = VECTORS},
     {"errors-ok", NULL, "records that fail do not change the exit status", NULL,
      OPTION_FLAG, AT(errors_ok), .value = 1, .commands = VECTORS | FOR_RERANK},
@@ -210,8 +210,8 @@ static void parse_options(options *o, option_table *t, unsigned bit, int argc, c
     options_check(t, o->bit, commands[o->command].name, !!o->model.ops->plan);
     const int text = format_is_text(o->output);
     if (o->on_error == ON_ERROR_RECORD && !text)
-        usage("--on-error record: no place for error records in binary output (want zero, skip, "
-              "stop)");
+        usage("--on-error record: no place for error records in %s (want zero, skip, stop)",
+              format_names[o->output]);
     if (o->on_error == ON_ERROR_DEFAULT) o->on_error = text ? ON_ERROR_RECORD : ON_ERROR_STOP;
     if (o->keep && (!o->jsonl || o->output != FORMAT_JSONL))
         usage("--keep: other keys come from JSON and go to JSON (want --input jsonl --output "
