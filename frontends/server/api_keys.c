@@ -8,6 +8,7 @@
 
 #include "frontends/console.h"
 
+#include <ctype.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -172,6 +173,8 @@ static const struct {
     {"parameters", NULL, "want its keys beside the inputs"},
     {"task_type", NULL, "want input_type"},
     {"dim", NULL, "want dimensions"},
+    {"dims", NULL, "want dimensions"},
+    {"query", "false", "want input_type \"query\""},
     {"ids", NULL, "want the key of inputs in this API"},
     {"text", NULL, "want the key of texts in this API"},
     {"texts", NULL, "want the key of texts in this API"},
@@ -189,8 +192,10 @@ static int changes_nothing(const char *idle, const json_t *v) {
     return same;
 }
 
-/* The number of letters to add, remove, replace or swap with the next one to make a out of b. Names
- * of more than NAME_MOST bytes count as far apart. */
+static int lower(char c) { return tolower((unsigned char)c); }
+
+/* The number of letters to add, remove, replace or swap with the next one to make a out of b, up to
+ * the case of letters. Names of more than NAME_MOST bytes count as far apart. */
 enum { NAME_MOST = 40 };
 
 static int edits(const char *a, const char *b) {
@@ -203,7 +208,7 @@ static int edits(const char *a, const char *b) {
         int *now = row[i % 3];
         now[0] = i;
         for (int j = 1; j <= m; j++) {
-            int d = last[j - 1] + (a[i - 1] != b[j - 1]);
+            int d = last[j - 1] + (lower(a[i - 1]) != lower(b[j - 1]));
             if (last[j] + 1 < d) d = last[j] + 1;
             if (now[j - 1] + 1 < d) d = now[j - 1] + 1;
             const int swapped = i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1];

@@ -225,6 +225,8 @@ def test_keys_of_other_apis():
         {"embd_normalize": -1},
         {"task_type": "RETRIEVAL_QUERY"},
         {"dim": 8},
+        {"dims": 8},
+        {"query": True},
         {"texts": ["y"]},
     ],
 )
@@ -243,6 +245,8 @@ def test_keys_that_would_change_the_vector(serve, more):
         ("dimension", "dimensions"),
         ("dimesnion", "dimensions"),
         ("inputType", "input_type"),
+        ("INPUT_TYPE", "input_type"),
+        ("Dimensions", "dimensions"),
         ("encodingFormat", "encoding_format"),
         ("truncatoin", "truncation"),
         ("instructs", "instruct"),
