@@ -66,6 +66,20 @@ def _choose_table(cpu: str | None, math: str | None) -> Any:
     raise Error("usage", f"cpu: not on this machine (got {cpu}, want {', '.join(tables)})")
 
 
+def _how_to_convert(path: str) -> str:
+    """What a message says behind the reason if there is no .qemb file at path."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) == b"qemb":
+                return ""
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        pass
+    except OSError:
+        return ""
+    return (" (want a .qemb file; in qemb's source, make convert MODEL=DIRECTORY_OR_HUB_NAME "
+            "OUT=model.qemb makes one)")
+
+
 def _integer(name: str, value: int | None, least: int, most: int) -> int:
     """value, or 0 for None."""
     if value is None:
@@ -108,7 +122,8 @@ class Model:
         handle, err = ctypes.c_void_p(), _library.Err()
         if _lib.qemb_embedder_open(ctypes.byref(handle), os.fsencode(self.path), self._table,
                                    ctypes.byref(self._options), ctypes.byref(err)):
-            raise _error_of(err)
+            error = _error_of(err)
+            raise Error(error.code, error.message + _how_to_convert(self.path))
         self._handle: ctypes.c_void_p | None = handle
         self._finalize = weakref.finalize(self, _lib.qemb_embedder_close, handle)
         self._finalize.atexit = False  # a daemon thread may use it until the process ends

@@ -278,10 +278,15 @@ def test_mistakes_are_named(model, qemb):
 
 
 def test_files_that_are_no_model(qemb, tmp_path):
-    for path in tmp_path / "none.qemb", ROOT / "qemb.h", ROOT / "tests/fixtures/reranker.qemb":
+    convert = "want a .qemb file; in qemb's source, make convert MODEL="
+    for path, next_step in [(tmp_path / "none.qemb", convert), (ROOT / "qemb.h", convert),
+                            (tmp_path, convert),
+                            (ROOT / "tests/fixtures/reranker.qemb", "a reranker, which has no")]:
         with pytest.raises(qemb.Error) as e:
             qemb.Model(path)
         assert e.value.code == "model_file" and str(path) in str(e.value)
+        assert next_step in str(e.value)
+        assert (convert in str(e.value)) == (next_step == convert)
 
 
 def test_closing(qemb):
