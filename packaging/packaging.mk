@@ -67,7 +67,7 @@ deb: need-deb ## Debian packages of this release: build/deb/*.deb
 # Docker if its daemon answers, else Podman, which needs none.
 BUILD_IMAGE ?= $(if $(shell docker info >/dev/null 2>&1 || command -v podman),podman build --format docker,docker build)
 .PHONY: image image-cuda
-image: dist ## an image of qemb-serve from the portable archive, 23 MB: qemb-serve:VERSION
+image: dist ## an image of qemb-serve from the portable archive, 24 MB: qemb-serve:VERSION
 	$(BUILD_IMAGE) -t qemb-serve:$(VERSION) -f packaging/image/Dockerfile build/dist/$(DIST)
 
 image-cuda: ## an image of qemb-serve-cuda on NVIDIA's base image: qemb-serve-cuda:VERSION
