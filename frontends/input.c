@@ -123,7 +123,7 @@ static input_status find_compression(input *in) {
     if (!in->decompressor) return fail(in, "out of memory");
     memcpy(in->raw, in->data, in->end);
     in->raw_end = in->end;
-    in->end = 0;
+    in->end = in->scanned = 0;
     return expand(in);
 }
 

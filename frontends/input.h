@@ -75,8 +75,8 @@ void input_parser_keep(input_parser *p);
  * and "dim" are optional; other keys, unless they are kept, and repeated keys are errors. null
  * counts as not given, except for "id"; "instruct": null is "". *o is valid until the next call. On
  * failure returns -1 and still sets o->id, to "null" if line is no JSON object, and o->kept;
- * err->code is "invalid_json",
- * "invalid_utf8", "bad_record", "bad_ids", "bad_dim" or "out_of_memory". */
+ * err->code is "invalid_json", "invalid_utf8", "bad_record", "bad_ids", "bad_dim" or
+ * "out_of_memory". */
 int input_parse(input_parser *p, const char *line, size_t len, input_object *o, qemb_err *err);
 
 /* A query and documents, for a reranker. */

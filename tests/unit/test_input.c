@@ -294,6 +294,31 @@ Test(compressed, in_any_two_pieces) {
     }
 }
 
+/* Each byte is read before the next one arrives, so the beginning of a stream may be that of a text
+ * at first. */
+Test(compressed, byte_by_byte) {
+    for (int zstd = 0; zstd < 2; zstd++) {
+        packed p = {.n = 0};
+        (zstd ? add_zstd : add_gzip)(&p, "\n\none\n", 6);
+        const char *const want[] = {"", "", "one"};
+        fixture f = open_input('\n');
+        input_record r;
+        uint64_t records = 0;
+        for (size_t i = 0; i <= p.n; i++) {
+            if (i < p.n)
+                feed(&f, p.bytes + i, 1);
+            else
+                end(&f);
+            while (input_next(f.input, 0, &r) == INPUT_RECORD) {
+                cr_assert(++records == r.line && r.line <= 3);
+                cr_expect(r.len == strlen(want[r.line - 1]), "record %d", (int)r.line);
+            }
+        }
+        cr_expect(records == 3 && !*input_error(f.input));
+        close_input(&f);
+    }
+}
+
 /* Every proper prefix but the ends of members is cut off, after its whole records. Fewer bytes than
  * the magic are text. */
 Test(compressed, cut_off_anywhere) {
