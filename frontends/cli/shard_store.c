@@ -40,6 +40,13 @@ static void lock_name(file_name out, const char *name) {
     snprintf(out, sizeof(file_name), ".%s.lock", name);
 }
 
+/* Whether the file is still the one of that name: its holder may have removed it meanwhile. */
+static int is_still(const shard_store *s, int fd, const char *file) {
+    struct stat own, named;
+    return !fstat(fd, &own) && !fstatat(s->fd, file, &named, AT_SYMLINK_NOFOLLOW) &&
+           own.st_ino == named.st_ino && own.st_dev == named.st_dev;
+}
+
 shard_lock_status shard_lock(shard_store *s, const char *name, int *lock) {
     file_name file;
     lock_name(file, name);
@@ -52,11 +59,11 @@ shard_lock_status shard_lock(shard_store *s, const char *name, int *lock) {
         if (s->found) fd = openat(s->fd, file, flags, 0666);
         if (fd < 0) return SHARD_LOCK_FAILED;
         const int error = fcntl(fd, F_OFD_SETLK, &whole) ? errno : 0;
-        if (!error) { /* of a file that its holder has just removed, too: then two may have one */
+        if (!error && is_still(s, fd, file)) {
             *lock = fd;
             return SHARD_LOCKED;
         }
-        if (error != EAGAIN && error != EACCES && error != EINTR) {
+        if (error && error != EAGAIN && error != EACCES && error != EINTR) {
             s->no_locks = 1;
             say("%.200s: no locks here (%s): processes may do the same shard", s->path,
                 strerror(error));

@@ -463,6 +463,12 @@ def wait_for(condition):
         time.sleep(0.002)
 
 
+def handles(process, sig):
+    """Whether a process has a handler of its own for a signal."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1]
+    return int(caught, 16) >> (sig - 1) & 1
+
+
 def test_kills_lose_at_most_the_shard_in_work(tmp_path):
     """Killed whenever a few shards are done, until all are there."""
     paths, out = write_files(tmp_path / "in", 30), tmp_path / "out"
@@ -523,7 +529,8 @@ def test_a_signal_ends_the_wait_for_another_process(tmp_path):
     first = start("--out", out, *paths)
     wait_for(lambda: in_work(out))
     second = start("--out", out, *paths)
-    time.sleep(0.3)
+    wait_for(lambda: handles(second, signal.SIGTERM))
+    time.sleep(0.3)  # until it waits; a signal before that ends it alike
     second.terminate()
     assert summary(second.communicate(timeout=GUARD)[1].decode())[:4] == (1, 0, 0, 0)
     assert second.returncode == -signal.SIGTERM and len(in_work(out)) == 1
@@ -645,6 +652,59 @@ def test_without_locks_work_is_done_twice_but_right(tmp_path):
         assert s.count("no locks here (No locks available)") == 1 and s.count("\n") == 2
         assert summary(s)[0] == summary(s)[1] + summary(s)[2] == 20
     check_all(out, paths)
+
+
+LATE = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <unistd.h>
+static int late(const char *name, int fd, int cmd, void *arg) {
+    int (*real)(int, int, ...) = (int (*)(int, int, ...))dlsym(RTLD_NEXT, name);
+    static int locks;
+    if (cmd == F_OFD_SETLK && !locks++) {
+        unlink(getenv("LOCK"));
+        while (access(getenv("GO"), F_OK)) usleep(1000);
+    } else if (cmd == F_OFD_SETLK) {
+        close(open(getenv("AGAIN"), O_WRONLY | O_CREAT, 0666));
+    }
+    return real(fd, cmd, arg);
+}
+#define DEFINE(name) \\
+    int name(int fd, int cmd, ...) { \\
+        va_list ap; va_start(ap, cmd); void *arg = va_arg(ap, void *); va_end(ap); \\
+        return late(#name, fd, cmd, arg); \\
+    }
+DEFINE(fcntl)
+DEFINE(fcntl64)
+"""
+
+
+def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path):
+    """One opens the file of a lock, whose holder removes it; another makes it and is at work. The
+    first one must not think that it has the shard, and that the other's part is of a dead one."""
+    (path,), out = write_files(tmp_path / "in", 1), tmp_path / "out"
+    path.write_bytes(b"".join(b"%d %s\n" % (i, b"w " * 100) for i in range(500)))
+    out.mkdir()
+    names = {"LOCK": out / f".{path.name}.lock", "GO": tmp_path / "go", "AGAIN": tmp_path / "again"}
+    names["LOCK"].touch()
+    env = {**preloaded(tmp_path, LATE), **{k: str(v) for k, v in names.items()}}
+    first = start("--out", out, path, env=env)
+    wait_for(lambda: not names["LOCK"].exists())
+    second = start("--out", out, path)
+    wait_for(lambda: in_work(out))
+    second.send_signal(signal.SIGSTOP)
+    part = in_work(out)
+    names["GO"].touch()
+    wait_for(lambda: names["AGAIN"].exists() or first.poll() is not None)
+    there = in_work(out)
+    second.send_signal(signal.SIGCONT)
+    said = [p.communicate(timeout=GUARD)[1].decode() for p in (first, second)]
+    assert there == part and [p.returncode for p in (first, second)] == [0, 0], said
+    assert [summary(s)[1] for s in said] == [0, 1]
+    check_all(out, [path])
 
 
 def test_progress_and_stats(files, tmp_path):
