@@ -221,7 +221,8 @@ static int edits(const char *a, const char *b) {
 
 /* Longer names leave room for two mistakes before they look like another one. */
 static int is_misspelt(const char *key, const char *name) {
-    return edits(key, name) <= (strlen(name) >= 8 ? 2 : 1);
+    const size_t n = strlen(key), m = strlen(name), most = m >= 8 ? 2 : 1;
+    return n <= m + most && m <= n + most && edits(key, name) <= (int)most;
 }
 
 /* Only what looks like a name is shown in the log: a key may hold anything. */
