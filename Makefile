@@ -50,12 +50,13 @@ help: ## this list
 
 # ---- what is missing gets installed ---------------------------------------------------------------
 
-# $(call need,PACKAGES): installs those that dpkg does not know; says so where there is no dpkg.
+# $(call need,PACKAGES): installs those that dpkg does not know; says so where there is no dpkg. One
+# apt-get at a time, since with make -j several rules may need some, and apt's own locks fail.
 define need
 	@if ! command -v dpkg-query >/dev/null; then echo "not Debian: make sure of $(1)"; else \
 	missing=; for p in $(1); do dpkg-query -W -f='$${db:Status-Status}' $$p 2>/dev/null | grep -q '^installed' || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then echo "installing$$missing"; sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
-	$$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi; fi
+	(flock 9; $$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends $$missing >/dev/null) 9</var/lib/dpkg; fi; fi
 endef
 
 .PHONY: need-library need-build need-serve need-python need-bench need-test

@@ -36,7 +36,8 @@ EPOCH     = $(shell date -ud "$$(sed -n 's/^ -- .*>  //p' packaging/debian/chang
 
 .PHONY: dist
 dist: build/dist/$(DIST).tar.gz ## a portable archive of static programs, for any x86-64 Linux: build/dist/*.tar.gz
-build/dist/$(DIST).tar.gz: build/static/qemb build/static/qemb-serve packaging/install.sh packaging/install.list packaging/debian/changelog
+DIST_FILES = LICENSE $(shell sed -n '/^---/q; s/^\(file\|text\) *\([^ ]*\).*/\2/p' packaging/install.list 2>/dev/null)
+build/dist/$(DIST).tar.gz: build/static/qemb build/static/qemb-serve packaging/install.sh packaging/install.list packaging/debian/changelog $(DIST_FILES)
 	rm -rf build/dist/$(DIST)
 	$(call files,portable,build/static,build/dist/$(DIST))
 	for p in $(LINKED); do install -D -m 644 /usr/share/doc/$$p/copyright build/dist/$(DIST)/share/doc/qemb/licenses/$$p; done

@@ -144,6 +144,38 @@ def test_the_dockerfile_copies_what_make_needs_to_install_packages(tmp_path):
     assert copies and p.returncode == 0 and "libmicrohttpd-dev" in p.stdout, p.stderr
 
 
+def test_the_archive_is_made_again_when_a_file_in_it_changes():
+    rules = subprocess.run(["make", "-pn", "dist"], cwd=ROOT, capture_output=True, text=True,
+                           check=False).stdout
+    needs = re.search(r"^build/dist/\S+\.tar\.gz: (build/.*)$", rules, re.M)[1].split()
+    rows = (ROOT / "packaging/install.list").read_text().split("\n---\n")[0]
+    sources = re.findall(r"^(?:file|text) +(\S+)", rows, re.M)
+    assert len(sources) > 5 and {*sources, "LICENSE"} <= {*needs}
+
+
+APT = """#!/bin/sh
+echo "$@" >>$LOG
+mkdir $LOG.lock || echo "two at once" >>$LOG
+sleep 0.2
+rmdir $LOG.lock
+"""
+
+
+@pytest.mark.skipif(not Path("/var/lib/dpkg").exists(), reason="not Debian")
+def test_parallel_rules_install_packages_one_after_the_other(tmp_path):
+    for name, text in (("apt-get", APT), ("dpkg-query", "#!/bin/sh\n"),
+                       ("sudo", '#!/bin/sh\nexec "$@"\n')):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    log = tmp_path / "log"
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log)}
+    subprocess.run(["make", "-s", "-j4", "need-python", "need-build", "need-world-clients",
+                    "need-world-engines"], cwd=ROOT, env=env, check=True, capture_output=True)
+    said = log.read_text().splitlines()
+    assert "two at once" not in said
+    assert sum(line.startswith("install ") for line in said) == 4
+
+
 # ---- completion --------------------------------------------------------------------------------
 
 
