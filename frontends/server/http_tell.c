@@ -86,9 +86,12 @@ static enum MHD_Result no_such_model(request *r, const char *name) {
 
 static enum MHD_Result tell_model(request *r) {
     buffer body = {0};
-    const model_worker *w = http_worker_named(r->h, r->model);
-    if (!w) return no_such_model(r, r->model);
-    const api_model model = {r->model, model_worker_is_reranker(w)};
+    char name[300]; /* longer than any that is served */
+    snprintf(name, sizeof name, "%s", r->model);
+    for (size_t n = strlen(name); n && name[n - 1] == '/'; n--) name[n - 1] = 0;
+    const model_worker *w = http_worker_named(r->h, name);
+    if (!w) return no_such_model(r, name);
+    const api_model model = {name, model_worker_is_reranker(w)};
     api_model_json(&body, &model, (long)r->h->created);
     return request_answer(r, 200, &body, JSON);
 }

@@ -388,7 +388,8 @@ def test_paths(serve):
         assert serve.post(OK, path).error["code"] == "unknown_url"
     assert serve.request("GET", "/models").json == serve.request("GET", "/v1/models/").json
     one = serve.request("GET", "/v1/models").json["data"][0]
-    for path in "/v1/models/small", "/models/small", "//v1//models//small":
+    more = "//v1//models//small", "/v1/models/small/", "/models/small//"
+    for path in "/v1/models/small", "/models/small", *more:
         assert serve.request("GET", path).json == one
     a = serve.request("GET", "/v1/models/other")
     assert a.status == 404 and "small" in a.error["message"]
