@@ -62,5 +62,5 @@ done <"$list"
 [ "$action" != uninstall ] || rmdir "$INTO/share/qemb" 2>/dev/null || true
 # The loader's cache of libraries; of a folder that it does not search, nothing changes.
 if [ "$action" != portable ] && [ -z "$DESTDIR" ] && [ "$(id -u)" = 0 ]; then
-    ldconfig
+    PATH="$PATH:/usr/sbin:/sbin" ldconfig # root's PATH lacks them after a bare su
 fi

@@ -125,6 +125,14 @@ def test_a_failed_install_leaves_the_old_file(installed):
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root's make install calls ldconfig")
+def test_root_installs_without_sbin_on_its_path(tmp_path):
+    path = [p for p in os.environ["PATH"].split(":") if not p.rstrip("/").endswith("sbin")]
+    env = {**os.environ, "PATH": ":".join(path)}
+    assert not shutil.which("ldconfig", path=env["PATH"])
+    subprocess.run(["make", "-s", "install", f"PREFIX={tmp_path}"], cwd=ROOT, env=env, check=True)
+
+
 def test_packages_have_the_version_of_the_header(installed):
     version = re.search(r'QEMB_VERSION "(.*)"', (ROOT / "qemb.h").read_text())[1]
     changelog = (ROOT / "packaging/debian/changelog").read_text()
