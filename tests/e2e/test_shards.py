@@ -484,11 +484,14 @@ def test_kills_lose_at_most_the_shard_in_work(tmp_path):
             source = tmp_path / "in" / path.name.removesuffix(".jsonl")
             assert data == pipe(source.read_bytes())
         assert finals().items() >= before.items()
-        if p.returncode == 0:
+        if p.returncode == 0 and kills >= 3:
             break
+        if p.returncode == 0:  # it was faster than this test
+            shutil.rmtree(out)
+            done = 0
+            continue
         kills, done = kills + 1, len(finals())
         assert p.returncode == -signal.SIGKILL and len(in_work(out)) <= 1
-    assert kills >= 3
     shards("--out", out, *paths)
     check_all(out, paths)
 
