@@ -107,8 +107,10 @@ static void write_npy_header(output *o, uint64_t rows, int dim) {
             write_all(o, data, (size_t)n);
         }
         close(spool);
-    } else if (pwrite(o->fd, header, sizeof header, o->header_at) != (ssize_t)sizeof header) {
-        output_failed(o);
+    } else {
+        errno = EIO; /* of a write that is too short, which sets none */
+        if (pwrite(o->fd, header, sizeof header, o->header_at) != (ssize_t)sizeof header)
+            output_failed(o);
     }
 }
 

@@ -657,6 +657,25 @@ def test_without_locks_work_is_done_twice_but_right(tmp_path):
     check_all(out, paths)
 
 
+SHORT = """
+#define _GNU_SOURCE
+#include <errno.h>
+#include <unistd.h>
+ssize_t pwrite(int fd, const void *p, size_t n, off_t at) {
+    (void)fd; (void)p; (void)at;
+    return (ssize_t)n - 1;
+}
+"""
+
+
+def test_a_header_that_is_not_whole_is_an_error(files, tmp_path):
+    out = tmp_path / "out"
+    said = shards("--out", out, "--output", "npy", files[0], status=4,
+                  env=preloaded(tmp_path, SHORT))
+    assert f"{out}: cannot write the output of {files[0]} (Input/output error)\n" in said
+    assert not list(out.iterdir())
+
+
 LATE = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
