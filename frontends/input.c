@@ -2,6 +2,7 @@
 #include "input.h"
 
 #include "decompress.h"
+#include "json_type.h"
 
 #include <errno.h>
 #include <jansson.h>
@@ -249,17 +250,11 @@ static int syntax_error(const json_error_t *e, size_t len, qemb_err *err) {
     return qemb_fail(err, "invalid_json", "record: %s (byte %d)", e->text, e->position);
 }
 
-static const char *type_name(const json_t *v) {
-    static const char *const names[] = {"an object", "a list", "a string", "an integer",
-                                        "a real",    "true",   "false",    "null"};
-    return names[json_typeof(v)];
-}
-
 static int want_string(const char *key, const json_t *v, const char **s, size_t *len,
                        qemb_err *err) {
     if (!json_is_string(v))
         return qemb_fail(err, "bad_record", "\"%s\": wrong type (got %s, want a string)", key,
-                         type_name(v));
+                         json_type_name(v));
     *s = json_string_value(v);
     *len = json_string_length(v);
     return 0;
@@ -268,7 +263,7 @@ static int want_string(const char *key, const json_t *v, const char **s, size_t 
 static int want_ids(input_parser *p, const json_t *v, input_object *o, qemb_err *err) {
     if (!json_is_array(v))
         return qemb_fail(err, "bad_ids", "\"ids\": wrong type (got %s, want a list of integers)",
-                         type_name(v));
+                         json_type_name(v));
     const size_t n = json_array_size(v);
     if (n > p->ids_cap || !p->ids) {
         int32_t *ids = realloc(p->ids, (n + 1) * sizeof *ids);
@@ -279,7 +274,7 @@ static int want_ids(input_parser *p, const json_t *v, input_object *o, qemb_err 
         const json_t *id = json_array_get(v, i);
         if (!json_is_integer(id))
             return qemb_fail(err, "bad_ids", "\"ids\"[%zu]: wrong type (got %s, want an integer)",
-                             i, type_name(id));
+                             i, json_type_name(id));
         const json_int_t x = json_integer_value(id);
         if (x < 0 || x >= p->vocab)
             return qemb_fail(err, "bad_ids", "\"ids\"[%zu]: no such token (got %lld, want 0..%d)",
@@ -294,7 +289,7 @@ static int want_ids(input_parser *p, const json_t *v, input_object *o, qemb_err 
 static int want_dim(const input_parser *p, const json_t *v, input_object *o, qemb_err *err) {
     if (!json_is_integer(v))
         return qemb_fail(err, "bad_dim", "\"dim\": wrong type (got %s, want an integer)",
-                         type_name(v));
+                         json_type_name(v));
     const json_int_t x = json_integer_value(v);
     if (x < 1 || x > p->dim)
         return qemb_fail(err, "bad_dim", "\"dim\": out of range (got %lld, want 1..%d)",
@@ -437,7 +432,7 @@ static int parse_object(input_parser *p, const char *line, size_t len, const cha
     if (!p->root) return syntax_error(&e, len, err);
     if (!json_is_object(p->root))
         return qemb_fail(err, "bad_record", "record: wrong type (got %s, want an object)",
-                         type_name(p->root));
+                         json_type_name(p->root));
     const json_t *value = json_object_get(p->root, "id");
     *id = NULL, *id_len = 0;
     if (!value) return 0;
@@ -466,21 +461,21 @@ static const json_t *document_text(const json_t *v) {
 static int want_documents(const json_t *v, input_ranking *o, qemb_err *err) {
     if (!json_is_array(v))
         return qemb_fail(err, "bad_record", "\"documents\": wrong type (got %s, want a list)",
-                         type_name(v));
+                         json_type_name(v));
     o->n_documents = json_array_size(v);
     for (size_t i = 0; i < o->n_documents; i++)
         if (!document_text(json_array_get(v, i)))
             return qemb_fail(err, "bad_record",
                              "\"documents\"[%zu]: wrong type (got %s, want a string or "
                              "{\"text\": a string})",
-                             i, type_name(json_array_get(v, i)));
+                             i, json_type_name(json_array_get(v, i)));
     return 0;
 }
 
 static int want_top(const json_t *v, input_ranking *o, qemb_err *err) {
     if (!json_is_integer(v))
         return qemb_fail(err, "bad_record", "\"top_n\": wrong type (got %s, want an integer)",
-                         type_name(v));
+                         json_type_name(v));
     if (json_integer_value(v) < 0)
         return qemb_fail(err, "bad_record", "\"top_n\": out of range (got %lld, want 0 or more)",
                          (long long)json_integer_value(v));

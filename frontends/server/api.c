@@ -37,7 +37,7 @@ static int add_ids(api_request *r, const json_t *list, api_error *e) {
         if (!json_is_integer(v))
             return api_fail(e, 400, "invalid_type", r->key,
                             "%s: wrong type in a list of token ids (got %s, want an integer)",
-                            r->key, api_type_name(v));
+                            r->key, json_type_name(v));
         const json_int_t id = json_integer_value(v);
         if (id < 0 || id > INT32_MAX)
             return api_fail(e, 400, "invalid_token", r->key,
@@ -79,7 +79,7 @@ static int take_list(api_request *r, const json_t *list, api_error *e) {
         return api_fail(e, 400, "invalid_type", r->key,
                         "%s: wrong type in the list (got %s, want strings, token ids or lists of "
                         "token ids)",
-                        r->key, api_type_name(first));
+                        r->key, json_type_name(first));
     if (n > (size_t)r->max_texts)
         return api_fail(e, 400, "too_many_inputs", r->key,
                         "%s: too many texts (got %zu, want at most %d)", r->key, n, r->max_texts);
@@ -88,7 +88,7 @@ static int take_list(api_request *r, const json_t *list, api_error *e) {
         if (json_typeof(v) != json_typeof(first))
             return api_fail(e, 400, "invalid_type", r->key,
                             "%s[%zu]: not of the first one's type (got %s, want %s)", r->key, i,
-                            api_type_name(v), api_type_name(first));
+                            json_type_name(v), json_type_name(first));
         n_ids += json_array_size(v);
     }
     if (api_make_room(r, n, n_ids, e)) return -1;
@@ -216,7 +216,7 @@ int api_load(api_request *r, const char *body, size_t len, int max_texts, api_er
     r->json = root;
     if (!json_is_object(root))
         return api_fail(e, 400, "invalid_json", NULL, "body: wrong type (got %s, want an object)",
-                        api_type_name(root));
+                        json_type_name(root));
     return 0;
 }
 
@@ -291,7 +291,7 @@ size_t api_vectors_room(int n, int dim, const api_output *o, size_t name_len) {
 }
 
 /* Bytes (n) as numbers. */
-static char *put_bytes(char *p, const uint8_t *bytes, size_t n, int is_signed) {
+static char *put_integers(char *p, const uint8_t *bytes, size_t n, int is_signed) {
     *p++ = '[';
     for (size_t i = 0; i < n; i++) {
         const int x = is_signed ? (int8_t)bytes[i] : bytes[i];
@@ -319,7 +319,7 @@ char *api_put_vector(char *p, const api_answer *a, int i, float *scratch, api_er
     const size_t n = format_vector_room(o->kind, a->dim);
     format_vector((char *)bytes, o->kind, v, a->dim);
     for (size_t k = 0; k < n && o->kind == FORMAT_BINARY && o->is_signed; k++) bytes[k] ^= 0x80;
-    if (!o->base64) return put_bytes(p, bytes, n, o->kind == FORMAT_INT8 || o->is_signed);
+    if (!o->base64) return put_integers(p, bytes, n, o->kind == FORMAT_INT8 || o->is_signed);
     *p++ = '"';
     return put(format_base64(p, bytes, n), "\"");
 }

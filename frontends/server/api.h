@@ -6,6 +6,7 @@
 #define QEMB_API_H
 
 #include "buffer.h"
+#include "frontends/json_type.h"
 #include "frontends/format.h"
 #include "queue.h"
 
@@ -143,7 +144,6 @@ int api_bool(int *out, const char *key, const json_t *v, api_error *e);
 int api_string(const char **out, size_t *len, const char *key, const json_t *v, api_error *e);
 /* *out = v, at least `least` and at most INT_MAX. */
 int api_count(int *out, int least, const char *key, const json_t *v, api_error *e);
-const char *api_type_name(const json_t *v); /* with its article */
 /* Errors of the request's key. */
 int api_wrong_type(api_error *e, const char *key, const json_t *v, const char *want);
 int api_conflict(api_error *e, const char *key, const char *other);

@@ -16,15 +16,9 @@
 
 /* ---- values ---------------------------------------------------------------------------------- */
 
-const char *api_type_name(const json_t *v) {
-    static const char *const names[] = {"an object", "a list", "a string", "an integer",
-                                        "a real",    "true",   "false",    "null"};
-    return names[json_typeof(v)];
-}
-
 int api_wrong_type(api_error *e, const char *key, const json_t *v, const char *want) {
     return api_fail(e, 400, "invalid_type", key, "%s: wrong type (got %s, want %s)", key,
-                    api_type_name(v), want);
+                    json_type_name(v), want);
 }
 
 int api_conflict(api_error *e, const char *key, const char *other) {

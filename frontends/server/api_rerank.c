@@ -25,13 +25,13 @@ static const json_t *text_of(const api_request *r, size_t i, const json_t *v, ap
     if (json_is_string(v)) return v;
     if (r->is_tei || !json_is_object(v)) {
         api_fail(e, 400, "invalid_type", r->key, "%s[%zu]: wrong type (got %s, want a string%s)",
-                 r->key, i, api_type_name(v), r->is_tei ? "" : " or an object with \"text\"");
+                 r->key, i, json_type_name(v), r->is_tei ? "" : " or an object with \"text\"");
         return NULL;
     }
     const json_t *text = json_object_get(v, "text");
     if (json_is_string(text)) return text;
     api_fail(e, 400, "invalid_type", r->key, "%s[%zu].text: wrong type (got %s, want a string)",
-             r->key, i, text ? api_type_name(text) : "nothing");
+             r->key, i, text ? json_type_name(text) : "nothing");
     return NULL;
 }
 
@@ -101,7 +101,7 @@ static int take_prompt_tokens(api_request *r, const char *key, const json_t *v, 
     (void)r;
     return api_fail(e, 400, "unknown_parameter", key,
                     "%s: not served (got %s, want null, or max_tokens_per_doc)", key,
-                    api_type_name(v));
+                    json_type_name(v));
 }
 
 /* The texts of the other form. */

@@ -11,7 +11,7 @@ static int take_encoding(api_request *r, const char *key, const json_t *v, api_e
     (void)r;
     if (s && !strcmp(s, "float")) return 0;
     return api_fail(e, 400, "invalid_encoding_format", key, "%s: not served (got %.40s, want %s)",
-                    key, s ? s : api_type_name(v), "float, or base64 at /v1/embeddings");
+                    key, s ? s : json_type_name(v), "float, or base64 at /v1/embeddings");
 }
 
 static const api_key keys[] = {{"inputs", api_take_input},
