@@ -8,6 +8,7 @@
 #define ZLIB_CONST /* next_in points to const */
 #include <zlib.h>
 #include <zstd.h>
+#include <zstd_errors.h>
 
 struct decompressor {
     compression kind;
@@ -60,9 +61,27 @@ void decompressor_free(decompressor *d) {
     free(d);
 }
 
-static void damaged(decompressor *d, const char *why) {
-    snprintf(d->error, sizeof d->error, "%s: damaged: %s",
-             d->kind == COMPRESSION_ZSTD ? "zstd" : "gzip", why);
+static void fail(decompressor *d, const char *what, const char *why) {
+    snprintf(d->error, sizeof d->error, "%s: %s%s", d->kind == COMPRESSION_ZSTD ? "zstd" : "gzip",
+             what, why);
+}
+
+static void fail_zlib(decompressor *d, int status) {
+    const char *why = d->zlib.msg;
+    if (status == Z_MEM_ERROR)
+        fail(d, "", "out of memory");
+    else
+        fail(d, "damaged: ", why ? why : "a dictionary");
+}
+
+static void fail_zstd(decompressor *d, size_t result) {
+    const ZSTD_ErrorCode code = ZSTD_getErrorCode(result);
+    if (code == ZSTD_error_frameParameter_windowTooLarge)
+        fail(d, "", "the window is too large (want zstd --long=27 or less)");
+    else if (code == ZSTD_error_memory_allocation)
+        fail(d, "", "out of memory");
+    else
+        fail(d, "damaged: ", ZSTD_getErrorName(result));
 }
 
 static size_t gunzip(decompressor *d, const char **in, size_t n, char *out, size_t cap) {
@@ -85,7 +104,7 @@ static size_t gunzip(decompressor *d, const char **in, size_t n, char *out, size
     } while (z->avail_in && z->avail_out && status == Z_OK);
     *in = (const char *)z->next_in;
     if (status != Z_OK && status != Z_BUF_ERROR) /* BUF_ERROR: nothing to do without more input */
-        damaged(d, z->msg ? z->msg : status == Z_MEM_ERROR ? "out of memory" : "a dictionary");
+        fail_zlib(d, status);
     return room - z->avail_out;
 }
 
@@ -98,7 +117,7 @@ static size_t unzstd(decompressor *d, const char **in, size_t n, char *out, size
         d->at_end = !left; /* all of the frame is read, and written too */
     } while (from.pos < n && to.pos < cap && !ZSTD_isError(left));
     *in += from.pos;
-    if (ZSTD_isError(left)) damaged(d, ZSTD_getErrorName(left));
+    if (ZSTD_isError(left)) fail_zstd(d, left);
     return to.pos;
 }
 

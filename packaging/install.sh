@@ -14,8 +14,15 @@ trap 'rm -f "$temporary"' EXIT
 trap 'exit 1' HUP INT TERM
 
 fill() {
-    sed "s|@PREFIX@|$PREFIX|g; s|@LIBDIR@|$LIBDIR|g; s|@UNITDIR@|$UNITDIR|g; s|@ZSHDIR@|$ZSHDIR|g
-        s|@VERSION@|$VERSION|g; s|@SONAME@|$SONAME|g"
+    awk 'function fill(name,    out, at) { # not gsub, which gives "&" a meaning
+        while (at = index($0, "@" name "@")) {
+            out = out substr($0, 1, at - 1) ENVIRON[name]
+            $0 = substr($0, at + length(name) + 2)
+        }
+        $0 = out $0
+    }
+    { fill("PREFIX"); fill("LIBDIR"); fill("UNITDIR"); fill("ZSHDIR"); fill("VERSION")
+      fill("SONAME"); print }'
 }
 
 destination() { # of a row, in the file system

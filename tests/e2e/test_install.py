@@ -90,14 +90,14 @@ def test_install_replaces_what_runs_and_uninstall_leaves_nothing(tmp_path):
 
 
 def test_install_below_destdir_names_the_final_prefix(tmp_path):
-    make("install", f"DESTDIR={tmp_path}", "PREFIX=/opt/a b", "LIBDIR=lib/here")
-    prefix = tmp_path / "opt/a b"
+    make("install", f"DESTDIR={tmp_path}", "PREFIX=/opt/a &|b", "LIBDIR=lib/here")
+    prefix = tmp_path / "opt/a &|b"
     assert (prefix / "lib/here/libqemb.a").exists()
-    assert "prefix=/opt/a b\nlibdir=${prefix}/lib/here\n" in (
+    assert "prefix=/opt/a &|b\nlibdir=${prefix}/lib/here\n" in (
         prefix / "lib/here/pkgconfig/qemb.pc").read_text()
     assert "@" not in re.sub("@system-service", "",
                              (prefix / "lib/systemd/system/qemb-serve.service").read_text())
-    make("uninstall", f"DESTDIR={tmp_path}", "PREFIX=/opt/a b", "LIBDIR=lib/here")
+    make("uninstall", f"DESTDIR={tmp_path}", "PREFIX=/opt/a &|b", "LIBDIR=lib/here")
     assert files(tmp_path) == set()
 
 

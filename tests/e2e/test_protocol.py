@@ -292,6 +292,9 @@ def test_compressed_input_that_is_cut_or_damaged(alone):
             assert got.startswith(b"".join(alone[:3]))
             p = qemb("tokenize", data=bad)
             assert p.returncode == 1 and p.stdout.count(b"\n") >= 3
+    # a frame (RFC 8878) whose header asks for a window of 256 MiB
+    out(data=b"\x28\xb5\x2f\xfd\x00\x90\x01\x00\x00", status=1,
+        errors=r"^qemb: standard input: cannot read \(zstd: the window is too large")
     # no more than a magic's first bytes: texts
     for text in (b"\x1f\x8b", b"(", b"(\xb5"):
         assert qemb(data=text).stdout.count(b"\n") == 1
