@@ -47,11 +47,14 @@ static int is_still(const shard_store *s, int fd, const char *file) {
            own.st_ino == named.st_ino && own.st_dev == named.st_dev;
 }
 
+/* A file system may also say of every file that it is another one. */
+enum { LOCK_TRIES = 100 };
+
 shard_lock_status shard_lock(shard_store *s, const char *name, int *lock) {
     file_name file;
     lock_name(file, name);
     *lock = -1;
-    while (!s->no_locks) {
+    for (int tries = 1; !s->no_locks; tries++) {
         struct flock whole = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
         const int flags = O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW;
         int fd = openat(s->fd, file, flags | O_EXCL, 0666);
@@ -59,7 +62,7 @@ shard_lock_status shard_lock(shard_store *s, const char *name, int *lock) {
         if (s->found) fd = openat(s->fd, file, flags, 0666);
         if (fd < 0) return SHARD_LOCK_FAILED;
         const int error = fcntl(fd, F_OFD_SETLK, &whole) ? errno : 0;
-        if (!error && is_still(s, fd, file)) {
+        if (!error && (is_still(s, fd, file) || tries == LOCK_TRIES)) {
             *lock = fd;
             return SHARD_LOCKED;
         }

@@ -300,8 +300,8 @@ def test_parallel_again_takes_what_is_new(engine, tmp_path):
         engine.good(command)
         for file in some:
             with file.open() as texts:
-                want = subprocess.run([QEMB, "-m", MODEL, *PIPE], stdin=texts, stdout=subprocess.PIPE,
-                                      check=True).stdout
+                want = subprocess.run([QEMB, "-m", MODEL, *PIPE], stdin=texts,
+                                      stdout=subprocess.PIPE, check=True).stdout
             assert (engine.out / f"{file.name}.jsonl").read_bytes() == want
 
 
