@@ -164,12 +164,6 @@ static int take_prompt_tokens(api_request *r, const char *key, const json_t *v, 
     return api_take_truncate(r, key, json_true(), e);
 }
 
-static const api_key tokenize_keys[] = {
-    {"input", api_take_input},        {"model", api_take_model},
-    {"instruct", api_take_instruct},  {"input_type", api_take_prompt},
-    {"prompt_name", api_take_prompt}, {"task", api_take_prompt},
-    {"truncate", api_take_truncate},  {NULL, NULL}};
-
 static const api_key embeddings_keys[] = {{"input", api_take_input},
                                           {"model", api_take_model},
                                           {"dimensions", api_take_dimensions},
@@ -238,7 +232,7 @@ int api_parse(api_request *r, api_kind kind, const char *body, size_t len, int m
     const int tokenize = kind == API_TOKENIZE;
     if (api_load(r, body, len, max_texts, e)) return -1;
     r->any_ids = tokenize; /* only to look at */
-    if (api_parse_keys(r, tokenize ? tokenize_keys : embeddings_keys, e)) return -1;
+    if (api_parse_keys(r, embeddings_keys, e)) return -1;
     if (r->max_tokens && !r->says_right)
         return api_fail(e, 400, "invalid_truncation", "truncate_prompt_tokens",
                         "truncate_prompt_tokens: not served without truncation_side \"right\" "

@@ -59,11 +59,17 @@ static int set_flag(int *out, int value, const char *key, const char *others, ap
 
 /* ---- keys that several APIs have ------------------------------------------------------------- */
 
+/* Names end at their first NUL, so "query\0..." would be taken for "query". */
+static int take_name(const char **out, const char *key, const json_t *v, api_error *e) {
+    size_t len = 0;
+    if (api_string(out, &len, key, v, e)) return -1;
+    return strlen(*out) == len ? 0 : api_fail(e, 400, "invalid_name", key, "%s: NUL in it", key);
+}
+
 /* "" is what some clients send for no model. */
 int api_take_model(api_request *r, const char *key, const json_t *v, api_error *e) {
-    size_t len = 0;
-    if (api_string(&r->model, &len, key, v, e)) return -1;
-    if (!len) r->model = NULL;
+    if (take_name(&r->model, key, v, e)) return -1;
+    if (!*r->model) r->model = NULL;
     return 0;
 }
 
@@ -73,10 +79,9 @@ int api_take_instruct(api_request *r, const char *key, const json_t *v, api_erro
 }
 
 int api_take_prompt(api_request *r, const char *key, const json_t *v, api_error *e) {
-    size_t len;
     if (r->prompt_name) return api_conflict(e, key, r->prompt_key);
     r->prompt_key = key;
-    return api_string(&r->prompt_name, &len, key, v, e);
+    return take_name(&r->prompt_name, key, v, e);
 }
 
 int api_take_dimensions(api_request *r, const char *key, const json_t *v, api_error *e) {
@@ -140,8 +145,11 @@ static const char *const harmless[] = {
     "service_tier",  "priority",    "request_id",        "cache_salt",  "padding",
     "extra_headers", "num_retries", "safety_identifier", "max_retries", "custom_llm_provider"};
 
+/* Of keys that /v1/embeddings serves and the path that is asked does not. */
+#define NOT_HERE "a key of /v1/embeddings, not of this path"
+
 /* Keys that change vectors in a way that is not served, except for the JSON value `idle` (and empty
- * lists and objects), which changes nothing. */
+ * lists and objects), which changes nothing. A path's own keys are not looked up here. */
 static const struct {
     const char *name, *idle, *why;
 } refused[] = {
@@ -166,9 +174,40 @@ static const struct {
     {"max_tokens", NULL, "want truncate_prompt_tokens with truncation_side \"right\""},
     {"parameters", NULL, "want its keys beside the inputs"},
     {"task_type", NULL, "want input_type"},
+    {"text_type", NULL, "want input_type"},
+    {"prompt_template", NULL, "want instruct, or the name of a prompt in prompt_name"},
     {"dim", NULL, "want dimensions"},
     {"dims", NULL, "want dimensions"},
     {"query", "false", "want input_type \"query\""},
+    {"truncate_dim", NULL, "want dimensions"},
+    {"dimensionality", NULL, "want dimensions"},
+    {"output_dimensionality", NULL, "want dimensions"},
+    {"normalize_embeddings", "true", "want normalize"},
+    {"activation", "true", "want use_activation"},
+    {"softmax", "true", "want use_activation"},
+    {"max_length", NULL, "want truncate_prompt_tokens with truncation_side \"right\""},
+    {"truncation_strategy", "\"end\"", "want truncate"},
+    {"overflow_strategy", "\"drop_end\"", "want truncate"},
+    {"long_text_mode", "\"truncate\"", "want truncate"},
+    {"adapter_id", NULL, "want model, one of /v1/models"},
+    {"dimensions", NULL, NOT_HERE},
+    {"output_dimension", NULL, NOT_HERE},
+    {"encoding_format", "\"float\"", NOT_HERE},
+    {"embed_dtype", "\"float32\"", NOT_HERE},
+    {"output_dtype", "\"float\"", NOT_HERE},
+    {"embedding_type", "\"float\"", NOT_HERE},
+    {"normalize", "true", NOT_HERE},
+    {"normalized", "true", NOT_HERE},
+    {"use_activation", "true", NOT_HERE},
+    {"instruction", "\"\"", NOT_HERE},
+    {"input_type", NULL, NOT_HERE},
+    {"prompt_name", NULL, NOT_HERE},
+    {"task", NULL, NOT_HERE},
+    {"truncation", NULL, NOT_HERE},
+    {"truncate_prompt_tokens", NULL, NOT_HERE},
+    {"truncation_side", "\"right\"", NOT_HERE},
+    {"truncation_direction", "\"right\"", NOT_HERE},
+    {"fallback", "false", NOT_HERE},
     {"ids", NULL, "want the key of inputs in this API"},
     {"text", NULL, "want the key of texts in this API"},
     {"texts", NULL, "want the key of texts in this API"},

@@ -228,12 +228,75 @@ def test_keys_of_other_apis():
         {"dims": 8},
         {"query": True},
         {"texts": ["y"]},
+        {"text_type": "query"},
+        {"prompt_template": "Q: {text}"},
+        {"truncate_dim": 8},
+        {"dimensionality": 8},
+        {"output_dimensionality": 8},
+        {"normalize_embeddings": False},
+        {"activation": False},
+        {"softmax": False},
+        {"max_length": 5},
+        {"truncation_strategy": "start"},
+        {"overflow_strategy": "drop_start"},
+        {"long_text_mode": "mean"},
+        {"adapter_id": "mine"},
     ],
 )
 def test_keys_that_would_change_the_vector(serve, more):
     a = serve.post({**OK, **more})
     assert (a.status, a.error["code"]) == (400, "unsupported_parameter")
     assert a.error["param"] == next(iter(more)) and "not served" in a.error["message"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"embed_dtype": "int8"},
+        {"output_dtype": "int8"},
+        {"embedding_type": "binary"},
+        {"encoding_format": "base64"},
+        {"output_dimension": 8},
+        {"normalize": False},
+        {"normalized": False},
+        {"use_activation": False},
+        {"instruction": "find"},
+        {"input_type": "query"},
+        {"prompt_name": "query"},
+        {"task": "query"},
+        {"truncation": False},
+        {"truncate_prompt_tokens": 5},
+        {"truncation_side": "left"},
+        {"truncation_direction": "left"},
+        {"fallback": True},
+    ],
+)
+def test_a_key_of_one_path_is_not_ignored_by_another(prompted, more):
+    key = next(iter(more))
+    served_by_tei = ("normalize", "prompt_name", "truncation_direction")
+    for path, body in (("/embed", {"inputs": "x"}), ("/api/embed", {"input": "x"})):
+        a = prompted.post({**body, **more}, path=path)
+        if path == "/embed" and key in served_by_tei:
+            continue
+        assert a.status in (400, 422) and "not served" in a.json["error"], (path, a.json)
+        assert prompted.post({**body, key: None}, path=path).status == 200
+
+
+def test_tokenize_takes_the_keys_of_embeddings(prompted):
+    def tokens(**more):
+        a = prompted.post({"input": "x y", **more}, path="/tokenize")
+        return a.json["data"][0]["tokens"] if a.status == 200 else a.error["code"]
+
+    assert tokens() == tokens(prompt_name="query") == tokens(dimensions=8, normalize=False)
+    cut = tokens(truncate_prompt_tokens=3, truncation_side="right")
+    assert cut == tokens()[:2] + [EOS]
+    assert tokens(truncate_prompt_tokens=3) == "invalid_truncation"
+
+
+@pytest.mark.parametrize("key,value", [("model", "small"), ("prompt_name", "query")])
+def test_names_with_nul(prompted, key, value):
+    a = prompted.post({**OK, key: value + "\0more"})
+    assert (a.status, a.error["code"], a.error["param"]) == (400, "invalid_name", key)
 
 
 @pytest.mark.parametrize(
