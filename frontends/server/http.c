@@ -298,8 +298,9 @@ static int grow_body(request *r, size_t n) {
 }
 
 static int damaged(request *r) {
+    const char *why = decompressor_error(r->decoder);
     return api_fail(&r->error, 400, "invalid_encoding", NULL,
-                    "body: not what its Content-Encoding says");
+                    "body: not what its Content-Encoding says (%s)", *why ? why : "cut off");
 }
 
 /* Appends data (n), which is not encoded. */

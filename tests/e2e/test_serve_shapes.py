@@ -552,6 +552,19 @@ def test_damaged_and_endless_bodies(serve, encoding, body, status):
     assert serve.post(OK).status == 200
 
 
+@pytest.mark.parametrize(
+    "encoding,body,why",
+    [
+        ("zstd", zstd(b"", 24, BODY), "too much memory"),
+        ("zstd", zstd(b"", content=BODY)[:-1], "cut off"),
+        ("gzip", gzip.compress(BODY)[:-9], "cut off"),
+        ("gzip", BODY, "incorrect header"),
+    ],
+)
+def test_damaged_bodies_tell_why(serve, encoding, body, why):
+    assert why in encoded(serve, body, encoding).error["message"]
+
+
 def test_the_limit_is_of_the_decoded_body():
     with server("--max-body", 1) as s:
         for n, status in (1023, 200), (1024, 200), (1025, 413):
