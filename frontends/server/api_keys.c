@@ -225,6 +225,9 @@ static int changes_nothing(const char *idle, const json_t *v) {
     return same;
 }
 
+/* To look for the key that was meant costs a microsecond a name, and a body has room for many. */
+enum { OTHERS_MOST = 100 };
+
 static int lower(char c) { return tolower((unsigned char)c); }
 
 /* The number of letters to add, remove, replace or swap with the next one to make a out of b, up to
@@ -279,6 +282,9 @@ static int take_other(api_request *r, const api_key *keys, const char *key, cons
                        ? 0
                        : api_fail(e, 400, "unsupported_parameter", key, "%s: not served (%s)", key,
                                   refused[i].why);
+    if (r->n_ignored == OTHERS_MOST)
+        return api_fail(e, 400, "too_many_keys", name, "%s: unknown, as %d keys before it", name,
+                        OTHERS_MOST);
     for (const api_key *k = keys; k->name; k++)
         if (is_misspelt(key, k->name))
             return api_fail(e, 400, "unknown_parameter", name, "%s: unknown (want %s?)", name,

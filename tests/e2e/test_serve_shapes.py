@@ -249,6 +249,14 @@ def test_keys_that_would_change_the_vector(serve, more):
     assert a.error["param"] == next(iter(more)) and "not served" in a.error["message"]
 
 
+def test_a_hundred_unknown_keys_are_the_most(serve):
+    more = {f"unknown{i}": i for i in range(101)}
+    a = serve.post({**OK, **more})
+    assert (a.status, a.error["code"], a.error["param"]) == (400, "too_many_keys", "unknown100")
+    more.pop("unknown50")
+    assert serve.post({**OK, **more}).status == 200
+
+
 @pytest.mark.parametrize(
     "more",
     [
