@@ -268,12 +268,21 @@ static int publish(sharding *w, const shard *s, const embed_run *r, const input_
     return error;
 }
 
+/* Whether an input is another one than it was, or than the bytes that were read. */
+static int has_changed(int in, const struct stat *was, uint64_t bytes) {
+    struct stat now;
+    return fstat(in, &now) || (uint64_t)now.st_size != bytes ||
+           now.st_mtim.tv_sec != was->st_mtim.tv_sec || now.st_mtim.tv_nsec != was->st_mtim.tv_nsec;
+}
+
 /* Makes the shard of an input that is open; it is locked. */
 static shard_state make(sharding *w, const shard *s, int in) {
     shard_state state = SHARD_MADE;
+    struct stat was;
     open_embedder(w);
     snprintf(w->embedder.progress.label, sizeof w->embedder.progress.label,
              "shard %zu of %zu: ", w->seen, w->n);
+    if (fstat(in, &was)) return cannot_read(w, s, strerror(errno));
     const int out = shard_part_open(&w->store, s->name);
     if (out < 0) return cannot_write(w, s, errno);
     input_digest digest = {.sha256 = need(EVP_MD_CTX_new())};
@@ -293,6 +302,8 @@ static shard_state make(sharding *w, const shard *s, int in) {
         state = cannot_write(w, s, r.write_error);
     else if (r.stopped)
         state = SHARD_FAILED, w->stopped = 1;
+    else if (has_changed(in, &was, digest.bytes))
+        state = cannot_read(w, s, "it was changed meanwhile");
     if (state == SHARD_MADE) {
         const int error = publish(w, s, &r, &digest);
         if (error) state = signal_caught() ? SHARD_STOPPED : cannot_write(w, s, error);

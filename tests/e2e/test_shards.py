@@ -513,6 +513,30 @@ def test_a_killed_process_blocks_nobody(tmp_path):
     check_all(out, paths)
 
 
+@pytest.mark.parametrize("change", ["grown", "shorter", "rewritten"])
+def test_an_input_that_changes_while_it_is_read(change, tmp_path):
+    """Its rows would be of two inputs, or its last one half a line."""
+    paths, out = write_files(tmp_path / "in", 2), tmp_path / "out"
+    lines = b"".join(b"%05d %s\n" % (i, b"w " * 500) for i in range(600))
+    paths[0].write_bytes(lines)
+    p = start("--out", out, *paths)
+    wait_for(lambda: in_work(out))
+    p.send_signal(signal.SIGSTOP)
+    with open(paths[0], "r+b") as f:
+        if change == "grown":
+            f.seek(0, 2)
+            f.write(b"half of a li")
+        elif change == "shorter":
+            f.truncate(20000)
+        else:
+            f.write(lines[::-1])
+    p.send_signal(signal.SIGCONT)
+    said = p.communicate(timeout=GUARD)[1].decode()
+    assert p.returncode == 1 and f"{paths[0]}: cannot read (it was changed meanwhile)" in said
+    assert summary(said)[:4] == (2, 1, 0, 1) and not (out / f"{paths[0].name}.json").exists()
+    check_all(out, paths[1:])
+
+
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_gives_up_the_shard_in_work(sig, tmp_path):
     paths, out = write_files(tmp_path / "in", 3), tmp_path / "out"
