@@ -48,6 +48,13 @@ def _error_of(err: _library.Err, index: int | None = None) -> Error:
     return Error(err.code.decode(), err.msg.decode("utf-8", "replace"), index)
 
 
+def _c_string(what: str, text: str | os.PathLike[str]) -> bytes:
+    encoded = os.fsencode(text)
+    if 0 in encoded:
+        raise Error("usage", f"{what}: NUL in it")
+    return encoded
+
+
 def _choose_table(cpu: str | None, math: str | None) -> Any:
     """The table of ops that the program's --cpu and --math would choose."""
     tables: dict[str, int] = {}
@@ -58,7 +65,7 @@ def _choose_table(cpu: str | None, math: str | None) -> Any:
         if math not in _MATHS:
             raise Error("usage", f"math: no such arithmetic (got {math}, want {', '.join(_MATHS)})")
         number = _MATHS.index(math)
-    name = None if cpu is None else os.fsencode(cpu)
+    name = None if cpu is None else _c_string("cpu", cpu)
     if found := _lib.qemb_cpu_choose(name, number):
         return found
     if _lib.qemb_cpu_choose(name, _MATHS.index("int8")):  # whose error is the largest
@@ -120,7 +127,7 @@ class Model:
 
     def _open(self) -> None:
         handle, err = ctypes.c_void_p(), _library.Err()
-        if _lib.qemb_embedder_open(ctypes.byref(handle), os.fsencode(self.path), self._table,
+        if _lib.qemb_embedder_open(ctypes.byref(handle), _c_string("path", self.path), self._table,
                                    ctypes.byref(self._options), ctypes.byref(err)):
             error = _error_of(err)
             raise Error(error.code, error.message + _how_to_convert(self.path))

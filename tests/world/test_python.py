@@ -290,6 +290,13 @@ def test_files_that_are_no_model(qemb, tmp_path):
         assert (convert in str(e.value)) == (next_step == convert)
 
 
+@pytest.mark.parametrize("more", [{"path": str(DEMO) + "\0x"}, {"cpu": "plain\0x"}])
+def test_names_with_nul(qemb, more):
+    """C would read them up to the NUL, and open another file."""
+    with pytest.raises(qemb.Error, match="NUL in it"):
+        qemb.Model(**{"path": DEMO, **more})
+
+
 def test_closing(qemb):
     with qemb.Model(DEMO) as model:
         assert repr(model) == f"<qemb.Model '{DEMO}', dim 256, {model.table}>"
