@@ -10,8 +10,11 @@
 #include <zstd.h>
 #include <zstd_errors.h>
 
+#define DEFAULT_WINDOW_LOG 27 /* the most that libzstd takes if it is told nothing */
+
 struct decompressor {
     compression kind;
+    int window_log;
     z_stream zlib;
     ZSTD_DStream *zstd;
     int at_end;     /* behind a whole member or frame */
@@ -29,19 +32,21 @@ compression compression_of(const void *bytes, size_t n) {
     return COMPRESSION_NONE;
 }
 
-static int open_zstd(decompressor *d, int window_log) {
+static int open_zstd(decompressor *d) {
     d->zstd = ZSTD_createDStream();
-    if (!d->zstd || !window_log) return d->zstd ? 0 : -1;
-    return ZSTD_isError(ZSTD_DCtx_setParameter(d->zstd, ZSTD_d_windowLogMax, window_log)) ? -1 : 0;
+    if (!d->zstd) return -1;
+    const size_t set = ZSTD_DCtx_setParameter(d->zstd, ZSTD_d_windowLogMax, d->window_log);
+    return ZSTD_isError(set) ? -1 : 0;
 }
 
 decompressor *decompressor_new(compression kind, int window_log) {
     decompressor *d = calloc(1, sizeof *d);
     if (!d) return NULL;
     d->kind = kind;
+    d->window_log = window_log ? window_log : DEFAULT_WINDOW_LOG;
     /* 16: a gzip header; 32: what the data says */
     const int header = kind == COMPRESSION_GZIP ? 16 : 32;
-    if (kind == COMPRESSION_ZSTD ? !open_zstd(d, window_log)
+    if (kind == COMPRESSION_ZSTD ? !open_zstd(d)
                                  : inflateInit2(&d->zlib, header + MAX_WBITS) == Z_OK)
         return d;
     decompressor_free(d);
@@ -77,7 +82,8 @@ static void fail_zlib(decompressor *d, int status) {
 static void fail_zstd(decompressor *d, size_t result) {
     const ZSTD_ErrorCode code = ZSTD_getErrorCode(result);
     if (code == ZSTD_error_frameParameter_windowTooLarge)
-        fail(d, "", "the window is too large (want zstd --long=27 or less)");
+        snprintf(d->error, sizeof d->error, "zstd: its window is too large (want at most %d MiB)",
+                 1 << (d->window_log - 20));
     else if (code == ZSTD_error_memory_allocation)
         fail(d, "", "out of memory");
     else

@@ -292,9 +292,10 @@ def test_compressed_input_that_is_cut_or_damaged(alone):
             assert got.startswith(b"".join(alone[:3]))
             p = qemb("tokenize", data=bad)
             assert p.returncode == 1 and p.stdout.count(b"\n") >= 3
-    # a frame (RFC 8878) whose header asks for a window of 256 MiB
-    out(data=b"\x28\xb5\x2f\xfd\x00\x90\x01\x00\x00", status=1,
-        errors=r"^qemb: standard input: cannot read \(zstd: the window is too large")
+    # a whole zstd frame whose window is of 256 MiB (RFC 8878: 2 to the power of 10 + 18)
+    wide = b"\x28\xb5\x2f\xfd\x00" + bytes([18 << 3]) + b"\x11\x00\x00a\n"
+    why = r"zstd: its window is too large \(want at most 128 MiB\)"
+    assert not out(data=wide, status=1, errors=rf"^qemb: standard input: cannot read \({why}\)")
     # no more than a magic's first bytes: texts
     for text in (b"\x1f\x8b", b"(", b"(\xb5"):
         assert qemb(data=text).stdout.count(b"\n") == 1
