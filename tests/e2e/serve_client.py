@@ -16,12 +16,10 @@ from pathlib import Path
 
 import openai
 import pytest
+from helpers import QEMB, ROOT, SMALL as MODEL, jsonl
 from prometheus_client.parser import text_string_to_metric_families
 
-ROOT = Path(__file__).resolve().parents[2]
 SERVE = os.path.abspath(os.environ.get("QEMB_SERVE_BIN", ROOT / "qemb-serve"))
-QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
-MODEL = str(ROOT / "tests" / "fixtures" / "small.qemb")
 HIDDEN, MAX_TOKENS, EOS, VOCAB = 128, 2048, 2557, 2560
 BINARY = Path(SERVE).read_bytes() if os.path.exists(SERVE) else b""
 SANITIZED = b"__asan_init" in BINARY or b"__tsan_init" in BINARY
@@ -45,11 +43,10 @@ TEXTS = [
 
 def qemb(*args, records, model=MODEL):
     """Returns the output lines of ./qemb for JSON records."""
-    data = "".join(json.dumps(r) + "\n" for r in records).encode()
     command = [QEMB, *args[:1], "-m", model, "--input", "jsonl", *args[1:]]
     if args and args[0].startswith("-"):
         command = [QEMB, "-m", model, "--input", "jsonl", *args]
-    done = subprocess.run(command, input=data, stdout=subprocess.PIPE, timeout=GUARD)
+    done = subprocess.run(command, input=jsonl(*records), stdout=subprocess.PIPE, timeout=GUARD)
     assert done.returncode == 0
     return done.stdout.decode().splitlines()
 

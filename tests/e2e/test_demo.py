@@ -3,14 +3,10 @@ itself."""
 import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "retrieval"))
-import ranking  # noqa: E402
+import ranking
+from helpers import ROOT
 
 QEMB, MODEL = ROOT / "qemb", ROOT / "examples/demo.qemb"
 NUMBER = re.compile(r"(?<![\w.])-?0\.\d+")

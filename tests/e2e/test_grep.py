@@ -13,19 +13,14 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zstandard
+from helpers import GUARD, QEMB, ROOT, stdout_of, vectors_of, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
-QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
 MODEL = str(ROOT / "tests" / "fixtures" / "small.qemb")
-GUARD = 60  # seconds after which a test counts as hung; no test measures time
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 QUERY = "a list of words"
 LINES = ["A list of numbers.", "two", "Zwölf Boxkämpfer", "", "中文", "two", "a\tb \0 c", "last"]
@@ -47,23 +42,11 @@ def as_argument(a):
 
 def out(*args, status=0, errors=None, **kw):
     """stdout of a run that must end with that status; stderr must be empty or match errors."""
-    p = grep(*args, **kw)
-    message = p.stderr.decode()
-    assert p.returncode == status, message
-    assert message == "" if errors is None else re.search(errors, message), message
-    return p.stdout
+    return stdout_of(grep(*args, **kw), status, errors)
 
 
 def hits(*args, **kw):
     return [json.loads(line) for line in out("--json", *args, **kw).splitlines()]
-
-
-def vectors(texts, *args):
-    """Unit vectors as floats, by the embed command."""
-    data = b"".join(t.encode() + b"\n" for t in texts)
-    command = [QEMB, "-m", MODEL, "--output", "f32", *args]
-    p = subprocess.run(command, input=data, stdout=subprocess.PIPE, timeout=GUARD, check=True)
-    return np.frombuffer(p.stdout, "<f4").reshape(len(texts), -1)
 
 
 @pytest.fixture
@@ -80,8 +63,8 @@ def expected(lines=LINES, *args, query=("--query",)):
     which are at most 1; below 2^-14 halves have an error of 2^-25, 1024 of them times numbers of a
     unit vector at most 2^-20), and sums of floats (at most 41 roundings of 2^-24)."""
     shown = [(i + 1, l) for i, l in enumerate(lines) if l.strip()]
-    q = vectors([QUERY], *args, *query)[0].astype(float)
-    v = vectors([l for _, l in shown], *args).astype(float)
+    q = vectors_of([QUERY], *args, *query, model=MODEL)[0].astype(float)
+    v = vectors_of([l for _, l in shown], *args, model=MODEL).astype(float)
     order = sorted(zip([i for i, _ in shown], v @ q), key=lambda x: (-x[1], x[0]))
     return order, 2.0**-11 + 2.0**-20 + 2.0**-18
 
@@ -648,9 +631,7 @@ def test_a_file_that_is_away_for_a_moment_is_not_indexed_as_empty(tmp_path):
     b.write_text("three\n")
     p = subprocess.Popen([QEMB, "grep", "-m", MODEL, "--index", index, QUERY, a, b],
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
-    guard = time.monotonic() + GUARD
-    while not list(tmp_path.glob("x.qidx.*")) and time.monotonic() < guard:
-        time.sleep(0.001)
+    wait_for(lambda: list(tmp_path.glob("x.qidx.*")))
     b.rename(tmp_path / "away")
     message = p.stderr.readline().decode()
     (tmp_path / "away").rename(b)
@@ -664,9 +645,7 @@ def test_a_text_that_changes_while_it_is_read_gets_no_index(tmp_path):
     text.write_bytes(b"one\ntwo\n" * 200000)
     p = subprocess.Popen([QEMB, "grep", "-m", MODEL, "--index", index, QUERY, text],
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    guard = time.monotonic() + GUARD
-    while not list(tmp_path.glob("x.qidx.*")) and time.monotonic() < guard:
-        time.sleep(0.001)
+    wait_for(lambda: list(tmp_path.glob("x.qidx.*")))
     with open(text, "ab") as f:
         f.write(b"three\n")
     stdout, stderr = p.communicate(timeout=GUARD)
@@ -699,9 +678,7 @@ def test_two_runs_at_once_and_a_killed_one(library, tmp_path):
     big.write_text("".join(f"line {i} of a long file\n" for i in range(200000)))
     for sig in (signal.SIGTERM, signal.SIGKILL):
         p = subprocess.Popen([*command[:-len(library)], big], stdout=subprocess.PIPE)
-        guard = time.monotonic() + GUARD
-        while not list(tmp_path.glob("x.qidx.*")) and time.monotonic() < guard:
-            time.sleep(0.01)
+        wait_for(lambda: list(tmp_path.glob("x.qidx.*")))
         p.send_signal(sig)
         assert p.wait(GUARD) == -sig and p.stdout.read() == b""
         p.stdout.close()

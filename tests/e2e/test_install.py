@@ -11,21 +11,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from helpers import GUARD, ROOT, make, options_of
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests/fixtures/small.qemb"
-GUARD = 60  # seconds after which a test hangs
-
-
-def make(*args):
-    subprocess.run(["make", "-s", *args], cwd=ROOT, check=True, stdout=subprocess.PIPE)
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    prefix = tmp_path_factory.mktemp("prefix")
-    make("install", f"PREFIX={prefix}")
-    return prefix
 
 
 def files(folder):
@@ -243,18 +231,12 @@ def shell(installed, tmp_path_factory):
     s.close()
 
 
-def options_of(program, prefix):
-    text = subprocess.run([prefix / "bin" / program, "--help"], check=True, capture_output=True,
-                          text=True).stdout
-    return set(re.findall(r"^  (?:-., )?(--[a-z-]+)", text, re.M)) | {"--help", "--version"}
-
-
 def test_every_option_is_offered_after_some_command(shell, installed):
-    assert set(shell.complete("qemb-serve --")) == options_of("qemb-serve", installed)
+    assert set(shell.complete("qemb-serve --")) == options_of(installed, "qemb-serve")
     commands = shell.complete("qemb ")
     assert {"grep", "info", "rerank", "tokenize"} <= set(commands)
     offered = {c: set(shell.complete(f"qemb {c} --")) for c in ["", *commands]}
-    assert set().union(*offered.values()) == options_of("qemb", installed)
+    assert set().union(*offered.values()) == options_of(installed, "qemb")
     assert "--index" in offered["grep"] and "--index" not in offered[""]
     assert "--output" in offered[""] and "--output" not in offered["grep"]
 

@@ -3,29 +3,15 @@ shared library; examples/python/pipe.py, which needs the program alone."""
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, run, vectors_of
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests/fixtures/small.qemb"
 EXAMPLE = ROOT / "examples/embed.c"
 STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
-
-
-def run(*args, **kwargs):
-    return subprocess.run([str(a) for a in args], capture_output=True, text=True, check=True,
-                          **kwargs).stdout
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    prefix = tmp_path_factory.mktemp("prefix")
-    run("make", "-s", "install", f"PREFIX={prefix}", cwd=ROOT)
-    return prefix
 
 
 def flags(prefix, static=False):
@@ -39,14 +25,6 @@ def flags(prefix, static=False):
             f"-Wl,-rpath,{prefix}/lib"]
 
 
-def vectors(*args, text):
-    out = subprocess.run([ROOT / "qemb", "-m", MODEL, "--output", "f32", *args],
-                         input=text.encode(), capture_output=True, check=True).stdout
-    n = len(text.splitlines())
-    return [struct.unpack(f"<{len(out) // n // 4}f", part) for part in
-            (out[i * len(out) // n:(i + 1) * len(out) // n] for i in range(n))]
-
-
 @pytest.mark.parametrize("compiler", [["gcc", "-std=c11"], ["clang", "-std=c17"],
                                       ["g++", "-std=c++17", "-x", "c++"]])
 @pytest.mark.parametrize("static", [False, True])
@@ -56,9 +34,9 @@ def test_example_prints_the_cosines_of_the_programs_vectors(installed, tmp_path,
     assert ("libqemb.so.0" in run("readelf", "-d", tmp_path / "embed")) != static
     documents = ["Beijing is a city.", "Gravity attracts bodies."]
     out = run(tmp_path / "embed", MODEL, "capital of China", *documents)
-    (query,) = vectors("--query", text="capital of China\n")
+    (query,) = vectors_of(["capital of China"], "--query", model=MODEL).tolist()
     want = [f"{sum(a * b for a, b in zip(query, d)):.4f}  {text}"
-            for d, text in zip(vectors(text="\n".join(documents) + "\n"), documents)]
+            for d, text in zip(vectors_of(documents, model=MODEL).tolist(), documents)]
     assert out.splitlines() == want
 
 
@@ -69,9 +47,9 @@ def test_pipe_prints_the_same():
     documents = ["Beijing is a city.", "Größe: 中"]
     env = os.environ | {"QEMB": str(ROOT / "qemb")}
     out = run(sys.executable, PIPE, MODEL, "capital of China", *documents, env=env)
-    (query,) = vectors("--query", text="capital of China\n")
+    (query,) = vectors_of(["capital of China"], "--query", model=MODEL).tolist()
     want = [f"{sum(a * b for a, b in zip(query, d)):.4f}  {text}"
-            for d, text in zip(vectors(text="\n".join(documents) + "\n"), documents)]
+            for d, text in zip(vectors_of(documents, model=MODEL).tolist(), documents)]
     assert out.splitlines() == want
     r = subprocess.run([sys.executable, PIPE, MODEL, "a", "b " * 3000], env=env,
                        capture_output=True, text=True, check=False)

@@ -26,17 +26,11 @@ import hf_fixture as hf
 import numpy as np
 import pytest
 import zstandard
+from helpers import GUARD, QEMB, ROOT, jsonl, read_line, stdout_of, tables, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
-QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
 MODEL = str(ROOT / "tests" / "fixtures" / "small.qemb")
 HIDDEN, MAX_TOKENS, EOS, VOCAB = 128, 2048, 2557, 2560
-GUARD = 60  # seconds after which a test counts as hung; no test measures time
 BINARY = Path(QEMB).read_bytes() if os.path.exists(QEMB) else b""
-# By default OpenMP's threads spin while they wait, which is slow on a busy machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# A background job may start with SIGINT ignored, which every program started here would inherit.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 SANITIZED = b"__asan_init" in BINARY or b"__tsan_init" in BINARY
 
 TEXTS = [
@@ -69,16 +63,9 @@ def qemb(*args, data=b"", model=True, **kw):
     return subprocess.run(command, stderr=subprocess.PIPE, timeout=GUARD, **kw)
 
 
-def out(*args, data=b"", status=0, errors=None, **kw):
+def out(*args, status=0, errors=None, **kw):
     """stdout of a run that must end with that status; stderr must be empty or match errors."""
-    p = qemb(*args, data=data, **kw)
-    message = p.stderr.decode()
-    assert p.returncode == status, message
-    if errors is None:
-        assert message == ""
-    else:
-        assert re.search(errors, message), message
-    return p.stdout
+    return stdout_of(qemb(*args, **kw), status, errors)
 
 
 def vectors(*args, data=b"", **kw):
@@ -88,10 +75,6 @@ def vectors(*args, data=b"", **kw):
 
 def objects(*args, data=b"", **kw):
     return [json.loads(l) for l in out(*args, data=data, **kw).splitlines()]
-
-
-def jsonl(*records):
-    return "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records).encode()
 
 
 @pytest.fixture(scope="module")
@@ -171,19 +154,6 @@ def finish(p, status=0):
     rest, err = p.communicate(timeout=GUARD)
     assert p.returncode == status, err.decode()
     return rest
-
-
-def read_line(p):
-    """A line of p's stdout; the guard kills p if none comes."""
-    guard = threading.Timer(GUARD, p.kill)
-    guard.start()
-    line = b""
-    while not line.endswith(b"\n"):
-        c = p.stdout.read(65536 if not line else 1)
-        assert c, "no answer"
-        line += c
-    guard.cancel()
-    return line
 
 
 def test_coprocess_gets_its_answer_at_once(alone):
@@ -689,15 +659,18 @@ def test_npy_everywhere(tmp_path):
     assert npy(out("--output", "npy", "--dim", 3)).shape == (0, 3)
 
 
+def waiting_in(pipe):
+    """How many bytes were written that nobody has read."""
+    return struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4))[0]
+
+
 def test_npy_of_a_killed_run_does_not_load(tmp_path):
     """In a file, zeros stand in place of the header until the end. A copy out of the temporary file
     that is cut off has fewer numbers than its header says."""
     with open(tmp_path / "v.npy", "w+b") as f:
         p = start("--output", "npy", stdout=f)
         p.stdin.write(b"two\n")
-        guard = time.monotonic() + GUARD
-        while os.fstat(f.fileno()).st_size <= 128 and time.monotonic() < guard:
-            time.sleep(0.01)
+        wait_for(lambda: os.fstat(f.fileno()).st_size > 128)
         p.kill()
         p.communicate()
         f.seek(0)
@@ -709,10 +682,7 @@ def test_npy_of_a_killed_run_does_not_load(tmp_path):
     p = start("--output", "npy")
     p.stdin.write(lines(["two"] * 1000))
     p.stdin.close()
-    waiting, guard = 0, time.monotonic() + GUARD
-    while waiting < 60000 and time.monotonic() < guard:
-        waiting = struct.unpack("i", fcntl.ioctl(p.stdout, termios.FIONREAD, b"\0" * 4))[0]
-        time.sleep(0.01)
+    wait_for(lambda: waiting_in(p.stdout) >= 60000)
     p.kill()
     (tmp_path / "v.npy").write_bytes(p.stdout.read())
     p.wait(GUARD)
@@ -891,9 +861,7 @@ def test_a_signal_while_waiting(sig, alone, tmp_path):
     with open(tmp_path / "v.npy", "w+b") as f:
         p = start("--output", "npy", stdout=f)
         p.stdin.write(b"two\nhalf")
-        guard = time.monotonic() + GUARD
-        while os.fstat(f.fileno()).st_size <= 128 and time.monotonic() < guard:
-            time.sleep(0.01)
+        wait_for(lambda: os.fstat(f.fileno()).st_size > 128)
         p.send_signal(sig)
         assert p.wait(GUARD) == -sig and p.stderr.read() == b""
         p.stdin.close()
@@ -913,13 +881,9 @@ def test_a_second_signal_kills():
     p = start()
     feeder = threading.Thread(target=feed, args=(p, b"two\n" * 300000))
     feeder.start()
-    waiting, guard = 0, time.monotonic() + GUARD
-    while waiting < 60000 and time.monotonic() < guard:
-        waiting = struct.unpack("i", fcntl.ioctl(p.stdout, termios.FIONREAD, b"\0" * 4))[0]
-        time.sleep(0.01)
+    wait_for(lambda: waiting_in(p.stdout) >= 60000)
     p.send_signal(signal.SIGTERM)
-    while is_pending(p.pid, signal.SIGTERM) and time.monotonic() < guard:
-        time.sleep(0.01)
+    wait_for(lambda: not is_pending(p.pid, signal.SIGTERM))
     p.send_signal(signal.SIGINT)
     assert p.wait(GUARD) == -signal.SIGINT  # not SIGTERM's: the first one did not end it
     feeder.join()
@@ -1073,11 +1037,6 @@ USAGE = [
     (("info", "-m", MODEL, "--query"), "--query: means nothing to qemb info"),
     (("-m", MODEL, "--verify"), "--verify: means nothing to qemb embed"),
 ]
-
-
-def tables():
-    """The names of this machine's tables."""
-    return re.search(r"want (.*)\)", qemb("--cpu", "abacus").stderr.decode())[1].split(", ")
 
 
 def table_of(*args):

@@ -15,20 +15,15 @@ import struct
 import subprocess
 import threading
 import time
-from pathlib import Path
 
 import edit_qemb
 import numpy as np
 import pytest
+from helpers import GUARD, QEMB, ROOT, jsonl, read_line, stdout_of, tables
 
-ROOT = Path(__file__).resolve().parents[2]
-QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
 MODEL = str(ROOT / "tests" / "fixtures" / "reranker.qemb")
 EMBEDDING = str(ROOT / "tests" / "fixtures" / "small.qemb")
 MAX_TOKENS = BATCH_TOKENS = 2048
-GUARD = 60  # seconds after which a test counts as hung; no test measures time
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FILE = edit_qemb.Qemb(MODEL)
 TASK = FILE.prompts["instruct"]
@@ -54,16 +49,7 @@ def rerank(*args, data=b"", model=MODEL, **kw):
 
 def out(*args, status=0, errors=None, **kw):
     """stdout of a run that must end with that status; stderr must be empty or match errors."""
-    p = rerank(*args, **kw)
-    message = p.stderr.decode()
-    assert p.returncode == status, message
-    assert re.search(errors, message) if errors else message == "", message
-    return p.stdout
-
-
-def jsonl(*records):
-    lines = (r if isinstance(r, (str, bytes)) else json.dumps(r) for r in records)
-    return b"".join((l if isinstance(l, bytes) else l.encode()) + b"\n" for l in lines)
+    return stdout_of(rerank(*args, **kw), status, errors)
 
 
 def objects(*records, args=(), **kw):
@@ -421,19 +407,6 @@ def start(*args, **kw):
                             stderr=subprocess.PIPE, bufsize=0, **kw)
 
 
-def read_line(p):
-    """A line of p's stdout; the guard kills p if none comes."""
-    guard = threading.Timer(GUARD, p.kill)
-    guard.start()
-    line = b""
-    while not line.endswith(b"\n"):
-        c = p.stdout.read(65536 if not line else 1)
-        assert c, "no answer"
-        line += c
-    guard.cancel()
-    return line
-
-
 def test_answers_at_once():
     p = start()
     for record in (ask(), ask("q", []), ask("q", ["d"], top_n=1), "oops", ask(documents=["two"])):
@@ -526,11 +499,6 @@ def test_any_batch_and_threads():
 
 # L2 errors of a unit vector: docs/accuracy.md; of float, what test_protocol.py allows a number
 ERRORS = {"f32": 2e-5 * 8, "bf16": 6e-3, "int16": 4e-4, "int8": 3.6e-2}
-
-
-def tables():
-    p = rerank("--cpu", "abacus")
-    return re.search(r"want (.*)\)", p.stderr.decode())[1].split(", ")
 
 
 def test_tables_are_within_their_errors():

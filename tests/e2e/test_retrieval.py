@@ -1,16 +1,14 @@
 """tests/retrieval: the figures of hand-made rankings, and the program on a few made-up texts."""
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import ranking
+import retrieval_accuracy
+from helpers import ROOT
 from test_convert import Qemb
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "retrieval"))
-import ranking  # noqa: E402
-import retrieval_accuracy  # noqa: E402
 
 MODEL = ROOT / "tests/fixtures/small.qemb"
 EMULATED = ROOT / "build/release/qemb-emulated"

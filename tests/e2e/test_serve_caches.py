@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import free_port, wait_for
 from serve_client import (
     EOS,
     GUARD,
@@ -62,12 +63,6 @@ def test_cache_is_bounded():
             s.embed([[k % 250, k // 250 + 1, EOS] for k in range(i, i + 400)], dimensions=1)
             assert s.metric("qemb_cache_bytes") <= 1 << 20
         assert s.metric("qemb_cache_bytes") > 900000
-
-
-def free_port():
-    with socket.socket() as k:
-        k.bind(("127.0.0.1", 0))
-        return k.getsockname()[1]
 
 
 def with_redis(port):
@@ -144,10 +139,7 @@ def redis():
 
 
 def wait_stored(r, n):
-    until = time.monotonic() + GUARD
-    while int(r.command(b"DBSIZE")[1:]) < n:
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_for(lambda: int(r.command(b"DBSIZE")[1:]) >= n, GUARD)
 
 
 def test_redis_is_shared(redis):

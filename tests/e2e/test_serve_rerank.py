@@ -16,6 +16,7 @@ from pathlib import Path
 
 import cohere
 import pytest
+from helpers import wait_for
 from langchain_cohere import CohereRerank
 from langchain_core.documents import Document
 from serve_client import (
@@ -592,9 +593,8 @@ def test_memory_of_returned_documents():
         a = slow.wait()
         got = {r["index"]: r["document"]["text"] for r in a.json["results"]}
         assert [got[i] for i in range(40)] == slow.body["documents"]
-        until = time.monotonic() + GUARD  # it is released after its answer is sent
-        while s.post({**more, "return_documents": True}, "/v1/rerank").status != 200:
-            assert time.monotonic() < until
+        more = {**more, "return_documents": True}  # it is released after its answer is sent
+        wait_for(lambda: s.post(more, "/v1/rerank").status == 200, GUARD)
 
 
 def test_departed_clients_are_dropped():
@@ -671,10 +671,9 @@ def test_redis_keeps_scores(redis):
             for k in logits:
                 assert redis.command(b"SET", k, value) == b"+OK"
             assert results_in(s.post(body, "/v1/rerank")) == want
-            until = time.monotonic() + GUARD  # scores are stored asynchronously; not the probe's
-            while [redis.command(b"GET", k, lines=2)[1] for k in logits].count(value) > 1:
-                assert time.monotonic() < until
-                time.sleep(0.02)
+            values = lambda: [redis.command(b"GET", k, lines=2)[1] for k in logits]
+            # scores are stored asynchronously; not the probe's
+            wait_for(lambda: values().count(value) <= 1, GUARD)
         for k in logits:  # zero is a score
             assert redis.command(b"SET", k, b"\0" * 4) == b"+OK"
         a = results_in(s.post(body, "/v1/rerank"))

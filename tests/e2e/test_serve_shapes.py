@@ -5,12 +5,12 @@ import base64
 import gzip
 import hashlib
 import json
-import sys
-import time
 import zlib
 
 import numpy as np
 import pytest
+from edit_qemb import Qemb
+from helpers import wait_for
 from serve_client import (  # noqa: F401 - serve is a fixture
     EOS,
     GUARD,
@@ -29,9 +29,6 @@ from serve_client import (  # noqa: F401 - serve is a fixture
     vectors_in,
     vectors_of,
 )
-
-sys.path.insert(0, str(ROOT / "tests" / "fixtures"))
-from edit_qemb import Qemb  # noqa: E402
 
 PAIR = ["first text", "second text"]
 PROMPTS = {"query": "Q: ", "document": "D: ", "text-matching": "T: "}

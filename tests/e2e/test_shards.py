@@ -20,15 +20,11 @@ import edit_qemb
 import numpy as np
 import pytest
 import zstandard
+from helpers import GUARD, QEMB, ROOT, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
-QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
 MODEL = str(ROOT / "tests" / "fixtures" / "small.qemb")
-GUARD = 60  # seconds after which a test counts as hung; no test measures time
 BINARY = Path(QEMB).read_bytes() if os.path.exists(QEMB) else b""
 SANITIZED = b"__asan_init" in BINARY or b"__tsan_init" in BINARY
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-signal.signal(signal.SIGINT, signal.default_int_handler)
 DIM = 8
 OPTIONS = ("--dim", DIM, "--threads", 1)
 
@@ -454,13 +450,6 @@ def test_processes_at_once_make_each_shard_once(n, tmp_path):
 
 def in_work(out):
     return [p.name for p in out.glob(".*.part")] if out.exists() else []
-
-
-def wait_for(condition):
-    guard = time.monotonic() + GUARD
-    while not condition():
-        assert time.monotonic() < guard
-        time.sleep(0.002)
 
 
 def handles(process, sig):

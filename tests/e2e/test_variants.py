@@ -5,21 +5,16 @@ test_protocol.py.
 """
 
 import json
-import os
 import re
 import subprocess
-from pathlib import Path
 
 import edit_qemb
 import numpy as np
 import pytest
+from helpers import GUARD, QEMB, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
 SMALL = ROOT / "tests" / "fixtures" / "small.qemb"
 HIDDEN = 128
-GUARD = 60  # seconds after which a test counts as hung; no test measures time
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 TEXTS = ["A list of numbers.", "two", "Zwölf Boxkämpfer", "中文", "two", "last"]
 
 

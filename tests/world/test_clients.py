@@ -6,19 +6,16 @@ The texts differ, so a shifted row or a missing prompt shows. Prometheus runs th
 Grafana dashboard."""
 # ruff: noqa: E402 - some packages read the environment when they are imported
 import asyncio
-import base64
+import functools
 import json
 import os
 import re
-import socket
 import subprocess
-import sys
 import textwrap
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from pathlib import Path
 
 # Nothing here may wait for a host outside: prices of models, usage statistics.
 os.environ.update(
@@ -26,10 +23,9 @@ os.environ.update(
     HAYSTACK_TELEMETRY_ENABLED="False",
     LITELLM_LOCAL_MODEL_COST_MAP="True",
 )
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "e2e"))
 
 import haystack
+import helpers
 import litellm
 import numpy as np
 import ollama
@@ -53,7 +49,7 @@ from llama_index.embeddings.text_embeddings_inference import TextEmbeddingsInfer
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import format_span_id, format_trace_id
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from serve_client import GUARD, TEXTS, qemb, server
+from serve_client import GUARD, ROOT, TEXTS, server
 
 DEMO = ROOT / "examples" / "demo.qemb"
 DASHBOARD = ROOT / "packaging" / "grafana" / "qemb.json"
@@ -94,10 +90,7 @@ BLOCKS = blocks_of(PAGE)
 PRELUDE = BLOCKS.pop("")
 
 
-def vectors_of(texts, *args):
-    """What ./qemb gives: float32, one row a text."""
-    rows = qemb("--output", "base64", *args, records=[{"text": t} for t in texts], model=str(DEMO))
-    return np.stack([np.frombuffer(base64.b64decode(r), np.float32) for r in rows])
+vectors_of = functools.partial(helpers.vectors_of, model=DEMO)
 
 
 def same(got, want):
@@ -461,12 +454,6 @@ def test_long_texts_are_cut_where_the_clients_api_says_so(url):
 # ---- Prometheus and the dashboard ----------------------------------------------------------------
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def prometheus(s, tmp_path_factory):
     """Prometheus that scrapes the server every second; yields its address."""
@@ -477,7 +464,7 @@ def prometheus(s, tmp_path_factory):
             "job_name": "qemb", "static_configs": [{"targets": [f"127.0.0.1:{s.port}"]}],
         }],
     }))
-    port = free_port()
+    port = helpers.free_port()
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             ["prometheus", f"--config.file={folder}/config.yml", f"--storage.tsdb.path={folder}/db",

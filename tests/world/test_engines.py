@@ -25,11 +25,10 @@ import pyarrow.dataset
 import pyarrow.parquet
 import pytest
 import yaml
+from helpers import QEMB, ROOT, free_port, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ROOT / "examples/engines"
 MODEL = ROOT / "examples/demo.qemb"
-QEMB = ROOT / "qemb"
 MEASURED = int(os.environ.get("QEMB_ENGINES_TEXTS", 0))
 TEXTS = MEASURED or 20_000
 LIMIT = 3600 if MEASURED else 150  # seconds, after which a program hangs
@@ -300,14 +299,9 @@ def test_parallel_again_takes_what_is_new(engine, tmp_path):
         engine.good(command)
         for file in some:
             with file.open() as texts:
-                want = subprocess.run([QEMB, "-m", MODEL, *PIPE], stdin=texts,
-                                      stdout=subprocess.PIPE, check=True).stdout
+                want = subprocess.run([QEMB, "-m", MODEL, *PIPE], stdin=texts, check=True,
+                                      stdout=subprocess.PIPE).stdout
             assert (engine.out / f"{file.name}.jsonl").read_bytes() == want
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        return s.getsockname()[1]
 
 
 SLURM = """
@@ -351,19 +345,12 @@ def slurm(engine, tmp_path):
             with (tmp_path / f"{name}.log").open("w") as log:
                 daemons.append(subprocess.Popen([f"/usr/sbin/{name}", "-D"], env=engine.env,
                                                 stdout=log, stderr=log))
-        wait_for(lambda: "idle" in engine.run(["sinfo", "--noheader"]).stdout)
+        wait_for(lambda: "idle" in engine.run(["sinfo", "--noheader"]).stdout, LIMIT, pause=0.2)
         yield engine
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
             daemon.wait(30)
-
-
-def wait_for(condition):
-    end = time.time() + LIMIT
-    while not condition():
-        assert time.time() < end
-        time.sleep(0.2)
 
 
 def test_slurm(work, slurm, rates, tmp_path):
@@ -381,7 +368,7 @@ def test_slurm(work, slurm, rates, tmp_path):
     start = time.time()
     slurm.good(["sbatch", "--array=3-6", "--cpus-per-task=1", "--mem=500",
                 f"--output={tmp_path}/%a.out", ENGINES / "slurm.sh", MODEL, slurm.out, work.list])
-    wait_for(finished)
+    wait_for(finished, LIMIT, pause=0.2)
     rates.add("Slurm", time.time() - start)
     jobs = slurm.run(["scontrol", "show", "job", "--oneliner"]).stdout
     said = [(p.name, p.read_text()) for p in tmp_path.glob("*.out")]

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,27 +15,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, free_port, make, options_of, run
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples/demo.qemb"
 CACHE = ROOT / "build" / "world"
-GUARD = 600  # seconds after which a step hangs
 TEXT = "play music from the terminal\n"
 VARIANTS = [[], ["--math", "int16"], ["--math", "bf16"], ["--math", "int8"], ["--cpu", "plain"]]
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="debootstrap and chroot need root")
-
-
-def run(*args, **kwargs):
-    """Returns what a program writes on standard output; its failure shows what it said."""
-    p = subprocess.run([str(a) for a in args], capture_output=True, text=True, timeout=GUARD,
-                       check=False, **kwargs)
-    assert p.returncode == 0, f"{args}: {p.stdout[-4000:]}{p.stderr[-4000:]}"
-    return p.stdout
-
-
-def make(*args):
-    return run("make", "-s", *args, cwd=ROOT)
 
 
 def vectors(*args):
@@ -73,12 +59,6 @@ class System:
         records = r"/(proc|sys|dev|tmp)(/|$)|/var/(cache|log|lib/apt|lib/dpkg)/"
         paths = self.run("find", "/", "-xdev").splitlines()
         return {p for p in paths if not re.match(records, p)}
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def ask(port):
@@ -240,18 +220,6 @@ def test_the_image_serves_without_root_and_with_a_read_only_root(archive, podman
 
 
 # ---- completion --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    prefix = tmp_path_factory.mktemp("prefix")
-    make("install", f"PREFIX={prefix}")
-    return prefix
-
-
-def options_of(prefix, program):
-    text = run(prefix / "bin" / program, "--help")
-    return set(re.findall(r"^  (?:-., )?(--[a-z-]+)", text, re.M)) | {"--help", "--version"}
 
 
 def fish(prefix, line):

@@ -2,7 +2,7 @@
 afterwards, then the vectors of the program ./qemb, bit for bit; threads and processes; errors; and
 the libraries that the examples serve."""
 import ctypes
-import json
+import functools
 import os
 import pickle
 import re
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT, make, run, tables, vectors_of
 
-ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples/demo.qemb"
 TINY = ROOT / "tests/golden/hf-tiny.qemb"
 EXAMPLES = ROOT / "examples/python"
@@ -33,14 +33,10 @@ OPTIONS = [({}, []), ({"query": True}, ["--query"]), ({"prompt": "document"}, ["
            ({"dim": 100}, ["--dim", "100"]), ({"query": True, "dim": 1}, ["--query", "--dim", "1"])]
 
 
-def run(*args, **options):
-    return subprocess.run([str(a) for a in args], check=True, capture_output=True, **options).stdout
-
-
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     """The wheel of a copy of the repository, which is removed. What is compiled is copied, too."""
-    run("make", "-s", "build/lib/libqemb.so", cwd=ROOT)
+    make("build/lib/libqemb.so")
     place = tmp_path_factory.mktemp("wheel")
     unwanted = shutil.ignore_patterns(".git", ".venv*", "build", "golden", "fixtures", "results",
                                       "*.qemb", "*.egg-info", "libqemb.so", "__pycache__")
@@ -88,24 +84,12 @@ def script(qemb, tmp_path_factory):
     return start
 
 
-def of_program(texts, *options, model=DEMO):
-    """What the program prints for the texts: float32 (n, dim)."""
-    records = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    out = run(ROOT / "qemb", "-m", model, "--input", "jsonl", "--output", "f32", *options,
-              input=records.encode())
-    return np.frombuffer(out, np.float32).reshape(len(texts), -1)
+of_program = functools.partial(vectors_of, model=DEMO)
 
 
 def assert_bits(got, want):
     assert got.dtype == np.float32 and got.flags.c_contiguous and got.shape == want.shape
     assert (got.view(np.uint32) == want.view(np.uint32)).all()
-
-
-def tables():
-    """The tables that this machine has, as the program lists them."""
-    refused = subprocess.run([ROOT / "qemb", "-m", DEMO, "--cpu", "none"], capture_output=True,
-                             input=b"", check=False).stderr.decode()
-    return re.search(r"want (plain.*)\)", refused)[1].split(", ")
 
 
 # ---- the wheel -----------------------------------------------------------------------------------
@@ -123,8 +107,7 @@ def test_wheel_has_the_package_and_its_library(wheel):
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="elsewhere it needs libgomp, too")
 def test_library_needs_glibc_alone(site):
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", site / "qemb/libqemb.so",
-                                                     text=True))
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", site / "qemb/libqemb.so"))
     assert {re.sub(r"-.*|\.so.*", "", n) for n in needed} <= {"libc", "libm", "ld"}
 
 
@@ -134,7 +117,7 @@ def test_pip_install_in_a_clean_environment(wheel, tmp_path):
     run(tmp_path / "venv/bin/pip", "install", "-q", wheel)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     code = f"import qemb; print(qemb.Model({str(DEMO)!r}).embed(['a'])[0, 0])"
-    out = run(tmp_path / "venv/bin/python", "-c", code, cwd=tmp_path, env=env, text=True)
+    out = run(tmp_path / "venv/bin/python", "-c", code, cwd=tmp_path, env=env)
     assert np.float32(out) == of_program(["a"])[0, 0]
 
 
@@ -154,7 +137,7 @@ def test_structures_are_those_of_the_header(qemb, tmp_path):
     begin = '#include "qemb.h"\n#include <stdio.h>\nint main(void) {\n'
     (tmp_path / "a.c").write_text(begin + "\n".join(lines) + "\n}\n")
     run("cc", "-I", ROOT, tmp_path / "a.c", "-o", tmp_path / "a")
-    assert run(tmp_path / "a", text=True).splitlines() == want
+    assert run(tmp_path / "a").splitlines() == want
 
 
 def test_library_that_cannot_be_used(site, tmp_path):
@@ -183,7 +166,7 @@ def test_bits_of_every_table(qemb, table):
 @pytest.mark.parametrize("math", [None, "f32", "int16", "bf16", "int8"])
 def test_math_chooses_the_programs_table(qemb, math):
     flags = ["--math", math] if math else []
-    info = run(ROOT / "qemb", "info", "-m", DEMO, *flags, text=True)
+    info = run(ROOT / "qemb", "info", "-m", DEMO, *flags)
     with qemb.Model(DEMO, math=math) as model:
         assert model.table == re.search(r"^table +([^ ,]+)", info, re.M)[1]
         assert_bits(model.embed(TEXTS), of_program(TEXTS, *flags))
@@ -482,7 +465,7 @@ def examples(qemb, monkeypatch):
 def test_search_prints_the_cosines(qemb, tmp_path):
     documents = ["Beijing is\na city.", "Größe: 中"]
     out = run(sys.executable, EXAMPLES / "search.py", DEMO, "capital of China", *documents,
-              text=True, cwd=tmp_path)
+              cwd=tmp_path)
     cosines = of_program(documents) @ of_program(["capital of China"], "--query")[0]
     assert out == "".join(f"{c:.4f}  {d}\n" for c, d in zip(cosines, documents))
 

@@ -1,6 +1,7 @@
 """examples/stores: each program as a user starts it, with the real store. What it finds is compared
 with NumPy over the vectors that ./qemb prints."""
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -13,15 +14,16 @@ from pathlib import Path
 
 import apsw
 import duckdb
+import helpers
 import numpy as np
 import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import QEMB, ROOT, jsonl
 
-ROOT = Path(__file__).resolve().parents[2]
 STORES, PAGE = ROOT / "examples" / "stores", ROOT / "docs" / "stores.md"
-QEMB, MODEL = ROOT / "qemb", ROOT / "examples" / "demo.qemb"
+MODEL = ROOT / "examples" / "demo.qemb"
 PACKAGES, NEEDS = ROOT / "examples" / "packages.txt", ROOT / "tests" / "retrieval" / "needs.tsv"
 PROGRAMS = ["with_duckdb.py", "with_faiss.py", "with_pgvector.py", "with_qdrant.py",
             "with_sqlite_vec.py"]
@@ -91,18 +93,21 @@ def environment():
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
-def vectors_of(texts, *options):
+vectors_of = functools.partial(helpers.vectors_of, model=MODEL)
+
+
+def vectors_or_nan(texts, *options):
     """./qemb's own, (n, DIM), in double precision; NaN where it has an error."""
-    records = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    out = subprocess.run([QEMB, "-m", MODEL, "--input", "jsonl", "--output", "jsonl", *options],
-                         input=records.encode(), capture_output=True, timeout=120).stdout
+    command = [QEMB, "-m", MODEL, "--input", "jsonl", "--output", "jsonl", *options]
+    out = subprocess.run(command, input=jsonl(*({"text": text} for text in texts)),
+                         capture_output=True, timeout=120).stdout
     found = [json.loads(line).get("embedding", [np.nan] * DIM) for line in out.splitlines()]
     return np.array(found, np.float64)
 
 
 def nearest(texts, question, *options):
     """The five best (score, index). Their order is certain: no two scores are near each other."""
-    scores = vectors_of(texts, *options) @ vectors_of([question], "--query")[0]
+    scores = vectors_or_nan(texts, *options) @ vectors_or_nan([question], "--query")[0]
     order = np.argsort(-np.nan_to_num(scores, nan=-2), kind="stable")[:6]
     assert np.diff(-scores[order]).min() > 2 * BOUND
     return scores[order[:5]], order[:5]
@@ -203,7 +208,7 @@ def check_vectors(table, texts):
     assert [e is not None for e in table["error"].to_pylist()] == bad
     good = [t.decode() for t, is_bad in zip(texts, bad) if not is_bad]
     got = table["vector"].combine_chunks().drop_null().flatten().to_numpy().reshape(-1, DIM)
-    assert got.tobytes() == vectors_of(good).astype(np.float32).tobytes()
+    assert got.tobytes() == vectors_of(good).tobytes()
     digest = hashlib.sha256(MODEL.read_bytes()).hexdigest()
     assert table.schema.metadata[b"qemb_model_sha256"].decode() == digest
 
@@ -332,7 +337,7 @@ def test_rescoring_counts_what_numpy_counts(run):
     assert r.returncode == 0, r.stderr.decode()
     texts = PACKAGES.read_text(encoding="utf-8").splitlines()
     needs = [line.split("\t")[0] for line in NEEDS.read_text(encoding="utf-8").splitlines()]
-    floats, asked = vectors_of(texts), vectors_of(needs, "--query")
+    floats, asked = vectors_or_nan(texts), vectors_or_nan(needs, "--query")
     int8 = stored(texts, "int8", DIM).view(np.int8).astype(np.float64)
     int8 /= np.sqrt((int8**2).sum(1, keepdims=True))
     bits = np.unpackbits(stored(texts, "binary", DIM // 8), axis=1)
@@ -377,7 +382,7 @@ def test_duckdb_reads_shards(tmp_path, monkeypatch):
                     ("vectors/y.jsonl", 1, want[1])]
     found = db.execute("SELECT embedding FROM vectors ORDER BY shard, line").fetchall()
     assert np.array([row[0] for row in found]).astype(np.float32).tobytes() == \
-        vectors_of(["a", "b", "c"]).astype(np.float32).tobytes()
+        vectors_of(["a", "b", "c"]).tobytes()
 
 
 def test_a_table_refuses_the_vectors_of_another_recipe(postgres):

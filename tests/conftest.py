@@ -1,0 +1,19 @@
+"""What all tests of e2e/ and world/ have: how processes start, and an installed qemb."""
+import os
+import signal
+
+import pytest
+from helpers import make
+
+# By default OpenMP's threads spin while they wait, which is slow on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A background job may start with SIGINT ignored, which every program started here would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The PREFIX of a `make install`."""
+    prefix = tmp_path_factory.mktemp("prefix")
+    make("install", f"PREFIX={prefix}")
+    return prefix
