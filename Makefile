@@ -76,8 +76,11 @@ need-test: need-build need-serve need-python
 # What convert_weights.py needs, from its inline metadata (PEP 723).
 CONVERT_NEEDS = $(shell sed -n 's/^\#   \("[a-z_]*[<>=].*"\),$$/\1/p' convert_weights.py)
 
+# $(call venv,DIRECTORY): a Python environment; pip comes last into one, so without pip it is not whole
+venv = [ -x $(1)/bin/pip ] || python3 -m venv $(1)
+
 $(VENV)/.convert: convert_weights.py | need-python
-	[ -d $(VENV) ] || python3 -m venv $(VENV)
+	$(call venv,$(VENV))
 	$(VENV)/bin/pip install -q --disable-pip-version-check $(CONVERT_NEEDS)
 	touch $@
 
@@ -237,7 +240,7 @@ fuzz: need-test $(FUZZ_BINS) ## fuzz for FUZZ_SECONDS (600) each, keeping the co
 	  build/fuzz/fuzz_$$f -max_total_time=$(or $(FUZZ_SECONDS),600) build/corpus/$$f || exit 1; done
 
 # $(call torch,FILE): the packages that FILE names, beside the converter's, in an environment with torch
-torch = [ -d $(GOLDEN) ] || python3 -m venv $(GOLDEN); $(GOLDEN)/bin/pip install -q --disable-pip-version-check $(CONVERT_NEEDS) -r tests/requirements-golden.txt $(1)
+torch = $(call venv,$(GOLDEN)); $(GOLDEN)/bin/pip install -q --disable-pip-version-check $(CONVERT_NEEDS) -r tests/requirements-golden.txt $(1)
 
 golden: $(VENV)/.convert ## make tests/golden again with transformers (downloads torch, several GB)
 	$(call torch)

@@ -121,6 +121,19 @@ def test_root_installs_without_sbin_on_its_path(tmp_path):
     subprocess.run(["make", "-s", "install", f"PREFIX={tmp_path}"], cwd=ROOT, env=env, check=True)
 
 
+def test_a_python_environment_without_pip_is_made_again(tmp_path):
+    """An interrupted `python3 -m venv` leaves one."""
+    place = tmp_path / "environment"
+    place.mkdir()
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\necho "$@" >>"$3/made"\ninstall -D "$0" "$3/bin/pip"\n')
+    python.chmod(0o755)
+    path = f"PATH={tmp_path}:{os.environ['PATH']}"
+    for _ in range(2):
+        make("--eval", f"again:\n\t$(call venv,{place})", "again", path)
+        assert (place / "made").read_text() == f"-m venv {place}\n"
+
+
 def test_packages_have_the_version_of_the_header(installed):
     version = re.search(r'QEMB_VERSION "(.*)"', (ROOT / "qemb.h").read_text())[1]
     changelog = (ROOT / "packaging/debian/changelog").read_text()

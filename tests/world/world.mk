@@ -14,8 +14,8 @@ WORLD_VENV     := .venv-world
 $(WORLD:%=need-world-%): need-world-%:
 	$(call need,$(WORLD_$*))
 $(WORLD:%=$(WORLD_VENV)/%/.done): $(WORLD_VENV)/%/.done: tests/world/%.txt tests/requirements.txt | need-test need-world-%
-	[ -d $(@D) ] || python3 -m venv $(@D)
-	$(@D)/bin/pip install -q --no-compile --disable-pip-version-check $(CONVERT_NEEDS) -r tests/world/$*.txt
+	$(call venv,$(@D))
+	$(@D)/bin/pip install -q --no-compile --disable-pip-version-check -r tests/world/$*.txt
 	touch $@
 
 test-world: qemb qemb-serve build/lib/libqemb.a build/lib/libqemb.so $(patsubst %,$(WORLD_VENV)/%/.done,$(or $(SUITES),$(WORLD))) ## clients, stores, engines, packages: each started for real (installs them; SUITES="clients stores")
