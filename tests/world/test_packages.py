@@ -266,7 +266,7 @@ def test_fish_completes_what_the_programs_have(installed):
 
 def test_zsh_completes_what_the_programs_have(installed):
     assert options_of(installed, "qemb-serve") <= zsh(installed, "qemb-serve --")
-    commands = {"grep", "info", "rerank", "tokenize"}
+    commands = {"grep", "info", "rerank", "shards", "tokenize"}
     assert commands <= zsh(installed, "qemb ")
     offered = {c: zsh(installed, f"qemb {c} --") for c in ["", *commands, "plan", "check"]}
     assert options_of(installed, "qemb") <= set().union(*offered.values())
