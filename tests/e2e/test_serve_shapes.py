@@ -5,12 +5,12 @@ import base64
 import gzip
 import hashlib
 import json
+import time
 import zlib
 
 import numpy as np
 import pytest
 from edit_qemb import Qemb
-from helpers import wait_for
 from serve_client import (  # noqa: F401 - serve is a fixture
     EOS,
     GUARD,
