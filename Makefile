@@ -198,8 +198,8 @@ RACY_GREP := fifo or signal or answers_at_once or closed or made_again
 RACY_SHARDS := npy or gives_up or full_disk or empty or in_binary
 RACY_RERANK := in_order or signal or answers_at_once or closed or errors or any_batch
 SERVE_FILES := tests/e2e/test_serve.py tests/e2e/test_serve_caches.py tests/e2e/test_serve_rerank.py tests/e2e/test_serve_shapes.py tests/e2e/test_serve_probe.py
-SERVE_TESTS = "$(VENV)/bin/pytest -q -rs $(SERVE_FILES)" \
-  "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_FILES)" \
+SERVE_TESTS = "$(VENV)/bin/pytest -q -rs $(SERVE_FILES)"
+SERVE_SANITIZED = "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_FILES)" \
   "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_FILES) -k '$(RACY)'"
 JOBS     := $(shell nproc)
 SUBMAKE   = $(MAKE) -s -j$(JOBS)
@@ -207,13 +207,17 @@ C_TESTS   = $(TESTS:%=build/release/test_%) $(TESTS:%=build/asan/test_%)
 FUZZ_BINS = $(FUZZERS:%=build/fuzz/fuzz_%)
 CLANG_OBJ = $(patsubst %,build/clang/%.o,$(sort $(FRONT) $(SERVE) $(BACKEND) $(ENGINE)))
 
-test: need-test $(VENV_TEST) ## install what is missing, run all tests but CUDA's (C, sanitizers, fuzzers, Python, the server)
+test: need-test $(VENV_TEST) ## install what is missing, run the tests (C, also with sanitizers; fuzzers; the programs)
 	@echo "building"; $(SUBMAKE) test-programs
 	@tests/run.sh "tests/style.py --self-test" "tests/style.py" \
 	  $(patsubst %,"% --tap",$(C_TESTS)) \
 	  $(patsubst %,"% -runs=$(FUZZ_RUNS) -seed=1 -max_len=4096 -verbosity=0",$(FUZZ_BINS)) \
 	  "$(VENV)/bin/pytest -q -rs tests/e2e $(SERVE_FILES:%=--ignore=%)" \
-	  $(SERVE_TESTS) \
+	  $(SERVE_TESTS)
+
+test-sanitizers: need-test $(VENV_TEST) ## the programs again, built with sanitizers (addresses, undefined behaviour, threads)
+	@echo "building"; $(SUBMAKE) $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
+	@tests/run.sh $(SERVE_SANITIZED) \
 	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py tests/e2e/test_grep.py tests/e2e/test_rerank.py tests/e2e/test_shards.py tests/e2e/test_variants.py" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_grep.py -k '$(RACY_GREP)'" \
@@ -223,12 +227,12 @@ test: need-test $(VENV_TEST) ## install what is missing, run all tests but CUDA'
 test-cuda: need-test ## the CUDA tests: emulated, compiled for each architecture, and on a GPU if there is one
 	@tests/run.sh "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) test-gpu-pack" "$(SUBMAKE) gpu-day PHASE=check"
 
-.PHONY: test-programs test-serve test-cuda
+.PHONY: test-programs test-sanitizers test-serve test-cuda
 test-programs: qemb qemb-serve build/lib/libqemb.a build/lib/libqemb.so build/release/qemb-bench build/release/qemb-emulated $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
-  $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve) build/tsan/qemb-devices build/tsan/qemb-serve-devices
+  build/tsan/qemb-devices build/tsan/qemb-serve-devices
 
 test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/tsan/qemb-serve ## the server's tests alone: real clients, attacks, sanitizers
-	@tests/run.sh $(SERVE_TESTS)
+	@tests/run.sh $(SERVE_TESTS) $(SERVE_SANITIZED)
 
 include tests/world/world.mk
 

@@ -18,6 +18,12 @@ SMALL = str(ROOT / "tests/fixtures/small.qemb")
 GUARD = 60  # seconds after which a test counts as hung; no test measures time
 
 
+def is_sanitized(program):
+    """Whether it was built with the address or the thread sanitizer."""
+    binary = Path(program).read_bytes() if os.path.exists(program) else b""
+    return b"__asan_init" in binary or b"__tsan_init" in binary
+
+
 def run(*args, **kwargs):
     """Returns what a program writes on standard output; its failure shows what it said. The limit
     suits an installation from the network."""

@@ -12,17 +12,15 @@ import signal
 import subprocess
 import threading
 import time
-from pathlib import Path
 
 import openai
 import pytest
-from helpers import QEMB, ROOT, SMALL as MODEL, jsonl
+from helpers import QEMB, ROOT, SMALL as MODEL, is_sanitized, jsonl
 from prometheus_client.parser import text_string_to_metric_families
 
 SERVE = os.path.abspath(os.environ.get("QEMB_SERVE_BIN", ROOT / "qemb-serve"))
 HIDDEN, MAX_TOKENS, EOS, VOCAB = 128, 2048, 2557, 2560
-BINARY = Path(SERVE).read_bytes() if os.path.exists(SERVE) else b""
-SANITIZED = b"__asan_init" in BINARY or b"__tsan_init" in BINARY
+SANITIZED = is_sanitized(SERVE)
 GUARD = 240 if SANITIZED else 60  # seconds until a run counts as hung; nothing here is timed
 JSON = {"Content-Type": "application/json"}
 

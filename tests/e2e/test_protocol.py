@@ -26,12 +26,12 @@ import hf_fixture as hf
 import numpy as np
 import pytest
 import zstandard
-from helpers import GUARD, QEMB, ROOT, jsonl, read_line, stdout_of, tables, wait_for
+from helpers import (GUARD, QEMB, ROOT, is_sanitized, jsonl, read_line, stdout_of, tables,
+                     wait_for)
 
 MODEL = str(ROOT / "tests" / "fixtures" / "small.qemb")
 HIDDEN, MAX_TOKENS, EOS, VOCAB = 128, 2048, 2557, 2560
-BINARY = Path(QEMB).read_bytes() if os.path.exists(QEMB) else b""
-SANITIZED = b"__asan_init" in BINARY or b"__tsan_init" in BINARY
+SANITIZED = is_sanitized(QEMB)
 
 TEXTS = [
     "A list of numbers.",
