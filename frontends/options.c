@@ -216,7 +216,7 @@ _Noreturn static void refuse(const option_table *t, const char *argument) {
 }
 
 static void operand(const option_table *t, const char *value, int n) {
-    if (!t->operand) usage("%.80s: an operand that means nothing", value);
+    if (!t->operand) usage("%.80s: an operand that means nothing (a model is given by -m)", value);
     t->operand(t->operand_options, value, n);
 }
 

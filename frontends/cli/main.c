@@ -144,7 +144,9 @@ static void take_operand(void *to, const char *value, int n) {
         return;
     }
     if (o->bit != FOR_INFO || o->model.model)
-        usage("%.80s: an operand that means nothing (texts come from standard input)", value);
+        usage(
+            "%.80s: an operand that means nothing (texts come from standard input, a model by -m)",
+            value);
     o->model.model = value;
 }
 

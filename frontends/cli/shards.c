@@ -360,8 +360,10 @@ static shard_state do_shard(sharding *w, const shard *s) {
         if (in >= 0) close(in);
         return cannot_read(w, s, strerror(error));
     }
-    const shard_state state =
-        S_ISREG(st.st_mode) ? make_if_needed(w, s, in) : cannot_read(w, s, "not a regular file");
+    const shard_state state = S_ISREG(st.st_mode) ? make_if_needed(w, s, in)
+                              : S_ISDIR(st.st_mode)
+                                  ? cannot_read(w, s, "a directory; want the files in it")
+                                  : cannot_read(w, s, "not a regular file");
     close(in);
     return state;
 }

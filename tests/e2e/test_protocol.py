@@ -991,6 +991,7 @@ def test_help_has_a_line_for_each_option():
 
 
 USAGE = [
+    ([MODEL], r"means nothing \(texts come from standard input, a model by -m\)"),
     (["--cpu", "abacus"], "--cpu: not on this machine"),
     (["--cpu", ""], "--cpu: not on this machine"),
     (["--cpu", "plai"], r"--cpu: not on this machine .got plai, want plain"),

@@ -981,6 +981,7 @@ def test_manual_and_deployment_name_what_there_is(serve):
     "args,status,message",
     [
         ((), 1, "no model"),
+        ((MODEL,), 1, "an operand that means nothing (a model is given by -m)"),
         (("-m", "/nowhere"), 2, "/nowhere: No such file or directory (make convert "),
         (("-m", ROOT / "tests/golden/hf-tiny"), 2, "a Hugging Face directory (want a .qemb file: "),
         (("-m", MODEL, "--reranker", "Qwen/X"), 2, "make convert MODEL=Qwen/X OUT=model.qemb"),

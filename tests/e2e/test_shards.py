@@ -367,7 +367,7 @@ def test_files_that_cannot_be_read(files, tmp_path):
     assert said.splitlines()[:3] == [
         f"qemb: {tmp_path}/none: cannot read (No such file or directory)",
         f"qemb: {fifo}: cannot read (not a regular file)",
-        f"qemb: {tmp_path}/in: cannot read (not a regular file)",
+        f"qemb: {tmp_path}/in: cannot read (a directory; want the files in it)",
     ]
     assert summary(said)[:4] == (7, 4, 0, 3)
     check_all(out, files)
