@@ -298,14 +298,15 @@ static int want_dim(const input_parser *p, const json_t *v, input_object *o, qem
     return 0;
 }
 
-/* Keys that a record of the output has beside "id". */
-static int is_of_output(const char *key) {
-    static const char *const names[] = {"embedding",        "tokens", "truncated_bytes",
-                                        "truncated_tokens", "line",   "error"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (!strcmp(key, names[i])) return 1;
-    return 0;
+static int is_one_of(const char *key, const char *const *names) {
+    while (*names && strcmp(key, *names)) names++;
+    return *names != NULL;
 }
+
+/* The keys of field, and those that a record of the output has beside "id". */
+static const char *const of_input[] = {"id", "text", "ids", "instruct", "dim", NULL};
+static const char *const of_output[] = {
+    "embedding", "tokens", "truncated_bytes", "truncated_tokens", "line", "error", NULL};
 
 static int field(input_parser *p, const char *key, const json_t *v, input_object *o,
                  qemb_err *err) {
@@ -318,7 +319,7 @@ static int field(input_parser *p, const char *key, const json_t *v, input_object
         o->instruct = "";
         return is_null ? 0 : want_string(key, v, &o->instruct, &o->instruct_len, err);
     }
-    if (p->keep && !is_of_output(key)) return 0;
+    if (p->keep && !is_one_of(key, of_output)) return 0;
     if (p->keep)
         return qemb_fail(err, "bad_record", "\"%.64s\": a key of the output (want another name)",
                          key);
@@ -368,11 +369,9 @@ static const char *skip_value(const char *s) {
 
 /* Whether the key with these quotes (len) comes back. */
 static int is_kept(const char *quoted, size_t len) {
-    static const char *const ours[] = {"id", "text", "ids", "instruct", "dim"};
     json_t *key = json_loadb(quoted, len, JSON_DECODE_ANY, NULL); /* it may have escapes */
     const char *name = json_string_value(key);
-    int kept = name && !is_of_output(name);
-    for (size_t i = 0; i < sizeof ours / sizeof *ours; i++) kept = kept && strcmp(name, ours[i]);
+    const int kept = name && !is_one_of(name, of_input) && !is_one_of(name, of_output);
     json_decref(key);
     return kept;
 }

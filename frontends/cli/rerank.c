@@ -78,17 +78,13 @@ static void add_request(reranking *w) {
     pthread_mutex_unlock(&w->lock);
 }
 
-static input_status next_line(reranking *w, int wait, input_record *r) {
-    return input_next(w->in, wait, r);
-}
-
 /* Gives the next document of the line, or of the next line. from->offset counts the documents. */
 static input_status next_document(void *self, int wait, input_record *r, origin *from) {
     reranking *w = self;
-    if (w->opt->query) return next_line(w, wait, r);
+    if (w->opt->query) return input_next(w->in, wait, r);
     if (!w->current) {
         w->ranking = (input_ranking){0};
-        const input_status status = next_line(w, wait, &w->line);
+        const input_status status = input_next(w->in, wait, &w->line);
         if (status != INPUT_RECORD) return status;
         add_request(w);
     }

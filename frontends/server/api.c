@@ -275,12 +275,15 @@ int api_open_text(buffer *out, size_t room, api_error *e) {
     return out->data ? 0 : api_fail(e, 503, "out_of_memory", NULL, "response: out of memory");
 }
 
+static int has_floats(const api_output *o) {
+    return o->kind == FORMAT_F32 || o->kind == FORMAT_F16;
+}
+
 size_t api_vectors_room(int n, int dim, const api_output *o, size_t name_len) {
     const size_t bytes = format_vector_room(o->kind, dim);
-    const int is_float = o->kind == FORMAT_F32 || o->kind == FORMAT_F16;
-    const size_t each = o->base64  ? (bytes + 2) / 3 * 4 + 2
-                        : is_float ? format_vector_room(FORMAT_JSON, dim)
-                                   : 5 * bytes + 2; /* "-128," */
+    const size_t each = o->base64       ? (bytes + 2) / 3 * 4 + 2
+                        : has_floats(o) ? format_vector_room(FORMAT_JSON, dim)
+                                        : 5 * bytes + 2; /* "-128," */
     return (size_t)n * (each + ITEM_ROOM) + 6 * name_len + FRAME_ROOM;
 }
 
@@ -307,8 +310,7 @@ char *api_put_vector(char *p, const api_answer *a, int i, float *scratch, api_er
                  "%s[%d]: the model has no vector of finite length for it", a->key, i);
         return NULL;
     }
-    const int is_float = o->kind == FORMAT_F32 || o->kind == FORMAT_F16;
-    if (!o->base64 && is_float) return format_vector(p, FORMAT_JSON, v, a->dim);
+    if (!o->base64 && has_floats(o)) return format_vector(p, FORMAT_JSON, v, a->dim);
     uint8_t *bytes = (uint8_t *)(scratch + a->dim);
     const size_t n = format_vector_room(o->kind, a->dim);
     format_vector((char *)bytes, o->kind, v, a->dim);
