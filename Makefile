@@ -14,12 +14,16 @@ DEBIAN_BUILD   := $(DEBIAN_LIBRARY) libjansson-dev libssl-dev libxxhash-dev zlib
 DEBIAN_SERVE   := libmicrohttpd-dev libhiredis-dev
 DEBIAN_PYTHON  := python3 python3-venv
 DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread wrk apache2-utils # a plot, products to compare with, load
-DEBIAN_TEST    := git g++ pkgconf clang libclang-rt-dev libcriterion-dev xz-utils curl redis-server
+DEBIAN_TEST    := git g++ pkgconf clang libclang-rt-dev libcriterion-dev xz-utils curl redis-tools
 DEBIAN_DEB     := debhelper dpkg-dev lintian
 
 WARNINGS := -Wall -Wextra -Wpedantic -Werror
 # Products may be fused into sums (more exact, twice as fast); nothing else is relaxed.
 BASE     := -std=c11 -D_GNU_SOURCE -I. $(WARNINGS) -ffp-contract=fast -pthread -MMD -MP
+# What an overflow cannot do then: overwrite a return address or the table of functions unseen, or
+# count on addresses. Where an object's size is known, glibc checks what is written to it.
+HARDENED := -fstack-protector-strong -fstack-clash-protection $(if $(filter x86_64,$(shell uname -m)),-fcf-protection) -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2
+RELRO    := -Wl,-z,relro,-z,now
 SERVE_LIBS := -lmicrohttpd -lhiredis
 LIBS     := -ljansson -lcrypto -lz -lzstd -lm
 # bench has oneDNN beside the matmul if its headers are there when bench is built (bench/vendor_gemm.c).
@@ -79,46 +83,58 @@ CONVERT_NEEDS = $(shell sed -n 's/^\#   \("[a-z_]*[<>=].*"\),$$/\1/p' convert_we
 # $(call venv,DIRECTORY): a Python environment; pip comes last into one, so without pip it is not whole
 venv = [ -x $(1)/bin/pip ] || python3 -m venv $(1)
 
-$(VENV)/.convert: convert_weights.py | need-python
+PIP  = $(VENV)/bin/pip install -q --disable-pip-version-check
+
+# Exact versions, with the digest of each file that pip may take.
+$(VENV)/.convert: packaging/convert.lock | need-python
 	$(call venv,$(VENV))
-	$(VENV)/bin/pip install -q --disable-pip-version-check $(CONVERT_NEEDS)
+	$(PIP) --require-hashes -r $<
 	touch $@
 
-$(VENV_TEST): tests/requirements.txt tests/requirements-serve.txt $(VENV)/.convert
-	$(VENV)/bin/pip install -q --disable-pip-version-check -r tests/requirements-serve.txt
+$(VENV_TEST): tests/requirements.lock $(VENV)/.convert
+	$(PIP) --require-hashes -r $<
 	touch $@
+
+# $(call lock,OLDEST PYTHON,FILE,INPUTS)
+lock = $(VENV)/bin/uv pip compile -q --upgrade --universal --python-version $(1) --generate-hashes --no-annotate --no-header -o $(2) $(3)
+locks: $(VENV)/.convert ## resolve the Python packages again: packaging/convert.lock, tests/requirements.lock
+	$(PIP) uv
+	@mkdir -p build
+	printf '%s\n' $(CONVERT_NEEDS) >build/convert.in
+	$(call lock,3.9,packaging/convert.lock,build/convert.in)
+	$(call lock,3.11,tests/requirements.lock,-c packaging/convert.lock build/convert.in tests/requirements-serve.txt)
 
 # ---- builds ---------------------------------------------------------------------------------------
 
-# $(eval $(call variant,NAME,COMPILER,FLAGS)): objects and the program under build/NAME
+# $(eval $(call variant,NAME,COMPILER,FLAGS,LINK FLAGS)): objects and the program under build/NAME
 define variant
 build/$(1)/%.o: %.c | need-build
 	@mkdir -p $$(@D)
 	$(2) $(BASE) $(3) -c $$< -o $$@
 build/$(1)/qemb: $$(patsubst %,build/$(1)/%.o,$(FRONT) $(BACKEND) $(ENGINE))
-	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
+	$(2) $(3) $(4) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$(SERVE) $(BACKEND) $(ENGINE))
-	$(2) $(3) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
+	$(2) $(3) $(4) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
 build/$(1)/qemb-devices: $$(patsubst %,build/$(1)/%.o,$(FRONT) tests/unit/fake_gpus $(ENGINE))
-	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
+	$(2) $(3) $(4) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/qemb-serve-devices: $$(patsubst %,build/$(1)/%.o,$(SERVE) tests/unit/fake_gpus $(ENGINE))
-	$(2) $(3) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
+	$(2) $(3) $(4) -pthread $$^ $(SERVE_LIBS) $(LIBS) -o $$@
 build/$(1)/qemb-emulated: $$(patsubst %,build/$(1)/%.o,$(FRONT) tests/unit/emulated_backend tests/unit/emulated_amx $(ENGINE))
-	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
+	$(2) $(3) $(4) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/test_%: build/$(1)/tests/unit/test_%.o $$(patsubst %,build/$(1)/%.o,$(TESTED) $(ENGINE))
-	$(2) $(3) -pthread $$^ $(LIBS) -lcriterion -o $$@
+	$(2) $(3) $(4) -pthread $$^ $(LIBS) -lcriterion -o $$@
 build/$(1)/test_measure: build/$(1)/bench/measure.o
 build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/measure bench/limits bench/vendor_gemm frontends/console frontends/cli/line_index frontends/select_ops frontends/format tests/unit/oracle $(BACKEND) $(ENGINE))
-	$(2) $(3) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
+	$(2) $(3) $(4) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support tests/unit/emulated_amx $(ENGINE))
-	$(2) $(3) -pthread $$^ $(LIBS) -o $$@
+	$(2) $(3) $(4) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console decompress format input cli/line_index ranking server/api server/api_keys server/api_tei server/api_ollama server/api_rerank server/http_header server/metrics server/log server/buffer server/vector) $$(ENGINE))
-	$(2) $(3) $$^ $(LIBS) -o $$@
+	$(2) $(3) $(4) $$^ $(LIBS) -o $$@
 -include $$(wildcard $$(foreach d,* */* */*/* */*/*/*,build/$(1)/$$(d).d))
 endef
 .SECONDARY:
 
-$(eval $(call variant,release,$(CC),-O3 -g -fopenmp))
+$(eval $(call variant,release,$(CC),-O3 -g -fopenmp -fPIE $(HARDENED),-pie $(RELRO)))
 $(eval $(call variant,asan,$(CC),-O2 -g -fopenmp $(ASAN)))
 # Without OpenMP, whose barriers the thread sanitizer cannot see.
 $(eval $(call variant,tsan,$(CC),-O1 -g -fsanitize=thread -Wno-unknown-pragmas))
@@ -137,7 +153,7 @@ $(eval $(call variant,clang,$(CLANG),-O1 -Wno-unknown-pragmas))
 # libqemb.a has one object, in which only the names that begin with qemb_ are visible.
 build/lib/%.o: %.c | need-library
 	@mkdir -p $(@D)
-	$(CC) $(BASE) -O3 -g -fopenmp -fPIC -c $< -o $@
+	$(CC) $(BASE) -O3 -g -fopenmp -fPIC $(HARDENED) -c $< -o $@
 build/lib/libqemb.a: $(patsubst %,build/lib/%.o,$(ENGINE))
 	$(LD) -r $^ -o build/lib/libqemb.o
 	objcopy --wildcard --keep-global-symbol='qemb_*' build/lib/libqemb.o
@@ -148,12 +164,12 @@ SO_OPENMP := $(if $(filter x86_64,$(shell uname -m)),-Wno-unknown-pragmas,-fopen
 SONAME    := libqemb.so.0 # 0: the interface may change with every version
 build/lib/shared/qemb.o: qemb.c | need-library
 	@mkdir -p $(@D)
-	$(CC) $(BASE) -O3 -g $(SO_OPENMP) -fPIC -c $< -o $@
+	$(CC) $(BASE) -O3 -g $(SO_OPENMP) -fPIC $(HARDENED) -c $< -o $@
 build/lib/libqemb.map:
 	@mkdir -p $(@D)
 	echo '{ global: qemb_*; local: *; };' >$@
 build/lib/libqemb.so: build/lib/libqemb.map build/lib/shared/qemb.o $(patsubst %,build/lib/%.o,$(filter-out qemb,$(ENGINE)))
-	$(CC) -shared -Wl,-soname,$(SONAME) -Wl,--version-script=$< -Wl,-z,defs $(filter %.o,$^) $(filter -fopenmp,$(SO_OPENMP)) -pthread -lm -o $@
+	$(CC) -shared $(RELRO) -Wl,-soname,$(SONAME) -Wl,--version-script=$< -Wl,-z,defs $(filter %.o,$^) $(filter -fopenmp,$(SO_OPENMP)) -pthread -lm -o $@
 -include $(wildcard $(foreach d,* */* */*/*,build/lib/$(d).d))
 
 qemb: build/release/qemb

@@ -20,7 +20,7 @@ uninstall: ## removes what make install put under PREFIX
 
 # Programs that need no library of the machine that they run on, glibc included: packaging/static.c
 # has what they do without. The linker's warnings are about what static.c prevents.
-STATIC := -static-pie -Wl,--no-warnings
+STATIC := -static-pie $(RELRO) -Wl,--no-warnings
 build/static/qemb: $(patsubst %,build/release/%.o,$(FRONT) $(BACKEND) $(ENGINE) packaging/static)
 	@mkdir -p $(@D)
 	$(CC) $(STATIC) -fopenmp -pthread $^ $(LIBS) -o $@

@@ -6,6 +6,7 @@ a wrong exit status."""
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import threading
@@ -35,6 +36,15 @@ def run(*args, **kwargs):
 
 def make(*args):
     return run("make", "-s", *args, cwd=ROOT)
+
+
+REDIS = shutil.which("redis-check-rdb")  # None: not installed
+
+
+def redis_server(*options, **popen):
+    """Starts a Redis. Debian's redis-tools has the whole program; the name that it is called by
+    decides what it does. The package redis-server would add a daemon that starts at once."""
+    return subprocess.Popen(["redis-server", *map(str, options)], executable=REDIS, **popen)
 
 
 def stdout_of(p, status=0, errors=None):

@@ -109,18 +109,20 @@ build/cuda/hopper_%.cubin: tests/cuda/test_cuda_hopper.cu $(CUDA_SOURCES) tests/
 cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin ## build the CUDA code for sm_80, 89, 90a, 100, 120 and check it: no spills, tensor-core instructions
 	tests/cuda/check_sass.py $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o.log build/cuda/tests_$(a).cubin.log build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin.log build/cuda/hopper_90a.cubin
 
+HOST_FLAGS := -fopenmp $(HARDENED)
+NVCC_HOST  := -Xcompiler $(subst $() ,$(comma),$(strip $(HOST_FLAGS)))
 build/cuda/%.cu.o: %.cu $(CUDA_SOURCES)
 	@mkdir -p $(@D)
-	$(NVCC) -I. -std=c++20 -O3 -Xcompiler -fopenmp $(GENCODE) -c $< -o $@
+	$(NVCC) -I. -std=c++20 -O3 $(NVCC_HOST) $(GENCODE) -c $< -o $@
 build/cuda/%.o: %.c $(C_HEADERS)
 	@mkdir -p $(@D)
-	$(CC) $(EMU_CC) -O3 -fopenmp -c $< -o $@
+	$(CC) $(EMU_CC) -O3 $(HOST_FLAGS) -c $< -o $@
 build/cuda/qemb-cuda: build/cuda/qemb.cu.o $(patsubst %,build/cuda/%.o,$(CUDA_PROGRAM))
-	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(LIBS) -o $@
+	$(NVCC) $(NVCC_HOST) $(RELRO:-Wl,%=-Xlinker %) $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(LIBS) -o $@
 qemb-cuda: build/cuda/qemb-cuda ## qemb for NVIDIA GPUs: same options, same protocol
 	cp build/cuda/qemb-cuda qemb-cuda
 build/cuda/qemb-serve: $(patsubst %,build/cuda/%.o,$(CUDA_SERVE)) build/cuda/qemb.cu.o
-	$(NVCC) -Xcompiler -fopenmp $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(SERVE_LIBS) $(LIBS) -o $@
+	$(NVCC) $(NVCC_HOST) $(RELRO:-Wl,%=-Xlinker %) $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(SERVE_LIBS) $(LIBS) -o $@
 qemb-serve-cuda: need-serve build/cuda/qemb-serve ## qemb-serve for NVIDIA GPUs: same options and requests
 	cp build/cuda/qemb-serve qemb-serve-cuda
 
@@ -137,7 +139,7 @@ GPU_FILES := tests/cuda/gpu_day.py tests/cuda/test_cuda_program.py tests/cuda/te
 CUBLASLT  = $(shell python3 tests/cuda/gpu_day.py cublaslt $(CUDA))
 # A program needs no library but glibc's and cuBLASLt. libstdc++.a has std::random_device beside
 # std::string and with it arc4random of glibc 2.36, which nothing calls.
-GPU_LINK  = g++ -static-libstdc++ -static-libgcc -pthread -Wl,--defsym=arc4random=main
+GPU_LINK  = g++ $(RELRO) -static-libstdc++ -static-libgcc -pthread -Wl,--defsym=arc4random=main
 GPU_CUDA  = -L$(CUDA)/lib64 -lcudart_static $(firstword $(wildcard $(CUBLASLT)/libcublasLt.so.*)) -Wl,-rpath,$(CUDA)/lib64
 GPU_LIBS  = -l:libjansson.a -l:libcrypto.a -l:libz.a -l:libzstd.a -l:libgomp.a -ldl -lrt -lm
 # File and Debian package
@@ -156,10 +158,10 @@ gpu-needs:
 
 $(GPU)/%.cu.o: %.cu $(CUDA_SOURCES) $(wildcard tests/cuda/*.h) | gpu-needs
 	@mkdir -p $(@D)
-	$(NVCC) -I. -I$(CUBLASLT)/../include -std=c++20 -O3 -Werror all-warnings -Xcompiler -fopenmp $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -c $< -o $@
+	$(NVCC) -I. -I$(CUBLASLT)/../include -std=c++20 -O3 -Werror all-warnings $(NVCC_HOST) $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -c $< -o $@
 $(GPU)/%.o: %.c $(C_HEADERS) | gpu-needs
 	@mkdir -p $(@D)
-	$(CC) $(EMU_CC) -O3 -fopenmp -c $< -o $@
+	$(CC) $(EMU_CC) -O3 $(HOST_FLAGS) -c $< -o $@
 $(GPU)/test_cuda: $(patsubst %.cu,$(GPU)/%.cu.o,qemb.cu $(EMU_TESTS)) $(patsubst %.c,$(GPU)/%.o,$(EMU_C))
 	$(GPU_LINK) $^ $(GPU_CUDA) $(GPU_LIBS) -o $@
 $(GPU)/bench_cuda: $(GPU)/bench/bench_cuda.cu.o $(GPU)/qemb.cu.o $(patsubst %.c,$(GPU)/%.o,$(EMU_C))

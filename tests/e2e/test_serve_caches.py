@@ -4,7 +4,6 @@ import base64
 import contextlib
 import json
 import re
-import shutil
 import socket
 import struct
 import subprocess
@@ -14,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers import free_port, wait_for
+from helpers import REDIS, free_port, redis_server, wait_for
 from serve_client import (
     EOS,
     GUARD,
@@ -73,23 +72,8 @@ def with_redis(port):
 class Redis:
     def __init__(self, port=None):
         self.port = port or free_port()
-        self.process = subprocess.Popen(
-            [
-                "redis-server",
-                "--port",
-                str(self.port),
-                "--bind",
-                "127.0.0.1",
-                "--save",
-                "",
-                "--appendonly",
-                "no",
-                "--daemonize",
-                "no",
-            ],
-            stdout=subprocess.DEVNULL,
-            cwd="/tmp",
-        )
+        options = ["--port", self.port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        self.process = redis_server(*options, stdout=subprocess.DEVNULL, cwd="/tmp")
         until = time.monotonic() + GUARD
         while True:
             with contextlib.suppress(OSError), socket.create_connection(
@@ -131,8 +115,8 @@ class Redis:
 
 @pytest.fixture
 def redis():
-    if not shutil.which("redis-server"):
-        pytest.skip("redis-server: not installed")
+    if not REDIS:
+        pytest.skip("redis-tools: not installed")
     r = Redis()
     yield r
     r.kill()
