@@ -46,22 +46,28 @@ VENV      := .venv
 VENV_TEST := $(VENV)/.test
 GOLDEN    := .venv-golden
 
-.PHONY: all help demo accuracy test test-c bench fuzz golden train convert clean
+.PHONY: all help deps demo accuracy test test-c bench fuzz golden train convert locks clean
 all: qemb
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# ---- what is missing gets installed ---------------------------------------------------------------
+# ---- Debian packages ------------------------------------------------------------------------------
+
+# Only these goals install packages. The others name what is missing, and fail.
+export INSTALLING ?= $(filter deps demo test test-% need-%,$(MAKECMDGOALS))
 
 # $(call need,PACKAGES): installs those that dpkg does not know; says so where there is no dpkg. One
 # apt-get at a time, since with make -j several rules may need some, and apt's own locks fail.
 define need
 	@if ! command -v dpkg-query >/dev/null; then echo "not Debian: make sure of $(1)"; else \
 	missing=; for p in $(1); do dpkg-query -W -f='$${db:Status-Status}' $$p 2>/dev/null | grep -q '^installed' || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ] && [ -z "$(INSTALLING)" ]; then echo "packages: missing (want$$missing). Install them by: sudo apt-get install$$missing" >&2; exit 1; fi; \
 	if [ -n "$$missing" ]; then echo "installing$$missing"; sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
 	(flock 9; $$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends $$missing >/dev/null) 9</var/lib/dpkg; fi; fi
 endef
+
+deps: need-build need-serve need-python ## install what builds of the programs and the converter need
 
 .PHONY: need-library need-build need-serve need-python need-bench need-test
 need-library:
