@@ -28,16 +28,18 @@ SERVE_LIBS := -lmicrohttpd -lhiredis
 LIBS     := -ljansson -lcrypto -lz -lzstd -lm
 # bench has oneDNN beside the matmul if its headers are there when bench is built (bench/vendor_gemm.c).
 BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
+# The threads of limits.c, and of what vendor_gemm.c compares with.
+BENCH_OPENMP := -fopenmp
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-CPU     := $(patsubst %,backends/cpu/%,memory threads row_ops packed_gemm avx2 avx2_integers avx512 avx512_attention amx dot_f16 dispatch)
+CPU     := $(patsubst %,backends/cpu/%,cpu_count threads memory row_ops packed_gemm avx2 avx2_integers avx512 avx512_attention amx dot_f16 dispatch)
 ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error lib/text_ids lib/embed_text
 SHARED  := $(patsubst %,frontends/%,fingerprint ranking console options model_options select_ops open_model replicas record_tokenizer format input decompress)
 CLI     := $(patsubst %,frontends/cli/%,main embed check grep rerank hits line_index shards shard_store pipeline progress output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main probe http http_header http_work http_tell listen api api_keys api_tei api_ollama api_rerank model_worker queue cache redis metrics log buffer vector) $(SHARED)
-TESTS   := amx batch embed_text line_index measure model_file format input model ops ranking serve_cache serve_queue simd text_ids tokenizer
+TESTS   := amx batch cpu_count embed_text line_index measure model_file format input model ops ranking serve_cache serve_queue simd text_ids tokenizer
 FUZZERS := file input jsonl line_index request tokenizer
 TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console decompress format input ranking cli/line_index server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
@@ -116,7 +118,7 @@ locks: $(VENV)/.convert ## resolve the Python packages again: packaging/convert.
 define variant
 build/$(1)/%.o: %.c | need-build
 	@mkdir -p $$(@D)
-	$(2) $(BASE) $(3) -c $$< -o $$@
+	$(2) $(BASE) $(3) $$(if $$(findstring /bench/,$$@),$(BENCH_OPENMP)) -c $$< -o $$@
 build/$(1)/qemb: $$(patsubst %,build/$(1)/%.o,$(FRONT) $(BACKEND) $(ENGINE))
 	$(2) $(3) $(4) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$(SERVE) $(BACKEND) $(ENGINE))
@@ -131,7 +133,7 @@ build/$(1)/test_%: build/$(1)/tests/unit/test_%.o $$(patsubst %,build/$(1)/%.o,$
 	$(2) $(3) $(4) -pthread $$^ $(LIBS) -lcriterion -o $$@
 build/$(1)/test_measure: build/$(1)/bench/measure.o
 build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/measure bench/limits bench/vendor_gemm frontends/console frontends/cli/line_index frontends/select_ops frontends/format tests/unit/oracle $(BACKEND) $(ENGINE))
-	$(2) $(3) $(4) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
+	$(2) $(3) $(4) $(BENCH_OPENMP) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support tests/unit/emulated_amx $(ENGINE))
 	$(2) $(3) $(4) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console decompress format input cli/line_index ranking server/api server/api_keys server/api_tei server/api_ollama server/api_rerank server/http_header server/metrics server/log server/buffer server/vector) $$(ENGINE))
@@ -140,42 +142,37 @@ build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,t
 endef
 .SECONDARY:
 
-$(eval $(call variant,release,$(CC),-O3 -g -fopenmp -fPIE $(HARDENED),-pie $(RELRO)))
-$(eval $(call variant,asan,$(CC),-O2 -g -fopenmp $(ASAN)))
-# Without OpenMP, whose barriers the thread sanitizer cannot see.
-$(eval $(call variant,tsan,$(CC),-O1 -g -fsanitize=thread -Wno-unknown-pragmas))
-$(eval $(call variant,fuzz,$(CLANG),-O1 -g -Wno-unknown-pragmas $(ASAN) -fsanitize=fuzzer))
+$(eval $(call variant,release,$(CC),-O3 -g -fPIE $(HARDENED),-pie $(RELRO)))
+$(eval $(call variant,asan,$(CC),-O2 -g $(ASAN)))
+$(eval $(call variant,tsan,$(CC),-O1 -g -fsanitize=thread))
+$(eval $(call variant,fuzz,$(CLANG),-O1 -g $(ASAN) -fsanitize=fuzzer))
 # At -O2 gcc takes a minute each to instrument these.
 $(patsubst %,build/asan/backends/cpu/%.o,avx512 avx512_attention amx): build/asan/%.o: %.c | need-build
 	@mkdir -p $(@D)
-	$(CC) $(BASE) -O1 -g -fopenmp $(ASAN) -c $< -o $@
+	$(CC) $(BASE) -O1 -g $(ASAN) -c $< -o $@
 # What the fuzzers feed never reaches the vector ops, and their intrinsics take clang minutes to instrument.
 build/fuzz/backends/cpu/%.o: backends/cpu/%.c | need-build
 	@mkdir -p $(@D)
-	$(CLANG) $(BASE) -O1 -g -Wno-unknown-pragmas -c $< -o $@
+	$(CLANG) $(BASE) -O1 -g -c $< -o $@
 # The other compiler's warnings.
-$(eval $(call variant,clang,$(CLANG),-O1 -Wno-unknown-pragmas))
+$(eval $(call variant,clang,$(CLANG),-O1))
 
 # libqemb.a has one object, in which only the names that begin with qemb_ are visible.
 build/lib/%.o: %.c | need-library
 	@mkdir -p $(@D)
-	$(CC) $(BASE) -O3 -g -fopenmp -fPIC $(HARDENED) -c $< -o $@
+	$(CC) $(BASE) -O3 -g -fPIC $(HARDENED) -c $< -o $@
 build/lib/libqemb.a: $(patsubst %,build/lib/%.o,$(ENGINE))
 	$(LD) -r $^ -o build/lib/libqemb.o
 	objcopy --wildcard --keep-global-symbol='qemb_*' build/lib/libqemb.o
 	rm -f $@ && $(AR) rcs $@ build/lib/libqemb.o
 
-# libqemb.so needs glibc alone: OpenMP serves the plain table, which x86-64 CPUs without AVX2 use.
-SO_OPENMP := $(if $(filter x86_64,$(shell uname -m)),-Wno-unknown-pragmas,-fopenmp)
+# libqemb.so needs glibc alone.
 SONAME    := libqemb.so.0 # 0: the interface may change with every version
-build/lib/shared/qemb.o: qemb.c | need-library
-	@mkdir -p $(@D)
-	$(CC) $(BASE) -O3 -g $(SO_OPENMP) -fPIC $(HARDENED) -c $< -o $@
 build/lib/libqemb.map:
 	@mkdir -p $(@D)
 	echo '{ global: qemb_*; local: *; };' >$@
-build/lib/libqemb.so: build/lib/libqemb.map build/lib/shared/qemb.o $(patsubst %,build/lib/%.o,$(filter-out qemb,$(ENGINE)))
-	$(CC) -shared $(RELRO) -Wl,-soname,$(SONAME) -Wl,--version-script=$< -Wl,-z,defs $(filter %.o,$^) $(filter -fopenmp,$(SO_OPENMP)) -pthread -lm -o $@
+build/lib/libqemb.so: build/lib/libqemb.map $(patsubst %,build/lib/%.o,$(ENGINE))
+	$(CC) -shared $(RELRO) -Wl,-soname,$(SONAME) -Wl,--version-script=$< -Wl,-z,defs $(filter %.o,$^) -pthread -lm -o $@
 -include $(wildcard $(foreach d,* */* */*/*,build/lib/$(d).d))
 
 qemb: build/release/qemb

@@ -32,6 +32,22 @@ enum {
 static float *f32(qemb_act *a) { return (float *)a; }
 static const float *cf32(const qemb_act *a) { return (const float *)a; }
 
+/* What the items of an op read and write, which threads take one by one (threads.c). An op uses
+ * some of these. */
+typedef struct {
+    const qemb_backend *be;
+    float *y;
+    const float *x, *w, *w2; /* inputs; weights that are vectors */
+    const qemb_mat *matrix;
+    const qemb_packed_batch *b;
+    int T, flag;
+} op_job;
+
+enum { ROWS = 8 }; /* rows of an item of the ops that compute row by row */
+static int row_items(int T) { return ceil_div(T, ROWS); }
+/* Item i has rows ROWS*i .. rows_end-1. */
+static int rows_end(const op_job *j, int i) { return min_int(j->T, ROWS * (i + 1)); }
+
 /* ---- embed: rows of a table ------------------------------------------------------------------ */
 
 /* x (T, D) = rows of tok_emb (V, D) */
@@ -56,11 +72,16 @@ static void rmsnorm_row(float *y, const float *x, const float *w, int n, float e
     for (int i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
 }
 
+static void rmsnorm_item(const void *job, work_item item) {
+    const op_job *j = job;
+    const int D = j->be->c->hidden;
+    for (int t = ROWS * item.i; t < rows_end(j, item.i); t++)
+        rmsnorm_row(j->y + (size_t)t * D, j->x + (size_t)t * D, j->w, D, j->be->c->rms_eps);
+}
+
 static void cpu_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T) {
-    const int D = be->c->hidden;
-#pragma omp parallel for num_threads(be->threads) if (T > 8)
-    for (int t = 0; t < T; t++)
-        rmsnorm_row(f32(y) + (size_t)t * D, x + (size_t)t * D, w, D, be->c->rms_eps);
+    const op_job j = {be, f32(y), x, .w = w, .T = T};
+    cpu_parallel(be->pool, row_items(T), rmsnorm_item, &j);
 }
 
 /* ---- matmul: y = x W^T --------------------------------------------------------------------------
@@ -115,11 +136,16 @@ static void matmul_panel(float *y, const float *x, const qemb_mat *w, int T, int
     }
 }
 
+static void matmul_item(const void *job, work_item item) {
+    const op_job *j = job;
+    matmul_panel(j->y, j->x, j->matrix, j->T, NR * item.i, j->flag);
+}
+
 static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_mat *w, int T,
                        int add) {
-    assert((w->dtype == QEMB_F16 || w->dtype == QEMB_I8) && be->threads > 0);
-#pragma omp parallel for num_threads(be->threads) schedule(dynamic, 4)
-    for (int n0 = 0; n0 < w->rows; n0 += NR) matmul_panel(y, x, w, T, n0, add);
+    assert(w->dtype == QEMB_F16 || w->dtype == QEMB_I8);
+    const op_job j = {be, y, x, .matrix = w, .T = T, .flag = add};
+    cpu_parallel(be->pool, ceil_div(w->rows, NR), matmul_item, &j);
 }
 
 /* y (T, out) = alpha x W^T */
@@ -159,19 +185,24 @@ static void rotate(float *head, const float *cosines, const float *sines, int ha
     }
 }
 
-static void cpu_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm,
-                            const float *k_norm, const qemb_packed_batch *b) {
-    const qemb_config *c = be->c;
+static void qknorm_rope_item(const void *job, work_item item) {
+    const op_job *j = job;
+    const qemb_config *c = j->be->c;
     const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim;
-#pragma omp parallel for num_threads(be->threads) if (b->T > 8)
-    for (int t = 0; t < b->T; t++) {
-        const float *cosines = be->rope + (size_t)b->pos[t] * hd, *sines = cosines + hd / 2;
-        float *head = f32(qkv) + (size_t)t * (H + 2 * K) * hd;
+    for (int t = ROWS * item.i; t < rows_end(j, item.i); t++) {
+        const float *cosines = j->be->rope + (size_t)j->b->pos[t] * hd, *sines = cosines + hd / 2;
+        float *head = j->y + (size_t)t * (H + 2 * K) * hd;
         for (int h = 0; h < H + K; h++, head += hd) { /* the K value heads stay as they are */
-            rmsnorm_row(head, head, h < H ? q_norm : k_norm, hd, c->rms_eps);
+            rmsnorm_row(head, head, h < H ? j->w : j->w2, hd, c->rms_eps);
             rotate(head, cosines, sines, hd / 2);
         }
     }
+}
+
+static void cpu_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm,
+                            const float *k_norm, const qemb_packed_batch *b) {
+    const op_job j = {be, f32(qkv), .w = q_norm, .w2 = k_norm, .b = b, .T = b->T};
+    cpu_parallel(be->pool, row_items(b->T), qknorm_rope_item, &j);
 }
 
 /* ---- attention: grouped queries, softmax computed online ----------------------------------------
@@ -298,7 +329,8 @@ static void attention_block(const attention_work *w, float *att, size_t ld_att, 
             att[r / G * ld_att + r % G * hd + d] = w->acc[r * w->hdp + d] / w->l[r] + 0.0f;
 }
 
-static attention_work attention_setup(const qemb_backend *be, const float *qkv, int kv_head) {
+static attention_work attention_setup(const qemb_backend *be, const float *qkv, int kv_head,
+                                      int thread) {
     const qemb_config *c = be->c;
     const int H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, G = H / K, R = QUERIES * G;
     attention_work w = {.qkv = qkv, .ld = (size_t)(H + 2 * K) * hd, .G = G, .hd = hd};
@@ -306,7 +338,7 @@ static attention_work attention_setup(const qemb_backend *be, const float *qkv, 
     w.q_col = kv_head * G * hd;
     w.k_col = (H + kv_head) * hd;
     w.v_col = (H + K + kv_head) * hd;
-    w.kt = be->scratch + (size_t)omp_get_thread_num() * be->scratch_floats;
+    w.kt = be->scratch + (size_t)thread * be->scratch_floats;
     w.v = w.kt + hd * KEYS;
     w.q = w.v + KEYS * w.hdp;
     w.s = w.q + (size_t)R * hd;
@@ -316,45 +348,52 @@ static attention_work attention_setup(const qemb_backend *be, const float *qkv, 
     return w;
 }
 
+/* An item is a kv head of a segment. Segment 0 is the shared prefix, which attends to itself;
+ * segment i is text i-1. */
+static void attention_item(const void *job, work_item item) {
+    const op_job *j = job;
+    const qemb_packed_batch *b = j->b;
+    const int K = j->be->c->n_kv_heads, i = item.i / K;
+    const size_t ld_att = (size_t)j->be->c->n_heads * j->be->c->head_dim;
+    attention_work w = attention_setup(j->be, j->x, item.i % K, item.thread);
+    const int first = i ? b->cu[i - 1] : 0, end = b->cu[i], last_only = j->flag;
+    w.prefix = i ? b->P : 0;
+    w.own = first;
+    w.all = b->bidirectional ? end - first : 0;
+    float *out = j->y + w.q_col;
+    if (last_only) {
+        if (i)
+            attention_block(&w, out + (i - 1) * ld_att, ld_att, w.prefix + end - 1 - first, 1);
+        return;
+    }
+    for (int t = first; t < end; t += QUERIES)
+        attention_block(&w, out + t * ld_att, ld_att, w.prefix + t - first,
+                        min_int(QUERIES, end - t));
+}
+
 static void cpu_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
                           const qemb_packed_batch *b, int last_only) {
-    const int K = be->c->n_kv_heads;
-    const size_t ld_att = (size_t)be->c->n_heads * be->c->head_dim;
-    /* Segment 0 is the shared prefix, which attends to itself; segment i is text i-1. */
-#pragma omp parallel for num_threads(be->threads) collapse(2) schedule(dynamic)
-    for (int i = 0; i <= b->B; i++) {
-        for (int kv_head = 0; kv_head < K; kv_head++) {
-            attention_work w = attention_setup(be, cf32(qkv), kv_head);
-            const int first = i ? b->cu[i - 1] : 0, end = b->cu[i];
-            w.prefix = i ? b->P : 0;
-            w.own = first;
-            w.all = b->bidirectional ? end - first : 0;
-            float *out = f32(att) + w.q_col;
-            if (last_only) {
-                if (i)
-                    attention_block(&w, out + (i - 1) * ld_att, ld_att, w.prefix + end - 1 - first,
-                                    1);
-                continue;
-            }
-            for (int t = first; t < end; t += QUERIES)
-                attention_block(&w, out + t * ld_att, ld_att, w.prefix + t - first,
-                                min_int(QUERIES, end - t));
-        }
-    }
+    const op_job j = {be, f32(att), cf32(qkv), .b = b, .flag = last_only};
+    cpu_parallel(be->pool, (b->B + 1) * be->c->n_kv_heads, attention_item, &j);
 }
 
 /* ---- gate_up: h = silu(gate) * up  (Shazeer 2020) -------------------------------------------- */
 
+static void swiglu_item(const void *job, work_item item) {
+    const op_job *j = job;
+    const int F = j->be->c->ffn;
+    for (int t = ROWS * item.i; t < rows_end(j, item.i); t++) {
+        const float *gate = j->x + (size_t)t * 2 * F, *up = gate + F;
+        float *h = j->y + (size_t)t * F;
+        for (int i = 0; i < F; i++) h[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+    }
+}
+
 static void cpu_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
                         const qemb_mat *w, int T) {
-    const int F = be->c->ffn;
     cpu_matmul(be, gu, x, w, T);
-#pragma omp parallel for num_threads(be->threads) if (T > 1)
-    for (int t = 0; t < T; t++) {
-        const float *gate = cf32(gu) + (size_t)t * 2 * F, *up = gate + F;
-        float *ht = f32(h) + (size_t)t * F;
-        for (int i = 0; i < F; i++) ht[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
-    }
+    const op_job j = {be, f32(h), cf32(gu), .T = T};
+    cpu_parallel(be->pool, row_items(T), swiglu_item, &j);
 }
 
 /* ---- pool: a text's vector is its last token's row, or the mean of its rows ------------------ */
@@ -424,9 +463,9 @@ int qemb_l2_normalize(float *dst, const float *src, int dim) {
 
 /* ---- the table ------------------------------------------------------------------------------- */
 
-static int cpu_open(qemb_backend **out, const qemb_config *c, const qemb_options *opt,
-                    qemb_err *err) {
-    return cpu_open_scratch(out, c, opt, attention_scratch_floats(c), 0, err);
+static int plain_open(qemb_backend **out, const qemb_config *c, const qemb_options *opt,
+                      qemb_err *err) {
+    return cpu_open(out, c, opt, attention_scratch_floats(c), 0, err);
 }
 
 int cpu_begin(qemb_backend *be, const qemb_packed_batch *b) {
@@ -440,7 +479,7 @@ int cpu_begin(qemb_backend *be, const qemb_packed_batch *b) {
 const qemb_ops qemb_cpu_ops = {
     .name = "plain",
     .act_size = sizeof(float),
-    .open = cpu_open,
+    .open = plain_open,
     .close = cpu_close,
     .load_weights = cpu_load_weights,
     .arena = cpu_arena,
@@ -486,6 +525,7 @@ struct qemb_model {
     } running[MAX_IN_FLIGHT];
     int n_running;
     float *pooled; /* (qemb_in_flight, batch_tokens, D), NULL without a dense layer */
+    struct cpu_pool *dense_pool; /* computes the dense layer beside a GPU, or NULL */
     int next_pooled;
 };
 
@@ -597,7 +637,7 @@ static qemb_options fill_options(const qemb_file *f, const qemb_ops *ops, const 
      * longest text has need hardly more memory than that. */
     if (any_batch && f->config.kind == QEMB_RERANKER)
         o.batch_tokens = max_int(o.batch_tokens, min_int(window, o.max_tokens));
-    if (o.threads <= 0) o.threads = omp_get_num_procs();
+    if (o.threads <= 0) o.threads = qemb_cpu_count();
     large = o;
     if (any_batch) large.batch_tokens *= 2;
     if (any_mlp) large.mlp_rows *= 2;
@@ -668,6 +708,8 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
     }
     bad = bad || ops->load_weights(m->be, &m->w, err);
     bad = bad || (ops->fallback && open_fallback(m, err));
+    if (c->dense_rows && ops->in_flight)
+        bad = bad || cpu_pool_open(&m->dense_pool, m->opt.threads, err);
     if (bad) {
         qemb_close(m);
         return -1;
@@ -678,6 +720,7 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
 
 void qemb_close(qemb_model *m) {
     if (!m) return;
+    cpu_pool_close(m->dense_pool);
     m->ops->close(m->be);
     qemb_close(m->fallback);
     free(m->w.layers);
@@ -880,20 +923,34 @@ static double dot(const float *a, const float *b, int n) {
     return sum;
 }
 
+/* The dense layer of B texts. */
+typedef struct {
+    const qemb_file *file;
+    float *out;        /* (B, dense_rows) */
+    const float *rows; /* (B, D) */
+    size_t n;          /* numbers of out */
+} dense_job;
+
+enum { DENSE = 64 }; /* numbers of an item */
+
+static void dense_item(const void *job, work_item item) {
+    const dense_job *j = job;
+    const qemb_config *c = &j->file->config;
+    const qemb_weights *w = &j->file->weights;
+    const size_t N = (size_t)c->dense_rows, D = (size_t)c->hidden, first = (size_t)item.i * DENSE;
+    for (size_t i = first; i < j->n && i < first + DENSE; i++) {
+        const float *row = j->rows + i / N * D, *weights = w->dense + i % N * D;
+        const double y = dot(row, weights, (int)D) + (double)w->dense_bias[i % N];
+        j->out[i] = (float)(c->activation == QEMB_TANH ? tanh(y) : y);
+    }
+}
+
 /* out (B, dense_rows) = activation(rows dense^T + dense_bias),  rows (B, D). On the host and in
  * double, so that every table gives the same bits. It is a small part of a CPU's work, which the
  * compute thread does alone; beside a GPU the host's other cores are free. */
 static void dense_layer(const qemb_model *m, float *out, const float *rows, int B) {
-    const qemb_config *c = &m->file->config;
-    const qemb_weights *w = &m->file->weights;
-    const int N = c->dense_rows, D = c->hidden;
-#pragma omp parallel for num_threads(m->opt.threads) if (m->ops->in_flight)
-    for (size_t i = 0; i < (size_t)B * (size_t)N; i++) {
-        const size_t row = i / (size_t)N, r = i % (size_t)N;
-        const double y =
-            dot(rows + row * (size_t)D, w->dense + r * (size_t)D, D) + (double)w->dense_bias[r];
-        out[i] = (float)(c->activation == QEMB_TANH ? tanh(y) : y);
-    }
+    const dense_job j = {m->file, out, rows, (size_t)B * (size_t)m->file->config.dense_rows};
+    cpu_parallel(m->dense_pool, (int)((j.n + DENSE - 1) / DENSE), dense_item, &j);
 }
 
 void qemb_collect(qemb_model *m) {

@@ -327,7 +327,7 @@ struct qemb_options {
     int batch_tokens; /* rows of a bulk batch; 0: the table's default, of a reranker its window */
     int max_tokens;   /* longest text with the added tokens; 0: the model's window */
     int mlp_rows;     /* rows that the MLP computes at a time; 0: the table's default */
-    int threads;      /* CPU threads; 0: as many as this process may use */
+    int threads;      /* CPU threads; 0: qemb_cpu_count() */
     /* For the CUDA backend; the CPU's tables ignore them. */
     int device;        /* which GPU, from 0 on */
     int deterministic; /* a vector's bits do not depend on its batch (always so on a CPU) */
@@ -460,8 +460,11 @@ struct qemb_ops {
     void (*collect)(qemb_backend *be);
 };
 
-/* The table "plain" of qemb.c: portable C, threads by OpenMP. */
+/* The table "plain" of qemb.c: portable C. */
 extern const qemb_ops qemb_cpu_ops;
+/* backends/cpu/cpu_count.c: CPUs that this process may use: those of its affinity, and no more than
+ * the quotas of its control groups, rounded up. */
+int qemb_cpu_count(void);
 /* backends/cpu/dispatch.c: the tables that this CPU can run, "plain" first, the fastest of each
  * arithmetic last; NULL past the end. */
 const qemb_ops *qemb_cpu_table(int i);

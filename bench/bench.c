@@ -869,7 +869,7 @@ int main(int argc, char **argv) {
             "f32|bf16|int16|int8] "
             "[--cpu NAME] "
             "[--tokens N] [--cpu-time]");
-    measure_open(threads < 1 ? omp_get_num_procs() : threads, cpu_time);
+    measure_open(threads < 1 ? qemb_cpu_count() : threads, cpu_time);
     table = asked(cpu, math);
     if (qemb_file_open((qemb_file **)&file, argv[2], &err)) die(err.msg);
     const char *what = argv[1];

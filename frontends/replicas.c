@@ -4,7 +4,6 @@
 #include "console.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,11 +11,9 @@
 
 /* The CPU threads of one replica. Several share the threads out. */
 static int share_of_threads(const model_options *o) {
-    cpu_set_t set;
     int n = o->engine.threads;
     if (o->n_devices == 1) return n;
-    CPU_ZERO(&set);
-    if (!n && !sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
+    if (!n) n = qemb_cpu_count();
     return n > o->n_devices ? n / o->n_devices : 1;
 }
 

@@ -23,13 +23,13 @@ uninstall: ## removes what make install put under PREFIX
 STATIC := -static-pie $(RELRO) -Wl,--no-warnings
 build/static/qemb: $(patsubst %,build/release/%.o,$(FRONT) $(BACKEND) $(ENGINE) packaging/static)
 	@mkdir -p $(@D)
-	$(CC) $(STATIC) -fopenmp -pthread $^ $(LIBS) -o $@
+	$(CC) $(STATIC) -pthread $^ $(LIBS) -o $@
 build/static/qemb-serve: $(patsubst %,build/release/%.o,$(SERVE) $(BACKEND) $(ENGINE) packaging/static) | need-serve
 	@mkdir -p $(@D)
-	$(CC) $(STATIC) -fopenmp -pthread $^ $(SERVE_LIBS) $(LIBS) -o $@
+	$(CC) $(STATIC) -pthread $^ $(SERVE_LIBS) $(LIBS) -o $@
 
 # The packages whose libraries the programs contain: their licences go into the archive.
-LINKED    = libgomp1 $(filter %-dev,$(DEBIAN_BUILD) $(DEBIAN_SERVE))
+LINKED    = $(filter %-dev,$(DEBIAN_BUILD) $(DEBIAN_SERVE))
 DIST     := qemb-$(VERSION)-$(shell uname -m)-linux
 # Of the newest entry of the changelog: the same source gives the same bytes.
 EPOCH     = $(shell date -ud "$$(sed -n 's/^ -- .*>  //p' packaging/debian/changelog | head -n 1)" +%s)

@@ -5,8 +5,6 @@ import signal
 import pytest
 from helpers import make
 
-# By default OpenMP's threads spin while they wait, which is slow on a busy machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # A background job may start with SIGINT ignored, which every program started here would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

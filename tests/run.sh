@@ -7,7 +7,6 @@ passed=0 failed=0 skipped=0
 log=$(mktemp) || exit 1
 trap 'rm -f "$log"' EXIT
 export LSAN_OPTIONS="suppressions=$(dirname "$0")/lsan.supp:print_suppressions=0"
-export OMP_WAIT_POLICY=passive # threads that spin stall each other where the machine has other work
 
 count() { grep -cE "$1" "$log"; }
 # of pytest's last line, such as "2 failed, 95 passed, 1 skipped in 7.45s"

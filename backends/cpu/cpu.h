@@ -1,7 +1,8 @@
 /* cpu.h - what the CPU's tables of ops share.
  *
- *   memory.c            a backend's state and memory
+ *   cpu_count.c         how many CPUs a process may use
  *   threads.c           the threads that share out the items of an op
+ *   memory.c            a backend's state and memory
  *   row_ops.c           ops that compute row by row, and how attention is cut into blocks
  *   packed_gemm.c       matrix products of repacked weights (packed_gemm.h)
  *   avx2.c, avx2_integers.c, avx512.c, avx512_attention.c, amx.c   the instructions
@@ -14,18 +15,6 @@
 #define CPU_H
 
 #include "qemb.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#else /* a build without OpenMP: the plain table has one thread, the others have their own */
-#include <sched.h>
-static inline int omp_get_thread_num(void) { return 0; }
-/* CPUs that this process may use; 1 if there are more than a cpu_set_t has. */
-static inline int omp_get_num_procs(void) {
-    cpu_set_t set;
-    return sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
-}
-#endif
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int max_int(int a, int b) { return a > b ? a : b; }
@@ -45,6 +34,12 @@ static inline float half_to_float(uint16_t h) {
     v.u |= (uint32_t)(h & 0x8000) << 16;
     return v.f;
 }
+
+/* ---- CPUs (cpu_count.c) ---------------------------------------------------------------------- */
+
+/* The least quota of this process's control groups, in CPUs, rounded up; INT_MAX: there is none.
+ * root is put before /proc and the places of the groups: "", but for tests. */
+int cpu_quota(const char *root);
 
 /* ---- the state of a backend (memory.c) ------------------------------------------------------- */
 
@@ -85,15 +80,15 @@ struct qemb_backend {
     void (*on_layer_loaded)(int layers, int of); /* from the options */
     const struct gemm_type *gemm_type;           /* of a table with packed weights, else NULL */
     const cpu_kernels *kernels;                  /* NULL in the plain table */
-    struct cpu_pool *pool;                       /* NULL in the plain table, and with one thread */
+    struct cpu_pool *pool;                       /* NULL with one thread */
     float *packed;                               /* x of a matmul, packed */
     void *maps[CPU_MAPS];                        /* unmapped by close */
     size_t map_bytes[CPU_MAPS];
 };
 
 /* A table's open: scratch_floats for each thread, packed_floats for `packed` (0: none). */
-int cpu_open_scratch(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
-                     size_t scratch_floats, size_t packed_floats, qemb_err *err);
+int cpu_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
+             size_t scratch_floats, size_t packed_floats, qemb_err *err);
 void cpu_close(qemb_backend *be);
 /* Zeroed pages that close unmaps. NULL: out of memory. */
 void *cpu_map(qemb_backend *be, int slot, size_t bytes, qemb_err *err);
@@ -121,8 +116,8 @@ typedef void cpu_work(const void *job, work_item item);
 
 /* Runs items 0 .. items-1, each once, in this thread and the pool's helpers. p may be NULL. */
 void cpu_parallel(struct cpu_pool *p, int items, cpu_work *run, const void *job);
-/* A pool of threads - 1 helpers. 0, or -1 with err filled. The caller closes; NULL may be
- * closed. */
+/* A pool of threads - 1 helpers; none, and *p stays as it is, with one thread. 0, or -1 with err
+ * filled. The caller closes; NULL may be closed. */
 int cpu_pool_open(struct cpu_pool **p, int threads, qemb_err *err);
 void cpu_pool_close(struct cpu_pool *p);
 
@@ -167,12 +162,10 @@ static inline int simd_first_seeing(const attention_tile *w, int q0, int p) {
     return w->all ? 0 : max_int(0, p - q0) * w->G;
 }
 
-/* A table's open and close, with threads and scratch for attention or scratch_floats per thread,
- * whichever is larger. */
+/* A table's open, with scratch for attention or scratch_floats per thread, whichever is larger. */
 int simd_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
               const cpu_kernels *kernels, size_t scratch_floats, size_t packed_floats,
               qemb_err *err);
-void simd_close(qemb_backend *be);
 void simd_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_packed_batch *b);
 void simd_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T);
 void simd_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm, const float *k_norm,

@@ -25,13 +25,14 @@ void *cpu_arena(qemb_backend *be, size_t bytes, qemb_err *err) {
 
 void cpu_close(qemb_backend *be) {
     if (!be) return;
+    cpu_pool_close(be->pool);
     for (int i = 0; i < CPU_MAPS; i++)
         if (be->maps[i]) munmap(be->maps[i], be->map_bytes[i]);
     free(be);
 }
 
-int cpu_open_scratch(qemb_backend **out, const qemb_config *c, const qemb_options *opt,
-                     size_t scratch_floats, size_t packed_floats, qemb_err *err) {
+int cpu_open(qemb_backend **out, const qemb_config *c, const qemb_options *opt,
+             size_t scratch_floats, size_t packed_floats, qemb_err *err) {
     qemb_backend *be = calloc(1, sizeof *be);
     if (!be) return qemb_fail(err, "out_of_memory", "backend: out of memory");
     be->c = c;
@@ -43,7 +44,8 @@ int cpu_open_scratch(qemb_backend **out, const qemb_config *c, const qemb_option
     be->scratch =
         cpu_map(be, CPU_MAP_SCRATCH, be->threads * be->scratch_floats * sizeof(float), err);
     if (packed_floats) be->packed = cpu_map(be, CPU_MAP_PACKED, packed_floats * sizeof(float), err);
-    if (!be->rope || !be->scratch || (packed_floats && !be->packed)) {
+    if (!be->rope || !be->scratch || (packed_floats && !be->packed) ||
+        cpu_pool_open(&be->pool, be->threads, err)) {
         cpu_close(be);
         return -1;
     }

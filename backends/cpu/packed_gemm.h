@@ -161,7 +161,7 @@ void packed_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act 
                             .math = of_math,                                                       \
                             .act_size = sizeof(float),                                             \
                             .open = open_##table,                                                  \
-                            .close = simd_close,                                                   \
+                            .close = cpu_close,                                                    \
                             .load_weights = packed_load_weights,                                   \
                             .repacked_bytes = bytes_##table,                                       \
                             .arena = cpu_arena,                                                    \

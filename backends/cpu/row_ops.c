@@ -189,16 +189,9 @@ int simd_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
               const cpu_kernels *kernels, size_t scratch_floats, size_t packed_floats,
               qemb_err *err) {
     const size_t attention = attention_floats(c, kernels);
-    if (cpu_open_scratch(be, c, opt, scratch_floats > attention ? scratch_floats : attention,
-                         packed_floats, err))
+    if (cpu_open(be, c, opt, scratch_floats > attention ? scratch_floats : attention, packed_floats,
+                 err))
         return -1;
     (*be)->kernels = kernels;
-    if (opt->threads == 1 || !cpu_pool_open(&(*be)->pool, opt->threads, err)) return 0;
-    cpu_close(*be);
-    return -1;
-}
-
-void simd_close(qemb_backend *be) {
-    if (be) cpu_pool_close(be->pool);
-    cpu_close(be);
+    return 0;
 }

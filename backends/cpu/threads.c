@@ -1,4 +1,4 @@
-/* threads.c - the threads that run the ops of the SIMD tables.
+/* threads.c - the threads that run a table's ops.
  *
  * A job is a number of items. The caller and its helpers take them one by one. The caller waits for
  * the helpers that have taken an item, but not for those that have not: on a busy machine a helper
@@ -100,6 +100,7 @@ void cpu_pool_close(struct cpu_pool *p) {
 }
 
 int cpu_pool_open(struct cpu_pool **out, int threads, qemb_err *err) {
+    if (threads == 1) return 0;
     struct cpu_pool *p = calloc(1, sizeof *p + (size_t)threads * sizeof *p->helpers);
     if (!p) return qemb_fail(err, "out_of_memory", "threads: out of memory");
     pthread_mutex_init(&p->lock, NULL);

@@ -51,22 +51,22 @@ build/$(1)/%.o: %.cpp $$(EMU_HEADERS)
 	$$(CXX) $$(EMU_CXX) -O3 -march=native $(3) -c $$< -o $$@
 build/$(1)/%.o: %.c $$(C_HEADERS)
 	@mkdir -p $$(@D)
-	$$(CC) $$(EMU_CC) -O3 -fopenmp $(3) -c $$< -o $$@
+	$$(CC) $$(EMU_CC) -O3 $(3) -c $$< -o $$@
 build/$(1)/test_cuda: $$(EMU_OBJECTS:%=build/$(1)/%)
-	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -lcrypto -lm -o $$@
+	$$(CXX) -g -pthread -no-pie $(3) $$^ -lcrypto -lm -o $$@
 build/$(1)/qemb-cuda: build/$(1)/qemb.cu.o $$(patsubst %,build/$(1)/%.o,$$(CUDA_PROGRAM)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
-	$$(CXX) -g -fopenmp -no-pie $(3) $$^ $$(LIBS) -o $$@
+	$$(CXX) -g -pthread -no-pie $(3) $$^ $$(LIBS) -o $$@
 build/$(1)/bench_cuda: build/$(1)/bench/bench_cuda.cu.o build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES)) $$(EMU_C:%.c=build/$(1)/%.o)
-	$$(CXX) -g -fopenmp -no-pie $(3) $$^ -lcrypto -lm -o $$@
+	$$(CXX) -g -pthread -no-pie $(3) $$^ -lcrypto -lm -o $$@
 build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$$(CUDA_SERVE)) build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
-	$$(CXX) -g -fopenmp -no-pie $(3) $$^ $$(SERVE_LIBS) $$(LIBS) -o $$@
+	$$(CXX) -g -pthread -no-pie $(3) $$^ $$(SERVE_LIBS) $$(LIBS) -o $$@
 endef
-$(eval $(call emu,emu,-O2 -fopenmp,))
-$(eval $(call emu,emu-asan,-O1 -fopenmp,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all))
-$(eval $(call emu,emu-race,-O1 -fopenmp -fsanitize=thread -fno-threadsafe-statics -fno-pie,-DEMU_RACE))
+$(eval $(call emu,emu,-O2,))
+$(eval $(call emu,emu-asan,-O1,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all))
+$(eval $(call emu,emu-race,-O1 -fsanitize=thread -fno-threadsafe-statics -fno-pie,-DEMU_RACE))
 
 build/emu/qemb-cpu: $(patsubst %,build/emu/%.o,$(FRONT) $(BACKEND) $(ENGINE))
-	$(CC) $(EMU_CC) -O2 -fopenmp $^ $(LIBS) -o $@
+	$(CC) $(EMU_CC) -O2 -pthread $^ $(LIBS) -o $@
 
 test-emu: emu-values emu-sanitizers emu-races emu-program emu-day emu-mutants ## CUDA kernels and the CUDA program on the CPU (make -j2): values, sanitizers, races, mutants
 emu-values: build/emu/test_cuda
@@ -96,7 +96,7 @@ endef
 # One object per architecture, so that the log of ptxas names the architecture of a spill.
 build/cuda/qemb_%.o: qemb.cu $(CUDA_SOURCES)
 	@mkdir -p $(@D)
-	$(NVCC) -I. -std=c++20 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra,-fopenmp -Xptxas -v \
+	$(NVCC) -I. -std=c++20 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra -Xptxas -v \
 	    -gencode arch=compute_$*,code=sm_$* -c $< -o $@ 2> $@.log || { cat $@.log; exit 1; }
 build/cuda/qemb_%.cubin: qemb.cu $(CUDA_SOURCES)
 	@mkdir -p $(@D)
@@ -109,7 +109,7 @@ build/cuda/hopper_%.cubin: tests/cuda/test_cuda_hopper.cu $(CUDA_SOURCES) tests/
 cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin ## build the CUDA code for sm_80, 89, 90a, 100, 120 and check it: no spills, tensor-core instructions
 	tests/cuda/check_sass.py $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o.log build/cuda/tests_$(a).cubin.log build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin.log build/cuda/hopper_90a.cubin
 
-HOST_FLAGS := -fopenmp $(HARDENED)
+HOST_FLAGS := -pthread $(HARDENED)
 NVCC_HOST  := -Xcompiler $(subst $() ,$(comma),$(strip $(HOST_FLAGS)))
 build/cuda/%.cu.o: %.cu $(CUDA_SOURCES)
 	@mkdir -p $(@D)
@@ -141,11 +141,11 @@ CUBLASLT  = $(shell python3 tests/cuda/gpu_day.py cublaslt $(CUDA))
 # std::string and with it arc4random of glibc 2.36, which nothing calls.
 GPU_LINK  = g++ $(RELRO) -static-libstdc++ -static-libgcc -pthread -Wl,--defsym=arc4random=main
 GPU_CUDA  = -L$(CUDA)/lib64 -lcudart_static $(firstword $(wildcard $(CUBLASLT)/libcublasLt.so.*)) -Wl,-rpath,$(CUDA)/lib64
-GPU_LIBS  = -l:libjansson.a -l:libcrypto.a -l:libz.a -l:libzstd.a -l:libgomp.a -ldl -lrt -lm
+GPU_LIBS  = -l:libjansson.a -l:libcrypto.a -l:libz.a -l:libzstd.a -ldl -lrt -lm
 # File and Debian package
 GPU_NEEDS := gcc:gcc g++:g++ make:make python3:python3 jansson.h:libjansson-dev libjansson.a:libjansson-dev openssl/evp.h:libssl-dev libcrypto.a:libssl-dev xxhash.h:libxxhash-dev \
   zlib.h:zlib1g-dev libz.a:zlib1g-dev zstd.h:libzstd-dev libzstd.a:libzstd-dev \
-  microhttpd.h:libmicrohttpd-dev libmicrohttpd.a:libmicrohttpd-dev hiredis/hiredis.h:libhiredis-dev libhiredis.a:libhiredis-dev libgomp.a:libgcc-dev
+  microhttpd.h:libmicrohttpd-dev libmicrohttpd.a:libmicrohttpd-dev hiredis/hiredis.h:libhiredis-dev libhiredis.a:libhiredis-dev
 
 gpu-needs:
 	@missing=; for need in $(GPU_NEEDS); do file=$${need%%:*}; \

@@ -97,7 +97,7 @@ struct qemb_backend {
     int device;
     cudaStream_t st;
     char failure[160];    /* the first one; empty: none */
-    int sms, threads, lg; /* H/K = 1 << lg */
+    int sms, lg; /* H/K = 1 << lg */
     bool wide;            /* 128-row attention tiles fit this GPU */
     bool fp8;
     hopper_state hopper;
@@ -494,13 +494,13 @@ static int make_rope(qemb_backend *be, int positions, qemb_err *err) {
     be->rope = (float2 *)device_alloc(be, bytes, "the rope table", err);
     int turn = 0;
     if (be->rope) {
-#pragma omp parallel for num_threads(be->threads)
-        for (int p = 0; p < positions; p++)
-            for (int i = 0; i < half; i++) {
-                const float freq = (float)(1 / pow(be->c->rope_theta, (double)i / half));
+        for (int i = 0; i < half; i++) {
+            const float freq = (float)(1 / pow(be->c->rope_theta, (double)i / half));
+            for (int p = 0; p < positions; p++) {
                 const float angle = (float)p * freq;
                 table[(size_t)p * half + i] = make_float2((float)cos(angle), (float)sin(angle));
             }
+        }
         if (!upload(be, be->rope, table, bytes, &turn)) {
             qemb_fail(err, "device", "%s", be->failure);
             be->rope = nullptr;
@@ -580,7 +580,6 @@ static int open_math(qemb_backend **out, const qemb_config *c, const qemb_option
     if (!be) return qemb_fail(err, "out_of_memory", "backend: out of memory");
     be->c = c;
     be->device = opt->device;
-    be->threads = std::max(opt->threads, 1);
     be->mlp_rows = opt->mlp_rows;
     be->max_rows = pad_rows(std::max(opt->batch_tokens, opt->max_tokens));
     be->budget = opt->vram;

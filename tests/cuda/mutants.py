@@ -1019,8 +1019,8 @@ CODE = [
 ]
 # Per net: flags of the code under test. The other objects come from build/NET.
 FLAGS = {
-    "emu": ["-O1", "-fopenmp"],
-    "emu-race": ["-O1", "-fopenmp", "-fsanitize=thread", "-fno-threadsafe-statics", "-fno-pie"]
+    "emu": ["-O1"],
+    "emu-race": ["-O1", "-fsanitize=thread", "-fno-threadsafe-statics", "-fno-pie"]
     + ["-DEMU_RACE"],
 }
 
@@ -1128,7 +1128,7 @@ def run_net(net, work, file, tests, cuda):
     program = work / net / "t"
     cxx = os.environ.get("CXX", "g++")
     libraries = ["-lcrypto", "-lm"]
-    build([cxx, "-fopenmp", "-no-pie", *objects, *others, *libraries, "-o", str(program)])
+    build([cxx, "-pthread", "-no-pie", *objects, *others, *libraries, "-o", str(program)])
     schedules = ["--schedules", "5"] if net == "emu" else []
     try:
         r = subprocess.run(
