@@ -1033,13 +1033,21 @@ def header_fields(s):
                        ACTIVATIONS.index(s.activation), s.window)
 
 
-def header(fields, n_sections, size, sha, directory):
-    """fields: the bytes from 72 on."""
+FNV_START = 0xCBF29CE484222325
+
+
+def fnv1a(h, data):
+    """Returns the FNV-1a 64 h of some bytes, continued by data."""
+    for byte in data:
+        h = (h ^ byte) * 0x100000001B3 % 2**64
+    return h
+
+
+def header(fields, n_sections, size, sha, directory, tables):
+    """fields: the bytes from 72 on. tables: the checksum of the tables and vectors."""
     h = b"qemb\r\n\x1a\n" + struct.pack("<IIQQII", 1, 0x01020304, size, 0, n_sections, 0) + sha
-    h = (h + fields).ljust(4096, b"\0")
-    check = 0xCBF29CE484222325  # FNV-1a 64, with its own field zero
-    for byte in h + directory:
-        check = (check ^ byte) * 0x100000001B3 % 2**64
+    h = (h + fields + struct.pack("<Q", tables)).ljust(4096, b"\0")
+    check = fnv1a(FNV_START, h + directory)  # with its own field zero
     return h[:24] + struct.pack("<Q", check) + h[32:]
 
 
@@ -1060,7 +1068,7 @@ def encoded(section, tensors, rounding):
 def write_sections(f, fields, sections, tensors, bar):
     """Returns the SHA-256 (hex) and the Rounding."""
     directory, offsets, size = layout(sections)
-    sha, rounding = hashlib.sha256(), Rounding()
+    sha, rounding, tables = hashlib.sha256(), Rounding(), FNV_START
 
     def put(data):
         f.write(data)
@@ -1073,8 +1081,10 @@ def write_sections(f, fields, sections, tensors, bar):
         put(bytes(offset - f.tell()))
         for block in encoded(section, tensors, rounding):
             put(block)
+            if section.rows == 1 or section.dtype is U32:
+                tables = fnv1a(tables, bytes(block))
     f.seek(0)
-    f.write(header(fields, len(sections), size, sha.digest(), directory))
+    f.write(header(fields, len(sections), size, sha.digest(), directory, tables))
     return sha.hexdigest(), rounding
 
 

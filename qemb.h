@@ -217,7 +217,9 @@ static inline void qemb_layer_matrices(qemb_layer *w, qemb_mat *m[QEMB_LAYER_MAT
  *   108   f32[2] rope_theta rms_eps
  *   116   u32[6] kind pooling attention dense_rows activation window: the numbers of qemb.h's
  *           enums; all 0 in older files
- *   140   zeros up to 4096
+ *   140   u64    FNV-1a 64 of the tables and vectors: the contents of all sections, in their order,
+ *                that are u32 or have one row; 0 in older files: not recorded
+ *   148   zeros up to 4096
  *   4096  the directory: per section, 96 bytes
  *           0 u8[48] name, padded with zeros   48 u32 dtype   52 u32 bits   56 u64 rows
  *           64 u64 cols   72 u64 offset        80 u64 bytes   88 u64 0
@@ -258,11 +260,12 @@ typedef struct {
     size_t provenance_bytes;
     uint8_t sha256[32];  /* as recorded, not verified */
     uint8_t checksum[8]; /* of header and directory, as recorded */
+    int tables_proved;   /* tables and vectors have their checksum; 0: an older file without */
     const uint8_t *map;  /* the whole file, read-only */
     size_t map_bytes;
 } qemb_file;
 
-/* Maps and validates path; reads no weights. The caller closes; pointers taken from *f end with it.
+/* Maps and validates path; reads no matrix. The caller closes; pointers taken from *f end with it.
  * Codes: "model_file", "out_of_memory". */
 int qemb_file_open(qemb_file **f, const char *path, qemb_err *err);
 void qemb_file_close(qemb_file *f);

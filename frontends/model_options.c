@@ -16,6 +16,9 @@
 const option_row model_option_rows[] = {
     {"model", "FILE", "the model, made by convert_weights.py", NULL,
      OPTION_STRING, AT(model), .letter = 'm', .suffix = ".qemb"},
+    {"verify", NULL, "check the file's SHA-256 first", NULL,
+     OPTION_FLAG, AT(verify), .value = 1,
+     .commands = TEXTS | FOR_INFO | FOR_CHECK | FOR_GREP | FOR_RERANK},
     {"query", NULL, "the texts are queries: the model's own prompt", NULL,
      OPTION_FLAG, AT(query), .value = 1, .commands = TEXTS},
     {"document", NULL, "the texts are documents: the model's prompt, if any", NULL,

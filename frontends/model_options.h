@@ -13,6 +13,7 @@ typedef struct {
     const char *prompt;   /* the name of a prompt of the model, NULL: none */
     int query, document;  /* 1: the prompt of that name; document: if there is one */
     int truncate;
+    int verify; /* 1: the file's SHA-256 is checked before it is used */
     const char *cpu, *math; /* NULL: not given */
     const char *device_list;
     qemb_options engine; /* 0: the engine's default */

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <openssl/evp.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -106,11 +107,22 @@ qemb_file *open_weights(const char *path) {
     DIE(STATUS_MODEL, "%s", err.msg);
 }
 
-void open_model_file(model_file *m, const char *path) {
+int verify_weights(uint8_t digest[SHA256_BYTES], const qemb_file *f, const char *path) {
+    const size_t start = 4096; /* the header holds the digest and is not digested */
+    if (!EVP_Digest(f->map + start, f->map_bytes - start, digest, NULL, EVP_sha256(), NULL))
+        DIE(STATUS_MODEL, "libcrypto: no SHA-256");
+    if (!memcmp(digest, f->sha256, SHA256_BYTES)) return 0;
+    say("%.128s: SHA-256: not what its writer recorded", path);
+    return -1;
+}
+
+void open_model_file(model_file *m, const model_options *o) {
     qemb_err err;
-    m->file = open_weights(path);
+    uint8_t digest[SHA256_BYTES];
+    m->file = open_weights(o->model);
+    if (o->verify && verify_weights(digest, m->file, o->model)) leave(STATUS_MODEL);
     if (qemb_file_tokenizer(&m->tokenizer, m->file, &err))
-        DIE(STATUS_MODEL, "%.128s: %s", path, err.msg);
+        DIE(STATUS_MODEL, "%.128s: %s", o->model, err.msg);
 }
 
 void close_model_file(model_file *m) {

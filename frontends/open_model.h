@@ -2,18 +2,24 @@
 #ifndef QEMB_OPEN_MODEL_H
 #define QEMB_OPEN_MODEL_H
 
-#include "qemb.h"
+#include "model_options.h"
 
 typedef struct {
     qemb_file *file;
     qemb_tokenizer *tokenizer;
 } model_file;
 
-/* Opens and checks both. Ends the process with STATUS_MODEL and a message if that fails. Of what is
- * no .qemb file the message says what it is, and the command that makes one of it. */
-void open_model_file(model_file *m, const char *path);
+/* Opens and checks o->model, with o->verify all of it. Ends the process with STATUS_MODEL and a
+ * message if that fails. Of what is no .qemb file the message says what it is, and the command that
+ * makes one of it. */
+void open_model_file(model_file *m, const model_options *o);
 void close_model_file(model_file *m);
 /* The same without the tokenizer. The caller closes the file. */
 qemb_file *open_weights(const char *path);
+
+enum { SHA256_BYTES = 32 };
+/* Compares the SHA-256 of a file's contents with the one in its header, which takes a second for
+ * one or two GB. Returns 0, or -1 after a message; digest is what the contents have. */
+int verify_weights(uint8_t digest[SHA256_BYTES], const qemb_file *f, const char *path);
 
 #endif

@@ -26,7 +26,7 @@ typedef struct {
     int command;  /* index into the table of commands, */
     unsigned bit; /* its bit */
     model_options model;
-    int jsonl, stats, verify;
+    int jsonl, stats;
     int keep;           /* 1: JSON records may have other keys, which come back */
     int null_separated; /* records end with NUL */
     format_kind output;

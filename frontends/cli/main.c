@@ -83,8 +83,6 @@ static const option_row rows[] = {
     {"cache", "DIR", "GPU: time cuBLASLt's algorithms, keep the best here", NULL,
      OPTION_STRING, AT(model.engine.cache_dir), .gpu = 1,
      .commands = RUNS | FOR_PLAN | FOR_CHECK},
-    {"verify", NULL, "with info: compare the weights with their SHA-256", NULL,
-     OPTION_FLAG, AT(verify), .value = 1, .commands = FOR_INFO},
     {"query", "TEXT", "rerank: lines are documents for TEXT", NULL,
      OPTION_STRING, AT(query), .unset = "JSON records", .commands = FOR_RERANK},
     {"raw-scores", NULL, "rerank: logits instead of probabilities", NULL,
@@ -246,7 +244,7 @@ static void open_record_tokenizer(record_tokenizer *t, const model_file *f, cons
 
 /* Opens the model file for a command that needs a model of this kind. */
 static void open_kind(model_file *f, const options *o, qemb_kind kind) {
-    open_model_file(f, o->model.model);
+    open_model_file(f, &o->model);
     if (f->file->config.kind == kind) return;
     DIE(STATUS_MODEL, "%.128s: %s", o->model.model,
         kind == QEMB_RERANKER ? "an embedding model, which has no scores (want a reranker)"
@@ -478,21 +476,16 @@ static void print_config(const qemb_file *f) {
     printf("rms eps          %g\n", (double)c->rms_eps);
 }
 
-/* Compares the SHA-256 of the file's contents with the one in its header. */
+/* Prints whether the file is as it was written. */
 static int verify(const qemb_file *f, const char *path) {
-    const size_t start = 4096; /* the header holds the digest and is not digested */
-    uint8_t digest[EVP_MAX_MD_SIZE];
-    unsigned len;
-    if (!EVP_Digest(f->map + start, f->map_bytes - start, digest, &len, EVP_sha256(), NULL))
-        DIE(STATUS_MODEL, "libcrypto: no SHA-256");
-    if (!memcmp(digest, f->sha256, sizeof f->sha256)) {
+    uint8_t digest[SHA256_BYTES];
+    if (!verify_weights(digest, f, path)) {
         printf("verified         yes\n");
         return STATUS_GOOD;
     }
     printf("verified         no: it is ");
-    print_hex(digest, (int)len);
+    print_hex(digest, sizeof digest);
     putchar('\n');
-    say("%.128s: SHA-256: not what its writer recorded", path);
     return STATUS_MODEL;
 }
 
@@ -513,7 +506,9 @@ static int info(const options *o) {
     printf("sha256           ");
     print_hex(f->sha256, sizeof f->sha256);
     putchar('\n');
-    const int status = o->verify ? verify(f, o->model.model) : STATUS_GOOD;
+    printf("tables           %s\n",
+           f->tables_proved ? "proved by their checksum" : "no checksum (an older file)");
+    const int status = o->model.verify ? verify(f, o->model.model) : STATUS_GOOD;
     qemb_file_close(f);
     return status;
 }
@@ -574,7 +569,7 @@ static int check(const options *o) {
     model_file f;
     record_tokenizer t;
     int within = 1;
-    open_model_file(&f, o->model.model);
+    open_model_file(&f, &o->model);
     open_record_tokenizer(&t, &f, o);
     for (int i = 0; i < o->model.n_devices; i++) {
         qemb_model *m = replica_open(f.file, &o->model, i, loading(o));

@@ -175,7 +175,7 @@ model_worker *model_worker_open(const model_worker_options *o) {
     pthread_barrier_init(&m->loaded, NULL, (unsigned)o->model.n_devices);
     m->replicas = need(calloc((size_t)o->model.n_devices, sizeof *m->replicas));
     for (int i = 0; i < o->model.n_devices; i++) m->replicas[i] = (replica){.worker = m, .i = i};
-    open_model_file(&m->file, o->model.model);
+    open_model_file(&m->file, &o->model);
     check_kind(m);
     m->sha256 = EVP_MD_fetch(NULL, "SHA256", NULL);
     if (!m->sha256) DIE(STATUS_MODEL, "SHA-256: not available");

@@ -59,13 +59,14 @@ class Qemb:
         self.rope_theta, self.rms_eps = struct.unpack_from("<2f", b, 108)
         keys = "kind pooling attention dense_rows activation window".split()
         self.use = dict(zip(keys, struct.unpack_from("<6I", b, 116)))
-        assert not any(b[140:4096])
+        assert not any(b[148:4096])
         h = 0xCBF29CE484222325
         for byte in b[:24] + bytes(8) + b[32 : 4096 + 96 * n]:
             h = ((h ^ byte) * 0x100000001B3) % (1 << 64)
         assert h == check
 
         self.sections, self.bits, end = {}, {}, 4096 + 96 * n
+        tables = 0xCBF29CE484222325
         for i in range(n):
             name, dtype, bits, rows, cols, at, size, zero8 = struct.unpack_from(
                 "<48sIIQQQQQ", b, 4096 + 96 * i)
@@ -77,6 +78,9 @@ class Qemb:
             self.sections[name], self.bits[name] = data, bits
             assert bits in (0, significant_bits(data) if dtype == 3 else 0)
             end = at + size
+            for byte in b[at:end] if rows == 1 or name == "merges" else b"":
+                tables = ((tables ^ byte) * 0x100000001B3) % (1 << 64)
+        assert struct.unpack_from("<Q", b, 140)[0] in (tables, 0)  # 0: an older file
         assert end == len(b)
         assert list(self.sections) == self.expected_names()
         self.added = self.read_added(self.sections["added_tokens"].tobytes())

@@ -26,6 +26,7 @@ import hf_fixture as hf
 import numpy as np
 import pytest
 import zstandard
+from edit_qemb import Qemb, checksum
 from helpers import (GUARD, QEMB, ROOT, is_sanitized, jsonl, read_line, stdout_of, tables,
                      wait_for)
 
@@ -575,15 +576,11 @@ def test_error_records(kind):
 
 def test_non_finite_vectors_are_errors(tmp_path):
     """A model whose last norm is NaN: its vectors must not come out as numbers."""
-    model = bytearray(Path(MODEL).read_bytes())
-    (n,) = struct.unpack_from("<I", model, 32)
-    for i in range(n):
-        entry = 4096 + 96 * i
-        if bytes(model[entry : entry + 48]).rstrip(b"\0") == b"final_norm":
-            (offset,) = struct.unpack_from("<Q", model, entry + 72)
-            struct.pack_into("<f", model, offset + 4 * 100, float("nan"))
-    path = tmp_path / "nan.qemb"
-    path.write_bytes(model)
+    model = Qemb(MODEL)
+    norm = bytearray(model.sections["final_norm"][4])
+    struct.pack_into("<f", norm, 4 * 100, float("nan"))
+    model.sections["final_norm"][4] = bytes(norm)
+    path = model.write(tmp_path / "nan.qemb")
     got = objects("-m", path, model=False, data=b"a\nb\n", status=3, errors="2 of 2")
     assert [g["error"]["code"] for g in got] == ["non_finite"] * 2
     assert len(objects("-m", path, "--dim", 100, model=False, data=b"a\n")[0]) == 100
@@ -600,7 +597,6 @@ def test_non_finite_vectors_are_errors(tmp_path):
         errors="record 1: non_finite: vector",
     )
     assert zero == bytes(4 * HIDDEN)
-    assert qemb("info", "--verify", "-m", path, model=False).returncode == 2
 
 
 # ---- outputs -----------------------------------------------------------------------------------
@@ -1036,7 +1032,7 @@ USAGE = [
     (("info", MODEL, MODEL), "operand"),
     (("tokenize", "-m", MODEL, "--dim", "3"), "--dim: means nothing to qemb tokenize"),
     (("info", "-m", MODEL, "--query"), "--query: means nothing to qemb info"),
-    (("-m", MODEL, "--verify"), "--verify: means nothing to qemb embed"),
+    (("-m", MODEL, "plan", "--verify"), "--verify: means nothing to qemb plan"),
 ]
 
 
@@ -1212,12 +1208,35 @@ def test_info(tmp_path):
     assert recorded == Path(MODEL).read_bytes()[40:72].hex()
     assert "random weights" in text  # provenance
     assert out("info", "--verify").decode() == text + "verified         yes\n"
-    model = bytearray(Path(MODEL).read_bytes())
-    model[-1] ^= 1
-    path = tmp_path / "bad.qemb"
-    path.write_bytes(model)
+    assert "tables           proved by their checksum\n" in text
+    path = with_another_weight(tmp_path)
     got = out("info", "--verify", path, model=False, status=2, errors="SHA-256").decode()
     assert "verified         no" in got
+    old = bytearray(Path(MODEL).read_bytes())
+    old[24:32] = old[140:148] = bytes(8)
+    end = 4096 + 96 * struct.unpack_from("<I", old, 32)[0]
+    struct.pack_into("<Q", old, 24, checksum(old[:end]))
+    path.write_bytes(old)
+    got = out("info", "--verify", path, model=False).decode()
+    assert "tables           no checksum (an older file)\n" in got
+
+
+def with_another_weight(folder):
+    """The model with a flipped bit in a matrix, which has no checksum of its own."""
+    model = bytearray(Path(MODEL).read_bytes())
+    model[int.from_bytes(model[4096 + 96 * 4 + 72 :][:8], "little")] ^= 1  # tok_emb
+    path = folder / "bad.qemb"
+    path.write_bytes(model)
+    return path
+
+
+def test_verify_before_the_first_text(tmp_path):
+    path = with_another_weight(tmp_path)
+    said = f"qemb: {path}: SHA-256: not what its writer recorded\n".encode()
+    for command in ((), ("tokenize",), ("check",)):
+        p = qemb(*command, "-m", path, "--verify", model=False, data=b"a\n")
+        assert (p.returncode, p.stdout, p.stderr) == (2, b"", said)
+    assert qemb("--verify", data=b"a\n").returncode == 0
 
 
 def convert(folder, file, *options):

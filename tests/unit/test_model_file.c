@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -34,6 +35,17 @@ static int try_open(const uint8_t *data, size_t bytes, qemb_err *err) {
         cr_assert_null(strchr(err->msg, '\n'));
     }
     return bad;
+}
+
+static qemb_file *opened(void) {
+    char path[64];
+    qemb_file *f;
+    qemb_err err;
+    seal_model(model, model_bytes);
+    write_temporary(path, model, model_bytes);
+    cr_assert_eq(qemb_file_open(&f, path, &err), 0, "%s", err.msg);
+    unlink(path);
+    return f;
 }
 
 /* Checks that the current model is refused with a message that contains `what`. */
@@ -144,6 +156,79 @@ Test(file, refuses_every_flipped_byte) {
     model[50] ^= 1;
     cr_assert_eq(try_open(model, model_bytes, &err), -1);
     cr_assert(strstr(err.msg, "checksum"));
+}
+
+/* Sets the checksum of the tables and vectors, by the format in qemb.h. Returns their bytes. */
+static size_t seal_tables(void) {
+    uint64_t h = 0xcbf29ce484222325u;
+    size_t bytes = 0;
+    for (int i = 0; i < (int)get(32, 4); i++) {
+        const uint8_t *p = model + get(entry(i) + 72, 8);
+        if (get(entry(i) + 48, 4) != QEMB_U32 && get(entry(i) + 56, 8) != 1) continue;
+        for (size_t k = 0; k < get(entry(i) + 80, 8); k++, bytes++)
+            h = (h ^ p[k]) * 0x100000001b3u;
+    }
+    put(140, h, 8);
+    seal_model(model, model_bytes);
+    return bytes;
+}
+
+/* Damage: the tables and vectors have a checksum; those of older files have none. */
+Test(file, refuses_every_flipped_byte_of_tables_and_vectors) {
+    qemb_err err;
+    qemb_file *f = opened();
+    cr_assert(!f->tables_proved);
+    qemb_file_close(f);
+    const size_t all = seal_tables();
+    f = opened();
+    cr_assert(f->tables_proved);
+    qemb_file_close(f);
+    size_t flipped = 0;
+    for (int i = 0; i < (int)get(32, 4); i++) {
+        const size_t at = get(entry(i) + 72, 8), rows = get(entry(i) + 56, 8);
+        if (i && rows != 1) continue;
+        for (size_t k = 0; k < get(entry(i) + 80, 8); k++, flipped++) {
+            model[at + k] ^= 1 << k % 8;
+            cr_assert_eq(try_open(model, model_bytes, &err), -1, "section %d, byte %zu", i, k);
+            cr_assert(strstr(err.msg, "tables and vectors: damaged"), "%s", err.msg);
+            model[at + k] ^= 1 << k % 8;
+        }
+    }
+    cr_assert_eq(flipped, all);
+    put(140, get(140, 8) + 1, 8);
+    refuses("tables and vectors: damaged");
+}
+
+/* The same of a trained model's file, every 29th byte: it has 138,309. */
+Test(file, refuses_flipped_bytes_of_the_demo_models_tables) {
+    char path[64];
+    qemb_file *f;
+    qemb_err err;
+    FILE *in = fopen("examples/demo.qemb", "rb");
+    cr_assert(in && !fseek(in, 0, SEEK_END));
+    const size_t bytes = (size_t)ftell(in);
+    free(model);
+    model = malloc(bytes);
+    rewind(in);
+    cr_assert(model && fread(model, 1, bytes, in) == bytes && !fclose(in));
+    write_temporary(path, model, bytes);
+    const int fd = open(path, O_RDWR | O_CLOEXEC);
+    uint8_t *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    cr_assert(map != MAP_FAILED);
+    cr_assert_eq(qemb_file_open(&f, path, &err), 0, "%s", err.msg);
+    cr_assert(f->tables_proved);
+    qemb_file_close(f);
+    for (int i = 0; i < (int)get(32, 4); i++) {
+        const size_t at = get(entry(i) + 72, 8), rows = get(entry(i) + 56, 8);
+        for (size_t k = 0; (!i || rows == 1) && k < get(entry(i) + 80, 8); k += 29) {
+            map[at + k] ^= 1 << k % 8;
+            cr_assert_eq(qemb_file_open(&f, path, &err), -1, "section %d, byte %zu", i, k);
+            map[at + k] ^= 1 << k % 8;
+        }
+    }
+    munmap(map, bytes);
+    close(fd);
+    unlink(path);
 }
 
 /* Malice: one field is wrong and the checksum matches. Covers every byte of every directory field,
@@ -350,17 +435,6 @@ static void use(const qemb_config *c) {
     model = make_model(c, 7, 1, &model_bytes);
 }
 
-static qemb_file *opened(void) {
-    char path[64];
-    qemb_file *f;
-    qemb_err err;
-    seal_model(model, model_bytes);
-    write_temporary(path, model, model_bytes);
-    cr_assert_eq(qemb_file_open(&f, path, &err), 0, "%s", err.msg);
-    unlink(path);
-    return f;
-}
-
 Test(file, an_older_file_is_an_embedding_model) {
     qemb_file *f = opened();
     const qemb_config *c = &f->config;
@@ -420,7 +494,7 @@ Test(file, refuses_fields_out_of_range) {
     qemb_file *f = opened();
     cr_assert_eq(qemb_window(&f->config), 300);
     qemb_file_close(f);
-    put(140, 1, 4); /* the first reserved byte behind them */
+    put(148, 1, 4); /* the first reserved byte behind them */
     refuses("header: reserved");
 }
 
