@@ -194,9 +194,9 @@ demo: qemb ## install what is missing, build, and search a list of packages and 
 	$(call show,./qemb grep -k 1 "how warm is it outside" examples/packages.txt)
 	$(call show,echo "Gravity" | ./qemb -m examples/demo.qemb --dim 4)
 
-convert: $(VENV)/.convert ## MODEL=directory-hub-name-or-gguf [OUT=file.qemb] [DTYPE=int8] [FLAGS="--kind reranker"]: make a .qemb file (docs/models.md)
-	@test -n "$(MODEL)" || { echo "usage: make convert MODEL=directory-hub-name-or-gguf [OUT=file.qemb] [DTYPE=int8] [FLAGS=\"--kind reranker\"]"; exit 1; }
-	$(VENV)/bin/python convert_weights.py "$(MODEL)" $(if $(OUT),--out "$(OUT)") $(if $(DTYPE),--dtype "$(DTYPE)") $(FLAGS)
+convert: $(VENV)/.convert ## MODEL=directory-hub-name-or-gguf [OUT=file.qemb] [DTYPE=int8] [POOLING=last] [FLAGS="--kind reranker"]: make a .qemb file (docs/models.md)
+	@test -n "$(MODEL)" || { echo "usage: make convert MODEL=directory-hub-name-or-gguf [OUT=file.qemb] [DTYPE=int8] [POOLING=last] [FLAGS=\"--kind reranker\"]"; exit 1; }
+	$(VENV)/bin/python convert_weights.py "$(MODEL)" $(if $(OUT),--out "$(OUT)") $(if $(DTYPE),--dtype "$(DTYPE)") $(if $(POOLING),--pooling "$(POOLING)") $(FLAGS)
 
 bench: need-bench qemb qemb-serve ## speed of every part and of whole runs, beside the machine's limits and peers (see bench.sh)
 	@$(SUBMAKE) build/release/qemb-bench
