@@ -455,6 +455,8 @@ static void print_config(const qemb_file *f) {
     if (c->kind == QEMB_EMBEDDING && c->dense_rows)
         printf("dense layer      %d rows%s\n", c->dense_rows,
                c->activation == QEMB_TANH ? ", tanh" : "");
+    if (c->kind == QEMB_EMBEDDING)
+        printf("vector           %d numbers, fewer by --dim\n", qemb_dim(c));
     printf("dtype            %s\n", dtype_name(f->weights.layers[0].wqkv.dtype));
     print_exact_in_bfloat16(f);
     printf("parameters       %zu in the layers, %zu in the embedding table\n",
