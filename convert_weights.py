@@ -57,12 +57,12 @@ BITS_BLOCK = 1 << 16  # numbers whose significant bits are looked at together
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROMPTS, POOLING = "config_sentence_transformers.json", "1_Pooling/config.json"
 BERT = "sentence_bert_config.json"  # sentence-transformers writes it for any kind of model
-DENSE, LOGIT_SCORE = "2_Dense/config.json", "1_LogitScore/config.json"
-DENSE_WEIGHTS = "2_Dense/model.safetensors"
-JSON_FILES = ["config.json", "tokenizer.json", "modules.json", PROMPTS, POOLING, BERT, DENSE,
-              LOGIT_SCORE]
+LOGIT_SCORE = "1_LogitScore/config.json"
+JSON_FILES = ["config.json", "tokenizer.json", "modules.json", PROMPTS, POOLING, BERT, LOGIT_SCORE]
 TOKENIZER_CONFIG, ADAPTER = "tokenizer_config.json", "adapter_config.json"
+ADDED_TOKENS, SPECIAL_TOKENS = "added_tokens.json", "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
+MODULE_FILES = ["?_*/config.json", "?_Dense/model.safetensors"]  # of sentence-transformers' modules
 # A name's place in its list is its number in the file.
 KINDS, POOLINGS = ["embedding", "reranker"], ["last", "mean"]
 ATTENTIONS, ACTIVATIONS = ["causal", "bidirectional"], ["identity", "tanh"]
@@ -146,6 +146,104 @@ def understand(name, read, form="JSON of the known form"):
         refuse(name, f"not {form} ({type(e).__name__}: {what})")
 
 
+# ---- keys --------------------------------------------------------------------------------------
+
+# The keys that the files of a source may have. First those that are read, which also refuses the
+# values that qemb has not; behind the line, those that change no vector. Any other key is refused:
+# a setting that qemb does not know may change vectors. --ignore KEY says that it does not.
+KEYS = {
+    "config.json": """architectures attention_bias auto_map head_dim hidden_act hidden_size id2label
+        intermediate_size is_causal layer_types max_position_embeddings model_type
+        num_attention_heads num_hidden_layers num_key_value_heads num_labels partial_rotary_factor
+        per_layer_config pruned_heads quantization_config rms_norm_eps rope_parameters rope_scaling
+        rope_theta tie_word_embeddings use_bidirectional_attention use_sliding_window vocab_size
+        |
+        add_cross_attention attention_dropout attn_implementation bad_words_ids
+        begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
+        cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
+        early_stopping
+        encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+        forced_bos_token_id forced_eos_token_id hidden_dropout initializer_range is_decoder
+        is_encoder_decoder is_matryoshka label2id length_penalty matryoshka_dimensions
+        matryoshka_dims max_length max_window_layers min_length mlp_bias no_repeat_ngram_size
+        num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+        output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values
+        repetition_penalty return_dict return_dict_in_generate sep_token_id sentence_transformers
+        sliding_window suppress_tokens task_specific_params temperature tf_legacy_loss
+        tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript typical_p
+        unsloth_fixed use_bfloat16 use_cache""",
+    TOKENIZER_CONFIG: """add_bos_token add_eos_token add_prefix_space added_tokens_decoder
+        additional_special_tokens auto_map bos_token chat_template cls_token do_lower_case eos_token
+        extra_special_tokens mask_token model_max_length model_specific_special_tokens pad_token
+        sep_token split_special_tokens tokenizer_class truncation_side unk_token
+        |
+        backend chat_template_file clean_up_tokenization_spaces errors fix_mistral_regex from_slow
+        is_local legacy local_files_only max_length merges_file model_input_names name_or_path
+        pad_to_multiple_of pad_token_id pad_token_type_id padding padding_side processor_class
+        response_schema response_template return_token_type_ids spaces_between_special_tokens
+        special_tokens_map_file stride tokenizer_file truncation truncation_strategy
+        trust_remote_code use_default_system_prompt use_fast vocab_file vocab_size""",
+    SPECIAL_TOKENS: """additional_special_tokens bos_token cls_token eos_token extra_special_tokens
+        mask_token model_specific_special_tokens pad_token sep_token unk_token""",
+    BERT: """config_args config_kwargs do_lower_case document_length mask_prompt max_seq_length
+        modality_config model_args model_kwargs module_output_name processing_kwargs processor_args
+        processor_kwargs query_expansion query_length tokenizer_args tokenizer_kwargs
+        tokenizer_name_or_path transformer_task
+        |
+        backend cache_dir unpad_inputs""",
+    PROMPTS: """default_prompt_name model_type prompts suffix truncate_dim
+        |
+        activation_fn max_length num_labels score_functions similarity_fn_name""",
+    "modules.json": "kwargs name path type | idx",
+    "Pooling": """include_prompt pooling_mode pooling_mode_cls_token pooling_mode_lasttoken
+        pooling_mode_max_tokens pooling_mode_mean_sqrt_len_tokens pooling_mode_mean_tokens
+        pooling_mode_weightedmean_tokens
+        |
+        embedding_dimension word_embedding_dimension""",
+    "Dense": """activation_function bias in_features module_input_name module_output_name
+        out_features use_residual""",
+    "LogitScore": "false_token_id true_token_id | module_input_name module_output_name",
+    "Normalize": "| module_input_name module_output_name",
+    "GGUF": """add_bos_token add_eos_token add_sep_token add_space_prefix eos_token_id merges model
+        pre token_type tokens
+        |
+        bos_token_id cls_token_id eom_token_id eot_token_id fim_mid_token_id fim_pad_token_id
+        fim_pre_token_id fim_rep_token_id fim_sep_token_id fim_suf_token_id mask_token_id
+        mask_token padding_token_id scores sep_token_id seperator_token_id token_type_count
+        unknown_token_id""",  # tokenizer.ggml.*
+}
+FREE_KEYS = re.compile("_.*|.*_version")  # of programs, for themselves
+
+
+def unknown_keys(j, name):
+    """Returns the keys of the file that are on no list."""
+    kind = name.split("/")[0].split("_", 1)[-1] if "/" in name else name
+    if kind not in KEYS:
+        return []
+    known, parts = KEYS[kind].split(), j if name == "modules.json" else [j]
+    return [key for part in parts for key in part.keys()
+            if key not in known and not FREE_KEYS.fullmatch(key)]
+
+
+def check_keys(folder, names, ignore, notes):
+    """Refuses the keys of these files that are on no list, but for those to ignore. Adds notes."""
+    unknown = [(name, key) for name in names for key in parse(folder, name, unknown_keys, name)]
+    ignore_keys(unknown, ignore, notes)
+
+
+def ignore_keys(unknown, ignore, notes):
+    """unknown: pairs of a file and a key."""
+    for name, key in unknown:
+        if key not in ignore:
+            refuse(name, f"{show(key)} is a setting that qemb does not know, and may change "
+                   f"vectors; if it changes none: --ignore {key}")
+        notes.append(f"{name}: {key} ignored, by --ignore")
+    for key in ignore:
+        if key not in dict(map(reversed, unknown)):
+            refuse("--ignore", "no file has such a key, or qemb knows it", show(key),
+                   "a key that was refused as unknown")
+
+
 # ---- config.json -------------------------------------------------------------------------------
 
 # The header's names and order, Hugging Face's names, and the ranges that lib/model_file.c accepts.
@@ -227,6 +325,9 @@ def read_config(j):
     expect(o, "hidden_act", j.get("hidden_act"), "silu")
     for key in ("attention_bias", "use_sliding_window"):
         expect(o, key, j.get(key), None, False)
+    for key in ("per_layer_config", "pruned_heads"):
+        expect(o, key, j.get(key), None, {})
+    expect(o, "partial_rotary_factor", j.get("partial_rotary_factor"), None, 1)
     expect(o, "quantization_config", j.get("quantization_config"), None, False,
            hint="convert the model from which this one was quantized")
     for kind in j.get("layer_types") or []:
@@ -322,8 +423,9 @@ def read_eos(post, added):
     return ids[0]
 
 
-# merges and added: the sections; eos_id: appended to every text; ids: {token: id}
-Tokenizer = namedtuple("Tokenizer", "merges added eos_id ids")
+# merges and added: the sections; eos_id: appended to every text; ids: {token: id}, and those of
+# added tokens alone
+Tokenizer = namedtuple("Tokenizer", "merges added eos_id ids added_ids")
 
 
 def read_tokenizer(j, vocab):
@@ -348,17 +450,50 @@ def read_tokenizer(j, vocab):
     merges = read_merges(model)
     if 256 + len(merges) > vocab:
         refuse(o, "tokens", 256 + len(merges), f"at most vocab_size, {vocab}")
+    added_ids = {t["content"]: t["id"] for t in added}
     return Tokenizer(merges, read_added(added, 256 + len(merges), vocab),
-                     read_eos(j["post_processor"], added),
-                     model["vocab"] | {t["content"]: t["id"] for t in added})
+                     read_eos(j["post_processor"], added), model["vocab"] | added_ids, added_ids)
+
+
+# Classes of transformers that take tokenizer.json as it is.
+TOKENIZERS = [None, "Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizer",
+              "PreTrainedTokenizerFast", "TokenizersBackend"]
+SPECIAL_KEYS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+SPECIAL_LISTS = "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"
+
+
+def read_special_tokens(j, o, tokenizer):
+    """Refuses a special token that tokenizer.json does not have, since transformers would add it:
+    a text that contains it would get other ids."""
+    tokens = [j.get(key) for key in SPECIAL_KEYS]
+    for key in SPECIAL_LISTS:
+        more = j.get(key) or []
+        tokens += more.values() if isinstance(more, dict) else more
+    for t in tokens:
+        name = t["content"] if isinstance(t, dict) else t
+        if name is not None and name not in tokenizer.added_ids:
+            refuse(o, f"{show(name)} is no added token of tokenizer.json, and transformers adds it;"
+                   f" {SAVE_TOKENIZER}")
+
+
+def read_added_tokens(j, tokenizer):
+    """Refuses what transformers would add to tokenizer.json."""
+    for token, i in j.items():
+        expect(ADDED_TOKENS, f"id of {show(token)} in tokenizer.json; {SAVE_TOKENIZER}",
+               tokenizer.added_ids.get(token), i)
+
+
+SAVE_TOKENIZER = ("load it by transformers' AutoTokenizer.from_pretrained(DIRECTORY) and replace "
+                  "the files by those of its save_pretrained(NEW)")
 
 
 def read_tokenizer_config(j, tokenizer, given):
     """Refuses what transformers would do on top of tokenizer.json. given: --end-token. Returns the
     limit of a text in tokens, or None."""
     o, end = TOKENIZER_CONFIG, j.get("eos_token")
-    for key in ("add_prefix_space", "add_bos_token", "split_special_tokens"):
+    for key in ("add_prefix_space", "add_bos_token", "split_special_tokens", "do_lower_case"):
         expect(o, key, j.get(key), None, False)
+    expect(o, "tokenizer_class", j.get("tokenizer_class"), *TOKENIZERS)
     if j.get("auto_map"):
         refuse(o, "auto_map: a tokenizer with code of its own, which qemb does not have",
                show(j["auto_map"]), "none")
@@ -368,6 +503,7 @@ def read_tokenizer_config(j, tokenizer, given):
         for flag in ADDED_FLAGS:
             expect(o, f"{name} {flag}", t.get(flag, False), False)
     expect(o, "truncation_side", j.get("truncation_side"), None, "right")
+    read_special_tokens(j, o, tokenizer)
     end = end["content"] if isinstance(end, dict) else end
     added = j.get("add_eos_token") and not given
     if added and tokenizer.ids.get(end, NO_TOKEN) != tokenizer.eos_id:
@@ -404,23 +540,24 @@ QUANTIZER = "st_quantize.FlexibleQuantizer"  # code of perplexity's checkpoints:
 
 
 def read_modules(j, architecture):
-    """Returns the names of the modules."""
-    kinds = [m["type"].rsplit(".")[-1] for m in j]
+    """Returns {module: the folder of its files}, in order, without Dropout, which only training
+    has."""
+    o, modules = "modules.json", list({m["name"]: m for m in j}.values())  # the last of a name
+    kinds = [m["type"].rsplit(".")[-1] for m in modules]
+    bare = [kind for kind in kinds if kind != "Dropout"]
     if not re.fullmatch("Transformer( Pooling( Dense)?( Normalize)?| Pooling FlexibleQuantizer"
-                        "| LogitScore)?", " ".join(kinds)):
-        refuse("modules.json", "modules", show(kinds), "Transformer, Pooling, Dense or not, "
-               "Normalize or not; or Transformer, LogitScore")
-    own = [m["type"] for m in j if not m["type"].startswith("sentence_transformers.")]
+                        "| LogitScore)?", " ".join(bare)):
+        refuse(o, "modules", show(kinds), "Transformer, Pooling, Dense or not, "
+               "Normalize or not; or Transformer, LogitScore; Dropout anywhere")
+    own = [m["type"] for m in modules if not m["type"].startswith("sentence_transformers.")]
     if own != [QUANTIZER] * (architecture == PPLX and "FlexibleQuantizer" in kinds):
-        refuse("modules.json", "modules with code of their own, which qemb does not have",
+        refuse(o, "modules with code of their own, which qemb does not have",
                show(own), "types of sentence_transformers")
-    names = [m["name"] for m in j]
-    if len(set(names)) < len(names):  # sentence-transformers keeps the last of a name
-        refuse("modules.json", "names", show(names), "names that differ")
-    for i, kind in enumerate(kinds):
+    for i, (kind, m) in enumerate(zip(kinds, modules)):
+        expect(o, f"kwargs of {kind}", m.get("kwargs"), None, [])
         if kind in ("Transformer", "Pooling", "Dense", "LogitScore"):
-            expect("modules.json", f"path of {kind}", j[i]["path"], f"{i}_{kind}" if i else "")
-    return kinds
+            expect(o, f"path of {kind}", m["path"], f"{i}_{kind}" if i else "")
+    return {kind: m["path"] for kind, m in zip(kinds, modules) if kind != "Dropout"}
 
 
 # What a model's loading may be told without another result, but for rounding.
@@ -430,8 +567,9 @@ LOADING = {"attn_implementation", "torch_dtype", "dtype", "device_map", "low_cpu
 
 def read_bert(j, kind):
     """Returns the limit of a text in tokens, or None."""
-    expect(BERT, "do_lower_case", j.get("do_lower_case"), None, False)
-    for key in ("query_length", "document_length", "query_expansion"):
+    for key in ("do_lower_case", "mask_prompt"):
+        expect(BERT, key, j.get(key), None, False)
+    for key in ("query_length", "document_length", "query_expansion", "tokenizer_name_or_path"):
         expect(BERT, key, j.get(key), None)
     for key in [f"{what}_{end}" for what in ("model", "config", "tokenizer", "processor")
                 for end in ("args", "kwargs")]:
@@ -463,9 +601,9 @@ def read_pooling(j):
     return "last" if kinds == ["lasttoken"] else "mean"
 
 
-def read_dense(j, hidden):
-    """Returns the rows of the dense layer, whether it has a bias, its activation."""
-    o, rows = DENSE, j["out_features"]
+def read_dense(j, o, hidden):
+    """Returns the rows of the dense layer, whether it has a bias, its activation. o: the file."""
+    rows = j["out_features"]
     expect(o, "in_features", j["in_features"], hidden)
     if type(rows) is not int or not 1 <= rows <= MAX_ROWS:
         refuse(o, "out_features", show(rows), f"an integer from 1 to {MAX_ROWS}")
@@ -536,6 +674,7 @@ def read_prompts(j, kind, given, notes, known=None, task=RERANKER["instruct"]):
     its model card; a CrossEncoder's prompt is the task, if it has one, else `task` is."""
     prompts, default = dict(j.get("prompts") or {}), j.get("default_prompt_name")
     for name, text in prompts.items():
+        prompts[name] = text = "" if text is None else text  # sentence-transformers puts none then
         if not isinstance(text, str):
             refuse(PROMPTS, f"prompt {show(name)}", show(text), "a text")
     if default is not None and default not in prompts:
@@ -562,6 +701,8 @@ def read_prompts(j, kind, given, notes, known=None, task=RERANKER["instruct"]):
         refuse("--prompt", "of a reranker it can only give the task", " and ".join(
             map(show, others)), show("instruct"))
     prompts |= given
+    if kind == "embedding" and prompts.get("document"):
+        notes.append("documents have a prompt here, which only --document puts before them")
     if len(prompts) > 64 or any(not k or "\0" in k + v for k, v in prompts.items()):
         refuse(PROMPTS, "prompts", show(prompts), "at most 64, with names, without NUL characters")
     return "".join(f"{k}\0{v}\0" for k, v in prompts.items()).encode(), list(prompts)
@@ -928,7 +1069,11 @@ def check_tensors(s):
         extra.remove("lm_head.weight")
         s.notes.append("lm_head.weight left out: embeddings do not use it")
     if missing:
-        refuse(missing[0], "missing tensor", f"{len(missing)} missing", "none")
+        like = [t.name for t in tensors.values() if t.name.endswith("." + missing[0])]
+        if not like and len(missing) == len(want):
+            like = [t.name for t in tensors.values()]
+        refuse(missing[0], "missing tensor" + (f"; the source has {like[0]}" if like else ""),
+               f"{len(missing)} missing", "none")
     if extra:
         refuse(tensors[extra[0]].name, "no tensor of this model", f"{len(extra)} extra", "none")
     for name, shape in want.items():
@@ -946,17 +1091,18 @@ def dense_sections(weight, rows, cols, bias=None):
             Section("dense_bias", F32, 1, rows, bytes(4 * rows) if bias is None else bias)]
 
 
-def open_dense(folder, hidden, tensors):
-    """Returns the sections of sentence-transformers' module Dense, and its activation. Adds its
-    tensors."""
-    rows, bias, activation = parse(folder, DENSE, read_dense, hidden)
-    if not (folder / DENSE_WEIGHTS).is_file():
-        refuse(DENSE_WEIGHTS, "no such file in the source (pytorch_model.bin is not read, since "
+def open_dense(folder, path, hidden, tensors):
+    """Returns the sections of sentence-transformers' module Dense in the folder `path`, and its
+    activation. Adds its tensors."""
+    o, file = f"{path}/config.json", f"{path}/model.safetensors"
+    rows, bias, activation = parse(folder, o, read_dense, o, hidden)
+    if not os.path.lexists(folder / file):
+        refuse(file, "no such file in the source (pytorch_model.bin is not read, since "
                "loading it can run code; sentence-transformers saves it as safetensors)")
-    found = open_safetensors(folder / DENSE_WEIGHTS, DENSE_WEIGHTS)
+    found = open_safetensors(folder / file, file)
     want = ({"linear.bias": [rows]} if bias else {}) | {"linear.weight": [rows, hidden]}
-    expect(DENSE_WEIGHTS, "tensors", {k: list(t.shape) for k, t in sorted(found.items())}, want)
-    tensors |= {"dense." + k: t._replace(name=f"2_Dense {k}") for k, t in found.items()}
+    expect(file, "tensors", {k: list(t.shape) for k, t in sorted(found.items())}, want)
+    tensors |= {"dense." + k: t._replace(name=f"{path} {k}") for k, t in found.items()}
     return dense_sections([("dense.linear.weight", rows)], rows, hidden,
                           [("dense.linear.bias", 1)] if bias else None), activation
 
@@ -1151,8 +1297,8 @@ def find_source(name, quiet):
     if quiet:
         huggingface_hub.utils.disable_progress_bars()
     try:
-        files = [*JSON_FILES, TOKENIZER_CONFIG, TEMPLATE, ADAPTER, DENSE_WEIGHTS,
-                 "model*.safetensors", INDEX]
+        files = [*JSON_FILES, TOKENIZER_CONFIG, ADDED_TOKENS, SPECIAL_TOKENS, TEMPLATE, ADAPTER,
+                 *MODULE_FILES, "model*.safetensors", INDEX]
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as e:  # network, access, spelling: the message of the hub
         refuse(name, f"no such directory, and not from the hub: {' '.join(str(e).split())[:300]}")
@@ -1182,7 +1328,7 @@ def check_prompt(args, obj, source, told):
 def find_task(args, folder, has, obj, source):
     """Returns the task of pairs without one, for a reranker."""
     text, name = None, TEMPLATE
-    if (folder / TEMPLATE).is_file():  # goes before tokenizer_config.json's
+    if os.path.lexists(folder / TEMPLATE):  # goes before tokenizer_config.json's
         text = (folder / TEMPLATE).read_text("utf-8", "replace")
     elif TOKENIZER_CONFIG in has:
         text, name = parse(folder, TOKENIZER_CONFIG, read_chat_template), TOKENIZER_CONFIG
@@ -1223,19 +1369,34 @@ Source = namedtuple("Source", "config kind pooling claims tokenizer tensors prom
                     "dense activation window")
 
 
+def check_adapter(folder):
+    """Refuses an adapter, beside weights or alone."""
+    if not os.path.lexists(folder / ADAPTER):
+        return
+    merge = ("merge it first: peft's AutoPeftModelForFeatureExtraction.from_pretrained(DIRECTORY)"
+             ".merge_and_unload().save_pretrained(NEW), and copy the other files")
+    if has_checkpoint(folder):
+        refuse(ADAPTER, f"an adapter (LoRA), which transformers would add to the weights; {merge}")
+    base = parse(folder, ADAPTER, lambda j: j.get("base_model_name_or_path"))
+    refuse(ADAPTER, f"an adapter (LoRA) alone, without the model that it changes; {merge} of that "
+           "model", f"base_model_name_or_path {show(base)}", "a model's weights")
+
+
 def read_directory(args, folder, source):
     """Returns the Source of a Hugging Face directory."""
-    if (folder / ADAPTER).exists():
-        refuse(ADAPTER, "an adapter (LoRA), which transformers would add to the weights; merge it "
-               "first: peft's AutoPeftModelForFeatureExtraction.from_pretrained(DIRECTORY)"
-               ".merge_and_unload().save_pretrained(NEW), and copy the other files")
+    check_adapter(folder)
     check_gguf(folder, [p.name for p in folder.glob("*.gguf")], source, "name one of them")
     claims = parse(folder, "config.json", read_claims)
     c = parse(folder, "config.json", read_config)
     tokenizer = parse(folder, "tokenizer.json", read_tokenizer, c.vocab)
-    has = [name for name in JSON_FILES + [TOKENIZER_CONFIG] if (folder / name).is_file()]
-    modules = (parse(folder, "modules.json", read_modules, claims.architecture)
-               if "modules.json" in has else [])
+    modules = {}
+    if os.path.lexists(folder / "modules.json"):
+        modules = parse(folder, "modules.json", read_modules, claims.architecture)
+    has = [name for name in JSON_FILES + [f"{path}/config.json" for path in modules.values() if path
+                                          and f"{path}/config.json" not in JSON_FILES]
+           if os.path.lexists(folder / name)]
+    quiet = [name for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
+             if os.path.lexists(folder / name)]  # not in the provenance
     said = (("reranker", "config.json") if claims.architecture == CLASSIFIER else
             ("reranker", "modules.json") if "LogitScore" in modules else
             ("embedding", "modules.json") if "Pooling" in modules else
@@ -1258,18 +1419,23 @@ def read_directory(args, folder, source):
     elif kind == "embedding" and pooling == "last" and tokenizer.eos_id == NO_TOKEN:
         notes.append("no token ends a text, as tokenizer.json says; --end-token appends one")
     limits = [parse(folder, TOKENIZER_CONFIG, read_tokenizer_config, tokenizer, args.end_token)
-              if TOKENIZER_CONFIG in has else None, parse(folder, BERT, read_bert, kind)
+              if TOKENIZER_CONFIG in quiet else None, parse(folder, BERT, read_bert, kind)
               if BERT in has else None]
+    if SPECIAL_TOKENS in quiet:
+        parse(folder, SPECIAL_TOKENS, read_special_tokens, SPECIAL_TOKENS, tokenizer)
+    if ADDED_TOKENS in quiet:
+        parse(folder, ADDED_TOKENS, read_added_tokens, tokenizer)
     if "LogitScore" in modules:
         parse(folder, LOGIT_SCORE, read_logit_score, tokenizer.ids)
     more = [kind, args.prompts, notes, "pplx-embed" if claims.architecture == PPLX else None]
     if kind == "reranker":
-        more.append(find_task(args, folder, has, said[1], source))
+        more.append(find_task(args, folder, has + quiet, said[1], source))
     prompts = (parse(folder, PROMPTS, read_prompts, *more) if PROMPTS in has else
                read_prompts({}, *more))
+    check_keys(folder, has + quiet, args.ignore, notes)
     tensors, shards = open_tensors(folder)
     files = [f"file: {name} sha256 " + hashlib.sha256((folder / name).read_bytes()).hexdigest()
-             for name in has if name != TOKENIZER_CONFIG]
+             for name in has]
     files += [f"file: {s} {(folder / s).stat().st_size} bytes" for s in shards]
     s = Source(c, kind, pooling, claims, tokenizer, tensors, prompts, files, notes, [], "identity",
                default_window(kind, c, limits))
@@ -1277,9 +1443,10 @@ def read_directory(args, folder, source):
     if kind == "reranker":
         return s._replace(dense=logit_dense(s, tokenizer.ids))
     if "Dense" in modules and more:
-        refuse(DENSE, "a dense layer behind linear.weight", None, "one of the two")
+        refuse(f"{modules['Dense']}/config.json", "a dense layer behind linear.weight", None,
+               "one of the two")
     if "Dense" in modules:
-        dense, activation = open_dense(folder, c.hidden, tensors)
+        dense, activation = open_dense(folder, modules["Dense"], c.hidden, tensors)
         return s._replace(dense=dense, activation=activation)
     if more:  # before the pooling there; the mean of projections is the projection of the mean
         rows = claims.linear
@@ -1313,6 +1480,9 @@ def gguf_words(o, obj, text):
 
 def gguf_source(args, path, o):
     meta, tensors = open_gguf(path)
+    notes, known = [], KEYS["GGUF"].split()
+    own = [key.removeprefix("tokenizer.ggml.") for key in meta if key.startswith("tokenizer.ggml.")]
+    ignore_keys([(o, key) for key in own if key not in known], args.ignore, notes)
     if "embed_tokens.weight" not in tensors:
         refuse("token_embd.weight", "missing tensor")
     j = gguf_config(meta, o, tensors["embed_tokens.weight"].shape[0])
@@ -1326,7 +1496,6 @@ def gguf_source(args, path, o):
     name = f"{meta.get('general.name', '')} {o}"
     kind = find_kind(args, (said, "qwen3.pooling_type"), name,
                      (o, "no qwen3.pooling_type that says what it is for"))
-    notes = []
     if kind == "embedding":
         end = args.end_token or gguf_end(meta, o, name)
         tokenizer = tokenizer._replace(eos_id=end_token(end, tokenizer.ids))
@@ -1455,6 +1624,8 @@ def main():
                    help="append this token to every text, or none, whatever the source says")
     p.add_argument("--prompt", action="append", default=[], type=named_prompt, metavar="NAME=TEXT",
                    help="add the prompt NAME, or replace it")
+    p.add_argument("--ignore", action="append", default=[], metavar="KEY",
+                   help="go on although a file has the setting KEY, which qemb does not know")
     p.add_argument("--note", action="append", default=[], help="a line for the file's provenance")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
     args = p.parse_args()
