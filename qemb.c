@@ -518,6 +518,7 @@ struct qemb_model {
     int32_t *tokens, *pos, *cu; /* of the batch being computed */
     qemb_model *fallback;       /* the same model over ops->fallback, or NULL */
     uint64_t recomputed;
+    qemb_err changed; /* the file was written to; code NULL: it was not */
     struct { /* batches that are submitted and not collected, oldest first */
         const qemb_batch *b;
         float *out;
@@ -710,6 +711,7 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
     bad = bad || (ops->fallback && open_fallback(m, err));
     if (c->dense_rows && ops->in_flight)
         bad = bad || cpu_pool_open(&m->dense_pool, m->opt.threads, err);
+    bad = bad || qemb_file_check(f, err); /* after all that load_weights has read */
     if (bad) {
         qemb_close(m);
         return -1;
@@ -736,6 +738,7 @@ const qemb_options *qemb_options_of(const qemb_model *m) { return &m->opt; }
 qemb_health qemb_health_of(const qemb_model *m) {
     qemb_health h = {.recomputed = m->recomputed};
     if (m->ops->health) m->ops->health(m->be, &h);
+    if (!h.failure && m->changed.code) h.failure = m->changed.msg;
     return h;
 }
 
@@ -966,6 +969,8 @@ void qemb_collect(qemb_model *m) {
         if (!all_finite(rows + (size_t)i * D, D))
             compute_again(m, &b->texts[i], rows + (size_t)i * D);
     if (m->pooled) dense_layer(m, out, rows, b->B);
+    if (!m->changed.code && !qemb_file_check(m->file, &m->changed)) return;
+    for (size_t i = 0; i < (size_t)b->B * (size_t)qemb_dim(&m->file->config); i++) out[i] = NAN;
 }
 
 void qemb_embed(qemb_model *m, const qemb_batch *b, float *out) {

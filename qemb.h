@@ -75,7 +75,8 @@ int qemb_embedder_task_prompt(const qemb_embedder *e, const char *task, char **p
  * 1 <= dim <= qemb_embedder_dim. prompt is put before the text; NULL for none, which is right for
  * documents of most models. The end-of-text token is appended here. Codes: "invalid_utf8",
  * "too_long" (more tokens than the model takes), "empty_text" (no token at all), "bad_dim",
- * "non_finite" (no length to scale to 1), "out_of_memory", "device". */
+ * "non_finite" (no length to scale to 1), "out_of_memory", "device", "model_file" (the file was
+ * written to since it was opened). */
 int qemb_embed_text(qemb_embedder *e, const char *prompt, const char *text, size_t len, float *out,
                     int dim, qemb_err *err);
 
@@ -250,6 +251,7 @@ typedef struct {
 typedef struct {
     qemb_config config;
     qemb_weights weights; /* pointers into the map; layers is owned by the file */
+    uint8_t *tables; /* owned: a copy of merges, added tokens and prompts, where these point to */
     const uint32_t *merges;
     uint32_t n_merges;
     const uint8_t *added;
@@ -263,12 +265,19 @@ typedef struct {
     int tables_proved;   /* tables and vectors have their checksum; 0: an older file without */
     const uint8_t *map;  /* the whole file, read-only */
     size_t map_bytes;
+    struct qemb_watch *watch; /* owned; what qemb_file_check compares with. NULL: never changes */
 } qemb_file;
 
 /* Maps and validates path; reads no matrix. The caller closes; pointers taken from *f end with it.
  * Codes: "model_file", "out_of_memory". */
 int qemb_file_open(qemb_file **f, const char *path, qemb_err *err);
 void qemb_file_close(qemb_file *f);
+/* Returns -1, code "model_file", if the file that f was opened from has been written to or
+ * truncated since. Weights that were read before a call that returns 0 were the file's own: the
+ * system sets a file's time of modification before it shows what was written. Its clock ticks every
+ * few milliseconds, so a write within a tick of the one before opening goes unseen. The path may
+ * name another file by then, or none; that changes nothing. Thread-safe. */
+int qemb_file_check(const qemb_file *f, qemb_err *err);
 /* The text of the prompt `name`, or NULL. */
 const char *qemb_file_prompt(const qemb_file *f, const char *name);
 
@@ -362,7 +371,8 @@ typedef struct {
 typedef struct {
     uint64_t recomputed; /* vectors that were not finite and were computed again on the CPU */
     uint64_t clamped;    /* numbers clamped to the largest value of the activations' type */
-    const char *failure; /* one line that says why the device stopped; NULL: it works */
+    const char *failure; /* one line that says why the device stopped, or that the model's file
+                            was written to (qemb_file_check); NULL: it works */
 } qemb_health;
 
 /* The arithmetic of the GEMMs. On a CPU everything else is float, except that attention of the
@@ -500,7 +510,7 @@ typedef struct {
 void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt, qemb_memory *mem);
 
 /* Opens a model over f, which must stay valid until qemb_close. opt may be NULL. Codes: "device",
- * "out_of_memory". */
+ * "out_of_memory", "model_file" (the file was written to meanwhile). */
 int qemb_open(qemb_model **m, const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
               qemb_err *err);
 void qemb_close(qemb_model *m);
@@ -525,7 +535,8 @@ size_t qemb_batch_tokens_saved(const qemb_batch *b);
 size_t qemb_batch_tokens_computed(const qemb_batch *b);
 
 /* out (qemb_batch_rows, qemb_dim) = the texts' rows after pooling, final norm and dense layer,
- * neither cut nor scaled. If the device fails, out holds NaN and qemb_health_of says why. */
+ * neither cut nor scaled. If the device fails, or the model's file was written to, out holds NaN
+ * and qemb_health_of says why, from then on. */
 void qemb_embed(qemb_model *m, const qemb_batch *b, float *out);
 /* The same in two steps, so that a GPU has its next batch before the host has looked at the last
  * one: submit starts a batch, collect waits for the oldest one and writes its out. Up to

@@ -139,7 +139,8 @@ int qemb_embed_texts(qemb_embedder *e, const qemb_text_options *o, const char *c
     if (!k) return row < 0 ? -1 : 0;
     qemb_embed(e->model, e->batch, e->vectors);
     const char *failure = qemb_health_of(e->model).failure;
-    if (failure) return qemb_fail(err, "device", "%s", failure);
+    if (failure)
+        return qemb_file_check(e->file, err) ? -1 : qemb_fail(err, "device", "%s", failure);
     for (int i = 0; i < k; i++) {
         const float *vector = e->vectors + (size_t)e->row[i] * (size_t)most;
         if (!qemb_l2_normalize(out + (size_t)i * (size_t)o->dim, vector, o->dim)) continue;

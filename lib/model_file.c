@@ -4,6 +4,10 @@
  * loader computes the layout itself and compares the directory with it; no offset of the file is
  * used before that. Opening reads the tables and vectors, which have a checksum, and no matrix;
  * --verify checks the SHA-256 of all.
+ *
+ * The weights stay in the file: whoever writes over it changes them under a running model. The file
+ * stays open, and qemb_file_check compares its size and time of modification with those at opening.
+ * What the tokenizer reads is copied, since its proofs hold for what it read when it was opened.
  */
 #include "qemb.h"
 
@@ -52,6 +56,14 @@ __attribute__((format(printf, 3, 4))) static int refuse(const char *path, qemb_e
     va_end(ap);
     return qemb_fail(err, "model_file", "%.128s: %s", path, what);
 }
+
+/* What the file was at opening. Its inode cannot change, since the descriptor holds it. */
+struct qemb_watch {
+    int fd;
+    off_t bytes;
+    struct timespec modified;
+    char path[]; /* NUL-terminated */
+};
 
 /* ---- little-endian fields, read byte by byte on every machine -------------------------------- */
 
@@ -378,14 +390,18 @@ static int bind(qemb_file *f, const section *s, const uint64_t *offset, uint32_t
         return refuse(path, err,
                       "merges: more tokens than rows of tok_emb (got %" PRIu64 ", want at most %d)",
                       s[0].rows + 256, f->config.vocab);
-    f->merges = (const uint32_t *)(const void *)(f->map + offset[0]);
+    const size_t bytes = offset[2] + s[2].cols - offset[0]; /* merges, added_tokens, prompts */
+    uint8_t *tables = f->tables = malloc(bytes + 1);        /* never of 0 bytes */
+    if (!tables) return qemb_fail(err, "out_of_memory", "%.128s: out of memory", path);
+    memcpy(tables, f->map + offset[0], bytes);
+    f->merges = (const uint32_t *)(const void *)tables;
     f->n_merges = (uint32_t)s[0].rows;
-    f->added = f->map + offset[1];
+    f->added = tables + (offset[1] - offset[0]);
     f->added_bytes = s[1].cols;
     f->provenance = (const char *)(f->map + offset[3]);
     f->provenance_bytes = s[3].cols;
     bind_weights(f, s, offset, n);
-    return bind_prompts(f, (const char *)(f->map + offset[2]), s[2].cols, path, err);
+    return bind_prompts(f, (const char *)tables + (offset[2] - offset[0]), s[2].cols, path, err);
 }
 
 const char *qemb_file_prompt(const qemb_file *f, const char *name) {
@@ -422,6 +438,17 @@ qemb_bits qemb_mat_bits(const qemb_mat *m) {
 
 /* ---- opening --------------------------------------------------------------------------------- */
 
+/* Keeps fd, whose state is st. */
+static int watch(qemb_file *f, int fd, const struct stat *st, const char *path, qemb_err *err) {
+    const size_t n = strlen(path) + 1;
+    struct qemb_watch *w = malloc(sizeof *w + n);
+    if (!w) return qemb_fail(err, "out_of_memory", "%.128s: out of memory", path);
+    *w = (struct qemb_watch){.fd = fd, .bytes = st->st_size, .modified = st->st_mtim};
+    memcpy(w->path, path, n);
+    f->watch = w;
+    return 0;
+}
+
 static int map_file(qemb_file *f, const char *path, qemb_err *err) {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* so that a FIFO does not block */
     if (fd < 0) return refuse(path, err, "%s", strerror(errno));
@@ -438,8 +465,24 @@ static int map_file(qemb_file *f, const char *path, qemb_err *err) {
         else
             f->map = map, f->map_bytes = (size_t)st.st_size;
     }
-    close(fd);
+    bad = bad || watch(f, fd, &st, path, err);
+    if (bad) close(fd);
     return bad;
+}
+
+int qemb_file_check(const qemb_file *f, qemb_err *err) {
+    const struct qemb_watch *w = f->watch;
+    struct stat st;
+    if (!w) return 0;
+    if (fstat(w->fd, &st)) return refuse(w->path, err, "%s", strerror(errno));
+    if (st.st_size == w->bytes && st.st_mtim.tv_sec == w->modified.tv_sec &&
+        st.st_mtim.tv_nsec == w->modified.tv_nsec)
+        return 0;
+    return refuse(w->path, err,
+                  "written to while it is in use (got %lld bytes of %lld.%09ld, want %lld of "
+                  "%lld.%09ld; mv puts another file in its place)",
+                  (long long)st.st_size, (long long)st.st_mtim.tv_sec, st.st_mtim.tv_nsec,
+                  (long long)w->bytes, (long long)w->modified.tv_sec, w->modified.tv_nsec);
 }
 
 /* Checks the header before anything that depends on it is read. */
@@ -533,6 +576,9 @@ int qemb_file_tokenizer(qemb_tokenizer **out, const qemb_file *f, qemb_err *err)
 void qemb_file_close(qemb_file *f) {
     if (!f) return;
     if (f->map) munmap((void *)(uintptr_t)f->map, f->map_bytes);
+    if (f->watch) close(f->watch->fd);
+    free(f->watch);
+    free(f->tables);
     free(f->weights.layers);
     free((void *)(uintptr_t)f->prompts);
     free(f);
