@@ -34,14 +34,14 @@ ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 
 CPU     := $(patsubst %,backends/cpu/%,cpu_count threads memory row_ops packed_gemm avx2 avx2_integers avx512 avx512_attention amx dot_f16 dispatch)
 ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error lib/text_ids lib/embed_text
-SHARED  := $(patsubst %,frontends/%,fingerprint ranking console options model_options select_ops open_model replicas record_tokenizer format input decompress)
+SHARED  := $(patsubst %,frontends/%,fingerprint ranking console options model_options select_ops map_fault open_model replicas record_tokenizer format input decompress)
 CLI     := $(patsubst %,frontends/cli/%,main embed check grep rerank hits line_index shards shard_store pipeline progress output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main probe http http_header http_work http_tell listen api api_keys api_tei api_ollama api_rerank model_worker queue cache redis metrics log buffer vector) $(SHARED)
 TESTS   := amx batch cpu_count embed_text file_watch line_index measure model_file format input model ops ranking serve_cache serve_queue simd text_ids tokenizer
 FUZZERS := file input jsonl line_index request tokenizer
-TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console decompress format input ranking cli/line_index server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
+TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console decompress format input map_fault ranking cli/line_index server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
 
 VENV      := .venv

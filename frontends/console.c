@@ -70,6 +70,12 @@ void console_error_status(int status) { error_status = status; }
 
 void leave(int status) { _exit(status && error_status ? error_status : status); }
 
+void leave_saying(int status, const char *line) {
+    if (atomic_exchange(&progress_shown, 0)) write_stderr(WIPE, strlen(WIPE));
+    write_stderr(line, strlen(line));
+    leave(status);
+}
+
 void usage(const char *fmt, ...) {
     va_list ap;
     va_start(ap, fmt);

@@ -26,6 +26,8 @@ void say_progress(const char *line);
 
 /* Ends the process at once. Callable from any thread, whatever the others are doing. */
 _Noreturn void leave(int status);
+/* The same with a line, which ends with a newline. For handlers of signals too. */
+_Noreturn void leave_saying(int status, const char *line);
 /* From here on leave replaces every status but STATUS_GOOD by this one. */
 void console_error_status(int status);
 #define DIE(status, ...) (say(__VA_ARGS__), leave(status))

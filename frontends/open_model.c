@@ -2,6 +2,7 @@
 #include "open_model.h"
 
 #include "console.h"
+#include "map_fault.h"
 
 #include <ctype.h>
 #include <errno.h>
@@ -102,9 +103,17 @@ static void explain(const char *path) {
 qemb_file *open_weights(const char *path) {
     qemb_err err;
     qemb_file *f;
-    if (!qemb_file_open(&f, path, &err)) return f;
+    if (!qemb_file_open(&f, path, &err)) {
+        map_fault_watch(f->map, f->map_bytes, path);
+        return f;
+    }
     explain(path);
     DIE(STATUS_MODEL, "%s", err.msg);
+}
+
+void close_weights(qemb_file *f) {
+    map_fault_forget(f->map);
+    qemb_file_close(f);
 }
 
 int verify_weights(uint8_t digest[SHA256_BYTES], const qemb_file *f, const char *path) {
@@ -127,5 +136,5 @@ void open_model_file(model_file *m, const model_options *o) {
 
 void close_model_file(model_file *m) {
     qemb_tokenizer_close(m->tokenizer);
-    qemb_file_close(m->file);
+    close_weights(m->file);
 }

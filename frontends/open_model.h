@@ -14,8 +14,9 @@ typedef struct {
  * makes one of it. */
 void open_model_file(model_file *m, const model_options *o);
 void close_model_file(model_file *m);
-/* The same without the tokenizer. The caller closes the file. */
+/* The same without the tokenizer. */
 qemb_file *open_weights(const char *path);
+void close_weights(qemb_file *f);
 
 enum { SHA256_BYTES = 32 };
 /* Compares the SHA-256 of a file's contents with the one in its header, which takes a second for

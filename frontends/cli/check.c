@@ -153,6 +153,7 @@ static void compute_logits(const example *e, qemb_model *m, record_tokenizer *t,
         qemb_batch_clear(b);
         qemb_pack_add(b, ids.ids, ids.n);
         qemb_embed(m, b, &logit);
+        if (qemb_health_of(m).failure) DIE(STATUS_MODEL, "%s", qemb_health_of(m).failure);
         if (!isfinite(logit)) DIE(STATUS_MODEL, "the example: a score that is not finite");
         score[i] = logit;
     }

@@ -181,8 +181,8 @@ int pipeline_run(pipeline *p, const stream *s);
 _Noreturn void pipeline_die(const pipeline *p);
 void pipeline_say_devices(pipeline *p); /* the devices' part of --stats */
 
-/* From here on the first SIGINT or SIGTERM ends the input of a run. Returns the descriptor that
- * becomes readable then. To be called once. */
+/* From here on the first SIGINT, SIGTERM, SIGHUP or SIGQUIT ends the input of a run. Returns the
+ * descriptor that becomes readable then. To be called once. */
 int catch_signals(void);
 int signal_caught(void); /* the signal, or 0 */
 /* Ends the process by the signal that was caught; returns if there is none. */

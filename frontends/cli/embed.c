@@ -185,6 +185,7 @@ int embed_ids(qemb_model *m, int whole, const record_ids *ids, float *unit, int 
     float *out = need(malloc((size_t)whole * sizeof *out));
     qemb_pack_add(b, ids->ids, ids->n);
     qemb_embed(m, b, out);
+    if (qemb_health_of(m).failure) DIE(STATUS_MODEL, "%s", qemb_health_of(m).failure);
     const int failed = qemb_l2_normalize(unit, out, dim);
     free(out);
     qemb_batch_free(b);

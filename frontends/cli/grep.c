@@ -13,6 +13,7 @@
 #include "backends/cpu/dot_f16.h"
 #include "frontends/console.h"
 #include "frontends/decompress.h"
+#include "frontends/map_fault.h"
 #include "lib/unicode.h"
 
 #include <errno.h>
@@ -380,7 +381,9 @@ static int search_by_index(search *s, options *o, const qemb_file *f, qemb_model
         if (s->unreadable) return 1;
         make_index(s, &x, &key, m, qemb_dim(&f->config), t);
     }
+    map_fault_watch(x.map, x.map_bytes, o->index);
     search_index(s, &x, o->index, qemb_options_of(m[0])->threads);
+    map_fault_forget(x.map);
     line_index_close(&x);
     return 0;
 }

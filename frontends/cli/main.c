@@ -511,7 +511,7 @@ static int info(const options *o) {
     printf("tables           %s\n",
            f->tables_proved ? "proved by their checksum" : "no checksum (an older file)");
     const int status = o->model.verify ? verify(f, o->model.model) : STATUS_GOOD;
-    qemb_file_close(f);
+    close_weights(f);
     return status;
 }
 
@@ -561,7 +561,7 @@ static int plan(const options *o) {
     if (mem.n_parts && opt.vram && sum > opt.vram)
         DIE(STATUS_MODEL, "GPU memory: more than --vram (got %.0f MiB, want at most %.0f MiB)",
             mib(sum), mib(opt.vram));
-    qemb_file_close(f);
+    close_weights(f);
     return STATUS_GOOD;
 }
 

@@ -222,7 +222,7 @@ static void pass(pipeline *p, job **list, job *j) {
 static atomic_int stop_signal;
 static int wake_pipe[2];
 
-/* The first SIGINT or SIGTERM ends the input. The second one ends the process. */
+/* The first SIGINT, SIGTERM, SIGHUP or SIGQUIT ends the input. The second one ends the process. */
 static void on_signal(int sig) {
     const int saved = errno;
     if (atomic_exchange(&stop_signal, sig)) {
@@ -235,7 +235,7 @@ static void on_signal(int sig) {
 }
 
 int catch_signals(void) {
-    static const int signals[] = {SIGINT, SIGTERM};
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
     if (pipe2(wake_pipe, O_CLOEXEC | O_NONBLOCK))
         DIE(STATUS_MODEL, "pipe: cannot create it (%s)", strerror(errno));
     for (int i = 0; i < LENGTH(signals); i++) {

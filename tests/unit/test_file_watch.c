@@ -1,13 +1,19 @@
 /* test_file_watch.c - a model file that is written over while it is in use: qemb_file_check tells,
- * no vector comes out, and the tokenizer keeps its tables. */
+ * no vector comes out, and the tokenizer keeps its tables. What a truncated map does to a program.
+ */
 #include "support.h"
+
+#include "frontends/console.h"
+#include "frontends/map_fault.h"
 
 #include <criterion/criterion.h>
 #include <fcntl.h>
 #include <math.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static char path[64];
@@ -182,4 +188,60 @@ Test(file_watch, an_embedder_says_why) {
     cr_assert_eq(qemb_embed_texts(e, &o, &text, &len, 1, out, &err), -1);
     cr_assert_str_eq(err.code, "model_file", "%s", err.msg);
     qemb_embedder_close(e);
+}
+
+/* ---- truncated maps -------------------------------------------------------------------------- */
+
+/* Runs f in a child. Returns its wait status; said (256) = what it wrote to standard error. */
+static int run_apart(void (*f)(void), char *said) {
+    int ends[2], status;
+    cr_assert_eq(pipe(ends), 0);
+    const pid_t child = fork();
+    if (!child) {
+        dup2(ends[1], STDERR_FILENO);
+        f();
+        _exit(99);
+    }
+    close(ends[1]);
+    const ssize_t n = read(ends[0], said, 255);
+    said[n > 0 ? n : 0] = 0;
+    close(ends[0]);
+    cr_assert_eq(waitpid(child, &status, 0), child);
+    return status;
+}
+
+static void read_the_end(void) {
+    signal(SIGBUS, SIG_DFL); /* not criterion's */
+    map_fault_watch(file->map, file->map_bytes, "a\tname\033");
+    cr_assert_eq(truncate(path, 4096), 0);
+    const volatile uint8_t *last = file->map + file->map_bytes - 1;
+    (void)*last;
+}
+
+static void read_a_forgotten_one(void) {
+    signal(SIGBUS, SIG_DFL);
+    map_fault_watch(file->map, file->map_bytes, path);
+    map_fault_forget(file->map);
+    cr_assert_eq(truncate(path, 4096), 0);
+    const volatile uint8_t *last = file->map + file->map_bytes - 1;
+    (void)*last;
+}
+
+static void get_the_signal(void) {
+    signal(SIGBUS, SIG_DFL);
+    map_fault_watch(NULL, SIZE_MAX, path); /* any address */
+    map_fault_watch(file->map, file->map_bytes, path);
+    kill(getpid(), SIGBUS);
+}
+
+Test(file_watch, a_truncated_map_ends_the_process_with_a_line) {
+    char said[256];
+    int status = run_apart(read_the_end, said);
+    cr_assert(WIFEXITED(status) && WEXITSTATUS(status) == STATUS_MODEL, "status %x", status);
+    cr_assert_str_eq(said, "qemb: a\tname?: cannot be read: truncated while it was in use, or its "
+                           "disk fails\n");
+    status = run_apart(read_a_forgotten_one, said);
+    cr_assert(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS && !*said, "status %x", status);
+    status = run_apart(get_the_signal, said);
+    cr_assert(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS && !*said, "status %x", status);
 }
