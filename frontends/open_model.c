@@ -100,41 +100,60 @@ static void explain(const char *path) {
 
 /* ---- opening --------------------------------------------------------------------------------- */
 
+static int try_weights(qemb_file **f, const char *path, qemb_err *err) {
+    if (qemb_file_open(f, path, err)) return -1;
+    map_fault_watch((*f)->map, (*f)->map_bytes, path);
+    return 0;
+}
+
 qemb_file *open_weights(const char *path) {
     qemb_err err;
     qemb_file *f;
-    if (!qemb_file_open(&f, path, &err)) {
-        map_fault_watch(f->map, f->map_bytes, path);
-        return f;
-    }
-    explain(path);
-    DIE(STATUS_MODEL, "%s", err.msg);
+    if (try_weights(&f, path, &err)) refuse_model_file(path, &err);
+    return f;
 }
 
 void close_weights(qemb_file *f) {
+    if (!f) return;
     map_fault_forget(f->map);
     qemb_file_close(f);
 }
 
-int verify_weights(uint8_t digest[SHA256_BYTES], const qemb_file *f, const char *path) {
+int verify_weights(uint8_t digest[SHA256_BYTES], const qemb_file *f, const char *path,
+                   qemb_err *err) {
     const size_t start = 4096; /* the header holds the digest and is not digested */
     if (!EVP_Digest(f->map + start, f->map_bytes - start, digest, NULL, EVP_sha256(), NULL))
-        DIE(STATUS_MODEL, "libcrypto: no SHA-256");
+        return qemb_fail(err, "out_of_memory", "libcrypto: no SHA-256");
     if (!memcmp(digest, f->sha256, SHA256_BYTES)) return 0;
-    say("%.128s: SHA-256: not what its writer recorded", path);
-    return -1;
+    return qemb_fail(err, "model_file", "%.128s: SHA-256: not what its writer recorded", path);
+}
+
+int try_model_file(model_file *m, const model_options *o, qemb_err *err) {
+    qemb_err why;
+    uint8_t digest[SHA256_BYTES];
+    *m = (model_file){0};
+    if (try_weights(&m->file, o->model, err)) return -1;
+    if (o->verify && verify_weights(digest, m->file, o->model, err)) {
+        close_model_file(m);
+        return -1;
+    }
+    if (!qemb_file_tokenizer(&m->tokenizer, m->file, &why)) return 0;
+    close_model_file(m);
+    return qemb_fail(err, why.code, "%.128s: %s", o->model, why.msg);
+}
+
+void refuse_model_file(const char *path, const qemb_err *err) {
+    explain(path);
+    DIE(STATUS_MODEL, "%s", err->msg);
 }
 
 void open_model_file(model_file *m, const model_options *o) {
     qemb_err err;
-    uint8_t digest[SHA256_BYTES];
-    m->file = open_weights(o->model);
-    if (o->verify && verify_weights(digest, m->file, o->model)) leave(STATUS_MODEL);
-    if (qemb_file_tokenizer(&m->tokenizer, m->file, &err))
-        DIE(STATUS_MODEL, "%.128s: %s", o->model, err.msg);
+    if (try_model_file(m, o, &err)) refuse_model_file(o->model, &err);
 }
 
 void close_model_file(model_file *m) {
     qemb_tokenizer_close(m->tokenizer);
     close_weights(m->file);
+    *m = (model_file){0};
 }

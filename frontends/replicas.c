@@ -17,17 +17,24 @@ static int share_of_threads(const model_options *o) {
     return n > o->n_devices ? n / o->n_devices : 1;
 }
 
-qemb_model *replica_open(const qemb_file *f, const model_options *o, int i,
-                         layer_loaded *on_layer_loaded) {
-    qemb_err err;
-    qemb_model *m;
+int replica_try_open(qemb_model **m, const qemb_file *f, const model_options *o, int i,
+                     layer_loaded *on_layer_loaded, qemb_err *err) {
+    qemb_err why;
     qemb_options opt = o->engine;
     opt.device = o->devices[i];
     opt.threads = share_of_threads(o);
     opt.on_layer_loaded = on_layer_loaded;
-    if (!qemb_open(&m, f, o->ops, &opt, &err)) return m;
-    if (o->n_devices == 1) DIE(STATUS_MODEL, "%s", err.msg);
-    DIE(STATUS_MODEL, "device %d: %s", o->devices[i], err.msg);
+    if (!qemb_open(m, f, o->ops, &opt, &why)) return 0;
+    if (o->n_devices == 1) return qemb_fail(err, why.code, "%s", why.msg);
+    return qemb_fail(err, why.code, "device %d: %s", o->devices[i], why.msg);
+}
+
+qemb_model *replica_open(const qemb_file *f, const model_options *o, int i,
+                         layer_loaded *on_layer_loaded) {
+    qemb_err err;
+    qemb_model *m;
+    if (replica_try_open(&m, f, o, i, on_layer_loaded, &err)) DIE(STATUS_MODEL, "%s", err.msg);
+    return m;
 }
 
 typedef struct {
@@ -79,15 +86,15 @@ int replica_warm_up(qemb_model *m, const qemb_file *f, const qemb_ops *ops) {
     const int largest = o->batch_tokens < o->max_tokens ? o->batch_tokens : o->max_tokens;
     const int small = largest < WARM_UP_ROWS ? largest : WARM_UP_ROWS;
     const int times = o->no_graphs ? 1 : WARM_UP_TIMES;
-    int32_t *ids = need(malloc((size_t)largest * sizeof *ids));
-    float *out = need(malloc((size_t)qemb_dim(&f->config) * sizeof *out));
-    qemb_batch *b = need(qemb_batch_new(m));
+    int32_t *ids = calloc((size_t)largest, sizeof *ids);
+    float *out = malloc((size_t)qemb_dim(&f->config) * sizeof *out);
+    qemb_batch *b = qemb_batch_new(m);
+    const int has_memory = ids && out && b;
     int batches = 0;
-    memset(ids, 0, (size_t)largest * sizeof *ids);
     /* n is the smallest text of its size: it is padded by a second one, as nearly all texts are. */
-    for (int n = 1; n <= small; n = (ops->pad_rows ? ops->pad_rows(n) : n) + 1)
+    for (int n = 1; has_memory && n <= small; n = (ops->pad_rows ? ops->pad_rows(n) : n) + 1)
         for (int k = 0; k < times; k++) batches += embed_alone(m, b, ids, n, out);
-    batches += embed_alone(m, b, ids, largest, out);
+    if (has_memory) batches += embed_alone(m, b, ids, largest, out);
     qemb_batch_free(b);
     free(out);
     free(ids);

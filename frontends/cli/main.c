@@ -480,11 +480,13 @@ static void print_config(const qemb_file *f) {
 
 /* Prints whether the file is as it was written. */
 static int verify(const qemb_file *f, const char *path) {
-    uint8_t digest[SHA256_BYTES];
-    if (!verify_weights(digest, f, path)) {
+    uint8_t digest[SHA256_BYTES] = {0};
+    qemb_err err;
+    if (!verify_weights(digest, f, path, &err)) {
         printf("verified         yes\n");
         return STATUS_GOOD;
     }
+    say("%s", err.msg);
     printf("verified         no: it is ");
     print_hex(digest, sizeof digest);
     putchar('\n');

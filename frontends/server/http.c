@@ -49,7 +49,7 @@ int request_hold(request *r, size_t n, api_error *e) {
     }
     atomic_fetch_sub(&h->held, n);
     api_fail(e, 429, "server_overloaded", NULL, "server: no memory left for this request now");
-    e->retry_after = model_worker_retry_after(h->workers[ROLE_MAIN]);
+    e->retry_after = models_retry_after(h->models);
     return -1;
 }
 
@@ -72,9 +72,10 @@ void request_drop_body(request *r) {
 
 const char *http_name_of(const http *h, const model_worker *w) {
     const http_options *o = &h->opt;
-    return w == h->workers[ROLE_MAIN]       ? o->names[0]
-           : w == h->workers[ROLE_FALLBACK] ? o->fallback_name
-                                            : o->reranker_name;
+    const role role = model_worker_role(w);
+    return role == ROLE_MAIN       ? o->names[0]
+           : role == ROLE_FALLBACK ? o->fallback_name
+                                   : o->reranker_name;
 }
 
 /* Ollama's clients may end a name with the tag ":latest". */
@@ -83,11 +84,13 @@ static int is_name(const char *asked, const char *name) {
     return !strncmp(asked, name, n) && (!asked[n] || !strcmp(asked + n, ":latest"));
 }
 
-model_worker *http_worker_named(const http *h, const char *name) {
+model_worker *http_worker_named(const request *r, const char *name) {
+    const http *h = r->h;
+    model_worker *const *w = r->models->workers;
     for (int i = 0; i < h->opt.n_names; i++)
-        if (is_name(name, h->opt.names[i])) return h->workers[ROLE_MAIN];
+        if (is_name(name, h->opt.names[i])) return w[ROLE_MAIN];
     for (int i = ROLE_MAIN + 1; i < N_ROLES; i++)
-        if (h->workers[i] && is_name(name, http_name_of(h, h->workers[i]))) return h->workers[i];
+        if (w[i] && is_name(name, http_name_of(h, w[i]))) return w[i];
     return NULL;
 }
 
@@ -389,8 +392,7 @@ static void on_completed(void *cls, struct MHD_Connection *c, void **cookie,
              "\"tokens\":%" PRIu64 ",\"shared\":%d,\"cached\":%d,\"fallback\":%s,\"ms\":%.3f%s",
              r->id, route_path(r->route), r->status, r->error.status ? r->error.code : "", r->texts,
              r->work.tokens, r->work.shared, r->work.cached,
-             r->work.worker && r->work.worker == h->workers[ROLE_FALLBACK] ? "true" : "false",
-             1e3 * seconds, trace);
+             r->work.role == ROLE_FALLBACK ? "true" : "false", 1e3 * seconds, trace);
     http_end_work(r);
     api_request_free(&r->api);
     request_drop_body(r);
@@ -488,14 +490,13 @@ static void *accept_main(void *arg) {
 
 /* ---- start, tick, end ------------------------------------------------------------------------ */
 
-http *http_start(const http_options *o, model_worker *const workers[N_ROLES]) {
+http *http_start(const http_options *o, models *m) {
     http *h = need(calloc(1, sizeof *h));
     h->opt = *o;
-    memcpy(h->workers, workers, sizeof h->workers);
-    h->created = time(NULL);
+    h->models = m;
     pthread_mutex_init(&h->lock, NULL);
     if (getrandom(&h->id_start, sizeof h->id_start, 0) != sizeof h->id_start)
-        h->id_start = (uint32_t)h->created;
+        h->id_start = (uint32_t)time(NULL);
     if (o->key_file) h->keys = keys_read(o->key_file);
     h->listen_fd = listen_open(o->host, o->port, &h->port);
     h->opt.max_connections = listen_connections(o->max_connections);

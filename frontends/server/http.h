@@ -4,10 +4,10 @@
 
 #include "http_options.h"
 
-/* Starts the server for these workers by role; all but the first may be NULL. It answers 503 until
- * they are ready; http_work.c says when the fallback computes. Ends the process with a message on
+/* Starts the server for these models, which have to outlive it. It answers 503 until they are
+ * ready; http_work.c says when the fallback computes. Ends the process with a message on
  * failure. */
-http *http_start(const http_options *o, model_worker *const workers[N_ROLES]);
+http *http_start(const http_options *o, models *m);
 int http_port(const http *h);
 /* Closes connections that take too long to send a request or to read a response. */
 void http_tick(http *h, double now);

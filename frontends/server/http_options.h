@@ -2,7 +2,7 @@
 #ifndef QEMB_HTTP_OPTIONS_H
 #define QEMB_HTTP_OPTIONS_H
 
-#include "model_worker.h"
+#include "models.h"
 
 #define MAX_NAMES 16
 

@@ -8,38 +8,41 @@
 #include <stdio.h>
 
 static const char *state_name(model_worker *l) {
-    static const char *const names[] = {"loading", "ok", "failing", "failing"};
+    static const char *const names[] = {"loading", "ok", "failing", "failing", "model_changed"};
     return names[model_worker_state_of(l)];
 }
 
 /* The state of the first model; if that is good, of the reranker beside it. */
-static const char *health_of(const http *h) {
-    model_worker *w = h->workers[ROLE_MAIN], *reranker = h->workers[ROLE_RERANKER];
-    if (atomic_load(&h->draining)) return "draining";
+static const char *health_of(const request *r) {
+    model_worker *w = r->models->workers[ROLE_MAIN], *reranker = r->models->workers[ROLE_RERANKER];
+    if (atomic_load(&r->h->draining)) return "draining";
     if (reranker && model_worker_state_of(w) == WORKER_READY) w = reranker;
     return state_name(w);
 }
 
 static enum MHD_Result tell_health(request *r) {
     buffer body = {0};
-    const char *health = health_of(r->h);
+    const char *health = health_of(r);
+    model_worker *const *w = r->models->workers;
     buffer_printf(&body, "{\"status\":\"%s\"", health);
     for (int i = ROLE_MAIN + 1; i < N_ROLES; i++)
-        if (r->h->workers[i])
-            buffer_printf(&body, ",\"%s\":\"%s\"", role_name((role)i),
-                          state_name(r->h->workers[i]));
+        if (w[i]) buffer_printf(&body, ",\"%s\":\"%s\"", role_name((role)i), state_name(w[i]));
+    if (!strcmp(health, "model_changed"))
+        buffer_printf(&body, ",\"reason\":\"the model's file was written to while it is in use; "
+                             "put a whole file in its place and reload\"");
     buffer_printf(&body, "}");
     return request_answer(r, strcmp(health, "ok") ? 503 : 200, &body, JSON);
 }
 
 static enum MHD_Result tell_metrics(request *r) {
     http *h = r->h;
+    model_worker *const *workers = r->models->workers;
     buffer body = {0};
-    gauges g = {.healthy = !strcmp(health_of(h), "ok"),
-                .devices = model_worker_devices(h->workers[ROLE_MAIN]),
-                .cache_bytes = model_worker_cache_bytes(h->workers[ROLE_MAIN])};
+    gauges g = {.healthy = !strcmp(health_of(r), "ok"),
+                .devices = model_worker_devices(workers[ROLE_MAIN]),
+                .cache_bytes = model_worker_cache_bytes(workers[ROLE_MAIN])};
     for (int i = 0; i < N_ROLES; i++) {
-        model_worker *w = h->workers[i];
+        model_worker *w = workers[i];
         if (!w) continue;
         const queue_depth d = model_worker_depth(w);
         g.worker[i].model = http_name_of(h, w);
@@ -59,9 +62,9 @@ static enum MHD_Result tell_metrics(request *r) {
 /* ---- models ---------------------------------------------------------------------------------- */
 
 /* Lists the names of all models; returns their number. */
-static int list_models(const http *h, api_model models[MAX_NAMES + N_ROLES]) {
-    const http_options *o = &h->opt;
-    const int ranks_only = model_worker_is_reranker(h->workers[ROLE_MAIN]);
+static int list_models(const request *r, api_model models[MAX_NAMES + N_ROLES]) {
+    const http_options *o = &r->h->opt;
+    const int ranks_only = model_worker_is_reranker(r->models->workers[ROLE_MAIN]);
     int n = 0;
     for (; n < o->n_names; n++) models[n] = (api_model){o->names[n], ranks_only};
     if (o->fallback_name) models[n++] = (api_model){o->fallback_name, 0};
@@ -72,15 +75,15 @@ static int list_models(const http *h, api_model models[MAX_NAMES + N_ROLES]) {
 static enum MHD_Result tell_models(request *r) {
     api_model models[MAX_NAMES + N_ROLES];
     buffer body = {0};
-    const int n = list_models(r->h, models);
-    api_models(&body, models, n, (long)r->h->created);
+    const int n = list_models(r, models);
+    api_models(&body, models, n, (long)r->models->created);
     return request_answer(r, 200, &body, JSON);
 }
 
 static enum MHD_Result no_such_model(request *r, const char *name) {
     api_fail(&r->error, 404, "model_not_found", "model",
              "model: not served here (got %.80s, want %.80s)", name,
-             http_name_of(r->h, r->h->workers[ROLE_MAIN]));
+             http_name_of(r->h, r->models->workers[ROLE_MAIN]));
     return request_answer_error(r);
 }
 
@@ -89,28 +92,27 @@ static enum MHD_Result tell_model(request *r) {
     char name[300]; /* longer than any that is served */
     snprintf(name, sizeof name, "%s", r->model);
     for (size_t n = strlen(name); n && name[n - 1] == '/'; n--) name[n - 1] = 0;
-    const model_worker *w = http_worker_named(r->h, name);
+    const model_worker *w = http_worker_named(r, name);
     if (!w) return no_such_model(r, name);
     const api_model model = {name, model_worker_is_reranker(w)};
-    api_model_json(&body, &model, (long)r->h->created);
+    api_model_json(&body, &model, (long)r->models->created);
     return request_answer(r, 200, &body, JSON);
 }
 
-static api_ollama_card card_of(const http *h, const model_worker *w, const char *name) {
+static api_ollama_card card_of(const request *r, const model_worker *w, const char *name) {
     return (api_ollama_card){.name = name,
                              .file = model_worker_file(w),
-                             .loaded = (long)h->created,
+                             .loaded = (long)r->models->created,
                              .max_tokens = model_worker_max_tokens(w)};
 }
 
 static enum MHD_Result tell_tags(request *r) {
-    const http *h = r->h;
     api_model models[MAX_NAMES + N_ROLES];
     api_ollama_card cards[MAX_NAMES + N_ROLES];
     buffer body = {0};
-    const int n = list_models(h, models);
+    const int n = list_models(r, models);
     for (int i = 0; i < n; i++)
-        cards[i] = card_of(h, http_worker_named(h, models[i].name), models[i].name);
+        cards[i] = card_of(r, http_worker_named(r, models[i].name), models[i].name);
     api_ollama_tags(&body, cards, n);
     return request_answer(r, 200, &body, JSON);
 }
@@ -127,9 +129,9 @@ static enum MHD_Result show_model(request *r) {
     if (api_ollama_parse_show(&r->api, r->body ? r->body : "", r->len, &r->error))
         return request_answer_error(r);
     const char *name = r->api.model;
-    const model_worker *w = name ? http_worker_named(h, name) : h->workers[ROLE_MAIN];
+    const model_worker *w = name ? http_worker_named(r, name) : r->models->workers[ROLE_MAIN];
     if (!w) return no_such_model(r, name);
-    const api_ollama_card card = card_of(h, w, http_name_of(h, w));
+    const api_ollama_card card = card_of(r, w, http_name_of(h, w));
     api_ollama_show(&body, &card);
     return request_answer(r, 200, &body, JSON);
 }
@@ -145,7 +147,7 @@ static const char *dtype_of(qemb_math math) {
 
 static enum MHD_Result tell_info(request *r) {
     const http *h = r->h;
-    model_worker *w = h->workers[ROLE_MAIN];
+    model_worker *w = r->models->workers[ROLE_MAIN];
     const model_options *o = model_worker_model_options(w);
     const qemb_config *c = &model_worker_file(w)->config;
     buffer body = {0};
@@ -167,7 +169,10 @@ static enum MHD_Result tell_info(request *r) {
 }
 
 enum MHD_Result http_tell(request *r) {
+    http_take_models(r); /* http_end_work drops them */
     switch (r->route) {
+    case ROUTE_RELOAD:
+        return http_reload(r);
     case ROUTE_SHOW:
         return show_model(r);
     case ROUTE_MODELS:

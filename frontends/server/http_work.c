@@ -19,6 +19,9 @@
 #include <poll.h>
 #include <stdio.h>
 
+/* Seconds after which a client may ask again whether a changed model has been loaded again. */
+#define CHANGED_RETRY 10
+
 static void resume(pending_request *t) { MHD_resume_connection(((request *)t)->connection); }
 
 /* Whether the client has left. A client that has shut down its sending half counts as gone, since
@@ -32,16 +35,17 @@ static int departed(pending_request *t) {
  * model of the kind that it needs. NULL: there is none. */
 static model_worker *choose_worker(request *r) {
     const http *h = r->h;
+    model_worker *const *workers = r->models->workers;
     const char *name = r->api.model;
     const char *kind = request_ranks(r) ? "reranker" : "embedding model";
-    model_worker *own = h->workers[ROLE_MAIN];
+    model_worker *own = workers[ROLE_MAIN];
     if (model_worker_is_reranker(own) != request_ranks(r))
-        own = request_ranks(r) ? h->workers[ROLE_RERANKER] : NULL;
+        own = request_ranks(r) ? workers[ROLE_RERANKER] : NULL;
     if (!own) {
         api_fail(&r->error, 400, "wrong_model_kind", "model", "model: this server has no %s", kind);
         return NULL;
     }
-    model_worker *w = name ? http_worker_named(h, name) : own;
+    model_worker *w = name ? http_worker_named(r, name) : own;
     if (!w)
         api_fail(&r->error, 404, "model_not_found", "model",
                  "model: not served here (got %.80s, want %.80s)", name, http_name_of(h, own));
@@ -49,6 +53,16 @@ static model_worker *choose_worker(request *r) {
     api_fail(&r->error, 400, "wrong_model_kind", "model", "model: no %s (got %.80s, want %.80s)",
              kind, name, http_name_of(h, own));
     return NULL;
+}
+
+void http_take_models(request *r) {
+    if (!r->models) r->models = models_take(r->h->models);
+}
+
+void http_drop_models(request *r) {
+    if (r->models) models_drop(r->h->models, r->models);
+    r->models = NULL;
+    r->work.worker = NULL;
 }
 
 /* Frees w. Its request does not wait. */
@@ -62,7 +76,9 @@ static void work_clear(request *r, work *w) {
  * failure returns -1 with *e, and *w holds nothing. */
 static int prepare(request *r, model_worker *worker, work *w, api_error *e) {
     const int whole = model_worker_dim(worker);
-    *w = (work){.worker = worker, .dim = r->api.dimensions ? r->api.dimensions : whole};
+    *w = (work){.worker = worker,
+                .role = model_worker_role(worker),
+                .dim = r->api.dimensions ? r->api.dimensions : whole};
     if (w->dim > whole)
         return api_fail(e, 400, "invalid_dimensions", "dimensions",
                         "dimensions: out of range (got %d, want 1..%d)", w->dim, whole);
@@ -123,6 +139,7 @@ static void tell_ignored(request *r) {
 /* Parses the body, tokenizes its texts, frees the body. */
 static int read_request(request *r) {
     model_worker *worker = NULL;
+    http_take_models(r);
     int bad = parse(r) || !(worker = choose_worker(r));
     r->texts = r->api.n;
     bad = bad || prepare(r, worker, &r->work, &r->error);
@@ -161,7 +178,20 @@ static int write_response(request *r, buffer *body) {
     }
 }
 
-enum MHD_Result http_finish_work(request *r) {
+/* The answer to a request whose model's file was written to. It lasts until a reload. */
+static int model_changed(api_error *e) {
+    api_fail(e, 503, "model_changed", NULL,
+             "server: the model's file was written to while it is in use; no vectors until it is "
+             "loaded again");
+    e->retry_after = CHANGED_RETRY;
+    return -1;
+}
+
+static int has_changed(const request *r) {
+    return model_worker_state_of(r->work.worker) == WORKER_CHANGED;
+}
+
+static enum MHD_Result finish(request *r) {
     metrics *m = r->h->opt.metrics;
     buffer body = {0};
     switch (r->work.pending.state) {
@@ -181,6 +211,10 @@ enum MHD_Result http_finish_work(request *r) {
         r->error.retry_after = model_worker_retry_after(r->work.worker);
         break;
     case REQUEST_STOPPED:
+        if (has_changed(r)) {
+            model_changed(&r->error);
+            break;
+        }
         api_fail(&r->error, 503, "shutting_down", NULL, "server: it is being stopped");
         r->error.retry_after = 1;
         break;
@@ -191,9 +225,19 @@ enum MHD_Result http_finish_work(request *r) {
     return request_answer_error(r);
 }
 
+/* The models are dropped here and not when the client has read the response, which may be long
+ * after: until then a reload keeps them in memory. */
+enum MHD_Result http_finish_work(request *r) {
+    if (r->route == ROUTE_RELOAD) return http_reload(r);
+    const enum MHD_Result result = finish(r);
+    http_drop_models(r);
+    return result;
+}
+
 /* Puts the texts into the worker's queue. After it returns 0, r may be resumed at any time. */
 static int submit(request *r, api_error *e) {
     if (!model_worker_submit(r->work.worker, &r->work.pending, &r->work.shared)) return 0;
+    if (has_changed(r)) return model_changed(e);
     api_fail(e, 429, "queue_full", NULL, "server: too many tokens wait already");
     e->retry_after = model_worker_retry_after(r->work.worker);
     return -1;
@@ -208,7 +252,7 @@ static void start_waiting(request *r, work *w) {
 /* Gives r to the fallback, if r allows it and the fallback can take it. Returns 0 if r waits there,
  * 1 if r has all its vectors already, -1 if r is unchanged. */
 static int fall_back(request *r) {
-    model_worker *worker = r->h->workers[ROLE_FALLBACK];
+    model_worker *worker = r->models->workers[ROLE_FALLBACK];
     api_error ignored; /* r keeps the error of the first model */
     work other;
     if (!r->api.fallback || !worker || r->work.worker == worker ||
@@ -247,6 +291,9 @@ static int submit_or_fall_back(request *r) {
         return fallen < 0 ? submit(r, &r->error) : fallen;
     case WORKER_DEAD:
         return api_fail(&r->error, 503, "shutting_down", NULL, "server: its device has failed");
+    case WORKER_CHANGED:
+        model_changed(&r->error);
+        return fall_back(r);
     case WORKER_LOADING:
         break;
     }
@@ -257,7 +304,7 @@ static int submit_or_fall_back(request *r) {
 
 enum MHD_Result http_start_work(request *r) {
     if (read_request(r)) return request_answer_error(r);
-    r->work.cached = model_worker_lookup(r->work.worker, &r->work.pending);
+    if (!has_changed(r)) r->work.cached = model_worker_lookup(r->work.worker, &r->work.pending);
     r->phase = WAITING;
     if (r->work.cached == r->texts) {
         r->work.pending.state = REQUEST_DONE;
@@ -277,11 +324,14 @@ enum MHD_Result http_start_work(request *r) {
 
 enum MHD_Result http_tokenize(request *r) {
     buffer body = {0};
-    if (read_request(r) ||
+    if (read_request(r) || (has_changed(r) && model_changed(&r->error)) ||
         api_tokens(&body, r->work.pending.texts, r->texts, model_worker_max_tokens(r->work.worker),
                    http_name_of(r->h, r->work.worker), r->work.tokens, &r->error))
         return request_answer_error(r);
     return request_answer(r, 200, &body, JSON);
 }
 
-void http_end_work(request *r) { work_clear(r, &r->work); }
+void http_end_work(request *r) {
+    work_clear(r, &r->work);
+    http_drop_models(r);
+}

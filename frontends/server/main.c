@@ -21,11 +21,10 @@
 /* ---- options --------------------------------------------------------------------------------- */
 
 typedef struct {
-    model_worker_options worker;
+    models_options models;
     http_options http;
-    int cache_mib, redis_timeout, reranker_max_tokens, probe;
-    const char *redis;               /* NULL: none */
-    const char *fallback, *reranker; /* files, or NULL */
+    int cache_mib, redis_timeout, probe;
+    const char *redis; /* NULL: none */
     char name[N_ROLES][256];         /* of the models, from their file names */
 } options;
 
@@ -53,19 +52,19 @@ static const option_row rows[] = {
     {"name", "NAME", "the model's name; repeat for more names", NULL,
      OPTION_CALL, .unset = "the file's", .call = add_name},
     {"fallback", "FILE", "another model, for requests that allow it", NULL,
-     OPTION_STRING, AT(fallback), .suffix = ".qemb"},
+     OPTION_STRING, AT(models.fallback), .suffix = ".qemb"},
     {"fallback-name", "NAME", "its name", NULL,
      OPTION_STRING, AT(http.fallback_name), .unset = "the file's"},
     {"reranker", "FILE", "a model that ranks, beside one that embeds", NULL,
-     OPTION_STRING, AT(reranker), .suffix = ".qemb"},
+     OPTION_STRING, AT(models.reranker), .suffix = ".qemb"},
     {"reranker-name", "NAME", "its name", NULL,
      OPTION_STRING, AT(http.reranker_name), .unset = "the file's"},
     {"reranker-max-tokens", "N", "its longest pair, prompt included", NULL,
-     OPTION_INT, AT(reranker_max_tokens), .unset = "the model's", .min = 1, .max = INT_MAX},
+     OPTION_INT, AT(models.reranker_max_tokens), .unset = "the model's", .min = 1, .max = INT_MAX},
     {"api-key-file", "FILE", "a key per line: requests must bring one", NULL,
      OPTION_STRING, AT(http.key_file)},
     {"allow-token-ids", NULL, "also ids without the model's end-of-text", NULL,
-     OPTION_FLAG, AT(worker.allow_token_ids), .value = 1},
+     OPTION_FLAG, AT(models.worker.allow_token_ids), .value = 1},
     {"cors-origin", "ORIGIN", "web pages that may read answers, or *", NULL,
      OPTION_STRING, AT(http.cors_origin), .unset = "none"},
     {"http-threads", "N", "threads that parse, tokenize and format", "2",
@@ -77,7 +76,7 @@ static const option_row rows[] = {
     {"max-texts", "N", "texts of a request", "2048",
      OPTION_INT, AT(http.max_texts), .min = 1, .max = 1 << 20},
     {"max-queue", "TOKENS", "tokens that may wait, also of one request", "262144",
-     OPTION_INT, AT(worker.max_queue_tokens), .min = 1, .max = 1 << 28},
+     OPTION_INT, AT(models.worker.max_queue_tokens), .min = 1, .max = 1 << 28},
     {"max-memory", "MIB", "bodies and answers at a time", "1024",
      OPTION_SIZE, AT(http.max_memory), .min = 1, .max = 1 << 24, .shift = 20},
     {"deadline", "SECONDS", "most time for a request's vectors", "60",
@@ -92,7 +91,7 @@ static const option_row rows[] = {
     {"redis-timeout", "MS", "after which it is left alone for a second", "50",
      OPTION_INT, AT(redis_timeout), .min = 1, .max = 60000},
     {"gpu-cache", "DIR", "GPU: time cuBLASLt's algorithms, keep the best here", NULL,
-     OPTION_STRING, AT(worker.model.engine.cache_dir), .gpu = 1},
+     OPTION_STRING, AT(models.worker.model.engine.cache_dir), .gpu = 1},
 };
 /* clang-format on */
 
@@ -130,10 +129,11 @@ static void set_name(options *o, role role, const char *file, const char **name)
 
 static void check_names(options *o) {
     http_options *h = &o->http;
-    if (!h->n_names) add_name(o, "name", name_by_file(o->name[ROLE_MAIN], o->worker.model.model));
-    set_name(o, ROLE_FALLBACK, o->fallback, &h->fallback_name);
-    set_name(o, ROLE_RERANKER, o->reranker, &h->reranker_name);
-    if (o->reranker_max_tokens && !o->reranker)
+    const char *file = o->models.worker.model.model;
+    if (!h->n_names) add_name(o, "name", name_by_file(o->name[ROLE_MAIN], file));
+    set_name(o, ROLE_FALLBACK, o->models.fallback, &h->fallback_name);
+    set_name(o, ROLE_RERANKER, o->models.reranker, &h->reranker_name);
+    if (o->models.reranker_max_tokens && !o->models.reranker)
         usage("--reranker-max-tokens: of no model (want --reranker)");
     if (h->fallback_name && h->reranker_name && !strcmp(h->fallback_name, h->reranker_name))
         usage("--reranker-name: the fallback's name (got %.80s): answers could not tell",
@@ -152,14 +152,15 @@ static void check_origin(const char *origin) {
 
 static void parse_options(options *o, int argc, char **argv) {
     *o = (options){0};
+    model_options *model = &o->models.worker.model;
     option_table t = {.synopsis = synopsis,
                       .ending = ending,
-                      .sections = {{model_option_rows, n_model_option_rows, &o->worker.model},
+                      .sections = {{model_option_rows, n_model_option_rows, model},
                                    {rows, LENGTH(rows), o}}};
     options_parse(&t, argc, argv);
     if (o->probe) leave(probe(o->http.host, o->http.port));
-    model_options_check(&o->worker.model);
-    options_check(&t, ~0u, "", !!o->worker.model.ops->plan);
+    model_options_check(model);
+    options_check(&t, ~0u, "", !!model->ops->plan);
     check_names(o);
     check_origin(o->http.cors_origin);
 }
@@ -173,92 +174,79 @@ static int wait_signal(const sigset_t *set) {
     return sig > 0 ? sig : 0;
 }
 
-/* By role; all but the first may be NULL. */
-typedef model_worker *model_workers[N_ROLES];
-
-static void tick(model_workers w, http *h) {
+static void tick(models *m, http *h) {
     const double now = seconds_now();
-    for (int i = 0; i < N_ROLES; i++)
-        if (w[i]) model_worker_tick(w[i], now);
+    models_tick(m, now);
     http_tick(h, now);
 }
 
+/* Whether the signal asks the server to end. */
+static int ends(int sig) { return sig == SIGINT || sig == SIGTERM || sig == SIGQUIT; }
+
+/* Serves until a signal ends it, which it returns, or until a device has failed: 0. */
+static int serve(const sigset_t *set, models *m, http *h) {
+    int sig = 0;
+    while (!ends(sig) && !models_dead(m)) {
+        sig = wait_signal(set);
+        if (sig == SIGHUP)
+            models_want_reload(m);
+        else if (sig && !ends(sig))
+            log_line("warning", "signal_ignored", "\"signal\":%d", sig);
+        tick(m, h);
+    }
+    return ends(sig) ? sig : 0;
+}
+
 /* Answers the requests under way for up to o->drain seconds, then the rest with 503. */
-static void drain(const http_options *o, const sigset_t *set, model_workers w, http *h) {
+static void drain(const http_options *o, const sigset_t *set, models *m, http *h) {
     const double start = seconds_now();
+    models_end_reloads(m);
     http_drain(h);
     log_line("info", "draining", "\"seconds\":%g",
              o->drain); /* from here on new connections are refused */
     while (!http_idle(h, seconds_now()) && seconds_now() - start < o->drain) {
-        if (wait_signal(set)) break; /* a second signal ends the drain */
-        tick(w, h);
+        if (ends(wait_signal(set))) break; /* a second signal ends the drain */
+        tick(m, h);
     }
-    for (int i = 0; i < N_ROLES; i++)
-        if (w[i]) model_worker_stop(w[i]);
+    models_stop(m);
     const double stopped = seconds_now();
     while (!http_idle(h, seconds_now()) && seconds_now() - stopped < LAST_ANSWERS) wait_signal(set);
 }
 
 static void open_caches(options *o) {
-    if (o->cache_mib) o->worker.cache = need(cache_new((size_t)o->cache_mib << 20));
+    if (o->cache_mib) o->models.worker.cache = need(cache_new((size_t)o->cache_mib << 20));
     if (!o->redis) return;
-    o->worker.redis = redis_new(o->redis, o->redis_timeout, o->worker.metrics);
-    if (!o->worker.redis) usage("--redis: no address (got %.80s, want HOST:PORT)", o->redis);
-}
-
-static void open_workers(const options *o, model_workers w) {
-    const char *const files[N_ROLES] = {o->worker.model.model, o->fallback, o->reranker};
-    for (int i = 0; i < N_ROLES; i++) {
-        model_worker_options own = o->worker;
-        own.role = (role)i;
-        own.model.model = files[i];
-        if (i == ROLE_FALLBACK) own.model.engine.max_tokens = 0; /* from its file */
-        if (i == ROLE_RERANKER) {                                /* it has a task only */
-            own.model.engine.max_tokens = o->reranker_max_tokens;
-            own.model.query = own.model.document = 0;
-            own.model.prompt = NULL;
-        }
-        w[i] = files[i] ? model_worker_open(&own) : NULL;
-    }
-    if (model_worker_is_reranker(w[ROLE_MAIN]) && (o->fallback || o->reranker))
-        usage("--fallback, --reranker: beside an embedding model (got the reranker %.128s)",
-              o->worker.model.model);
+    o->models.worker.redis = redis_new(o->redis, o->redis_timeout, o->models.worker.metrics);
+    if (!o->models.worker.redis) usage("--redis: no address (got %.80s, want HOST:PORT)", o->redis);
 }
 
 int main(int argc, char **argv) {
+    static const int signals[] = {SIGINT, SIGTERM, SIGQUIT, SIGHUP, SIGUSR1, SIGUSR2, SIGALRM};
     options o;
     sigset_t set;
-    model_workers w;
     console_open("qemb-serve");
     signal(SIGPIPE, SIG_IGN);
     sigemptyset(&set);
-    sigaddset(&set, SIGINT);
-    sigaddset(&set, SIGTERM);
+    for (int i = 0; i < LENGTH(signals); i++) sigaddset(&set, signals[i]);
     pthread_sigmask(SIG_BLOCK, &set, NULL); /* inherited by all threads; wait_signal takes them */
     parse_options(&o, argc, argv);
-    o.http.metrics = o.worker.metrics = need(metrics_new());
+    o.http.metrics = o.models.worker.metrics = need(metrics_new());
     open_caches(&o);
-    open_workers(&o, w);
-    http *h = http_start(&o.http, w);
+    models *m = models_open(&o.models);
+    http *h = http_start(&o.http, m);
     log_line("info", "listening", "\"port\":%d,\"pid\":%ld", http_port(h), (long)getpid());
-    for (int i = 0; i < N_ROLES; i++)
-        if (w[i]) model_worker_start(w[i]);
-    int sig, dead = 0;
-    for (; !(sig = wait_signal(&set)) && !dead; tick(w, h))
-        for (int i = 0; i < N_ROLES; i++)
-            dead |= w[i] && model_worker_state_of(w[i]) == WORKER_DEAD;
-    drain(&o.http, &set, w, h);
-    int joined = 1; /* before http_stop, so that no worker resumes a connection */
-    for (int i = 0; i < N_ROLES; i++)
-        if (w[i]) joined &= model_worker_join(w[i], LAST_BATCH);
+    models_start(m);
+    const int sig = serve(&set, m, h);
+    drain(&o.http, &set, m, h);
+    const int status = sig ? STATUS_GOOD : STATUS_MODEL;
+    const int joined = models_join(m, LAST_BATCH); /* before http_stop, so that no worker resumes a
+                                                      connection */
     http_stop(h);
     log_line("info", "stopped", "\"signal\":%d", sig);
-    const int status = dead ? STATUS_MODEL : STATUS_GOOD;
     if (!joined) leave(status); /* a worker is in a long batch */
-    for (int i = 0; i < N_ROLES; i++)
-        if (w[i]) model_worker_free(w[i]);
-    redis_free(o.worker.redis);
-    cache_free(o.worker.cache);
-    metrics_free(o.worker.metrics);
+    models_free(m);
+    redis_free(o.models.worker.redis);
+    cache_free(o.models.worker.cache);
+    metrics_free(o.models.worker.metrics);
     return status;
 }

@@ -16,10 +16,10 @@
 
 const char *route_path(route r) {
     static const char *const paths[N_ROUTES] = {
-        "/v1/embeddings",  "/embed",  "/api/embed", "/api/embeddings", "/v1/rerank",
-        "/v2/rerank",      "/rerank", "/tokenize",  "/api/show",       "/v1/models",
-        "/v1/models/{id}", "/info",   "/api/tags",  "/api/version",    "/health",
-        "/metrics",        "other"};
+        "/v1/embeddings",  "/embed",          "/api/embed", "/api/embeddings", "/v1/rerank",
+        "/v2/rerank",      "/rerank",         "/tokenize",  "/admin/reload",   "/api/show",
+        "/v1/models",      "/v1/models/{id}", "/info",      "/api/tags",       "/api/version",
+        "/health",         "/metrics",        "other"};
     return paths[r];
 }
 
@@ -43,6 +43,9 @@ static const struct {
                        "Numbers cut to the largest that an activation can be, on a GPU."},
     [COUNT_RECOMPUTED] = {"recomputed", "Vectors that a GPU could not give and the CPU computed."},
     [COUNT_FAILED_DEVICES] = {"failed_devices", "GPUs that failed."},
+    [COUNT_MODEL_CHANGES] = {"model_changes", "Model files that were written to while in use."},
+    [COUNT_RELOADS] = {"reloads", "Times that the models were loaded again and took over."},
+    [COUNT_RELOAD_FAILURES] = {"reload_failures", "Times that they could not: nothing changed."},
     [COUNT_FALLBACKS] = {"fallbacks", "Requests that the fallback took, as they allow."},
     [COUNT_DEPARTED] = {"departed", "Requests dropped because their client had left."},
     [COUNT_EXPIRED] = {"expired", "Requests whose deadline came before their vectors or scores."},
@@ -57,7 +60,8 @@ static const struct {
 };
 
 /* 499: the client has left. The last entry counts all other codes. */
-static const int codes[] = {200, 204, 400, 401, 404, 405, 413, 415, 422, 424, 429, 499, 503, 0};
+static const int codes[] = {200, 204, 400, 401, 403, 404, 405, 409, 413,
+                            415, 422, 424, 429, 499, 500, 503, 0};
 
 /* ---- histograms ------------------------------------------------------------------------------ */
 

@@ -48,6 +48,7 @@ typedef struct {
     int i; /* of the options' devices */
     qemb_model *model;
     pthread_t thread;
+    int joined;
     job *jobs; /* (n_jobs) a ring: from first on, n_submitted that are submitted, oldest first */
     int n_jobs, first, n_submitted;
     vector **vectors;   /* of the batch that is finished */
@@ -60,13 +61,16 @@ struct model_worker {
     model_file file;
     replica *replicas; /* one a device */
     queue *queue;
-    pthread_barrier_t loaded; /* all replicas */
-    atomic_int loading;       /* replicas that are not loaded */
-    int started;
-    atomic_int working; /* devices that have not failed */
-    atomic_int state;   /* model_worker_state */
-    pthread_mutex_t lock;
-    scratch *unused; /* under lock */
+    int started;         /* replicas whose threads run */
+    atomic_int working;  /* devices that have not failed */
+    atomic_int state;    /* model_worker_state, but for WORKER_CHANGED */
+    atomic_int changed;  /* the file was written to */
+    pthread_mutex_t lock; /* guards the members up to the empty line */
+    pthread_cond_t loaded;
+    int loading;      /* replicas that are not loaded */
+    qemb_err failure; /* why one could not be; code NULL: none */
+    scratch *unused;
+
     EVP_MD *sha256;
     uint8_t fingerprint[FINGERPRINT_BYTES];
     char fingerprint_hex[2 * FINGERPRINT_BYTES + 1];
@@ -82,29 +86,41 @@ struct model_worker {
 
 /* ---- opening --------------------------------------------------------------------------------- */
 
-static void make_fingerprint(model_worker *m) {
-    if (model_fingerprint(m->fingerprint, m->file.file, m->opt.model.ops))
-        DIE(STATUS_MODEL, "SHA-256: not available");
+static int out_of_memory(qemb_err *err) {
+    return qemb_fail(err, "out_of_memory", "model: out of memory");
+}
+
+static int make_fingerprint(model_worker *m, qemb_err *err) {
+    m->sha256 = EVP_MD_fetch(NULL, "SHA256", NULL);
+    if (!m->sha256 || model_fingerprint(m->fingerprint, m->file.file, m->opt.model.ops))
+        return qemb_fail(err, "model_file", "SHA-256: not available");
     for (int i = 0; i < FINGERPRINT_BYTES; i++)
         snprintf(m->fingerprint_hex + 2 * i, 3, "%02x", m->fingerprint[i]);
+    return 0;
 }
 
-static scratch *scratch_new(model_worker *m) {
-    qemb_err err;
-    scratch *s = need(calloc(1, sizeof *s));
-    if (record_tokenizer_open(&s->record_tokenizer, &m->file, &m->opt.model, &(record_options){0},
-                              &err))
-        DIE(strcmp(err.code, "usage") ? STATUS_MODEL : STATUS_USAGE, "%s", err.msg);
-    s->digest = need(EVP_MD_CTX_new());
-    return s;
+static scratch *scratch_new(model_worker *m, qemb_err *err) {
+    scratch *s = calloc(1, sizeof *s);
+    EVP_MD_CTX *digest = EVP_MD_CTX_new();
+    if (!s || !digest)
+        out_of_memory(err);
+    else if (!record_tokenizer_open(&s->record_tokenizer, &m->file, &m->opt.model,
+                                    &(record_options){0}, err)) {
+        s->digest = digest;
+        return s;
+    }
+    EVP_MD_CTX_free(digest);
+    free(s);
+    return NULL;
 }
 
-static scratch *take_scratch(model_worker *m) {
+/* Returns NULL with *err on failure. */
+static scratch *take_scratch(model_worker *m, qemb_err *err) {
     pthread_mutex_lock(&m->lock);
     scratch *s = m->unused;
     if (s) m->unused = s->next;
     pthread_mutex_unlock(&m->lock);
-    return s ? s : scratch_new(m);
+    return s ? s : scratch_new(m, err);
 }
 
 static void give_scratch(model_worker *m, scratch *s) {
@@ -132,7 +148,7 @@ static text *make_text(model_worker *m, scratch *s, const record_ids *ids) {
     return t;
 }
 
-/* The empty text, or pair. A model that adds no token to it gets token 0. */
+/* The empty text, or pair. A model that adds no token to it gets token 0. NULL: out of memory. */
 static text *make_probe(model_worker *m, scratch *s) {
     static const int32_t first;
     qemb_err err;
@@ -142,7 +158,7 @@ static text *make_probe(model_worker *m, scratch *s) {
     if (m->is_reranker ? tokenize_pair(t, &(text_pair){.query = "", .document = ""}, 0, &ids, &err)
                        : tokenize_text(t, "", 0, "", 0, &ids, &err))
         ids = (record_ids){.ids = &first, .n = 1};
-    return need(make_text(m, s, &ids));
+    return make_text(m, s, &ids);
 }
 
 static int is_finite(const float *v, int n) {
@@ -151,36 +167,37 @@ static int is_finite(const float *v, int n) {
     return 1;
 }
 
-static void check_kind(model_worker *m) {
+static int check_kind(model_worker *m, qemb_err *err) {
     const model_options *o = &m->opt.model;
     m->is_reranker = m->file.file->config.kind == QEMB_RERANKER;
     m->is_good = m->is_reranker ? is_finite : qemb_has_length; /* a logit may be 0 */
     if (m->opt.role == ROLE_RERANKER && !m->is_reranker)
-        usage("--reranker: an embedding model (got %.128s)", o->model);
+        return qemb_fail(err, "usage", "--reranker: an embedding model (got %.128s)", o->model);
     const int most = m->file.file->config.max_positions;
     if (m->opt.role == ROLE_RERANKER && o->engine.max_tokens > most)
-        usage("--reranker-max-tokens: more than the model can (got %d, want 1..%d)",
-              o->engine.max_tokens, most);
+        return qemb_fail(err, "usage",
+                         "--reranker-max-tokens: more than the model can (got %d, want 1..%d)",
+                         o->engine.max_tokens, most);
     if (m->opt.role == ROLE_FALLBACK && m->is_reranker)
-        usage("--fallback: a reranker (got %.128s, want an embedding model)", o->model);
+        return qemb_fail(err, "usage",
+                         "--fallback: a reranker (got %.128s, want an embedding model)", o->model);
     if (m->is_reranker && (o->query || o->document || o->prompt))
-        usage("--query, --document, --prompt: not for a reranker (got %.128s)", o->model);
+        return qemb_fail(err, "usage",
+                         "--query, --document, --prompt: not for a reranker (got %.128s)",
+                         o->model);
+    return 0;
 }
 
-model_worker *model_worker_open(const model_worker_options *o) {
-    model_worker *m = need(calloc(1, sizeof *m));
-    m->opt = *o;
-    pthread_mutex_init(&m->lock, NULL);
-    m->working = m->loading = o->model.n_devices;
-    pthread_barrier_init(&m->loaded, NULL, (unsigned)o->model.n_devices);
-    m->replicas = need(calloc((size_t)o->model.n_devices, sizeof *m->replicas));
+static int open_parts(model_worker *m, qemb_err *err) {
+    const model_worker_options *o = &m->opt;
+    m->replicas = calloc((size_t)o->model.n_devices, sizeof *m->replicas);
+    if (!m->replicas) return out_of_memory(err);
     for (int i = 0; i < o->model.n_devices; i++) m->replicas[i] = (replica){.worker = m, .i = i};
-    open_model_file(&m->file, &o->model);
-    check_kind(m);
-    m->sha256 = EVP_MD_fetch(NULL, "SHA256", NULL);
-    if (!m->sha256) DIE(STATUS_MODEL, "SHA-256: not available");
-    make_fingerprint(m);
-    scratch *s = take_scratch(m); /* here, so that wrong options end the process at the start */
+    if (try_model_file(&m->file, &o->model, err) || check_kind(m, err) ||
+        make_fingerprint(m, err))
+        return -1;
+    scratch *s = take_scratch(m, err); /* here, so that wrong options are noticed at the start */
+    if (!s) return -1;
     m->probed = make_probe(m, s);
     give_scratch(m, s);
     /* The engine would take larger batches where a GPU has the memory. They are a little faster,
@@ -191,8 +208,23 @@ model_worker *model_worker_open(const model_worker_options *o) {
     /* A reranker's turn is long, so that a batch has so many documents of one query when another
      * request's turn comes that the packer keeps the two apart. */
     const int share = m->is_reranker ? *batch / 2 : *batch / 8;
-    m->queue = need(queue_new(o->max_queue_tokens, *batch, share, o->metrics));
-    return m;
+    m->queue = queue_new(o->max_queue_tokens, *batch, share, o->metrics);
+    return m->probed && m->queue ? 0 : out_of_memory(err);
+}
+
+model_worker *model_worker_open(const model_worker_options *o, qemb_err *err) {
+    model_worker *m = calloc(1, sizeof *m);
+    if (!m) {
+        out_of_memory(err);
+        return NULL;
+    }
+    m->opt = *o;
+    m->working = m->loading = o->model.n_devices;
+    pthread_mutex_init(&m->lock, NULL);
+    pthread_cond_init(&m->loaded, NULL);
+    if (!open_parts(m, err)) return m;
+    model_worker_free(m);
+    return NULL;
 }
 
 /* ---- the replicas' threads ------------------------------------------------------------------- */
@@ -220,30 +252,54 @@ static void remember(model_worker *m, const uint8_t *key, vector *v) {
     if (m->opt.redis) redis_put(m->opt.redis, key, v);
 }
 
-/* Opens the model, on a GPU computes a few batches, and waits for the other replicas. */
-static void load(replica *r) {
-    model_worker *m = r->worker;
-    const model_options *o = &m->opt.model;
-    r->model = replica_open(m->file.file, o, r->i, NULL);
-    r->n_jobs = qemb_in_flight(r->model);
-    r->jobs = need(calloc((size_t)r->n_jobs, sizeof *r->jobs));
+static int open_jobs(replica *r, qemb_err *err) {
     const size_t most = (size_t)qemb_options_of(r->model)->batch_tokens;
-    r->vectors = need(malloc(most * sizeof *r->vectors));
-    for (int i = 0; i < r->n_jobs; i++) {
-        r->jobs[i].batch = need(qemb_batch_new(r->model));
-        r->jobs[i].taken = need(malloc(most * sizeof(text *)));
+    const int n = qemb_in_flight(r->model);
+    r->jobs = calloc((size_t)n, sizeof *r->jobs);
+    r->vectors = malloc(most * sizeof *r->vectors);
+    if (!r->jobs || !r->vectors) return out_of_memory(err);
+    r->n_jobs = n;
+    for (int i = 0; i < n; i++) {
+        r->jobs[i].batch = qemb_batch_new(r->model);
+        r->jobs[i].taken = malloc(most * sizeof(text *));
+        if (!r->jobs[i].batch || !r->jobs[i].taken) return out_of_memory(err);
     }
-    if (o->ops->plan) {
-        const double start = seconds_now();
-        const int batches = replica_warm_up(r->model, m->file.file, o->ops);
-        log_line("info", "warmed_up", "\"device\":%d,\"batches\":%d,\"seconds\":%.3f",
-                 o->devices[r->i], batches, seconds_now() - start);
-    }
-    if (atomic_fetch_sub(&m->loading, 1) == 1)
+    return 0;
+}
+
+/* Opens the model, and on a GPU computes a few batches. */
+static int load(replica *r, qemb_err *err) {
+    const model_worker *m = r->worker;
+    const model_options *o = &m->opt.model;
+    if (replica_try_open(&r->model, m->file.file, o, r->i, NULL, err) || open_jobs(r, err))
+        return -1;
+    if (!o->ops->plan) return 0;
+    const double start = seconds_now();
+    const int batches = replica_warm_up(r->model, m->file.file, o->ops);
+    if (!batches) return out_of_memory(err);
+    log_line("info", "warmed_up", "\"device\":%d,\"batches\":%d,\"seconds\":%.3f",
+             o->devices[r->i], batches, seconds_now() - start);
+    return 0;
+}
+
+/* Loads r and waits for the other replicas. Returns -1 if one could not be loaded. */
+static int load_all(replica *r) {
+    model_worker *m = r->worker;
+    qemb_err err;
+    const int bad = load(r, &err);
+    pthread_mutex_lock(&m->lock);
+    if (bad && !m->failure.code) m->failure = err;
+    const int last = !--m->loading && !m->failure.code;
+    if (last)
         log_line("info", "loaded",
                  "\"role\":\"%s\",\"devices\":%d,\"table\":\"%s\",\"fingerprint\":\"%s\"",
-                 role_name(m->opt.role), o->n_devices, o->ops->name, m->fingerprint_hex);
-    pthread_barrier_wait(&m->loaded);
+                 role_name(m->opt.role), m->opt.model.n_devices, m->opt.model.ops->name,
+                 m->fingerprint_hex);
+    pthread_cond_broadcast(&m->loaded);
+    while (m->loading && !m->failure.code) pthread_cond_wait(&m->loaded, &m->lock);
+    const int failed = m->failure.code != NULL;
+    pthread_mutex_unlock(&m->lock);
+    return failed ? -1 : 0;
 }
 
 static void unload(replica *r) {
@@ -268,6 +324,11 @@ static void submit(replica *r, job *j) {
     r->n_submitted++;
 }
 
+static void give_back(replica *r) {
+    for (; r->n_submitted; r->n_submitted--, r->first = (r->first + 1) % r->n_jobs)
+        queue_give_back(r->worker->queue, r->jobs[r->first].taken, r->jobs[r->first].n);
+}
+
 /* Gives the texts back to the replicas on other devices. If there is none, the worker is dead:
  * waiting requests get 503, not 422, since their texts are not the cause. */
 static void device_failed(replica *r, const char *why) {
@@ -283,8 +344,18 @@ static void device_failed(replica *r, const char *why) {
         atomic_store(&m->state, WORKER_DEAD);
         queue_stop(m->queue);
     }
-    for (; r->n_submitted; r->n_submitted--, r->first = (r->first + 1) % r->n_jobs)
-        queue_give_back(m->queue, r->jobs[r->first].taken, r->jobs[r->first].n);
+    give_back(r);
+}
+
+/* Ends all requests: what the file holds now is no model. */
+static void file_changed(model_worker *m, const char *why) {
+    char quoted[6 * sizeof(qemb_err) + 3];
+    if (atomic_exchange(&m->changed, 1)) return;
+    *format_json_string(quoted, why, strlen(why)) = 0;
+    log_line("error", "model_changed", "\"role\":\"%s\",\"message\":%s", role_name(m->opt.role),
+             quoted);
+    metrics_add(m->opt.metrics, COUNT_MODEL_CHANGES, 1);
+    queue_stop(m->queue);
 }
 
 static void count_batch(replica *r, const job *j, const qemb_health *now) {
@@ -305,14 +376,20 @@ static void count_batch(replica *r, const job *j, const qemb_health *now) {
     metrics_add(m, COUNT_COMPUTED_TOKENS, (uint64_t)tokens);
 }
 
-/* Finishes the oldest batch. Returns -1 if the device has failed. */
+/* Finishes the oldest batch. Returns -1 if the device has failed or the file was written to. */
 static int collect(replica *r) {
     model_worker *m = r->worker;
     job *j = &r->jobs[r->first];
     qemb_collect(r->model);
     const qemb_health now = qemb_health_of(r->model);
     if (now.failure) {
-        device_failed(r, now.failure);
+        qemb_err err;
+        if (qemb_file_check(m->file.file, &err)) {
+            file_changed(m, err.msg);
+            give_back(r);
+        } else {
+            device_failed(r, now.failure);
+        }
         return -1;
     }
     count_batch(r, j, &now);
@@ -339,9 +416,9 @@ static int collect(replica *r) {
 static void *compute_main(void *arg) {
     replica *r = arg;
     queue *q = r->worker->queue;
-    load(r);
-    const int full = qemb_options_of(r->model)->batch_tokens;
-    for (int failed = 0; !failed;) {
+    int failed = load_all(r);
+    const int full = failed ? 0 : qemb_options_of(r->model)->batch_tokens;
+    while (!failed) {
         job *j = &r->jobs[(r->first + r->n_submitted) % r->n_jobs];
         j->n = r->n_submitted ? queue_try_take(q, full, j->batch, j->taken)
                               : queue_take(q, j->batch, j->taken);
@@ -356,13 +433,29 @@ static void *compute_main(void *arg) {
     return NULL;
 }
 
-void model_worker_start(model_worker *m) {
-    m->started = 1;
+int model_worker_start(model_worker *m, qemb_err *err) {
     for (int i = 0; i < m->opt.model.n_devices; i++) {
-        const int error =
-            pthread_create(&m->replicas[i].thread, NULL, compute_main, &m->replicas[i]);
-        if (error) DIE(STATUS_MODEL, "thread: cannot start it (%s)", strerror(error));
+        replica *r = &m->replicas[i];
+        const int error = pthread_create(&r->thread, NULL, compute_main, r);
+        if (error) {
+            qemb_fail(err, "device", "thread: cannot start it (%s)", strerror(error));
+            pthread_mutex_lock(&m->lock); /* the others do not wait for it */
+            m->failure = *err;
+            pthread_cond_broadcast(&m->loaded);
+            pthread_mutex_unlock(&m->lock);
+            return -1;
+        }
+        m->started++;
     }
+    return 0;
+}
+
+int model_worker_failed(model_worker *m, qemb_err *err) {
+    pthread_mutex_lock(&m->lock);
+    const int failed = m->failure.code != NULL;
+    if (failed) *err = m->failure;
+    pthread_mutex_unlock(&m->lock);
+    return failed ? -1 : 0;
 }
 
 void model_worker_stop(model_worker *m) { queue_stop(m->queue); }
@@ -373,8 +466,11 @@ int model_worker_join(model_worker *m, double seconds) {
     const double until = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec + seconds;
     t.tv_sec = (time_t)until;
     t.tv_nsec = (long)((until - floor(until)) * 1e9);
-    for (int i = 0; m->started && i < m->opt.model.n_devices; i++)
-        if (pthread_timedjoin_np(m->replicas[i].thread, NULL, &t)) return 0;
+    for (int i = 0; i < m->started; i++) {
+        replica *r = &m->replicas[i];
+        if (!r->joined && pthread_timedjoin_np(r->thread, NULL, &t)) return 0;
+        r->joined = 1;
+    }
     return 1;
 }
 
@@ -387,11 +483,11 @@ void model_worker_free(model_worker *m) {
     }
     queue_free(m->queue);
     free(m->probed);
-    for (int i = 0; i < m->opt.model.n_devices; i++) qemb_close(m->replicas[i].model);
+    for (int i = 0; i < m->started; i++) qemb_close(m->replicas[i].model);
     free(m->replicas);
     EVP_MD_free(m->sha256);
     close_model_file(&m->file);
-    pthread_barrier_destroy(&m->loaded);
+    pthread_cond_destroy(&m->loaded);
     pthread_mutex_destroy(&m->lock);
     free(m);
 }
@@ -399,7 +495,7 @@ void model_worker_free(model_worker *m) {
 /* ---- health ---------------------------------------------------------------------------------- */
 
 model_worker_state model_worker_state_of(model_worker *m) {
-    return (model_worker_state)atomic_load(&m->state);
+    return atomic_load(&m->changed) ? WORKER_CHANGED : (model_worker_state)atomic_load(&m->state);
 }
 
 static void probe_done(pending_request *t) {
@@ -426,9 +522,11 @@ static void probe(model_worker *m, double now) {
 }
 
 void model_worker_tick(model_worker *m, double now) {
+    qemb_err err;
     queue_tick(m->queue, now);
+    if (qemb_file_check(m->file.file, &err)) file_changed(m, err.msg);
     const model_worker_state s = model_worker_state_of(m);
-    if (m->started && s != WORKER_READY && s != WORKER_DEAD) probe(m, now);
+    if (m->started && (s == WORKER_LOADING || s == WORKER_FAILING)) probe(m, now);
 }
 
 int model_worker_submit(model_worker *m, pending_request *t, int *shared) {
@@ -440,6 +538,7 @@ int model_worker_devices(model_worker *m) { return atomic_load(&m->working); }
 queue_depth model_worker_depth(model_worker *m) { return queue_depth_of(m->queue); }
 int model_worker_dim(const model_worker *m) { return qemb_dim(&m->file.file->config); }
 int model_worker_is_reranker(const model_worker *m) { return m->is_reranker; }
+role model_worker_role(const model_worker *m) { return m->opt.role; }
 const char *model_worker_table(const model_worker *m) { return m->opt.model.ops->name; }
 const qemb_file *model_worker_file(const model_worker *m) { return m->file.file; }
 const model_options *model_worker_model_options(const model_worker *m) { return &m->opt.model; }
@@ -563,11 +662,16 @@ static void set_limits(const model_worker *m, record_tokenizer *t, const api_req
 int model_worker_tokenize(model_worker *m, const api_request *r, pending_request *t,
                           uint64_t *tokens, char recipe[RECIPE_ROOM], api_error *e) {
     request_prompt prompt;
+    qemb_err err;
     t->texts = calloc((size_t)r->n, sizeof *t->texts);
     if (!t->texts) return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
     t->n = r->n;
     *tokens = 0;
-    scratch *s = take_scratch(m);
+    scratch *s = take_scratch(m, &err);
+    if (!s) {
+        pending_request_clear(t);
+        return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
+    }
     set_limits(m, &s->record_tokenizer, r);
     int bad = set_prompt(m, &s->record_tokenizer, r, &prompt, e);
     if (!bad && recipe_fingerprint(recipe, m->fingerprint, prompt.text, prompt.len))

@@ -10,8 +10,15 @@
 #include "frontends/model_options.h"
 #include "redis.h"
 
-/* WORKER_DEAD: all devices have failed and the queue is stopped; the process has to end. */
-typedef enum { WORKER_LOADING, WORKER_READY, WORKER_FAILING, WORKER_DEAD } model_worker_state;
+/* WORKER_DEAD: all devices have failed and the queue is stopped; the process has to end.
+ * WORKER_CHANGED: the model's file was written to, and the queue is stopped for good. */
+typedef enum {
+    WORKER_LOADING,
+    WORKER_READY,
+    WORKER_FAILING,
+    WORKER_DEAD,
+    WORKER_CHANGED
+} model_worker_state;
 
 typedef struct model_worker model_worker;
 
@@ -25,13 +32,16 @@ typedef struct {
     metrics *metrics;    /* has to outlive the worker */
 } model_worker_options;
 
-/* Opens the file and the tokenizer. Ends the process with a message on failure, and if the model is
- * not of the kind that the role needs. */
-model_worker *model_worker_open(const model_worker_options *o);
-/* Starts the threads that open the model on the devices, which may take long, and then compute.
- * Ends the process with a message on failure. */
-void model_worker_start(model_worker *w);
-/* stop ends every wait. join waits for the threads; it returns 0 if that takes too long. */
+/* Opens the file and the tokenizer. Returns NULL with *err on failure; code "usage": the options do
+ * not fit the model, or it is not of the kind that the role needs. */
+model_worker *model_worker_open(const model_worker_options *o, qemb_err *err);
+/* Starts the threads that open the model on the devices, which may take long, and then compute. On
+ * failure returns -1 with *err; then stop, join and free it. */
+int model_worker_start(model_worker *w, qemb_err *err);
+/* -1 with *err if its threads could not open the model. */
+int model_worker_failed(model_worker *w, qemb_err *err);
+/* stop ends every wait. join waits for the threads and returns 0 if that takes too long; it may be
+ * called again then. */
 void model_worker_stop(model_worker *w);
 int model_worker_join(model_worker *w, double seconds);
 void model_worker_free(model_worker *w); /* after model_worker_join returned 1 */
@@ -40,6 +50,7 @@ model_worker_state model_worker_state_of(model_worker *w);
 void model_worker_tick(model_worker *w, double now); /* call it a few times per second */
 int model_worker_dim(const model_worker *w);         /* numbers of a whole vector */
 int model_worker_is_reranker(const model_worker *w);
+role model_worker_role(const model_worker *w);
 int model_worker_max_tokens(const model_worker *w);
 size_t model_worker_cache_bytes(const model_worker *w);
 const char *model_worker_table(const model_worker *w); /* the name of the ops table */

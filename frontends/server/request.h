@@ -27,7 +27,7 @@ enum { IGNORED_NAMES = 64 };
 
 struct http {
     http_options opt;
-    model_worker *workers[N_ROLES]; /* all but the first may be NULL */
+    models *models;
     struct MHD_Daemon *daemon;
     int listen_fd, port;
     keys *keys; /* NULL: no key is needed */
@@ -35,7 +35,6 @@ struct http {
     atomic_uint id_next;
     atomic_size_t held; /* bytes of bodies and of responses to come */
     atomic_int draining, active;
-    time_t created;
     pthread_t acceptor;
     pthread_mutex_t lock; /* guards the members below */
     conn *conns;
@@ -48,7 +47,8 @@ struct http {
 /* The part of a request that belongs to one worker. */
 typedef struct {
     pending_request pending;
-    model_worker *worker; /* NULL: none yet */
+    model_worker *worker; /* of the request's models; NULL: none yet */
+    role role;            /* the worker's, also when that is gone */
     int dim, cached, shared;
     uint64_t tokens;
     size_t held;              /* bytes counted for the response */
@@ -60,6 +60,8 @@ typedef struct {
     http *h;
     struct MHD_Connection *connection;
     conn *conn;
+    model_set *models; /* those that it is answered with, from the end of its body on; or NULL */
+    reload_call reload;
     route route;
     const char *model; /* of ROUTE_MODEL: its name, which libmicrohttpd owns */
     int is_options;    /* 1: the method is OPTIONS */
@@ -93,8 +95,8 @@ enum MHD_Result request_answer_error(request *r); /* r->error */
 int request_ranks(const request *r);
 /* The name of w's model in responses. */
 const char *http_name_of(const http *h, const model_worker *w);
-/* The worker of the model of that name, or NULL. */
-model_worker *http_worker_named(const http *h, const char *name);
+/* The worker of the request's models with that name, or NULL. */
+model_worker *http_worker_named(const request *r, const char *name);
 
 /* ---- http_work.c ----------------------------------------------------------------------------- */
 
@@ -103,11 +105,19 @@ model_worker *http_worker_named(const http *h, const char *name);
 enum MHD_Result http_start_work(request *r);
 enum MHD_Result http_finish_work(request *r);
 enum MHD_Result http_tokenize(request *r);
+/* Takes the models that answer r; drops them, after which nothing may look at a worker. */
+void http_take_models(request *r);
+void http_drop_models(request *r);
 /* Frees what the work holds; the request does not wait. */
 void http_end_work(request *r);
 
 /* ---- http_tell.c ----------------------------------------------------------------------------- */
 
 enum MHD_Result http_tell(request *r);
+
+/* ---- http_admin.c ---------------------------------------------------------------------------- */
+
+/* Loads the models again: like http_start_work, and called again when that is done. */
+enum MHD_Result http_reload(request *r);
 
 #endif
