@@ -340,6 +340,22 @@ def test_nothing_is_lost_while_models_change(model, other):
         assert s.metric("qemb_reloads_total") == 8
 
 
+def test_requests_under_way_finish_on_the_old_model(model, other):
+    answers = []
+    with server("--cache", 0, *BUSY, model=model) as s:
+        body = slow_request(40, encoding_format="base64")
+        old = s.post({"model": "small", "input": [body["input"][0]]}).headers["x-qemb-fingerprint"]
+        ask = threading.Thread(target=lambda: answers.append(s.post(body)))
+        ask.start()
+        s.wait_metric("qemb_queue_requests", lambda n: n > 0)
+        replace(model, other)
+        assert reload(s) == "reloaded"
+        new = s.post({"model": "small", "input": [body["input"][0]]}).headers["x-qemb-fingerprint"]
+        ask.join()
+        s.wait_log("retired")
+    assert answers[0].status == 200 and answers[0].headers["x-qemb-fingerprint"] == old != new
+
+
 # ---- signals -------------------------------------------------------------------------------------
 
 
