@@ -211,12 +211,12 @@ accuracy: qemb build/release/accuracy build/release/qemb-emulated $(EMULATED_GPU
 # ---- tests ----------------------------------------------------------------------------------------
 
 # The server tests in which several threads share data: the thread sanitizer runs these alone.
-RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat or fallback or mixed
+RACY     := many_clients or in_flight or departed or full_queue or deadline or thousand or term or drain or shared or killed or stays_flat or fallback or mixed or reload
 # The same of grep: its own use of the pipeline.
 RACY_GREP := fifo or signal or answers_at_once or closed or made_again
 RACY_SHARDS := npy or gives_up or full_disk or empty or in_binary
 RACY_RERANK := in_order or signal or answers_at_once or closed or errors or any_batch
-SERVE_FILES := tests/e2e/test_serve.py tests/e2e/test_serve_caches.py tests/e2e/test_serve_rerank.py tests/e2e/test_serve_shapes.py tests/e2e/test_serve_probe.py
+SERVE_FILES := tests/e2e/test_serve.py tests/e2e/test_serve_caches.py tests/e2e/test_serve_rerank.py tests/e2e/test_serve_shapes.py tests/e2e/test_serve_probe.py tests/e2e/test_serve_reload.py
 SERVE_TESTS = "$(VENV)/bin/pytest -q -rs $(SERVE_FILES)"
 SERVE_SANITIZED = "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_FILES)" \
   "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_FILES) -k '$(RACY)'"
@@ -237,7 +237,7 @@ test: need-test $(VENV_TEST) ## install what is missing, run the tests (C, also 
 test-sanitizers: need-test $(VENV_TEST) ## the programs again, built with sanitizers (addresses, undefined behaviour, threads)
 	@echo "building"; $(SUBMAKE) $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
 	@tests/run.sh $(SERVE_SANITIZED) \
-	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py tests/e2e/test_grep.py tests/e2e/test_rerank.py tests/e2e/test_shards.py tests/e2e/test_variants.py" \
+	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py tests/e2e/test_grep.py tests/e2e/test_rerank.py tests/e2e/test_shards.py tests/e2e/test_variants.py tests/e2e/test_model_changes.py" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_grep.py -k '$(RACY_GREP)'" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_rerank.py -k '$(RACY_RERANK)'" \

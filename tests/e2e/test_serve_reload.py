@@ -68,6 +68,13 @@ def vector(model, text="two"):
     return base64.b64encode(np.array(json.loads(line), "<f4").tobytes()).decode()
 
 
+def holds(s):
+    """The maps of model files, descriptors and threads of the server."""
+    proc = Path(f"/proc/{s.process.pid}")
+    maps = (proc / "maps").read_text().count(".qemb")
+    return maps, len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir()))
+
+
 def count(s, event):
     with s.changed:
         return sum(e["event"] == event for e in s.log)
@@ -304,9 +311,10 @@ def test_nothing_is_lost_while_models_change(model, other):
         wanted[path] = [vector(path, t) for t in texts]
     stop = threading.Event()
     with server("--cache", 1, "--http-threads", 3, model=model) as s:
-        for path in (SMALL, other):
+        for n, path in enumerate((SMALL, other), 1):
             replace(model, path)
             assert reload(s) == "reloaded"
+            s.wait_log("retired", n)
             prints[s.post({"model": "small", "input": "x"}).headers["x-qemb-fingerprint"]] = path
 
         def client(first):
@@ -325,6 +333,7 @@ def test_nothing_is_lost_while_models_change(model, other):
                     wrong.append((a.status, path, got))
             c.close()
 
+        before = holds(s)
         threads = [threading.Thread(target=client, args=(i,)) for i in range(4)]
         for t in threads:
             t.start()
@@ -337,6 +346,8 @@ def test_nothing_is_lost_while_models_change(model, other):
         assert not wrong, wrong[:3]
         assert done[0] > 20
         s.wait_log("retired", 8)
+        wait_for(lambda: s.metric("qemb_connections") == 1, GUARD)  # that of the question
+        assert holds(s) == before
         assert s.metric("qemb_reloads_total") == 8
 
 
