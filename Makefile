@@ -11,7 +11,7 @@ export QEMB_SHARED ?= $(abspath ../shared)
 # convert_weights.py and tests/*.txt, runtime libraries of an image in its Dockerfile.
 DEBIAN_LIBRARY := gcc binutils libc6-dev
 DEBIAN_BUILD   := $(DEBIAN_LIBRARY) libjansson-dev libssl-dev libxxhash-dev zlib1g-dev libzstd-dev
-DEBIAN_SERVE   := libmicrohttpd-dev libhiredis-dev
+DEBIAN_SERVE   := libmicrohttpd-dev
 DEBIAN_PYTHON  := python3 python3-venv
 DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread wrk apache2-utils # a plot, products to compare with, load
 DEBIAN_TEST    := git g++ pkgconf clang libclang-rt-dev libcriterion-dev xz-utils curl redis-tools
@@ -24,7 +24,7 @@ BASE     := -std=c11 -D_GNU_SOURCE -I. $(WARNINGS) -ffp-contract=fast -pthread -
 # count on addresses. Where an object's size is known, glibc checks what is written to it.
 HARDENED := -fstack-protector-strong -fstack-clash-protection $(if $(filter x86_64,$(shell uname -m)),-fcf-protection) -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2
 RELRO    := -Wl,-z,relro,-z,now
-SERVE_LIBS := -lmicrohttpd -lhiredis
+SERVE_LIBS := -lmicrohttpd -lssl
 LIBS     := -ljansson -lcrypto -lz -lzstd -lm
 # bench has oneDNN beside the matmul if its headers are there when bench is built (bench/vendor_gemm.c).
 BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
@@ -38,10 +38,10 @@ SHARED  := $(patsubst %,frontends/%,fingerprint ranking console options model_op
 CLI     := $(patsubst %,frontends/cli/%,main embed check grep rerank hits line_index shards shard_store pipeline progress output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
-SERVE   := $(patsubst %,frontends/server/%,main probe http http_header http_work http_tell http_admin listen api api_keys api_tei api_ollama api_rerank models model_worker queue cache redis metrics log buffer vector) $(SHARED)
-TESTS   := amx batch cpu_count embed_text file_watch line_index measure model_file format input model ops ranking serve_cache serve_queue simd text_ids tokenizer
-FUZZERS := file input jsonl line_index request tokenizer
-TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console decompress format input map_fault ranking cli/line_index server/queue server/cache server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
+SERVE   := $(patsubst %,frontends/server/%,main probe http http_header http_work http_tell http_admin listen api api_keys api_tei api_ollama api_rerank models model_worker queue cache redis redis_address redis_link redis_reply metrics log buffer vector) $(SHARED)
+TESTS   := amx batch cpu_count embed_text file_watch line_index measure model_file format input model ops ranking redis_reply serve_cache serve_queue simd text_ids tokenizer
+FUZZERS := file input jsonl line_index redis request tokenizer
+TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console decompress format input map_fault ranking cli/line_index server/queue server/cache server/redis_reply server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
 
 VENV      := .venv
@@ -136,7 +136,7 @@ build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/measure be
 	$(2) $(3) $(4) $(BENCH_OPENMP) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support tests/unit/emulated_amx $(ENGINE))
 	$(2) $(3) $(4) -pthread $$^ $(LIBS) -o $$@
-build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console decompress format input cli/line_index ranking server/api server/api_keys server/api_tei server/api_ollama server/api_rerank server/http_header server/metrics server/log server/buffer server/vector) $$(ENGINE))
+build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console decompress format input cli/line_index ranking server/api server/api_keys server/api_tei server/api_ollama server/api_rerank server/http_header server/redis_address server/redis_reply server/metrics server/log server/buffer server/vector) $$(ENGINE))
 	$(2) $(3) $(4) $$^ $(LIBS) -o $$@
 -include $$(wildcard $$(foreach d,* */* */*/* */*/*/*,build/$(1)/$$(d).d))
 endef

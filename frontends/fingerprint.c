@@ -4,6 +4,8 @@
 #include <openssl/evp.h>
 #include <stdio.h>
 #include <string.h>
+#define XXH_INLINE_ALL
+#include <xxhash.h>
 
 #define HEADER_BYTES 4096
 
@@ -19,6 +21,13 @@ static int digest(uint8_t out[FINGERPRINT_BYTES], const void *a, size_t a_len, c
 
 int model_fingerprint(uint8_t out[FINGERPRINT_BYTES], const qemb_file *f, const qemb_ops *ops) {
     return digest(out, ops->name, strlen(ops->name) + 1, f->map, HEADER_BYTES);
+}
+
+void weights_checksum(uint8_t out[WEIGHTS_BYTES], const qemb_file *f) {
+    const XXH64_hash_t seed = XXH3_64bits(QEMB_VERSION, strlen(QEMB_VERSION));
+    XXH128_canonical_t digest;
+    XXH128_canonicalFromHash(&digest, XXH3_128bits_withSeed(f->map, f->map_bytes, seed));
+    memcpy(out, digest.digest, WEIGHTS_BYTES);
 }
 
 int recipe_fingerprint(char out[RECIPE_ROOM], const uint8_t model[FINGERPRINT_BYTES],

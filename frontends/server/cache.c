@@ -129,6 +129,12 @@ size_t cache_bytes(cache *c) {
     return bytes;
 }
 
+void cache_clear(cache *c) {
+    pthread_mutex_lock(&c->lock);
+    while (c->oldest) drop_oldest(c);
+    pthread_mutex_unlock(&c->lock);
+}
+
 void cache_free(cache *c) {
     if (!c) return;
     while (c->oldest) drop_oldest(c);

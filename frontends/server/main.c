@@ -23,9 +23,9 @@
 typedef struct {
     models_options models;
     http_options http;
-    int cache_mib, redis_timeout, probe;
-    const char *redis; /* NULL: none */
-    char name[N_ROLES][256];         /* of the models, from their file names */
+    int cache_mib, redis_check, probe;
+    redis_options redis; /* address NULL: none */
+    char name[N_ROLES][256]; /* of the models, from their file names */
 } options;
 
 static const char *checked_name(const char *option, const char *name) {
@@ -87,9 +87,18 @@ static const option_row rows[] = {
      OPTION_DOUBLE, AT(http.drain), .min = 0, .max = HOURS},
     {"cache", "MIB", "vectors kept in memory, 0: none", "64",
      OPTION_INT, AT(cache_mib), .min = 0, .max = 1 << 24},
-    {"redis", "HOST:PORT", "a Redis that keeps vectors too", NULL, OPTION_STRING, AT(redis)},
+    {"redis", "ADDRESS", "a Redis that keeps vectors too: HOST:PORT or a URL", NULL,
+     OPTION_STRING, AT(redis.address)},
+    {"redis-password-file", "FILE", "its password", NULL,
+     OPTION_STRING, AT(redis.password_file)},
+    {"redis-ca", "FILE", "rediss://: who may sign its certificate", NULL,
+     OPTION_STRING, AT(redis.ca), .unset = "the system's"},
     {"redis-timeout", "MS", "after which it is left alone for a second", "50",
-     OPTION_INT, AT(redis_timeout), .min = 1, .max = 60000},
+     OPTION_INT, AT(redis.timeout_ms), .min = 1, .max = 60000},
+    {"redis-ttl", "SECONDS", "that a vector stays there, 0: for ever", "604800",
+     OPTION_INT, AT(redis.ttl), .min = 0, .max = 10 * 366 * 24 * 3600},
+    {"redis-check", "PERCENT", "of its vectors, computed again and compared", "1",
+     OPTION_INT, AT(redis_check), .min = 0, .max = 100},
     {"gpu-cache", "DIR", "GPU: time cuBLASLt's algorithms, keep the best here", NULL,
      OPTION_STRING, AT(models.worker.model.engine.cache_dir), .gpu = 1},
 };
@@ -215,9 +224,9 @@ static void drain(const http_options *o, const sigset_t *set, models *m, http *h
 
 static void open_caches(options *o) {
     if (o->cache_mib) o->models.worker.cache = need(cache_new((size_t)o->cache_mib << 20));
-    if (!o->redis) return;
-    o->models.worker.redis = redis_new(o->redis, o->redis_timeout, o->models.worker.metrics);
-    if (!o->models.worker.redis) usage("--redis: no address (got %.80s, want HOST:PORT)", o->redis);
+    if (!o->redis.address) return;
+    o->redis.check = 1e-2 * o->redis_check;
+    o->models.worker.redis = redis_new(&o->redis, o->models.worker.metrics);
 }
 
 int main(int argc, char **argv) {
@@ -238,14 +247,15 @@ int main(int argc, char **argv) {
     models_start(m);
     const int sig = serve(&set, m, h);
     drain(&o.http, &set, m, h);
+    redis_stop(o.models.worker.redis); /* so that nothing waits for it */
     const int status = sig ? STATUS_GOOD : STATUS_MODEL;
-    const int joined = models_join(m, LAST_BATCH); /* before http_stop, so that no worker resumes a
-                                                      connection */
+    int joined = models_join(m, LAST_BATCH); /* before http_stop, so that no worker resumes a
+                                                connection */
     http_stop(h);
     log_line("info", "stopped", "\"signal\":%d", sig);
-    if (!joined) leave(status); /* a worker is in a long batch */
+    joined = joined && redis_free(o.models.worker.redis, LAST_BATCH);
+    if (!joined) leave(status); /* a worker is in a long batch, or Redis' name in a look-up */
     models_free(m);
-    redis_free(o.models.worker.redis);
     cache_free(o.models.worker.cache);
     metrics_free(o.models.worker.metrics);
     return status;

@@ -55,8 +55,13 @@ static const struct {
     [COUNT_CACHE_HITS] = {"cache_hits", "Texts whose vectors or scores were in memory."},
     [COUNT_CACHE_MISSES] = {"cache_misses", "Texts whose vectors or scores were in no cache."},
     [COUNT_REDIS_HITS] = {"redis_hits", "Texts whose vectors or scores were in Redis."},
-    [COUNT_REDIS_ERRORS] = {"redis_errors", "Failures of Redis; a pause follows each."},
+    [COUNT_REDIS_ERRORS] = {"redis_errors",
+                            "Failures of Redis and stores that it refused; a pause follows."},
     [COUNT_REDIS_DROPPED] = {"redis_dropped", "Vectors and scores that were not stored in Redis."},
+    [COUNT_REDIS_BAD] = {"redis_bad_values", "Values in Redis that are no vector of the model."},
+    [COUNT_REDIS_CHECKED] = {"redis_checked", "Vectors of Redis that were computed again."},
+    [COUNT_REDIS_MISMATCHES] = {"redis_mismatches",
+                                "Those of them that differed; Redis is not used after the first."},
 };
 
 /* 499: the client has left. The last entry counts all other codes. */

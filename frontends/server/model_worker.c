@@ -77,6 +77,8 @@ struct model_worker {
     int is_reranker;
     /* Whether the n numbers of v are a vector that can be answered. */
     int (*is_good)(const float *v, int n);
+    redis_kind in_redis;    /* set before has_weights */
+    atomic_int has_weights; /* the checksum of the loaded weights is known */
     /* The probe: the empty text, computed to test whether the model works. */
     pending_request probe;
     pending_text probe_text;
@@ -247,9 +249,59 @@ static int count_tokens(text *const *taken, int n) {
     return sum;
 }
 
+/* What Redis gave before it was distrusted may be in the memory cache. */
+static void forget_if_distrusted(model_worker *m) {
+    if (m->opt.cache && redis_is_distrusted(m->opt.redis)) cache_clear(m->opt.cache);
+}
+
 static void remember(model_worker *m, const uint8_t *key, vector *v) {
+    if (m->opt.redis && redis_put(m->opt.redis, &m->in_redis, key, v)) forget_if_distrusted(m);
     if (m->opt.cache) cache_put(m->opt.cache, key, v);
-    if (m->opt.redis) redis_put(m->opt.redis, key, v);
+}
+
+/* The largest length that a vector of the model can have, by Cauchy and Schwarz. Behind the final
+ * norm a row is x / rms(x) times w, number by number, so its length is at most max|w| sqrt(D); a
+ * mean of rows is no longer. A row of the dense layer adds at most its own length times that, and
+ * its bias. 1%: sums of at most 2^16 floats are off by less than 2^-8 of their terms. */
+static double longest_vector(const qemb_file *f) {
+    const qemb_config *c = &f->config;
+    const qemb_weights *w = &f->weights;
+    double most = 0, squares = 0;
+    for (int i = 0; i < c->hidden; i++) most = fmax(most, fabs((double)w->final_norm[i]));
+    const double row = most * sqrt(c->hidden);
+    if (!c->dense_rows) return 1.01 * row;
+    for (int r = 0; r < c->dense_rows; r++) {
+        const float *dense = w->dense + (size_t)r * (size_t)c->hidden;
+        double length = 0;
+        for (int i = 0; i < c->hidden; i++) length += (double)dense[i] * (double)dense[i];
+        double y = row * sqrt(length) + fabs((double)w->dense_bias[r]);
+        if (c->activation == QEMB_TANH) y = fmin(y, 1);
+        squares += y * y;
+    }
+    return 1.01 * sqrt(squares);
+}
+
+/* Sets what Redis may have of the model. The file was read just now, so it is in memory.
+ *
+ * A vector does not depend on its batch, except on a GPU without --deterministic, where cuBLASLt
+ * chooses an algorithm by size. Two of them then differ by at most twice the error of the
+ * arithmetic: in FP8 a cosine of 0.987 (docs/accuracy.md) is a distance of 0.16; in FP16 one of
+ * 0.9999995 is 0.001. No GPU has been measured, so FP16 has ten times that. */
+static void describe_to_redis(model_worker *m) {
+    const model_options *o = &m->opt.model;
+    redis_kind *k = &m->in_redis;
+    const double start = seconds_now();
+    weights_checksum(k->weights, m->file.file);
+    k->dim = model_worker_dim(m);
+    k->longest = longest_vector(m->file.file);
+    k->is_good = m->is_good;
+    if (o->ops->plan && !o->engine.deterministic)
+        k->tolerance = o->ops->math == QEMB_MATH_FP8 ? 0.33 : 0.02;
+    char hex[2 * WEIGHTS_BYTES + 1];
+    for (int i = 0; i < WEIGHTS_BYTES; i++) snprintf(hex + 2 * i, 3, "%02x", k->weights[i]);
+    log_line("info", "weights", "\"role\":\"%s\",\"checksum\":\"%s\",\"seconds\":%.3f",
+             role_name(m->opt.role), hex, seconds_now() - start);
+    atomic_store(&m->has_weights, 1);
 }
 
 static int open_jobs(replica *r, qemb_err *err) {
@@ -287,6 +339,7 @@ static int load_all(replica *r) {
     model_worker *m = r->worker;
     qemb_err err;
     const int bad = load(r, &err);
+    if (!bad && m->opt.redis && !r->i) describe_to_redis(m);
     pthread_mutex_lock(&m->lock);
     if (bad && !m->failure.code) m->failure = err;
     const int last = !--m->loading && !m->failure.code;
@@ -704,7 +757,8 @@ int model_worker_lookup(model_worker *m, pending_request *t) {
         s->text = NULL;
         hits++;
     }
-    if (m->opt.redis) redis_hits = redis_get(m->opt.redis, t, model_worker_dim(m), m->is_good);
+    if (m->opt.redis && atomic_load(&m->has_weights))
+        redis_hits = redis_get(m->opt.redis, &m->in_redis, t);
     for (int i = 0; redis_hits && i < t->n; i++) {
         pending_text *s = &t->texts[i];
         if (!s->text || !s->vector) continue;
@@ -712,6 +766,7 @@ int model_worker_lookup(model_worker *m, pending_request *t) {
         free(s->text);
         s->text = NULL;
     }
+    if (redis_hits) forget_if_distrusted(m); /* while this request put them into the cache */
     metrics_add(m->opt.metrics, COUNT_CACHE_HITS, (uint64_t)hits);
     metrics_add(m->opt.metrics, COUNT_REDIS_HITS, (uint64_t)redis_hits);
     metrics_add(m->opt.metrics, COUNT_CACHE_MISSES, (uint64_t)(t->n - hits - redis_hits));

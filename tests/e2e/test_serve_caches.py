@@ -9,6 +9,7 @@ import struct
 import subprocess
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,8 +66,14 @@ def test_cache_is_bounded():
 
 
 def with_redis(port):
-    """Options of a server that uses this Redis, with timeouts for a busy machine."""
-    return ("--redis", f"127.0.0.1:{port}", "--redis-timeout", 60000)
+    """Options of a server that uses this Redis and serves every hit, with time for a busy
+    machine."""
+    return ("--redis", f"127.0.0.1:{port}", "--redis-timeout", 60000, "--redis-check", 0)
+
+
+def redis_value(name, floats):
+    """What Redis has under that name: the floats (bytes) and a CRC-32."""
+    return floats + struct.pack("<I", zlib.crc32(floats, zlib.crc32(name)))
 
 
 class Redis:
@@ -210,7 +217,9 @@ def test_wrong_values_in_redis_are_misses(redis):
         want = s.embed([""])
         key = redis.keys()[0]
         good = redis.command(b"GET", key, lines=2)
-        for value in (b"", b"short", b"\0" * 4 * HIDDEN, b"\xff" * 4 * HIDDEN):
+        assert good[0] == b"$%d" % (4 * HIDDEN + 4)
+        floats = (b"\0" * 4 * HIDDEN, b"\xff" * 4 * HIDDEN)
+        for value in (b"", b"short", *(redis_value(key, x) for x in floats)):
             assert redis.command(b"SET", key, value) == b"+OK"
             hits = s.metric("qemb_redis_hits_total")
             assert s.embed([""]) == want
@@ -223,6 +232,7 @@ def test_wrong_values_in_redis_are_misses(redis):
                 assert s.embed([""]) == want
                 time.sleep(0.02)
         assert s.metric("qemb_redis_errors_total") == 0
+        assert s.metric("qemb_redis_bad_values_total") >= 4
 
 
 def test_redis_absent_slow_or_babbling():

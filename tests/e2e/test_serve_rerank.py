@@ -36,7 +36,12 @@ from serve_client import (
     server,
     vectors_of,
 )
-from test_serve_caches import redis, wait_stored, with_redis  # noqa: F401 - redis is a fixture
+from test_serve_caches import (  # noqa: F401 - redis is a fixture
+    redis,
+    redis_value,
+    wait_stored,
+    with_redis,
+)
 
 RERANKER = str(ROOT / "tests" / "fixtures" / "reranker.qemb")
 PATHS = ["/v1/rerank", "/v2/rerank", "/rerank"]
@@ -665,17 +670,18 @@ def test_redis_keeps_scores(redis):
         assert results_in(s.post(body, "/v1/rerank")) == want
         assert s.metric("qemb_redis_hits_total") >= len(TEXTS)
         lengths = {k: int(redis.command(b"STRLEN", k)[1:]) for k in redis.keys()}
-        logits = [k for k, n in lengths.items() if n == 4]
+        logits = [k for k, n in lengths.items() if n == 8]
         assert len(logits) == 1 + len(set(TEXTS))
-        for value in (struct.pack("<f", math.nan), struct.pack("<f", math.inf), b"\0" * 8):
-            for k in logits:
+        for floats in (struct.pack("<f", math.nan), struct.pack("<f", math.inf), b"\0" * 8):
+            wrong = {k: redis_value(k, floats) for k in logits}
+            for k, value in wrong.items():
                 assert redis.command(b"SET", k, value) == b"+OK"
             assert results_in(s.post(body, "/v1/rerank")) == want
-            values = lambda: [redis.command(b"GET", k, lines=2)[1] for k in logits]
+            now = lambda k: redis.command(b"GET", k, lines=2)[1]
             # scores are stored asynchronously; not the probe's
-            wait_for(lambda: values().count(value) <= 1, GUARD)
+            wait_for(lambda: sum(now(k) == v for k, v in wrong.items()) <= 1, GUARD)
         for k in logits:  # zero is a score
-            assert redis.command(b"SET", k, b"\0" * 4) == b"+OK"
+            assert redis.command(b"SET", k, redis_value(k, b"\0" * 4)) == b"+OK"
         a = results_in(s.post(body, "/v1/rerank"))
         assert {r["relevance_score"] for r in a} == {"0.5"}
         assert [r["index"] for r in a] == list(range(len(TEXTS)))
