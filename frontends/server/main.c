@@ -207,7 +207,8 @@ static int serve(const sigset_t *set, models *m, http *h) {
 }
 
 /* Answers the requests under way for up to o->drain seconds, then the rest with 503. */
-static void drain(const http_options *o, const sigset_t *set, models *m, http *h) {
+static void drain(const options *all, const sigset_t *set, models *m, http *h) {
+    const http_options *o = &all->http;
     const double start = seconds_now();
     models_end_reloads(m);
     http_drain(h);
@@ -217,6 +218,7 @@ static void drain(const http_options *o, const sigset_t *set, models *m, http *h
         if (ends(wait_signal(set))) break; /* a second signal ends the drain */
         tick(m, h);
     }
+    redis_stop(all->models.worker.redis); /* requests may wait for it longer than for a model */
     models_stop(m);
     const double stopped = seconds_now();
     while (!http_idle(h, seconds_now()) && seconds_now() - stopped < LAST_ANSWERS) wait_signal(set);
@@ -246,8 +248,7 @@ int main(int argc, char **argv) {
     log_line("info", "listening", "\"port\":%d,\"pid\":%ld", http_port(h), (long)getpid());
     models_start(m);
     const int sig = serve(&set, m, h);
-    drain(&o.http, &set, m, h);
-    redis_stop(o.models.worker.redis); /* so that nothing waits for it */
+    drain(&o, &set, m, h);
     const int status = sig ? STATUS_GOOD : STATUS_MODEL;
     int joined = models_join(m, LAST_BATCH); /* before http_stop, so that no worker resumes a
                                                 connection */
