@@ -14,7 +14,7 @@ DEBIAN_BUILD   := $(DEBIAN_LIBRARY) libjansson-dev libssl-dev libxxhash-dev zlib
 DEBIAN_SERVE   := libmicrohttpd-dev
 DEBIAN_PYTHON  := python3 python3-venv
 DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread wrk apache2-utils # a plot, products to compare with, load
-DEBIAN_TEST    := git g++ pkgconf clang libclang-rt-dev libcriterion-dev xz-utils curl redis-tools
+DEBIAN_TEST    := git g++ pkgconf clang libclang-rt-dev libcriterion-dev xz-utils curl redis-tools systemd
 DEBIAN_DEB     := debhelper dpkg-dev lintian
 
 WARNINGS := -Wall -Wextra -Wpedantic -Werror

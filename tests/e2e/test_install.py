@@ -83,7 +83,7 @@ def test_install_below_destdir_names_the_final_prefix(tmp_path):
     assert (prefix / "lib/here/libqemb.a").exists()
     assert "prefix=/opt/a &|b\nlibdir=${prefix}/lib/here\n" in (
         prefix / "lib/here/pkgconfig/qemb.pc").read_text()
-    assert "@" not in re.sub("@system-service", "",
+    assert not re.search("@[A-Z]+@",
                              (prefix / "lib/systemd/system/qemb-serve.service").read_text())
     make("uninstall", f"DESTDIR={tmp_path}", "PREFIX=/opt/a &|b", "LIBDIR=lib/here")
     assert files(tmp_path) == set()
