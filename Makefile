@@ -258,6 +258,10 @@ include tests/world/world.mk
 test-c: need-test $(C_TESTS) ## the C tests alone
 	@tests/run.sh $(patsubst %,"% --tap",$(C_TESTS))
 
+.PHONY: soak
+soak: need-test need-bench $(VENV_TEST) qemb qemb-serve ## SOAK_S=seconds (600) of good and hostile traffic with faults, an account of every request (SOAK_FLAGS=--publish: into docs/reliability.md)
+	$(VENV)/bin/python tests/soak/soak.py --seconds $(or $(SOAK_S),600) $(SOAK_FLAGS)
+
 fuzz: need-test $(FUZZ_BINS) ## fuzz for FUZZ_SECONDS (600) each, keeping the corpus under build/corpus
 	for f in $(FUZZERS); do mkdir -p build/corpus/$$f && \
 	  build/fuzz/fuzz_$$f -max_total_time=$(or $(FUZZ_SECONDS),600) build/corpus/$$f || exit 1; done
