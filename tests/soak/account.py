@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 
-KEPT = 100  # losses that are told in full
+KEPT = 200  # losses that are told in full
 
 
 class Loss(Exception):

@@ -239,10 +239,11 @@ def embed(c, texts, **more):
 
 def pick(c, n, most=LONG):
     """n texts, half of them of the few that are asked for often."""
-    hot = c.oracle.texts[:200]
-    few = [t for t in c.rng.choices(hot, k=n) + c.rng.choices(c.oracle.texts, k=n)
-           if len(t) < most]
-    return c.rng.sample(few, min(n, len(few)))
+    texts = []
+    while len(texts) < n:
+        t = c.rng.choice(c.oracle.texts[:200] if c.rng.random() < 0.5 else c.oracle.texts)
+        texts += [t] if len(t) < most else []
+    return texts
 
 
 def one(c):
@@ -261,7 +262,7 @@ def long_text(c):
 
 
 def token_ids(c):
-    texts = [t for t in pick(c, 4) if t]
+    texts = pick(c, 4)
     body = {"input": [c.oracle.ids[t] for t in texts], "encoding_format": "base64"}
     want = [c.oracle.full[t] for t in texts]
     return expect(c, c.exchange(c.request("/v1/embeddings", body)),
@@ -325,10 +326,9 @@ def in_pieces(c):
 
 
 def slow_sender(c):
-    """Steady: 64 KB in twice the time that a client may be without progress."""
-    texts = [t for t in pick(c, 900) if len(t) < 200][:500]
-    path, body, check = embed(c, texts)
-    data = c.request(path, body)
+    """Steady: 12 KB/s for twice the time that a client may be without progress."""
+    path, body, check = embed(c, pick(c, 40, 200))
+    data = c.request(path, json.dumps(body).encode() + b" " * (24000 * c.server.patience))
     step, pause = max(1, len(data) // 40), 2 * c.server.patience / 40
     with c.connect() as s:
         for at in range(0, len(data), step):
@@ -339,7 +339,7 @@ def slow_sender(c):
 
 def slow_reader(c):
     """Steady: an answer of some megabytes, more than sockets hold, read in twice that time."""
-    texts = [t for t in pick(c, 2600) if len(t) < 200][:2000]
+    texts = pick(c, 2000, 200)
     want = np.array([c.oracle.floats(t) for t in texts], "<f4")
     data = c.request("/v1/embeddings", {"input": texts})
     pieces = want.size * 13 / 8192
