@@ -104,8 +104,8 @@ class Samples:
         return row
 
     def growth(self, until, seconds=10):
-        """KiB an hour: the median slope of the memory's minima of ten seconds each, after the caches
-        are full (Theil and Sen: a burst does not bend it). None: too short to say."""
+        """KiB an hour: the median slope of the memory's minima of ten seconds each, after the
+        caches are full (Theil and Sen: a burst does not bend it). None: too short to say."""
         first = max(60, until / 5)
         lows = {}
         for second, memory, *_ in self.rows:

@@ -275,7 +275,7 @@ def redis_read_only(redis, rng):
         redis.command("REPLICAOF", "NO", "ONE")
 
 
-# Of so many entries, those that are vectors get the number ARGV[2] in each place, and ARGV[3] behind.
+# Of so many entries, those that are vectors get the number ARGV[2] in each place, ARGV[3] behind.
 DAMAGE = """for i = 1, ARGV[1] do
   local key = redis.call('RANDOMKEY')
   local n = key and redis.pcall('STRLEN', key)
@@ -300,7 +300,8 @@ def redis_damaged(redis, rng):
 
 REPLIES = {  # of a Redis that is none; the first byte of "drips" comes again and again
     "silence": b"", "drips": b"$", "an endless list": b"*2000000000\r\n",
-    "an endless string": b"$2147483647\r\n", "noise": bytes(range(256)) * 64, "errors": b"-ERR x\r\n",
+    "an endless string": b"$2147483647\r\n", "noise": bytes(range(256)) * 64,
+    "errors": b"-ERR x\r\n",
 }
 
 

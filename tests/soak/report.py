@@ -60,8 +60,8 @@ def table(account, servers, samples, bases, ends, traffic):
     lines += [f"| {row[0][0]} | {' | '.join(value for _, value in row)} |"
               for row in zip(*columns)]
     runs = account.total("pipe")
-    lines += ["", f"The pipe ran {runs} times in these {traffic:.0f} s, with bad lines, stopped and "
-              f"continued, and onto a full disk: {account.total('pipe', outcome='LOST')} lost."]
+    lines += ["", f"The pipe ran {runs} times in these {traffic:.0f} s, with bad lines, stopped "
+              f"and continued, and onto a full disk: {account.total('pipe', outcome='LOST')} lost."]
     counted = collections.Counter(w[0].replace("_", " ") for w in account.windows)
     lines += ["", "Faults: " + ", ".join(f"{f} {n}" for f, n in sorted(counted.items())) + "."]
     return "\n".join(lines) + "\n"

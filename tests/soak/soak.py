@@ -246,7 +246,7 @@ def main():
               "lost": account.n_losses, "losses": account.losses, "kinds": kinds, "table": text,
               "faults": [[w[0], w[1], round(w[2], 1), w[3] and round(w[3], 1)]
                          for w in account.windows],
-              "metrics": {s.name: dict(re.findall(r"(?m)^(qemb_\w+)(?: |{})([0-9.e+]+)$", s.metrics))
+              "metrics": {s.name: dict(re.findall(r"(?m)^(qemb_\w+) ([0-9.e+]+)$", s.metrics))
                           for s in servers},
               "samples": {s.name: [[round(v, 1) for v in r] for r in own.rows[::10]]
                           for s, own in zip(servers, samples)}}
