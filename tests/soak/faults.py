@@ -13,12 +13,25 @@ import threading
 import time
 
 MIB = 1 << 20
+children = []  # the processes of the soak, for end_children
 
 
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def start(*args, **kw):
+    children.append(subprocess.Popen(*args, **kw))
+    return children[-1]
+
+
+def end_children():
+    for p in children:
+        if p.poll() is None:
+            p.kill()  # also one that is stopped
+            p.wait()
 
 
 class Redis:
@@ -29,7 +42,7 @@ class Redis:
         self.start()
 
     def start(self):
-        self.process = subprocess.Popen(
+        self.process = start(
             ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
              "--appendonly", "no", "--maxmemory", "32mb"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.folder)
@@ -54,8 +67,7 @@ class Redis:
                 return f.read(int(line[1:])) if line[:1] == b"$" and line != b"$-1" else line
 
     def kill(self):
-        self.process.send_signal(signal.SIGCONT)
-        self.process.kill()
+        self.process.kill()  # also one that is stopped
         self.process.wait()
 
 
@@ -119,8 +131,8 @@ class Server:
             self.clock = folder / f"{name}.clock"
             self.clock.write_text("0")
             env |= {"LD_PRELOAD": clock, "SOAK_CLOCK": str(self.clock)}
-        self.process = subprocess.Popen(self.args, stderr=self.log.write, env=env,
-                                        preexec_fn=no_signal_at_a_full_disk)
+        self.process = start(self.args, stderr=self.log.write, env=env,
+                             preexec_fn=no_signal_at_a_full_disk)
         self.log.started()
         self.port, self.oracle, self.documented = self.wait_ready(), None, set()
 
@@ -363,7 +375,9 @@ def inject(server, redis, manual, account, stop, seconds, seed):
         try:
             with fault(of, rng):
                 stop.wait(rng.uniform(0.5, 1) * (min(seconds, 4) if name == "stopped" else seconds))
-        except ProcessLookupError:
-            return  # the server has ended: the main thread says so
+        except (OSError, AssertionError, ValueError) as e:
+            if server.process.poll() is not None:
+                return  # the main thread says so
+            account.lose(server.name, "the soak itself", f"{name}: {e!r}")
         finally:
             account.closes(window)

@@ -68,14 +68,14 @@ def table(account, servers, samples, bases, ends, traffic):
 
 
 def latencies(account, server, traffic):
-    """(second, good requests a second, P50, P99 in ms) by bucket."""
+    """(second, good requests a second, P50, P99 in ms) by bucket; NaN: none was answered."""
     step = max(1, traffic / BUCKETS)
     buckets = collections.defaultdict(list)
     for at, seconds in account.times[server, "good"]:
         buckets[int(at / step)].append(seconds)
-    for i, times in sorted(buckets.items()):
-        times.sort()
-        yield (i + 0.5) * step, len(times) / step, 1000 * times[len(times) // 2], \
+    for i in range(int(traffic / step)):
+        times = sorted(buckets[i]) or [float("nan")]
+        yield (i + 0.5) * step, len(buckets[i]) / step, 1000 * times[len(times) // 2], \
             1000 * times[int(0.99 * (len(times) - 1))]
 
 
@@ -94,17 +94,17 @@ def plot(out, account, servers, samples, traffic):
             "".join(f"{r[0]:.1f} {r[1] / 1024:.1f} {r[2]} {r[3]} {r[4]}\n" for r in thin(own.rows)))
         (out / f"{s.name}.times").write_text(
             "".join("%.1f %.1f %.2f %.2f\n" % r for r in latencies(account, s.name, traffic)))
-    marks = "".join(f"set arrow from {w[2]:.1f},graph 0 to {w[2]:.1f},graph 1 nohead lc 'gray90'\n"
-                    for w in account.windows)
+    (out / "faults").write_text("".join(f"{w[2]:.1f} 1\n" for w in account.windows) or "0 0\n")
 
-    def curves(kind, columns, style="lines"):
-        return "plot " + ", ".join(
-            f"'{out / s.name}.{kind}' using 1:{i} with {style} title '{s.name}: {title}'"
-            for s in servers for i, title in columns)
+    def curves(kind, columns):
+        return f"plot '{out}/faults' axes x1y2 with impulses lc 'gray90' notitle, " + ", ".join(
+            f"'{out / s.name}.{kind}' using 1:{i} with lines lt {n} title '{s.name}: {title}'"
+            for n, (s, i, title) in enumerate(((s, *c) for s in servers for c in columns), 1))
 
     script = f"""set terminal svg size 900,1000 background rgb "white"; set output "{out}/soak.svg"
 set multiplot layout 4,1; set grid y; set key outside right top; set xrange [0:{traffic:.0f}]
-{marks}set ylabel "MiB"; set yrange [0:*]; {curves("samples", [(2, "anonymous memory")])}
+set lmargin 10; set rmargin 32; set y2range [0:1]; set ytics nomirror
+set ylabel "MiB"; set yrange [0:*]; {curves("samples", [(2, "anonymous memory")])}
 set ylabel "number"; {curves("samples", [(3, "descriptors"), (5, "threads")])}
 set ylabel "good requests/s"; {curves("times", [(2, "answered")])}
 set ylabel "ms"; set logscale y; set yrange [*:*]; set xlabel "s; grey: a fault begins"

@@ -9,6 +9,8 @@ Status 1, and a list, if something was lost, leaked or hung. --out has soak.json
 logs; with --publish the figures go into docs/reliability.md, docs/soak.svg and
 bench/results/soak.json."""
 import argparse
+import atexit
+import contextlib
 import json
 import os
 import platform
@@ -23,7 +25,7 @@ import time
 from pathlib import Path
 
 from account import Account, Samples
-from faults import Redis, Server, inject
+from faults import Redis, Server, end_children, inject
 from pipe import pipe_client
 from report import plot, publish, table
 from traffic import (GUARD, Client, Oracle, Reader, last_request, make_texts, one, run_good,
@@ -188,42 +190,36 @@ def run(o, folder):
     account, stop = Account(), threading.Event()
     samples = [Samples(account, s.process) for s in servers]
     pause = max(1.5, min(8, o.seconds / 40))
-    try:
-        for s in servers:
-            warm_up(s, account)
-        bases = [own.take() for own in samples]
-        clients = [t for s in servers for t in start_clients(s, account, stop, o.seed)]
-        clients += [threading.Thread(
-            target=pipe_client, args=(QEMB, servers[0].oracle, account, stop, folder, o.seed),
-            name="pipe 0", daemon=True)]
-        clients[-1].start()
-        breakers = [threading.Thread(
-            target=inject, daemon=True, name=f"{s.name} faults",
-            args=(s, redis if s.name == "redis" else None, MANUAL, account, stop, pause, o.seed))
-            for s in servers] if o.faults else []
-        for t in breakers:
-            t.start()
-        alive = watch(servers, samples, account, o.seconds, stop)
-        traffic = account.now()
-        stop.set()
-        join([*breakers, *clients], account, 2 * GUARD)
-        ends = [settle(s, own, base, account) if alive else None
-                for s, own, base in zip(servers, samples, bases)]
-        for s, own in zip(servers, samples):
-            s.growth = own.growth(traffic)
-            if s.growth and s.growth * traffic / 3600 > MOST_GROWTH:
-                account.lose(s.name, "leak", f"memory grows by {s.growth:.0f} KiB an hour")
+    for s in servers:
+        warm_up(s, account)
+    bases = [own.take() for own in samples]
+    clients = [t for s in servers for t in start_clients(s, account, stop, o.seed)]
+    clients += [threading.Thread(
+        target=pipe_client, args=(QEMB, servers[0].oracle, account, stop, folder, o.seed),
+        name="pipe 0", daemon=True)]
+    clients[-1].start()
+    breakers = [threading.Thread(
+        target=inject, daemon=True, name=f"{s.name} faults",
+        args=(s, redis if s.name == "redis" else None, MANUAL, account, stop, pause, o.seed))
+        for s in servers] if o.faults else []
+    for t in breakers:
+        t.start()
+    alive = watch(servers, samples, account, o.seconds, stop)
+    traffic = account.now()
+    stop.set()
+    join([*breakers, *clients], account, 2 * GUARD)
+    ends = [settle(s, own, base, account) if alive else None
+            for s, own, base in zip(servers, samples, bases)]
+    for s, own in zip(servers, samples):
+        s.growth = own.growth(traffic)
+        if s.growth and s.growth * traffic / 3600 > MOST_GROWTH:
+            account.lose(s.name, "leak", f"memory grows by {s.growth:.0f} KiB an hour")
+        with contextlib.suppress(OSError):
             redis.command("FLUSHALL")
-            s.metrics = metrics(s, account) if alive else ""
-            s.seconds_to_end = end(s, account) if alive else None
-            s.log_lines = check_log(s, account)
-        return account, servers, samples, bases, ends, traffic
-    finally:
-        for s in servers:
-            if s.process.poll() is None:
-                s.process.send_signal(signal.SIGCONT)
-                s.process.kill()
-        redis.kill()
+        s.metrics = metrics(s, account) if alive else ""
+        s.seconds_to_end = end(s, account) if alive else None
+        s.log_lines = check_log(s, account)
+    return account, servers, samples, bases, ends, traffic
 
 
 def main():
@@ -234,6 +230,8 @@ def main():
     p.add_argument("--no-faults", dest="faults", action="store_false")
     p.add_argument("--publish", action="store_true", help="into docs/ and bench/results/")
     o = p.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    atexit.register(end_children)
     o.out.mkdir(parents=True, exist_ok=True)
     for old in o.out.iterdir():
         old.unlink()
@@ -250,7 +248,8 @@ def main():
                           for s in servers},
               "samples": {s.name: [[round(v, 1) for v in r] for r in own.rows[::10]]
                           for s, own in zip(servers, samples)}}
-    (o.out / "soak.json").write_text(json.dumps(result, indent=1))
+    rows = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
+    (o.out / "soak.json").write_text("{\n" + ",\n".join(rows) + "\n}\n")
     plot(o.out, account, servers, samples, traffic)
     print(text)
     for loss in account.losses:
