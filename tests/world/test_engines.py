@@ -405,6 +405,12 @@ def test_kubernetes_manifest(job, version):
         kubernetes_validate.validate(wrong, version, strict=True)
 
 
+@pytest.mark.parametrize("version", ["1.33", "1.37"])
+def test_the_servers_manifests(version):
+    for m in yaml.safe_load_all((ROOT / "packaging/kubernetes.yaml").read_text()):
+        kubernetes_validate.validate(m, version, strict=True)
+
+
 def test_kubernetes(work, tmp_path, job, rates):
     """What the Job's pods execute, in busybox, with a loop in the controller's place: it starts an
     index again as the manifest says. No container: mounts, users and resources are not checked."""
