@@ -2,6 +2,8 @@
 #include "input.h"
 
 #include "decompress.h"
+#include "encoding.h"
+#include "json_read.h"
 #include "json_type.h"
 
 #include <errno.h>
@@ -204,12 +206,12 @@ input_status input_next(input *in, int wait, input_record *r) {
 struct input_parser {
     int vocab, dim;
     json_t *root;
-    char *id; /* "id", from json_dumps */
     int32_t *ids;
     size_t ids_cap;
     int keep;
-    char *kept; /* (kept_cap) */
-    size_t kept_cap;
+    /* What comes back of a line: at its front the keys that are kept, at its end the id. */
+    char *copies; /* (copies_cap) */
+    size_t copies_cap, kept_len, id_len;
 };
 
 input_parser *input_parser_new(int vocab, int dim) {
@@ -218,36 +220,23 @@ input_parser *input_parser_new(int vocab, int dim) {
     return p;
 }
 
-static void forget(input_parser *p) {
-    json_decref(p->root);
-    free(p->id);
-    p->root = NULL, p->id = NULL;
-}
-
 void input_parser_free(input_parser *p) {
     if (!p) return;
-    forget(p);
+    json_decref(p->root);
     free(p->ids);
-    free(p->kept);
+    free(p->copies);
     free(p);
 }
 
 void input_parser_keep(input_parser *p) { p->keep = 1; }
 
-static int syntax_error(const json_error_t *e, size_t len, qemb_err *err) {
-    switch (json_error_code(e)) {
-    case json_error_out_of_memory:
-        return qemb_fail(err, "out_of_memory", "record: out of memory");
-    case json_error_invalid_utf8:
-        return qemb_fail(err, "invalid_utf8", "record: invalid UTF-8 (byte %d of the line)",
-                         e->position);
-    case json_error_duplicate_key:
-        return qemb_fail(err, "bad_record", "record: %s (byte %d)", e->text, e->position);
-    default:
-        break;
-    }
+static int syntax_error(const json_read_error *e, size_t len, qemb_err *err) {
+    static const char *const codes[] = {[JSON_FAULT_SYNTAX] = "invalid_json",
+                                        [JSON_FAULT_UTF8] = "invalid_utf8",
+                                        [JSON_FAULT_TWICE] = "bad_record",
+                                        [JSON_FAULT_MEMORY] = "out_of_memory"};
     if (!len) return qemb_fail(err, "invalid_json", "record: empty line (want a JSON object)");
-    return qemb_fail(err, "invalid_json", "record: %s (byte %d)", e->text, e->position);
+    return qemb_fail(err, codes[e->fault], "record: %s", e->text);
 }
 
 static int want_string(const char *key, const json_t *v, const char **s, size_t *len,
@@ -329,82 +318,39 @@ static int field(input_parser *p, const char *key, const json_t *v, input_object
                      key);
 }
 
-/* ---- keys that are kept ---------------------------------------------------------------------- */
+/* ---- members that come back as they came ----------------------------------------------------- */
 
-/* jansson does not tell where in a line a value stands. These functions go through an object that
- * it has parsed, so every token is whole. */
-
-/* Also NUL: jansson overlooks it behind a number. */
-static int is_space(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n' || !c; }
-
-static const char *skip_space(const char *s) {
-    while (is_space(*s)) s++;
-    return s;
-}
-
-/* The end of the string at s. */
-static const char *skip_string(const char *s) {
-    for (s++; *s != '"'; s++)
-        if (*s == '\\') s++;
-    return s + 1;
-}
-
-/* The end of the value at s. */
-static const char *skip_value(const char *s) {
-    int depth = 0;
-    if (*s != '"' && *s != '{' && *s != '[') {
-        while (*s != ',' && *s != '}' && *s != ']' && !is_space(*s)) s++;
-        return s;
-    }
-    do {
-        if (*s == '"') {
-            s = skip_string(s);
-            continue;
-        }
-        depth += (*s == '{' || *s == '[') - (*s == '}' || *s == ']');
-        s++;
-    } while (depth);
-    return s;
-}
-
-/* Whether the key with these quotes (len) comes back. */
-static int is_kept(const char *quoted, size_t len) {
-    json_t *key = json_loadb(quoted, len, JSON_DECODE_ANY, NULL); /* it may have escapes */
-    const char *name = json_string_value(key);
-    const int kept = name && !is_one_of(name, of_input) && !is_one_of(name, of_output);
-    json_decref(key);
-    return kept;
-}
-
+/* A newline can only stand between tokens. */
 static char *copy_tokens(char *to, const char *s, size_t n) {
-    for (size_t i = 0; i < n; i++) *to++ = s[i] == '\n' || s[i] == '\r' || !s[i] ? ' ' : s[i];
+    for (size_t i = 0; i < n; i++) *to++ = s[i] == '\n' || s[i] == '\r' ? ' ' : s[i];
     return to;
 }
 
-/* Sets o->kept of the object in line (len), which ends with its brace. -1: out of memory. */
-static int keep_others(input_parser *p, const char *line, size_t len, input_object *o) {
-    if (len + 1 > p->kept_cap) {
-        free(p->kept);
-        p->kept = malloc(len + 1);
-        p->kept_cap = p->kept ? len + 1 : 0;
-        if (!p->kept) return -1;
+/* There is room: the copies are parts of the line, and each comma and colon stands for one in it,
+ * or for its brace. */
+static void copy_member(void *self, const json_member *m) {
+    input_parser *p = self;
+    if (!strcmp(m->name, "id")) {
+        p->id_len = m->value_len;
+        copy_tokens(p->copies + p->copies_cap - p->id_len, m->value, m->value_len);
+    } else if (p->keep && !is_one_of(m->name, of_input) && !is_one_of(m->name, of_output)) {
+        char *to = p->copies + p->kept_len;
+        *to++ = ',';
+        to = copy_tokens(to, m->key, m->key_len);
+        *to++ = ':';
+        to = copy_tokens(to, m->value, m->value_len);
+        p->kept_len = (size_t)(to - p->copies);
     }
-    char *to = p->kept; /* of each key, at least its comma or the object's brace is in line too */
-    const char *s = skip_space(skip_space(line) + 1);
-    while (*s == '"') {
-        const char *key = s, *key_end = skip_string(s);
-        const char *value = skip_space(skip_space(key_end) + 1), *end = skip_value(value);
-        if (is_kept(key, (size_t)(key_end - key))) {
-            *to++ = ',';
-            to = copy_tokens(to, key, (size_t)(key_end - key));
-            *to++ = ':';
-            to = copy_tokens(to, value, (size_t)(end - value));
-        }
-        s = skip_space(end);
-        if (*s == ',') s = skip_space(s + 1);
-    }
-    o->kept = p->kept, o->kept_len = (size_t)(to - p->kept);
-    return 0;
+}
+
+/* Makes room for the copies of a line (len). A buffer that grew for a long line is freed. */
+static int reserve_copies(input_parser *p, size_t len) {
+    p->kept_len = p->id_len = 0;
+    if (len <= p->copies_cap && p->copies_cap <= BUFFER_KEPT) return 0;
+    free(p->copies);
+    p->copies = malloc(len + 1);
+    p->copies_cap = p->copies ? len + 1 : 0;
+    return p->copies ? 0 : -1;
 }
 
 static int fields(input_parser *p, input_object *o, qemb_err *err) {
@@ -424,28 +370,26 @@ static int fields(input_parser *p, input_object *o, qemb_err *err) {
 /* p->root = the object in line (len). *id (id_len) is set as input_object says. */
 static int parse_object(input_parser *p, const char *line, size_t len, const char **id,
                         size_t *id_len, qemb_err *err) {
-    forget(p);
+    json_read_error e;
     *id = "null", *id_len = 4;
-    json_error_t e;
-    p->root = json_loadb(line, len, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY | JSON_ALLOW_NUL, &e);
+    json_decref(p->root);
+    p->root = NULL;
+    if (reserve_copies(p, len)) return qemb_fail(err, "out_of_memory", "record: out of memory");
+    p->root = json_read(line, len, copy_member, p, &e);
+    if (!p->root) p->kept_len = 0;
     if (!p->root) return syntax_error(&e, len, err);
     if (!json_is_object(p->root))
         return qemb_fail(err, "bad_record", "record: wrong type (got %s, want an object)",
                          json_type_name(p->root));
-    const json_t *value = json_object_get(p->root, "id");
-    *id = NULL, *id_len = 0;
-    if (!value) return 0;
-    p->id = json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT);
-    if (!p->id) return qemb_fail(err, "out_of_memory", "\"id\": out of memory");
-    *id = p->id, *id_len = strlen(p->id);
+    *id = p->id_len ? p->copies + p->copies_cap - p->id_len : NULL;
+    *id_len = p->id_len;
     return 0;
 }
 
 int input_parse(input_parser *p, const char *line, size_t len, input_object *o, qemb_err *err) {
     *o = (input_object){0};
     if (parse_object(p, line, len, &o->id, &o->id_len, err)) return -1;
-    if (p->keep && keep_others(p, line, len, o))
-        return qemb_fail(err, "out_of_memory", "record: out of memory");
+    o->kept = p->copies, o->kept_len = p->kept_len;
     return fields(p, o, err);
 }
 

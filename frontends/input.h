@@ -49,7 +49,7 @@ const char *input_error(const input *in);
 /* ---- the object in a JSON line --------------------------------------------------------------- */
 
 typedef struct {
-    const char *id; /* (id_len) "id" as JSON text without a newline, or NULL */
+    const char *id; /* (id_len) "id" as it came, a newline between its tokens as a space; or NULL */
     size_t id_len;
     const char *text; /* (text_len), UTF-8, or NULL if the record has ids */
     size_t text_len;

@@ -7,6 +7,7 @@
 #include "api.h"
 
 #include "frontends/console.h"
+#include "frontends/json_read.h"
 
 #include <limits.h>
 #include <stdarg.h>
@@ -190,23 +191,17 @@ static const api_key embeddings_keys[] = {{"input", api_take_input},
                                           {NULL, NULL}};
 
 int api_load(api_request *r, const char *body, size_t len, int max_texts, api_error *e) {
-    json_error_t je;
+    json_read_error je;
     *r = (api_request){.key = "input",
                        .max_texts = max_texts,
                        .output = {.kind = FORMAT_F32},
                        .truncate = -1,
                        .normalize = -1,
                        .base64 = -1};
-    json_t *root =
-        json_loadb(body, len, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY | JSON_ALLOW_NUL, &je);
-    if (!root && json_error_code(&je) == json_error_out_of_memory)
+    json_t *root = json_read(body, len, NULL, NULL, &je);
+    if (!root && je.fault == JSON_FAULT_MEMORY)
         return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
-    if (!root) /* not jansson's text: it quotes the body */
-        return api_fail(e, 400, "invalid_json", NULL, "body: %s (byte %d)",
-                        json_error_code(&je) == json_error_invalid_utf8    ? "invalid UTF-8"
-                        : json_error_code(&je) == json_error_duplicate_key ? "a key occurs twice"
-                                                                           : "not valid JSON",
-                        je.position);
+    if (!root) return api_fail(e, 400, "invalid_json", NULL, "body: %s", je.text);
     r->json = root;
     if (!json_is_object(root))
         return api_fail(e, 400, "invalid_json", NULL, "body: wrong type (got %s, want an object)",

@@ -288,7 +288,7 @@ BAD = [
     (b"", "invalid_json", None, "empty line"),
     (b"oops", "invalid_json", None, ""),
     (b'{"query":"a","documents":["b\xff"]}', "invalid_utf8", None, ""),
-    (b'{"id":7,"id":8,"query":"a","documents":[]}', "bad_record", None, "duplicate"),
+    (b'{"id":7,"id":8,"query":"a","documents":[]}', "bad_record", None, "twice"),
     (b'{"query":"a","documents":[],"k\\u0000":1}', "invalid_json", None, ""),
     (b"[]", "bad_record", None, "want an object"),
     ({"id": 7, "documents": ["a"]}, "bad_record", 7, 'no "query"'),

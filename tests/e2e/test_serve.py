@@ -207,7 +207,7 @@ BAD = [
     ({**OK, "input": ["x", 1]}, 400, "invalid_type", "input"),
     ({**OK, "input": [1, "x"]}, 400, "invalid_type", "input"),
     ({**OK, "input": [[1], 1]}, 400, "invalid_type", "input"),
-    ({**OK, "input": [1.0]}, 400, "invalid_type", "input"),
+    ({**OK, "input": [1.5]}, 400, "invalid_type", "input"),
     ({**OK, "input": [[1], [1.5]]}, 400, "invalid_type", "input"),
     ({**OK, "input": [-1]}, 400, "invalid_token", "input"),
     ({**OK, "input": [[1, EOS], [VOCAB, EOS]]}, 400, "invalid_token", "input"),
