@@ -26,6 +26,7 @@ struct input {
     int ended;        /* read() returned 0 */
     char failed[128]; /* why no more can be read, or "" */
     int skipping;     /* inside a record that did not fit in memory */
+    int started;      /* its first bytes have been looked at */
     uint64_t line, bytes;
     char *data;        /* (cap) */
     size_t cap;        /* of data */
@@ -171,17 +172,37 @@ static input_status take(input *in, size_t stop, size_t next, input_record *r) {
     size_t len = stop - in->begin;
     const char *text = in->data + in->begin;
     if (in->separator == '\n' && len && text[len - 1] == '\r') len--;
-    *r = (input_record){text, in->skipping ? 0 : len, ++in->line, in->skipping};
+    *r = (input_record){text, in->skipping ? 0 : len, ++in->line, in->bytes, in->skipping};
     in->skipping = 0;
     in->bytes += next - in->begin;
     in->begin = in->scanned = next;
     return INPUT_RECORD;
 }
 
+/* Looks at the first bytes, up to a separator or the end at least: drops a byte order mark, and
+ * refuses UTF-16. Of records that end with NUL, a mark alone tells that. */
+static void start_text(input *in) {
+    const char *s = in->data + in->begin;
+    const size_t n = in->end - in->begin, mark = utf8_mark(s, n);
+    in->started = 1;
+    if (utf16_mark(s, n) || (in->separator && looks_like_utf16(s, n))) {
+        fail(in, UTF16_TEXT);
+        in->begin = in->scanned = in->end;
+        return;
+    }
+    in->begin += mark;
+    in->bytes += mark;
+    if (in->scanned < in->begin) in->scanned = in->begin;
+}
+
 input_status input_next(input *in, int wait, input_record *r) {
     for (;;) {
         const char *from = in->data + in->scanned;
         const char *found = memchr(from, in->separator, in->end - in->scanned);
+        if (!in->started && (found || in->ended || in->end - in->begin >= BUFFER_BYTES)) {
+            start_text(in);
+            continue;
+        }
         if (found) {
             const size_t stop = (size_t)(found - in->data);
             return take(in, stop, stop + 1, r);

@@ -16,8 +16,9 @@ typedef struct input input;
 typedef struct {
     const char *text; /* (len), valid until the next call; may hold NUL bytes */
     size_t len;
-    uint64_t line; /* 1 for the first record */
-    int too_large; /* it did not fit in memory: text is empty */
+    uint64_t line;   /* 1 for the first record */
+    uint64_t offset; /* of its first byte */
+    int too_large;   /* it did not fit in memory: text is empty */
 } input_record;
 
 typedef enum {
@@ -28,10 +29,10 @@ typedef enum {
     INPUT_FAILED   /* input_error says why */
 } input_status;
 
-/* Reads records from fd, whose bytes may be those of a .gz or .zst file. Each ends with
- * `separator`; the last one may lack it. If separator is '\n', one CR before it is dropped. A wait
- * ends when wake_fd becomes readable (-1: none). input_free closes neither descriptor. Returns NULL
- * if out of memory. */
+/* Reads records from fd, whose bytes may be those of a .gz or .zst file. A byte order mark at their
+ * beginning is dropped; UTF-16 fails. Each record ends with `separator`; the last one may lack it.
+ * If separator is '\n', one CR before it is dropped. A wait ends when wake_fd becomes readable (-1:
+ * none). input_free closes neither descriptor. Returns NULL if out of memory. */
 input *input_new(int fd, int wake_fd, char separator);
 void input_free(input *in);
 /* Has all bytes of the descriptor given to watch as they are read. Call it before input_next. */
@@ -39,7 +40,7 @@ void input_watch(input *in, void (*watch)(void *self, const void *bytes, size_t 
 /* Gets the next record. With wait = 0 it returns INPUT_WAIT instead of blocking. Complete records
  * that were read before a failure or a wake are returned first; an incomplete one is dropped. */
 input_status input_next(input *in, int wait, input_record *r);
-/* The bytes of all records so far, separators included. */
+/* The bytes of all records so far, separators and a byte order mark included. */
 uint64_t input_bytes(const input *in);
 /* The bytes of the descriptor that these are; of compressed ones, those that are decompressed. */
 uint64_t input_consumed(const input *in);

@@ -127,13 +127,12 @@ static input_status next_line(void *self, int wait, input_record *r, origin *fro
             }
             s->in = need(input_new(s->fd, s->wake_fd, '\n'));
         }
-        const uint64_t offset = input_bytes(s->in);
         const input_status status = input_next(s->in, wait, r);
         if (status == INPUT_FAILED) cannot_read(s, name, input_error(s->in));
         if (status == INPUT_FAILED || status == INPUT_END) {
             close_file(s);
         } else if (status != INPUT_RECORD || !is_blank(r)) {
-            *from = (origin){s->file, offset};
+            *from = (origin){s->file, r->offset};
             return status;
         }
     }
@@ -235,7 +234,8 @@ static line_index_key key_of(const options *o, const qemb_file *f, const record_
     line_index_key k = {.dim = (uint32_t)t->dim,
                         .max_tokens = (uint32_t)t->text.max_tokens,
                         .flags = (uint32_t)(o->model.truncate | e->deterministic << 1 |
-                                            e->hopper << 2 | (t->prompt_len > 0) << 3)};
+                                            e->hopper << 2 | (t->prompt_len > 0) << 3 |
+                                            1 << 4)}; /* a byte order mark is in no line */
     memcpy(k.model, f->sha256, sizeof k.model);
     memcpy(k.header, f->checksum, sizeof k.header);
     snprintf(k.table, sizeof k.table, "%s", o->model.ops->name);

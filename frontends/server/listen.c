@@ -2,6 +2,7 @@
 #include "listen.h"
 
 #include "frontends/console.h"
+#include "frontends/encoding.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -17,7 +18,8 @@
 /* ---- API keys -------------------------------------------------------------------------------- */
 
 #define MAX_KEYS     64
-#define DIGEST_BYTES 32 /* of SHA-256 */
+#define KEY_MOST     1022 /* bytes */
+#define DIGEST_BYTES 32   /* of SHA-256 */
 
 struct keys {
     uint8_t digest[MAX_KEYS][DIGEST_BYTES]; /* SHA-256 */
@@ -28,19 +30,33 @@ static int digest(uint8_t *out, const char *s, size_t n) {
     return EVP_Digest(s, n, out, NULL, EVP_sha256(), NULL) ? 0 : -1;
 }
 
+/* Reads a line without its newline: up to KEY_MOST + 1 bytes, so that a longer one shows. Returns
+ * how many; -1: there is none. */
+static int read_line(FILE *f, char line[KEY_MOST + 1]) {
+    int n = 0, c = 0;
+    while (n <= KEY_MOST && (c = getc(f)) != EOF && c != '\n') line[n++] = (char)c;
+    return c == EOF && !n ? -1 : n;
+}
+
 keys *keys_read(const char *path) {
     keys *k = need(calloc(1, sizeof *k));
-    char line[1024];
+    char line[KEY_MOST + 1];
     FILE *f = fopen(path, "re");
     if (!f) DIE(STATUS_USAGE, "%.128s: cannot open (%s)", path, strerror(errno));
-    while (fgets(line, sizeof line, f)) {
-        size_t n = strcspn(line, "\r\n");
-        if (!line[n] && !feof(f)) DIE(STATUS_USAGE, "%.128s: a key too long", path);
-        while (n && (line[n - 1] == ' ' || line[n - 1] == '\t')) n--;
-        if (!n || *line == '#') continue;
+    for (int got, first = 1; (got = read_line(f, line)) >= 0; first = 0) {
+        const char *key = line;
+        size_t n = (size_t)got;
+        if (first && (utf16_mark(line, n) || looks_like_utf16(line, n)))
+            DIE(STATUS_USAGE, "%.128s: cannot read (%s)", path, UTF16_TEXT);
+        if (first) key += utf8_mark(line, n), n -= utf8_mark(line, n);
+        if (got > KEY_MOST)
+            DIE(STATUS_USAGE, "%.128s: a key too long (want at most %d bytes)", path, KEY_MOST);
+        while (n && memchr(" \t\r", key[n - 1], 3)) n--;
+        if (!n || *key == '#') continue;
+        if (memchr(key, 0, n)) DIE(STATUS_USAGE, "%.128s: NUL in a key", path);
         if (k->n == MAX_KEYS)
             DIE(STATUS_USAGE, "%.128s: too many keys (want at most %d)", path, MAX_KEYS);
-        if (digest(k->digest[k->n++], line, n)) DIE(STATUS_MODEL, "SHA-256: not available");
+        if (digest(k->digest[k->n++], key, n)) DIE(STATUS_MODEL, "SHA-256: not available");
     }
     OPENSSL_cleanse(line, sizeof line);
     const int failed = ferror(f);
