@@ -9,6 +9,7 @@
 
 #include "frontends/console.h"
 #include "frontends/fingerprint.h"
+#include "frontends/json_read.h"
 #include "frontends/replicas.h"
 
 #include <errno.h>
@@ -152,12 +153,21 @@ static json_int_t number(const json_t *of, const char *key) {
     return json_is_integer(v) ? json_integer_value(v) : -1;
 }
 
+/* More than the JSON of any shard, in bytes: the longest string in it is a file's name. */
+#define JSON_MOST ((size_t)64 << 10)
+
 static json_t *read_json(const sharding *w, const shard *s) {
     char name[PATH_MAX];
     file_name(name, s, "json");
     const int fd = openat(w->store.fd, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) return NULL;
-    json_t *json = json_loadfd(fd, 0, NULL);
+    char *text = need(malloc(JSON_MOST));
+    size_t len = 0;
+    ssize_t n;
+    while ((n = read(fd, text + len, JSON_MOST - len)) > 0) len += (size_t)n;
+    json_read_error unused;
+    json_t *json = json_read(text, len, NULL, NULL, &unused);
+    free(text);
     close(fd);
     return json;
 }

@@ -123,8 +123,8 @@ static const struct {
 /* embed_dtype (vLLM), output_dtype (Voyage, Mistral), embedding_type (Jina), encoding_format: the
  * first says how, the last whether as numbers or base64. Some servers take both by one key. */
 static int take_output(api_request *r, const char *key, const json_t *v, api_error *e) {
-    if (!json_is_string(v)) return api_wrong_type(e, key, v, "a string");
-    const char *s = json_string_value(v);
+    const char *s = NULL;
+    if (api_name(&s, key, v, e)) return -1;
     const int is_encoding = !strcmp(key, "encoding_format");
     const int is_float = is_encoding && !strcmp(s, "float");
     if (is_float || (!strcmp(s, "base64") && strcmp(key, "embed_dtype"))) {
@@ -149,9 +149,8 @@ static int take_output(api_request *r, const char *key, const json_t *v, api_err
 
 static int take_endianness(api_request *r, const char *key, const json_t *v, api_error *e) {
     const char *s = NULL;
-    size_t len;
     (void)r;
-    if (api_string(&s, &len, key, v, e)) return -1;
+    if (api_name(&s, key, v, e)) return -1;
     if (!strcmp(s, "native") || !strcmp(s, "little")) return 0;
     return api_fail(e, 400, "invalid_encoding_format", key, "%s: not served (got %.40s, want %s)",
                     key, s, "little");

@@ -142,6 +142,8 @@ int api_take_direction(api_request *r, const char *key, const json_t *v, api_err
 
 int api_bool(int *out, const char *key, const json_t *v, api_error *e);
 int api_string(const char **out, size_t *len, const char *key, const json_t *v, api_error *e);
+/* *out = v, a string without NUL: then it can be compared as a string of C. */
+int api_name(const char **out, const char *key, const json_t *v, api_error *e);
 /* *out = v, at least `least` and at most INT_MAX. */
 int api_count(int *out, int least, const char *key, const json_t *v, api_error *e);
 /* Errors of the request's key. */

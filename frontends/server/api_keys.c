@@ -7,6 +7,7 @@
 #include "api.h"
 
 #include "frontends/console.h"
+#include "frontends/json_read.h"
 
 #include <ctype.h>
 #include <limits.h>
@@ -39,6 +40,12 @@ int api_string(const char **out, size_t *len, const char *key, const json_t *v, 
     return 0;
 }
 
+int api_name(const char **out, const char *key, const json_t *v, api_error *e) {
+    size_t len = 0;
+    if (api_string(out, &len, key, v, e)) return -1;
+    return strlen(*out) == len ? 0 : api_fail(e, 400, "invalid_name", key, "%s: NUL in it", key);
+}
+
 int api_count(int *out, int least, const char *key, const json_t *v, api_error *e) {
     if (!json_is_integer(v)) return api_wrong_type(e, key, v, "an integer");
     const json_int_t x = json_integer_value(v);
@@ -59,16 +66,12 @@ static int set_flag(int *out, int value, const char *key, const char *others, ap
 
 /* ---- keys that several APIs have ------------------------------------------------------------- */
 
-/* Names end at their first NUL, so "query\0..." would be taken for "query". */
-static int take_name(const char **out, const char *key, const json_t *v, api_error *e) {
-    size_t len = 0;
-    if (api_string(out, &len, key, v, e)) return -1;
-    return strlen(*out) == len ? 0 : api_fail(e, 400, "invalid_name", key, "%s: NUL in it", key);
-}
-
 /* "" is what some clients send for no model. */
 int api_take_model(api_request *r, const char *key, const json_t *v, api_error *e) {
-    if (take_name(&r->model, key, v, e)) return -1;
+    if (api_name(&r->model, key, v, e))
+        return !json_is_string(v) ? -1
+                                  : api_fail(e, 404, "model_not_found", key,
+                                             "%s: not served here (got a name with NUL)", key);
     if (!*r->model) r->model = NULL;
     return 0;
 }
@@ -81,7 +84,7 @@ int api_take_instruct(api_request *r, const char *key, const json_t *v, api_erro
 int api_take_prompt(api_request *r, const char *key, const json_t *v, api_error *e) {
     if (r->prompt_name) return api_conflict(e, key, r->prompt_key);
     r->prompt_key = key;
-    return take_name(&r->prompt_name, key, v, e);
+    return api_name(&r->prompt_name, key, v, e);
 }
 
 int api_take_dimensions(api_request *r, const char *key, const json_t *v, api_error *e) {
@@ -112,7 +115,8 @@ static int left_is_not_served(const char *key, const char *got, api_error *e) {
 
 int api_take_truncate(api_request *r, const char *key, const json_t *v, api_error *e) {
     int wanted = -1;
-    const char *s = json_string_value(v);
+    const char *s = NULL;
+    if (json_is_string(v) && api_name(&s, key, v, e)) return -1;
     if (s && !strcasecmp(s, "START")) return left_is_not_served(key, s, e);
     if (s && !strcasecmp(s, "NONE")) wanted = 0;
     if (s && !strcasecmp(s, "END")) wanted = 1;
@@ -127,8 +131,7 @@ int api_take_truncate(api_request *r, const char *key, const json_t *v, api_erro
 
 int api_take_direction(api_request *r, const char *key, const json_t *v, api_error *e) {
     const char *s = NULL;
-    size_t len;
-    if (api_string(&s, &len, key, v, e)) return -1;
+    if (api_name(&s, key, v, e)) return -1;
     if (!strcasecmp(s, "left")) return left_is_not_served(key, s, e);
     if (strcasecmp(s, "right"))
         return api_fail(e, 400, "invalid_truncation_direction", key,
@@ -217,7 +220,8 @@ static int changes_nothing(const char *idle, const json_t *v) {
     int same =
         !json_array_size(v) && !json_object_size(v) && (json_is_array(v) || json_is_object(v));
     if (!idle || same) return same;
-    json_t *want = json_loads(idle, JSON_DECODE_ANY, NULL);
+    json_read_error unused;
+    json_t *want = json_read(idle, strlen(idle), NULL, NULL, &unused);
     size_t like = 0;
     for (size_t i = 0; i < json_array_size(v); i++) like += json_equal(json_array_get(v, i), want);
     same = json_equal(v, want) || (json_is_array(v) && like == json_array_size(v));

@@ -87,8 +87,10 @@ static int take_max_chunks(api_request *r, const char *key, const json_t *v, api
 static int take_rank_fields(api_request *r, const char *key, const json_t *v, api_error *e) {
     (void)r;
     if (!json_is_array(v)) return api_wrong_type(e, key, v, "a list");
-    const char *field = json_string_value(json_array_get(v, 0));
-    if (json_array_size(v) == 1 && field && !strcmp(field, "text")) return 0;
+    const json_t *field = json_array_get(v, 0);
+    const char *name = NULL;
+    if (json_is_string(field) && api_name(&name, key, field, e)) return -1;
+    if (json_array_size(v) == 1 && name && !strcmp(name, "text")) return 0;
     char *got = json_dumps(v, JSON_COMPACT | JSON_ENSURE_ASCII);
     api_fail(e, 400, "invalid_rank_fields", key, "%s: not served (got %.80s, want [\"text\"])", key,
              got ? got : "others");

@@ -7,8 +7,9 @@
 
 /* Of InferenceClient of huggingface_hub, which sends what its caller says. */
 static int take_encoding(api_request *r, const char *key, const json_t *v, api_error *e) {
-    const char *s = json_string_value(v);
+    const char *s = NULL;
     (void)r;
+    if (json_is_string(v) && api_name(&s, key, v, e)) return -1;
     if (s && !strcmp(s, "float")) return 0;
     return api_fail(e, 400, "invalid_encoding_format", key, "%s: not served (got %.40s, want %s)",
                     key, s ? s : json_type_name(v), "float, or base64 at /v1/embeddings");

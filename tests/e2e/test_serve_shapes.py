@@ -298,10 +298,11 @@ def test_tokenize_takes_the_keys_of_embeddings(prompted):
     assert tokens(truncate_prompt_tokens=3) == "invalid_truncation"
 
 
-@pytest.mark.parametrize("key,value", [("model", "small"), ("prompt_name", "query")])
-def test_names_with_nul(prompted, key, value):
+@pytest.mark.parametrize("key,value,status,code", [
+    ("model", "small", 404, "model_not_found"), ("prompt_name", "query", 400, "invalid_name")])
+def test_names_with_nul(prompted, key, value, status, code):
     a = prompted.post({**OK, key: value + "\0more"})
-    assert (a.status, a.error["code"], a.error["param"]) == (400, "invalid_name", key)
+    assert (a.status, a.error["code"], a.error["param"]) == (status, code, key)
 
 
 @pytest.mark.parametrize(
