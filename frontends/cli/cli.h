@@ -66,18 +66,25 @@ static inline char *put(char *p, const char *s) { return put_bytes(p, s, strlen(
 /* ---- output.c -------------------------------------------------------------------------------- */
 
 /* A buffer of standard output or of a file. A failed write to standard output ends the process with
- * STATUS_OUTPUT; without a message if the reader of the pipe has closed it. A failed write to a
- * file sets error, and what follows is dropped. */
+ * STATUS_OUTPUT, and a message that says how many of its rows are whole; without a message if the
+ * reader of the pipe has closed it. A failed write to a file sets error, and what follows is
+ * dropped. */
 typedef struct {
     int fd, to_spool;
     int target; /* gets all in the end */
     int error;  /* errno; 0: no failure */
     char *data; /* (cap), len in use */
     size_t len, cap;
-    off_t header_at; /* FORMAT_NPY: offset of the header */
+    off_t header_at;      /* FORMAT_NPY: offset of the header */
+    int nul_ended;        /* rows of text end with NUL instead of a newline */
+    size_t row_bytes;     /* of a row that is no text; 0: text */
+    size_t header_bytes;  /* before the rows */
+    uint64_t written;     /* bytes that were written, */
+    uint64_t whole, rows; /* those of whole rows, and how many that are */
 } output;
 
-void output_open(output *o, int fd, format_kind kind);
+/* dim: numbers of each vector, if the kind is no text. */
+void output_open(output *o, int fd, format_kind kind, int dim);
 /* Returns room for n bytes. output_wrote then takes the end of what was written. */
 char *output_room(output *o, size_t n);
 void output_wrote(output *o, const char *end);

@@ -165,7 +165,7 @@ int embed_records(embedder *e, embed_run *r) {
     w.in = need(input_new(r->in, e->wake_fd, o->null_separated ? '\0' : '\n'));
     if (r->watch) input_watch(w.in, r->watch, r->self);
     w.zeros = need(calloc((size_t)e->dim, sizeof *w.zeros));
-    output_open(&w.out, r->out, o->output);
+    output_open(&w.out, r->out, o->output, e->dim);
     const int failed = pipeline_run(e->p, &s);
     output_finish(&w.out, o->output, r->counts.rows, e->dim);
     if (failed) return -1; /* the reader thread may wait for input still */

@@ -93,7 +93,7 @@ void printer_open(hit_printer *p, const options *o) {
                        .with_file = o->with_file ? o->with_file > 0 : o->n_files > 1,
                        .terminal = isatty(STDOUT_FILENO)};
     p->color = !o->json && (o->color == COLOR_ALWAYS || (o->color == COLOR_AUTO && p->terminal));
-    output_open(&p->out, STDOUT_FILENO, FORMAT_JSON);
+    output_open(&p->out, STDOUT_FILENO, FORMAT_JSON, 1);
 }
 
 static char *put_text(const hit_printer *h, char *p, const char *s, size_t n) {

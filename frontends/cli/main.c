@@ -355,8 +355,8 @@ static int tokenize(const options *o) {
     int status = STATUS_GOOD;
     open_kind(&f, o, QEMB_EMBEDDING);
     open_record_tokenizer(&t, &f, o);
-    output_open(&out, STDOUT_FILENO, FORMAT_JSON);
-    input *in = need(input_new(STDIN_FILENO, -1, o->null_separated ? '\0' : '\n'));
+    output_open(&out, STDOUT_FILENO, FORMAT_JSON, 1);
+    input *in = need(input_new(STDIN_FILENO, catch_signals(), o->null_separated ? '\0' : '\n'));
     for (;;) {
         input_record r;
         record_ids ids;
@@ -384,6 +384,7 @@ static int tokenize(const options *o) {
     input_free(in);
     record_tokenizer_close(&t);
     close_model_file(&f);
+    end_by_signal(); /* so that the parent sees the signal as the cause */
     return status;
 }
 
@@ -613,7 +614,8 @@ int main(int argc, char **argv) {
     if (command && !strcmp(command, "grep")) console_error_status(GREP_ERROR);
     const int ranks = command && !strcmp(command, "rerank");
     const int no_input = check_descriptors();
-    signal(SIGPIPE, SIG_IGN); /* writing fails with EPIPE instead */
+    signal(SIGPIPE, SIG_IGN); /* writing fails with EPIPE instead, */
+    signal(SIGXFSZ, SIG_IGN); /* or with EFBIG */
     parse_options(&o, &t, ranks ? FOR_RERANK : FOR_EMBED, argc, argv);
     if (no_input && (commands[o.command].reads_input || greps_stdin(&o)))
         DIE(STATUS_USAGE, "standard input: closed");

@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,14 +26,31 @@ static void output_failed(output *o) {
     }
     if (errno == EPIPE && !o->to_spool)
         leave(STATUS_OUTPUT); /* the reader has closed the pipe: no message */
-    DIE(STATUS_OUTPUT, "%s: cannot write (%s)", o->to_spool ? "temporary file" : "standard output",
-        strerror(errno));
+    if (o->to_spool) DIE(STATUS_OUTPUT, "temporary file: cannot write (%s)", strerror(errno));
+    DIE(STATUS_OUTPUT,
+        "standard output: cannot write (%s); %" PRIu64 " rows are whole, the first %" PRIu64
+        " bytes",
+        strerror(errno), o->rows, o->whole);
+}
+
+/* Counts the rows that the bytes data (n) end, which were written. */
+static void count_rows(output *o, const char *data, size_t n) {
+    const char *p = data, *end = data + n;
+    while (!o->row_bytes && (p = memchr(p, o->nul_ended ? 0 : '\n', (size_t)(end - p)))) {
+        o->rows++;
+        o->whole = o->written + (uint64_t)(++p - data);
+    }
+    o->written += n;
+    if (!o->row_bytes || o->written < o->header_bytes) return;
+    o->rows = (o->written - o->header_bytes) / o->row_bytes;
+    o->whole = o->header_bytes + o->rows * o->row_bytes;
 }
 
 static void write_all(output *o, const char *data, size_t len) {
     while (len && !o->error) {
         const ssize_t n = write(o->fd, data, len);
         if (n >= 0) {
+            if (!o->to_spool) count_rows(o, data, (size_t)n);
             data += n;
             len -= (size_t)n;
         } else if (errno == EAGAIN) {
@@ -77,9 +95,11 @@ static int open_spool(void) {
         strerror(errno));
 }
 
-void output_open(output *o, int fd, format_kind kind) {
+void output_open(output *o, int fd, format_kind kind, int dim) {
     *o = (output){.fd = fd, .target = fd};
+    if (!format_is_text(kind)) o->row_bytes = format_vector_room(kind, dim);
     if (kind != FORMAT_NPY) return;
+    o->header_bytes = FORMAT_NPY_HEADER;
     struct stat st;
     o->header_at = lseek(fd, 0, SEEK_CUR);
     if (o->header_at < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode) ||

@@ -260,7 +260,8 @@ int rerank_stream(const options *o, qemb_model *const *m, record_tokenizer *t) {
     w.in = need(input_new(STDIN_FILENO, catch_signals(), o->null_separated ? '\0' : '\n'));
     w.parser = need(input_parser_new(0, 1));
     progress_open(&w.progress, progress_wanted(o), 0);
-    output_open(&w.out, STDOUT_FILENO, FORMAT_JSON);
+    output_open(&w.out, STDOUT_FILENO, FORMAT_JSON, 1);
+    w.out.nul_ended = o->query && o->null_separated;
     const int failed = pipeline_run(w.p, &s);
     if (o->query && !failed) print_lines(&w);
     output_flush(&w.out);
