@@ -11,7 +11,7 @@ export QEMB_SHARED ?= $(abspath ../shared)
 # convert_weights.py and tests/*.txt, runtime libraries of an image in its Dockerfile.
 DEBIAN_LIBRARY := gcc binutils libc6-dev
 DEBIAN_BUILD   := $(DEBIAN_LIBRARY) libjansson-dev libssl-dev libxxhash-dev zlib1g-dev libzstd-dev
-DEBIAN_SERVE   := libmicrohttpd-dev
+DEBIAN_SERVE   := 
 DEBIAN_PYTHON  := python3 python3-venv
 DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread wrk apache2-utils # a plot, products to compare with, load
 DEBIAN_TEST    := git g++ pkgconf clang libclang-rt-dev libcriterion-dev xz-utils curl redis-tools systemd
@@ -24,7 +24,7 @@ BASE     := -std=c11 -D_GNU_SOURCE -I. $(WARNINGS) -ffp-contract=fast -pthread -
 # count on addresses. Where an object's size is known, glibc checks what is written to it.
 HARDENED := -fstack-protector-strong -fstack-clash-protection $(if $(filter x86_64,$(shell uname -m)),-fcf-protection) -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2
 RELRO    := -Wl,-z,relro,-z,now
-SERVE_LIBS := -lmicrohttpd -lssl
+SERVE_LIBS := -lssl
 LIBS     := -ljansson -lcrypto -lz -lzstd -lm
 # bench has oneDNN beside the matmul if its headers are there when bench is built (bench/vendor_gemm.c).
 BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
@@ -38,7 +38,7 @@ SHARED  := $(patsubst %,frontends/%,fingerprint ranking console options model_op
 CLI     := $(patsubst %,frontends/cli/%,main embed check grep rerank hits line_index shards shard_store pipeline progress output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
-SERVE   := $(patsubst %,frontends/server/%,main probe http http_header http_work http_tell http_admin listen api api_keys api_tei api_ollama api_rerank models model_worker queue cache redis redis_address redis_link redis_reply metrics log buffer vector) $(SHARED)
+SERVE   := $(patsubst %,frontends/server/%,main probe http http_conn http_parse http_pool http_header http_work http_tell http_admin listen api api_keys api_tei api_ollama api_rerank models model_worker queue cache redis redis_address redis_link redis_reply metrics log buffer vector) $(SHARED)
 TESTS   := amx batch cpu_count embed_text json_read file_watch line_index measure model_file format input model ops ranking redis_reply serve_cache serve_queue simd text_ids tokenizer
 FUZZERS := file input jsonl line_index redis request tokenizer
 TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console decompress format input json_read map_fault ranking cli/line_index server/queue server/cache server/redis_reply server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine

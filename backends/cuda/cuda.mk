@@ -145,7 +145,7 @@ GPU_LIBS  = -l:libjansson.a -l:libcrypto.a -l:libz.a -l:libzstd.a -ldl -lrt -lm
 # File and Debian package
 GPU_NEEDS := gcc:gcc g++:g++ make:make python3:python3 jansson.h:libjansson-dev libjansson.a:libjansson-dev openssl/evp.h:libssl-dev libcrypto.a:libssl-dev xxhash.h:libxxhash-dev \
   zlib.h:zlib1g-dev libz.a:zlib1g-dev zstd.h:libzstd-dev libzstd.a:libzstd-dev \
-  microhttpd.h:libmicrohttpd-dev libmicrohttpd.a:libmicrohttpd-dev openssl/ssl.h:libssl-dev libssl.a:libssl-dev
+  openssl/ssl.h:libssl-dev libssl.a:libssl-dev
 
 gpu-needs:
 	@missing=; for need in $(GPU_NEEDS); do file=$${need%%:*}; \
@@ -170,14 +170,8 @@ $(GPU)/qemb-cuda: $(GPU)/qemb.cu.o $(patsubst %,$(GPU)/%.o,$(CUDA_PROGRAM))
 	$(GPU_LINK) $^ $(GPU_CUDA) $(GPU_LIBS) -o $@
 $(GPU)/qemb: $(patsubst %,$(GPU)/%.o,$(FRONT) $(BACKEND) $(ENGINE))
 	$(GPU_LINK) $^ $(GPU_LIBS) -o $@
-# libmicrohttpd.a names functions of GnuTLS, which has no static library. A server without TLS calls
-# gnutls_global_init and gnutls_global_deinit alone.
-$(GPU)/no_tls.o: | gpu-needs
-	@mkdir -p $(@D)
-	nm $$($(CC) -print-file-name=libmicrohttpd.a) 2>/dev/null | sed -n 's/^ *U \(gnutls_.*\)/\1/p' | sort -u | \
-	    awk '{ print "int " $$1 "(void) {" ($$1 ~ /global_(de)?init$$/ ? "return 0;" : "__builtin_trap();") "}" }' | $(CC) -w -x c -c - -o $@
-$(GPU)/qemb-serve-cuda: $(patsubst %,$(GPU)/%.o,$(CUDA_SERVE)) $(GPU)/qemb.cu.o $(GPU)/no_tls.o
-	$(GPU_LINK) $^ $(GPU_CUDA) -l:libmicrohttpd.a -l:libssl.a $(GPU_LIBS) -o $@
+$(GPU)/qemb-serve-cuda: $(patsubst %,$(GPU)/%.o,$(CUDA_SERVE)) $(GPU)/qemb.cu.o
+	$(GPU_LINK) $^ $(GPU_CUDA) -l:libssl.a $(GPU_LIBS) -o $@
 
 gpu-pack: gpu-needs $(GPU_PROGRAMS:%=$(GPU)/%) ## all that a GPU machine needs for its day, in build/gpu-pack (GPU_ARCHS="80 90a": compute capabilities)
 	rm -rf $(GPU_PACK)

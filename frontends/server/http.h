@@ -9,12 +9,10 @@
  * failure. */
 http *http_start(const http_options *o, models *m);
 int http_port(const http *h);
-/* Closes connections that take too long to send a request or to read a response. */
-void http_tick(http *h, double now);
 /* Stops accepting connections. Those already in the listen queue get one response each. */
 void http_drain(http *h);
 /* Returns 1 if a draining server has no response left to send. */
-int http_idle(http *h, double now);
-void http_stop(http *h); /* after http_drain; no connection is suspended */
+int http_idle(http *h);
+void http_stop(http *h); /* after http_drain; no request is in a queue */
 
 #endif

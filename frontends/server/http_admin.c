@@ -5,11 +5,11 @@
 
 static void resume(reload_call *c) {
     request *r = (request *)((char *)c - offsetof(request, reload));
-    MHD_resume_connection(r->connection);
+    pool_finish(r->h->pool, r);
 }
 
 /* Tells which models serve now. */
-static enum MHD_Result answer_reloaded(request *r) {
+static void answer_reloaded(request *r) {
     buffer body = {0};
     const char *comma = "";
     http_take_models(r); /* the new ones; http_end_work drops them */
@@ -22,28 +22,28 @@ static enum MHD_Result answer_reloaded(request *r) {
                           model_worker_fingerprint(w));
     }
     buffer_printf(&body, "}}");
-    return request_answer(r, 200, &body, JSON);
+    request_answer(r, 200, &body, JSON);
 }
 
-enum MHD_Result http_reload(request *r) {
+void http_end_reload(request *r) {
+    r->error = r->reload.error;
+    if (r->error.status)
+        request_answer_error(r);
+    else
+        answer_reloaded(r);
+}
+
+int http_reload(request *r) {
     if (!r->h->keys) {
         api_fail(&r->error, 403, "admin_disabled", NULL,
                  "/admin/reload: only where requests need a key (want --api-key-file; or send the "
                  "process SIGHUP)");
-        return request_answer_error(r);
+        request_answer_error(r);
+        return 1;
     }
-    if (r->phase == WAITING) {
-        r->error = r->reload.error;
-        return r->error.status ? request_answer_error(r) : answer_reloaded(r);
-    }
-    http_drop_models(r); /* not to keep the old ones while the new ones are loaded */
     request_drop_body(r);
-    r->phase = WAITING;
     r->reload.done = resume;
-    pthread_mutex_lock(&r->h->lock);
-    r->conn->timed = 0; /* the client waits for the server */
-    pthread_mutex_unlock(&r->h->lock);
-    MHD_suspend_connection(r->connection); /* before models_reload: it may end at once */
-    if (models_reload(r->h->models, &r->reload)) MHD_resume_connection(r->connection);
-    return MHD_YES;
+    if (!models_reload(r->h->models, &r->reload)) return 0; /* r may have its answer by now */
+    http_end_reload(r);
+    return 1;
 }

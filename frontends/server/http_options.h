@@ -15,7 +15,7 @@ typedef struct {
     const char *fallback_name, *reranker_name; /* of these models, or NULL */
     int http_threads, max_connections, max_texts;
     size_t max_body, max_memory; /* bytes */
-    double deadline, receive_timeout, drain;
+    double deadline, receive_timeout, keep_alive, drain;
     metrics *metrics; /* has to outlive the server */
 } http_options;
 

@@ -20,7 +20,7 @@ static const char *health_of(const request *r) {
     return state_name(w);
 }
 
-static enum MHD_Result tell_health(request *r) {
+static void tell_health(request *r) {
     buffer body = {0};
     const char *health = health_of(r);
     model_worker *const *w = r->models->workers;
@@ -31,10 +31,10 @@ static enum MHD_Result tell_health(request *r) {
         buffer_printf(&body, ",\"reason\":\"the model's file was written to while it is in use; "
                              "put a whole file in its place and reload\"");
     buffer_printf(&body, "}");
-    return request_answer(r, strcmp(health, "ok") ? 503 : 200, &body, JSON);
+    request_answer(r, strcmp(health, "ok") ? 503 : 200, &body, JSON);
 }
 
-static enum MHD_Result tell_metrics(request *r) {
+static void tell_metrics(request *r) {
     http *h = r->h;
     model_worker *const *workers = r->models->workers;
     buffer body = {0};
@@ -52,11 +52,9 @@ static enum MHD_Result tell_metrics(request *r) {
         g.worker[i].queue_tokens = d.tokens;
         g.worker[i].queue_requests = d.requests;
     }
-    pthread_mutex_lock(&h->lock);
-    g.connections = h->n_accepted;
-    pthread_mutex_unlock(&h->lock);
+    g.connections = connections_count(h->connections);
     metrics_text(h->opt.metrics, &body, &g);
-    return request_answer(r, 200, &body, "text/plain; version=0.0.4; charset=utf-8");
+    request_answer(r, 200, &body, "text/plain; version=0.0.4; charset=utf-8");
 }
 
 /* ---- models ---------------------------------------------------------------------------------- */
@@ -72,31 +70,34 @@ static int list_models(const request *r, api_model models[MAX_NAMES + N_ROLES]) 
     return n;
 }
 
-static enum MHD_Result tell_models(request *r) {
+static void tell_models(request *r) {
     api_model models[MAX_NAMES + N_ROLES];
     buffer body = {0};
     const int n = list_models(r, models);
     api_models(&body, models, n, (long)r->models->created);
-    return request_answer(r, 200, &body, JSON);
+    request_answer(r, 200, &body, JSON);
 }
 
-static enum MHD_Result no_such_model(request *r, const char *name) {
+static void no_such_model(request *r, const char *name) {
     api_fail(&r->error, 404, "model_not_found", "model",
              "model: not served here (got %.80s, want %.80s)", name,
              http_name_of(r->h, r->models->workers[ROLE_MAIN]));
-    return request_answer_error(r);
+    request_answer_error(r);
 }
 
-static enum MHD_Result tell_model(request *r) {
+static void tell_model(request *r) {
     buffer body = {0};
     char name[300]; /* longer than any that is served */
     snprintf(name, sizeof name, "%s", r->model);
     for (size_t n = strlen(name); n && name[n - 1] == '/'; n--) name[n - 1] = 0;
     const model_worker *w = http_worker_named(r, name);
-    if (!w) return no_such_model(r, name);
+    if (!w) {
+        no_such_model(r, name);
+        return;
+    }
     const api_model model = {name, model_worker_is_reranker(w)};
     api_model_json(&body, &model, (long)r->models->created);
-    return request_answer(r, 200, &body, JSON);
+    request_answer(r, 200, &body, JSON);
 }
 
 static api_ollama_card card_of(const request *r, const model_worker *w, const char *name) {
@@ -106,7 +107,7 @@ static api_ollama_card card_of(const request *r, const model_worker *w, const ch
                              .max_tokens = model_worker_max_tokens(w)};
 }
 
-static enum MHD_Result tell_tags(request *r) {
+static void tell_tags(request *r) {
     api_model models[MAX_NAMES + N_ROLES];
     api_ollama_card cards[MAX_NAMES + N_ROLES];
     buffer body = {0};
@@ -114,26 +115,31 @@ static enum MHD_Result tell_tags(request *r) {
     for (int i = 0; i < n; i++)
         cards[i] = card_of(r, http_worker_named(r, models[i].name), models[i].name);
     api_ollama_tags(&body, cards, n);
-    return request_answer(r, 200, &body, JSON);
+    request_answer(r, 200, &body, JSON);
 }
 
-static enum MHD_Result tell_version(request *r) {
+static void tell_version(request *r) {
     buffer body = {0};
     buffer_printf(&body, "{\"version\":\"" QEMB_VERSION "\"}");
-    return request_answer(r, 200, &body, JSON);
+    request_answer(r, 200, &body, JSON);
 }
 
-static enum MHD_Result show_model(request *r) {
+static void show_model(request *r) {
     const http *h = r->h;
     buffer body = {0};
-    if (api_ollama_parse_show(&r->api, r->body ? r->body : "", r->len, &r->error))
-        return request_answer_error(r);
+    if (api_ollama_parse_show(&r->api, r->body ? r->body : "", r->len, &r->error)) {
+        request_answer_error(r);
+        return;
+    }
     const char *name = r->api.model;
     const model_worker *w = name ? http_worker_named(r, name) : r->models->workers[ROLE_MAIN];
-    if (!w) return no_such_model(r, name);
+    if (!w) {
+        no_such_model(r, name);
+        return;
+    }
     const api_ollama_card card = card_of(r, w, http_name_of(h, w));
     api_ollama_show(&body, &card);
-    return request_answer(r, 200, &body, JSON);
+    request_answer(r, 200, &body, JSON);
 }
 
 /* ---- text-embeddings-inference --------------------------------------------------------------- */
@@ -145,7 +151,7 @@ static const char *dtype_of(qemb_math math) {
     return names[math];
 }
 
-static enum MHD_Result tell_info(request *r) {
+static void tell_info(request *r) {
     const http *h = r->h;
     model_worker *w = r->models->workers[ROLE_MAIN];
     const model_options *o = model_worker_model_options(w);
@@ -165,29 +171,40 @@ static enum MHD_Result tell_info(request *r) {
         .truncates = o->truncate,
     };
     api_tei_info(&body, &card);
-    return request_answer(r, 200, &body, JSON);
+    request_answer(r, 200, &body, JSON);
 }
 
-enum MHD_Result http_tell(request *r) {
-    http_take_models(r); /* http_end_work drops them */
+static void tell(request *r) {
     switch (r->route) {
-    case ROUTE_RELOAD:
-        return http_reload(r);
     case ROUTE_SHOW:
-        return show_model(r);
+        show_model(r);
+        break;
     case ROUTE_MODELS:
-        return tell_models(r);
+        tell_models(r);
+        break;
     case ROUTE_MODEL:
-        return tell_model(r);
+        tell_model(r);
+        break;
     case ROUTE_INFO:
-        return tell_info(r);
+        tell_info(r);
+        break;
     case ROUTE_TAGS:
-        return tell_tags(r);
+        tell_tags(r);
+        break;
     case ROUTE_VERSION:
-        return tell_version(r);
+        tell_version(r);
+        break;
     case ROUTE_METRICS:
-        return tell_metrics(r);
+        tell_metrics(r);
+        break;
     default:
-        return tell_health(r);
+        tell_health(r);
+        break;
     }
+}
+
+void http_tell(request *r) {
+    http_take_models(r);
+    tell(r);
+    http_drop_models(r);
 }

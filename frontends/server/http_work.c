@@ -16,20 +16,21 @@
 #include "frontends/console.h"
 #include "log.h"
 
-#include <poll.h>
 #include <stdio.h>
 
 /* Seconds after which a client may ask again whether a changed model has been loaded again. */
 #define CHANGED_RETRY 10
 
-static void resume(pending_request *t) { MHD_resume_connection(((request *)t)->connection); }
+/* A request in a queue has two owners, the queue and the thread that has submitted it, which still
+ * looks at it. Returns 1 to the last one that lets go: it goes on with the request. */
+static int is_last_owner(request *r) { return atomic_fetch_sub(&r->owners, 1) == 1; }
 
-/* Whether the client has left. A client that has shut down its sending half counts as gone, since
- * the server cannot tell it from one that has closed the socket. */
-static int departed(pending_request *t) {
-    struct pollfd p = {.fd = ((request *)t)->conn->fd, .events = POLLRDHUP};
-    return poll(&p, 1, 0) == 1 && p.revents & (POLLRDHUP | POLLHUP | POLLERR);
+static void resume(pending_request *t) {
+    request *r = (request *)t;
+    if (is_last_owner(r)) pool_finish(r->h->pool, r);
 }
+
+static int departed(pending_request *t) { return atomic_load(&((request *)t)->gone); }
 
 /* Returns the worker that computes the request: of the model that it names, or of the server's
  * model of the kind that it needs. NULL: there is none. */
@@ -191,7 +192,7 @@ static int has_changed(const request *r) {
     return model_worker_state_of(r->work.worker) == WORKER_CHANGED;
 }
 
-static enum MHD_Result finish(request *r) {
+static void finish(request *r) {
     metrics *m = r->h->opt.metrics;
     buffer body = {0};
     switch (r->work.pending.state) {
@@ -200,10 +201,11 @@ static enum MHD_Result finish(request *r) {
         metrics_add(m, request_ranks(r) ? COUNT_DOCUMENTS : COUNT_TEXTS, (uint64_t)r->texts);
         metrics_add(m, request_ranks(r) ? COUNT_DOCUMENT_TOKENS : COUNT_TOKENS, r->work.tokens);
         metrics_add(m, COUNT_DEDUP, (uint64_t)r->work.shared);
-        return request_answer(r, 200, &body, JSON);
+        request_answer(r, 200, &body, JSON);
+        return;
     case REQUEST_GONE:
-        r->status = 499;
-        return MHD_NO;
+        request_answer(r, 499, &body, NULL);
+        return;
     case REQUEST_EXPIRED:
         api_fail(&r->error, 503, "deadline_exceeded", NULL,
                  "server: no %s after %g s, the most a request may take",
@@ -222,19 +224,17 @@ static enum MHD_Result finish(request *r) {
     case REQUEST_WAITING: /* not accepted: error is set */
         break;
     }
-    return request_answer_error(r);
+    request_answer_error(r);
 }
 
-/* The models are dropped here and not when the client has read the response, which may be long
- * after: until then a reload keeps them in memory. */
-enum MHD_Result http_finish_work(request *r) {
-    if (r->route == ROUTE_RELOAD) return http_reload(r);
-    const enum MHD_Result result = finish(r);
-    http_drop_models(r);
-    return result;
+void http_finish_work(request *r) {
+    if (r->route == ROUTE_RELOAD)
+        http_end_reload(r);
+    else
+        finish(r);
 }
 
-/* Puts the texts into the worker's queue. After it returns 0, r may be resumed at any time. */
+/* Puts the texts into the worker's queue. */
 static int submit(request *r, api_error *e) {
     if (!model_worker_submit(r->work.worker, &r->work.pending, &r->work.shared)) return 0;
     if (has_changed(r)) return model_changed(e);
@@ -302,36 +302,39 @@ static int submit_or_fall_back(request *r) {
     return fall_back(r);
 }
 
-enum MHD_Result http_start_work(request *r) {
-    if (read_request(r)) return request_answer_error(r);
+int http_start_work(request *r) {
+    if (read_request(r)) {
+        request_answer_error(r);
+        return 1;
+    }
     if (!has_changed(r)) r->work.cached = model_worker_lookup(r->work.worker, &r->work.pending);
-    r->phase = WAITING;
     if (r->work.cached == r->texts) {
         r->work.pending.state = REQUEST_DONE;
-        return http_finish_work(r);
+        http_finish_work(r);
+        return 1;
     }
     start_waiting(r, &r->work);
-    pthread_mutex_lock(&r->h->lock);
-    r->conn->timed = 0; /* the client waits for the server */
-    pthread_mutex_unlock(&r->h->lock);
-    /* Before submit, since another thread may resume the connection right after it. */
-    MHD_suspend_connection(r->connection);
-    if (submit_or_fall_back(r)) MHD_resume_connection(r->connection);
-    /* r belongs to this thread until it returns, even if resumed */
+    atomic_store(&r->owners, 2);
+    const int waits = !submit_or_fall_back(r);
     if (!r->api.with_texts) api_request_free(&r->api);
-    return MHD_YES;
+    if (waits && !is_last_owner(r)) return 0;
+    http_finish_work(r);
+    return 1;
 }
 
-enum MHD_Result http_tokenize(request *r) {
+void http_tokenize(request *r) {
     buffer body = {0};
     if (read_request(r) || (has_changed(r) && model_changed(&r->error)) ||
         api_tokens(&body, r->work.pending.texts, r->texts, model_worker_max_tokens(r->work.worker),
                    http_name_of(r->h, r->work.worker), r->work.tokens, &r->error))
-        return request_answer_error(r);
-    return request_answer(r, 200, &body, JSON);
+        request_answer_error(r);
+    else
+        request_answer(r, 200, &body, JSON);
 }
 
+/* The memory of the response stays counted until it is sent. The models are dropped now, since
+ * until then a reload keeps them in memory. */
 void http_end_work(request *r) {
-    work_clear(r, &r->work);
+    pending_request_clear(&r->work.pending);
     http_drop_models(r);
 }

@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 /* ---- API keys -------------------------------------------------------------------------------- */
 
@@ -77,29 +78,76 @@ int keys_match(const keys *k, const char *given) {
     return good;
 }
 
-/* ---- the socket ------------------------------------------------------------------------------ */
+/* ---- sockets --------------------------------------------------------------------------------- */
 
-int listen_open(const char *host, int port, int *bound_port) {
-    const struct addrinfo hints = {.ai_socktype = SOCK_STREAM,
-                                   .ai_flags = AI_PASSIVE | AI_NUMERICSERV};
-    struct addrinfo *a;
-    char service[16];
-    snprintf(service, sizeof service, "%d", port);
-    const int error = getaddrinfo(host, service, &hints, &a);
-    if (error) DIE(STATUS_USAGE, "--host: %.128s: %s", host, gai_strerror(error));
-    const int on = 1, fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) ||
-        bind(fd, a->ai_addr, a->ai_addrlen) || listen(fd, 1024))
-        DIE(STATUS_USAGE, "%.128s port %d: cannot listen (%s)", host, port, strerror(errno));
-    freeaddrinfo(a);
+static int port_of(int fd) {
     struct sockaddr_storage bound;
     socklen_t n = sizeof bound;
     if (getsockname(fd, (struct sockaddr *)&bound, &n))
         DIE(STATUS_USAGE, "socket: %s", strerror(errno));
-    *bound_port = ntohs(bound.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&bound)->sin6_port
-                                                    : ((struct sockaddr_in *)&bound)->sin_port);
-    return fd;
+    return ntohs(bound.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&bound)->sin6_port
+                                             : ((struct sockaddr_in *)&bound)->sin_port);
 }
+
+/* Returns a socket that listens at the address, or -1 with errno set. */
+static int listen_at(const struct addrinfo *a, int port, int is_one_of_many) {
+    const int on = 1, fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    struct sockaddr_storage to = {0};
+    if (fd < 0) return -1;
+    memcpy(&to, a->ai_addr, a->ai_addrlen);
+    if (a->ai_family == AF_INET6)
+        ((struct sockaddr_in6 *)&to)->sin6_port = htons((uint16_t)port);
+    else
+        ((struct sockaddr_in *)&to)->sin_port = htons((uint16_t)port);
+    /* otherwise :: would take the port of 0.0.0.0 too */
+    const int alone = a->ai_family != AF_INET6 || !is_one_of_many ||
+                      !setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+    if (alone && !setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) &&
+        !bind(fd, (struct sockaddr *)&to, a->ai_addrlen) && !listen(fd, LISTEN_BACKLOG))
+        return fd;
+    const int error = errno;
+    close(fd);
+    errno = error;
+    return -1;
+}
+
+/* Listens at all addresses of the list that this machine has: "localhost" also names ::1 where IPv6
+ * is turned off. Returns -1 with errno set and nothing opened if that fails. */
+static int listen_at_all(listener *l, const struct addrinfo *all, int port) {
+    int error = 0;
+    *l = (listener){.port = port};
+    for (const struct addrinfo *a = all; a && l->n < LISTEN_ADDRESSES; a = a->ai_next) {
+        const int fd = listen_at(a, l->port, all->ai_next != NULL);
+        if (fd >= 0) {
+            l->fds[l->n++] = fd;
+            l->port = port_of(fd);
+        } else if (!error || (errno != EADDRNOTAVAIL && errno != EAFNOSUPPORT)) {
+            error = errno;
+        }
+    }
+    if (!error || (l->n && (error == EADDRNOTAVAIL || error == EAFNOSUPPORT))) return 0;
+    while (l->n) close(l->fds[--l->n]);
+    errno = error;
+    return -1;
+}
+
+void listen_open(listener *l, const char *host, int port) {
+    const struct addrinfo hints = {.ai_socktype = SOCK_STREAM,
+                                   .ai_flags = AI_PASSIVE | AI_NUMERICSERV};
+    struct addrinfo *all;
+    const int error = getaddrinfo(host, "0", &hints, &all);
+    if (error) DIE(STATUS_USAGE, "--host: %.128s: %s", host, gai_strerror(error));
+    int failed;
+    /* the port that the system chose for the first address may be taken at another one */
+    for (int tries = 0; (failed = listen_at_all(l, all, port)); tries++)
+        if (port || errno != EADDRINUSE || tries == 16) break;
+    if (failed)
+        DIE(STATUS_USAGE, "%.128s port %d: cannot listen (%s)", host, port, strerror(errno));
+    freeaddrinfo(all);
+}
+
+/* Descriptors for all else, with the connections beyond the limit (http_conn.c). */
+#define LISTEN_OTHERS 256
 
 int listen_connections(int wanted) {
     struct rlimit limit;
@@ -107,6 +155,6 @@ int listen_connections(int wanted) {
     limit.rlim_cur = limit.rlim_max;
     setrlimit(RLIMIT_NOFILE, &limit);
     if (getrlimit(RLIMIT_NOFILE, &limit) || limit.rlim_cur == RLIM_INFINITY) return wanted;
-    const rlim_t most = limit.rlim_cur > 128 ? limit.rlim_cur - 64 : 64;
+    const rlim_t most = limit.rlim_cur > 2 * LISTEN_OTHERS ? limit.rlim_cur - LISTEN_OTHERS : 64;
     return (rlim_t)wanted > most ? (int)most : wanted;
 }

@@ -12,7 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Seconds between checks for deadlines, departed clients and slow connections. */
+/* Seconds between checks for deadlines and departed clients. */
 #define TICK 0.1
 /* Seconds for the last responses, and for the last batch, after a drain has timed out. */
 #define LAST_ANSWERS 2.0
@@ -81,8 +81,10 @@ static const option_row rows[] = {
      OPTION_SIZE, AT(http.max_memory), .min = 1, .max = 1 << 24, .shift = 20},
     {"deadline", "SECONDS", "most time for a request's vectors", "60",
      OPTION_DOUBLE, AT(http.deadline), .min = 1, .max = HOURS},
-    {"receive-timeout", "SECONDS", "for a client to send, read or idle", "30",
+    {"receive-timeout", "SECONDS", "without progress in sending or reading", "30",
      OPTION_DOUBLE, AT(http.receive_timeout), .min = 1, .max = HOURS},
+    {"keep-alive", "SECONDS", "between two requests of a connection", "75",
+     OPTION_DOUBLE, AT(http.keep_alive), .min = 1, .max = HOURS},
     {"drain", "SECONDS", "after SIGTERM, for requests under way", "30",
      OPTION_DOUBLE, AT(http.drain), .min = 0, .max = HOURS},
     {"cache", "MIB", "vectors kept in memory, 0: none", "64",
@@ -183,17 +185,11 @@ static int wait_signal(const sigset_t *set) {
     return sig > 0 ? sig : 0;
 }
 
-static void tick(models *m, http *h) {
-    const double now = seconds_now();
-    models_tick(m, now);
-    http_tick(h, now);
-}
-
 /* Whether the signal asks the server to end. */
 static int ends(int sig) { return sig == SIGINT || sig == SIGTERM || sig == SIGQUIT; }
 
 /* Serves until a signal ends it, which it returns, or until a device has failed: 0. */
-static int serve(const sigset_t *set, models *m, http *h) {
+static int serve(const sigset_t *set, models *m) {
     int sig = 0;
     while (!ends(sig) && !models_dead(m)) {
         sig = wait_signal(set);
@@ -201,7 +197,7 @@ static int serve(const sigset_t *set, models *m, http *h) {
             models_want_reload(m);
         else if (sig && !ends(sig))
             log_line("warning", "signal_ignored", "\"signal\":%d", sig);
-        tick(m, h);
+        models_tick(m, seconds_now());
     }
     return ends(sig) ? sig : 0;
 }
@@ -214,14 +210,14 @@ static void drain(const options *all, const sigset_t *set, models *m, http *h) {
     http_drain(h);
     log_line("info", "draining", "\"seconds\":%g",
              o->drain); /* from here on new connections are refused */
-    while (!http_idle(h, seconds_now()) && seconds_now() - start < o->drain) {
+    while (!http_idle(h) && seconds_now() - start < o->drain) {
         if (ends(wait_signal(set))) break; /* a second signal ends the drain */
-        tick(m, h);
+        models_tick(m, seconds_now());
     }
     redis_stop(all->models.worker.redis); /* requests may wait for it longer than for a model */
     models_stop(m);
     const double stopped = seconds_now();
-    while (!http_idle(h, seconds_now()) && seconds_now() - stopped < LAST_ANSWERS) wait_signal(set);
+    while (!http_idle(h) && seconds_now() - stopped < LAST_ANSWERS) wait_signal(set);
 }
 
 static void open_caches(options *o) {
@@ -247,7 +243,7 @@ int main(int argc, char **argv) {
     http *h = http_start(&o.http, m);
     log_line("info", "listening", "\"port\":%d,\"pid\":%ld", http_port(h), (long)getpid());
     models_start(m);
-    const int sig = serve(&set, m, h);
+    const int sig = serve(&set, m);
     drain(&o, &set, m, h);
     const int status = sig ? STATUS_GOOD : STATUS_MODEL;
     int joined = models_join(m, LAST_BATCH); /* before http_stop, so that no worker resumes a
