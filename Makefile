@@ -39,9 +39,9 @@ CLI     := $(patsubst %,frontends/cli/%,main embed check grep rerank hits line_i
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main probe http http_conn http_parse http_pool http_header http_work http_tell http_admin listen api api_keys api_tei api_ollama api_rerank models model_worker queue cache redis redis_address redis_link redis_reply metrics log buffer vector) $(SHARED)
-TESTS   := amx batch cpu_count embed_text json_read file_watch line_index measure model_file format input model ops ranking redis_reply serve_cache serve_queue simd text_ids tokenizer
-FUZZERS := file input jsonl line_index redis request tokenizer
-TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console decompress format input json_read map_fault ranking cli/line_index server/queue server/cache server/redis_reply server/metrics server/log server/buffer server/vector) # what the unit tests link beside the engine
+TESTS   := amx batch cpu_count embed_text http_parse json_read file_watch line_index measure model_file format input model ops ranking redis_reply serve_cache serve_queue simd text_ids tokenizer
+FUZZERS := file http input jsonl line_index redis request tokenizer
+TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console decompress format input json_read map_fault ranking cli/line_index server/queue server/cache server/redis_reply server/metrics server/log server/buffer server/vector server/http_parse) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
 
 VENV      := .venv
@@ -136,7 +136,7 @@ build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/measure be
 	$(2) $(3) $(4) $(BENCH_OPENMP) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support tests/unit/emulated_amx $(ENGINE))
 	$(2) $(3) $(4) -pthread $$^ $(LIBS) -o $$@
-build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console decompress format input json_read cli/line_index ranking server/api server/api_keys server/api_tei server/api_ollama server/api_rerank server/http_header server/redis_address server/redis_reply server/metrics server/log server/buffer server/vector) $$(ENGINE))
+build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console decompress format input json_read cli/line_index ranking server/api server/api_keys server/api_tei server/api_ollama server/api_rerank server/http_header server/http_parse server/redis_address server/redis_reply server/metrics server/log server/buffer server/vector) $$(ENGINE))
 	$(2) $(3) $(4) $$^ $(LIBS) -o $$@
 -include $$(wildcard $$(foreach d,* */* */*/* */*/*/*,build/$(1)/$$(d).d))
 endef

@@ -375,17 +375,16 @@ static int may_go(const conn *c) {
 
 static int is_parked(const conn *c) { return c->state == PARKED; }
 
-static int any(const conn *c) {
-    (void)c;
-    return 1;
-}
+static int is_reserved(const conn *c) { return c->reserved; }
 
-/* Of the connections that are reserved or not and for which which() is 1, the one longest in its
- * state. */
-static conn *oldest(const connections *cs, int reserved, int (*which)(const conn *c)) {
+/* Whether the place of c may go to a parked request. */
+static int is_replaceable(const conn *c) { return !c->reserved && may_go(c); }
+
+/* Of the connections for which which() is 1, the one longest in its state. */
+static conn *oldest(const connections *cs, int (*which)(const conn *c)) {
     conn *found = NULL;
     for (conn *c = cs->open; c; c = c->next)
-        if (c->reserved == reserved && which(c) && (!found || c->start < found->start)) found = c;
+        if (which(c) && (!found || c->start < found->start)) found = c;
     return found;
 }
 
@@ -411,9 +410,9 @@ static void refuse(conn *c) {
     advance(c);
 }
 
-/* Makes room in the reserve. Returns 0 if there is none to be had. */
-static int free_reserve(connections *cs) {
-    conn *c = oldest(cs, 1, may_go);
+/* Makes room for a new connection. Returns 0 if there is none to be had. */
+static int make_room(connections *cs) {
+    conn *c = oldest(cs, may_go);
     if (c && c->state == PARKED)
         refuse(c);
     else if (c)
@@ -424,13 +423,13 @@ static int free_reserve(connections *cs) {
 /* Goes on with parked requests while there is room, or some can be made. */
 static void unpark(connections *cs) {
     while (cs->n_reserved) {
-        conn *parked = oldest(cs, 1, is_parked), *slow = NULL;
+        conn *parked = oldest(cs, is_parked), *slow = NULL;
         if (!is_room(cs)) {
-            if (parked) slow = oldest(cs, 0, may_go);
+            if (parked) slow = oldest(cs, is_replaceable);
             if (!slow) return;
             reap(slow);
         }
-        conn *c = parked ? parked : oldest(cs, 1, any);
+        conn *c = parked ? parked : oldest(cs, is_reserved);
         take_reserve(c);
         if (!parked) continue;
         start_body(c);
@@ -475,7 +474,7 @@ static void open_conn(connections *cs, int fd) {
 static void accept_some(connections *cs) {
     for (int i = 0; i < cs->listener.n; i++)
         for (int k = 0; k < LISTEN_BACKLOG; k++) {
-            if (!is_room(cs) && cs->n_reserved >= RESERVE && !free_reserve(cs)) {
+            if (!is_room(cs) && cs->n_reserved >= RESERVE && !make_room(cs)) {
                 listen_for(cs, 0); /* until the next tick */
                 return;
             }

@@ -216,7 +216,7 @@ static char *line_end(char *line, const char *end, int is_first, const http_faul
     char *p = line;
     while (p < end && !is_control((unsigned char)*p)) p++;
     if (p + 1 < end && *p == '\r' && p[1] == '\n') return p;
-    if (p < end)
+    if (p + 1 < end || (p < end && *p != '\r'))
         *fault = *p == '\r' || *p == '\n' ? &bad_line : &bad_character;
     else
         *fault = is_first ? &long_target : &long_head;
