@@ -180,7 +180,8 @@ void request_answer_error(request *r) {
         api_ollama_error(&body, &r->error);
     else
         api_error_json(&body, &r->error);
-    request_answer(r, r->error.status, &body, JSON);
+    /* other APIs have other numbers for what a body lacks, not for what is no HTTP */
+    request_answer(r, r->malformed ? r->malformed : r->error.status, &body, JSON);
 }
 
 static void answer_options(request *r) {
@@ -259,6 +260,12 @@ static int check_body(request *r) {
     return r->head.length > r->h->opt.max_body ? too_large(r) : 0;
 }
 
+void request_malformed(request *r, int status, const char *code, const char *why) {
+    r->malformed = status;
+    r->closes = 1;
+    api_fail(&r->error, status, code, NULL, "%s", why);
+}
+
 request *request_new(http *h, conn *c, const char *head, size_t n) {
     request *r = calloc(1, sizeof *r);
     if (r) r->head_bytes = malloc(n + 1);
@@ -277,14 +284,15 @@ request *request_new(http *h, conn *c, const char *head, size_t n) {
     h->active++;
     make_id(r);
     trace_parse(header(r, "traceparent"), r->trace, r->span);
-    if (fault) api_fail(&r->error, fault->status, fault->code, NULL, "%s", fault->why);
+    if (fault) request_malformed(r, fault->status, fault->code, fault->why);
     return r;
 }
 
 int request_check(request *r) {
-    const int is_bad_head = r->error.status;
-    if (!is_bad_head && !check_method(r) && !check_key(r) && !check_body(r)) return 0;
-    if (!is_bad_head && !is_endless(r, r->head.length) && !r->head.expects) return 0;
+    if (!r->malformed) {
+        if (!check_method(r) && !check_key(r) && !check_body(r)) return 0;
+        if (!is_endless(r, r->head.length) && !r->head.expects) return 0;
+    }
     r->closes = 1;
     request_answer_error(r);
     return 1;
@@ -380,18 +388,20 @@ int request_complete(request *r) {
 
 int request_work(request *r) {
     buffer none = {0};
-    if (atomic_load(&r->gone))
+    if (atomic_load(&r->gone)) {
+        metrics_add(r->h->opt.metrics, COUNT_DEPARTED, 1);
         request_answer(r, 499, &none, NULL);
-    else if (decode(r))
+    } else if (decode(r)) {
         request_answer_error(r);
-    else if (r->route == ROUTE_TOKENIZE)
+    } else if (r->route == ROUTE_TOKENIZE) {
         http_tokenize(r);
-    else if (r->route == ROUTE_RELOAD)
+    } else if (r->route == ROUTE_RELOAD) {
         return http_reload(r);
-    else if (r->route < ROUTE_TOKENIZE)
+    } else if (r->route < ROUTE_TOKENIZE) {
         return http_start_work(r);
-    else
+    } else {
         http_tell(r);
+    }
     return 1;
 }
 

@@ -5,7 +5,7 @@
  * parses. A connection is in one of these states:
  *
  *   HEAD --> BODY --> WORK --> SEND --> HEAD        the next request, perhaps already received
- *     |                          `----> LINGER      after the last one, until the client closes
+ *     |                          `----> LINGER      after an early one, until the client closes
  *     `--> PARKED --> BODY                          beyond the limit, until there is room
  *
  * A client that is slower than FLOOR, or makes no progress for the time-out, is cut off. If clients
@@ -39,8 +39,8 @@
 #define FLOOR 1024
 /* Seconds without progress after which a connection may have to make room. */
 #define EVICT_AFTER 1.0
-/* What is read behind the last response, so that closing does not reset the connection and lose the
- * response: at most for so many seconds, and bytes. */
+/* What is read behind a response that was sent before the whole request had arrived, so that closing
+ * does not reset the connection and lose the response: at most for so many seconds, and bytes. */
 #define LINGER_SECONDS 2.0
 #define LINGER_BYTES   (1 << 20)
 /* Seconds that an idle connection is kept beyond what was announced, for requests on their way. */
@@ -76,6 +76,7 @@ struct conn {
     buffer head;   /* of the response */
     size_t sent;   /* bytes of the response that the system took */
     size_t acked;  /* that the client has */
+    int early; /* the response was given before the request had arrived */
     int first_sent, half_closed, reserved, requests;
     double start, since; /* the state or the period began; the last progress was made */
     uint64_t moved;      /* bytes since start */
@@ -163,6 +164,7 @@ static void wait_for(conn *c) {
 /* Begins to send the response. */
 static int answer(conn *c) {
     request *r = c->request;
+    c->early = c->state != WORK;
     enter(c, SEND);
     r->closes |= c->reserved;
     if (r->answer.data) request_write_head(r, &c->head);
@@ -180,6 +182,10 @@ static int end_answer(conn *c) {
     const int closes = c->request->closes;
     request_end(c->request, 1);
     c->request = NULL;
+    if (closes && !c->early && !c->n_in) {
+        close_conn(c);
+        return 0;
+    }
     free(c->head.data);
     c->head = (buffer){0};
     c->scanned = 0;
@@ -188,6 +194,7 @@ static int end_answer(conn *c) {
     if (closes) {
         drop_input(c);
         shutdown(c->fd, SHUT_WR);
+        if (c->cs->n_reserved) c->cs->next_tick = 0; /* it may make room now */
     }
     return 1;
 }
@@ -258,7 +265,7 @@ static int take_head(conn *c) {
     }
     consume(c, n);
     c->requests++;
-    if (c->reserved && !r->error.status && r->route != ROUTE_HEALTH && r->route != ROUTE_METRICS) {
+    if (c->reserved && !r->malformed && r->route != ROUTE_HEALTH && r->route != ROUTE_METRICS) {
         enter(c, PARKED);
         return 0;
     }
@@ -274,9 +281,8 @@ static int take_body(conn *c) {
         ptrdiff_t used = (ptrdiff_t)n;
         if (r->head.chunked) used = http_read_chunks(&c->chunks, c->in, c->n_in, &data, &n);
         if (used < 0) {
-            api_fail(&r->error, 400, "invalid_request", NULL,
-                     "body: not in chunks as RFC 9112 has them");
-            r->closes = 1;
+            request_malformed(r, 400, "invalid_request",
+                              "body: not in chunks as RFC 9112 has them");
             request_answer_error(r);
             return answer(c);
         }
@@ -368,7 +374,7 @@ static int is_room(const connections *cs) {
 
 /* Whether another connection may take the place of c. */
 static int may_go(const conn *c) {
-    if (c->state == WORK) return 0;
+    if (c->state == WORK || c->state == LINGER) return c->state == LINGER;
     return c->reserved ? c->cs->now - c->start > EVICT_AFTER
                        : c->state != PARKED && is_slow(c, EVICT_AFTER);
 }

@@ -67,6 +67,7 @@ struct request {
     route route;
     const char *model; /* of ROUTE_MODEL: its name, in head_bytes */
     int is_options;    /* 1: the method is OPTIONS */
+    int malformed;     /* not 0: it is no HTTP/1.1, and this is the status */
     int closes;        /* 1: the connection ends with the response */
     char id[65];
     char trace[TRACE_ROOM], span[SPAN_ROOM]; /* of the client's trace; "": none */
@@ -88,6 +89,8 @@ struct request {
 
 /* A request with this head (n). NULL: out of memory. */
 request *request_new(http *h, conn *c, const char *head, size_t n);
+/* Sets the error of a request behind which nothing can be read. */
+void request_malformed(request *r, int status, const char *code, const char *why);
 /* Checks what the head says. Returns 1 if the request has its response already. */
 int request_check(request *r);
 /* Takes a piece of the body, or drops it. Returns -1, with a response, if it is read no further. */

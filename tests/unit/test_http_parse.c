@@ -36,7 +36,8 @@ static int status_of(const char *text, size_t n) {
 #define HOST "Host: x\r\n"
 
 Test(http_parse, what_a_head_says) {
-    static const char text[] = "POST /v1%2fx%20y/?q=1 HTTP/1.1\r\nHost:\r\nContent-Length:  012 \r\n"
+    static const char text[] = "POST /v1%2fx%20y/?q=1 HTTP/1.1\r\nHost:\r\n"
+                               "Content-Length:  012 \r\n"
                                "X-Two: a\tb \t\r\nx-two: c\r\nExpect: 100-Continue\r\n\r\nBODY";
     http_head h;
     cr_assert_eq(parse(&h, text, sizeof text - 1, sizeof text - 1), 0);
