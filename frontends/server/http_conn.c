@@ -39,8 +39,9 @@
 #define FLOOR 1024
 /* Seconds without progress after which a connection may have to make room. */
 #define EVICT_AFTER 1.0
-/* What is read behind a response that was sent before the whole request had arrived, so that closing
- * does not reset the connection and lose the response: at most for so many seconds, and bytes. */
+/* What is read behind a response that was sent before the whole request had arrived, so that
+ * closing does not reset the connection and lose the response: at most for so many seconds, and
+ * bytes. */
 #define LINGER_SECONDS 2.0
 #define LINGER_BYTES   (1 << 20)
 /* Seconds that an idle connection is kept beyond what was announced, for requests on their way. */
