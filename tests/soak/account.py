@@ -105,15 +105,16 @@ class Samples:
 
     def growth(self, until, seconds=10):
         """KiB an hour: the median slope of the memory's minima of ten seconds each, after the
-        caches are full (Theil and Sen: a burst does not bend it). None: too short to say."""
-        first = max(60, until / 5)
+        caches are full and the allocator has seen most of what comes (Theil and Sen: a burst does
+        not bend it). None: too short to say."""
+        first = max(300, until / 5)
         lows = {}
         for second, memory, *_ in self.rows:
             if first <= second <= until:
                 at = int(second / seconds)
                 lows[at] = min(memory, lows.get(at, memory))
         points = sorted(lows.items())
-        if len(points) < 12:
+        if until < 600 or len(points) < 12:
             return None
         slopes = [(b[1] - a[1]) / (b[0] - a[0])
                   for i, a in enumerate(points) for b in points[i + 1:]]

@@ -36,7 +36,8 @@ QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
 SERVE = os.path.abspath(os.environ.get("QEMB_SERVE_BIN", ROOT / "qemb-serve"))
 RERANKER = str(ROOT / "tests" / "fixtures" / "reranker.qemb")
 MANUAL = (ROOT / "docs" / "man" / "qemb-serve.1").read_text()
-MOST_GROWTH = 8 << 10  # KiB over the run; less is what an allocator may keep
+# KiB over the run. An allocator may keep so much; 300,000 requests that leak 64 bytes each do more.
+MOST_GROWTH = 16 << 10
 
 
 def documented_codes():
