@@ -1,5 +1,6 @@
 """What a soak does to its processes: to Redis, to the servers, to their memory, log and clock."""
 import contextlib
+import http.client
 import json
 import os
 import random
@@ -240,11 +241,28 @@ def flood(server, rng):
 
 @contextlib.contextmanager
 def reload(server, rng):
-    """The same model in a new file, loaded while the old one answers."""
+    """The same model in a new file, loaded while the old one answers: by the signal, or where there
+    is a key by a request."""
     new = f"{server.model}.new"
     shutil.copy(server.model, new)
     os.replace(new, server.model)
-    server.process.send_signal(signal.SIGHUP)
+    if server.key and rng.random() < 0.5:
+        c = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        c.request("POST", "/admin/reload", headers={"Authorization": f"Bearer {server.key}"})
+        status = c.getresponse().status
+        c.close()
+        if status not in (200, 202):
+            raise ValueError(f"POST /admin/reload: {status}")
+    else:
+        server.process.send_signal(signal.SIGHUP)
+    yield
+
+
+@contextlib.contextmanager
+def signals(server, rng):
+    """Those that a server ignores."""
+    for signum in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM):
+        server.process.send_signal(signum)
     yield
 
 
@@ -358,6 +376,7 @@ def faults_of(server, redis, manual):
     of_server = [memory, descriptors, stopped, flood, held_log if server.log.thread else full_disk]
     of_server += [clock] if server.clock else []
     of_server += [reload] if "SIGHUP" in manual else []
+    of_server += [signals] if "SIGUSR1" in manual else []
     of_redis = [redis_killed, redis_stopped, redis_full, redis_read_only, redis_damaged,
                 redis_impostor]
     return [(f.__name__, f, server) for f in of_server] + \
@@ -375,7 +394,7 @@ def inject(server, redis, manual, account, stop, seconds, seed):
         try:
             with fault(of, rng):
                 stop.wait(rng.uniform(0.5, 1) * (min(seconds, 4) if name == "stopped" else seconds))
-        except (OSError, AssertionError, ValueError) as e:
+        except (OSError, http.client.HTTPException, AssertionError, ValueError) as e:
             if server.process.poll() is not None:
                 return  # the main thread says so
             account.lose(server.name, "the soak itself", f"{name}: {e!r}")
