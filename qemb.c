@@ -357,6 +357,7 @@ static void attention_item(const void *job, work_item item) {
     const size_t ld_att = (size_t)j->be->c->n_heads * j->be->c->head_dim;
     attention_work w = attention_setup(j->be, j->x, item.i % K, item.thread);
     const int first = i ? b->cu[i - 1] : 0, end = b->cu[i], last_only = j->flag;
+    const int stop = min_int(end, qemb_end_row(b));
     w.prefix = i ? b->P : 0;
     w.own = first;
     w.all = b->bidirectional ? end - first : 0;
@@ -366,9 +367,9 @@ static void attention_item(const void *job, work_item item) {
             attention_block(&w, out + (i - 1) * ld_att, ld_att, w.prefix + end - 1 - first, 1);
         return;
     }
-    for (int t = first; t < end; t += QUERIES)
+    for (int t = max_int(first, qemb_first_row(b)); t < stop; t += QUERIES)
         attention_block(&w, out + t * ld_att, ld_att, w.prefix + t - first,
-                        min_int(QUERIES, end - t));
+                        min_int(QUERIES, stop - t));
 }
 
 static void cpu_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
@@ -508,21 +509,28 @@ typedef struct {   /* for at most R rows, C of them at a time in the MLP */
     qemb_act *h;   /* (C, F) */
 } activations;
 
+typedef struct { /* what a forward writes */
+    activations a;
+    int32_t *tokens, *pos, *cu; /* of its batch, in one allocation that begins at tokens */
+} workspace;
+
 struct qemb_model {
     const qemb_file *file;
     const qemb_ops *ops;
     qemb_backend *be;
     qemb_options opt;
     qemb_weights w; /* as load_weights left them; w.layers is owned */
-    activations a;
-    int32_t *tokens, *pos, *cu; /* of the batch being computed */
-    qemb_model *fallback;       /* the same model over ops->fallback, or NULL */
+    workspace now;     /* of the batch being computed */
+    workspace between; /* of qemb_embed_between */
+    int in_step;       /* between_steps is being called */
+    qemb_model *fallback; /* the same model over ops->fallback, or NULL */
     uint64_t recomputed;
     qemb_err changed; /* the file was written to; code NULL: it was not */
     struct { /* batches that are submitted and not collected, oldest first */
         const qemb_batch *b;
         float *out;
         float *rows; /* (B, D) what the dense layer reads, one of `pooled`; or out */
+        int given_up;
     } running[MAX_IN_FLIGHT];
     int n_running;
     float *pooled; /* (qemb_in_flight, batch_tokens, D), NULL without a dense layer */
@@ -554,16 +562,67 @@ static size_t plan_activations(activations *a, const qemb_config *c, const qemb_
     return at[7];
 }
 
+/* How many rows a step of the forward computes. */
+typedef struct {
+    int rows;    /* of all that is not named here */
+    int queries; /* of attention */
+    int mlp;     /* of the MLP, at most mlp_rows of the options */
+    int pauses;  /* between_steps is called after each step */
+} steps;
+
+/* A long text has small steps, if the options name a function to be called between them. A step of
+ * attention has fewer rows the more keys they see: with STEP_PAIRS pairs of query and key for each
+ * thread it takes about as long as the other steps. */
+static steps steps_of(const qemb_model *m, const qemb_packed_batch *b) {
+    enum { STEP_ROWS = 512, STEP_PAIRS = 1 << 20, FEW_QUERIES = 64 };
+    const int mlp = m->opt.mlp_rows;
+    if (!m->opt.between_steps || b->T <= m->opt.batch_tokens) return (steps){b->T, b->T, mlp, 0};
+    const int queries = (int)((int64_t)STEP_PAIRS * m->opt.threads / b->T);
+    return (steps){STEP_ROWS, max_int(FEW_QUERIES, min_int(queries, STEP_ROWS)),
+                   min_int(mlp, STEP_ROWS), 1};
+}
+
+/* The end of a step. Returns 1 if the batch is given up. */
+static int pause_after_step(qemb_model *m, const steps *s) {
+    if (!s->pauses) return 0;
+    m->in_step = 1;
+    const int given_up = m->opt.between_steps(m->opt.between_arg);
+    m->in_step = 0;
+    return given_up;
+}
+
+/* Rows r .. r+n-1 of b, or as many as there are, as a batch for qknorm_rope. */
+static qemb_packed_batch rows_of(const qemb_packed_batch *b, int r, int n) {
+    qemb_packed_batch some = *b;
+    some.T = min_int(n, b->T - r);
+    some.pos = b->pos + r;
+    return some;
+}
+
+/* The same as the rows that attention computes. */
+static qemb_packed_batch queries_of(const qemb_packed_batch *b, int r, int n) {
+    qemb_packed_batch some = *b;
+    if (n < b->T) some.first = r, some.rows = min_int(n, b->T - r);
+    return some;
+}
+
+/* Row t of a (rows, n). */
+static qemb_act *act_row(const qemb_ops *op, qemb_act *a, int t, int n) {
+    return (qemb_act *)((char *)a + (size_t)t * (size_t)n * op->act_size);
+}
+
 /* clang-format off */
 
 /* The model, written once for every backend: x_last (B, D) = the texts' last rows, or the means of
- * their rows after the final norm. */
-static void qemb_forward(qemb_model *m, const qemb_packed_batch *b) {
+ * their rows after the final norm. Returns 0, or 1 if the batch was given up between two steps. */
+static int qemb_forward(qemb_model *m, const qemb_packed_batch *b) {
     const qemb_config *c = &m->file->config;
-    const int mean = c->pooling == QEMB_POOL_MEAN;
+    const int mean = c->pooling == QEMB_POOL_MEAN, D = c->hidden, Q = c->n_heads * c->head_dim;
+    const int QKV = Q + 2 * c->n_kv_heads * c->head_dim;
     const qemb_ops *op = m->ops;
     qemb_backend *be = m->be;
-    const activations *a = &m->a;
+    const activations *a = &m->now.a;
+    const steps step = steps_of(m, b);
     float *x = a->x;
 
     op->embed(be, x, &m->w.tok_emb, b);                                     /* x   (T, D)         */
@@ -572,33 +631,49 @@ static void qemb_forward(qemb_model *m, const qemb_packed_batch *b) {
         const int last = !mean && l == c->n_layers - 1; /* only the texts' last rows go on */
         const int rows = last ? b->B : b->T;
 
-        op->rmsnorm(be, a->xn, x, w->attn_norm, b->T);                      /* xn  (T, D)         */
-        op->matmul(be, a->qkv, a->xn, &w->wqkv, b->T);                      /* qkv (T, (H+2K)*hd) */
-        op->qknorm_rope(be, a->qkv, w->q_norm, w->k_norm, b);
-        op->attention(be, a->att, a->qkv, b, last);                         /* att (rows, H*hd)   */
+        for (int r = 0; r < b->T; r += step.rows) {
+            const qemb_packed_batch some = rows_of(b, r, step.rows);
+            qemb_act *qkv = act_row(op, a->qkv, r, QKV);
+            op->rmsnorm(be, a->xn, x + (size_t)r * D, w->attn_norm, some.T); /* xn (n, D)         */
+            op->matmul(be, qkv, a->xn, &w->wqkv, some.T);                   /* qkv (n, (H+2K)*hd) */
+            op->qknorm_rope(be, qkv, w->q_norm, w->k_norm, &some);
+            if (pause_after_step(m, &step)) return 1;
+        }
+        for (int r = 0; r < rows; r += last ? rows : step.queries) {
+            const qemb_packed_batch some = last ? *b : queries_of(b, r, step.queries);
+            op->attention(be, a->att, a->qkv, &some, last);                 /* att (n, H*hd)      */
+            if (pause_after_step(m, &step)) return 1;
+        }
         if (last) op->gather_last(be, a->x_last, x, b), x = a->x_last;      /* x   (rows, D)      */
-        op->matmul_add(be, x, a->att, &w->wo, rows);                        /* x  += att Wo^T     */
-
-        for (int r = 0; r < rows; r += m->opt.mlp_rows) {
-            const int n = min_int(m->opt.mlp_rows, rows - r);
-            float *xr = x + (size_t)r * c->hidden;                          /* xr  (n, D)         */
+        for (int r = 0; r < rows; r += step.rows) {
+            const int n = min_int(step.rows, rows - r);
+            op->matmul_add(be, x + (size_t)r * D, act_row(op, a->att, r, Q), /* x  += att Wo^T    */
+                           &w->wo, n);
+            if (pause_after_step(m, &step)) return 1;
+        }
+        for (int r = 0; r < rows; r += step.mlp) {
+            const int n = min_int(step.mlp, rows - r);
+            float *xr = x + (size_t)r * D;                                  /* xr  (n, D)         */
             op->rmsnorm(be, a->xn, xr, w->mlp_norm, n);                     /* xn  (n, D)         */
             op->gate_up(be, a->h, a->gu, a->xn, &w->wgu, n);                /* h   (n, F)         */
             op->matmul_add(be, xr, a->h, &w->wdown, n);                     /* xr += h Wdown^T    */
+            if (pause_after_step(m, &step)) return 1;
         }
     }
     if (mean) op->gather_mean(be, a->x_last, x, m->w.final_norm, b);
+    return 0;
 }
 
 /* clang-format on */
 
-/* out (n_out, D) = the vectors of the first n_out texts. */
-static void run_batch(qemb_model *m, const qemb_packed_batch *b, float *out, int n_out) {
+/* out (n_out, D) = the vectors of the first n_out texts. Returns 1 if the batch was given up. */
+static int run_batch(qemb_model *m, const qemb_packed_batch *b, float *out, int n_out) {
     const qemb_ops *op = m->ops;
     const float *norm = m->file->config.pooling == QEMB_POOL_MEAN ? NULL : m->w.final_norm;
     do {
-        if (!op->begin(m->be, b)) qemb_forward(m, b);
-    } while (op->pool(m->be, out, m->a.x_last, norm, n_out));
+        if (!op->begin(m->be, b) && qemb_forward(m, b)) return 1;
+    } while (op->pool(m->be, out, m->now.a.x_last, norm, n_out));
+    return 0;
 }
 
 /* ---- opening --------------------------------------------------------------------------------- */
@@ -610,8 +685,16 @@ int qemb_batch_tokens(const qemb_ops *ops) {
 /* Rows of the largest batch: batch_tokens, or one longer text. */
 static int max_rows(const qemb_options *o) { return max_int(o->batch_tokens, o->max_tokens); }
 
-static size_t arena_bytes(const qemb_config *c, const qemb_ops *ops, const qemb_options *o) {
+static size_t batch_bytes(const qemb_config *c, const qemb_ops *ops, const qemb_options *o) {
+    return plan_activations(NULL, c, ops, o->batch_tokens, o->batch_tokens, o->mlp_rows, NULL);
+}
+
+static size_t long_bytes(const qemb_config *c, const qemb_ops *ops, const qemb_options *o) {
     return plan_activations(NULL, c, ops, max_rows(o), o->batch_tokens, o->mlp_rows, NULL);
+}
+
+static size_t arena_bytes(const qemb_config *c, const qemb_ops *ops, const qemb_options *o) {
+    return long_bytes(c, ops, o) + (o->between_steps ? batch_bytes(c, ops, o) : 0);
 }
 
 /* Whether options o leave a sixteenth of what a GPU has free, or of vram. */
@@ -639,6 +722,7 @@ static qemb_options fill_options(const qemb_file *f, const qemb_ops *ops, const 
     if (any_batch && f->config.kind == QEMB_RERANKER)
         o.batch_tokens = max_int(o.batch_tokens, min_int(window, o.max_tokens));
     if (o.threads <= 0) o.threads = qemb_cpu_count();
+    if (ops->in_flight || o.max_tokens <= o.batch_tokens) o.between_steps = NULL;
     large = o;
     if (any_batch) large.batch_tokens *= 2;
     if (any_mlp) large.mlp_rows *= 2;
@@ -662,8 +746,8 @@ void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
     qemb_mat *m[QEMB_LAYER_MATRICES];
     qemb_layer_matrices(&f->weights.layers[0], m); /* all layers are alike */
     mem->batch_tokens = o.batch_tokens;
-    mem->arena_batch =
-        plan_activations(NULL, c, ops, o.batch_tokens, o.batch_tokens, o.mlp_rows, NULL);
+    mem->arena_batch = batch_bytes(c, ops, &o);
+    mem->arena_between = o.between_steps ? mem->arena_batch : 0;
     mem->arena_text = plan_activations(NULL, c, ops, o.max_tokens, 1, o.mlp_rows, NULL);
     if (c->dense_rows) mem->arena_batch += pooled_floats(c, ops, &o) * sizeof(float);
     mem->weights = 0;
@@ -678,8 +762,30 @@ void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
  * when a vector overflows; until then its memory is only address space. */
 static int open_fallback(qemb_model *m, qemb_err *err) {
     qemb_options o = m->opt;
-    o.batch_tokens = 1, o.mlp_rows = 0;
+    o.batch_tokens = 1, o.mlp_rows = 0, o.between_steps = NULL;
     return qemb_open(&m->fallback, m->file, m->ops->fallback(), &o, err);
+}
+
+/* Room for the lists of a batch of that many rows. Returns -1 if out of memory. */
+static int workspace_open(workspace *s, int rows) {
+    s->tokens = malloc((3 * (size_t)rows + 1) * sizeof *s->tokens);
+    if (!s->tokens) return -1;
+    s->pos = s->tokens + rows;
+    s->cu = s->pos + rows; /* rows + 1: a text has at least one row */
+    return 0;
+}
+
+static int open_arena(qemb_model *m, qemb_err *err) {
+    const qemb_config *c = &m->file->config;
+    const qemb_options *o = &m->opt;
+    char *base = m->ops->arena(m->be, arena_bytes(c, m->ops, o), err);
+    if (!base) return -1;
+    const size_t used = plan_activations(&m->now.a, c, m->ops, max_rows(o), o->batch_tokens,
+                                         o->mlp_rows, base);
+    if (o->between_steps)
+        plan_activations(&m->between.a, c, m->ops, o->batch_tokens, o->batch_tokens, o->mlp_rows,
+                         base + used);
+    return 0;
 }
 
 int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
@@ -688,25 +794,17 @@ int qemb_open(qemb_model **out, const qemb_file *f, const qemb_ops *ops, const q
     qemb_model *m = calloc(1, sizeof *m);
     if (!m) return qemb_fail(err, "out_of_memory", "model: out of memory");
     m->file = f, m->ops = ops, m->opt = fill_options(f, ops, opt), m->w = f->weights;
-    const size_t rows = (size_t)padded_rows(ops, max_rows(&m->opt));
+    const int rows = padded_rows(ops, max_rows(&m->opt));
     const size_t layers_bytes = c->n_layers * sizeof *m->w.layers;
     m->w.layers = malloc(layers_bytes);
-    m->tokens = malloc(rows * sizeof *m->tokens);
-    m->pos = malloc(rows * sizeof *m->pos);
-    m->cu = malloc((rows + 1) * sizeof *m->cu); /* a text has at least one row */
     if (c->dense_rows) m->pooled = malloc(pooled_floats(c, ops, &m->opt) * sizeof *m->pooled);
-    int bad = !m->w.layers || !m->tokens || !m->pos || !m->cu || (c->dense_rows && !m->pooled);
+    int bad = !m->w.layers || workspace_open(&m->now, rows) || (c->dense_rows && !m->pooled) ||
+              (m->opt.between_steps && workspace_open(&m->between, m->opt.batch_tokens));
     if (bad)
         qemb_fail(err, "out_of_memory", "model: out of memory");
     else
         memcpy(m->w.layers, f->weights.layers, layers_bytes);
-    bad = bad || ops->open(&m->be, c, &m->opt, err);
-    if (!bad) {
-        char *base = ops->arena(m->be, arena_bytes(c, ops, &m->opt), err);
-        bad = !base;
-        if (base)
-            plan_activations(&m->a, c, ops, (int)rows, m->opt.batch_tokens, m->opt.mlp_rows, base);
-    }
+    bad = bad || ops->open(&m->be, c, &m->opt, err) || open_arena(m, err);
     bad = bad || ops->load_weights(m->be, &m->w, err);
     bad = bad || (ops->fallback && open_fallback(m, err));
     if (c->dense_rows && ops->in_flight)
@@ -726,9 +824,8 @@ void qemb_close(qemb_model *m) {
     m->ops->close(m->be);
     qemb_close(m->fallback);
     free(m->w.layers);
-    free(m->tokens);
-    free(m->pos);
-    free(m->cu);
+    free(m->now.tokens);
+    free(m->between.tokens);
     free(m->pooled);
     free(m);
 }
@@ -867,20 +964,26 @@ size_t qemb_batch_tokens_computed(const qemb_batch *b) {
 
 /* Packs b into m's arrays and pads it to the rows that the table wants, with a text of tokens 0. */
 static qemb_packed_batch pack(qemb_model *m, const qemb_batch *b) {
+    workspace *s = &m->now;
     const int P = b->B > 1 ? b->prefix : 0; /* one text has nothing to share */
     int t = 0, B = b->B;
-    for (; t < P; t++) m->tokens[t] = b->texts[0].ids[t], m->pos[t] = t;
+    for (; t < P; t++) s->tokens[t] = b->texts[0].ids[t], s->pos[t] = t;
     for (int i = 0; i < B; i++) {
-        m->cu[i] = t;
+        s->cu[i] = t;
         for (int p = P; p < b->texts[i].n; p++, t++)
-            m->tokens[t] = b->texts[i].ids[p], m->pos[t] = p;
+            s->tokens[t] = b->texts[i].ids[p], s->pos[t] = p;
     }
-    m->cu[B] = t;
+    s->cu[B] = t;
     const int T = padded_rows(m->ops, t);
-    if (T > t) m->cu[++B] = T;
-    for (; t < T; t++) m->tokens[t] = 0, m->pos[t] = 0;
-    return (qemb_packed_batch){
-        B, T, P, m->tokens, m->pos, m->cu, m->file->config.attention == QEMB_BIDIRECTIONAL};
+    if (T > t) s->cu[++B] = T;
+    for (; t < T; t++) s->tokens[t] = 0, s->pos[t] = 0;
+    return (qemb_packed_batch){.B = B,
+                               .T = T,
+                               .P = P,
+                               .tokens = s->tokens,
+                               .pos = s->pos,
+                               .cu = s->cu,
+                               .bidirectional = m->file->config.attention == QEMB_BIDIRECTIONAL};
 }
 
 static int all_finite(const float *x, size_t n) {
@@ -909,10 +1012,12 @@ void qemb_submit(qemb_model *m, const qemb_batch *b, float *out) {
     }
     m->running[m->n_running].b = b;
     m->running[m->n_running].out = out;
-    m->running[m->n_running++].rows = rows;
+    m->running[m->n_running].rows = rows;
+    m->running[m->n_running].given_up = 0;
+    const int i = m->n_running++;
     if (!b->B) return;
     const qemb_packed_batch packed = pack(m, b);
-    run_batch(m, &packed, rows, b->B);
+    m->running[i].given_up = run_batch(m, &packed, rows, b->B);
 }
 
 /* The double sum of a and b (n), in eight interleaved parts, in this order on every machine. */
@@ -956,13 +1061,9 @@ static void dense_layer(const qemb_model *m, float *out, const float *rows, int 
     cpu_parallel(m->dense_pool, (int)((j.n + DENSE - 1) / DENSE), dense_item, &j);
 }
 
-void qemb_collect(qemb_model *m) {
-    assert(m->n_running);
+/* out = the vectors of b, whose pooled rows (B, D) are there, but for those of a GPU's batch. */
+static void finish(qemb_model *m, const qemb_batch *b, float *rows, float *out) {
     const size_t D = (size_t)m->file->config.hidden;
-    const qemb_batch *b = m->running[0].b;
-    float *out = m->running[0].out, *rows = m->running[0].rows;
-    memmove(m->running, m->running + 1, (size_t)--m->n_running * sizeof *m->running);
-    if (!b->B) return;
     if (m->ops->in_flight) m->ops->collect(m->be);
     const int failed = qemb_health_of(m).failure != NULL; /* a failed device ends the run */
     for (int i = 0; m->fallback && !failed && i < b->B; i++)
@@ -971,6 +1072,34 @@ void qemb_collect(qemb_model *m) {
     if (m->pooled) dense_layer(m, out, rows, b->B);
     if (!m->changed.code && !qemb_file_check(m->file, &m->changed)) return;
     for (size_t i = 0; i < (size_t)b->B * (size_t)qemb_dim(&m->file->config); i++) out[i] = NAN;
+}
+
+void qemb_collect(qemb_model *m) {
+    assert(m->n_running);
+    const qemb_batch *b = m->running[0].b;
+    float *out = m->running[0].out, *rows = m->running[0].rows;
+    const int given_up = m->running[0].given_up;
+    memmove(m->running, m->running + 1, (size_t)--m->n_running * sizeof *m->running);
+    if (given_up)
+        for (int i = 0; i < b->B * qemb_dim(&m->file->config); i++) out[i] = NAN;
+    else if (b->B)
+        finish(m, b, rows, out);
+}
+
+/* The long text has not reached its pooling, so `pooled` is free. */
+void qemb_embed_between(qemb_model *m, const qemb_batch *b, float *out) {
+    assert(m->in_step && qemb_batch_tokens_computed(b) <= (size_t)m->opt.batch_tokens);
+    float *rows = m->pooled ? m->pooled : out;
+    const workspace longer = m->now;
+    m->now = m->between;
+    m->in_step = 0;
+    if (b->B) {
+        const qemb_packed_batch packed = pack(m, b);
+        run_batch(m, &packed, rows, b->B);
+        finish(m, b, rows, out);
+    }
+    m->in_step = 1;
+    m->now = longer;
 }
 
 void qemb_embed(qemb_model *m, const qemb_batch *b, float *out) {

@@ -331,7 +331,15 @@ typedef struct {
     const int32_t *cu;     /* (B+1) */
     int bidirectional;     /* 1: a token sees its whole text, and P = 0; 0: itself and what is
                               before it */
+    int first, rows; /* attention computes rows first .. first+rows-1 alone; rows = 0: all. Never
+                        set for a table with in_flight */
 } qemb_packed_batch;
+
+/* The rows that attention computes. */
+static inline int qemb_first_row(const qemb_packed_batch *b) { return b->rows ? b->first : 0; }
+static inline int qemb_end_row(const qemb_packed_batch *b) {
+    return b->rows ? b->first + b->rows : b->T;
+}
 
 /* ---- backends -------------------------------------------------------------------------------- */
 
@@ -350,6 +358,13 @@ struct qemb_options {
     const char *cache_dir;
     /* Called after each layer that load_weights has copied; NULL: not called. */
     void (*on_layer_loaded)(int layers, int of);
+    /* For the CPU's tables; that of CUDA, which puts whole batches in line, ignores it. A text of
+     * more than batch_tokens ids is computed in steps, some rows of some ops each, with the same
+     * bits. Between two of them between_steps(between_arg) is called, by the thread that computes.
+     * It may call qemb_embed_between. Returns 0, or 1 to give the text up: its row of out is then
+     * NaN. NULL: no steps. */
+    int (*between_steps)(void *arg);
+    void *between_arg;
 };
 
 /* Rows of a bulk batch, unless the table or the options say otherwise. */
@@ -448,8 +463,8 @@ struct qemb_ops {
     void (*qknorm_rope)(qemb_backend *be, qemb_act *qkv, const float *q_norm, const float *k_norm,
                         const qemb_packed_batch *b);
     /* Grouped-query attention with scale 1/sqrt(hd), qkv (T, (H+2K)*hd), causal unless
-     * b->bidirectional. last_only = 0: att (T, H*hd) of every row; 1: att (B, H*hd) of each text's
-     * last row. */
+     * b->bidirectional. last_only = 0: att (T, H*hd) of every row, or of b's rows from `first` on;
+     * 1: att (B, H*hd) of each text's last row. */
     void (*attention)(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
                       const qemb_packed_batch *b, int last_only);
     /* h (T, F) = silu(gate) * up; gate and up (T, F) are the two halves of x W^T,  x (T, in), W
@@ -499,6 +514,7 @@ typedef struct {
     size_t arena_batch; /* activations of a bulk batch of batch_tokens rows, and what a dense layer
                            reads */
     size_t arena_text;  /* activations of one text of max_tokens */
+    size_t arena_between; /* those of a second batch, for qemb_embed_between; 0: not asked for */
     size_t weights;     /* the layers' matrices in the map: every batch reads them, or their copy */
     size_t table;       /* the embedding table in the map: only the rows in use are read */
     size_t repacked_bytes;       /* the table's repacked copies of matrices; 0: it makes none */
@@ -545,6 +561,8 @@ void qemb_embed(qemb_model *m, const qemb_batch *b, float *out);
 void qemb_submit(qemb_model *m, const qemb_batch *b, float *out);
 void qemb_collect(qemb_model *m);
 int qemb_in_flight(const qemb_model *m); /* at least 1 */
+/* qemb_embed for a call of between_steps. b has at most batch_tokens rows. */
+void qemb_embed_between(qemb_model *m, const qemb_batch *b, float *out);
 
 /* dst (dim) = the first dim numbers of src, scaled to length 1. Returns -1 and leaves dst alone if
  * their length is zero or not finite. Sums in double, in order: the same bits on every backend. */

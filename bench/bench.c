@@ -115,7 +115,7 @@ static void setup_close(setup *s) {
 /* A batch of B texts of n tokens */
 static void lay(setup *s, int B, int n) {
     const int bidirectional = file->config.attention == QEMB_BIDIRECTIONAL;
-    s->b = (qemb_packed_batch){B, B * n, 0, s->tokens, s->pos, s->cu, bidirectional};
+    s->b = (qemb_packed_batch){B, B * n, 0, s->tokens, s->pos, s->cu, bidirectional, 0, 0};
     for (int t = 0; t < s->b.T; t++) {
         s->tokens[t] = (int32_t)((unsigned)t * 7919u % (unsigned)file->config.vocab);
         s->pos[t] = t % n;

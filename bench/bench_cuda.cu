@@ -163,7 +163,7 @@ static void layout(bench *s, int T, int n) {
     }
     s->cu.push_back(T);
     const int texts = (int)s->cu.size() - 1;
-    s->b = qemb_packed_batch{texts, T, 0, s->tokens.data(), s->pos.data(), s->cu.data(), 0};
+    s->b = qemb_packed_batch{texts, T, 0, s->tokens.data(), s->pos.data(), s->cu.data(), 0, 0, 0};
     s->T = T;
     s->ops->begin(s->be, &s->b);
 }

@@ -125,7 +125,7 @@ float *floats_of(const qemb_mat *w) {
     const qemb_config c = {.hidden = w->cols};
     qemb_backend be = {.c = &c, .threads = 1};
     int32_t *ids = zeroed(sizeof *ids * (size_t)w->rows);
-    const qemb_packed_batch all = {1, w->rows, 0, ids, NULL, NULL, 0};
+    const qemb_packed_batch all = {1, w->rows, 0, ids, NULL, NULL, 0, 0, 0};
     float *W = zeroed(sizeof(float) * (size_t)w->rows * (size_t)w->cols);
     for (int i = 0; i < w->rows; i++) ids[i] = i;
     if (w->dtype == QEMB_F16) qemb_cpu_ops.embed(&be, W, w, &all);

@@ -136,7 +136,7 @@ typedef struct {
     float *att;
     const float *qkv;
     const qemb_packed_batch *b;
-    int last_only, windows;
+    int last_only, windows, first, end; /* the rows that are computed */
 } attention_job;
 
 /* An item is one kv head and one window of rows: it computes all blocks that begin in the window.
@@ -148,7 +148,8 @@ static void attention_part(const void *job, work_item item) {
     const qemb_packed_batch *b = j->b;
     const int K = j->be->c->n_kv_heads, tokens = block_tokens(j->be->c, j->be->kernels);
     const size_t ld_att = (size_t)j->be->c->n_heads * j->be->c->head_dim;
-    const int begin = (j->windows - 1 - item.i / K) * tokens, end = begin + tokens;
+    const int begin = j->first + (j->windows - 1 - item.i / K) * tokens;
+    const int end = min_int(begin + tokens, j->end);
     attention_tile w = {0};
     attention_setup(&w, j->be, j->qkv, item.i % K, item.thread);
     if (j->last_only) {
@@ -169,17 +170,19 @@ static void attention_part(const void *job, work_item item) {
         w.prefix = i ? b->P : 0;
         w.own = i ? b->cu[i - 1] : 0;
         w.all = b->bidirectional ? b->cu[i] - w.own : 0;
-        for (int t = w.own + ceil_div(max_int(0, begin - w.own), tokens) * tokens;
-             t < min_int(end, b->cu[i]); t += tokens)
+        const int from = max_int(w.own, j->first), to = min_int(j->end, b->cu[i]);
+        for (int t = from + ceil_div(max_int(0, begin - from), tokens) * tokens;
+             t < min_int(end, to); t += tokens)
             j->be->kernels->attention(&w, j->att + t * ld_att + w.q_col, ld_att,
-                                      w.prefix + t - w.own, min_int(tokens, b->cu[i] - t));
+                                      w.prefix + t - w.own, min_int(tokens, to - t));
     }
 }
 
 void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
                     const qemb_packed_batch *b, int last_only) {
-    const int windows = last_only ? b->B : ceil_div(b->T, block_tokens(be->c, be->kernels));
-    const attention_job j = {be, f32(att), cf32(qkv), b, last_only, windows};
+    const int first = qemb_first_row(b), end = qemb_end_row(b);
+    const int windows = last_only ? b->B : ceil_div(end - first, block_tokens(be->c, be->kernels));
+    const attention_job j = {be, f32(att), cf32(qkv), b, last_only, windows, first, end};
     cpu_parallel(be->pool, windows * be->c->n_kv_heads, attention_part, &j);
 }
 

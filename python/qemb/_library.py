@@ -14,7 +14,8 @@ class Options(Structure):
     _fields_ = [("batch_tokens", c_int), ("max_tokens", c_int), ("mlp_rows", c_int),
                 ("threads", c_int), ("device", c_int), ("deterministic", c_int),
                 ("hopper", c_int), ("no_graphs", c_int), ("vram", c_size_t),
-                ("cache_dir", c_char_p), ("on_layer_loaded", c_void_p)]
+                ("cache_dir", c_char_p), ("on_layer_loaded", c_void_p),
+                ("between_steps", c_void_p), ("between_arg", c_void_p)]
 
 
 class TextOptions(Structure):

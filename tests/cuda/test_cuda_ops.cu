@@ -363,7 +363,8 @@ struct bench_backend {
         for (size_t t = 0; t < pos.size(); t++)
             tokens.push_back((int)(rng_u64(r) % (uint64_t)c.vocab));
         b = qemb_packed_batch{(int)lens.size(), (int)pos.size(), P,          tokens.data(),
-                              pos.data(),       cu.data(),       c.attention};
+                              pos.data(),       cu.data(),       c.attention,
+                              0,                0};
         qemb_cuda_ops.begin(be, &b);
     }
 };

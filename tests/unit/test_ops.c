@@ -56,7 +56,7 @@ Test(ops, embed_converts_every_half) {
         qemb_backend *be = backend(qemb_cpu_table(o), &c, V, 1);
         int32_t tokens[V], pos[V], cu[] = {0, V};
         for (int t = 0; t < V; t++) tokens[t] = V - 1 - t, pos[t] = t;
-        const qemb_packed_batch b = {1, V, 0, tokens, pos, cu, 0};
+        const qemb_packed_batch b = {1, V, 0, tokens, pos, cu, 0, 0, 0};
         float *x = malloc(V * D * sizeof *x);
         qemb_cpu_table(o)->begin(be, &b);
         qemb_cpu_table(o)->embed(be, x, &m, &b);
@@ -361,7 +361,7 @@ Test(ops, qknorm_rope) {
             /* a prefix of 10 rows, then two texts, of 10 and of 20 rows */
             int32_t pos[40], cu[] = {P, 20, T};
             for (int t = 0; t < T; t++) pos[t] = t < 20 ? t : t - 10;
-            const qemb_packed_batch b = {2, T, P, NULL, pos, cu, 0};
+            const qemb_packed_batch b = {2, T, P, NULL, pos, cu, 0, 0, 0};
             qemb_cpu_table(o)->begin(be, &b);
             qemb_cpu_table(o)->qknorm_rope(be, (qemb_act *)qkv, qn, kn, &b);
             for (int t = 0; t < T; t++)
@@ -404,7 +404,7 @@ Test(ops, rope_reaches_the_last_position) {
         oracle_rmsnorm(want, want, ones, hd, c.rms_eps);
         memcpy(normed, want, sizeof want);
         oracle_rope(want, hd, n - 1, c.rope_theta);
-        const qemb_packed_batch b = {1, n, 0, NULL, pos, cu, 0};
+        const qemb_packed_batch b = {1, n, 0, NULL, pos, cu, 0, 0, 0};
         qemb_cpu_table(o)->begin(be, &b);
         qemb_cpu_table(o)->qknorm_rope(be, (qemb_act *)qkv, ones, ones, &b);
         for (int i = 0; i < hd; i++)
@@ -441,7 +441,7 @@ static void check_attention(const qemb_ops *op, const qemb_config *c, const int 
     qemb_backend *be = backend(op, c, T + P, 2);
     float *qkv = numbers(&r, (size_t)T * ld, scale);
     float *att = numbers(&r, (size_t)T * Q, 1);
-    const qemb_packed_batch b = {B, T, P, NULL, pos, cu, bidirectional};
+    const qemb_packed_batch b = {B, T, P, NULL, pos, cu, bidirectional, 0, 0};
     op->begin(be, &b);
     op->attention(be, (qemb_act *)att, (qemb_act *)qkv, &b, last_only);
     const int integers = !has_float_attention(op);
@@ -547,7 +547,7 @@ Test(ops, attention_of_equal_values) {
                 for (int i = 0; i < KV; i++) row[Q + KV + i] = -3;
             }
             qemb_backend *be = backend(op, c, T, 2);
-            const qemb_packed_batch b = {1, T, 0, NULL, pos, cu, bidirectional};
+            const qemb_packed_batch b = {1, T, 0, NULL, pos, cu, bidirectional, 0, 0};
             op->begin(be, &b);
             op->attention(be, (qemb_act *)att, (qemb_act *)qkv, &b, 0);
             const double tol =
@@ -640,7 +640,7 @@ Test(ops, gather_last_and_pool) {
     const qemb_config c = {
         .hidden = D, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .rms_eps = 1e-6f};
     const int32_t pos[T] = {0, 1, 2, 3, 2, 2, 3, 4, 5}, cu[] = {2, 4, 5, T};
-    const qemb_packed_batch b = {B, T, 2, NULL, pos, cu, 0};
+    const qemb_packed_batch b = {B, T, 2, NULL, pos, cu, 0, 0, 0};
     for (int o = 0; qemb_cpu_table(o); o++) {
         rng r = {6};
         qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
@@ -698,7 +698,7 @@ Test(ops, gather_mean) {
         for (int shared = 0; shared < 2; shared++) {
             int32_t pos[MOST] = {0}, cu[B + 1];
             lay_texts(laid, cu, x, first, B, D, 2 * shared);
-            const qemb_packed_batch b = {B, cu[B], 2 * shared, NULL, pos, cu, 0};
+            const qemb_packed_batch b = {B, cu[B], 2 * shared, NULL, pos, cu, 0, 0, 0};
             op->begin(be, &b);
             op->gather_mean(be, y[shared], laid, w, &b);
         }
