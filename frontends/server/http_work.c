@@ -208,8 +208,8 @@ static void finish(request *r) {
         return;
     case REQUEST_EXPIRED:
         api_fail(&r->error, 503, "deadline_exceeded", NULL,
-                 "server: no %s after %g s, the most a request may take",
-                 request_ranks(r) ? "scores" : "vectors", r->h->opt.deadline);
+                 "server: no batch had room for this request in %g s, its --deadline",
+                 r->h->opt.deadline);
         r->error.retry_after = model_worker_retry_after(r->work.worker);
         break;
     case REQUEST_STOPPED:
@@ -236,10 +236,23 @@ void http_finish_work(request *r) {
 
 /* Puts the texts into the worker's queue. */
 static int submit(request *r, api_error *e) {
-    if (!model_worker_submit(r->work.worker, &r->work.pending, &r->work.shared)) return 0;
+    const double deadline = r->h->opt.deadline;
+    queue_refusal no;
+    if (!model_worker_submit(r->work.worker, &r->work.pending, &r->work.shared, &no)) return 0;
     if (has_changed(r)) return model_changed(e);
-    api_fail(e, 429, "queue_full", NULL, "server: too many tokens wait already");
-    e->retry_after = model_worker_retry_after(r->work.worker);
+    if (no.why == QUEUE_LARGE) /* no Retry-After: clients would send it again in vain */
+        return api_fail(e, 413, "too_slow", r->api.key,
+                        "%s: too many tokens for the server's --deadline: send fewer texts in a "
+                        "request (got %lld tokens, %.3g s at %.3g tokens/s, want at most %g s)",
+                        r->api.key, no.tokens, no.seconds, no.rate, deadline);
+    if (no.why == QUEUE_LATE)
+        api_fail(e, 429, "too_slow", NULL,
+                 "server: too busy for its --deadline: retry later (got %lld tokens with those "
+                 "before it, %.3g s at %.3g tokens/s, want at most %g s)",
+                 no.tokens, no.seconds, no.rate, deadline);
+    else
+        api_fail(e, 429, "queue_full", NULL, "server: too many tokens wait already");
+    e->retry_after = no.retry_after;
     return -1;
 }
 

@@ -39,6 +39,7 @@ typedef struct {
     text **taken; /* (n) the texts of its rows */
     float *out;   /* (rows, dim) */
     int n, rows;
+    int given_up; /* no request waited for its text any more */
     double start; /* when it was submitted */
 } job;
 
@@ -51,6 +52,8 @@ typedef struct {
     int joined;
     job *jobs; /* (n_jobs) a ring: from first on, n_submitted that are submitted, oldest first */
     int n_jobs, first, n_submitted;
+    job between;     /* of short texts, between two steps of a long one */
+    double its_turn; /* until then the long text is computed */
     vector **vectors;   /* of the batch that is finished */
     qemb_health before; /* after the last batch */
     double end;         /* of the last batch */
@@ -304,6 +307,22 @@ static void describe_to_redis(model_worker *m) {
     atomic_store(&m->has_weights, 1);
 }
 
+/* Returns -1 if memory runs out. */
+static int new_job(const replica *r, job *j) {
+    const size_t most = (size_t)qemb_options_of(r->model)->batch_tokens;
+    j->batch = qemb_batch_new(r->model);
+    j->taken = malloc(most * sizeof(text *));
+    return j->batch && j->taken ? 0 : -1;
+}
+
+static void free_job(job *j) {
+    free(j->out);
+    free(j->taken);
+    qemb_batch_free(j->batch);
+}
+
+static int between_steps(void *arg);
+
 static int open_jobs(replica *r, qemb_err *err) {
     const size_t most = (size_t)qemb_options_of(r->model)->batch_tokens;
     const int n = qemb_in_flight(r->model);
@@ -311,19 +330,19 @@ static int open_jobs(replica *r, qemb_err *err) {
     r->vectors = malloc(most * sizeof *r->vectors);
     if (!r->jobs || !r->vectors) return out_of_memory(err);
     r->n_jobs = n;
-    for (int i = 0; i < n; i++) {
-        r->jobs[i].batch = qemb_batch_new(r->model);
-        r->jobs[i].taken = malloc(most * sizeof(text *));
-        if (!r->jobs[i].batch || !r->jobs[i].taken) return out_of_memory(err);
-    }
-    return 0;
+    int bad = new_job(r, &r->between);
+    for (int i = 0; i < n && !bad; i++) bad = new_job(r, &r->jobs[i]);
+    return bad ? out_of_memory(err) : 0;
 }
 
 /* Opens the model, and on a GPU computes a few batches. */
 static int load(replica *r, qemb_err *err) {
     const model_worker *m = r->worker;
     const model_options *o = &m->opt.model;
-    if (replica_try_open(&r->model, m->file.file, o, r->i, NULL, err) || open_jobs(r, err))
+    model_options own = *o;
+    own.engine.between_steps = between_steps;
+    own.engine.between_arg = r;
+    if (replica_try_open(&r->model, m->file.file, &own, r->i, NULL, err) || open_jobs(r, err))
         return -1;
     if (!o->ops->plan) return 0;
     const double start = seconds_now();
@@ -356,16 +375,14 @@ static int load_all(replica *r) {
 }
 
 static void unload(replica *r) {
-    for (int i = 0; i < r->n_jobs; i++) {
-        free(r->jobs[i].out);
-        free(r->jobs[i].taken);
-        qemb_batch_free(r->jobs[i].batch);
-    }
+    for (int i = 0; i < r->n_jobs; i++) free_job(&r->jobs[i]);
+    free_job(&r->between);
     free(r->jobs);
     free(r->vectors);
 }
 
-static void submit(replica *r, job *j) {
+/* Makes room for j's vectors and notes its start. */
+static void begin(const replica *r, job *j) {
     const size_t D = (size_t)model_worker_dim(r->worker);
     if (j->n > j->rows) {
         free(j->out);
@@ -373,8 +390,6 @@ static void submit(replica *r, job *j) {
         j->out = need(malloc((size_t)j->rows * D * sizeof *j->out));
     }
     j->start = seconds_now();
-    qemb_submit(r->model, j->batch, j->out);
-    r->n_submitted++;
 }
 
 static void give_back(replica *r) {
@@ -429,23 +444,10 @@ static void count_batch(replica *r, const job *j, const qemb_health *now) {
     metrics_add(m, COUNT_COMPUTED_TOKENS, (uint64_t)tokens);
 }
 
-/* Finishes the oldest batch. Returns -1 if the device has failed or the file was written to. */
-static int collect(replica *r) {
+/* Gives the vectors of j to the requests. now: the health after it. */
+static void finish(replica *r, job *j, const qemb_health *now) {
     model_worker *m = r->worker;
-    job *j = &r->jobs[r->first];
-    qemb_collect(r->model);
-    const qemb_health now = qemb_health_of(r->model);
-    if (now.failure) {
-        qemb_err err;
-        if (qemb_file_check(m->file.file, &err)) {
-            file_changed(m, err.msg);
-            give_back(r);
-        } else {
-            device_failed(r, now.failure);
-        }
-        return -1;
-    }
-    count_batch(r, j, &now);
+    count_batch(r, j, now);
     const int bad = make_vectors(m, j->out, r->vectors, j->n);
     metrics_add(m->opt.metrics, COUNT_NON_FINITE, (uint64_t)bad);
     /* Before queue_finish, so that a text is always in flight or cached. */
@@ -459,6 +461,64 @@ static int collect(replica *r) {
     queue_finish(m->queue, j->taken, r->vectors, j->n);
     for (int i = 0; i < j->n; i++) vector_drop(r->vectors[i]);
     qemb_batch_clear(j->batch);
+}
+
+/* Between two steps of a long text: gives it up if no request waits for it any more, or computes a
+ * batch of waiting texts. Then the long text has as much time as the batch took, so that it takes
+ * at most about twice as long as alone. */
+static int between_steps(void *arg) {
+    replica *r = arg;
+    job *outer = &r->jobs[r->first], *j = &r->between;
+    if (!queue_is_wanted(r->worker->queue, outer->taken, outer->n)) return outer->given_up = 1;
+    if (seconds_now() < r->its_turn) return 0;
+    j->n = queue_take_between(r->worker->queue, j->batch, j->taken);
+    if (!j->n) return 0;
+    const double end = r->end;
+    begin(r, j);
+    const double start = j->start;
+    qemb_embed_between(r->model, j->batch, j->out);
+    const qemb_health now = qemb_health_of(r->model);
+    if (now.failure) { /* collect says why */
+        queue_give_back(r->worker->queue, j->taken, j->n);
+        return outer->given_up = 1;
+    }
+    finish(r, j, &now);
+    const double took = seconds_now() - start;
+    r->its_turn = start + 2 * took;
+    r->end = end; /* as if the batch had not been: the long text's time is its own */
+    outer->start += took;
+    return 0;
+}
+
+static void submit(replica *r, job *j) {
+    begin(r, j);
+    r->n_submitted++;
+    qemb_submit(r->model, j->batch, j->out);
+}
+
+/* Finishes the oldest batch. Returns -1 if the device has failed or the file was written to. */
+static int collect(replica *r) {
+    job *j = &r->jobs[r->first];
+    qemb_collect(r->model);
+    const qemb_health now = qemb_health_of(r->model);
+    if (now.failure) {
+        qemb_err err;
+        if (qemb_file_check(r->worker->file.file, &err)) {
+            file_changed(r->worker, err.msg);
+            give_back(r);
+        } else {
+            device_failed(r, now.failure);
+        }
+        return -1;
+    }
+    if (j->given_up) {
+        j->given_up = 0;
+        metrics_add(r->worker->opt.metrics, COUNT_GIVEN_UP, (uint64_t)j->n);
+        queue_give_back(r->worker->queue, j->taken, j->n); /* somebody may want it after all */
+        qemb_batch_clear(j->batch);
+    } else {
+        finish(r, j, &now);
+    }
     r->n_submitted--;
     r->first = (r->first + 1) % r->n_jobs;
     return 0;
@@ -564,6 +624,7 @@ static void probe_done(pending_request *t) {
  * works. */
 static void probe(model_worker *m, double now) {
     int shared;
+    queue_refusal no;
     if (atomic_exchange(&m->probing, 1)) return;
     const size_t bytes = (size_t)m->probed->n * sizeof *m->probed->ids;
     text *t = text_new(m->probed->key, m->probed->n);
@@ -571,7 +632,7 @@ static void probe(model_worker *m, double now) {
     m->probe = (pending_request){
         .texts = &m->probe_text, .n = 1, .deadline = now + 1e6, .done = probe_done};
     if (t) memcpy(t->ids, m->probed->ids, bytes);
-    if (!t || queue_submit(m->queue, &m->probe, &shared)) probe_done(&m->probe);
+    if (!t || queue_submit(m->queue, &m->probe, &shared, &no)) probe_done(&m->probe);
 }
 
 void model_worker_tick(model_worker *m, double now) {
@@ -582,8 +643,8 @@ void model_worker_tick(model_worker *m, double now) {
     if (m->started && (s == WORKER_LOADING || s == WORKER_FAILING)) probe(m, now);
 }
 
-int model_worker_submit(model_worker *m, pending_request *t, int *shared) {
-    return queue_submit(m->queue, t, shared);
+int model_worker_submit(model_worker *m, pending_request *t, int *shared, queue_refusal *no) {
+    return queue_submit(m->queue, t, shared, no);
 }
 
 int model_worker_retry_after(model_worker *m) { return queue_retry_after(m->queue); }

@@ -71,7 +71,7 @@ int model_worker_tokenize(model_worker *w, const api_request *r, pending_request
 int model_worker_lookup(model_worker *w, pending_request *t);
 
 /* The functions of queue.h on the worker's queue. */
-int model_worker_submit(model_worker *w, pending_request *t, int *shared);
+int model_worker_submit(model_worker *w, pending_request *t, int *shared, queue_refusal *no);
 int model_worker_retry_after(model_worker *w);
 queue_depth model_worker_depth(model_worker *w);
 int model_worker_devices(model_worker *w); /* those that have not failed */

@@ -12,12 +12,17 @@
  * text that would undo the batch's sharing, such as a document of another query. Then only its
  * request is passed over, and the batch goes on with texts that share: a request to rerank usually
  * fills batches of its own. The next batch begins with the first request that was passed over.
+ *
+ * The rate of recent batches says how long a request will take (seconds_until_done). One that would
+ * take until after its deadline is refused when it comes. One that was begun does not expire: what
+ * is computed would be lost.
  */
 #include "queue.h"
 
 #include "frontends/console.h"
 
 #include <assert.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -39,9 +44,17 @@ struct queue {
     int stopped;
     int idle;      /* threads that wait in queue_take */
     int computing; /* batches that are taken and not finished */
-    double since;  /* the last batch was finished, or the first one was taken, then */
+    long long computing_tokens;
+    double since; /* the last batch was finished, or the first one was taken, then */
     double done_tokens, done_seconds; /* of finished batches; older ones weigh less */
+    double rate_at;                   /* the last of them was finished then */
+    int between;    /* a batch of queue_take_between is not finished */
+    double stopped_for; /* seconds that the text around it had taken since `since` */
 };
+
+/* A rate older than this, in seconds, refuses nobody: the machine may be another one by now, and a
+ * queue that refused all it could measure would never learn of it. */
+#define RATE_LIFE 60
 
 /* ---- texts, requests ------------------------------------------------------------------------- */
 
@@ -197,23 +210,76 @@ static int link_texts(queue *q, pending_request *t) {
             q->depth.tokens += own->n;
         }
         wait_for(s, *place);
+        if ((*place)->computing)
+            t->begun = 1;
+        else
+            t->waiting += (*place)->n;
     }
     return shared;
 }
 
-int queue_submit(queue *q, pending_request *t, int *shared) {
+/* ---- how long a request takes ---------------------------------------------------------------- */
+
+/* Tokens a second, or 0 if it is not known. */
+static double rate_of(const queue *q, double now) {
+    if (!(q->done_tokens > 0) || now - q->rate_at > RATE_LIFE) return 0;
+    return q->done_tokens / fmax(q->done_seconds, 1e-9);
+}
+
+/* Tokens that are computed before a request of `own` tokens that comes now is done, without its
+ * own. As requests take turns of `share` tokens, each of the others gives way when it has had as
+ * many turns. What is being computed is a batch, or a text of more tokens, which lets others pass
+ * (queue_take_between). */
+static long long tokens_before(const queue *q, long long own) {
+    const long long turns = (own + q->share - 1) / q->share * q->share;
+    const long long batch = own > q->batch_tokens ? own : q->batch_tokens;
+    long long before = 0;
+    for (const pending_request *t = q->oldest; t; t = t->live_next)
+        before += t->waiting < turns ? t->waiting : turns;
+    if (before > q->depth.tokens) before = q->depth.tokens; /* some texts are shared */
+    return before + (q->computing_tokens < batch ? q->computing_tokens : batch);
+}
+
+static int whole_seconds(double s) { return s < 1 ? 1 : s > 60 ? 60 : (int)ceil(s); }
+
+static int retry_after(const queue *q, double now) {
+    const double rate = rate_of(q, now);
+    return whole_seconds(rate > 0 ? (double)q->depth.tokens / rate : 1);
+}
+
+/* Whether a request of `own` tokens can be done by its deadline, as far as is known. Retry-After is
+ * the time after which it could. */
+static int is_in_time(const queue *q, const pending_request *t, long long own, queue_refusal *no) {
+    const double now = seconds_now(), left = t->deadline - now, rate = rate_of(q, now);
+    if (!(rate > 0) || !own) return 1;
+    const long long all = own + tokens_before(q, own);
+    if ((double)all / rate <= left) return 1;
+    const int alone = (double)own / rate > left;
+    *no = (queue_refusal){.why = alone ? QUEUE_LARGE : QUEUE_LATE,
+                          .tokens = alone ? own : all,
+                          .rate = rate,
+                          .seconds = (double)(alone ? own : all) / rate};
+    no->retry_after = whole_seconds((double)all / rate - left);
+    metrics_add(q->metrics, COUNT_REFUSED, 1);
+    return 0;
+}
+
+int queue_submit(queue *q, pending_request *t, int *shared, queue_refusal *no) {
     pending_request *ended = NULL;
     long long tokens = 0; /* an upper bound: a text twice in t counts twice */
     pthread_mutex_lock(&q->lock);
     for (int i = 0; i < t->n; i++)
         if (t->texts[i].text && !*index_place(q, t->texts[i].text->key))
             tokens += t->texts[i].text->n;
-    if (q->stopped || (q->depth.tokens && q->depth.tokens + tokens > q->max_tokens)) {
+    const int full = q->stopped || (q->depth.tokens && q->depth.tokens + tokens > q->max_tokens);
+    if (full)
+        *no = (queue_refusal){.why = QUEUE_FULL, .retry_after = retry_after(q, seconds_now())};
+    if (full || !is_in_time(q, t, tokens, no)) {
         pthread_mutex_unlock(&q->lock);
         return -1;
     }
-    t->pending = t->cursor = 0;
-    t->passed_over = 0;
+    t->pending = t->cursor = t->begun = 0;
+    t->passed_over = 0, t->waiting = 0;
     t->state = REQUEST_WAITING;
     *shared = link_texts(q, t);
     live_add(q, t);
@@ -234,6 +300,8 @@ typedef struct {
     qemb_batch *batch;
     text **taken;
     int n, full, has_long;
+    int longest;           /* longer texts stay in the queue; 0: all may be taken */
+    long long tokens;      /* of the texts taken */
     pending_request *next; /* the first that was passed over: the next batch begins with it */
     pending_request *ended;
 } builder;
@@ -271,6 +339,9 @@ static int take(builder *b, pending_request *t, text *x) {
     x->computing = 1;
     b->q->depth.texts--;
     b->q->depth.tokens -= x->n;
+    b->tokens += x->n;
+    for (pending_text *s = x->waiters; s; s = s->next)
+        s->request->begun = 1, s->request->waiting -= x->n;
     b->has_long |= x->n > b->q->share;
     t->cursor++;
     return 1;
@@ -287,7 +358,7 @@ static int take_long(builder *b, int only_first) {
         for (int i = q->n_ring; i; i--) {
             pending_request *next = t->ring_next; /* next_text may take t out of the ring */
             text *x = next_text(q, t);
-            if (x && x->n > q->share) {
+            if (x && x->n > q->share && (!b->longest || x->n <= b->longest)) {
                 if (take(b, t, x)) {
                     if (only_first) return 1;
                     some = next_text(q, t) != NULL || some;
@@ -344,6 +415,7 @@ static void build(builder *b) {
     q->long_turn = long_left && !b->has_long;
     if (b->next && b->next->ring_next) q->ring = b->next;
     if (b->n && !q->computing++) q->since = seconds_now();
+    q->computing_tokens += b->tokens;
     if (q->ring) pthread_cond_signal(&q->changed); /* there may be a batch for another thread */
 }
 
@@ -371,13 +443,43 @@ int queue_try_take(queue *q, int tokens, qemb_batch *batch, text **taken) {
     return b.n;
 }
 
+/* A batch between two steps has its own time, which does not count for the text around it. */
+int queue_take_between(queue *q, qemb_batch *batch, text **taken) {
+    builder b = {.q = q, .batch = batch, .taken = taken, .longest = q->batch_tokens};
+    pthread_mutex_lock(&q->lock);
+    if (q->ring && !q->stopped) build(&b);
+    if (b.n) {
+        const double now = seconds_now();
+        q->between = 1;
+        q->stopped_for = now - q->since;
+        q->since = now;
+    }
+    pthread_mutex_unlock(&q->lock);
+    tell(b.ended);
+    return b.n;
+}
+
+int queue_is_wanted(queue *q, text *const *taken, int n) {
+    int wanted = 0;
+    pthread_mutex_lock(&q->lock);
+    for (int i = 0; i < n && !wanted; i++) wanted = taken[i]->waiters != NULL;
+    pthread_mutex_unlock(&q->lock);
+    return wanted;
+}
+
 /* Tokens and seconds are summed apart: of batches that run at the same time, all but the first add
- * tokens in nearly no time. */
+ * tokens in nearly no time. A batch of a few texts says little of the rate of full ones, since
+ * reading the weights takes most of its time: those below a sixteenth do not count. */
 static void note_rate(queue *q, double tokens) {
     const double now = seconds_now(), keep = 0.95;
-    q->done_tokens = keep * q->done_tokens + tokens;
-    q->done_seconds = keep * q->done_seconds + now - q->since;
+    if (tokens * 16 >= q->batch_tokens) {
+        q->done_tokens = keep * q->done_tokens + tokens;
+        q->done_seconds = keep * q->done_seconds + now - q->since;
+        q->rate_at = now;
+    }
     q->since = now;
+    if (q->between) q->since -= q->stopped_for;
+    q->between = 0;
 }
 
 void queue_finish(queue *q, text **taken, vector **vectors, int n) {
@@ -400,6 +502,7 @@ void queue_finish(queue *q, text **taken, vector **vectors, int n) {
         index_remove(q, t);
         free(t);
     }
+    q->computing_tokens -= tokens;
     note_rate(q, tokens);
     pthread_mutex_unlock(&q->lock);
     tell(ended);
@@ -411,6 +514,7 @@ void queue_give_back(queue *q, text **taken, int n) {
     for (int i = n - 1; i >= 0; i--) { /* so that the first text's request becomes the head */
         text *t = taken[i];
         t->computing = 0;
+        q->computing_tokens -= t->n;
         if (!t->waiters) {
             index_remove(q, t);
             free(t);
@@ -420,6 +524,7 @@ void queue_give_back(queue *q, text **taken, int n) {
         q->depth.tokens += t->n;
         for (pending_text *s = t->waiters; s; s = s->next) {
             pending_request *r = s->request;
+            r->waiting += t->n;
             const int at = (int)(s - r->texts);
             if (r->cursor > at) r->cursor = at;
             ring_remove(q, r);
@@ -438,7 +543,7 @@ void queue_tick(queue *q, double now) {
     pthread_mutex_lock(&q->lock);
     for (pending_request *t = q->oldest, *next; t; t = next) {
         next = t->live_next;
-        if (now < t->deadline) continue;
+        if (t->begun || now < t->deadline) continue;
         end_request(q, t, REQUEST_EXPIRED, &ended);
         metrics_add(q->metrics, COUNT_EXPIRED, 1);
     }
@@ -466,8 +571,7 @@ queue_depth queue_depth_of(queue *q) {
 
 int queue_retry_after(queue *q) {
     pthread_mutex_lock(&q->lock);
-    const double seconds =
-        q->done_tokens > 0 ? q->depth.tokens * q->done_seconds / q->done_tokens : 1;
+    const int seconds = retry_after(q, seconds_now());
     pthread_mutex_unlock(&q->lock);
-    return seconds < 1 ? 1 : seconds > 60 ? 60 : (int)(seconds + 0.999);
+    return seconds;
 }

@@ -41,7 +41,7 @@ typedef enum {
     REQUEST_NEW,     /* never submitted */
     REQUEST_WAITING, /* in the queue: the caller may not touch it */
     REQUEST_DONE,    /* every text has its vector or has failed */
-    REQUEST_EXPIRED, /* its deadline has passed */
+    REQUEST_EXPIRED, /* its deadline has passed before a batch took one of its texts */
     REQUEST_GONE,    /* the client has left */
     REQUEST_STOPPED  /* the queue was stopped */
 } request_state;
@@ -59,6 +59,8 @@ struct pending_request {
     request_state state;
     /* private to the queue */
     int pending, cursor;
+    int begun;         /* a batch has taken one of its texts: it does not expire */
+    long long waiting; /* tokens of its texts that no batch has taken */
     uint64_t passed_over; /* the number of the batch that had no place for its next text */
     pending_request *ring_prev, *ring_next; /* if it has texts that no batch has taken */
     pending_request *live_prev, *live_next; /* waiting requests by age */
@@ -80,10 +82,24 @@ typedef struct {
 queue *queue_new(int max_tokens, int batch_tokens, int share, metrics *m);
 void queue_free(queue *q); /* q has to be empty */
 
-/* Adds t if its texts fit beside the waiting ones; an empty queue takes any request. The queue then
- * owns its texts. Texts already in flight are shared, and *shared is set to their number. Returns
- * -1 with nothing done if the queue is full or stopped. */
-int queue_submit(queue *q, pending_request *t, int *shared);
+/* Why a request was not taken. */
+typedef struct {
+    enum {
+        QUEUE_FULL,  /* or stopped */
+        QUEUE_LATE,  /* other requests and it would take until after its deadline */
+        QUEUE_LARGE, /* so would it alone */
+    } why;
+    long long tokens; /* of the request, and of the work before it that it would wait for */
+    double rate;      /* tokens a second, of recent batches; QUEUE_LATE and QUEUE_LARGE only */
+    double seconds;   /* that the tokens would take */
+    int retry_after;  /* seconds, at least 1 */
+} queue_refusal;
+
+/* Adds t if its texts fit beside the waiting ones, and if it can be done by its deadline as far as
+ * recent batches tell; an empty queue takes any number of tokens. The queue then owns its texts.
+ * Texts already in flight are shared, and *shared is set to their number. Returns -1 with nothing
+ * done but *no filled if t is not taken. */
+int queue_submit(queue *q, pending_request *t, int *shared, queue_refusal *no);
 /* Waits for texts, adds a batch of them to b (empty) and sets taken[row] (room for batch_tokens).
  * Returns their number, or 0 if the queue is stopped. Several threads may take batches. Each batch
  * then goes to queue_finish or queue_give_back. */
@@ -93,12 +109,19 @@ int queue_take(queue *q, qemb_batch *b, text **taken);
  * batch may have fewer rows than tokens waited, for texts that share a prefix; what arrives later
  * has another query and would seldom have joined it. */
 int queue_try_take(queue *q, int tokens, qemb_batch *b, text **taken);
+/* The same for a thread between two steps of a text of more than batch_tokens tokens: returns 0
+ * instead of waiting, and leaves such texts in the queue. */
+int queue_take_between(queue *q, qemb_batch *b, text **taken);
+/* Whether a request waits for one of the taken texts (n). If none does, queue_give_back forgets
+ * them. */
+int queue_is_wanted(queue *q, text *const *taken, int n);
 /* Gives vectors (n) to the waiters of the taken texts; NULL fails them. Each waiter
  * takes a reference; the caller keeps its own. */
 void queue_finish(queue *q, text **taken, vector **vectors, int n);
 /* Puts the taken texts (n) back, to be taken first. */
 void queue_give_back(queue *q, text **taken, int n);
-/* Ends requests whose deadline has passed or whose client has left. */
+/* Ends requests whose client has left, and those whose deadline has passed unless a batch has taken
+ * one of their texts. */
 void queue_tick(queue *q, double now);
 /* Stops the queue: ends every request; queue_take returns 0 and queue_submit -1 from then on. */
 void queue_stop(queue *q);

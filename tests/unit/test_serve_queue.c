@@ -8,9 +8,11 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define BATCH     64 /* tokens; texts of up to 8 are short */
 #define MAX_TEXTS 16
+#define NEVER     1e12 /* a deadline, as seconds_now */
 
 typedef struct {
     pending_request request; /* must be first */
@@ -23,6 +25,7 @@ static qemb_batch *batch;
 static queue *q;
 static metrics *counters;
 static text *taken[BATCH];
+static queue_refusal no; /* of the last request that was refused */
 
 static void setup(void) {
     qemb_err err;
@@ -54,7 +57,7 @@ static client *client_new(char name, const int *lengths, int n) {
     client *c = calloc(1, sizeof *c);
     c->request = (pending_request){.texts = calloc((size_t)n, sizeof(pending_text)),
                                    .n = n,
-                                   .deadline = 100,
+                                   .deadline = NEVER,
                                    .done = told,
                                    .departed = departed};
     for (int i = 0; i < n; i++) {
@@ -74,7 +77,7 @@ static void client_free(client *c) {
 
 static int submit(client *c) {
     int shared = 0;
-    return queue_submit(q, &c->request, &shared) ? -1 : shared;
+    return queue_submit(q, &c->request, &shared, &no) ? -1 : shared;
 }
 
 /* Takes a batch and compares its texts with want, "a0 b1 ..." */
@@ -265,7 +268,7 @@ Test(serve_queue, bounded_in_tokens) {
     client *a = client_new('a', (int[]){200, 200, 200, 200, 190}, 5);
     cr_expect_eq(submit(a), 0);
     client *b = client_new('b', (int[]){11}, 1), *c = client_new('c', (int[]){10}, 1);
-    cr_expect_eq(submit(b), -1);
+    cr_expect(submit(b) == -1 && no.why == QUEUE_FULL && no.retry_after >= 1);
     cr_expect_eq(b->request.state, REQUEST_NEW);
     cr_expect_eq(submit(c), 0);
     cr_expect_geq(queue_retry_after(q), 1);
@@ -323,21 +326,196 @@ Test(serve_queue, leaving_while_it_is_computed) {
     client_free(b);
 }
 
+/* A request expires while it waits, and not once a batch has taken one of its texts. */
 Test(serve_queue, deadlines) {
-    client *a = ASK('a', 4), *b = client_new('b', (int[]){5}, 1);
-    b->request.deadline = 50;
+    client *a = ASK('a', 60, 60), *b = client_new('b', (int[]){5}, 1);
+    a->request.deadline = 100, b->request.deadline = 50;
     submit(b);
     queue_tick(q, 49);
     cr_expect(!a->told && !b->told);
     queue_tick(q, 50);
     cr_expect(!a->told && b->told == 1 && b->request.state == REQUEST_EXPIRED);
     const int n = take("a0");
-    queue_tick(q, 100); /* also in the middle of a batch */
-    cr_expect(a->told == 1 && a->request.state == REQUEST_EXPIRED);
+    client *late = client_new('a', (int[]){60}, 1); /* it shares what is being computed */
+    late->request.deadline = 100;
+    cr_expect_eq(submit(late), 1);
+    queue_tick(q, 101);
+    cr_expect(!a->told && !late->told);
     finish(n);
-    cr_expect_eq(a->told, 1);
+    queue_tick(q, 101); /* its second text waits */
+    cr_expect(!a->told && late->request.state == REQUEST_DONE);
+    finish(take("a1"));
+    cr_expect(a->told == 1 && a->request.state == REQUEST_DONE);
     client_free(a);
     client_free(b);
+    client_free(late);
+}
+
+/* ---- what can be done in time ---------------------------------------------------------------- */
+
+/* Waits until that many seconds have passed by the queue's clock. */
+static void pass(double seconds) {
+    const double until = seconds_now() + seconds;
+    while (seconds_now() < until) usleep(1000);
+}
+
+/* Has a batch of 60 tokens take at least `seconds`. Returns the least rate that the queue can have
+ * measured. */
+static double measure(double seconds) {
+    const double start = seconds_now();
+    client *m = ASK('m', 60);
+    const int n = take("m0");
+    pass(seconds);
+    finish(n);
+    client_free(m);
+    return 60 / (seconds_now() - start);
+}
+
+/* Submits a request for a deadline `left` seconds from now. */
+static int submit_for(client *c, double left) {
+    c->request.deadline = seconds_now() + left;
+    return submit(c);
+}
+
+/* Expects that c is refused for the sake of others if its deadline leaves time for `tokens`. On a
+ * busy machine that may pass before the queue looks: then it is tried again. */
+static void expect_late(client *c, double tokens, long long all) {
+    const double rate = no.rate;
+    do cr_assert_eq(submit_for(c, tokens / rate), -1);
+    while (no.why == QUEUE_LARGE);
+    cr_expect(no.why == QUEUE_LATE && no.tokens == all, "%d, %lld", no.why, no.tokens);
+    cr_expect_geq(no.retry_after, 1);
+}
+
+/* A rate r is at most 60/0.2 and at least `least`. So 100 tokens take between 100/300 and
+ * 100/least seconds. */
+Test(serve_queue, what_cannot_be_done_in_time_is_refused) {
+    client *c = client_new('c', (int[]){100}, 1);
+    cr_expect_eq(submit_for(c, 1e-3), 0, "no rate is known");
+    queue_tick(q, NEVER);
+    cr_expect_eq(c->request.state, REQUEST_EXPIRED);
+    client_free(c);
+
+    const double least = measure(0.2), most = 100 / least;
+    client *large = client_new('l', (int[]){100}, 1), *fits = client_new('f', (int[]){100}, 1);
+    cr_expect_eq(submit_for(large, 100.0 / 300 - 0.01), -1);
+    cr_expect(no.why == QUEUE_LARGE && no.tokens == 100 && no.retry_after >= 1);
+    cr_expect(no.rate <= 300 && no.rate >= least, "%g, want %g .. 300", no.rate, least);
+    cr_expect(fabs(no.seconds - 100 / no.rate) < 1e-9);
+    cr_expect_eq(large->request.state, REQUEST_NEW);
+    cr_expect_eq(submit_for(fits, 2 * most + 1), 0);
+
+    /* One of 100 tokens behind it takes twice as long; one of 8 waits for a turn of 8. */
+    expect_late(large, 150, 200);
+    client *small = client_new('s', (int[]){8}, 1);
+    expect_late(small, 12, 16);
+    cr_expect_eq(submit_for(small, 20 / least + 1), 0);
+    queue_stop(q);
+    client_free(large), client_free(fits), client_free(small);
+}
+
+/* What is being computed counts, up to a batch: a longer text lets others pass. */
+Test(serve_queue, what_is_being_computed_counts) {
+    measure(0.2);
+    client *a = ASK('a', 150), *b = client_new('b', (int[]){8}, 1);
+    const int n = take("a0");
+    cr_expect_eq(submit_for(b, 1e-3), -1); /* sets the rate */
+    expect_late(b, 40, BATCH + 8);
+    finish(n);
+    cr_expect_eq(submit_for(b, 9), 0);
+    queue_stop(q);
+    client_free(a), client_free(b);
+}
+
+/* A batch below a sixteenth of a full one tells nothing: its rate is that of reading weights. */
+Test(serve_queue, small_batches_are_no_measure) {
+    client *a = ASK('a', 3), *b = client_new('b', (int[]){100}, 1);
+    const int n = take("a0");
+    pass(0.05);
+    finish(n);
+    cr_expect_eq(submit_for(b, 1e-3), 0);
+    queue_stop(q);
+    client_free(a), client_free(b);
+}
+
+/* ---- between two steps of a long text -------------------------------------------------------- */
+
+/* Takes a batch between steps and compares it with want. */
+static int take_between(const char *want, text **between) {
+    char got[BATCH * 4] = "";
+    qemb_batch_clear(batch);
+    const int n = queue_take_between(q, batch, between);
+    for (int i = 0; i < n; i++)
+        sprintf(got + strlen(got), i ? " %c%d" : "%c%d", between[i]->key[0], between[i]->key[1]);
+    cr_expect_str_eq(got, want);
+    return n;
+}
+
+static void finish_between(text **between, int n) {
+    vector *v[BATCH];
+    for (int i = 0; i < n; i++) v[i] = vector_new(&(float){(float)i}, 1);
+    queue_finish(q, between, v, n);
+    for (int i = 0; i < n; i++) vector_drop(v[i]);
+}
+
+Test(serve_queue, what_fits_a_batch_goes_between_steps) {
+    text *between[BATCH];
+    client *a = ASK('a', 150);
+    const int n = take("a0");
+    cr_expect_eq(take_between("", between), 0);
+    client *b = ASK('b', 150), *c = ASK('c', 5), *d = ASK('d', BATCH), *e = ASK('e', BATCH + 1);
+    finish_between(between, take_between("c0", between));
+    finish_between(between, take_between("d0", between)); /* long, but no longer than a batch */
+    cr_expect_eq(take_between("", between), 0);
+    cr_expect(!a->told && c->told && d->told);
+    finish(n);
+    cr_expect(a->told && !b->told && !e->told);
+    finish(take("e0"));
+    finish(take("b0"));
+    client_free(a), client_free(b), client_free(c), client_free(d), client_free(e);
+}
+
+/* The time of a batch between steps is its own, so b's 5 tokens do not get the 0.3 s before them.
+ * In the end a's 0.4 s are back, and b's tokens and seconds count 0.95 times. */
+Test(serve_queue, a_batch_between_steps_has_its_own_time) {
+    text *between[BATCH];
+    client *a = ASK('a', 150), *c = client_new('c', (int[]){100}, 1);
+    const double start = seconds_now();
+    const int n = take("a0");
+    client *b = ASK('b', 5);
+    pass(0.3);
+    const double before = seconds_now();
+    const int k = take_between("b0", between);
+    finish_between(between, k);
+    const double after = seconds_now() - before;
+    cr_expect_eq(submit_for(c, -NEVER), -1);
+    cr_expect_geq(no.rate, 5 / after);
+    pass(0.1);
+    finish(n);
+    cr_expect_eq(submit_for(c, -NEVER), -1);
+    const double all = seconds_now() - start;
+    cr_expect(no.rate > (0.95 * 5 + 150) / all && no.rate < 155 / (0.95 * 0.4), "%g", no.rate);
+    client_free(a), client_free(b), client_free(c);
+}
+
+Test(serve_queue, a_text_that_nobody_waits_for_is_given_up) {
+    client *a = ASK('a', 150), *b = client_new('a', (int[]){150}, 1);
+    int n = take("a0");
+    cr_expect_eq(queue_is_wanted(q, taken, n), 1);
+    a->gone = 1;
+    queue_tick(q, 0);
+    cr_expect_eq(queue_is_wanted(q, taken, n), 0);
+    cr_expect_eq(submit(b), 1); /* it comes too late to be seen, and is not lost */
+    queue_give_back(q, taken, n);
+    finish(take("a0"));
+    cr_expect_eq(b->request.state, REQUEST_DONE);
+    client *c = ASK('c', 150);
+    n = take("c0");
+    c->gone = 1;
+    queue_tick(q, 0);
+    queue_give_back(q, taken, n);
+    cr_expect_eq(queue_depth_of(q).texts, 0);
+    client_free(a), client_free(b), client_free(c);
 }
 
 Test(serve_queue, the_end) {
@@ -483,12 +661,12 @@ static void *asker(void *arg) {
         /* a key identifies one text: each length needs its own */
         for (int k = 0; k < 3; k++) c[i]->request.texts[k].text->key[2] = (uint8_t)lengths[k];
         c[i]->gone = !(rng_u64(&r) % 8);
-        c[i]->request.deadline = rng_u64(&r) % 8 ? 100 : 0;
+        c[i]->request.deadline = rng_u64(&r) % 8 ? NEVER : NEVER / 4;
         c[i]->request.done = told_counting;
         while (submit(c[i]) < 0) sched_yield();
-        if (!(i % 16)) queue_tick(q, 1);
+        if (!(i % 16)) queue_tick(q, NEVER / 2);
     }
-    queue_tick(q, 1);
+    queue_tick(q, NEVER / 2);
     while (queue_depth_of(q).requests) sched_yield(); /* some may not have been notified */
     return NULL;
 }
