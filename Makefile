@@ -216,7 +216,7 @@ RACY     := many_clients or in_flight or departed or full_queue or deadline or t
 RACY_GREP := fifo or signal or answers_at_once or closed or made_again
 RACY_SHARDS := npy or gives_up or full_disk or empty or in_binary
 RACY_RERANK := in_order or signal or answers_at_once or closed or errors or any_batch
-SERVE_FILES := tests/e2e/test_serve.py tests/e2e/test_serve_http.py tests/e2e/test_serve_caches.py tests/e2e/test_serve_redis.py tests/e2e/test_serve_rerank.py tests/e2e/test_serve_shapes.py tests/e2e/test_serve_probe.py tests/e2e/test_serve_reload.py
+SERVE_FILES := tests/e2e/test_serve.py tests/e2e/test_serve_http.py tests/e2e/test_serve_caches.py tests/e2e/test_serve_redis.py tests/e2e/test_serve_rerank.py tests/e2e/test_serve_shapes.py tests/e2e/test_serve_probe.py tests/e2e/test_serve_deadline.py tests/e2e/test_serve_reload.py
 SERVE_TESTS = "$(VENV)/bin/pytest -q -rs $(SERVE_FILES)"
 SERVE_SANITIZED = "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_FILES)" \
   "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_FILES) -k '$(RACY)'"

@@ -615,17 +615,6 @@ def test_full_queue():
         assert a.status == 413 and a.error["code"] == "too_many_tokens"
 
 
-def test_deadline():
-    with server(*BUSY, "--deadline", 1) as s:
-        answers = [x.wait() for x in [Slow(s, 150, 1000 * i) for i in range(2)]]
-        for a in answers:
-            assert a.status == 503 and a.error["code"] == "deadline_exceeded"
-            assert int(a.headers["Retry-After"]) >= 1
-        s.wait_metric("qemb_queue_tokens", lambda x: x == 0)
-        # the client retries after Retry-After
-        assert s.openai(max_retries=9).embeddings.create(model="small", input="afterwards").data
-
-
 # ---- attacks -------------------------------------------------------------------------------------
 
 
