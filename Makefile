@@ -11,7 +11,6 @@ export QEMB_SHARED ?= $(abspath ../shared)
 # convert_weights.py and tests/*.txt, runtime libraries of an image in its Dockerfile.
 DEBIAN_LIBRARY := gcc binutils libc6-dev
 DEBIAN_BUILD   := $(DEBIAN_LIBRARY) libjansson-dev libssl-dev libxxhash-dev zlib1g-dev libzstd-dev
-DEBIAN_SERVE   := 
 DEBIAN_PYTHON  := python3 python3-venv
 DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread wrk apache2-utils # a plot, products to compare with, load
 DEBIAN_TEST    := git g++ pkgconf clang libclang-rt-dev libcriterion-dev xz-utils curl redis-tools systemd
@@ -69,20 +68,18 @@ define need
 	(flock 9; $$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends $$missing >/dev/null) 9</var/lib/dpkg; fi; fi
 endef
 
-deps: need-build need-serve need-python ## install what builds of the programs and the converter need
+deps: need-build need-python ## install what builds of the programs and the converter need
 
-.PHONY: need-library need-build need-serve need-python need-bench need-test
+.PHONY: need-library need-build need-python need-bench need-test
 need-library:
 	$(call need,$(DEBIAN_LIBRARY))
 need-build:
 	$(call need,$(DEBIAN_BUILD))
-need-serve: need-build
-	$(call need,$(DEBIAN_SERVE))
 need-python:
 	$(call need,$(DEBIAN_PYTHON))
 need-bench: need-build
 	$(call need,$(DEBIAN_BENCH))
-need-test: need-build need-serve need-python
+need-test: need-build need-python
 	$(call need,$(DEBIAN_TEST))
 
 # What convert_weights.py needs, from its inline metadata (PEP 723).
@@ -178,7 +175,7 @@ build/lib/libqemb.so: build/lib/libqemb.map $(patsubst %,build/lib/%.o,$(ENGINE)
 qemb: build/release/qemb
 	cp build/release/qemb qemb
 
-qemb-serve: need-serve build/release/qemb-serve ## the OpenAI-compatible server over the same engine
+qemb-serve: build/release/qemb-serve ## the OpenAI-compatible server over the same engine
 	cp build/release/qemb-serve qemb-serve
 
 include backends/cuda/cuda.mk

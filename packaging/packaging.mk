@@ -24,12 +24,12 @@ STATIC := -static-pie $(RELRO) -Wl,--no-warnings
 build/static/qemb: $(patsubst %,build/release/%.o,$(FRONT) $(BACKEND) $(ENGINE) packaging/static)
 	@mkdir -p $(@D)
 	$(CC) $(STATIC) -pthread $^ $(LIBS) -o $@
-build/static/qemb-serve: $(patsubst %,build/release/%.o,$(SERVE) $(BACKEND) $(ENGINE) packaging/static) | need-serve
+build/static/qemb-serve: $(patsubst %,build/release/%.o,$(SERVE) $(BACKEND) $(ENGINE) packaging/static)
 	@mkdir -p $(@D)
 	$(CC) $(STATIC) -pthread $^ $(SERVE_LIBS) $(LIBS) -o $@
 
 # The packages whose libraries the programs contain: their licences go into the archive.
-LINKED    = $(filter %-dev,$(DEBIAN_BUILD) $(DEBIAN_SERVE))
+LINKED    = $(filter %-dev,$(DEBIAN_BUILD))
 DIST     := qemb-$(VERSION)-$(shell uname -m)-linux
 # Of the newest entry of the changelog: the same source gives the same bytes.
 EPOCH     = $(shell date -ud "$$(sed -n 's/^ -- .*>  //p' packaging/debian/changelog | head -n 1)" +%s)
@@ -52,14 +52,14 @@ comma := ,
 NOT_SOURCE := .git .venv .venv-golden .venv-world build qemb qemb-serve qemb-cuda qemb-serve-cuda
 .PHONY: deb need-deb
 # The tag that lintian leaves out asks for the bug that a first upload to Debian closes.
-need-deb: need-serve
+need-deb: need-build
 	$(call need,$(DEBIAN_DEB))
 deb: need-deb ## Debian packages of this release: build/deb/*.deb
 	rm -rf build/deb
 	mkdir -p $(DEB)
 	tar -c $(NOT_SOURCE:%=--exclude=./%) . | tar -x -C $(DEB)
 	mv $(DEB)/packaging/debian $(DEB)/debian
-	sed -i 's/@BUILD_DEPENDS@/$(subst $() ,$(comma) ,$(filter-out libc6-dev,$(filter %-dev,$(DEBIAN_BUILD) $(DEBIAN_SERVE))))/' $(DEB)/debian/control
+	sed -i 's/@BUILD_DEPENDS@/$(subst $() ,$(comma) ,$(filter-out libc6-dev,$(filter %-dev,$(DEBIAN_BUILD))))/' $(DEB)/debian/control
 	cd $(DEB) && MAKEFLAGS= dpkg-buildpackage -us -uc -b -j$(JOBS)
 	lintian --fail-on error,warning --suppress-tags initial-upload-closes-no-bugs build/deb/*.changes
 

@@ -123,7 +123,7 @@ qemb-cuda: build/cuda/qemb-cuda ## qemb for NVIDIA GPUs: same options, same prot
 	cp build/cuda/qemb-cuda qemb-cuda
 build/cuda/qemb-serve: $(patsubst %,build/cuda/%.o,$(CUDA_SERVE)) build/cuda/qemb.cu.o
 	$(NVCC) $(NVCC_HOST) $(RELRO:-Wl,%=-Xlinker %) $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(SERVE_LIBS) $(LIBS) -o $@
-qemb-serve-cuda: need-serve build/cuda/qemb-serve ## qemb-serve for NVIDIA GPUs: same options and requests
+qemb-serve-cuda: build/cuda/qemb-serve ## qemb-serve for NVIDIA GPUs: same options and requests
 	cp build/cuda/qemb-serve qemb-serve-cuda
 
 # ---- a GPU's day ----------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def under(load, *command, **kw):
 
 
 @SYSTEMD
-@pytest.mark.parametrize("table", [(), ("--cpu", "plain")])  # its own threads, and OpenMP's
+@pytest.mark.parametrize("table", [(), ("--cpu", "plain")])
 def test_the_server_needs_no_system_call_that_the_unit_forbids(unit, table):
     load = filter_of(unit.read_text())
     for forbidden in ("os.sched_setaffinity(0, [0])", "os.chown('/dev/null', 0, 0)",
