@@ -145,17 +145,21 @@ static void close_conn(conn *c) {
     c->state = CLOSED;
 }
 
-/* Tells epoll what the state waits for. Errors and resets are always reported. */
-static void wait_for(conn *c) {
-    static const uint32_t wanted[] = {[HEAD] = EPOLLIN,      [BODY] = EPOLLIN,
-                                      [PARKED] = EPOLLRDHUP, [WORK] = EPOLLRDHUP,
-                                      [SEND] = EPOLLOUT,     [LINGER] = EPOLLIN};
-    if (c->state == CLOSED) return;
-    uint32_t events = wanted[c->state];
-    if (c->half_closed) events &= ~(uint32_t)EPOLLRDHUP;
-    if (events == c->events) return;
+/* What a new connection waits for. */
+#define INPUT (EPOLLIN | EPOLLRDHUP)
+
+static void set_events(conn *c, uint32_t events) {
     struct epoll_event e = {.events = c->events = events, .data.ptr = c};
     if (epoll_ctl(c->cs->epoll, EPOLL_CTL_MOD, c->fd, &e)) close_conn(c);
+}
+
+/* Tells epoll what the state waits for. Errors and resets are always reported. In PARKED and WORK
+ * input is waited for until some comes, which is rare, so that most requests need no call. */
+static void wait_for(conn *c) {
+    const uint32_t events = c->state == SEND ? EPOLLOUT : c->half_closed ? EPOLLIN : INPUT;
+    const int leave = c->state == CLOSED || ((c->state == PARKED || c->state == WORK) &&
+                                             c->events != EPOLLOUT);
+    if (!leave && events != c->events) set_events(c, events);
 }
 
 /* ---- sending --------------------------------------------------------------------------------- */
@@ -344,15 +348,20 @@ static void receive(conn *c) {
     advance(c);
 }
 
-/* The client sends no more while it waits for its response, or it has left. */
-static void probe(conn *c) {
+/* The client sends more while it waits for its response: that is left where it is. Or it sends no
+ * more, or has left. */
+static void on_input_meanwhile(conn *c, int ends) {
+    if (!ends) {
+        set_events(c, EPOLLRDHUP);
+        return;
+    }
     c->half_closed = 1;
     if (!c->first_sent) {
         const ssize_t n = send(c->fd, "H", 1, MSG_NOSIGNAL);
         c->first_sent = n == 1;
         if (n < 0 && errno != EAGAIN && errno != EINTR) close_conn(c);
     }
-    wait_for(c);
+    if (c->state != CLOSED) set_events(c, 0);
 }
 
 static void on_event(conn *c, uint32_t events) {
@@ -362,7 +371,7 @@ static void on_event(conn *c, uint32_t events) {
     else if (c->state == SEND)
         advance(c);
     else if (c->state == PARKED || c->state == WORK)
-        probe(c);
+        on_input_meanwhile(c, !!(events & EPOLLRDHUP));
     else
         receive(c);
 }
@@ -457,7 +466,7 @@ static void listen_for(connections *cs, int accepting) {
 static void open_conn(connections *cs, int fd) {
     const int on = 1, unsent = UNSENT;
     conn *c = calloc(1, sizeof *c);
-    struct epoll_event e = {.events = EPOLLIN, .data.ptr = c};
+    struct epoll_event e = {.events = INPUT, .data.ptr = c};
     if (!c || epoll_ctl(cs->epoll, EPOLL_CTL_ADD, fd, &e)) {
         free(c);
         close(fd);
@@ -467,7 +476,7 @@ static void open_conn(connections *cs, int fd) {
     setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof unsent);
     c->cs = cs;
     c->fd = fd;
-    c->events = EPOLLIN;
+    c->events = INPUT;
     c->reserved = !is_room(cs);
     c->next = cs->open;
     if (c->next) c->next->prev = c;
@@ -557,8 +566,6 @@ static request *take_answered(connections *cs) {
 }
 
 static void send_answers(connections *cs) {
-    uint64_t n;
-    if (read(cs->wake, &n, sizeof n) != sizeof n) return;
     for (request *r = take_answered(cs), *next; r; r = next) {
         next = r->next;
         conn *c = r->conn;
@@ -615,6 +622,7 @@ static void *events_main(void *arg) {
 
 /* ---- for other threads ----------------------------------------------------------------------- */
 
+/* epoll reports each write: the descriptor is never read. */
 static void wake(connections *cs) {
     const uint64_t one = 1;
     while (write(cs->wake, &one, sizeof one) < 0 && errno == EINTR) {}
@@ -623,10 +631,11 @@ static void wake(connections *cs) {
 void connections_answer(connections *cs, request *r) {
     r->next = NULL;
     pthread_mutex_lock(&cs->lock);
+    const int was_empty = !cs->first;
     *(cs->last ? &cs->last->next : &cs->first) = r;
     cs->last = r;
     pthread_mutex_unlock(&cs->lock);
-    wake(cs);
+    if (was_empty) wake(cs);
 }
 
 connections *connections_open(http *h, int *port) {
@@ -636,7 +645,7 @@ connections *connections_open(http *h, int *port) {
     pthread_cond_init(&cs->drained, NULL);
     cs->epoll = epoll_create1(EPOLL_CLOEXEC);
     cs->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    struct epoll_event e = {.events = EPOLLIN, .data.ptr = &cs->wake};
+    struct epoll_event e = {.events = EPOLLIN | EPOLLET, .data.ptr = &cs->wake};
     if (cs->epoll < 0 || cs->wake < 0 || epoll_ctl(cs->epoll, EPOLL_CTL_ADD, cs->wake, &e))
         DIE(STATUS_MODEL, "epoll: cannot open (%s)", strerror(errno));
     listen_open(&cs->listener, h->opt.host, h->opt.port);

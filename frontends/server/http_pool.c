@@ -16,7 +16,8 @@ struct pool {
     pthread_cond_t changed;
     list started, finished; /* finished goes first: it frees memory and answers those who wait */
     int stopping;
-    int n; /* threads */
+    int idle; /* threads that wait */
+    int n;    /* threads */
     pthread_t threads[];
 };
 
@@ -25,8 +26,9 @@ static void add(pool *p, list *l, request *r) {
     r->next = NULL;
     *(l->last ? &l->last->next : &l->first) = r;
     l->last = r;
-    pthread_cond_signal(&p->changed);
+    const int wakes = p->idle > 0;
     pthread_mutex_unlock(&p->lock);
+    if (wakes) pthread_cond_signal(&p->changed);
 }
 
 static request *take(list *l) {
@@ -42,8 +44,10 @@ static void *pool_main(void *arg) {
     pool *p = arg;
     for (;;) {
         pthread_mutex_lock(&p->lock);
+        p->idle++;
         while (!p->started.first && !p->finished.first && !p->stopping)
             pthread_cond_wait(&p->changed, &p->lock);
+        p->idle--;
         request *done = take(&p->finished), *r = done ? done : take(&p->started);
         pthread_mutex_unlock(&p->lock);
         if (!r) return NULL;

@@ -55,7 +55,9 @@ int probe(const char *host, int port) {
         say("--host: %.128s: %s", host, gai_strerror(error));
         return STATUS_USAGE;
     }
-    const int fd = connect_to(a), status = fd < 0 ? -1 : status_of(fd);
+    int fd = -1;
+    for (const struct addrinfo *at = a; at && fd < 0; at = at->ai_next) fd = connect_to(at);
+    const int status = fd < 0 ? -1 : status_of(fd);
     if (status < 0)
         say("%.128s port %d: no answer (%s)", host, port, strerror(errno));
     else if (status != 200)
