@@ -7,6 +7,7 @@
 #include "redis_link.h"
 
 #include "frontends/console.h"
+#include "log.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -37,7 +38,9 @@ static char *read_password(const char *path) {
     FILE *f = fopen(path, "re");
     if (!f) DIE(STATUS_USAGE, "%.128s: cannot open (%s)", path, strerror(errno));
     if (!fstat(fileno(f), &st) && st.st_mode & S_IROTH)
-        say("%.128s: every user of this machine can read it (want: chmod o-r)", path);
+        log_line("warning", "readable_password",
+                 "\"option\":\"--redis-password-file\",\"reason\":\"every user of this machine "
+                 "can read it (want chmod o-r)\"");
     const size_t got = fread(line, 1, sizeof line - 1, f);
     const int failed = ferror(f);
     fclose(f);
