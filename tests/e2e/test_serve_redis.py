@@ -18,7 +18,8 @@ import time
 import pytest
 import serve_client
 from helpers import ROOT, free_port, wait_for
-from serve_client import GUARD, MODEL, SANITIZED, SERVE, ask, qemb, server
+from serve_client import GUARD, MODEL, SANITIZED, SERVE, TINY, ask, qemb, server
+from test_devices import SMALL as ON_FAKE_GPUS
 from test_serve_caches import Redis, redis, redis_value, wait_stored, with_redis  # noqa: F401
 
 TEXTS = [f"text {i}" for i in range(4)]
@@ -507,8 +508,8 @@ def test_on_a_gpu_a_sample_may_differ_a_little(fake, monkeypatch):
     """Without --deterministic. The GPUs are the CPU's, see unit/fake_gpus.c."""
     monkeypatch.setattr(serve_client, "SERVE", str(ROOT / "build/tsan/qemb-serve-devices"))
     a_little = tampered(lambda v: struct.pack("<f", struct.unpack_from("<f", v)[0] + 0.01) + v[4:])
-    args = (*at(fake.port), "--redis-timeout", 60000, "--redis-check", 100)
-    with server(*args) as s:
+    args = (*at(fake.port), "--redis-timeout", 60000, "--redis-check", 100, *ON_FAKE_GPUS)
+    with server(*args, model=TINY) as s:
         store(s, fake)
         fake.get = a_little
         s.embed(TEXTS)
@@ -518,7 +519,7 @@ def test_on_a_gpu_a_sample_may_differ_a_little(fake, monkeypatch):
         s.embed(TEXTS)
         s.wait_log("redis_mismatch")
     fake.get = a_little
-    with server(*args, "--deterministic") as s:
+    with server(*args, "--deterministic", model=TINY) as s:
         s.embed(TEXTS)
         s.wait_log("redis_mismatch")
 
