@@ -19,15 +19,22 @@ read in the form of config.json and tokenizer.json. qemb.h describes the layout 
 Weights are converted in blocks of rows, so memory does not grow with the model. The file is written
 under a temporary name in the same directory and renamed when it is complete on disk. It depends on
 the source and the options alone: the same checkpoint gives the same bytes.
+
+A checkpoint may be hostile: none of it is run, no file of it is read before it is known to be a
+regular one, and what it says is printed without control characters. If qemb is built, the new file
+has to give finite vectors before it gets its name.
 """
 import argparse
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
 import signal
+import stat
 import struct
+import subprocess
 import sys
 import time
 from collections import namedtuple
@@ -41,6 +48,8 @@ def no_package(e):
             "it for .venv/bin/python convert_weights.py, or: pip install " + " ".join(needs))
 
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of a package that is loading
 try:
     import numpy as np
     from safetensors import SafetensorError, safe_open
@@ -83,7 +92,13 @@ KNOWN_PROMPTS = {
 }
 CLASSIFIER, PPLX, VOYAGE = ("Qwen3ForSequenceClassification", "PPLXQwen3Model",
                             "Qwen3BidirectionalModel")
-MAX_ROWS = 1 << 16  # of a dense layer, in lib/model_file.c
+# What lib/model_file.c and tokenizer.c take at most, with FIELDS. test_convert_hostile compares.
+MAX_ROWS = 1 << 16  # of a dense layer
+MAX_PROMPTS = 64
+MAX_MERGES, MAX_TOKEN = 1 << 20, 1024  # a token in bytes
+MAX_TEXT_FILE = 1 << 28  # bytes of a JSON file or a template; Qwen3's tokenizer.json has 11 MB
+QEMB = Path(__file__).resolve().parent / "qemb"
+PROBES = "a", "What is gravity?", "\n\tL'été 2026: 中文 \U0001f600 <|im_end|> don't"
 RERANKER_WINDOW = 8192  # tokens of a pair, prefix and suffix included, in the model card
 # The only pre-tokenizer pattern that tokenizer.c implements.
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -99,6 +114,10 @@ class Refused(Exception):
 
 class Interrupted(BaseException):
     """A signal; the argument is its number."""
+
+
+def one_line(text):
+    return printable(" ".join(str(text).split()))[:2000]
 
 
 def refuse(obj, what, got=None, want=None):
@@ -129,12 +148,33 @@ def expect(obj, what, got, *allowed, hint=""):
         refuse(obj, f"{what}; {hint}" if hint else what, *sides)
 
 
-def parse(folder, name, read, *args):
-    """Returns read(value of the JSON file, *args). Any exception in read refuses the file."""
+def printable(text):
+    """text with escapes in place of control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def regular_size(path, name):
+    """Returns the bytes of a file of the source. Another kind might block or never end."""
     try:
-        return understand(name, lambda: read(json.loads((folder / name).read_bytes()), *args))
+        found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         refuse(name, "no such file in the source")
+    if not stat.S_ISREG(found.st_mode):
+        refuse(name, "not a regular file")
+    return found.st_size
+
+
+def read_text_file(folder, name):
+    size = regular_size(folder / name, name)
+    if size > MAX_TEXT_FILE:
+        refuse(name, "too large", f"{size} bytes", f"at most {MAX_TEXT_FILE}")
+    return (folder / name).read_bytes()
+
+
+def parse(folder, name, read, *args):
+    """Returns read(value of the JSON file, *args). Any exception in read refuses the file."""
+    data = read_text_file(folder, name)
+    return understand(name, lambda: read(json.loads(data), *args))
 
 
 def understand(name, read, form="JSON of the known form"):
@@ -373,6 +413,8 @@ def read_merges(model):
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     for i, ch in enumerate(plain + list(range(256, 512 - len(plain)))):
         expect(o, f"id of the byte character {show(chr(ch))}", vocab.get(chr(ch)), i)
+    if len(merges) > MAX_MERGES:
+        refuse(o, "merges", len(merges), f"at most {MAX_MERGES}")
     ids = np.empty((len(merges), 2), "<u4")
     for i, merge in enumerate(merges):
         a, b = merge.split(" ") if isinstance(merge, str) else merge
@@ -380,6 +422,8 @@ def read_merges(model):
             if not vocab.get(part, 256 + i) < 256 + i:
                 refuse(o, f"merge {i}, {show(part)}", vocab.get(part, "no id"), f"below {256 + i}")
             ids[i, k] = vocab[part]
+        if len(a + b) > MAX_TOKEN:  # a character stands for a byte
+            refuse(o, f"merge {i}, bytes of its token", len(a + b), f"at most {MAX_TOKEN}")
         expect(o, f"id of merge {i}, {show(a + b)}", vocab.get(a + b), 256 + i)
     expect(o, "vocabulary size", len(vocab), 256 + len(merges))
     return ids
@@ -399,6 +443,8 @@ def read_added(tokens, first, vocab):
             refuse(o, f"{name} id", show(i), f"one of its own, from {first} to {vocab - 1}")
         if not text or text in seen:
             refuse(o, f"{name} text", "an empty or repeated one", "one of its own")
+        if len(text) > MAX_TOKEN:
+            refuse(o, f"{name} bytes", len(text), f"at most {MAX_TOKEN}")
         seen |= {i, text}
         out += struct.pack("<II", i, len(text)) + text + bytes(-len(text) % 4)
     return out
@@ -703,8 +749,9 @@ def read_prompts(j, kind, given, notes, known=None, task=RERANKER["instruct"]):
     prompts |= given
     if kind == "embedding" and prompts.get("document"):
         notes.append("documents have a prompt here, which only --document puts before them")
-    if len(prompts) > 64 or any(not k or "\0" in k + v for k, v in prompts.items()):
-        refuse(PROMPTS, "prompts", show(prompts), "at most 64, with names, without NUL characters")
+    if len(prompts) > MAX_PROMPTS or any(not k or "\0" in k + v for k, v in prompts.items()):
+        refuse(PROMPTS, "prompts", show(prompts), f"at most {MAX_PROMPTS}, with names, without NUL "
+               "characters")
     return "".join(f"{k}\0{v}\0" for k, v in prompts.items()).encode(), list(prompts)
 
 
@@ -728,6 +775,7 @@ def read_index(j):
 def open_safetensors(path, name):
     """Returns {name: Tensor} of a file, whose name in messages is `name`. The package checks the
     header."""
+    regular_size(path, name)
     try:
         with safe_open(path, "np"):
             pass
@@ -747,8 +795,8 @@ def open_safetensors(path, name):
 def open_tensors(folder):
     """Returns {name without 'model.': Tensor} and the shards."""
     index = {}
-    if not (folder / SINGLE).exists():
-        if not (folder / INDEX).exists():
+    if not os.path.lexists(folder / SINGLE):
+        if not os.path.lexists(folder / INDEX):
             others = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
             refuse(others[0] if others else folder, (
                 "not read, since loading it can run code; " if others else
@@ -758,7 +806,7 @@ def open_tensors(folder):
         index = parse(folder, INDEX, read_index)
     tensors, shards = {}, sorted(set(index.values())) or [SINGLE]
     for shard in shards:
-        if not (folder / shard).is_file():
+        if not os.path.lexists(folder / shard):
             refuse(INDEX, f"shard {shard}: no such file in the source")
         for name, t in open_safetensors(folder / shard, shard).items():
             key = name.removeprefix("model.")
@@ -1234,36 +1282,92 @@ def write_sections(f, fields, sections, tensors, bar):
     return sha.hexdigest(), rounding
 
 
-def write_file(out, write):
-    """Calls write(f) on a temporary file and renames it to `out`; removes it on failure."""
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+def open_temporary(path):
+    """Returns a descriptor of the new file `path`, locked for this run. One that a killed run has
+    left is removed: nobody holds its lock."""
+    while True:
+        try:
+            fd, left = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), False
+        except FileExistsError:
+            try:
+                fd, left = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), True
+            except FileNotFoundError:  # its run has just ended
+                continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.lstat(path)):  # else another run was quicker
+                if not left:
+                    return fd
+                path.unlink()
+        except BlockingIOError:
+            refuse(path, "another run is writing it")
+        except FileNotFoundError:
+            pass
+        os.close(fd)
+
+
+def write_file(out, write, check):
+    """Calls write(f) on a temporary file and check(its path), and renames it to `out`; removes it
+    on failure. Returns what the two return."""
+    temporary = out.with_name(f"{out.name}.tmp")
     try:
-        with open(temporary, "xb") as f:
+        fd = open_temporary(temporary)
+    except OSError as e:
+        refuse(e.filename or temporary, e.strerror)
+    try:
+        with open(fd, "wb") as f:
             result = write(f)
             f.flush()
             os.fsync(f.fileno())
-        handle_signals(signal.SIG_IGN)  # from here on signals do not stop it
-        os.replace(temporary, out)
-        folder = os.open(out.parent, os.O_RDONLY)
-        os.fsync(folder)  # sync the new name as well
-        os.close(folder)
-        return result
-    except OSError as e:
-        refuse(e.filename or out, e.strerror)  # an error of write() has no file name
-    finally:
+            checked = check(temporary)
+            handle_signals(signal.SIG_IGN)  # from here on signals do not stop it
+            os.replace(temporary, out)
+    except BaseException as e:
         handle_signals(signal.SIG_IGN)
         temporary.unlink(missing_ok=True)
+        if not isinstance(e, OSError):
+            raise
+        refuse(e.filename or out, e.strerror)  # an error of write() has no file name
+    folder = os.open(out.parent, os.O_RDONLY)
+    os.fsync(folder)  # sync the new name as well
+    os.close(folder)
+    return (*result, checked)
+
+
+def check_vectors(path, kind):
+    """Refuses the new file if the qemb that is built here cannot open it, or if it gives no finite
+    vector for one of a few texts. Returns a line for the summary."""
+    if not os.access(QEMB, os.X_OK):
+        return "no, since qemb is not built here (make qemb)"
+    records = [{"text": text} for text in PROBES]
+    command = [QEMB, "--input", "jsonl"]
+    if kind == "reranker":
+        command, records = [QEMB, "rerank"], [{"query": PROBES[1], "documents": PROBES}]
+    done = subprocess.run([*command, "-m", path, "--truncate"], check=False, capture_output=True,
+                          input="".join(json.dumps(r) + "\n" for r in records).encode())
+    said = one_line(done.stderr.decode("utf-8", "replace").removeprefix("qemb: "))
+    if done.returncode == 2 and "memory" not in said:
+        refuse(QEMB, f"cannot open what was written; if it is an older one, build it anew: {said}")
+    if b'"non_finite"' in done.stdout:
+        refuse("weights", "vectors of short texts are zero or not finite: numbers are damaged, or "
+               "do not fit together")
+    if done.returncode not in (0, 3):
+        return f"no, qemb ended with status {done.returncode}: {said}"
+    return f"{len(PROBES)} texts by qemb"
 
 
 # ---- the command -------------------------------------------------------------------------------
 
 
 def handle_signals(handler):
+    """Leaves those alone that the caller ignores, as nohup does."""
     for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(s, handler)
+        if signal.getsignal(s) != signal.SIG_IGN:
+            signal.signal(s, handler)
 
 
 def interrupt(number, frame):
+    handle_signals(signal.SIG_IGN)  # a second one would end the clearing up
     raise Interrupted(number)
 
 
@@ -1329,7 +1433,7 @@ def find_task(args, folder, has, obj, source):
     """Returns the task of pairs without one, for a reranker."""
     text, name = None, TEMPLATE
     if os.path.lexists(folder / TEMPLATE):  # goes before tokenizer_config.json's
-        text = (folder / TEMPLATE).read_text("utf-8", "replace")
+        text = read_text_file(folder, TEMPLATE).decode("utf-8", "replace")
     elif TOKENIZER_CONFIG in has:
         text, name = parse(folder, TOKENIZER_CONFIG, read_chat_template), TOKENIZER_CONFIG
     task = None if text is None else understand(name, lambda: read_template(name, text))
@@ -1434,7 +1538,7 @@ def read_directory(args, folder, source):
                read_prompts({}, *more))
     check_keys(folder, has + quiet, args.ignore, notes)
     tensors, shards = open_tensors(folder)
-    files = [f"file: {name} sha256 " + hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    files = [f"file: {name} sha256 " + hashlib.sha256(read_text_file(folder, name)).hexdigest()
              for name in has]
     files += [f"file: {s} {(folder / s).stat().st_size} bytes" for s in shards]
     s = Source(c, kind, pooling, claims, tokenizer, tensors, prompts, files, notes, [], "identity",
@@ -1548,7 +1652,7 @@ def provenance(args, s, source, commit, dtypes):
     if args.prompts:
         lines.append(f"prompts: {', '.join(args.prompts)} by --prompt")
     lines += [f"converter: convert_weights.py {VERSION}", *(f"note: {n}" for n in s.notes)]
-    return "".join(" ".join(line.split()) + "\n" for line in lines).encode("utf-8", "replace")
+    return "".join(printable(" ".join(line.split())) + "\n" for line in lines).encode()
 
 
 def model_words(s):
@@ -1579,8 +1683,9 @@ def convert(args):
     size = layout(sections)[2]
     with tqdm(total=size, unit="B", unit_scale=True, leave=False,
               disable=args.quiet or None) as bar:  # None: only on a terminal
-        sha, rounding = write_file(
-            out, lambda f: write_sections(f, header_fields(s), sections, s.tensors, bar))
+        sha, rounding, checked = write_file(
+            out, lambda f: write_sections(f, header_fields(s), sections, s.tensors, bar),
+            lambda path: check_vectors(path, s.kind))
     if not args.quiet:
         parameters = sum(w.rows * w.cols for w in weights if w.data)
         tensors = sum(len(w.data) for w in weights if not isinstance(w.data, bytes))
@@ -1594,9 +1699,13 @@ def convert(args):
             f"model      {model_words(s)}",
             f"tokenizer  {len(merges):,} merges, end-of-text {end}",
             f"prompts    {', '.join(names) or 'none'}",
+            f"checked    {checked}",
             f"sha256     {sha}",
             *(f"note       {n}" for n in s.notes)]
-        print("\n  ".join(lines))
+        try:
+            print("\n  ".join(map(printable, lines)), flush=True)
+        except OSError as e:
+            refuse("standard output", e.strerror)
 
 
 def named_prompt(text):
@@ -1630,15 +1739,16 @@ def main():
     p.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
     args = p.parse_args()
     args.prompts = dict(args.prompt)
+    np.seterr(all="ignore")  # check_range and check_vectors find such numbers
     handle_signals(interrupt)
     try:
         convert(args)
     except Refused as e:
-        sys.exit(f"convert_weights.py: {' '.join(str(e).split())}")
+        sys.exit(f"convert_weights.py: {one_line(e)}")
     except ModuleNotFoundError as e:  # of those that are slow to load
         sys.exit(no_package(e))
     except OSError as e:
-        sys.exit(f"convert_weights.py: {e.filename or args.source}: {e.strerror or e}")
+        sys.exit(f"convert_weights.py: {one_line(e.filename or args.source)}: {e.strerror or e}")
     except Interrupted as e:
         name = signal.Signals(e.args[0]).name
         print(f"convert_weights.py: stopped by {name}, nothing written", file=sys.stderr)
@@ -1646,4 +1756,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")
     main()

@@ -1,5 +1,5 @@
-"""The settings of a checkpoint: each is used, known to be harmless, or refused with its name. Sources
-and readers are those of test_convert."""
+"""The settings of a checkpoint: each is used, known to be harmless, or refused with its name.
+Sources and readers are those of test_convert."""
 import base64
 import json
 import shutil
@@ -127,7 +127,7 @@ def test_only_unknown_settings_can_be_ignored(folder, key):
 
 
 @pytest.mark.parametrize("name,key,value,words", [
-    (CONFIG, "per_layer_config", {"1": {"head_dim": 12}}, '(got {"1": {"head_dim": 12}}, want null'),
+    (CONFIG, "per_layer_config", {"1": {"head_dim": 12}}, '(got {"1": {"head_dim": 12}}, want'),
     (CONFIG, "pruned_heads", {"0": [1]}, '(got {"0": [1]}, want null or {})'),
     (CONFIG, "partial_rotary_factor", 0.5, "(got 0.5, want null or 1)"),
     (TOKENIZER, "tokenizer_class", "LlamaTokenizerFast", '(got "LlamaTokenizerFast", want null or'),
@@ -309,8 +309,8 @@ def test_a_lora_alone(folder):
         "peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen3-Embedding-0.6B"})
     save(lora / "adapter_model.safetensors", {"x": ("F32", (1,), bytes(4))})
     message = refused(lora)
-    assert message.startswith("adapter_config.json: an adapter (LoRA) alone, without the model that "
-                              "it changes; merge it first: peft's AutoPeftModel")
+    assert message.startswith("adapter_config.json: an adapter (LoRA) alone, without the model "
+                              "that it changes; merge it first: peft's AutoPeftModel")
     assert 'base_model_name_or_path "Qwen/Qwen3-Embedding-0.6B"' in message
     shutil.copytree(lora, folder, dirs_exist_ok=True)
     assert refused(folder).startswith("adapter_config.json: an adapter (LoRA), which transformers ")
