@@ -312,7 +312,7 @@ typedef struct {
 /* text, len bytes of UTF-8 (NUL is a character like any other) -> ids, without end-of-text. At most
  * `limit` ids come out: the first ones of the whole text's ids. The rest of the text is then
  * neither tokenized nor validated. Time is linear in len. Codes: "invalid_utf8" (the message names
- * the byte offset), "out_of_memory". */
+ * the byte offset), "too_long" (a word of more than 8 MiB), "out_of_memory". */
 int qemb_tokenizer_encode(qemb_tokenizer_state *s, const char *text, size_t len, size_t limit,
                           qemb_tokenizer_result *r, qemb_err *err);
 /* Writes the bytes of token id, not an added token, to buf, at most cap of them. Returns how many

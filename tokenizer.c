@@ -34,6 +34,7 @@
 
 enum {
     TOKEN_MAX = 1024,       /* longest token in bytes; real vocabularies stay under 256 */
+    WORD_MAX = 1 << 23,     /* bytes of a pre-token: the longest text, 32,768 tokens, has no more */
     MERGES_MAX = 1 << 20,   /* two ids and a rank must fit a 64-bit slot of the pair table */
     ID_BITS = 21,           /* bits of an id or a rank in such a slot */
     PROBE_MAX = 128,        /* longest search in the pair table; the real merges take 12 */
@@ -96,7 +97,7 @@ typedef struct {
 } merge_list;
 
 /* 3 MiB of caches, and arrays that grow with the longest chunk: half a MiB for 16 KiB of ordinary
- * text. A single pre-token of n bytes takes about 30 n bytes. */
+ * text. A single pre-token of n bytes, at most WORD_MAX, takes about 30 n bytes. */
 struct qemb_tokenizer_state {
     const qemb_tokenizer *t;
     uint32_t *ids; /* the ids found so far */
@@ -132,6 +133,11 @@ static inline size_t two_bytes(uint8_t a, uint8_t b) { return (size_t)a << 8 | b
 
 static int out_of_memory(qemb_err *err, const char *what) {
     return qemb_fail(err, "out_of_memory", "tokenizer: no memory for %s", what);
+}
+
+static int word_too_long(qemb_err *err, size_t n) {
+    return qemb_fail(err, "too_long", "text: a word too long (got %zu bytes, want at most %d)", n,
+                     WORD_MAX);
 }
 
 /* Makes *array hold need elements of size bytes, keeping what is there. -1: out of memory. */
@@ -253,12 +259,15 @@ static size_t added_find(const qemb_tokenizer *t, const uint8_t *text, size_t po
 /* ---- step 2: NFC ----------------------------------------------------------------------------- */
 
 /* NFC of src (n), which interacts with no character before or after it. Writes at most 3n bytes to
- * out and returns how many; SIZE_MAX: out of memory. */
-static size_t nfc_stretch(qemb_tokenizer_state *s, const uint8_t *src, size_t n, uint8_t *out) {
+ * out and returns how many; SIZE_MAX: failed. */
+static size_t nfc_stretch(qemb_tokenizer_state *s, const uint8_t *src, size_t n, uint8_t *out,
+                          qemb_err *err) {
     size_t n_cps = 0, n_out = 0;
     unsigned len;
+    if (n > WORD_MAX) return word_too_long(err, n), SIZE_MAX;
     /* A character of k bytes decomposes to at most 2k code points; sorting needs as many again. */
-    if (n > SIZE_MAX / 8 || reserve(&s->cps, &s->cps_cap, 4 * n, sizeof *s->cps)) return SIZE_MAX;
+    if (reserve(&s->cps, &s->cps_cap, 4 * n, sizeof *s->cps))
+        return out_of_memory(err, "the text"), SIZE_MAX;
     for (size_t i = 0; i < n; i += len) {
         size_t k = decompose(utf8_decode(src + i, &len), s->cps + n_cps);
         for (; k; k--, n_cps++) s->cps[n_cps] |= UNICODE_CCC(word_of(s->cps[n_cps])) << 24;
@@ -271,8 +280,8 @@ static size_t nfc_stretch(qemb_tokenizer_state *s, const uint8_t *src, size_t n,
 
 /* NFC of src (n) into s->text, which holds 3n bytes. Text that is NFC already is copied. Around a
  * character that may not be, the text from the last stable character to the next one is normalized.
- * Returns the bytes written; SIZE_MAX: out of memory. */
-static size_t nfc_copy(qemb_tokenizer_state *s, const uint8_t *src, size_t n) {
+ * Returns the bytes written; SIZE_MAX: failed. */
+static size_t nfc_copy(qemb_tokenizer_state *s, const uint8_t *src, size_t n, qemb_err *err) {
     size_t copied = 0, safe = 0, out = 0, i = 0, k;
     nfc_check q = {0, 0};
     unsigned len;
@@ -286,7 +295,7 @@ static size_t nfc_copy(qemb_tokenizer_state *s, const uint8_t *src, size_t n) {
         for (i += len; i < n && !is_stable(word_at(src + i, &len));) i += len;
         memcpy(s->text + out, src + copied, safe - copied);
         out += safe - copied;
-        k = nfc_stretch(s, src + safe, i - safe, s->text + out);
+        k = nfc_stretch(s, src + safe, i - safe, s->text + out, err);
         if (k == SIZE_MAX) return k;
         out += k;
         copied = safe = i;
@@ -566,7 +575,8 @@ static int reserve_long(qemb_tokenizer_state *s, size_t n, qemb_err *err) {
 /* The ids of a pre-token p (n > 0) into out, which has room for n. Returns how many; 0: failed. */
 static size_t bpe(qemb_tokenizer_state *s, const uint8_t *p, size_t n, uint32_t *out,
                   qemb_err *err) {
-    size_t k = first_symbols(s->t, p, n, out);
+    if (n > WORD_MAX) return word_too_long(err, n), 0;
+    const size_t k = first_symbols(s->t, p, n, out);
     if (k <= SHORT_SYMBOLS) return merge_short(s->t, out, k);
     if (reserve_long(s, n, err)) return 0;
     return merge_long(s, p, n, out);
@@ -627,13 +637,15 @@ static inline size_t bpe_cached(qemb_tokenizer_state *s, const word *w, const un
     return k;
 }
 
-/* Steps 3 and 4 for s->text (n bytes); ids go to out, which has room for n + 8. Up to AHEAD
- * pre-tokens are found before the first is looked up, so that the caches' entries have arrived.
- * Returns the end of the ids, or NULL. */
-static uint32_t *encode_words(qemb_tokenizer_state *s, size_t n, uint32_t *out, qemb_err *err) {
+/* Steps 3 and 4 for s->text (n bytes), up to the pre-token with id number `most`; ids go to out,
+ * which has room for n + 8. Up to AHEAD pre-tokens are found before the first is looked up, so that
+ * the caches' entries have arrived. Returns the end of the ids, or NULL. */
+static uint32_t *encode_words(qemb_tokenizer_state *s, size_t n, size_t most, uint32_t *out,
+                              qemb_err *err) {
     const uint8_t *text = s->text;
+    const uint32_t *const start = out;
     word words[AHEAD];
-    for (size_t i = 0; i < n;) {
+    for (size_t i = 0; i < n && (size_t)(out - start) < most;) {
         unsigned n_words = 0;
         for (; n_words < AHEAD && i < n; n_words++) {
             word *w = &words[n_words];
@@ -646,7 +658,7 @@ static uint32_t *encode_words(qemb_tokenizer_state *s, size_t n, uint32_t *out, 
             else if (w->n <= LONG_CACHED)
                 find_bucket(w, s->long_cache, 4, LONG_CACHE_BITS);
         }
-        for (unsigned j = 0; j < n_words; j++) {
+        for (unsigned j = 0; j < n_words && (size_t)(out - start) < most; j++) {
             const word *w = &words[j];
             size_t k = 1;
             if (w->n == 1)
@@ -666,10 +678,10 @@ static uint32_t *encode_words(qemb_tokenizer_state *s, size_t n, uint32_t *out, 
 
 /* ---- one text -------------------------------------------------------------------------------- */
 
-/* Steps 2 to 4 for a valid piece of text. Appends to the *n_ids ids in s->ids; *bytes is the
- * piece's length in NFC. */
+/* Steps 2 to 4 for a valid piece of text, up to the word that brings the ids to `limit`. Appends to
+ * the *n_ids ids in s->ids; *bytes is the piece's length in NFC. */
 static int encode_piece(qemb_tokenizer_state *s, const uint8_t *piece, size_t n, int is_nfc,
-                        size_t *n_ids, size_t *bytes, qemb_err *err) {
+                        size_t limit, size_t *n_ids, size_t *bytes, qemb_err *err) {
     size_t grow = is_nfc ? 1 : 3;
     uint32_t *out;
     if (n > SIZE_MAX / 8 || reserve(&s->text, &s->text_cap, grow * n + PAD, 1))
@@ -677,14 +689,14 @@ static int encode_piece(qemb_tokenizer_state *s, const uint8_t *piece, size_t n,
     if (is_nfc)
         memcpy(s->text, piece, n);
     else
-        n = nfc_copy(s, piece, n);
-    if (n == SIZE_MAX) return out_of_memory(err, "the text");
+        n = nfc_copy(s, piece, n, err);
+    if (n == SIZE_MAX) return -1;
     memset(s->text + n, 0, PAD);
     /* An id covers a byte or more; a cache hit writes up to 8. */
     if (n > SIZE_MAX - *n_ids - 8 || reserve(&s->ids, &s->ids_cap, *n_ids + n + 8, sizeof *s->ids))
         return out_of_memory(err, "the ids");
 
-    out = encode_words(s, n, s->ids + *n_ids, err);
+    out = encode_words(s, n, limit - *n_ids, s->ids + *n_ids, err);
     if (!out) return -1;
     *n_ids = (size_t)(out - s->ids);
     *bytes = n;
@@ -709,9 +721,10 @@ int qemb_tokenizer_encode(qemb_tokenizer_state *s, const char *text_, size_t len
             const added_token *added;
             size_t end = added_find(s->t, text, pos, c.end, len, &added), from = n, bytes = 0;
             if (end > pos) {
-                if (encode_piece(s, text + pos, end - pos, c.is_nfc, &n, &bytes, err)) return -1;
+                if (encode_piece(s, text + pos, end - pos, c.is_nfc, limit, &n, &bytes, err))
+                    return -1;
                 pos = end;
-                if (n > limit) {
+                if (n >= limit) {
                     for (cut = bytes; from < limit; from++) cut -= s->t->token[s->ids[from]].len;
                     n = limit;
                 }

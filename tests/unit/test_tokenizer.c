@@ -686,7 +686,62 @@ Test(tokenizer, is_linear_on_hostile_text, .timeout = 300) {
     open_small(&k);
     for (size_t i = 0; i < sizeof floods / sizeof *floods; i++) {
         check_flood(&k, floods[i].pattern, 1 << 20, floods[i].bytes);
-        check_flood(&k, floods[i].pattern, 1 << 22, floods[i].bytes);
+        check_flood(&k, floods[i].pattern, 5 << 19, floods[i].bytes); /* 7.5 MiB, if it triples */
+    }
+    close_small(&k);
+}
+
+/* A word has at most 8 MiB; a longer one is refused before it takes memory for its merges. Words
+ * behind the limit of ids are not looked at. */
+Test(tokenizer, refuses_words_over_8_MiB, .timeout = 300) {
+    enum { MOST = 8 << 20, N = MOST + 64 };
+    small k = {0};
+    uint32_t id = byte_id('a');
+    for (int i = 0; i < 10; i++) id = add_merge(&k, id, id);
+    open_small(&k);
+    char *text = malloc(N);
+    memset(text, 'a', N);
+    qemb_tokenizer_result r;
+    qemb_err err = {0};
+    cr_expect_eq(encode_n(&k, text, MOST, SIZE_MAX).n, MOST >> 10);
+    memcpy(text, "b c ", 4); /* the last space belongs to the long word */
+    cr_expect(qemb_tokenizer_encode(k.s, text, MOST + 4, SIZE_MAX, &r, &err) == -1);
+    cr_expect_str_eq(err.code, "too_long");
+    cr_expect(strstr(err.msg, "a word too long (got 8388609 bytes, want at most 8388608)"));
+    cr_expect_eq(encode_n(&k, text, MOST + 3, SIZE_MAX).n, 3 + 1 + (MOST - 1) / 1024 + 10);
+    /* the word is in the same chunk as the words before it: they fill the limit */
+    for (size_t limit = 1; limit <= 3; limit++) {
+        r = encode_n(&k, text, N, limit);
+        cr_expect(r.n == limit && r.ids[0] == (int32_t)byte_id('b'));
+        cr_expect_eq(r.bytes_left, N - limit, "%zu left", r.bytes_left);
+    }
+    cr_expect(qemb_tokenizer_encode(k.s, text, N, 4, &r, &err) == -1);
+    /* marks, which are put in order all at once */
+    for (size_t i = 0; i < N; i += 2) memcpy(text + i, i % 4 ? "\xCC\x96" : "\xCC\x81", 2);
+    cr_expect(qemb_tokenizer_encode(k.s, text, N, SIZE_MAX, &r, &err) == -1);
+    cr_expect_str_eq(err.code, "too_long");
+    cr_expect_eq(encode_n(&k, "b", 1, SIZE_MAX).n, 1);
+    free(text);
+    close_small(&k);
+}
+
+/* At every limit, the ids and what is left are those of the whole text, in one chunk or in many. */
+Test(tokenizer, every_limit_in_one_chunk) {
+    static const char text[] = "! ! !! \xC3\xA9\xCC\x81 ?! a\xCC\x81!! ! . !<>\xE2\x82\xAC !! !";
+    small k = {0};
+    add_word(&k, "\xE2\x82\xAC", 3);
+    open_small(&k);
+    const size_t n = sizeof text - 1;
+    qemb_tokenizer_result r = encode_n(&k, text, n, SIZE_MAX);
+    int32_t ids[sizeof text];
+    const size_t all = r.n;
+    memcpy(ids, r.ids, all * sizeof *ids);
+    size_t left = 0;
+    for (size_t limit = all; limit > 0; limit--) {
+        r = encode_n(&k, text, n, limit);
+        cr_expect(r.n == limit && !memcmp(r.ids, ids, limit * sizeof *ids));
+        cr_expect_eq(r.bytes_left, left, "%zu: %zu, want %zu", limit, r.bytes_left, left);
+        left += qemb_tokenizer_token_bytes(k.t, (uint32_t)ids[limit - 1], NULL, 0);
     }
     close_small(&k);
 }
