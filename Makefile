@@ -12,7 +12,8 @@ export QEMB_SHARED ?= $(abspath ../shared)
 DEBIAN_LIBRARY := gcc binutils libc6-dev
 DEBIAN_BUILD   := $(DEBIAN_LIBRARY) libjansson-dev libssl-dev libxxhash-dev zlib1g-dev libzstd-dev
 DEBIAN_PYTHON  := python3 python3-venv
-DEBIAN_BENCH   := gnuplot-nox libdnnl-dev libopenblas0-pthread wrk apache2-utils # a plot, products to compare with, load
+DEBIAN_PLOT    := gnuplot-nox
+DEBIAN_BENCH   := $(DEBIAN_PLOT) libdnnl-dev libopenblas0-pthread wrk apache2-utils # a plot, products to compare with, load
 DEBIAN_TEST    := git g++ pkgconf clang libclang-rt-dev libcriterion-dev xz-utils curl redis-tools systemd
 DEBIAN_DEB     := debhelper dpkg-dev lintian
 
@@ -70,13 +71,15 @@ endef
 
 deps: need-build need-python ## install what builds of the programs and the converter need
 
-.PHONY: need-library need-build need-python need-bench need-test
+.PHONY: need-library need-build need-python need-plot need-bench need-test
 need-library:
 	$(call need,$(DEBIAN_LIBRARY))
 need-build:
 	$(call need,$(DEBIAN_BUILD))
 need-python:
 	$(call need,$(DEBIAN_PYTHON))
+need-plot:
+	$(call need,$(DEBIAN_PLOT))
 need-bench: need-build
 	$(call need,$(DEBIAN_BENCH))
 need-test: need-build need-python
@@ -256,7 +259,7 @@ test-c: need-test $(C_TESTS) ## the C tests alone
 	@tests/run.sh $(patsubst %,"% --tap",$(C_TESTS))
 
 .PHONY: soak
-soak: need-test need-bench $(VENV_TEST) qemb qemb-serve ## SOAK_S=seconds (600) of good and hostile traffic with faults, an account of every request (SOAK_FLAGS=--publish: into docs/reliability.md)
+soak: need-test need-plot $(VENV_TEST) qemb qemb-serve ## SOAK_S=seconds (600) of good and hostile traffic with faults, an account of every request (SOAK_FLAGS=--publish: into docs/reliability.md)
 	$(VENV)/bin/python tests/soak/soak.py --seconds $(or $(SOAK_S),600) $(SOAK_FLAGS)
 
 fuzz: need-test $(FUZZ_BINS) ## fuzz for FUZZ_SECONDS (600) each, keeping the corpus under build/corpus

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 MIB = 1 << 20
 children = []  # the processes of the soak, for end_children
@@ -33,6 +34,11 @@ def end_children():
         if p.poll() is None:
             p.kill()  # also one that is stopped
             p.wait()
+
+
+def is_sanitized(program):
+    binary = Path(program).read_bytes()
+    return b"__asan_init" in binary or b"__tsan_init" in binary
 
 
 class Redis:
@@ -120,6 +126,7 @@ class Server:
         self.model = str(folder / f"{name}.qemb")
         shutil.copy(model, self.model)
         self.log, self.clock = Log(folder / f"{name}.log", piped), None
+        self.sanitized = is_sanitized(program)
         self.args = [program, "-m", self.model, "--port", "0", "--threads", "1",
                      "--receive-timeout", str(self.patience), "--drain", "10", "--cache", "1",
                      "--deadline", "30", "--max-connections", "200", *args]
@@ -373,7 +380,9 @@ def redis_impostor(redis, rng):
 
 def faults_of(server, redis, manual):
     """[(name, context)] that this server can be exposed to."""
-    of_server = [memory, descriptors, stopped, flood, held_log if server.log.thread else full_disk]
+    # A sanitizer ends the process that it cannot give memory.
+    of_server = [] if server.sanitized else [memory]
+    of_server += [descriptors, stopped, flood, held_log if server.log.thread else full_disk]
     of_server += [clock] if server.clock else []
     of_server += [reload] if "SIGHUP" in manual else []
     of_server += [signals] if "SIGUSR1" in manual else []

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from account import Account, Samples
-from faults import Redis, Server, end_children, inject
+from faults import Redis, Server, end_children, inject, is_sanitized
 from pipe import pipe_client
 from report import plot, publish, table
 from traffic import (GUARD, Client, Oracle, Reader, last_request, make_texts, one, run_good,
@@ -50,7 +50,7 @@ def documented_codes():
 def build_clock(folder):
     """The library that moves a server's clock; None without a compiler, or if the server is built
     with a sanitizer, which must be loaded first."""
-    if b"__asan_init" in Path(SERVE).read_bytes() or not shutil.which("gcc"):
+    if is_sanitized(SERVE) or not shutil.which("gcc"):
         return None
     target = str(folder / "clock.so")
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", target, ROOT / "tests/soak/clock.c", "-ldl"],
