@@ -3,6 +3,7 @@
 
 #include "frontends/console.h"
 #include "frontends/encoding.h"
+#include "log.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -44,6 +45,7 @@ keys *keys_read(const char *path) {
     char line[KEY_MOST + 1];
     FILE *f = fopen(path, "re");
     if (!f) DIE(STATUS_USAGE, "%.128s: cannot open (%s)", path, strerror(errno));
+    log_if_readable("api-key-file", fileno(f));
     for (int got, first = 1; (got = read_line(f, line)) >= 0; first = 0) {
         const char *key = line;
         size_t n = (size_t)got;

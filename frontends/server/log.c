@@ -7,10 +7,20 @@
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 static atomic_ullong lost;
+
+void log_if_readable(const char *option, int fd) {
+    struct stat st;
+    if (!fstat(fd, &st) && st.st_mode & S_IROTH)
+        log_line("warning", "readable_secret",
+                 "\"option\":\"--%s\",\"reason\":\"every user of this machine can read the file "
+                 "(want chmod o-r)\"",
+                 option);
+}
 
 uint64_t log_lines_lost(void) { return atomic_load(&lost); }
 

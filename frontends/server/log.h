@@ -9,6 +9,8 @@
  * never blocks. */
 void log_line(const char *level, const char *event, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
+/* Warns if everybody may read the file of a secret that `option` names. */
+void log_if_readable(const char *option, int fd);
 /* The number of dropped lines. */
 uint64_t log_lines_lost(void);
 

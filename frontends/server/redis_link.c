@@ -23,7 +23,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #define PASSWORD_MOST 1024
@@ -34,13 +33,9 @@
  * end. */
 static char *read_password(const char *path) {
     char line[PASSWORD_MOST + 5];
-    struct stat st;
     FILE *f = fopen(path, "re");
     if (!f) DIE(STATUS_USAGE, "%.128s: cannot open (%s)", path, strerror(errno));
-    if (!fstat(fileno(f), &st) && st.st_mode & S_IROTH)
-        log_line("warning", "readable_password",
-                 "\"option\":\"--redis-password-file\",\"reason\":\"every user of this machine "
-                 "can read it (want chmod o-r)\"");
+    log_if_readable("redis-password-file", fileno(f));
     const size_t got = fread(line, 1, sizeof line - 1, f);
     const int failed = ferror(f);
     fclose(f);

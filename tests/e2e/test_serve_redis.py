@@ -494,14 +494,15 @@ def test_options_that_are_refused(tmp_path):
         assert b"hunter2" not in p.stderr
 
 
-def test_a_password_that_all_can_read_is_said(fake, tmp_path):
-    path = write(tmp_path / "password", "x")
+@pytest.mark.parametrize("option", ["--redis-password-file", "--api-key-file"])
+def test_a_secret_that_all_can_read_is_said(fake, tmp_path, option):
+    path = write(tmp_path / "secret", "x")
     path.chmod(0o644)
-    with server(*at(fake.port), *PATIENT, "--redis-password-file", path) as s:
-        assert "every user" in s.wait_log("readable_password")["reason"]
+    with server(*at(fake.port), *PATIENT, option, path) as s:
+        assert s.wait_log("readable_secret")["option"] == option
     path.chmod(0o640)
-    with server(*at(fake.port), *PATIENT, "--redis-password-file", path) as s:
-        assert not [e for e in s.log if e["event"] == "readable_password"]
+    with server(*at(fake.port), *PATIENT, option, path) as s:
+        assert not [e for e in s.log if e["event"] == "readable_secret"]
 
 
 def test_on_a_gpu_a_sample_may_differ_a_little(fake, monkeypatch):
