@@ -429,16 +429,33 @@ def read_merges(model):
     return ids
 
 
-ADDED_FLAGS = "single_word", "lstrip", "rstrip", "normalized"
+ADDED_FLAGS = "single_word", "lstrip", "rstrip"
+
+
+def check_late(text, name, early):
+    """Refuses a token that is "normalized", as add_tokens() makes them, if more than its text's
+    normal form decides where it is found: transformers looks for it behind NFC, in what the other
+    tokens (early) leave."""
+    o, what = "tokenizer.json", f"{name} normalized"
+    if not text.isascii():
+        refuse(o, f"{what}, with characters outside of ASCII", "true", "false")
+    for other in early:
+        if any(text[i:].startswith(other) or i and other.startswith(text[i:])
+               for i in range(len(text))):
+            refuse(o, f"{what}, which {show(other)} begins in", "true", "false")
 
 
 def read_added(tokens, first, vocab):
     """Returns the section added_tokens. Their ids are first .. vocab-1."""
     o, out, seen = "tokenizer.json", b"", set()
+    early = [t["content"] for t in tokens if not t["normalized"]]
     for t in sorted(tokens, key=lambda t: t["id"]):
         name, i, text = f"added token {show(t['content'])}", t["id"], t["content"].encode()
         for flag in ADDED_FLAGS:
             expect(o, f"{name} {flag}", t[flag], False)
+        expect(o, f"{name} normalized", t["normalized"], False, True)
+        if t["normalized"]:
+            check_late(t["content"], name, early)
         if type(i) is not int or not first <= i < vocab or i in seen:
             refuse(o, f"{name} id", show(i), f"one of its own, from {first} to {vocab - 1}")
         if not text or text in seen:
@@ -470,8 +487,8 @@ def read_eos(post, added):
 
 
 # merges and added: the sections; eos_id: appended to every text; ids: {token: id}, and those of
-# added tokens alone
-Tokenizer = namedtuple("Tokenizer", "merges added eos_id ids added_ids")
+# added tokens alone; late: those of which read_added has checked that they may be "normalized"
+Tokenizer = namedtuple("Tokenizer", "merges added eos_id ids added_ids late")
 
 
 def read_tokenizer(j, vocab):
@@ -498,7 +515,8 @@ def read_tokenizer(j, vocab):
         refuse(o, "tokens", 256 + len(merges), f"at most vocab_size, {vocab}")
     added_ids = {t["content"]: t["id"] for t in added}
     return Tokenizer(merges, read_added(added, 256 + len(merges), vocab),
-                     read_eos(j["post_processor"], added), model["vocab"] | added_ids, added_ids)
+                     read_eos(j["post_processor"], added), model["vocab"] | added_ids, added_ids,
+                     [t["content"] for t in added if t["normalized"]])
 
 
 # Classes of transformers that take tokenizer.json as it is.
@@ -548,6 +566,8 @@ def read_tokenizer_config(j, tokenizer, given):
         expect(o, f"{name} id in tokenizer.json", tokenizer.ids.get(t["content"]), int(i))
         for flag in ADDED_FLAGS:
             expect(o, f"{name} {flag}", t.get(flag, False), False)
+        late = t["content"] in tokenizer.late
+        expect(o, f"{name} normalized", t.get("normalized", not t.get("special")), late)
     expect(o, "truncation_side", j.get("truncation_side"), None, "right")
     read_special_tokens(j, o, tokenizer)
     end = end["content"] if isinstance(end, dict) else end
@@ -926,7 +946,7 @@ def gguf_tokenizer(meta, o):
     expect(o, "numbers of tokens and types", len(kinds), len(tokens))
     for token, kind in zip(tokens, kinds):  # normal, control, user-defined, unused
         expect(o, f"type of the token {show(token)}", kind, 1, 3, 4, 5)
-    flags = dict.fromkeys(ADDED_FLAGS, False)
+    flags = dict.fromkeys([*ADDED_FLAGS, "normalized"], False)
     level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
     return {"model": {"type": "BPE", "merges": ggml["merges"], "vocab": {
@@ -1515,6 +1535,10 @@ def read_directory(args, folder, source):
     if kind == "embedding" and not args.pooling:
         pooling = parse(folder, POOLING, read_pooling)
     notes = []
+    if tokenizer.late:
+        notes.append(f"added tokens such as {show(tokenizer.late[0])} are found before NFC, and by "
+                     "transformers behind it: other ids where NFC changes the text of one, as a "
+                     "combining mark behind it may")
     if kind == "embedding" and modules and not {"Normalize", "FlexibleQuantizer"} & {*modules}:
         notes.append("modules.json has no Normalize: vectors in sentence-transformers have any "
                      "length, here length 1")

@@ -2087,7 +2087,7 @@ TOKENIZER_REFUSED = {
     "lstrip": (setting(*FIRST, "lstrip", True), '"<|endoftext|>" lstrip (got true, want false)'),
     "rstrip": (setting(*FIRST, "rstrip", True), "rstrip (got true"),
     "single word": (setting(*FIRST, "single_word", True), "single_word (got true"),
-    "normalized": (setting(*FIRST, "normalized", True), "normalized (got true"),
+    "normalized": (setting(*FIRST, "normalized", 1.5), "normalized (got 1.5, want false or true"),
     "id of a merge": (setting("added_tokens", 1, "id", 257), '"<think>" id (got 257'),
     "id beyond the table": (setting("added_tokens", 2, "id", 300),
                             "id (got 300, want one of its own, from 260 to 299)"),

@@ -164,6 +164,43 @@ def test_refuses_tokens_only_in_added_tokens_json(folder, tokens, words):
     hf.save_json(folder / ADDED_TOKENS, {hf.EOS: 260} | tokens)
     assert refused(folder).startswith(f"{ADDED_TOKENS}: {words}")
 
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+LATE = ('added tokens such as "<new>" are found before NFC, and by transformers behind it: other '
+        "ids where NFC changes the text of one, as a combining mark behind it may\n")
+
+
+def late_token(folder, text):
+    edit(folder / "tokenizer.json", lambda j: j["added_tokens"].append(
+        FLAGS | {"id": 263, "content": text, "normalized": True, "special": False}))
+
+
+def test_tokens_of_add_tokens(folder):
+    """transformers' add_tokens() makes a token "normalized" unless it is told otherwise."""
+    late_token(folder, "<new>")
+    hf.save_json(folder / TOKENIZER, {"added_tokens_decoder": {
+        "263": FLAGS | {"content": "<new>", "normalized": True}}})
+    q = convert(folder)
+    assert q.added[-1] == (263, "<new>") and "note: " + LATE in q.provenance
+    p = subprocess.run([QEMB, "tokenize", "-m", "out.qemb"], input=b"a<new>b", capture_output=True)
+    assert json.loads(stdout_of(p)) == [64, 263, 65, 260]
+    edit(folder / TOKENIZER, setting("added_tokens_decoder", "263", "normalized", False))
+    assert refused(folder, "--out", "out.qemb").startswith(
+        f'{TOKENIZER}: added_tokens_decoder: "<new>" normalized (got false, want true)')
+
+
+@pytest.mark.parametrize("text,words", [
+    ("<néw>", "with characters outside of ASCII"), ("x<think>", 'which "<think>" begins in'),
+    ("<thi", ""), ("new<", 'which "<|endoftext|>" begins in'),
+    ("<think>x", 'which "<think>" begins in')])
+def test_refuses_tokens_that_depend_on_the_order(folder, text, words):
+    """transformers looks for these in what the others leave of a text."""
+    late_token(folder, text)
+    if not words:
+        assert convert(folder).added[-1] == (263, text)
+        return
+    assert refused(folder).startswith(
+        f"tokenizer.json: added token {json.dumps(text)} normalized, {words}")
+
 
 # ---- what is accepted --------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ def save_base(folder):
     hf.save_sentence_transformers(folder, SHAPE["hidden"])
     hf.save_json(folder / "tokenizer_config.json", {
         "eos_token": hf.EOS, "model_max_length": 64, "tokenizer_class": "Qwen2Tokenizer",
-        "added_tokens_decoder": {"261": {"content": "<think>"}}})
+        "added_tokens_decoder": {"261": {"content": "<think>", "normalized": False}}})
     hf.save_json(folder / "sentence_bert_config.json", {"max_seq_length": 32})
     hf.save_json(folder / "added_tokens.json", {"<think>": 261})
     hf.save_json(folder / "special_tokens_map.json", {"eos_token": hf.EOS})
