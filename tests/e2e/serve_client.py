@@ -68,10 +68,11 @@ PATIENT = ("--deadline", "600", "--receive-timeout", "600")  # long enough for a
 
 
 class Server:
-    def __init__(self, *args, model=MODEL, wait="ready", program=SERVE):
+    def __init__(self, *args, model=MODEL, wait="ready", program=None):
         self.log, self.raw, self.changed = [], [], threading.Condition()
         self.process = subprocess.Popen(
-            [program, "-m", model, "--port", "0", "--threads", "1", *PATIENT, *map(str, args)],
+            [program or SERVE, "-m", model, "--port", "0", "--threads", "1", *PATIENT,
+             *map(str, args)],
             stderr=subprocess.PIPE,
         )
         self.reader = threading.Thread(target=self.read, daemon=True)
