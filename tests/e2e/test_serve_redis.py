@@ -14,6 +14,7 @@ import struct
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import serve_client
@@ -444,6 +445,8 @@ def certificates(tmp_path_factory):
     return d
 
 
+@pytest.mark.skipif(b"__tsan_init" in Path(SERVE).read_bytes(),
+                    reason="the thread sanitizer does not see OpenSSL's atomics")
 def test_tls(certificates, tmp_path):
     d, port = certificates, free_port()
     password = ("--redis-password-file", write(tmp_path / "password", "secret\n"))
