@@ -62,8 +62,10 @@ void say(const char *fmt, ...) {
 void say_progress(const char *text) {
     char line[256];
     if (!atomic_exchange(&progress_shown, *text != 0) && !*text) return;
-    snprintf(line, sizeof line, WIPE "%s", text);
-    write_stderr(line, strlen(line));
+    const int start = snprintf(line, sizeof line, WIPE);
+    snprintf(line + start, sizeof line - (size_t)start, "%s", text);
+    const char *end = put_printable(line + start, line + start, strlen(line + start));
+    write_stderr(line, (size_t)(end - line));
 }
 
 void console_error_status(int status) { error_status = status; }

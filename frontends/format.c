@@ -173,6 +173,12 @@ char *format_json_string(char *p, const char *text, size_t n) {
             memcpy(p, "\\ufffd", 6);
             p += 6;
             s++;
+        } else if (*s == 0xc2 && s[1] < 0xa0) { /* a control character, to some terminals */
+            memcpy(p, "\\u00", 4);
+            p[4] = hex[s[1] >> 4];
+            p[5] = hex[s[1] & 15];
+            p += 6;
+            s += 2;
         } else if (len > 1) {
             memcpy(p, s, len);
             p += len;

@@ -50,7 +50,8 @@ char *format_float(char *p, float x);
 #define FORMAT_UINT_ROOM 24
 char *format_uint(char *p, uint64_t x);
 
-/* Writes s (n) as a JSON string with its quotes. Room 6 n + 2. Invalid UTF-8 becomes U+FFFD. */
+/* Writes s (n) as a JSON string with its quotes. Room 6 n + 2. Invalid UTF-8 becomes U+FFFD; every
+ * control character, U+007F to U+009F too, is escaped. */
 char *format_json_string(char *p, const char *s, size_t n);
 
 /* Writes base64 with padding (RFC 4648). Room (n + 2) / 3 * 4. */

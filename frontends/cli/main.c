@@ -408,18 +408,22 @@ static void print_hex(const uint8_t *b, int n) {
     for (int i = 0; i < n; i++) printf("%02x", b[i]);
 }
 
-/* Prints the provenance lines, indented, as put_printable makes them. */
+/* Prints s (n) as put_printable makes it. */
+static void print_printable(const char *s, size_t n) {
+    char *line = need(malloc(n + 1));
+    fwrite(line, 1, (size_t)(put_printable(line, s, n) - line), stdout);
+    free(line);
+}
+
+/* Prints the provenance lines, indented. */
 static void print_provenance(const qemb_file *f) {
     const char *s = f->provenance, *end = s + f->provenance_bytes;
     for (const char *stop; s < end; s = stop + 1) {
         stop = memchr(s, '\n', (size_t)(end - s));
         if (!stop) stop = end;
-        char *line = need(malloc((size_t)(stop - s) + 1));
-        char *line_end = put_printable(line, s, (size_t)(stop - s));
-        *line_end++ = '\n';
         fputs("  ", stdout);
-        fwrite(line, 1, (size_t)(line_end - line), stdout);
-        free(line);
+        print_printable(s, (size_t)(stop - s));
+        putchar('\n');
     }
 }
 
@@ -496,7 +500,9 @@ static int verify(const qemb_file *f, const char *path) {
 
 static int info(const options *o) {
     qemb_file *f = open_weights(o->model.model);
-    printf("file             %s (%.1f MiB)\n", o->model.model, mib(f->map_bytes));
+    printf("file             ");
+    print_printable(o->model.model, strlen(o->model.model));
+    printf(" (%.1f MiB)\n", mib(f->map_bytes));
     print_config(f);
     printf("table            %s, on this machine\n", o->model.ops->name);
     for (int i = 0; i < f->n_prompts; i++) {

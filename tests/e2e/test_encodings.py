@@ -1,7 +1,8 @@
-"""Byte order marks and UTF-16, in every text that is read."""
+"""Byte order marks and UTF-16, in every text that is read; control characters in messages."""
 import gzip
 import http.client
 import json
+import re
 import subprocess
 
 import pytest
@@ -78,6 +79,50 @@ def test_nul_bytes_are_not_utf16():
     assert len(stdout_of(qemb("-0", "--dim", 1, data=b"a\0b\0c\0d\0")).splitlines()) == 4
     assert len(stdout_of(qemb("--dim", 1, data=b"a\0bc\0d\n")).splitlines()) == 1
     assert len(stdout_of(qemb("--dim", 1, data=b"a\0\nbc\n")).splitlines()) == 2
+
+
+# ---- control characters ------------------------------------------------------------------------
+
+CONTROLS = "\x1b[2J\x9b31m\x7f\x85"  # what a terminal might execute
+
+
+def is_clean(said):
+    return not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", said.decode())
+
+
+@pytest.mark.parametrize("args, status", [
+    (("-m", f"no{CONTROLS}such.qemb"), 2), ((f"--{CONTROLS}",), 1), (("-m", SMALL, CONTROLS), 1),
+    (("-m", SMALL, "--prompt", CONTROLS), 2), (("-m", SMALL, "--dim", CONTROLS), 1),
+    (("-m", SMALL, "--output", CONTROLS), 1), (("info", "-m", CONTROLS), 2),
+    (("grep", "-m", SMALL, "a", CONTROLS), 2), (("shards", "-m", SMALL, "--out", CONTROLS), 1)])
+def test_messages_have_no_control_characters(args, status, tmp_path):
+    p = qemb(*args, model=(), cwd=tmp_path)
+    assert p.returncode == status and p.stderr and is_clean(p.stderr), p.stderr
+
+
+def test_info_shows_no_control_characters(tmp_path):
+    path = tmp_path / f"a{CONTROLS}.qemb"
+    path.symlink_to(SMALL)
+    got = stdout_of(qemb("info", model=("-m", path)))
+    assert is_clean(got) and b"a?[2J?31m??.qemb" in got
+
+
+def test_errors_of_records_have_no_control_characters():
+    key = json.dumps({CONTROLS: 1}, ensure_ascii=False).encode()
+    for args in (("--output", "jsonl"), ("--on-error", "skip")):
+        p = qemb("--input", "jsonl", *args, data=key.replace(b"\x1b", b"\\u001b"))
+        assert p.returncode == 3 and is_clean(p.stdout.replace(b"\n", b"")) and is_clean(p.stderr)
+
+
+def test_the_server_says_no_control_characters():
+    with server("--name", "a" + CONTROLS) as s:
+        assert is_clean(s.request("GET", "/v1/models").body)
+        got = s.post({"model": CONTROLS, "input": "a", CONTROLS: 1})
+        assert got.status == 404 and is_clean(got.body)
+        assert is_clean(s.post({"input": "a", "encoding_format": CONTROLS}).body)
+    p = subprocess.run([SERVE, "-m", f"no{CONTROLS}.qemb", "--port", "0"], capture_output=True,
+                       timeout=GUARD)
+    assert p.returncode == 2 and is_clean(p.stderr), p.stderr
 
 
 # ---- the server --------------------------------------------------------------------------------

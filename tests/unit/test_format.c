@@ -222,6 +222,7 @@ Test(format_json_string, utf8_stays_and_anything_else_is_replaced) {
     } cases[] = {
         {"h\xc3\xa9 \xe4\xb8\xad \xf0\x9f\x98\x80", "\"h\xc3\xa9 \xe4\xb8\xad \xf0\x9f\x98\x80\""},
         {"\"\\\n\t\x01\x7f", "\"\\\"\\\\\\n\\t\\u0001\\u007f\""},
+        {"\xc2\x80\xc2\x9b[2J\xc2\x9f\xc2\xa0", "\"\\u0080\\u009b[2J\\u009f\xc2\xa0\""},
         {"a\xff"
          "b",
          "\"a\\ufffdb\""},
