@@ -179,11 +179,12 @@ static input_status take(input *in, size_t stop, size_t next, input_record *r) {
     return INPUT_RECORD;
 }
 
-/* Looks at the first bytes, up to a separator or the end at least: drops a byte order mark, and
- * refuses UTF-16. Of records that end with NUL, a mark alone tells that. */
-static void start_text(input *in) {
+/* Looks at the n bytes of the first record with its separator, or at the first ones of a long
+ * record: what has arrived behind it does not count. Drops a byte order mark, and refuses UTF-16.
+ * Of records that end with NUL, a mark alone tells that. */
+static void start_text(input *in, size_t n) {
     const char *s = in->data + in->begin;
-    const size_t n = in->end - in->begin, mark = utf8_mark(s, n);
+    const size_t mark = utf8_mark(s, n);
     in->started = 1;
     if (utf16_mark(s, n) || (in->separator && looks_like_utf16(s, n))) {
         fail(in, UTF16_TEXT);
@@ -200,7 +201,8 @@ input_status input_next(input *in, int wait, input_record *r) {
         const char *from = in->data + in->scanned;
         const char *found = memchr(from, in->separator, in->end - in->scanned);
         if (!in->started && (found || in->ended || in->end - in->begin >= BUFFER_BYTES)) {
-            start_text(in);
+            start_text(in,
+                       found ? (size_t)(found + 1 - in->data) - in->begin : in->end - in->begin);
             continue;
         }
         if (found) {

@@ -1,10 +1,11 @@
 """JSON from hostile hands: NUL in names and behind numbers, ids byte for byte, lone surrogates, and
 memory that is refused while a record or a body is read."""
 import json
+import os
 import subprocess
 
 import pytest
-from helpers import GUARD, QEMB, SMALL, stdout_of
+from helpers import GUARD, QEMB, SMALL, is_sanitized, stdout_of
 from serve_client import server
 
 RERANKER = SMALL.replace("small.qemb", "reranker.qemb")
@@ -100,3 +101,81 @@ def test_an_error_names_the_text():
                            (b'{"input":[1\0]}', "(got 0x00, want , or ])")):
             got = s.post(body)
             assert got.status == 400 and says in got.json["error"]["message"], got.body
+
+
+# ---- memory that is refused --------------------------------------------------------------------
+
+# Refuses allocations of REFUSE_FROM bytes and more: jansson's own, or those of the program.
+REFUSE = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+static size_t from = (size_t)-1;
+static int refused(size_t n) { return n >= from ? errno = ENOMEM : 0; }
+#ifdef OF_JANSSON
+static void *limited(size_t n) { return refused(n) ? NULL : malloc(n); }
+#else
+void *__libc_malloc(size_t); void *__libc_realloc(void *, size_t);
+void *malloc(size_t n) { return refused(n) ? NULL : __libc_malloc(n); }
+void *realloc(void *p, size_t n) { return refused(n) ? NULL : __libc_realloc(p, n); }
+#endif
+__attribute__((constructor)) static void start(void) {
+    from = strtoull(getenv("REFUSE_FROM"), NULL, 10);
+#ifdef OF_JANSSON
+    void (*set)(void *(*)(size_t), void (*)(void *)) = dlsym(RTLD_DEFAULT, "json_set_alloc_funcs");
+    set(limited, free);
+#endif
+}
+"""
+
+
+@pytest.fixture(scope="module", params=["jansson", "program"])
+def refuse(request, tmp_path_factory):
+    """Returns the environment in which allocations of so many bytes and more are refused."""
+    if is_sanitized(QEMB):
+        pytest.skip("the sanitizer has an allocator of its own")
+    folder = tmp_path_factory.mktemp("refuse")
+    (folder / "refuse.c").write_text(REFUSE)
+    define = ["-DOF_JANSSON"] if request.param == "jansson" else []
+    subprocess.run(["cc", "-shared", "-fPIC", *define, folder / "refuse.c", "-o",
+                    folder / "refuse.so", "-ldl"], check=True)
+    return request.param, lambda n: {**os.environ, "LD_PRELOAD": str(folder / "refuse.so"),
+                                     "REFUSE_FROM": str(n)}
+
+
+LONG = [b'{"id":1,"text":"%s"}' % (b"ab c " * 800000), b'{"id":1,"text":"%s"}' % (b"\\n" * 1500000),
+        b'{"id":1,"ids":[%s1]}' % (b"1," * 400000), b'{"id":"%s","text":7}' % (b"i" * 3000000),
+        b'{"id":%s1,"text":7}' % (b"1" * 3000000), b'{"%s":1}' % (b"k" * 3000000)]
+
+
+@pytest.mark.parametrize("n", [16, 100, 2000, 300000, 2500000])
+def test_a_record_without_memory_costs_itself_alone(refuse, n):
+    what, environment = refuse
+    if what == "program" and n < 2500000:
+        pytest.skip("the model itself needs more")
+    short = b'{"id":7,"text":"a"}'
+    data = b"\n".join(x for line in LONG for x in (line, short))
+    p = qemb("-m", SMALL, "--truncate", "--dim", "2", "--input", "jsonl", "--output", "jsonl",
+             data=data, env=environment(n))
+    assert p.returncode == 3, p.stderr
+    got = [json.loads(x, parse_int=str) for x in p.stdout.splitlines()]
+    assert len(got) == 2 * len(LONG)
+    codes = [g["error"]["code"] if "error" in g else None for g in got]
+    assert "out_of_memory" in codes[::2] and set(codes[::2]) <= {
+        "out_of_memory", "bad_record", None}
+    assert set(codes[1::2]) == ({"out_of_memory"} if n < 200 else {None})
+
+
+def test_a_request_without_memory_costs_itself_alone(refuse, monkeypatch):
+    _, environment = refuse
+    for name, value in environment(2500000).items():
+        monkeypatch.setenv(name, value)
+    body = b'{"truncate":true,"input":["%s"]}' % (b"ab c " * 600000)
+    with server() as s:
+        want = s.post({"input": "a"})
+        assert want.status == 200
+        for _ in range(3):
+            got = s.post(body)
+            assert got.status == 503 and got.json["error"]["code"] == "out_of_memory", got.body
+            assert s.post({"input": "a"}).json["data"] == want.json["data"]

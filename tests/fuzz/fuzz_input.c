@@ -114,9 +114,13 @@ static void text_records(int fd, span text, span packed, span lengths) {
     input *whole = open_whole(fd, text);
     open_slow(&slow, packed, lengths);
     same_records(whole, &slow);
-    require(end_of(whole) == INPUT_END && end_of(slow.in) == INPUT_END);
-    require(input_bytes(whole) == text.n && input_bytes(slow.in) == text.n);
-    require(input_consumed(slow.in) == packed.n);
+    require(end_of(whole) == end_of(slow.in));
+    if (end_of(whole) == INPUT_FAILED) {
+        require(!strncmp(input_error(whole), "UTF-16", 6));
+    } else {
+        require(input_bytes(whole) == text.n && input_bytes(slow.in) == text.n);
+        require(input_consumed(slow.in) == packed.n);
+    }
     close_slow(&slow);
     input_free(whole);
 }
