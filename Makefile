@@ -262,6 +262,11 @@ test-c: need-test $(C_TESTS) ## the C tests alone
 soak: need-test need-plot $(VENV_TEST) qemb qemb-serve ## SOAK_S=seconds (600) of good and hostile traffic with faults, an account of every request (SOAK_FLAGS=--publish: into docs/reliability.md)
 	$(VENV)/bin/python tests/soak/soak.py --seconds $(or $(SOAK_S),600) $(SOAK_FLAGS)
 
+.PHONY: faults
+faults: need-test $(VENV_TEST) $(EMULATED_GPU) ## every call for memory, maps, threads and files fails once, in each program: some 2,000 runs
+	@$(SUBMAKE) qemb qemb-serve build/lib/libqemb.so
+	@tests/run.sh "FAULTS=all $(VENV)/bin/pytest -q -rs tests/e2e/test_faults.py"
+
 fuzz: need-test $(FUZZ_BINS) ## fuzz for FUZZ_SECONDS (600) each, keeping the corpus under build/corpus
 	for f in $(FUZZERS); do mkdir -p build/corpus/$$f && \
 	  build/fuzz/fuzz_$$f -max_total_time=$(or $(FUZZ_SECONDS),600) build/corpus/$$f || exit 1; done

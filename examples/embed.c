@@ -25,7 +25,10 @@ int main(int argc, char **argv) {
 
     const int dim = qemb_embedder_dim(e);
     float *query = (float *)malloc(2 * (size_t)dim * sizeof *query), *document = query + dim;
-    if (!query) return 1;
+    if (!query) {
+        fprintf(stderr, "embed: out of memory\n");
+        return 1;
+    }
     const char *prompt = qemb_embedder_prompt(e, "query"); /* documents have no prompt */
     if (qemb_embed_text(e, prompt, argv[2], strlen(argv[2]), query, dim, &err)) die(&err);
 

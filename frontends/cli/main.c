@@ -316,6 +316,8 @@ static void check_query(record_tokenizer *t, const char *query) {
     t->truncate = truncate;
     if (bad && truncate && !strcmp(err.code, "query_too_long"))
         say("--query: %s: it is cut, and no document is read", err.msg);
+    else if (bad && !strcmp(err.code, "out_of_memory"))
+        DIE(STATUS_MODEL, "--query: %s", err.msg);
     else if (bad)
         usage("--query: %s", err.msg);
 }
