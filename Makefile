@@ -267,9 +267,10 @@ faults: need-test $(VENV_TEST) $(EMULATED_GPU) ## every call for memory, maps, t
 	@$(SUBMAKE) qemb qemb-serve build/lib/libqemb.so
 	@tests/run.sh "FAULTS=all $(VENV)/bin/pytest -q -rs tests/e2e/test_faults.py"
 
-fuzz: need-test $(FUZZ_BINS) ## fuzz for FUZZ_SECONDS (600) each, keeping the corpus under build/corpus
+fuzz: need-test $(FUZZ_BINS) $(VENV)/.convert qemb ## fuzz every parser for FUZZ_S seconds (600), keeping the corpus under build/corpus
 	for f in $(FUZZERS); do mkdir -p build/corpus/$$f && \
-	  build/fuzz/fuzz_$$f -max_total_time=$(or $(FUZZ_SECONDS),600) build/corpus/$$f || exit 1; done
+	  build/fuzz/fuzz_$$f -max_total_time=$(or $(FUZZ_S),600) build/corpus/$$f || exit 1; done
+	$(VENV)/bin/python tests/fuzz/fuzz_convert.py $(or $(FUZZ_S),600)
 
 # $(call torch,FILE): the packages that FILE names, beside the converter's, in an environment with torch
 torch = $(call venv,$(GOLDEN)); $(GOLDEN)/bin/pip install -q --disable-pip-version-check $(CONVERT_NEEDS) -r tests/requirements-golden.txt $(1)
