@@ -466,6 +466,50 @@ Test(compressed, a_watch_sees_the_bytes_of_the_file) {
     }
 }
 
+/* ---- how a text begins ----------------------------------------------------------------------- */
+
+/* A mark is dropped and UTF-16 is refused, in whatever two pieces the bytes arrive. */
+Test(records, marks_in_any_two_pieces) {
+    static const struct {
+        const char *bytes;
+        size_t n;
+        const char *first; /* record; NULL: refused */
+        char separator;
+        uint64_t offset;
+    } cases[] = {
+        {"\xef\xbb\xbfone\ntwo", 10, "one", '\n', 3},
+        {"\xef\xbb\xbf\ntwo", 7, "", '\n', 3},
+        {"\xef\xbb\xbfone\0two", 10, "one", 0, 3},
+        {"\xef\xbb\xbf\xef\xbb\xbf\ntwo", 10, "\xef\xbb\xbf", '\n', 3},
+        {"\xef\xbbone\ntwo", 9, "\xef\xbbone", '\n', 0},
+        {"\xff\xfeo\0n\0\n\0", 8, NULL, '\n', 0},
+        {"\xfe\xff\0o\0n\0\n", 8, NULL, 0, 0},
+        {"o\0n\0e\0\n\0", 8, NULL, '\n', 0},
+        {"\0o\0n\0e\0\n", 8, NULL, '\n', 0},
+        {"o\0n\0e\0\n\0", 8, "o", 0, 0},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (size_t cut = 0; cut <= cases[i].n; cut++) {
+            fixture f = open_input(cases[i].separator);
+            input_record r;
+            feed(&f, cases[i].bytes, cut);
+            input_status s = cut ? input_next(f.input, 0, &r) : INPUT_WAIT;
+            if (s == INPUT_WAIT) {
+                feed(&f, cases[i].bytes + cut, cases[i].n - cut);
+                end(&f);
+                s = input_next(f.input, 1, &r);
+            }
+            const char *first = cases[i].first;
+            cr_expect(s == (first ? INPUT_RECORD : INPUT_FAILED), "%zu at %zu: %d", i, cut, s);
+            if (first && s == INPUT_RECORD)
+                cr_expect(r.len == strlen(first) && !memcmp(r.text, first, r.len) &&
+                              r.offset == cases[i].offset,
+                          "%zu at %zu: %.*s", i, cut, (int)r.len, r.text);
+            if (!first) cr_expect(!strncmp(input_error(f.input), "UTF-16", 6));
+            close_input(&f);
+        }
+}
+
 /* ---- objects --------------------------------------------------------------------------------- */
 
 #define VOCAB  100
