@@ -783,7 +783,8 @@ def test_dev_full(kind):
             data=b"x\n",
             stdout=full,
             status=4,
-            errors=r"^qemb: standard output: cannot write \(No space left on device\)\n$",
+            errors=r"^qemb: standard output: cannot write \(No space left on device\); "
+                   r"0 rows are whole, the first 0 bytes\n$",
         )
     for args in (("--help",), ("info",), ("plan",), ("tokenize",), ("check",)):
         with open("/dev/full", "wb") as full:
