@@ -454,7 +454,9 @@ def test_health_does_not_wait_behind_requests():
     with server("--max-queue", 1 << 28) as s:
         text = "今天天气很好，我们去公园散步吧。" * 60000
         body = post(json.dumps({"input": [text]}, ensure_ascii=False).encode(), path="/tokenize")
-        busy, n = [connect(s, body) for _ in range(10)], 0
+        busy, n = [connect(s, body[:-1]) for _ in range(10)], 0
+        for k in busy:  # the work of all begins now
+            k.sendall(body[-1:])
         sent = time.monotonic()
         answered = lambda: len(select.select(busy, [], [], 0)[0])
         while answered() < len(busy) - 1:  # both threads of the pool are at work
