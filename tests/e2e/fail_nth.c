@@ -2,7 +2,8 @@
  *
  * FAIL_NTH names a file of three u64, which the test maps, too: calls so far, the number of the
  * first call to fail (from 1 on; 0: none), and how many fail from there on. FAIL_KINDS is the sum
- * of the kinds that count. Calls that libcrypto and the loader make for themselves do not count.
+ * of the kinds that count. Calls of libcrypto and the loader do not count, nor those of
+ * libstdc++, by which the emulated GPU has its memory.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -30,9 +31,11 @@ static struct {
 } skipped[16];
 static int n_skipped;
 
-/* What dlsym allocates before there is a malloc to call. */
-static char early[1 << 16] __attribute__((aligned(64)));
+/* What is allocated before this library has been started, and by dlsym while it looks for malloc: a
+ * sanitizer's own start calls malloc before its malloc can be called. */
+static char early[1 << 20] __attribute__((aligned(64)));
 static size_t early_used;
+static int started;
 
 static void *early_alloc(size_t n) {
     const size_t at = early_used;
@@ -44,7 +47,7 @@ static void *early_alloc(size_t n) {
 #define IS_EARLY(p) ((char *)(p) >= early && (char *)(p) < early + sizeof early)
 
 static void *next(const char *name) {
-    static __thread int inside;
+    static int inside;
     if (inside) return NULL;
     inside = 1;
     void *p = dlsym(RTLD_NEXT, name);
@@ -52,14 +55,20 @@ static void *next(const char *name) {
     return p;
 }
 
-/* real = the next function of that name; result is returned if there is none yet. */
+/* real = the next function of that name, or NULL */
 #define REAL(name)                                                                                 \
     static __typeof__(name) *real;                                                                 \
     if (!real) real = (__typeof__(name) *)(uintptr_t)next(#name)
+#define REAL_MEMORY(name)                                                                          \
+    static __typeof__(name) *real;                                                                 \
+    if (!real && started) real = (__typeof__(name) *)(uintptr_t)next(#name)
 
 static int skip_object(struct dl_phdr_info *info, size_t size, void *arg) {
     (void)size, (void)arg;
-    if (!strstr(info->dlpi_name, "libcrypto") && !strstr(info->dlpi_name, "ld-linux")) return 0;
+    static const char *const names[] = {"libcrypto", "ld-linux", "libstdc++"};
+    int skip = 0;
+    for (int i = 0; i < 3; i++) skip |= strstr(info->dlpi_name, names[i]) != NULL;
+    if (!skip) return 0;
     for (int i = 0; i < info->dlpi_phnum && n_skipped < 16; i++) {
         const ElfW(Phdr) *h = &info->dlpi_phdr[i];
         if (h->p_type != PT_LOAD || !(h->p_flags & PF_X)) continue;
@@ -72,6 +81,7 @@ static int skip_object(struct dl_phdr_info *info, size_t size, void *arg) {
 __attribute__((constructor)) static void start(void) {
     const char *path = getenv("FAIL_NTH"), *k = getenv("FAIL_KINDS");
     kinds = k ? strtoul(k, NULL, 10) : MEMORY | MAP | THREAD | FILES;
+    started = 1;
     dl_iterate_phdr(skip_object, NULL);
     const int fd = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
     if (fd < 0) return;
@@ -96,37 +106,41 @@ static int fails(unsigned kind, const void *caller) {
 
 void *malloc(size_t n) {
     FAIL(MEMORY, ENOMEM, NULL)
-    REAL(malloc);
+    REAL_MEMORY(malloc);
     return real ? real(n) : early_alloc(n);
 }
 
 void *calloc(size_t a, size_t b) {
     FAIL(MEMORY, ENOMEM, NULL)
-    REAL(calloc);
+    REAL_MEMORY(calloc);
     return real ? real(a, b) : early_alloc(a * b);
 }
 
 void *realloc(void *p, size_t n) {
     FAIL(MEMORY, ENOMEM, NULL)
-    REAL(realloc);
-    return real(p, n);
+    REAL_MEMORY(realloc);
+    if (real && !IS_EARLY(p)) return real(p, n);
+    void *to = malloc(n);
+    if (p && to) memcpy(to, p, n); /* what is behind an early block is early, too, or zero */
+    return to;
 }
 
 void *aligned_alloc(size_t alignment, size_t n) {
     FAIL(MEMORY, ENOMEM, NULL)
-    REAL(aligned_alloc);
+    REAL_MEMORY(aligned_alloc);
     return real(alignment, n);
 }
 
 int posix_memalign(void **p, size_t alignment, size_t n) {
     FAIL(MEMORY, ENOMEM, ENOMEM)
-    REAL(posix_memalign);
+    REAL_MEMORY(posix_memalign);
     return real(p, alignment, n);
 }
 
 void free(void *p) {
-    REAL(free);
-    if (!IS_EARLY(p) && real) real(p);
+    if (IS_EARLY(p)) return; /* also what dlsym frees, while it looks for free */
+    REAL_MEMORY(free);
+    if (real) real(p);
 }
 
 void *mmap(void *at, size_t n, int prot, int flags, int fd, off_t offset) {

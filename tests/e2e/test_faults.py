@@ -110,6 +110,9 @@ def math_of(table):
 def check_end(p, good):
     """A run with a fault, beside the one without."""
     sane(p.returncode, p.stderr)
+    # 86: the emulator of a GPU, has no memory for itself.
+    if p.returncode == 86 and b"emu" in p.stderr:
+        return
     lines = p.stderr.decode().splitlines()
     assert all(line.startswith("qemb: ") for line in lines), lines
     if p.returncode == good.returncode:
