@@ -290,6 +290,18 @@ def server(*args):
             s.process.wait()
 
 
+def test_the_server_verifies_before_it_listens(tmp_path):
+    """A flipped bit of a matrix, which has no checksum of its own."""
+    model = bytearray((ROOT / "tests/fixtures/small.qemb").read_bytes())
+    model[int.from_bytes(model[4096 + 96 * 4 + 72 :][:8], "little")] ^= 1  # tok_emb
+    path = tmp_path / "bad.qemb"
+    path.write_bytes(model)
+    p = subprocess.run([SERVE, "-m", path, "--port", "0", "--verify"], capture_output=True,
+                       timeout=GUARD, check=False)
+    assert p.returncode == 2 and b"SHA-256: not what its writer recorded" in p.stderr
+    assert b"listening" not in p.stderr
+
+
 def test_a_call_of_a_starting_server_fails(library, tmp_path):
     """It ends with status 2 (1: it cannot listen) and a message, or serves."""
     faults, outcomes = Faults(library, tmp_path / "control"), {}
