@@ -229,10 +229,10 @@ CLANG_OBJ = $(patsubst %,build/clang/%.o,$(sort $(FRONT) $(SERVE) $(BACKEND) $(E
 test: need-test $(VENV_TEST) ## install what is missing, run the tests (C, also with sanitizers; fuzzers; the programs)
 	@echo "building"; $(SUBMAKE) test-programs
 	@tests/run.sh "tests/style.py --self-test" "tests/style.py" \
-	  $(patsubst %,"% --tap",$(C_TESTS)) \
-	  $(patsubst %,"% -runs=$(FUZZ_RUNS) -seed=1 -max_len=4096 -verbosity=0",$(FUZZ_BINS)) \
+	  $(SERVE_TESTS) \
 	  "$(VENV)/bin/pytest -q -rs tests/e2e $(SERVE_FILES:%=--ignore=%)" \
-	  $(SERVE_TESTS)
+	  $(patsubst %,"% --tap",$(C_TESTS)) \
+	  $(patsubst %,"% -runs=$(FUZZ_RUNS) -seed=1 -max_len=4096 -verbosity=0",$(FUZZ_BINS))
 
 test-sanitizers: need-test $(VENV_TEST) ## the programs again, built with sanitizers (addresses, undefined behaviour, threads)
 	@echo "building"; $(SUBMAKE) $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
@@ -244,7 +244,7 @@ test-sanitizers: need-test $(VENV_TEST) ## the programs again, built with saniti
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_shards.py -k '$(RACY_SHARDS)'"
 
 test-cuda: need-test ## the CUDA tests: emulated, compiled for each architecture, and on a GPU if there is one
-	@tests/run.sh "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) test-gpu-pack" "$(SUBMAKE) gpu-day PHASE=check"
+	@JOBS=1 tests/run.sh "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) test-gpu-pack" "$(SUBMAKE) gpu-day PHASE=check"
 
 .PHONY: test-programs test-sanitizers test-serve test-cuda
 test-programs: qemb qemb-serve build/lib/libqemb.a build/lib/libqemb.so build/release/qemb-bench build/release/qemb-emulated $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \

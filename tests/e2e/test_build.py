@@ -91,3 +91,16 @@ def test_locks_fulfil_what_is_wanted_and_have_digests(lock, wanted):
     for r in wanted:
         versions = locked[normal(r.name)]
         assert all(r.specifier.contains(v) for v in versions), (r, versions)
+
+
+@pytest.mark.parametrize("commands, line, status", [
+    (("true", "echo '3 tests, 0 failed'", "echo skipped: x"),
+     "4 passed, 0 failed, 1 skipped", 0),
+    (("true", "false"), "1 passed, 1 failed, 0 skipped", 1),
+    (("echo 2 failed, 5 passed in 1.0s; exit 1", "true"), "6 passed, 2 failed, 0 skipped", 1),
+    (("kill -9 $PPID",), "0 passed, 1 failed, 0 skipped", 1),  # what watches the command
+])
+def test_the_runner_of_tests_loses_no_failure(commands, line, status):
+    p = subprocess.run([ROOT / "tests/run.sh", *commands], capture_output=True, text=True,
+                       timeout=600, check=False)
+    assert p.stdout.splitlines()[-1] == line and p.returncode == status, p.stdout + p.stderr

@@ -19,4 +19,4 @@ $(WORLD:%=$(WORLD_VENV)/%/.done): $(WORLD_VENV)/%/.done: tests/world/%.txt tests
 	touch $@
 
 test-world: qemb qemb-serve build/lib/libqemb.a build/lib/libqemb.so $(patsubst %,$(WORLD_VENV)/%/.done,$(or $(SUITES),$(WORLD))) ## clients, stores, engines, packages: each started for real (installs them; SUITES="clients stores")
-	@tests/run.sh $(foreach s,$(or $(SUITES),$(WORLD)),"$(WORLD_VENV)/$(s)/bin/pytest -q -rs tests/world/test_$(s).py")
+	@JOBS=1 tests/run.sh $(foreach s,$(or $(SUITES),$(WORLD)),"$(WORLD_VENV)/$(s)/bin/pytest -q -rs tests/world/test_$(s).py")
