@@ -125,7 +125,9 @@ int verify_weights(uint8_t digest[SHA256_BYTES], const qemb_file *f, const char 
     if (!EVP_Digest(f->map + start, f->map_bytes - start, digest, NULL, EVP_sha256(), NULL))
         return qemb_fail(err, "out_of_memory", "libcrypto: no SHA-256");
     if (!memcmp(digest, f->sha256, SHA256_BYTES)) return 0;
-    return qemb_fail(err, "model_file", "%.128s: SHA-256: not what its writer recorded", path);
+    return qemb_fail(err, "model_file",
+                     "%.128s: SHA-256: not what its writer recorded; copy or convert it again",
+                     path);
 }
 
 int try_model_file(model_file *m, const model_options *o, qemb_err *err) {

@@ -55,10 +55,9 @@ FAULT(long_head, 431, "header_too_large", "header: too long (want at most 32768 
 FAULT(many_fields, 431, "header_too_large", "header: too many fields (want at most 100)");
 FAULT(folded, 400, "invalid_request", "header: a folded line (want each field on one line)");
 FAULT(bad_name, 400, "invalid_request", "header: a field without a name and a colon behind it");
-FAULT(repeated, 400, "invalid_request", "header: a field twice that may come once");
 FAULT(no_host, 400, "invalid_request", "Host: missing");
-FAULT(bad_length, 400, "invalid_request", "Content-Length: not a number");
-FAULT(two_framings, 400, "invalid_request", "body: framed twice (by length and by chunks)");
+FAULT(bad_length, 400, "invalid_request", "Content-Length: not a number (want digits alone)");
+FAULT(two_framings, 400, "invalid_request", "body: framed by length and by chunks (want one)");
 FAULT(chunks_in_10, 400, "invalid_request", "Transfer-Encoding: not in HTTP/1.0");
 FAULT(bad_coding, 400, "invalid_request", "Transfer-Encoding: it does not end in chunked");
 FAULT(other_coding, 501, "unsupported_coding", "Transfer-Encoding: not served (want chunked)");
@@ -119,15 +118,15 @@ static const http_fault *parse_line(http_head *h, char *line) {
 
 /* ---- fields ---------------------------------------------------------------------------------- */
 
+#define TWICE(name) {name, {400, "invalid_request", name ": twice (want it once)"}}
+
 /* Fields that decide what a request is: twice, two readers could take another one each. */
-static const char *const single[] = {"Host",
-                                     "Content-Length",
-                                     "Transfer-Encoding",
-                                     "Content-Type",
-                                     "Content-Encoding",
-                                     "Authorization",
-                                     "Expect",
-                                     NULL};
+static const struct {
+    const char *name;
+    http_fault fault;
+} single[] = {TWICE("Host"),         TWICE("Content-Length"),   TWICE("Transfer-Encoding"),
+              TWICE("Content-Type"), TWICE("Content-Encoding"), TWICE("Authorization"),
+              TWICE("Expect")};
 
 const char *http_field(const http_head *h, const char *name) {
     for (int i = 0; i < h->n; i++)
@@ -146,8 +145,8 @@ static const http_fault *parse_field(http_head *h, char *line) {
     while (is_blank(*value)) value++;
     while (end > value && is_blank(end[-1])) end--;
     *end = 0;
-    for (int i = 0; single[i]; i++)
-        if (!strcasecmp(line, single[i]) && http_field(h, line)) return &repeated;
+    for (size_t i = 0; i < sizeof single / sizeof *single; i++)
+        if (!strcasecmp(line, single[i].name) && http_field(h, line)) return &single[i].fault;
     h->fields[h->n].name = line;
     h->fields[h->n++].value = value;
     return NULL;

@@ -202,6 +202,21 @@ Test(http_parse, what_stands_before_a_fault_is_known) {
     cr_assert_null(http_field(&h, "Y"));
 }
 
+Test(http_parse, the_message_names_the_field_that_comes_twice) {
+    static const char *const names[] = {"Host",         "Content-Length",   "Transfer-Encoding",
+                                        "Content-Type", "Content-Encoding", "Authorization",
+                                        "Expect"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        char text[200], want[80];
+        http_head h;
+        const int n = sprintf(text, LINE "%s: 1\r\n%s: 1\r\n\r\n", names[i], names[i]);
+        const http_fault *fault = http_parse(&h, text, (size_t)n);
+        sprintf(want, "%s: twice (want it once)", names[i]);
+        cr_assert(fault);
+        cr_assert_str_eq(fault->why, want);
+    }
+}
+
 /* A head of n bytes: "GET /aa... HTTP/1.1", fields "X: bb...", and an end. */
 static size_t make(char *text, size_t target, int fields, size_t value) {
     char *p = text + sprintf(text, "GET /");
