@@ -15,7 +15,7 @@ static atomic_ullong lost;
 
 void log_if_readable(const char *option, int fd) {
     struct stat st;
-    if (!fstat(fd, &st) && st.st_mode & S_IROTH)
+    if (!fstat(fd, &st) && S_ISREG(st.st_mode) && st.st_mode & S_IROTH)
         log_line("warning", "readable_secret",
                  "\"option\":\"--%s\",\"reason\":\"every user of this machine can read the file "
                  "(want chmod o-r)\"",

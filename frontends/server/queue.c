@@ -229,15 +229,17 @@ static double rate_of(const queue *q, double now) {
 /* Tokens that are computed before a request of `own` tokens that comes now is done, without its
  * own. As requests take turns of `share` tokens, each of the others gives way when it has had as
  * many turns. What is being computed is a batch, or a text of more tokens, which lets others pass
- * (queue_take_between). */
-static long long tokens_before(const queue *q, long long own) {
+ * (queue_take_between); what is done of it by now, at that rate, counts no more. */
+static long long tokens_before(const queue *q, long long own, double now, double rate) {
     const long long turns = (own + q->share - 1) / q->share * q->share;
     const long long batch = own > q->batch_tokens ? own : q->batch_tokens;
     long long before = 0;
     for (const pending_request *t = q->oldest; t; t = t->live_next)
         before += t->waiting < turns ? t->waiting : turns;
     if (before > q->depth.tokens) before = q->depth.tokens; /* some texts are shared */
-    return before + (q->computing_tokens < batch ? q->computing_tokens : batch);
+    const double done = q->computing ? (now - q->since) * rate : 0;
+    const long long left = (long long)fmax((double)q->computing_tokens - done, 0);
+    return before + (left < batch ? left : batch);
 }
 
 static int whole_seconds(double s) { return s < 1 ? 1 : s > 60 ? 60 : (int)ceil(s); }
@@ -252,7 +254,7 @@ static int retry_after(const queue *q, double now) {
 static int is_in_time(const queue *q, const pending_request *t, long long own, queue_refusal *no) {
     const double now = seconds_now(), left = t->deadline - now, rate = rate_of(q, now);
     if (!(rate > 0) || !own) return 1;
-    const long long all = own + tokens_before(q, own);
+    const long long all = own + tokens_before(q, own, now, rate);
     if ((double)all / rate <= left) return 1;
     const int alone = (double)own / rate > left;
     *no = (queue_refusal){.why = alone ? QUEUE_LARGE : QUEUE_LATE,

@@ -427,6 +427,23 @@ Test(serve_queue, what_is_being_computed_counts) {
     client_free(a), client_free(b);
 }
 
+/* After the time that its batch takes, that counts no more, though it is not finished yet. */
+Test(serve_queue, what_is_done_by_now_counts_no_more) {
+    measure(0.2);
+    client *a = ASK('a', 60), *b = client_new('b', (int[]){8}, 1);
+    const int n = take("a0");
+    cr_expect_eq(submit_for(b, 1e-3), -1); /* sets the rate */
+    const double rate = no.rate;
+    pass(60 / rate);
+    int refused;
+    do refused = submit_for(b, 40 / rate);
+    while (refused && no.tokens == 8); /* the time passed before the queue looked */
+    cr_expect_eq(refused, 0, "%lld tokens", no.tokens);
+    queue_stop(q);
+    finish(n);
+    client_free(a), client_free(b);
+}
+
 /* A batch below a sixteenth of a full one tells nothing: its rate is that of reading weights. */
 Test(serve_queue, small_batches_are_no_measure) {
     client *a = ASK('a', 3), *b = client_new('b', (int[]){100}, 1);
