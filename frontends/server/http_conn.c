@@ -98,6 +98,8 @@ struct connections {
     char scratch[65536];    /* of the event thread */
 };
 
+static void listen_for(connections *cs, int accepting);
+
 /* ---- states ---------------------------------------------------------------------------------- */
 
 static void enter(conn *c, conn_state state) {
@@ -272,6 +274,7 @@ static int take_head(conn *c) {
     c->requests++;
     if (c->reserved && !r->malformed && r->route != ROUTE_HEALTH && r->route != ROUTE_METRICS) {
         enter(c, PARKED);
+        if (!c->cs->accepting) listen_for(c->cs, 1); /* it may have to make room */
         return 0;
     }
     return start_body(c);
@@ -404,6 +407,15 @@ static conn *oldest(const connections *cs, int (*which)(const conn *c)) {
     return found;
 }
 
+/* Whether the client of a connection within the limit has to act, or else loses it soon. */
+static int has_turn(const conn *c) { return !c->reserved && c->state != WORK; }
+
+static int number_of(const connections *cs, int (*which)(const conn *c)) {
+    int n = 0;
+    for (const conn *c = cs->open; c; c = c->next) n += which(c);
+    return n;
+}
+
 static void reap(conn *c) {
     metrics_add(c->cs->h->opt.metrics, COUNT_REAPED, 1);
     close_conn(c);
@@ -426,9 +438,12 @@ static void refuse(conn *c) {
     advance(c);
 }
 
-/* Makes room for a new connection. Returns 0 if there is none to be had. */
+/* Makes room for a new connection, which may ask for /health. If more requests are parked than can
+ * hope for room soon, since the others are computed, the oldest does not keep it waiting. Returns 0
+ * if there is no room to be had. */
 static int make_room(connections *cs) {
     conn *c = oldest(cs, may_go);
+    if (!c && number_of(cs, is_parked) > number_of(cs, has_turn)) c = oldest(cs, is_parked);
     if (c && c->state == PARKED)
         refuse(c);
     else if (c)

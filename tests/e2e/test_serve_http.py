@@ -430,6 +430,7 @@ def test_work_is_never_evicted():
 
 
 def test_more_wait_than_can():
+    """The oldest of them is refused as soon as its place is needed: /health may wait behind it."""
     with server(*BUSY, "--max-connections", 1) as s:
         slow = Slow(s, 20)
         s.wait_metric("qemb_queue_requests", lambda x: x == 1)
@@ -443,6 +444,7 @@ def test_more_wait_than_can():
         assert all(a.headers["retry-after"] == "1" for a in refused)
         assert {json.loads(a.body)["error"]["code"] for a in refused} == {"server_overloaded"}
         assert slow.wait().status == 200
+    assert min(e["ms"] for e in s.log if e.get("code") == "server_overloaded") < 1000
 
 
 # ---- the event thread ----------------------------------------------------------------------------
