@@ -114,8 +114,10 @@ static const char *reason(int status) {
                    {204, "No Content"},
                    {400, "Bad Request"},
                    {401, "Unauthorized"},
+                   {403, "Forbidden"},
                    {404, "Not Found"},
                    {405, "Method Not Allowed"},
+                   {409, "Conflict"},
                    {413, "Content Too Large"},
                    {414, "URI Too Long"},
                    {415, "Unsupported Media Type"},
@@ -124,6 +126,7 @@ static const char *reason(int status) {
                    {424, "Failed Dependency"},
                    {429, "Too Many Requests"},
                    {431, "Request Header Fields Too Large"},
+                   {500, "Internal Server Error"},
                    {501, "Not Implemented"},
                    {503, "Service Unavailable"},
                    {505, "HTTP Version Not Supported"}};

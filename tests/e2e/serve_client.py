@@ -52,6 +52,7 @@ def qemb(*args, records, model=MODEL):
 class Answer:
     def __init__(self, response):
         self.status, self.headers, self.body = response.status, response.headers, response.read()
+        self.reason = response.reason
 
     @property
     def json(self):

@@ -269,11 +269,13 @@ def test_admin_reload(model, other, keys, tmp_path):
         os.remove(model)
         a = s.post(b"{}", "/admin/reload", KEY)
         assert a.status == 500 and a.error["code"] == "reload_failed"
+        assert a.reason == "Internal Server Error"
         assert str(model) in a.error["message"]
         assert s.post({"model": "small", "input": "two"}, headers=KEY).status == 200
     with server(model=other) as s:  # without keys anybody could
         a = s.post(b"", "/admin/reload")
         assert a.status == 403 and a.error["code"] == "admin_disabled"
+        assert a.reason == "Forbidden"
         assert count(s, "reloading") == 0
 
 
@@ -281,14 +283,17 @@ def test_one_reload_at_a_time(model, keys):
     statuses = []
     with server("--api-key-file", keys, model=model) as s:
         def ask():
-            statuses.append(s.post(b"", "/admin/reload", KEY).status)
+            a = s.post(b"", "/admin/reload", KEY)
+            assert a.reason == {200: "OK", 409: "Conflict"}[a.status]
+            statuses.append(a.status)
 
         threads = [threading.Thread(target=ask) for _ in range(6)]
         for t in threads:
             t.start()
         for t in threads:
             t.join()
-        assert set(statuses) <= {200, 409} and statuses.count(200) == count(s, "reloaded") > 0
+        assert len(statuses) == 6 and set(statuses) <= {200, 409}
+        assert statuses.count(200) == count(s, "reloaded") > 0
         s.wait_log("retired", statuses.count(200))
 
 
