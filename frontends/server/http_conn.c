@@ -259,8 +259,9 @@ static int start_body(conn *c) {
 }
 
 static int take_head(conn *c) {
-    if (!c->skipped && !c->scanned && c->n_in >= 2 && !memcmp(c->in, "\r\n", 2)) {
+    if (!c->skipped && c->n_in >= 2 && !memcmp(c->in, "\r\n", 2)) {
         c->skipped = 1; /* RFC 9112, section 2.2 */
+        c->scanned = 0; /* its CR may have come alone */
         consume(c, 2);
     }
     const size_t n = http_head_end(c->in, c->n_in, &c->scanned);
@@ -282,12 +283,14 @@ static int take_head(conn *c) {
 
 static int take_body(conn *c) {
     request *r = c->request;
+    size_t at = 0; /* of `in`; a move for each chunk would take quadratic time */
     int ends;
-    while (!(ends = r->head.chunked ? http_chunks_end(&c->chunks) : !c->left) && c->n_in) {
-        const char *data = c->in;
-        size_t n = c->left < c->n_in ? (size_t)c->left : c->n_in;
+    while (!(ends = r->head.chunked ? http_chunks_end(&c->chunks) : !c->left) && at < c->n_in) {
+        const size_t rest = c->n_in - at;
+        const char *data = c->in + at;
+        size_t n = c->left < rest ? (size_t)c->left : rest;
         ptrdiff_t used = (ptrdiff_t)n;
-        if (r->head.chunked) used = http_read_chunks(&c->chunks, c->in, c->n_in, &data, &n);
+        if (r->head.chunked) used = http_read_chunks(&c->chunks, c->in + at, rest, &data, &n);
         if (used < 0) {
             request_malformed(r, 400, "invalid_request",
                               "body: not in chunks as RFC 9112 has them");
@@ -296,8 +299,9 @@ static int take_body(conn *c) {
         }
         if (!r->head.chunked) c->left -= n;
         if (n && request_add_body(r, data, n)) return answer(c);
-        consume(c, (size_t)used);
+        at += (size_t)used;
     }
+    consume(c, at);
     if (!ends) return 0;
     enter(c, WORK);
     return request_complete(r) ? answer(c) : 0;

@@ -181,12 +181,17 @@ def test_malformed_requests_in_the_form_of_their_api(serve):  # noqa: F811
 
 def test_well_formed_requests(serve):  # noqa: F811
     """What a strict reader has to take: chunks with extensions and fields behind them, an empty
-    line before a request, an absolute target, HTTP/1.0, and a body in any pieces."""
+    line before a request, also in two pieces, an absolute target, HTTP/1.0, and a body in any
+    pieces."""
     chunked = LINE + "Transfer-Encoding: Chunked\r\n\r\n"
     pieces = "".join(f"{1:x};a=\"b\"\r\n{c}\r\n" for c in BODY.decode())
     k = connect(serve, (chunked + pieces + "0\r\nX-Check: y\r\n\r\n").encode())
     assert one(k).status == 200
     k.sendall(b"\r\n" + get())
+    assert one(k).status == 200
+    for piece in b"\r", b"\n", get():
+        k.sendall(piece)
+        time.sleep(0.05)  # usually read apart; together they are as good
     assert one(k).status == 200
     k.sendall(b"GET http://x/health?a=%20 HTTP/1.1\r\nHost: x\r\n\r\n")
     assert one(k).status == 200
