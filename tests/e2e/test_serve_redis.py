@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import serve_client
-from helpers import ROOT, free_port, wait_for
+from helpers import REDIS, ROOT, free_port, redis_server, wait_for
 from serve_client import GUARD, MODEL, SANITIZED, SERVE, TINY, ask, qemb, server
 from test_devices import SMALL as ON_FAKE_GPUS
 from test_serve_caches import Redis, redis, redis_value, wait_stored, with_redis  # noqa: F401
@@ -373,18 +373,17 @@ class Guarded(Redis):
 
     def __init__(self, *args):
         self.port = free_port()
-        command = ["redis-server", "--save", "", "--appendonly", "no", "--bind", "127.0.0.1"]
-        self.process = subprocess.Popen([*command, *map(str, args)], stdout=subprocess.PIPE,
-                                        cwd="/tmp")
+        options = ["--save", "", "--appendonly", "no", "--bind", "127.0.0.1", *args]
+        self.process = redis_server(*options, stdout=subprocess.PIPE, cwd="/tmp")
         while b"Ready to accept" not in (line := self.process.stdout.readline()):
-            assert line, "redis-server has ended"
+            assert line, "Redis has ended"
         threading.Thread(target=self.process.stdout.read, daemon=True).start()
 
 
 @contextlib.contextmanager
 def guarded(*args):
-    if not shutil.which("redis-server"):
-        pytest.skip("redis-server: not installed")
+    if not REDIS:
+        pytest.skip("redis-tools: not installed")
     r = Guarded(*args)
     try:
         yield r

@@ -10,18 +10,16 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from helpers import REDIS, free_port, is_sanitized  # noqa: E402
+
 MIB = 1 << 20
 children = []  # the processes of the soak, for end_children
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def start(*args, **kw):
@@ -36,13 +34,8 @@ def end_children():
             p.wait()
 
 
-def is_sanitized(program):
-    binary = Path(program).read_bytes()
-    return b"__asan_init" in binary or b"__tsan_init" in binary
-
-
 class Redis:
-    """A redis-server that can be killed and started again at the same port."""
+    """A Redis that can be killed and started again at the same port."""
 
     def __init__(self, folder):
         self.port, self.folder, self.process = free_port(), folder, None
@@ -51,14 +44,14 @@ class Redis:
     def start(self):
         self.process = start(
             ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
-             "--appendonly", "no", "--maxmemory", "32mb"],
+             "--appendonly", "no", "--maxmemory", "32mb"], executable=REDIS,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.folder)
         until = time.monotonic() + 60
         while True:
             with contextlib.suppress(OSError):
                 self.command("PING")
                 return
-            assert time.monotonic() < until and self.process.poll() is None, "no redis-server"
+            assert time.monotonic() < until and self.process.poll() is None, "no Redis"
             time.sleep(0.05)
 
     def command(self, *words):
@@ -70,7 +63,7 @@ class Redis:
             with s.makefile("rb") as f:
                 line = f.readline().rstrip()
                 if not line:
-                    raise OSError("redis-server closed the connection")
+                    raise OSError("Redis closed the connection")
                 return f.read(int(line[1:])) if line[:1] == b"$" and line != b"$-1" else line
 
     def kill(self):
@@ -134,7 +127,7 @@ class Server:
             (folder / f"{name}.keys").write_text(key + "\n")
             (folder / f"{name}.keys").chmod(0o600)
             self.args += ["--api-key-file", str(folder / f"{name}.keys")]
-        env = os.environ | {"OMP_WAIT_POLICY": "passive"}
+        env = dict(os.environ)
         if clock:
             self.clock = folder / f"{name}.clock"
             self.clock.write_text("0")
