@@ -7,6 +7,7 @@
 #include "redis_link.h"
 
 #include "frontends/console.h"
+#include "frontends/encoding.h"
 #include "log.h"
 
 #include <arpa/inet.h>
@@ -40,9 +41,12 @@ static char *read_password(const char *path) {
     const int failed = ferror(f);
     fclose(f);
     if (failed) DIE(STATUS_USAGE, "%.128s: cannot read", path);
+    if (utf16_mark(line, got) || looks_like_utf16(line, got))
+        DIE(STATUS_USAGE, "%.128s: cannot read (%s)", path, UTF16_TEXT);
     line[got] = 0;
-    const char *start = line + (got >= 3 && !memcmp(line, "\xef\xbb\xbf", 3) ? 3 : 0);
+    const char *start = line + utf8_mark(line, got);
     size_t n = strcspn(start, "\r\n");
+    if (start + n < line + got && !start[n]) DIE(STATUS_USAGE, "%.128s: NUL in a password", path);
     if (n > PASSWORD_MOST)
         DIE(STATUS_USAGE, "%.128s: a password too long (want at most %d bytes)", path,
             PASSWORD_MOST);

@@ -472,6 +472,8 @@ def test_options_that_are_refused(tmp_path):
     secret = write(tmp_path / "secret", "secret")
     empty = write(tmp_path / "empty", "\n")
     long = write(tmp_path / "long", "x" * 2000)
+    nul, utf16 = write(tmp_path / "nul", "sec\0ret\n"), write(tmp_path / "utf16", "")
+    utf16.write_bytes("secret\n".encode("utf-16"))
     redis_at = lambda x: ("--redis", x)
     for args, message in [
         (redis_at("redis://"), "no host"),
@@ -487,6 +489,8 @@ def test_options_that_are_refused(tmp_path):
         ((*redis_at("rediss://h"), "--redis-ca", secret), "no certificates in PEM"),
         ((*redis_at("h:1"), "--redis-password-file", empty), "no password"),
         ((*redis_at("h:1"), "--redis-password-file", long), "too long"),
+        ((*redis_at("h:1"), "--redis-password-file", nul), "NUL in a password"),
+        ((*redis_at("h:1"), "--redis-password-file", utf16), "UTF-16, want UTF-8"),
         ((*redis_at("h:1"), "--redis-password-file", tmp_path / "none"), "cannot open"),
         ((*redis_at("h:1"), "--redis-check", 101), "--redis-check"),
     ]:
