@@ -1,5 +1,4 @@
 """What all tests of e2e/ and world/ have: how processes start, and an installed qemb."""
-import os
 import signal
 
 import pytest

@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+from helpers import wait_for
 from serve_client import (
     BUSY,
     GUARD,
@@ -93,10 +94,7 @@ def is_closed(k):
 
 
 def wait(good):
-    until = time.monotonic() + GUARD
-    while not good():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_for(good, GUARD, 0.02)
 
 
 # ---- malformed requests --------------------------------------------------------------------------
