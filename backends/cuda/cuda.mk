@@ -134,7 +134,7 @@ GPU_ARCHS ?= $(patsubst 90,90a,$(or $(subst .,,$(firstword $(shell nvidia-smi --
 GPU       := build/gpu-$(subst $(subst ,, ),-,$(strip $(GPU_ARCHS)))
 GPU_PACK  := build/gpu-pack
 GPU_PROGRAMS := test_cuda bench_cuda qemb-cuda qemb-serve-cuda qemb
-GPU_FILES := tests/cuda/gpu_day.py tests/cuda/test_cuda_program.py tests/cuda/test_cuda_serve.py tests/fixtures/make_big_qemb.py bench/bench_transformers.py tests/fixtures/small.qemb tests/fixtures/small.txt $(wildcard tests/golden/*.qemb tests/golden/*.vec)
+GPU_FILES := tests/cuda/gpu_day.py tests/cuda/test_cuda_program.py tests/cuda/test_cuda_serve.py tests/fixtures/make_big_qemb.py tests/fixtures/edit_qemb.py bench/bench_transformers.py tests/fixtures/small.qemb tests/fixtures/small.txt $(wildcard tests/golden/*.qemb tests/golden/*.vec)
 # cuBLASLt's directory: the toolkit's, or where PyTorch keeps it.
 CUBLASLT  = $(shell python3 tests/cuda/gpu_day.py cublaslt $(CUDA))
 # A program needs no library but glibc's and cuBLASLt. libstdc++.a has std::random_device beside

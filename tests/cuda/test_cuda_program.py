@@ -20,6 +20,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests/fixtures"))
+from edit_qemb import Qemb  # noqa: E402
+
 MODEL = ROOT / "tests/fixtures/small.qemb"
 MIN_COSINE = 0.99998  # derived in test_cuda_model.cu
 MIN_COSINE_FP8 = 0.978  # in test_cuda_quantize.cu
@@ -94,13 +97,10 @@ def compare(got, want, least):
 def overflowing_model(path):
     """The small model with a norm whose weights are 70000: halves end at 65504. Queries and keys
     are normed again behind it and values only grow, so FP32 takes it."""
-    data = bytearray(MODEL.read_bytes())
-    entry = 4096
-    while data[entry : entry + 48].rstrip(b"\0") != b"layers.1.attn_norm":
-        entry += 96
-    offset, size = struct.unpack_from("<QQ", data, entry + 72)
-    data[offset : offset + size] = struct.pack("<f", 70000.0) * (size // 4)
-    path.write_bytes(data)
+    f = Qemb(MODEL)
+    norm = f.sections["layers.1.attn_norm"]
+    norm[4] = struct.pack("<f", 70000.0) * (len(norm[4]) // 4)
+    f.write(path)
 
 
 def check_numbers(cuda, cpu, fp8):

@@ -394,7 +394,8 @@ def test_a_closed_pipe_ends_it_quietly(notes):
     assert p.stdout.count(b"\n") == 1 and p.stderr == b"2\n"
     with open("/dev/full", "wb") as full:
         out(QUERY, notes, stdout=full, status=2,
-            errors=r"^qemb: standard output: cannot write \(No space left on device\)\n$")
+            errors=r"^qemb: standard output: cannot write \(No space left on device\); 0 rows are "
+                   r"whole, the first 0 bytes\n$")
 
 
 def test_closed_standard_input(notes):

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import QEMB, SMALL, change_weights, is_sanitized, read_line
+from helpers import QEMB, SMALL, change_weights, is_sanitized, read_line, write_over
 
 GUARD = 240 if is_sanitized(QEMB) else 60
 
@@ -25,12 +25,6 @@ def model(tmp_path):
 def start(model, *args):
     return subprocess.Popen([QEMB, *args, "-m", model], stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
-
-
-def write_over(model, data, at=0):
-    with open(model, "r+b") as f:
-        f.seek(at)
-        f.write(data)
 
 
 def test_a_run_ends_when_the_file_is_written_over(model, tmp_path):

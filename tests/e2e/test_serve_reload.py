@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import SMALL, change_weights, wait_for
+from helpers import SMALL, change_weights, wait_for, write_over
 from serve_client import BUSY, GUARD, JSON, Server, qemb, server, slow_request
 
 KEY = {**JSON, "Authorization": "Bearer secret"}
@@ -48,12 +48,6 @@ def replace(model, by):
     """mv: the path names another file, and who has the old one open keeps it."""
     shutil.copy(by, f"{model}.new")
     os.rename(f"{model}.new", model)
-
-
-def write_over(model, data, at=0):
-    with open(model, "r+b") as f:
-        f.seek(at)
-        f.write(data)
 
 
 def damage(model):

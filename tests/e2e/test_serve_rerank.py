@@ -7,7 +7,6 @@ import shutil
 import signal
 import struct
 import subprocess
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cohere
+import edit_qemb
 import pytest
 from helpers import wait_for
 from langchain_cohere import CohereRerank
@@ -617,15 +617,9 @@ def test_departed_clients_are_dropped():
 
 def changed(tmp_path, name, change):
     """The reranker with other bytes of a section."""
-    data = bytearray(Path(RERANKER).read_bytes())
-    for i in range(struct.unpack_from("<I", data, 32)[0]):
-        at = 4096 + 96 * i
-        if data[at : at + 48].rstrip(b"\0") == name:
-            offset, size = struct.unpack_from("<QQ", data, at + 72)
-            data[offset : offset + size] = change(bytes(data[offset : offset + size]))
-    path = tmp_path / "changed.qemb"
-    path.write_bytes(data)
-    return str(path)
+    f = edit_qemb.Qemb(RERANKER)
+    f.sections[name][4] = change(f.sections[name][4])
+    return f.write(tmp_path / "changed.qemb")
 
 
 def test_scores_are_cached(both):
@@ -689,7 +683,7 @@ def test_redis_keeps_scores(redis):
 
 
 def test_a_logit_of_zero(tmp_path):
-    path = changed(tmp_path, b"dense", lambda b: bytes(len(b)))
+    path = changed(tmp_path, "dense", lambda b: bytes(len(b)))
     with server(model=path) as s:
         a = results_in(s.post({"query": "q", "documents": TEXTS}, "/v1/rerank"))
         assert a == [{"index": i, "relevance_score": "0.5"} for i in range(len(TEXTS))]
@@ -698,7 +692,7 @@ def test_a_logit_of_zero(tmp_path):
 
 
 def test_a_model_without_scores(tmp_path):
-    path = changed(tmp_path, b"dense", lambda b: struct.pack("<f", math.inf) * (len(b) // 4))
+    path = changed(tmp_path, "dense", lambda b: struct.pack("<f", math.inf) * (len(b) // 4))
     with server("--reranker", path, "--reranker-name", "r", wait="failing") as s:
         s.wait_log("ready")
         a = s.post(ASK, "/v1/rerank")
