@@ -1,5 +1,5 @@
-"""What several tests of e2e/ and world/ use. It needs no package, except in vectors_of, because
-some suites of world/ have none.
+"""What several tests of e2e/, world/ and soak/ use. It needs no package, except in vectors_of,
+because some suites of world/ have none.
 
 QEMB_BIN names the program (default ./qemb), for example one with sanitizers, whose reports show as
 a wrong exit status."""
