@@ -114,7 +114,8 @@ static int parse_int(const option_row *r, const char *s) {
     const char *p = s;
     for (; *p >= '0' && *p <= '9' && x <= r->max; p++) x = x * 10 + (*p - '0');
     if (p == s || *p || x < r->min || x > r->max)
-        usage("--%s: not a number in range (got %.40s, want %d..%d)", r->name, s, r->min, r->max);
+        usage("--%s: not a whole number in range (got %.40s, want %d..%d)", r->name, s, r->min,
+              r->max);
     return (int)x;
 }
 

@@ -85,7 +85,8 @@ static int unescape(char *path) {
 static const http_fault *parse_target(http_head *h, char *target) {
     char *query = strchr(target, '?');
     if (query) *query++ = 0;
-    char *host = *target == '/' ? NULL : strstr(target, "://");
+    const int absolute = !strncasecmp(target, "http://", 7) || !strncasecmp(target, "https://", 8);
+    char *host = absolute ? strstr(target, "://") : NULL;
     char *path = host ? strchr(host + 3, '/') : target;
     if (host && !path) *(path = target) = '/', path[1] = 0;
     if (*path != '/' && strcmp(path, "*")) return &no_target;

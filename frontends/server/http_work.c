@@ -188,6 +188,12 @@ static int model_changed(api_error *e) {
     return -1;
 }
 
+static int shutting_down(api_error *e) {
+    api_fail(e, 503, "shutting_down", NULL, "server: it is being stopped");
+    e->retry_after = 1;
+    return -1;
+}
+
 static int has_changed(const request *r) {
     return model_worker_state_of(r->work.worker) == WORKER_CHANGED;
 }
@@ -217,8 +223,7 @@ static void finish(request *r) {
             model_changed(&r->error);
             break;
         }
-        api_fail(&r->error, 503, "shutting_down", NULL, "server: it is being stopped");
-        r->error.retry_after = 1;
+        shutting_down(&r->error);
         break;
     case REQUEST_NEW:
     case REQUEST_WAITING: /* not accepted: error is set */
@@ -240,6 +245,7 @@ static int submit(request *r, api_error *e) {
     queue_refusal no;
     if (!model_worker_submit(r->work.worker, &r->work.pending, &r->work.shared, &no)) return 0;
     if (has_changed(r)) return model_changed(e);
+    if (no.why == QUEUE_STOPPED) return shutting_down(e);
     if (no.why == QUEUE_LARGE) /* no Retry-After: clients would send it again in vain */
         return api_fail(e, 413, "too_slow", r->api.key,
                         "%s: too many tokens for the server's --deadline: send fewer texts in a "

@@ -275,7 +275,8 @@ int queue_submit(queue *q, pending_request *t, int *shared, queue_refusal *no) {
             tokens += t->texts[i].text->n;
     const int full = q->stopped || (q->depth.tokens && q->depth.tokens + tokens > q->max_tokens);
     if (full)
-        *no = (queue_refusal){.why = QUEUE_FULL, .retry_after = retry_after(q, seconds_now())};
+        *no = (queue_refusal){.why = q->stopped ? QUEUE_STOPPED : QUEUE_FULL,
+                              .retry_after = retry_after(q, seconds_now())};
     if (full || !is_in_time(q, t, tokens, no)) {
         pthread_mutex_unlock(&q->lock);
         return -1;

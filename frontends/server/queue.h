@@ -85,7 +85,8 @@ void queue_free(queue *q); /* q has to be empty */
 /* Why a request was not taken. */
 typedef struct {
     enum {
-        QUEUE_FULL,  /* or stopped */
+        QUEUE_STOPPED,
+        QUEUE_FULL,
         QUEUE_LATE,  /* other requests and it would take until after its deadline */
         QUEUE_LARGE, /* so would it alone */
     } why;
