@@ -218,6 +218,7 @@ RACY_SHARDS := npy or gives_up or full_disk or empty or in_binary
 RACY_RERANK := in_order or signal or answers_at_once or closed or errors or any_batch
 SERVE_FILES := tests/e2e/test_serve.py tests/e2e/test_serve_http.py tests/e2e/test_serve_caches.py tests/e2e/test_serve_redis.py tests/e2e/test_serve_rerank.py tests/e2e/test_serve_shapes.py tests/e2e/test_serve_probe.py tests/e2e/test_serve_deadline.py tests/e2e/test_serve_reload.py
 SERVE_TESTS = "$(VENV)/bin/pytest -q -rs $(SERVE_FILES)"
+CONVERT_FILES := $(wildcard tests/e2e/test_convert*.py)
 SERVE_SANITIZED = "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_FILES)" \
   "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_FILES) -k '$(RACY)'"
 JOBS     := $(shell nproc)
@@ -229,8 +230,8 @@ CLANG_OBJ = $(patsubst %,build/clang/%.o,$(sort $(FRONT) $(SERVE) $(BACKEND) $(E
 test: need-test $(VENV_TEST) ## install what is missing, run the tests (C, also with sanitizers; fuzzers; the programs)
 	@echo "building"; $(SUBMAKE) test-programs
 	@tests/run.sh "tests/style.py --self-test" "tests/style.py" \
-	  $(SERVE_TESTS) \
-	  "$(VENV)/bin/pytest -q -rs tests/e2e $(SERVE_FILES:%=--ignore=%)" \
+	  "$(VENV)/bin/pytest -q -rs tests/e2e $(patsubst %,--ignore=%,$(SERVE_FILES) $(CONVERT_FILES))" \
+	  "$(VENV)/bin/pytest -q -rs $(CONVERT_FILES)" $(SERVE_TESTS) \
 	  $(patsubst %,"% --tap",$(C_TESTS)) \
 	  $(patsubst %,"% -runs=$(FUZZ_RUNS) -seed=1 -max_len=4096 -verbosity=0",$(FUZZ_BINS))
 
