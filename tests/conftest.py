@@ -4,8 +4,11 @@ import signal
 import pytest
 from helpers import make
 
-# A background job may start with SIGINT ignored, which every program started here would inherit.
+# A background job may ignore SIGINT and SIGQUIT, and nohup makes it ignore SIGHUP. Every program
+# that is started here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")

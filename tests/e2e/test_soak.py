@@ -11,7 +11,7 @@ from helpers import GUARD, QEMB, ROOT, SMALL
 
 sys.path.insert(0, str(ROOT / "tests" / "soak"))
 import account as accounts  # noqa: E402
-import pipe  # noqa: E402
+import pipe_client as pipe  # noqa: E402
 import report  # noqa: E402
 import soak  # noqa: E402
 import traffic  # noqa: E402

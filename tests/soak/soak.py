@@ -26,7 +26,7 @@ from pathlib import Path
 
 from account import Account, Samples
 from faults import Redis, Server, end_children, inject, is_sanitized
-from pipe import pipe_client
+from pipe_client import pipe_client
 from report import plot, publish, table
 from traffic import (GUARD, Client, Oracle, Reader, last_request, make_texts, one, run_good,
                      start_clients)
