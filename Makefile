@@ -223,11 +223,12 @@ SERVE_SANITIZED = "QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -r
   "QEMB_SERVE_BIN=build/tsan/qemb-serve $(VENV)/bin/pytest -q -rs $(SERVE_FILES) -k '$(RACY)'"
 JOBS     := $(shell nproc)
 SUBMAKE   = $(MAKE) -s -j$(JOBS)
-C_TESTS   = $(TESTS:%=build/release/test_%) $(TESTS:%=build/asan/test_%)
+C_TESTS   = $(TESTS:%=build/release/test_%)
+C_ASAN    = $(TESTS:%=build/asan/test_%)
 FUZZ_BINS = $(FUZZERS:%=build/fuzz/fuzz_%)
 CLANG_OBJ = $(patsubst %,build/clang/%.o,$(sort $(FRONT) $(SERVE) $(BACKEND) $(ENGINE)))
 
-test: need-test $(VENV_TEST) ## install what is missing, run the tests (C, also with sanitizers; fuzzers; the programs)
+test: need-test $(VENV_TEST) ## install what is missing, run the tests (C, fuzzers, the programs)
 	@echo "building"; $(SUBMAKE) test-programs
 	@tests/run.sh "tests/style.py --self-test" "tests/style.py" \
 	  "$(VENV)/bin/pytest -q -rs tests/e2e $(patsubst %,--ignore=%,$(SERVE_FILES) $(CONVERT_FILES))" \
@@ -235,9 +236,9 @@ test: need-test $(VENV_TEST) ## install what is missing, run the tests (C, also 
 	  $(patsubst %,"% --tap",$(C_TESTS)) \
 	  $(patsubst %,"% -runs=$(FUZZ_RUNS) -seed=1 -max_len=4096 -verbosity=0",$(FUZZ_BINS))
 
-test-sanitizers: need-test $(VENV_TEST) ## the programs again, built with sanitizers (addresses, undefined behaviour, threads)
-	@echo "building"; $(SUBMAKE) $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
-	@tests/run.sh $(SERVE_SANITIZED) \
+test-sanitizers: need-test $(VENV_TEST) ## C tests and programs again, built with sanitizers (addresses, undefined behaviour, threads)
+	@echo "building"; $(SUBMAKE) $(C_ASAN) $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
+	@tests/run.sh $(SERVE_SANITIZED) $(patsubst %,"% --tap",$(C_ASAN)) \
 	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py tests/e2e/test_grep.py tests/e2e/test_rerank.py tests/e2e/test_shards.py tests/e2e/test_variants.py tests/e2e/test_model_changes.py" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_grep.py -k '$(RACY_GREP)'" \
@@ -256,8 +257,8 @@ test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/t
 
 include tests/world/world.mk
 
-test-c: need-test $(C_TESTS) ## the C tests alone
-	@tests/run.sh $(patsubst %,"% --tap",$(C_TESTS))
+test-c: need-test $(C_TESTS) $(C_ASAN) ## the C tests alone
+	@tests/run.sh $(patsubst %,"% --tap",$(C_TESTS) $(C_ASAN))
 
 .PHONY: soak
 soak: need-test need-plot $(VENV_TEST) qemb qemb-serve ## SOAK_S=seconds (600) of good and hostile traffic with faults, an account of every request (SOAK_FLAGS=--publish: into docs/reliability.md)
