@@ -287,8 +287,8 @@ def test_one_reload_at_a_time(model, keys):
         for t in threads:
             t.join()
         assert len(statuses) == 6 and set(statuses) <= {200, 409}
-        assert statuses.count(200) == count(s, "reloaded") > 0
         s.wait_log("retired", statuses.count(200))
+        assert statuses.count(200) == count(s, "reloaded") > 0
 
 
 def test_the_server_can_end_while_it_reloads(model, keys):

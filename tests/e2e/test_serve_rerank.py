@@ -580,7 +580,8 @@ def test_full_queue_and_deadline():
         tei = s.post({"query": "q", "texts": documents(12, 5000)}, "/rerank")
         answers = [w.wait() for w in waiting]
         codes = {(a.status, a.json["error"]["code"]) for a in answers if a.status != 200}
-        want = {(429, "queue_full"), (429, "too_slow"), (503, "deadline_exceeded")}
+        want = {(429, "queue_full"), (429, "too_slow"), (503, "deadline_exceeded"),
+                (413, "too_slow")}  # where one alone takes longer than a second
         assert codes and codes <= want
         assert all(int(a.headers["Retry-After"]) >= 1 for a in answers if a.status != 200)
         assert tei.status == 200 or tei.json["error_type"] in ("Overloaded", "Unhealthy")
