@@ -449,4 +449,5 @@ def test_shellcheck(script):
 
 def test_examples_are_short():
     for example in ENGINES.iterdir():
-        assert len(example.read_text().splitlines()) <= 40, example
+        most = 50 if example.suffix == ".yaml" else 40  # with what a pod may not do
+        assert len(example.read_text().splitlines()) <= most, example
