@@ -235,13 +235,17 @@ model_worker *model_worker_open(const model_worker_options *o, qemb_err *err) {
 /* ---- the replicas' threads ------------------------------------------------------------------- */
 
 /* vectors[i] = row i of out (n, dim), or NULL if it is not good. Returns the number of NULLs. */
-static int make_vectors(const model_worker *m, const float *out, vector **vectors, int n) {
+static int make_vectors(const model_worker *m, const float *out, vector **vectors, int n,
+                        int *lacking) {
     const int D = model_worker_dim(m);
     int bad = 0;
+    *lacking = 0; /* memory for that many */
     for (int i = 0; i < n; i++) {
         const float *row = out + (size_t)i * (size_t)D;
-        vectors[i] = m->is_good(row, D) ? vector_new(row, D) : NULL;
-        bad += !vectors[i];
+        const int good = m->is_good(row, D);
+        vectors[i] = good ? vector_new(row, D) : NULL;
+        bad += !good;
+        *lacking += good && !vectors[i];
     }
     return bad;
 }
@@ -448,7 +452,14 @@ static void count_batch(replica *r, const job *j, const qemb_health *now) {
 static void finish(replica *r, job *j, const qemb_health *now) {
     model_worker *m = r->worker;
     count_batch(r, j, now);
-    const int bad = make_vectors(m, j->out, r->vectors, j->n);
+    int lacking;
+    const int bad = make_vectors(m, j->out, r->vectors, j->n, &lacking);
+    if (lacking) { /* the texts are not the cause: they are computed again */
+        for (int i = 0; i < j->n; i++) vector_drop(r->vectors[i]);
+        queue_give_back(m->queue, j->taken, j->n);
+        qemb_batch_clear(j->batch);
+        return;
+    }
     metrics_add(m->opt.metrics, COUNT_NON_FINITE, (uint64_t)bad);
     /* Before queue_finish, so that a text is always in flight or cached. */
     for (int i = 0; i < j->n; i++)
