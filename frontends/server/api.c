@@ -298,6 +298,10 @@ char *api_put_vector(char *p, const api_answer *a, int i, float *scratch, api_er
     const pending_text *t = &a->texts[i];
     const api_output *o = &a->output;
     const float *v = scratch;
+    if (t->failed == TEXT_NO_MEMORY) {
+        api_fail(e, 503, "out_of_memory", NULL, "response: out of memory");
+        return NULL;
+    }
     if (!t->failed && o->unscaled) v = t->vector->v;
     if (t->failed || (!o->unscaled && qemb_l2_normalize(scratch, t->vector->v, a->dim))) {
         api_fail(e, 422, "non_finite", a->key,

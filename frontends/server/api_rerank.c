@@ -196,9 +196,13 @@ static ranked *rank(const api_request *r, const pending_text *texts, api_error *
         return NULL;
     }
     for (int i = 0; i < r->n; i++) {
-        if (texts[i].failed) {
+        const text_failure why = texts[i].failed;
+        if (why == TEXT_NO_MEMORY)
+            api_fail(e, 503, "out_of_memory", NULL, "response: out of memory");
+        else if (why)
             api_fail(e, 422, "non_finite", r->key, "%s[%d]: the model has no finite score for it",
                      r->key, i);
+        if (why) {
             free(ranking);
             return NULL;
         }

@@ -37,8 +37,8 @@ typedef struct scratch {
 typedef struct {
     qemb_batch *batch;
     text **taken; /* (n) the texts of its rows */
-    float *out;   /* (rows, dim) */
-    int n, rows;
+    float *out;   /* (n, dim) their vectors */
+    int n;
     int given_up; /* no request waited for its text any more */
     double start; /* when it was submitted */
 } job;
@@ -52,7 +52,7 @@ typedef struct {
     int joined;
     job *jobs; /* (n_jobs) a ring: from first on, n_submitted that are submitted, oldest first */
     int n_jobs, first, n_submitted;
-    job between;     /* of short texts, between two steps of a long one */
+    job between;     /* of short texts, between two steps of a long one, where there are any */
     double its_turn; /* until then the long text is computed */
     vector **vectors;   /* of the batch that is finished */
     qemb_health before; /* after the last batch */
@@ -234,18 +234,19 @@ model_worker *model_worker_open(const model_worker_options *o, qemb_err *err) {
 
 /* ---- the replicas' threads ------------------------------------------------------------------- */
 
-/* vectors[i] = row i of out (n, dim), or NULL if it is not good. Returns the number of NULLs. */
+/* vectors[i] = row i of out (n, dim), or NULL if it is not good or memory runs out, which sets *why.
+ * Returns the number of those that are not good. */
 static int make_vectors(const model_worker *m, const float *out, vector **vectors, int n,
-                        int *lacking) {
+                        text_failure *why) {
     const int D = model_worker_dim(m);
     int bad = 0;
-    *lacking = 0; /* memory for that many */
+    *why = TEXT_NOT_FINITE;
     for (int i = 0; i < n; i++) {
         const float *row = out + (size_t)i * (size_t)D;
         const int good = m->is_good(row, D);
         vectors[i] = good ? vector_new(row, D) : NULL;
         bad += !good;
-        *lacking += good && !vectors[i];
+        if (good && !vectors[i]) *why = TEXT_NO_MEMORY;
     }
     return bad;
 }
@@ -311,12 +312,13 @@ static void describe_to_redis(model_worker *m) {
     atomic_store(&m->has_weights, 1);
 }
 
-/* Returns -1 if memory runs out. */
+/* Makes room for the largest batch, so that none runs out of memory. Returns -1 if this does. */
 static int new_job(const replica *r, job *j) {
     const size_t most = (size_t)qemb_options_of(r->model)->batch_tokens;
     j->batch = qemb_batch_new(r->model);
     j->taken = malloc(most * sizeof(text *));
-    return j->batch && j->taken ? 0 : -1;
+    j->out = malloc(most * (size_t)model_worker_dim(r->worker) * sizeof *j->out);
+    return j->batch && j->taken && j->out ? 0 : -1;
 }
 
 static void free_job(job *j) {
@@ -334,7 +336,7 @@ static int open_jobs(replica *r, qemb_err *err) {
     r->vectors = malloc(most * sizeof *r->vectors);
     if (!r->jobs || !r->vectors) return out_of_memory(err);
     r->n_jobs = n;
-    int bad = new_job(r, &r->between);
+    int bad = qemb_options_of(r->model)->between_steps && new_job(r, &r->between);
     for (int i = 0; i < n && !bad; i++) bad = new_job(r, &r->jobs[i]);
     return bad ? out_of_memory(err) : 0;
 }
@@ -383,17 +385,6 @@ static void unload(replica *r) {
     free_job(&r->between);
     free(r->jobs);
     free(r->vectors);
-}
-
-/* Makes room for j's vectors and notes its start. */
-static void begin(const replica *r, job *j) {
-    const size_t D = (size_t)model_worker_dim(r->worker);
-    if (j->n > j->rows) {
-        free(j->out);
-        j->rows = j->n;
-        j->out = need(malloc((size_t)j->rows * D * sizeof *j->out));
-    }
-    j->start = seconds_now();
 }
 
 static void give_back(replica *r) {
@@ -452,14 +443,8 @@ static void count_batch(replica *r, const job *j, const qemb_health *now) {
 static void finish(replica *r, job *j, const qemb_health *now) {
     model_worker *m = r->worker;
     count_batch(r, j, now);
-    int lacking;
-    const int bad = make_vectors(m, j->out, r->vectors, j->n, &lacking);
-    if (lacking) { /* the texts are not the cause: they are computed again */
-        for (int i = 0; i < j->n; i++) vector_drop(r->vectors[i]);
-        queue_give_back(m->queue, j->taken, j->n);
-        qemb_batch_clear(j->batch);
-        return;
-    }
+    text_failure why;
+    const int bad = make_vectors(m, j->out, r->vectors, j->n, &why);
     metrics_add(m->opt.metrics, COUNT_NON_FINITE, (uint64_t)bad);
     /* Before queue_finish, so that a text is always in flight or cached. */
     for (int i = 0; i < j->n; i++)
@@ -469,7 +454,7 @@ static void finish(replica *r, job *j, const qemb_health *now) {
         log_line(bad ? "error" : "info", bad ? "failing" : "ready",
                  "\"role\":\"%s\",\"texts\":%d,\"non_finite\":%d", role_name(m->opt.role), j->n,
                  bad);
-    queue_finish(m->queue, j->taken, r->vectors, j->n);
+    queue_finish(m->queue, j->taken, r->vectors, j->n, why);
     for (int i = 0; i < j->n; i++) vector_drop(r->vectors[i]);
     qemb_batch_clear(j->batch);
 }
@@ -484,9 +469,7 @@ static int between_steps(void *arg) {
     if (seconds_now() < r->its_turn) return 0;
     j->n = queue_take_between(r->worker->queue, j->batch, j->taken);
     if (!j->n) return 0;
-    const double end = r->end;
-    begin(r, j);
-    const double start = j->start;
+    const double end = r->end, start = j->start = seconds_now();
     qemb_embed_between(r->model, j->batch, j->out);
     const qemb_health now = qemb_health_of(r->model);
     if (now.failure) { /* collect says why */
@@ -502,7 +485,7 @@ static int between_steps(void *arg) {
 }
 
 static void submit(replica *r, job *j) {
-    begin(r, j);
+    j->start = seconds_now();
     r->n_submitted++;
     qemb_submit(r->model, j->batch, j->out);
 }

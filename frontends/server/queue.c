@@ -473,19 +473,23 @@ int queue_is_wanted(queue *q, text *const *taken, int n) {
 /* Tokens and seconds are summed apart: of batches that run at the same time, all but the first add
  * tokens in nearly no time. A batch of a few texts says little of the rate of full ones, since
  * reading the weights takes most of its time: those below a sixteenth do not count. */
-static void note_rate(queue *q, double tokens) {
-    const double now = seconds_now(), keep = 0.95;
+static void note_rate(queue *q, double tokens, double now) {
+    const double keep = 0.95;
     if (tokens * 16 >= q->batch_tokens) {
         q->done_tokens = keep * q->done_tokens + tokens;
         q->done_seconds = keep * q->done_seconds + now - q->since;
         q->rate_at = now;
     }
     q->since = now;
-    if (q->between) q->since -= q->stopped_for;
+}
+
+/* A batch of queue_take_between has ended: the text around it goes on. */
+static void end_between(queue *q, double now) {
+    if (q->between) q->since = now - q->stopped_for;
     q->between = 0;
 }
 
-void queue_finish(queue *q, text **taken, vector **vectors, int n) {
+void queue_finish(queue *q, text **taken, vector **vectors, int n, text_failure why) {
     pending_request *ended = NULL;
     int tokens = 0;
     pthread_mutex_lock(&q->lock);
@@ -499,14 +503,16 @@ void queue_finish(queue *q, text **taken, vector **vectors, int n) {
             if (vectors[i])
                 s->vector = vector_take(vectors[i]);
             else
-                s->failed = 1;
+                s->failed = why;
             if (!--s->request->pending) end_request(q, s->request, REQUEST_DONE, &ended);
         }
         index_remove(q, t);
         free(t);
     }
     q->computing_tokens -= tokens;
-    note_rate(q, tokens);
+    const double now = seconds_now();
+    note_rate(q, tokens, now);
+    end_between(q, now);
     pthread_mutex_unlock(&q->lock);
     tell(ended);
 }
@@ -514,6 +520,7 @@ void queue_finish(queue *q, text **taken, vector **vectors, int n) {
 void queue_give_back(queue *q, text **taken, int n) {
     pthread_mutex_lock(&q->lock);
     q->computing--;
+    end_between(q, seconds_now());
     for (int i = n - 1; i >= 0; i--) { /* so that the first text's request becomes the head */
         text *t = taken[i];
         t->computing = 0;

@@ -27,13 +27,20 @@ typedef struct text {
 
 text *text_new(const uint8_t key[KEY_BYTES], int n); /* the caller fills ids. NULL: out of memory */
 
+/* Why a text has no vector. */
+typedef enum {
+    TEXT_GOOD,
+    TEXT_NOT_FINITE, /* its vector has no finite length, or its logit is not finite */
+    TEXT_NO_MEMORY   /* for its vector */
+} text_failure;
+
 /* One text of a request. It waits for `text`, has its `vector`, or has failed. */
 struct pending_text {
     pending_request *request;
     text *text;
     vector *vector;
-    pending_text *prev, *next;    /* in the text's list of waiters */
-    int failed;                   /* its vector has no finite length, or its logit is not finite */
+    pending_text *prev, *next; /* in the text's list of waiters */
+    text_failure failed;
     size_t cut_bytes, cut_tokens; /* what truncation removed, or 0 */
 };
 
@@ -116,9 +123,9 @@ int queue_take_between(queue *q, qemb_batch *b, text **taken);
 /* Whether a request waits for one of the taken texts (n). If none does, queue_give_back forgets
  * them. */
 int queue_is_wanted(queue *q, text *const *taken, int n);
-/* Gives vectors (n) to the waiters of the taken texts; NULL fails them. Each waiter
+/* Gives vectors (n) to the waiters of the taken texts; NULL fails them for that reason. Each waiter
  * takes a reference; the caller keeps its own. */
-void queue_finish(queue *q, text **taken, vector **vectors, int n);
+void queue_finish(queue *q, text **taken, vector **vectors, int n, text_failure why);
 /* Puts the taken texts (n) back, to be taken first. */
 void queue_give_back(queue *q, text **taken, int n);
 /* Ends requests whose client has left, and those whose deadline has passed unless a batch has taken

@@ -96,7 +96,7 @@ static int take(const char *want) {
 static void finish(int n) {
     vector *v[BATCH];
     for (int i = 0; i < n; i++) v[i] = vector_new(&(float){(float)i}, 1);
-    queue_finish(q, taken, v, n);
+    queue_finish(q, taken, v, n, TEXT_NOT_FINITE);
     for (int i = 0; i < n; i++) vector_drop(v[i]);
 }
 
@@ -258,7 +258,7 @@ Test(serve_queue, a_text_without_a_vector) {
     client *a = ASK('a', 4, 5);
     const int n = take("a0 a1");
     vector *v[2] = {vector_new(&(float){1}, 1), NULL};
-    queue_finish(q, taken, v, n);
+    queue_finish(q, taken, v, n, TEXT_NOT_FINITE);
     vector_drop(v[0]);
     cr_expect(a->told && !a->request.texts[0].failed && a->request.texts[1].failed);
     client_free(a);
@@ -471,7 +471,7 @@ static int take_between(const char *want, text **between) {
 static void finish_between(text **between, int n) {
     vector *v[BATCH];
     for (int i = 0; i < n; i++) v[i] = vector_new(&(float){(float)i}, 1);
-    queue_finish(q, between, v, n);
+    queue_finish(q, between, v, n, TEXT_NOT_FINITE);
     for (int i = 0; i < n; i++) vector_drop(v[i]);
 }
 
@@ -512,6 +512,25 @@ Test(serve_queue, a_batch_between_steps_has_its_own_time) {
     cr_expect_eq(submit_for(c, -NEVER), -1);
     const double all = seconds_now() - start;
     cr_expect(no.rate > (0.95 * 5 + 150) / all && no.rate < 155 / (0.95 * 0.4), "%g", no.rate);
+    client_free(a), client_free(b), client_free(c);
+}
+
+/* Then a goes on, with the 0.3 s that it had. */
+Test(serve_queue, a_batch_between_steps_is_given_back) {
+    text *between[BATCH];
+    client *a = ASK('a', 150), *c = client_new('c', (int[]){100}, 1);
+    const double start = seconds_now();
+    const int n = take("a0");
+    client *b = ASK('b', 5);
+    pass(0.3);
+    queue_give_back(q, between, take_between("b0", between));
+    pass(0.1);
+    finish(n);
+    const double all = seconds_now() - start;
+    cr_expect_eq(submit_for(c, -NEVER), -1);
+    cr_expect(no.rate >= 150 / all && no.rate <= 150 / 0.4, "%g", no.rate);
+    finish(take("b0"));
+    cr_expect_eq(b->request.state, REQUEST_DONE);
     client_free(a), client_free(b), client_free(c);
 }
 
@@ -598,7 +617,7 @@ static void *take_once(void *arg) {
     text *texts[BATCH];
     *(int *)arg = queue_take(q, b, texts);
     vector *v[BATCH] = {NULL};
-    queue_finish(q, texts, v, *(int *)arg);
+    queue_finish(q, texts, v, *(int *)arg, TEXT_NOT_FINITE);
     qemb_batch_free(b);
     return NULL;
 }
@@ -649,7 +668,7 @@ static void *computer(void *arg) {
             if (!n[k]) continue;
             for (int i = 0; i < n[k]; i++) v[i] = vector_new(&(float){(float)i}, 1);
             if (rng_u64(&r) % 8)
-                queue_finish(q, texts[k], v, n[k]);
+                queue_finish(q, texts[k], v, n[k], TEXT_NOT_FINITE);
             else
                 queue_give_back(q, texts[k], n[k]);
             for (int i = 0; i < n[k]; i++) vector_drop(v[i]);
