@@ -1,8 +1,9 @@
 /* fingerprint.c - digests of a model and of a recipe; see fingerprint.h. */
 #include "fingerprint.h"
 
+#include "format.h"
+
 #include <openssl/evp.h>
-#include <stdio.h>
 #include <string.h>
 #define XXH_INLINE_ALL
 #include <xxhash.h>
@@ -34,6 +35,6 @@ int recipe_fingerprint(char out[RECIPE_ROOM], const uint8_t model[FINGERPRINT_BY
                        const char *prompt, size_t len) {
     uint8_t d[FINGERPRINT_BYTES];
     if (digest(d, model, FINGERPRINT_BYTES, prompt, len)) return -1;
-    for (int i = 0; i < (RECIPE_ROOM - 1) / 2; i++) snprintf(out + 2 * i, 3, "%02x", d[i]);
+    *format_hex(out, d, (RECIPE_ROOM - 1) / 2) = 0;
     return 0;
 }

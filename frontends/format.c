@@ -131,6 +131,15 @@ uint16_t format_half(float x) {
 
 /* ---- strings --------------------------------------------------------------------------------- */
 
+char *format_hex(char *p, const void *src, size_t n) {
+    static const char digits[] = "0123456789abcdef";
+    for (const uint8_t *b = src, *end = b + n; b < end; b++) {
+        *p++ = digits[*b >> 4];
+        *p++ = digits[*b & 15];
+    }
+    return p;
+}
+
 char *format_base64(char *p, const void *src, size_t n) {
     static const char digit[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     const uint8_t *s = src;

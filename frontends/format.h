@@ -54,6 +54,9 @@ char *format_uint(char *p, uint64_t x);
  * control character, U+007F to U+009F too, is escaped. */
 char *format_json_string(char *p, const char *s, size_t n);
 
+/* Writes src (n) as hexadecimal digits. Room 2 n. */
+char *format_hex(char *p, const void *src, size_t n);
+
 /* Writes base64 with padding (RFC 4648). Room (n + 2) / 3 * 4. */
 char *format_base64(char *p, const void *src, size_t n);
 

@@ -406,8 +406,9 @@ static void print_quoted(const char *s) {
     free(quoted);
 }
 
-static void print_hex(const uint8_t *b, int n) {
-    for (int i = 0; i < n; i++) printf("%02x", b[i]);
+static void print_sha256(const uint8_t digest[SHA256_BYTES]) {
+    char hex[2 * SHA256_BYTES];
+    printf("%.*s\n", (int)(format_hex(hex, digest, SHA256_BYTES) - hex), hex);
 }
 
 /* Prints s (n) as put_printable makes it. */
@@ -495,8 +496,7 @@ static int verify(const qemb_file *f, const char *path) {
     }
     say("%s", err.msg);
     printf("verified         no: it is ");
-    print_hex(digest, sizeof digest);
-    putchar('\n');
+    print_sha256(digest);
     return STATUS_MODEL;
 }
 
@@ -517,8 +517,7 @@ static int info(const options *o) {
     printf("provenance\n");
     print_provenance(f);
     printf("sha256           ");
-    print_hex(f->sha256, sizeof f->sha256);
-    putchar('\n');
+    print_sha256(f->sha256);
     printf("tables           %s\n",
            f->tables_proved ? "proved by their checksum" : "no checksum (an older file)");
     const int status = o->model.verify ? verify(f, o->model.model) : STATUS_GOOD;

@@ -4,6 +4,7 @@
 #include "cli.h"
 
 #include "frontends/console.h"
+#include "frontends/format.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -160,7 +161,7 @@ void shard_remove(const shard_store *s, const char *file) {
 /* ---- digests --------------------------------------------------------------------------------- */
 
 void sha256_hex(char out[SHA256_ROOM], const uint8_t digest[32]) {
-    for (int i = 0; i < 32; i++) snprintf(out + 2 * i, 3, "%02x", digest[i]);
+    *format_hex(out, digest, 32) = 0;
 }
 
 int sha256_of(int fd, char out[SHA256_ROOM], uint64_t *bytes) {

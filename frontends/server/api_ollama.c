@@ -105,7 +105,7 @@ void api_ollama_tags(buffer *out, const api_ollama_card *cards, int n) {
         char name[6 * 256 + 2], digest[65];
         const size_t len = strlen(cards[i].name);
         *format_json_string(name, cards[i].name, len < 255 ? len : 255) = 0;
-        for (int k = 0; k < 32; k++) snprintf(digest + 2 * k, 3, "%02x", cards[i].file->sha256[k]);
+        *format_hex(digest, cards[i].file->sha256, 32) = 0;
         buffer_printf(out, "%s{\"name\":%s,\"model\":%s,\"size\":%zu,\"digest\":\"%s\",",
                       i ? "," : "", name, name, cards[i].file->map_bytes, digest);
         put_details(out, &cards[i]);

@@ -99,8 +99,7 @@ static int make_fingerprint(model_worker *m, qemb_err *err) {
     m->sha256 = EVP_MD_fetch(NULL, "SHA256", NULL);
     if (!m->sha256 || model_fingerprint(m->fingerprint, m->file.file, m->opt.model.ops))
         return qemb_fail(err, "model_file", "SHA-256: not available");
-    for (int i = 0; i < FINGERPRINT_BYTES; i++)
-        snprintf(m->fingerprint_hex + 2 * i, 3, "%02x", m->fingerprint[i]);
+    *format_hex(m->fingerprint_hex, m->fingerprint, FINGERPRINT_BYTES) = 0;
     return 0;
 }
 
@@ -234,8 +233,8 @@ model_worker *model_worker_open(const model_worker_options *o, qemb_err *err) {
 
 /* ---- the replicas' threads ------------------------------------------------------------------- */
 
-/* vectors[i] = row i of out (n, dim), or NULL if it is not good or memory runs out, which sets *why.
- * Returns the number of those that are not good. */
+/* vectors[i] = row i of out (n, dim), or NULL if it is not good or memory runs out, which sets
+ * *why. Returns the number of those that are not good. */
 static int make_vectors(const model_worker *m, const float *out, vector **vectors, int n,
                         text_failure *why) {
     const int D = model_worker_dim(m);
@@ -306,7 +305,7 @@ static void describe_to_redis(model_worker *m) {
     if (o->ops->plan && !o->engine.deterministic)
         k->tolerance = o->ops->math == QEMB_MATH_FP8 ? 0.33 : 0.02;
     char hex[2 * WEIGHTS_BYTES + 1];
-    for (int i = 0; i < WEIGHTS_BYTES; i++) snprintf(hex + 2 * i, 3, "%02x", k->weights[i]);
+    *format_hex(hex, k->weights, WEIGHTS_BYTES) = 0;
     log_line("info", "weights", "\"role\":\"%s\",\"checksum\":\"%s\",\"seconds\":%.3f",
              role_name(m->opt.role), hex, seconds_now() - start);
     atomic_store(&m->has_weights, 1);

@@ -208,6 +208,14 @@ static json_t *read_back(const char *s, size_t n, char *out) {
     return json_loadb(out, len, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
 }
 
+Test(format_hex, every_byte) {
+    uint8_t all[256];
+    char got[513] = "", want[513];
+    for (int i = 0; i < 256; i++) all[i] = (uint8_t)i, sprintf(want + 2 * i, "%02x", i);
+    cr_expect_eq(format_hex(got, all, sizeof all), got + 512);
+    cr_expect_str_eq(got, want);
+}
+
 Test(format_json_string, all_ascii_reads_back) {
     char s[128], out[6 * sizeof s + 2];
     for (size_t i = 0; i < sizeof s; i++) s[i] = (char)i;
