@@ -103,3 +103,12 @@ double seconds_now(void) {
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
+
+int join_within(pthread_t thread, double seconds) {
+    struct timespec t; /* the wall clock's, as pthread_timedjoin_np wants it */
+    clock_gettime(CLOCK_REALTIME, &t);
+    const double until = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec + seconds;
+    t.tv_sec = (time_t)until;
+    t.tv_nsec = (long)(1e9 * (until - (double)t.tv_sec));
+    return !pthread_timedjoin_np(thread, NULL, &t);
+}

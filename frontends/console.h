@@ -2,6 +2,7 @@
 #ifndef QEMB_CONSOLE_H
 #define QEMB_CONSOLE_H
 
+#include <pthread.h>
 #include <stddef.h>
 
 #define LENGTH(a) ((int)(sizeof(a) / sizeof *(a)))
@@ -40,5 +41,7 @@ _Noreturn void print_and_leave(const char *text);
 void *need(void *p);
 
 double seconds_now(void); /* monotonic */
+/* Joins a thread if it ends within that time, in seconds; returns whether it has. */
+int join_within(pthread_t thread, double seconds);
 
 #endif

@@ -567,14 +567,10 @@ int model_worker_failed(model_worker *m, qemb_err *err) {
 void model_worker_stop(model_worker *m) { queue_stop(m->queue); }
 
 int model_worker_join(model_worker *m, double seconds) {
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t);
-    const double until = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec + seconds;
-    t.tv_sec = (time_t)until;
-    t.tv_nsec = (long)((until - floor(until)) * 1e9);
+    const double end = seconds_now() + seconds;
     for (int i = 0; i < m->started; i++) {
         replica *r = &m->replicas[i];
-        if (!r->joined && pthread_timedjoin_np(r->thread, NULL, &t)) return 0;
+        if (!r->joined && !join_within(r->thread, end - seconds_now())) return 0;
         r->joined = 1;
     }
     return 1;

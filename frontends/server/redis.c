@@ -534,22 +534,13 @@ void redis_stop(redis *r) {
     pthread_mutex_unlock(&r->lock);
 }
 
-static int join(worker *w, double seconds) {
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t);
-    const double until = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec + seconds;
-    t.tv_sec = (time_t)until;
-    t.tv_nsec = (long)((until - floor(until)) * 1e9);
-    return !pthread_timedjoin_np(w->thread, NULL, &t);
-}
-
 int redis_free(redis *r, double seconds) {
     if (!r) return 1;
     redis_stop(r);
     const double end = seconds_now() + seconds;
-    int joined = join(&r->setter, seconds);
+    int joined = join_within(r->setter.thread, seconds);
     for (int i = 0; i < GETTERS && joined; i++)
-        joined = join(&r->getters[i], fmax(0, end - seconds_now()));
+        joined = join_within(r->getters[i].thread, end - seconds_now());
     if (!joined) return 0;
     for (; r->n; r->n--, r->first = (r->first + 1) % MAX_PENDING)
         vector_drop(r->ring[r->first].vector);
