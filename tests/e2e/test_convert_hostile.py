@@ -287,6 +287,17 @@ def test_an_interrupt_while_packages_load():
     assert (r.returncode, r.stdout, r.stderr) == (-signal.SIGINT, "", "")
 
 
+def interrupt_halfway(script, folder):
+    """Runs the script, which prints "halfway" and then waits, and interrupts it there."""
+    p = subprocess.Popen([sys.executable, "-c", script, folder, "--out", "out.qemb"],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert p.stdout.readline() == "halfway\n"
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate()
+    assert (p.returncode, err) == (130, "convert_weights.py: stopped by SIGINT, nothing written\n")
+    assert os.listdir() == []
+
+
 def test_a_second_interrupt(folder):
     """It comes while the first one is obeyed."""
     script = HALFWAY.format(root=str(ROOT)).replace("c.main()", """
@@ -300,13 +311,7 @@ def interrupt(*args):
         time.sleep(0.01)
 c.interrupt = interrupt
 c.main()""")
-    p = subprocess.Popen([sys.executable, "-c", script, folder, "--out", "out.qemb"],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert p.stdout.readline() == "halfway\n"
-    p.send_signal(signal.SIGINT)
-    _, err = p.communicate()
-    assert (p.returncode, err) == (130, "convert_weights.py: stopped by SIGINT, nothing written\n")
-    assert os.listdir() == []
+    interrupt_halfway(script, folder)
 
 
 def test_an_interrupt_while_qemb_checks(folder, tmp_path):
@@ -316,13 +321,7 @@ def test_an_interrupt_while_qemb_checks(folder, tmp_path):
               f"import functools\nc.QEMB = {str(slow)!r}\n"
               "c.subprocess.run = functools.partial(c.subprocess.run, pass_fds=[3])\n"
               "import os\nos.dup2(1, 3)\nc.main()")
-    p = subprocess.Popen([sys.executable, "-c", script, folder, "--out", "out.qemb"],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert p.stdout.readline() == "halfway\n"
-    p.send_signal(signal.SIGINT)
-    _, err = p.communicate()
-    assert (p.returncode, err) == (130, "convert_weights.py: stopped by SIGINT, nothing written\n")
-    assert os.listdir() == []
+    interrupt_halfway(script, folder)
 
 
 def test_nohup_is_obeyed(folder):

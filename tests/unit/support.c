@@ -230,3 +230,10 @@ qemb_file *open_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, 
     unlink(path);
     return f;
 }
+
+void embed_alone(qemb_model *m, const int32_t *ids, int n, float *out) {
+    qemb_batch *b = qemb_batch_new(m);
+    if (!b || qemb_pack_add(b, ids, n)) abort();
+    qemb_embed(m, b, out);
+    qemb_batch_free(b);
+}

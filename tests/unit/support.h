@@ -48,6 +48,9 @@ void write_temporary(char *path, const void *data, size_t bytes);
 qemb_file *open_model(const qemb_config *c, uint64_t seed, double gate_scale);
 qemb_file *open_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, double gate_scale);
 
+/* out (D) = the vector of one text, alone in its batch: not cut, not scaled to length 1 */
+void embed_alone(qemb_model *m, const int32_t *ids, int n, float *out);
+
 /* Small shapes: GQA groups 1, 2, 4; hidden unequal to heads x head_dim; odd sizes off every
  * tile. */
 extern const qemb_config small_configs[];

@@ -16,14 +16,6 @@ static qemb_model *open_with(const qemb_file *f, const qemb_ops *table, qemb_opt
     return m;
 }
 
-/* out = the vector of one text, alone in its batch */
-static void embed_alone(qemb_model *m, const int32_t *ids, int n, float *out) {
-    qemb_batch *b = qemb_batch_new(m);
-    cr_assert_eq(qemb_pack_add(b, ids, n), 0);
-    qemb_embed(m, b, out);
-    qemb_batch_free(b);
-}
-
 /* ---- the dense layer ------------------------------------------------------------------------- */
 
 static const int32_t some_ids[3][4] = {{3, 17, 4, 299}, {3, 16, 4, 299}, {3, 17, 299, 299}};

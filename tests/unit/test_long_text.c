@@ -58,13 +58,6 @@ static int32_t *random_ids(uint64_t seed, int n) {
     return ids;
 }
 
-static void embed_alone(qemb_model *m, const int32_t *ids, int n, float *out) {
-    qemb_batch *b = qemb_batch_new(m);
-    cr_assert_eq(qemb_pack_add(b, ids, n), 0);
-    qemb_embed(m, b, out);
-    qemb_batch_free(b);
-}
-
 /* A batch of texts that share a prefix, unless attention is bidirectional. The ids are *ids. */
 static qemb_batch *short_texts(const qemb_model *m, int32_t **ids) {
     enum { TEXTS = 4, LENGTH = 15 };

@@ -114,14 +114,6 @@ static double allowed_for(const golden *g) {
     return allowed() * amplified * (ops->math == QEMB_MATH_INT8 ? c / 3 : 1);
 }
 
-/* out (D) = the vector of one text, alone in its batch: not cut, not scaled to length 1 */
-static void embed_alone(qemb_model *m, const int32_t *ids, int n, float *out) {
-    qemb_batch *b = qemb_batch_new(m);
-    cr_assert_eq(qemb_pack_add(b, ids, n), 0);
-    qemb_embed(m, b, out);
-    qemb_batch_free(b);
-}
-
 /* Every golden of every model. The vectors are exact to float32's rounding; what float32 arithmetic
  * costs is measured by transformers' own float32 run: f32_diff. Ours sums in other orders, so it
  * may err otherwise, but not on another scale: 8 f32_diff. RoPE's angles are rounded to float in
