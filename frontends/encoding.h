@@ -1,4 +1,4 @@
-/* encoding.h - how a text from outside begins: byte order marks. */
+/* encoding.h - what is read of texts from outside: byte order marks, hexadecimal digits. */
 #ifndef QEMB_ENCODING_H
 #define QEMB_ENCODING_H
 
@@ -26,6 +26,14 @@ static inline int looks_like_utf16(const char *s, size_t n) {
     size_t i = 0;
     while (i < end && !s[i + nul] && s[i + 1 - nul]) i += 2;
     return i == end && end >= 4;
+}
+
+/* The value of a hexadecimal digit; -1: it is none. */
+static inline int hex_digit(char c) {
+    return c >= '0' && c <= '9'   ? c - '0'
+           : c >= 'a' && c <= 'f' ? c - 'a' + 10
+           : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                  : -1;
 }
 
 #endif

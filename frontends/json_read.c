@@ -133,10 +133,7 @@ static int hex(const char *p, const char *end, int n) {
     int x = 0;
     if (end - p < n) return -1;
     for (; n; n--, p++) {
-        const int digit = *p >= '0' && *p <= '9'   ? *p - '0'
-                          : *p >= 'a' && *p <= 'f' ? *p - 'a' + 10
-                          : *p >= 'A' && *p <= 'F' ? *p - 'A' + 10
-                                                   : -1;
+        const int digit = hex_digit(*p);
         if (digit < 0) return -1;
         x = x * 16 + digit;
     }

@@ -1,6 +1,8 @@
 /* http_parse.c - the head of a request and the framing of its body; see http_parse.h. */
 #include "http_parse.h"
 
+#include "frontends/encoding.h"
+
 #include <string.h>
 #include <strings.h>
 
@@ -14,13 +16,6 @@ static int is_token(unsigned char c) {
 static int is_control(unsigned char c) { return (c < ' ' && c != '\t') || c == 0x7f; }
 
 static int is_blank(char c) { return c == ' ' || c == '\t'; }
-
-static int hex_digit(char c) {
-    return c >= '0' && c <= '9'   ? c - '0'
-           : c >= 'a' && c <= 'f' ? c - 'a' + 10
-           : c >= 'A' && c <= 'F' ? c - 'A' + 10
-                                  : -1;
-}
 
 /* ---- where a head ends ----------------------------------------------------------------------- */
 
