@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import json
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -231,3 +232,18 @@ def vectors_in(a):
 
 def ask(texts, **more):
     return {"model": "small", "input": texts, "encoding_format": "base64", **more}
+
+
+def readable(sockets):
+    """Those that can be read at once. select() would take no descriptor of 1,024 or more."""
+    poll, of = select.poll(), {k.fileno(): k for k in sockets}
+    for fd in of:
+        poll.register(fd, select.POLLIN)
+    return [of[fd] for fd, _ in poll.poll(0)]
+
+
+def is_closed(k):
+    try:
+        return bool(readable([k])) and k.recv(1) == b""
+    except ConnectionError:
+        return True

@@ -5,7 +5,6 @@ import contextlib
 import json
 import re
 import resource
-import select
 import shutil
 import socket
 import subprocess
@@ -22,6 +21,8 @@ from serve_client import (
     SERVE,
     Slow,
     ask,
+    is_closed,
+    readable,
     serve,  # noqa: F401 - a fixture
     server,
     slow_request,
@@ -82,15 +83,6 @@ def one(k):
         assert chunk, got
         got += chunk
     return Response(got)
-
-
-def is_closed(k):
-    try:
-        return k.recv(1, socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionError:
-        return True
 
 
 def wait(good):
@@ -463,8 +455,7 @@ def test_health_does_not_wait_behind_requests():
         for k in busy:  # the work of all begins now
             k.sendall(body[-1:])
         sent = time.monotonic()
-        answered = lambda: len(select.select(busy, [], [], 0)[0])
-        while answered() < len(busy) - 1:  # both threads of the pool are at work
+        while len(readable(busy)) < len(busy) - 1:  # both threads of the pool are at work
             assert s.request("GET", "/health").status == 200
             n += 1
             assert time.monotonic() - sent < GUARD
