@@ -101,9 +101,11 @@ static void explain(const char *path) {
 /* ---- opening --------------------------------------------------------------------------------- */
 
 static int try_weights(qemb_file **f, const char *path, qemb_err *err) {
-    if (qemb_file_open(f, path, err)) return -1;
-    map_fault_watch((*f)->map, (*f)->map_bytes, path);
-    return 0;
+    map_fault_opening(path);
+    const int failed = qemb_file_open(f, path, err);
+    if (!failed) map_fault_watch((*f)->map, (*f)->map_bytes, path);
+    map_fault_opening(NULL);
+    return failed;
 }
 
 qemb_file *open_weights(const char *path) {

@@ -377,7 +377,10 @@ static int search_by_index(search *s, options *o, const qemb_file *f, qemb_model
     const line_index_key key = key_of(o, f, t);
     line_index x;
     read_texts(s, o);
-    if (open_index(s, &x, &key)) {
+    map_fault_opening(o->index);
+    const int is_missing = open_index(s, &x, &key);
+    map_fault_opening(NULL);
+    if (is_missing) {
         if (s->unreadable) return 1;
         make_index(s, &x, &key, m, qemb_dim(&f->config), t);
     }

@@ -210,21 +210,36 @@ static int run_apart(void (*f)(void), char *said) {
     return status;
 }
 
-static void read_the_end(void) {
-    signal(SIGBUS, SIG_DFL); /* not criterion's */
-    map_fault_watch(file->map, file->map_bytes, "a\tname\033");
+static void read_the_lost_end(void) {
     cr_assert_eq(truncate(path, 4096), 0);
     const volatile uint8_t *last = file->map + file->map_bytes - 1;
     (void)*last;
+}
+
+static void read_the_end(void) {
+    signal(SIGBUS, SIG_DFL); /* not criterion's */
+    map_fault_watch(file->map, file->map_bytes, "a\tname\033");
+    read_the_lost_end();
 }
 
 static void read_a_forgotten_one(void) {
     signal(SIGBUS, SIG_DFL);
     map_fault_watch(file->map, file->map_bytes, path);
     map_fault_forget(file->map);
-    cr_assert_eq(truncate(path, 4096), 0);
-    const volatile uint8_t *last = file->map + file->map_bytes - 1;
-    (void)*last;
+    read_the_lost_end();
+}
+
+static void read_while_opening(void) {
+    signal(SIGBUS, SIG_DFL);
+    map_fault_opening(path);
+    read_the_lost_end();
+}
+
+static void read_when_opened(void) {
+    signal(SIGBUS, SIG_DFL);
+    map_fault_opening(path);
+    map_fault_opening(NULL);
+    read_the_lost_end();
 }
 
 static void get_the_signal(void) {
@@ -241,6 +256,11 @@ Test(file_watch, a_truncated_map_ends_the_process_with_a_line) {
     cr_assert_str_eq(said, "qemb: a\tname?: cannot be read: truncated while it was in use, or its "
                            "disk fails\n");
     status = run_apart(read_a_forgotten_one, said);
+    cr_assert(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS && !*said, "status %x", status);
+    status = run_apart(read_while_opening, said);
+    cr_assert(WIFEXITED(status) && WEXITSTATUS(status) == STATUS_MODEL, "status %x", status);
+    cr_assert(strstr(said, ": cannot be read: "));
+    status = run_apart(read_when_opened, said);
     cr_assert(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS && !*said, "status %x", status);
     status = run_apart(get_the_signal, said);
     cr_assert(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS && !*said, "status %x", status);
