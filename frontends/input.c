@@ -67,7 +67,6 @@ void input_watch(input *in, void (*watch)(void *, const void *, size_t), void *s
     in->watch = watch, in->watch_self = self;
 }
 
-uint64_t input_bytes(const input *in) { return in->bytes; }
 uint64_t input_consumed(const input *in) { return in->decompressor ? in->raw_bytes : in->bytes; }
 const char *input_error(const input *in) { return in->failed; }
 

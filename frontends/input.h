@@ -40,9 +40,8 @@ void input_watch(input *in, void (*watch)(void *self, const void *bytes, size_t 
 /* Gets the next record. With wait = 0 it returns INPUT_WAIT instead of blocking. Complete records
  * that were read before a failure or a wake are returned first; an incomplete one is dropped. */
 input_status input_next(input *in, int wait, input_record *r);
-/* The bytes of all records so far, separators and a byte order mark included. */
-uint64_t input_bytes(const input *in);
-/* The bytes of the descriptor that these are; of compressed ones, those that are decompressed. */
+/* The bytes of the descriptor that all records so far were, separators and a byte order mark
+ * included; of compressed ones, those that are decompressed. */
 uint64_t input_consumed(const input *in);
 /* Why no more can be read, or "". */
 const char *input_error(const input *in);
