@@ -93,21 +93,16 @@ define CHECKED_CUBIN
 @mkdir -p $(@D)
 $(NVCC) -I. -std=c++20 -O3 -Werror all-warnings -Xptxas -v -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@ 2> $@.log || { cat $@.log; exit 1; }
 endef
-# One object per architecture, so that the log of ptxas names the architecture of a spill.
-build/cuda/qemb_%.o: qemb.cu $(CUDA_SOURCES)
-	@mkdir -p $(@D)
-	$(NVCC) -I. -std=c++20 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra -Xptxas -v \
-	    -gencode arch=compute_$*,code=sm_$* -c $< -o $@ 2> $@.log || { cat $@.log; exit 1; }
+# One for each architecture, so that the log of ptxas names the architecture of a spill.
 build/cuda/qemb_%.cubin: qemb.cu $(CUDA_SOURCES)
-	@mkdir -p $(@D)
-	$(NVCC) -I. -std=c++20 -O3 -gencode arch=compute_$*,code=sm_$* -cubin $< -o $@
+	$(CHECKED_CUBIN)
 build/cuda/tests_%.cubin: tests/cuda/test_cuda_ops.cu $(CUDA_SOURCES) tests/cuda/cuda_test.h tests/cuda/cuda_attention.h
 	$(CHECKED_CUBIN)
 build/cuda/hopper_%.cubin: tests/cuda/test_cuda_hopper.cu $(CUDA_SOURCES) tests/cuda/cuda_test.h tests/cuda/cuda_attention.h tests/cuda/cuda_model.h
 	$(CHECKED_CUBIN)
 
-cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin ## build the CUDA code for sm_80, 89, 90a, 100, 120 and check it: no spills, tensor-core instructions
-	tests/cuda/check_sass.py $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).o.log build/cuda/tests_$(a).cubin.log build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin.log build/cuda/hopper_90a.cubin
+cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin ## build the CUDA code for sm_80, 89, 90a, 100, 120 and check it: no spills, tensor-core instructions
+	tests/cuda/check_sass.py $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).cubin.log build/cuda/tests_$(a).cubin.log build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin.log build/cuda/hopper_90a.cubin
 
 HOST_FLAGS := -pthread $(HARDENED)
 NVCC_HOST  := -Xcompiler $(subst $() ,$(comma),$(strip $(HOST_FLAGS)))

@@ -32,7 +32,7 @@ MUTANTS = [
     ("norm_next", K, "__syncthreads(); /* norm_next", "/* norm_next", "rmsnorm"),
     ("att_q", A, "__syncthreads();    /* att_q:", "/* att_q:", "attention_narrow"),
     (
-        "*att_kv",
+        "att_kv",
         A,
         "__syncthreads();    /* att_kv:",
         "/* att_kv:",
@@ -143,7 +143,7 @@ MUTANTS = [
         "attention_narrow",
     ),
     (
-        "*all_end",
+        "all_end",
         A,
         "if (j * 8 + (e & 1) >= left)",
         "if (j * 8 + (e & 1) > left)",
@@ -203,7 +203,7 @@ MUTANTS = [
         "rmsnorm",
     ),
     ("norm_store", K, "if (i >= D) continue;", "", "rmsnorm"),
-    ("*mean_store", K, "if (ok && lane < 8)", "if (lane < 8)", "op_gather_mean"),
+    ("mean_store", K, "if (ok && lane < 8)", "if (lane < 8)", "op_gather_mean"),
     ("mean_load", K, "ok ? lane / 8 : rows", "lane / 8", "op_gather_mean"),
     (
         "mean_prefix",
@@ -214,7 +214,7 @@ MUTANTS = [
     ),
     ("mean_rows", K, "rows = t.prefix + t.len;", "rows = t.len;", "op_gather_mean"),
     ("mean_lanes", K, "sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], 16);", "", "op_gather_mean"),
-    ("*no_shift", K, "SWIGLU_SHIFT = 6", "SWIGLU_SHIFT = 0", "golden_massive"),
+    ("no_shift", K, "SWIGLU_SHIFT = 6", "SWIGLU_SHIFT = 0", "golden_massive"),
     ("clamp", K, "return over ? (v > 0 ? limit : -limit) : v;", "return v;", "swiglu"),
     (
         "clamp_hides_nan",
@@ -316,7 +316,7 @@ MUTANTS = [
         "op_fp8",
     ),
     (
-        "*fp8_sums",
+        "fp8_sums",
         Q,
         "if (unscaled && add) apply_scales<float, true>(be, (float *)y, rows, w, T);",
         "",
@@ -625,7 +625,7 @@ MUTANTS = [
         "same_bits",
     ),
     (
-        "*reduction_narrow",
+        "reduction_narrow",
         G,
         "deterministic ? CUBLASLT_REDUCTION_SCHEME_NONE\n : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE",
         "deterministic ? CUBLASLT_REDUCTION_SCHEME_NONE : CUBLASLT_REDUCTION_SCHEME_MASK",
@@ -657,7 +657,7 @@ MUTANTS = [
     ),
     ("gu_init", P, "cluster_sync(); /* gu_init", "/* gu_init", "gate_up_hopper"),
     (
-        "*gu_init_block",
+        "gu_init_block",
         P,
         "cluster_sync(); /* gu_init",
         "__syncthreads(); /* gu_init",
@@ -665,7 +665,7 @@ MUTANTS = [
     ),
     ("*gu_exit", P, "cluster_sync(); /* gu_exit", "/* gu_exit", "gate_up_hopper"),
     (
-        "*gu_empty",
+        "gu_empty",
         P,
         "barrier_wait(ring.empty(ring.i), ring.parity(ring.i) ^ 1); /* gu_empty",
         "/* gu_empty",
@@ -680,7 +680,7 @@ MUTANTS = [
     ),
     ("gu_readers", P, "GU_CLUSTER * HOPPER_WARPS", "HOPPER_WARPS", "gate_up_hopper"),
     (
-        "*gu_own_readers",
+        "gu_own_readers",
         P,
         "barrier_arrive_at(empty, rank);",
         "barrier_arrive(empty);",
@@ -709,7 +709,7 @@ MUTANTS = [
         "barrier_expect(full, 2 * GU_PART);",
         "gate_up_hopper",
     ),
-    ("*gu_mask", P, "(1 << GU_CLUSTER) - 1);", "1 << rank);", "gate_up_hopper"),
+    ("gu_mask", P, "(1 << GU_CLUSTER) - 1);", "1 << rank);", "gate_up_hopper"),
     ("gu_half_of_w", P, "column + rank * F", "column", "gate_up_hopper"),
     ("gu_part", P, "to + (1 + rank) * GU_PART", "to + GU_PART", "gate_up_hopper"),
     (
@@ -872,7 +872,7 @@ MUTANTS = [
         "/* ah_q_full",
         "attention_hopper",
     ),
-    ("*ah_q_read", P, "__syncwarp(); /* ah_q_read", "/* ah_q_read", "attention_hopper"),
+    ("ah_q_read", P, "__syncwarp(); /* ah_q_read", "/* ah_q_read", "attention_hopper"),
     (
         "ah_full_first",
         P,
@@ -897,7 +897,7 @@ MUTANTS = [
         "attention_hopper",
     ),
     (
-        "*ah_values_done",
+        "ah_values_done",
         P,
         "wgmma_wait<0>(o[0]); /* ah_values_done",
         "/* ah_values_done",
@@ -930,7 +930,7 @@ MUTANTS = [
     ),
     ("ah_prefix_rows", P, "p < s.prefix ? p : s.own + p;", "s.own + p;", "attention_hopper"),
     (
-        "*ah_whole_keys",
+        "ah_whole_keys",
         P,
         "return last < s.keys && ah_row",
         "return ah_row",
