@@ -11,6 +11,7 @@ import openai
 import pytest
 from serve_client import (
     BUSY,
+    BUSY_CPU,
     GUARD,
     HIDDEN,
     LONG,
@@ -23,7 +24,7 @@ from serve_client import (
 )
 
 N = MAX_TOKENS  # of a long text; with less, a busy machine answers the short one too late
-STEPS = ("--batch-tokens", 64, "--cpu", "plain", "--cache", 0)
+STEPS = ("--batch-tokens", 64, *BUSY_CPU, "--cache", 0)
 TRIES = 20
 
 
@@ -61,7 +62,7 @@ def test_short_texts_pass_a_long_one():
                 break
         assert passed, "no short text was answered before the long one was computed"
         records = [{"ids": long_ids(i, N)}, {"text": f"short {i}"}]
-        want = qemb("--output", "base64", "--cpu", "plain", records=records)
+        want = qemb("--output", "base64", *BUSY_CPU, records=records)
         assert [answer.json["data"][0]["embedding"], *short] == want
 
 
