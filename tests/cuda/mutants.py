@@ -39,7 +39,7 @@ MUTANTS = [
         "attention_narrow attention_wide",
     ),
     ("att_end", A, "__syncthreads(); /* att_end", "/* att_end", "attention_narrow attention_wide"),
-    ("*att_out", A, "__syncwarp(); /* att_out", "/* att_out", "attention_narrow attention_wide"),
+    ("att_out", A, "__syncwarp(); /* att_out", "/* att_out", "attention_narrow attention_wide"),
     # cp.async
     ("att_q_wait", A, "cp_async_wait<1>(); /* att_q_wait", "/* att_q_wait", "attention_narrow"),
     (
@@ -468,7 +468,7 @@ MUTANTS = [
         "forward_shapes",
     ),
     (
-        "*pooled",
+        "pooled",
         Q,
         "if (good(be, cudaEventSynchronize(p->done), \"collect\")) { /* pooled */",
         "if (1) {",
@@ -663,7 +663,7 @@ MUTANTS = [
         "__syncthreads(); /* gu_init",
         "gate_up_hopper",
     ),
-    ("*gu_exit", P, "cluster_sync(); /* gu_exit", "/* gu_exit", "gate_up_hopper"),
+    ("gu_exit", P, "cluster_sync(); /* gu_exit", "/* gu_exit", "gate_up_hopper"),
     (
         "gu_empty",
         P,
@@ -986,7 +986,7 @@ MUTANTS = [
         "attention_hopper",
     ),
     (
-        "*ah_expect",
+        "ah_expect",
         P,
         "barrier_expect(full, ah_stage_bytes<HD>);",
         "barrier_arrive(full);",
