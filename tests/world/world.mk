@@ -10,15 +10,19 @@ WORLD_python   :=
 WORLD_packages := debootstrap podman crun zsh fish $(DEBIAN_DEB)
 WORLD_VENV     := .venv-world
 
-.PHONY: test-world need-world $(WORLD:%=need-world-%)
+# Installs in seconds what takes pip minutes.
+UV := $(WORLD_VENV)/uv/bin/uv
+
+.PHONY: test-world $(WORLD:%=need-world-%)
 $(WORLD:%=need-world-%): need-world-%:
 	$(call need,$(WORLD_$*))
-$(WORLD:%=$(WORLD_VENV)/%/.done): $(WORLD_VENV)/%/.done: tests/world/%.txt tests/requirements.txt | need-test need-world-%
+$(UV): | need-test
+	$(call venv,$(WORLD_VENV)/uv)
+	$(WORLD_VENV)/uv/bin/pip install -q --disable-pip-version-check uv
+$(WORLD:%=$(WORLD_VENV)/%/.done): $(WORLD_VENV)/%/.done: tests/world/%.txt tests/requirements.txt $(UV) | need-test need-world-%
 	$(call venv,$(@D))
-	$(@D)/bin/pip install -q --no-compile --disable-pip-version-check -r tests/world/$*.txt
+	$(UV) pip install -q --python $(@D)/bin/python -r tests/world/$*.txt
 	touch $@
-
-need-world: $(WORLD:%=$(WORLD_VENV)/%/.done)
 
 test-world: qemb qemb-serve build/lib/libqemb.a build/lib/libqemb.so $(patsubst %,$(WORLD_VENV)/%/.done,$(or $(SUITES),$(WORLD))) ## clients, stores, engines, packages: each started for real (installs them; SUITES="clients stores")
 	@JOBS=1 tests/run.sh $(foreach s,$(or $(SUITES),$(WORLD)),"$(WORLD_VENV)/$(s)/bin/pytest -q -rs tests/world/test_$(s).py")
