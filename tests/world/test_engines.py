@@ -31,7 +31,7 @@ ENGINES = ROOT / "examples/engines"
 MODEL = ROOT / "examples/demo.qemb"
 MEASURED = int(os.environ.get("QEMB_ENGINES_TEXTS", 0))
 TEXTS = MEASURED or 20_000
-LIMIT = 3600 if MEASURED else 150  # seconds, after which a program hangs
+LIMIT = 3600 if MEASURED else 900  # seconds, after which a program hangs
 FILES = 20
 BAD = 12_345
 PIPE = ["--input=jsonl", "--output=jsonl", "--errors-ok"]
