@@ -30,8 +30,7 @@ LIBS     := -ljansson -lcrypto -lz -lzstd -lm
 BENCH_LIBS = $(if $(wildcard /usr/include/oneapi/dnnl/dnnl.h),-ldnnl)
 # The threads of limits.c, and of what vendor_gemm.c compares with.
 BENCH_OPENMP := -fopenmp
-# The address sanitizer sees what the checks of null and object-size would; they double its time.
-ASAN     := -fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all -fno-omit-frame-pointer
+ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
 CPU     := $(patsubst %,backends/cpu/%,cpu_count threads memory row_ops packed_gemm avx2 avx2_integers avx512 avx512_attention amx dot_f16 dispatch)
 ENGINE  := qemb $(CPU) tokenizer lib/model_file lib/error lib/text_ids lib/embed_text
