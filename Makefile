@@ -105,8 +105,10 @@ $(VENV_TEST): tests/requirements.lock $(VENV)/.convert
 
 # $(call lock,OLDEST PYTHON,FILE,INPUTS)
 lock = $(VENV)/bin/uv pip compile -q --upgrade --universal --python-version $(1) --generate-hashes --no-annotate --no-header -o $(2) $(3)
-locks: $(VENV)/.convert ## resolve the Python packages again: packaging/convert.lock, tests/requirements.lock
+$(VENV)/bin/uv: | $(VENV)/.convert
 	$(PIP) uv
+
+locks: $(VENV)/bin/uv ## resolve the Python packages again: packaging/convert.lock, tests/requirements.lock
 	@mkdir -p build
 	printf '%s\n' $(CONVERT_NEEDS) >build/convert.in
 	$(call lock,3.9,packaging/convert.lock,build/convert.in)

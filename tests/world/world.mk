@@ -1,6 +1,7 @@
 # world.mk - `make test-world`: the programs that people use beside qemb, each started for real. A
-# suite is tests/world/test_NAME.py; NAME.txt has its Python packages, which get an environment of
-# their own, since their needs differ. WORLD_NAME has its Debian packages.
+# suite is tests/world/test_NAME.py. NAME.txt has its Python packages, which get an environment of
+# their own, since their needs differ; uv fills it in seconds, pip in minutes. WORLD_NAME has its
+# Debian packages.
 
 WORLD := clients stores engines python packages
 WORLD_clients  := prometheus
@@ -10,18 +11,12 @@ WORLD_python   :=
 WORLD_packages := debootstrap podman crun zsh fish $(DEBIAN_DEB)
 WORLD_VENV     := .venv-world
 
-# Installs in seconds what takes pip minutes.
-UV := $(WORLD_VENV)/uv/bin/uv
-
 .PHONY: test-world $(WORLD:%=need-world-%)
 $(WORLD:%=need-world-%): need-world-%:
 	$(call need,$(WORLD_$*))
-$(UV): | need-test
-	$(call venv,$(WORLD_VENV)/uv)
-	$(WORLD_VENV)/uv/bin/pip install -q --disable-pip-version-check uv
-$(WORLD:%=$(WORLD_VENV)/%/.done): $(WORLD_VENV)/%/.done: tests/world/%.txt tests/requirements.txt $(UV) | need-test need-world-%
+$(WORLD:%=$(WORLD_VENV)/%/.done): $(WORLD_VENV)/%/.done: tests/world/%.txt tests/requirements.txt | need-test need-world-% $(VENV)/bin/uv
 	$(call venv,$(@D))
-	$(UV) pip install -q --python $(@D)/bin/python -r tests/world/$*.txt
+	$(VENV)/bin/uv pip install -q --python $(@D)/bin/python -r tests/world/$*.txt
 	touch $@
 
 test-world: qemb qemb-serve build/lib/libqemb.a build/lib/libqemb.so $(patsubst %,$(WORLD_VENV)/%/.done,$(or $(SUITES),$(WORLD))) ## clients, stores, engines, packages: each started for real (installs them; SUITES="clients stores")
