@@ -101,6 +101,7 @@ static void same_records(input *whole, slow_input *slow) {
         if (a != INPUT_RECORD && b != INPUT_RECORD) break;
         if (a == b)
             require(of_whole.len == of_slow.len && of_whole.line == of_slow.line &&
+                    of_whole.offset == of_slow.offset &&
                     !memcmp(of_whole.text, of_slow.text, of_slow.len));
         else
             require(a == INPUT_FAILED || b == INPUT_FAILED);
