@@ -153,7 +153,7 @@ gpu-needs:
 
 $(GPU)/%.cu.o: %.cu $(CUDA_SOURCES) $(wildcard tests/cuda/*.h) | gpu-needs
 	@mkdir -p $(@D)
-	$(NVCC) -I. -I$(CUBLASLT)/../include -std=c++20 -O3 -Werror all-warnings $(NVCC_HOST) $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -c $< -o $@
+	$(NVCC) -I. -I$(CUBLASLT)/../include -std=c++20 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra $(NVCC_HOST) $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -c $< -o $@
 $(GPU)/%.o: %.c $(C_HEADERS) | gpu-needs
 	@mkdir -p $(@D)
 	$(CC) $(EMU_CC) -O3 $(HOST_FLAGS) -c $< -o $@
