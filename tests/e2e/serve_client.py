@@ -4,6 +4,7 @@ whose vectors have to be the same to the bit.
 QEMB_SERVE_BIN names the server (default ./qemb-serve), for example one with sanitizers, whose
 reports show as a wrong exit status. QEMB_BIN names the ./qemb to compare with. Every server listens
 on a free port of the loopback, is stopped by SIGTERM and has to exit with status 0."""
+import collections
 import contextlib
 import http.client
 import json
@@ -72,10 +73,12 @@ PATIENT = ("--deadline", "600", "--receive-timeout", "600")  # long enough for a
 class Server:
     def __init__(self, *args, model=MODEL, wait="ready", program=None):
         self.log, self.raw, self.changed = [], [], threading.Condition()
+        self.of = collections.defaultdict(list)  # event -> its lines of the log
         self.process = subprocess.Popen(
             [program or SERVE, "-m", model, "--port", "0", "--threads", "1", *PATIENT,
              *map(str, args)],
             stderr=subprocess.PIPE,
+            pipesize=1 << 20,  # the server drops lines for which there is no room
         )
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
@@ -88,26 +91,28 @@ class Server:
             with self.changed:
                 self.raw.append(line)
                 try:
-                    self.log.append(json.loads(line))
+                    self.keep(json.loads(line))
                 except ValueError:
-                    self.log.append({"event": "not JSON", "line": line})
+                    self.keep({"event": "not JSON", "line": line})
                 self.changed.notify_all()
         with self.changed:
-            self.log.append({"event": "end of log"})
+            self.keep({"event": "end of log"})
             self.changed.notify_all()
+
+    def keep(self, line):
+        self.log.append(line)
+        self.of[line["event"]].append(line)
 
     def wait_log(self, event, n=1):
         """Returns the n-th log line of that event."""
 
-        def found():
-            lines = [e for e in self.log if e["event"] == event]
-            return lines[n - 1] if len(lines) >= n else None
-
         with self.changed:
-            ends = lambda: found() or (self.log and self.log[-1]["event"] == "end of log")
-            assert self.changed.wait_for(ends, GUARD), f"no {event} in the log"
-            assert found(), b"".join(self.raw).decode()
-            return found()
+            there = lambda: len(self.of[event]) >= n
+            assert self.changed.wait_for(lambda: there() or self.of["end of log"], GUARD), (
+                f"no {event} in the log"
+            )
+            assert there(), b"".join(self.raw).decode()
+            return self.of[event][n - 1]
 
     def connect(self):
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=GUARD)
@@ -159,7 +164,7 @@ class Server:
         self.process.stderr.close()
         text = b"".join(self.raw).decode(errors="replace")
         assert status == 0, text[-8000:]
-        assert not [e for e in self.log if e["event"] == "not JSON"], text[-8000:]
+        assert not self.of["not JSON"], text[-8000:]
 
 
 @contextlib.contextmanager

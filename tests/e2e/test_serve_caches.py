@@ -276,7 +276,7 @@ def test_redis_killed_under_load(redis):
         again = Redis(redis.port)  # it comes back, and is used again
         try:
             until = time.monotonic() + GUARD
-            while not [e for e in s.log if e["event"] == "redis_up"]:
+            while not s.of["redis_up"]:
                 s.embed(["wake up"])
                 assert time.monotonic() < until
                 time.sleep(0.05)

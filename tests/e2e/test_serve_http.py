@@ -154,9 +154,9 @@ def test_malformed_requests_get_one_response_each(serve):  # noqa: F811
         assert a.headers["content-type"] == "application/json"
         ids[a.headers["x-request-id"]] = status
     assert len(ids) == len(MALFORMED) and len(serve.embed(["still there"])) == 1
-    wait(lambda: {e["request_id"] for e in serve.log if e["event"] == "request"} >= {*ids})
-    assert {e["request_id"]: e["status"] for e in serve.log
-            if e["event"] == "request" and e["request_id"] in ids} == ids
+    wait(lambda: {e["request_id"] for e in serve.of["request"]} >= {*ids})
+    said = {e["request_id"]: e["status"] for e in serve.of["request"]}
+    assert {i: said[i] for i in ids} == ids
     assert counted() - before == len(MALFORMED)
 
 
@@ -274,7 +274,7 @@ def test_clients_that_stop_sending_are_answered():
             assert Response(first.rest).status == 200  # of the second request on the connection
         assert slow.wait().status == 200
         assert s.metric("qemb_departed_total") == 1
-        wait(lambda: [e["status"] for e in s.log if e["event"] == "request"].count(499) == 1)
+        wait(lambda: [e["status"] for e in s.of["request"]].count(499) == 1)
 
 
 def test_all_addresses_of_a_name(tmp_path):

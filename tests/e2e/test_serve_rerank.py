@@ -791,8 +791,8 @@ def test_metrics_and_log(tmp_path):
             count("/v1/rerank", "200") == count("/rerank", "200") == count("/v2/rerank", "400") == 1
         )
         assert m[("qemb_request_seconds_count", ())] == 1
-    assert {e["role"] for e in s.log if e["event"] == "loaded"} == {"main", "reranker"}
-    line = [e for e in s.log if e["event"] == "request" and e["path"] == "/v1/rerank"][0]
+    assert {e["role"] for e in s.of["loaded"]} == {"main", "reranker"}
+    line = [e for e in s.of["request"] if e["path"] == "/v1/rerank"][0]
     assert line["texts"] == 2 and line["tokens"] == tokens["usage"]["total_tokens"]
     assert b"Geheimnis" not in b"".join(s.raw)
 
