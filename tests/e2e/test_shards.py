@@ -505,7 +505,7 @@ def test_a_killed_process_blocks_nobody(tmp_path):
 def test_an_input_that_changes_while_it_is_read(change, tmp_path):
     """Its rows would be of two inputs, or its last one half a line."""
     paths, out = write_files(tmp_path / "in", 2), tmp_path / "out"
-    lines = b"".join(b"%05d %s\n" % (i, b"w " * 500) for i in range(60 if SANITIZED else 600))
+    lines = b"".join(b"%05d %s\n" % (i, b"w " * 500) for i in range(30 if SANITIZED else 600))
     paths[0].write_bytes(lines)
     p = start("--out", out, *paths)
     wait_for(lambda: in_work(out))
