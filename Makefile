@@ -240,7 +240,7 @@ test: need-test $(VENV_TEST) ## install what is missing, run the tests (C, fuzze
 	  $(patsubst %,"% -runs=$(FUZZ_RUNS) -seed=1 -max_len=4096 -verbosity=0",$(FUZZ_BINS))
 
 test-sanitizers: need-test $(VENV_TEST) ## C tests and programs again, built with sanitizers (addresses, undefined behaviour, threads)
-	@echo "building"; $(SUBMAKE) $(C_ASAN) $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
+	@echo "building"; $(SUBMAKE) sanitized
 	@tests/run.sh $(SERVE_SANITIZED) $(patsubst %,"% --tap",$(C_ASAN)) \
 	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py tests/e2e/test_grep.py tests/e2e/test_rerank.py tests/e2e/test_shards.py tests/e2e/test_variants.py tests/e2e/test_model_changes.py" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py" \
@@ -251,7 +251,8 @@ test-sanitizers: need-test $(VENV_TEST) ## C tests and programs again, built wit
 test-cuda: need-test ## the CUDA tests: emulated, compiled for each architecture, and on a GPU if there is one
 	@JOBS=1 tests/run.sh "$(SUBMAKE) test-emu" "$(SUBMAKE) cuda-archs" "$(SUBMAKE) test-gpu-pack" "$(SUBMAKE) gpu-day PHASE=check"
 
-.PHONY: test-programs test-sanitizers test-serve test-cuda
+.PHONY: test-programs sanitized test-sanitizers test-serve test-cuda
+sanitized: $(C_ASAN) $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
 test-programs: qemb qemb-serve build/lib/libqemb.a build/lib/libqemb.so build/release/qemb-bench build/release/qemb-emulated $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
   build/tsan/qemb-devices build/tsan/qemb-serve-devices
 

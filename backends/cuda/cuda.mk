@@ -15,13 +15,10 @@ GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -ge
 
 EMU_SOURCES := tests/cuda/emu/emu_fibers.cpp tests/cuda/emu/emu_runtime.cpp tests/cuda/emu/emu_race.cpp tests/cuda/emu/emu_hopper.cpp tests/cuda/emu/emu_cublaslt.cpp
 EMU_HEADERS := $(wildcard tests/cuda/emu/*.h) tests/cuda/cuda_test.h tests/cuda/cuda_model.h tests/cuda/cuda_attention.h tests/unit/oracle.h tests/unit/support.h $(CUDA_SOURCES)
-C_HEADERS   := $(wildcard *.h */*.h */*/*.h) # of all C files: a stale object is one of another layout
 EMU_TESTS   := tests/cuda/cuda_main.cu tests/cuda/test_cuda_ops.cu tests/cuda/test_cuda_hopper.cu tests/cuda/test_cuda_model.cu tests/cuda/test_cuda_quantize.cu tests/cuda/test_cuda_devices.cu
-EMU_C       := $(patsubst %,%.c,$(ENGINE)) tests/unit/oracle.c tests/unit/support.c
-EMU_OBJECTS := $(patsubst %.cu,%.cu.o,qemb.cu $(EMU_TESTS)) $(EMU_SOURCES:.cpp=.o) $(EMU_C:.c=.o) # of test_cuda
-EMU_WARN    := -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas
-EMU_CXX     := -std=c++20 -g $(EMU_WARN) -Wno-psabi -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/cuda/emu
-EMU_CC      := -std=c11 -D_GNU_SOURCE -I. -g $(EMU_WARN)
+EMU_C       := $(ENGINE) tests/unit/oracle tests/unit/support
+EMU_OBJECTS := $(patsubst %.cu,%.cu.o,qemb.cu $(EMU_TESTS)) $(EMU_SOURCES:.cpp=.o) # of test_cuda, beside the C files
+EMU_CXX     := -std=c++20 -g1 $(WARNINGS) -Wno-unknown-pragmas -Wno-psabi -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/cuda/emu
 CXX         ?= g++
 comma       := ,
 
@@ -40,8 +37,9 @@ else
 # For make accuracy, which leaves the GPU out without the toolkit.
 EMULATED_GPU := build/emu/qemb-cuda
 
-# $(eval $(call emu,NAME,FLAGS OF THE CODE UNDER TEST,FLAGS OF ALL)): build/NAME/test_cuda. The access
-# hooks of the race detector must not see the emulator itself, so that gets its own flags.
+# $(eval $(call emu,NAME,FLAGS OF THE CODE UNDER TEST,FLAGS OF ALL,VARIANT)): build/NAME/test_cuda. The
+# C files are those of the VARIANT of the CPU's programs. The access hooks of the race detector must
+# not see the emulator itself, so that gets its own flags.
 define emu
 build/$(1)/%.cu.o: %.cu $$(EMU_HEADERS)
 	@mkdir -p $$(@D)
@@ -49,24 +47,22 @@ build/$(1)/%.cu.o: %.cu $$(EMU_HEADERS)
 build/$(1)/%.o: %.cpp $$(EMU_HEADERS)
 	@mkdir -p $$(@D)
 	$$(CXX) $$(EMU_CXX) -O3 -march=native $(3) -c $$< -o $$@
-build/$(1)/%.o: %.c $$(C_HEADERS)
-	@mkdir -p $$(@D)
-	$$(CC) $$(EMU_CC) -O3 $(3) -c $$< -o $$@
-build/$(1)/test_cuda: $$(EMU_OBJECTS:%=build/$(1)/%)
+build/$(1)/test_cuda: $$(EMU_OBJECTS:%=build/$(1)/%) $$(EMU_C:%=build/$(4)/%.o)
 	$$(CXX) -g -pthread -no-pie $(3) $$^ -lcrypto -lm -o $$@
-build/$(1)/qemb-cuda: build/$(1)/qemb.cu.o $$(patsubst %,build/$(1)/%.o,$$(CUDA_PROGRAM)) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
+build/$(1)/qemb-cuda: build/$(1)/qemb.cu.o $$(CUDA_PROGRAM:%=build/$(4)/%.o) $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
 	$$(CXX) -g -pthread -no-pie $(3) $$^ $$(LIBS) -o $$@
-build/$(1)/bench_cuda: build/$(1)/bench/bench_cuda.cu.o build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES)) $$(EMU_C:%.c=build/$(1)/%.o)
+build/$(1)/bench_cuda: build/$(1)/bench/bench_cuda.cu.o build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES)) $$(EMU_C:%=build/$(4)/%.o)
 	$$(CXX) -g -pthread -no-pie $(3) $$^ -lcrypto -lm -o $$@
-build/$(1)/qemb-serve: $$(patsubst %,build/$(1)/%.o,$$(CUDA_SERVE)) build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
+build/$(1)/qemb-serve: $$(CUDA_SERVE:%=build/$(4)/%.o) build/$(1)/qemb.cu.o $$(patsubst %.cpp,build/$(1)/%.o,$$(EMU_SOURCES))
 	$$(CXX) -g -pthread -no-pie $(3) $$^ $$(SERVE_LIBS) $$(LIBS) -o $$@
 endef
-$(eval $(call emu,emu,-O2,))
-$(eval $(call emu,emu-asan,-O1,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all))
-$(eval $(call emu,emu-race,-O1 -fsanitize=thread -fno-threadsafe-statics -fno-pie,-DEMU_RACE))
+$(eval $(call emu,emu,-O2,,release))
+$(eval $(call emu,emu-asan,-O1,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all,asan))
+$(eval $(call emu,emu-race,-O1 -fsanitize=thread -fno-threadsafe-statics -fno-pie,-DEMU_RACE,release))
 
-build/emu/qemb-cpu: $(patsubst %,build/emu/%.o,$(FRONT) $(BACKEND) $(ENGINE))
-	$(CC) $(EMU_CC) -O2 -pthread $^ $(LIBS) -o $@
+build/emu/qemb-cpu: build/release/qemb
+	@mkdir -p $(@D)
+	cp $< $@
 
 test-emu: emu-values emu-sanitizers emu-races emu-program emu-day emu-mutants ## CUDA kernels and the CUDA program on the CPU (make -j2): values, sanitizers, races, mutants
 emu-values: build/emu/test_cuda
@@ -82,8 +78,9 @@ emu-day: build/emu/test_cuda build/emu/bench_cuda build/emu/qemb-cuda build/emu/
 	tests/cuda/test_gpu_day.py build/emu
 emu-mutants: build/emu/test_cuda build/emu-race/test_cuda
 	tests/cuda/mutants.py --sample
+# Of build/NET/test_cuda, in the order in which they are linked
 emu-objects:
-	@echo $(EMU_OBJECTS)
+	@echo $(EMU_OBJECTS:%=build/$(NET)/%) $(EMU_C:%=build/release/%.o)
 
 mutants: ## drop every barrier, wait and guard of the CUDA code in turn: the tests must notice each
 	tests/cuda/mutants.py
@@ -104,19 +101,15 @@ build/cuda/hopper_%.cubin: tests/cuda/test_cuda_hopper.cu $(CUDA_SOURCES) tests/
 cuda-archs: $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin ## build the CUDA code for sm_80, 89, 90a, 100, 120 and check it: no spills, tensor-core instructions
 	tests/cuda/check_sass.py $(foreach a,$(CUDA_ARCHS),build/cuda/qemb_$(a).cubin.log build/cuda/tests_$(a).cubin.log build/cuda/qemb_$(a).cubin build/cuda/tests_$(a).cubin) build/cuda/hopper_90a.cubin.log build/cuda/hopper_90a.cubin
 
-HOST_FLAGS := -pthread $(HARDENED)
-NVCC_HOST  := -Xcompiler $(subst $() ,$(comma),$(strip $(HOST_FLAGS)))
+NVCC_HOST := -Xcompiler -pthread,$(subst $() ,$(comma),$(strip $(HARDENED)))
 build/cuda/%.cu.o: %.cu $(CUDA_SOURCES)
 	@mkdir -p $(@D)
 	$(NVCC) -I. -std=c++20 -O3 $(NVCC_HOST) $(GENCODE) -c $< -o $@
-build/cuda/%.o: %.c $(C_HEADERS)
-	@mkdir -p $(@D)
-	$(CC) $(EMU_CC) -O3 $(HOST_FLAGS) -c $< -o $@
-build/cuda/qemb-cuda: build/cuda/qemb.cu.o $(patsubst %,build/cuda/%.o,$(CUDA_PROGRAM))
+build/cuda/qemb-cuda: build/cuda/qemb.cu.o $(CUDA_PROGRAM:%=build/release/%.o)
 	$(NVCC) $(NVCC_HOST) $(RELRO:-Wl,%=-Xlinker %) $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(LIBS) -o $@
 qemb-cuda: build/cuda/qemb-cuda ## qemb for NVIDIA GPUs: same options, same protocol
 	cp build/cuda/qemb-cuda qemb-cuda
-build/cuda/qemb-serve: $(patsubst %,build/cuda/%.o,$(CUDA_SERVE)) build/cuda/qemb.cu.o
+build/cuda/qemb-serve: $(CUDA_SERVE:%=build/release/%.o) build/cuda/qemb.cu.o
 	$(NVCC) $(NVCC_HOST) $(RELRO:-Wl,%=-Xlinker %) $^ -L$(CUDA)/lib64 -Xlinker -rpath,$(CUDA)/lib64 -lcublasLt $(SERVE_LIBS) $(LIBS) -o $@
 qemb-serve-cuda: build/cuda/qemb-serve ## qemb-serve for NVIDIA GPUs: same options and requests
 	cp build/cuda/qemb-serve qemb-serve-cuda
@@ -154,18 +147,19 @@ gpu-needs:
 $(GPU)/%.cu.o: %.cu $(CUDA_SOURCES) $(wildcard tests/cuda/*.h) | gpu-needs
 	@mkdir -p $(@D)
 	$(NVCC) -I. -I$(CUBLASLT)/../include -std=c++20 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra $(NVCC_HOST) $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -c $< -o $@
-$(GPU)/%.o: %.c $(C_HEADERS) | gpu-needs
+# build/release would ask dpkg for its packages.
+$(GPU)/%.o: %.c $(wildcard *.h */*.h */*/*.h) | gpu-needs
 	@mkdir -p $(@D)
-	$(CC) $(EMU_CC) -O3 $(HOST_FLAGS) -c $< -o $@
-$(GPU)/test_cuda: $(patsubst %.cu,$(GPU)/%.cu.o,qemb.cu $(EMU_TESTS)) $(patsubst %.c,$(GPU)/%.o,$(EMU_C))
+	$(CC) $(BASE) -O3 -g $(HARDENED) -c $< -o $@
+$(GPU)/test_cuda: $(patsubst %.cu,$(GPU)/%.cu.o,qemb.cu $(EMU_TESTS)) $(EMU_C:%=$(GPU)/%.o)
 	$(GPU_LINK) $^ $(GPU_CUDA) $(GPU_LIBS) -o $@
-$(GPU)/bench_cuda: $(GPU)/bench/bench_cuda.cu.o $(GPU)/qemb.cu.o $(patsubst %.c,$(GPU)/%.o,$(EMU_C))
+$(GPU)/bench_cuda: $(GPU)/bench/bench_cuda.cu.o $(GPU)/qemb.cu.o $(EMU_C:%=$(GPU)/%.o)
 	$(GPU_LINK) $^ $(GPU_CUDA) $(GPU_LIBS) -o $@
-$(GPU)/qemb-cuda: $(GPU)/qemb.cu.o $(patsubst %,$(GPU)/%.o,$(CUDA_PROGRAM))
+$(GPU)/qemb-cuda: $(GPU)/qemb.cu.o $(CUDA_PROGRAM:%=$(GPU)/%.o)
 	$(GPU_LINK) $^ $(GPU_CUDA) $(GPU_LIBS) -o $@
 $(GPU)/qemb: $(patsubst %,$(GPU)/%.o,$(FRONT) $(BACKEND) $(ENGINE))
 	$(GPU_LINK) $^ $(GPU_LIBS) -o $@
-$(GPU)/qemb-serve-cuda: $(patsubst %,$(GPU)/%.o,$(CUDA_SERVE)) $(GPU)/qemb.cu.o
+$(GPU)/qemb-serve-cuda: $(CUDA_SERVE:%=$(GPU)/%.o) $(GPU)/qemb.cu.o
 	$(GPU_LINK) $^ $(GPU_CUDA) -l:libssl.a $(GPU_LIBS) -o $@
 
 gpu-pack: gpu-needs $(GPU_PROGRAMS:%=$(GPU)/%) ## all that a GPU machine needs for its day, in build/gpu-pack (GPU_ARCHS="80 90a": compute capabilities)

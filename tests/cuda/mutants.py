@@ -1032,9 +1032,9 @@ def make(*targets, **options):
 
 
 @functools.cache
-def test_objects():
-    """The objects of test_cuda, relative to build/NET, in the order in which make links them."""
-    made = make("emu-objects", stdout=subprocess.PIPE, text=True)
+def test_objects(net):
+    """The objects of build/NET/test_cuda, in the order in which make links them."""
+    made = make("emu-objects", f"NET={net}", stdout=subprocess.PIPE, text=True)
     made.check_returncode()
     return made.stdout.split()
 
@@ -1066,7 +1066,7 @@ MODEL_TESTS = (
 
 def touched(file, tests):
     """Which objects a change of this file alters for these tests; the others are taken from
-    build/NET."""
+    build."""
     if file == E and all(t in QUANTIZE_TESTS for t in tests):
         return ["tests/cuda/test_cuda_quantize.cu"]
     if file == P and all("hopper" in t for t in tests):
@@ -1095,20 +1095,19 @@ def run_net(net, work, file, tests, cuda):
     objects, others = [], []
     only_model = all(t.startswith(MODEL_TESTS) for t in tests)
     only_ops = not any(t.startswith(MODEL_TESTS) for t in tests)
-    for name in test_objects():
-        source = name.removesuffix(".o")
+    for name in test_objects(net):
+        source = name.removesuffix(".o").removeprefix(f"build/{net}/")
         ops = source.endswith(("ops.cu", "hopper.cu"))
         if (ops and only_model) or (source.endswith("model.cu") and only_ops):
             continue
         if source not in touched(file, tests):
-            others.append(str(ROOT / "build" / net / name))
+            others.append(str(ROOT / name))
             continue
         out = work / net / (pathlib.Path(source).name + ".o")
         out.parent.mkdir(exist_ok=True)
         cmd = [
             os.environ.get("CXX", "g++"),
             "-std=c++20",
-            "-g",
             "-w",
             "-DQEMB_EMU",
             "-isystem",
