@@ -57,7 +57,7 @@ build/$(1)/qemb-serve: $$(CUDA_SERVE:%=build/$(4)/%.o) build/$(1)/qemb.cu.o $$(p
 	$$(CXX) -g -pthread -no-pie $(3) $$^ $$(SERVE_LIBS) $$(LIBS) -o $$@
 endef
 $(eval $(call emu,emu,-O2,,release))
-$(eval $(call emu,emu-asan,-O1,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all,asan))
+$(eval $(call emu,emu-asan,-O1,$(ASAN),asan))
 $(eval $(call emu,emu-race,-O1 -fsanitize=thread -fno-threadsafe-statics -fno-pie,-DEMU_RACE,release))
 
 build/emu/qemb-cpu: build/release/qemb

@@ -1065,8 +1065,8 @@ MODEL_TESTS = (
 
 
 def touched(file, tests):
-    """Which objects a change of this file alters for these tests; the others are taken from
-    build."""
+    """Which objects a change of this file alters for these tests; the others are those that make
+    built."""
     if file == E and all(t in QUANTIZE_TESTS for t in tests):
         return ["tests/cuda/test_cuda_quantize.cu"]
     if file == P and all("hopper" in t for t in tests):
