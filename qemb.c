@@ -10,7 +10,7 @@
  * rows. Therefore a text's vector has the same bits alone, in any batch and with any number of
  * threads.
  */
-#include "backends/cpu/cpu.h"
+#include "lib/model.h"
 
 #include <assert.h>
 #include <float.h>
@@ -25,8 +25,7 @@ enum {
     NR = 16,   /* rows of W: the tile's MR x NR sums stay in registers */
     KC = 256,  /* columns of a packed panel: KC x NR floats are half of a 32 KiB L1 cache */
     KEYS = 64, /* keys of an attention tile; tiles begin at multiples of it in absolute position */
-    QUERIES = 32,      /* tokens of an attention block */
-    MAX_IN_FLIGHT = 2, /* of any table */
+    QUERIES = 32, /* tokens of an attention block */
 };
 
 static float *f32(qemb_act *a) { return (float *)a; }
@@ -37,7 +36,8 @@ static const float *cf32(const qemb_act *a) { return (const float *)a; }
 typedef struct {
     const qemb_backend *be;
     float *y;
-    const float *x, *w, *w2; /* inputs; weights that are vectors */
+    float *x2;                      /* an input that is written too */
+    const float *x, *w, *w2, *bias; /* inputs; weights that are vectors */
     const qemb_mat *matrix;
     const qemb_packed_batch *b;
     int T, flag;
@@ -48,16 +48,18 @@ static int row_items(int T) { return ceil_div(T, ROWS); }
 /* Item i has rows ROWS*i .. rows_end-1. */
 static int rows_end(const op_job *j, int i) { return min_int(j->T, ROWS * (i + 1)); }
 
-/* ---- embed: rows of a table ------------------------------------------------------------------ */
+/* ---- embed: rows of a table, or of two ------------------------------------------------------- */
 
-/* x (T, D) = rows of tok_emb (V, D) */
-static void cpu_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb,
+/* x (T, D) = rows of tok_emb (V, D), plus rows of pos_emb (positions, D) */
+static void cpu_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const float *pos_emb,
                       const qemb_packed_batch *b) {
     const int D = be->c->hidden;
     for (int t = 0; t < b->T; t++) {
         assert(b->tokens[t] >= 0 && b->tokens[t] < tok_emb->rows);
         const uint16_t *row = (const uint16_t *)tok_emb->data + (size_t)b->tokens[t] * D;
-        for (int i = 0; i < D; i++) x[(size_t)t * D + i] = half_to_float(row[i]);
+        float *y = x + (size_t)t * D;
+        for (int i = 0; i < D; i++) y[i] = half_to_float(row[i]);
+        if (pos_emb) cpu_add_row(y, pos_emb + (size_t)b->pos[t] * D, D);
     }
 }
 
@@ -76,15 +78,44 @@ static void rmsnorm_item(const void *job, work_item item) {
     const op_job *j = job;
     const int D = j->be->c->hidden;
     for (int t = ROWS * item.i; t < rows_end(j, item.i); t++)
-        rmsnorm_row(j->y + (size_t)t * D, j->x + (size_t)t * D, j->w, D, j->be->c->rms_eps);
+        rmsnorm_row(j->y + (size_t)t * D, j->x + (size_t)t * D, j->w, D, j->be->c->norm_eps);
 }
 
 static void cpu_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T) {
-    const op_job j = {be, f32(y), x, .w = w, .T = T};
+    const op_job j = {be, f32(y), .x = x, .w = w, .T = T};
     cpu_parallel(be->pool, row_items(T), rmsnorm_item, &j);
 }
 
-/* ---- matmul: y = x W^T --------------------------------------------------------------------------
+/* ---- layernorm: x = (x - mean) / sqrt(variance + eps) * w + b  (Ba et al. 2016) -------------- */
+
+void cpu_layernorm_row(float *x, const float *bias, const float *w, const float *b, int n,
+                       float eps) {
+    double sum = 0, squares = 0;
+    if (bias) cpu_add_row(x, bias, n);
+    for (int i = 0; i < n; i++) sum += x[i];
+    const double mean = sum / n;
+    for (int i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
+    const double scale = 1 / sqrt(squares / n + (double)eps);
+    for (int i = 0; i < n; i++) x[i] = (float)((x[i] - mean) * scale) * w[i] + b[i];
+}
+
+static void layernorm_item(const void *job, work_item item) {
+    const op_job *j = job;
+    const int D = j->be->c->hidden;
+    for (int t = ROWS * item.i; t < rows_end(j, item.i); t++) {
+        float *x = j->x2 + (size_t)t * D;
+        cpu_layernorm_row(x, j->bias, j->w, j->w2, D, j->be->c->norm_eps);
+        memcpy(j->y + (size_t)t * D, x, (size_t)D * sizeof *x);
+    }
+}
+
+static void cpu_layernorm(qemb_backend *be, qemb_act *y, float *x, const float *bias,
+                          const float *w, const float *b, int T) {
+    const op_job j = {be, f32(y), .x2 = x, .bias = bias, .w = w, .w2 = b, .T = T};
+    cpu_parallel(be->pool, row_items(T), layernorm_item, &j);
+}
+
+/* ---- matmul: y = x W^T + bias -------------------------------------------------------------------
  * Nearly all of the model's time. matmul_panel converts NR rows of W to float and packs them into a
  * panel, in which the k-th numbers of all NR rows are neighbours. Then MR rows of x at a time pass
  * over the panel, and each of the MR x NR sums has a register. A sum covers KC columns; then it is
@@ -144,13 +175,27 @@ static void matmul_item(const void *job, work_item item) {
 static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_mat *w, int T,
                        int add) {
     assert(w->dtype == QEMB_F16 || w->dtype == QEMB_I8);
-    const op_job j = {be, y, x, .matrix = w, .T = T, .flag = add};
+    const op_job j = {be, y, .x = x, .matrix = w, .T = T, .flag = add};
     cpu_parallel(be->pool, ceil_div(w->rows, NR), matmul_item, &j);
 }
 
-/* y (T, out) = alpha x W^T */
-static void cpu_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w, int T) {
+void cpu_add_row(float *y, const float *x, int n) {
+    for (int i = 0; i < n; i++) y[i] += x[i];
+}
+
+static void bias_item(const void *job, work_item item) {
+    const op_job *j = job;
+    const int N = j->matrix->rows;
+    for (int t = ROWS * item.i; t < rows_end(j, item.i); t++)
+        cpu_add_row(j->y + (size_t)t * N, j->bias, N);
+}
+
+/* y (T, out) = alpha x W^T + bias */
+static void cpu_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w,
+                       const float *bias, int T) {
     matmul_all(be, f32(y), cf32(x), w, T, 0);
+    const op_job j = {be, f32(y), .matrix = w, .bias = bias, .T = T};
+    if (bias) cpu_parallel(be->pool, row_items(T), bias_item, &j);
 }
 
 /* x (T, out) += alpha a W^T: a projection with its residual connection */
@@ -193,7 +238,7 @@ static void qknorm_rope_item(const void *job, work_item item) {
         const float *cosines = j->be->rope + (size_t)j->b->pos[t] * hd, *sines = cosines + hd / 2;
         float *head = j->y + (size_t)t * (H + 2 * K) * hd;
         for (int h = 0; h < H + K; h++, head += hd) { /* the K value heads stay as they are */
-            rmsnorm_row(head, head, h < H ? j->w : j->w2, hd, c->rms_eps);
+            rmsnorm_row(head, head, h < H ? j->w : j->w2, hd, c->norm_eps);
             rotate(head, cosines, sines, hd / 2);
         }
     }
@@ -356,15 +401,15 @@ static void attention_item(const void *job, work_item item) {
     const int K = j->be->c->n_kv_heads, i = item.i / K;
     const size_t ld_att = (size_t)j->be->c->n_heads * j->be->c->head_dim;
     attention_work w = attention_setup(j->be, j->x, item.i % K, item.thread);
-    const int first = i ? b->cu[i - 1] : 0, end = b->cu[i], last_only = j->flag;
+    const int first = i ? b->cu[i - 1] : 0, end = b->cu[i];
     const int stop = min_int(end, qemb_end_row(b));
     w.prefix = i ? b->P : 0;
     w.own = first;
     w.all = b->bidirectional ? end - first : 0;
     float *out = j->y + w.q_col;
-    if (last_only) {
-        if (i)
-            attention_block(&w, out + (i - 1) * ld_att, ld_att, w.prefix + end - 1 - first, 1);
+    if (j->flag != QEMB_ALL_ROWS) {
+        const int q0 = j->flag == QEMB_FIRST_ROWS ? 0 : w.prefix + end - 1 - first;
+        if (i) attention_block(&w, out + (i - 1) * ld_att, ld_att, q0, 1);
         return;
     }
     for (int t = max_int(first, qemb_first_row(b)); t < stop; t += QUERIES)
@@ -373,8 +418,8 @@ static void attention_item(const void *job, work_item item) {
 }
 
 static void cpu_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
-                          const qemb_packed_batch *b, int last_only) {
-    const op_job j = {be, f32(att), cf32(qkv), .b = b, .flag = last_only};
+                          const qemb_packed_batch *b, qemb_rows rows) {
+    const op_job j = {be, f32(att), .x = cf32(qkv), .b = b, .flag = (int)rows};
     cpu_parallel(be->pool, (b->B + 1) * be->c->n_kv_heads, attention_item, &j);
 }
 
@@ -392,16 +437,43 @@ static void swiglu_item(const void *job, work_item item) {
 
 static void cpu_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
                         const qemb_mat *w, int T) {
-    cpu_matmul(be, gu, x, w, T);
-    const op_job j = {be, f32(h), cf32(gu), .T = T};
+    cpu_matmul(be, gu, x, w, NULL, T);
+    const op_job j = {be, f32(h), .x = cf32(gu), .T = T};
     cpu_parallel(be->pool, row_items(T), swiglu_item, &j);
 }
 
-/* ---- pool: a text's vector is its last token's row, or the mean of its rows ------------------ */
+/* ---- matmul_gelu: h = gelu(x W^T + bias)  (Hendrycks and Gimpel 2016) ------------------------ */
 
-void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b) {
+void cpu_gelu_row(float *h, const float *bias, int n) {
+    for (int i = 0; i < n; i++) {
+        const double t = (double)h[i] + (double)bias[i];
+        h[i] = (float)(t / 2 * erfc(-t * M_SQRT1_2)); /* 1 + erf(t) loses what cancels: t < 0 */
+    }
+}
+
+static void gelu_item(const void *job, work_item item) {
+    const op_job *j = job;
+    const int F = j->matrix->rows;
+    for (int t = ROWS * item.i; t < rows_end(j, item.i); t++)
+        cpu_gelu_row(j->y + (size_t)t * F, j->bias, F);
+}
+
+static void cpu_matmul_gelu(qemb_backend *be, qemb_act *h, const qemb_act *x, const qemb_mat *w,
+                            const float *bias, int T) {
+    cpu_matmul(be, h, x, w, NULL, T);
+    const op_job j = {be, f32(h), .matrix = w, .bias = bias, .T = T};
+    cpu_parallel(be->pool, row_items(T), gelu_item, &j);
+}
+
+/* ---- pool: a text's vector is its last or first token's row, or the mean of its rows --------- */
+
+void cpu_gather(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b,
+                qemb_rows rows) {
     const size_t D = (size_t)be->c->hidden;
-    for (int i = 0; i < b->B; i++) memcpy(y + i * D, x + (b->cu[i + 1] - 1) * D, D * sizeof *y);
+    for (int i = 0; i < b->B; i++) {
+        const int row = rows == QEMB_FIRST_ROWS ? b->cu[i] : b->cu[i + 1] - 1;
+        memcpy(y + i * D, x + row * D, D * sizeof *y);
+    }
 }
 
 /* sum (n) += rows first .. end-1 of x, ld apart */
@@ -431,7 +503,7 @@ void cpu_mean_rows(const qemb_backend *be, float *y, const float *x, const qemb_
 
 static void cpu_gather_mean(qemb_backend *be, float *y, float *x, const float *w,
                             const qemb_packed_batch *b) {
-    cpu_rmsnorm(be, (qemb_act *)x, x, w, b->T);
+    if (w) cpu_rmsnorm(be, (qemb_act *)x, x, w, b->T);
     cpu_mean_rows(be, y, x, b);
 }
 
@@ -473,7 +545,7 @@ int cpu_begin(qemb_backend *be, const qemb_packed_batch *b) {
     assert(!b->bidirectional || b->P == 0);
     int longest = b->P;
     for (int i = 0; i < b->B; i++) longest = max_int(longest, b->P + b->cu[i + 1] - b->cu[i]);
-    rope_extend(be, longest);
+    if (be->rope) rope_extend(be, longest);
     return 0;
 }
 
@@ -487,56 +559,19 @@ const qemb_ops qemb_cpu_ops = {
     .begin = cpu_begin,
     .embed = cpu_embed,
     .rmsnorm = cpu_rmsnorm,
+    .layernorm = cpu_layernorm,
     .matmul = cpu_matmul,
     .matmul_add = cpu_matmul_add,
     .qknorm_rope = cpu_qknorm_rope,
     .attention = cpu_attention,
     .gate_up = cpu_gate_up,
-    .gather_last = cpu_gather_last,
+    .matmul_gelu = cpu_matmul_gelu,
+    .gather = cpu_gather,
     .gather_mean = cpu_gather_mean,
     .pool = cpu_pool,
 };
 
 /* ---- the model ------------------------------------------------------------------------------- */
-
-typedef struct {   /* for at most R rows, C of them at a time in the MLP */
-    float *x;      /* (R, D)          the residual stream */
-    float *x_last; /* (B, D)          its rows that go on after the last attention, or means */
-    qemb_act *xn;  /* (R, D)          normed rows */
-    qemb_act *qkv; /* (R, (H+2K)*hd) */
-    qemb_act *att; /* (R, H*hd) */
-    qemb_act *gu;  /* (C, 2F) */
-    qemb_act *h;   /* (C, F) */
-} activations;
-
-typedef struct { /* what a forward writes */
-    activations a;
-    int32_t *tokens, *pos, *cu; /* of its batch, in one allocation that begins at tokens */
-} workspace;
-
-struct qemb_model {
-    const qemb_file *file;
-    const qemb_ops *ops;
-    qemb_backend *be;
-    qemb_options opt;
-    qemb_weights w; /* as load_weights left them; w.layers is owned */
-    workspace now;     /* of the batch being computed */
-    workspace between; /* of qemb_embed_between */
-    int in_step;       /* between_steps is being called */
-    qemb_model *fallback; /* the same model over ops->fallback, or NULL */
-    uint64_t recomputed;
-    qemb_err changed; /* the file was written to; code NULL: it was not */
-    struct { /* batches that are submitted and not collected, oldest first */
-        const qemb_batch *b;
-        float *out;
-        float *rows; /* (B, D) what the dense layer reads, one of `pooled`; or out */
-        int given_up;
-    } running[MAX_IN_FLIGHT];
-    int n_running;
-    float *pooled; /* (qemb_in_flight, batch_tokens, D), NULL without a dense layer */
-    struct cpu_pool *dense_pool; /* computes the dense layer beside a GPU, or NULL */
-    int next_pooled;
-};
 
 static int padded_rows(const qemb_ops *ops, int T) { return ops->pad_rows ? ops->pad_rows(T) : T; }
 
@@ -548,10 +583,14 @@ static size_t plan_activations(activations *a, const qemb_config *c, const qemb_
     const size_t C = (size_t)min_int((int)R, mlp_rows), D = (size_t)c->hidden;
     const size_t act = ops->act_size;
     const size_t Q = (size_t)c->n_heads * c->head_dim, KV = (size_t)c->n_kv_heads * c->head_dim;
-    const size_t F = (size_t)c->ffn;
-    const size_t bytes[7] = {
-        R * D * sizeof(float), B * D * sizeof(float), R * D * act, R * (Q + 2 * KV) * act,
-        R * Q * act,           C * 2 * F * act,       C * F * act};
+    const size_t F = (size_t)c->ffn, gu = c->architecture == QEMB_QWEN3 ? C * 2 * F * act : 0;
+    const size_t bytes[7] = {R * D * sizeof(float),
+                             B * D * sizeof(float),
+                             R * D * act,
+                             R * (Q + 2 * KV) * act,
+                             R * Q * act,
+                             gu,
+                             C * F * act};
     size_t at[8] = {0};
     for (int i = 0; i < 7; i++) at[i + 1] = at[i] + (bytes[i] + 255) / 256 * 256;
     if (a)
@@ -562,18 +601,10 @@ static size_t plan_activations(activations *a, const qemb_config *c, const qemb_
     return at[7];
 }
 
-/* How many rows a step of the forward computes. */
-typedef struct {
-    int rows;    /* of all that is not named here */
-    int queries; /* of attention */
-    int mlp;     /* of the MLP, at most mlp_rows of the options */
-    int pauses;  /* between_steps is called after each step */
-} steps;
-
 /* A long text has small steps, if the options name a function to be called between them. A step of
  * attention has fewer rows the more keys they see: with STEP_PAIRS pairs of query and key for each
  * thread it takes about as long as the other steps. */
-static steps steps_of(const qemb_model *m, const qemb_packed_batch *b) {
+steps steps_of(const qemb_model *m, const qemb_packed_batch *b) {
     enum { STEP_ROWS = 512, STEP_PAIRS = 1 << 20, FEW_QUERIES = 64 };
     const int mlp = m->opt.mlp_rows;
     if (!m->opt.between_steps || b->T <= m->opt.batch_tokens) return (steps){b->T, b->T, mlp, 0};
@@ -582,33 +613,12 @@ static steps steps_of(const qemb_model *m, const qemb_packed_batch *b) {
                    min_int(mlp, STEP_ROWS), 1};
 }
 
-/* The end of a step. Returns 1 if the batch is given up. */
-static int pause_after_step(qemb_model *m, const steps *s) {
-    if (!s->pauses) return 0;
-    m->in_step = 1;
-    const int given_up = m->opt.between_steps(m->opt.between_arg);
-    m->in_step = 0;
-    return given_up;
-}
-
 /* Rows r .. r+n-1 of b, or as many as there are, as a batch for qknorm_rope. */
 static qemb_packed_batch rows_of(const qemb_packed_batch *b, int r, int n) {
     qemb_packed_batch some = *b;
     some.T = min_int(n, b->T - r);
     some.pos = b->pos + r;
     return some;
-}
-
-/* The same as the rows that attention computes. */
-static qemb_packed_batch queries_of(const qemb_packed_batch *b, int r, int n) {
-    qemb_packed_batch some = *b;
-    if (n < b->T) some.first = r, some.rows = min_int(n, b->T - r);
-    return some;
-}
-
-/* Row t of a (rows, n). */
-static qemb_act *act_row(const qemb_ops *op, qemb_act *a, int t, int n) {
-    return (qemb_act *)((char *)a + (size_t)t * (size_t)n * op->act_size);
 }
 
 /* clang-format off */
@@ -625,7 +635,7 @@ static int qemb_forward(qemb_model *m, const qemb_packed_batch *b) {
     const steps step = steps_of(m, b);
     float *x = a->x;
 
-    op->embed(be, x, &m->w.tok_emb, b);                                     /* x   (T, D)         */
+    op->embed(be, x, &m->w.tok_emb, NULL, b);                               /* x   (T, D)         */
     for (int l = 0; l < c->n_layers; l++) {
         const qemb_layer *w = &m->w.layers[l];
         const int last = !mean && l == c->n_layers - 1; /* only the texts' last rows go on */
@@ -635,16 +645,16 @@ static int qemb_forward(qemb_model *m, const qemb_packed_batch *b) {
             const qemb_packed_batch some = rows_of(b, r, step.rows);
             qemb_act *qkv = act_row(op, a->qkv, r, QKV);
             op->rmsnorm(be, a->xn, x + (size_t)r * D, w->attn_norm, some.T); /* xn (n, D)         */
-            op->matmul(be, qkv, a->xn, &w->wqkv, some.T);                   /* qkv (n, (H+2K)*hd) */
+            op->matmul(be, qkv, a->xn, &w->wqkv, NULL, some.T);             /* qkv (n, (H+2K)*hd) */
             op->qknorm_rope(be, qkv, w->q_norm, w->k_norm, &some);
             if (pause_after_step(m, &step)) return 1;
         }
         for (int r = 0; r < rows; r += last ? rows : step.queries) {
             const qemb_packed_batch some = last ? *b : queries_of(b, r, step.queries);
-            op->attention(be, a->att, a->qkv, &some, last);                 /* att (n, H*hd)      */
-            if (pause_after_step(m, &step)) return 1;
+            op->attention(be, a->att, a->qkv, &some, last ? QEMB_LAST_ROWS : QEMB_ALL_ROWS);
+            if (pause_after_step(m, &step)) return 1;                       /* att (n, H*hd)      */
         }
-        if (last) op->gather_last(be, a->x_last, x, b), x = a->x_last;      /* x   (rows, D)      */
+        if (last) op->gather(be, a->x_last, x, b, QEMB_LAST_ROWS), x = a->x_last; /* (rows, D)    */
         for (int r = 0; r < rows; r += step.rows) {
             const int n = min_int(step.rows, rows - r);
             op->matmul_add(be, x + (size_t)r * D, act_row(op, a->att, r, Q), /* x  += att Wo^T    */
@@ -669,9 +679,12 @@ static int qemb_forward(qemb_model *m, const qemb_packed_batch *b) {
 /* out (n_out, D) = the vectors of the first n_out texts. Returns 1 if the batch was given up. */
 static int run_batch(qemb_model *m, const qemb_packed_batch *b, float *out, int n_out) {
     const qemb_ops *op = m->ops;
-    const float *norm = m->file->config.pooling == QEMB_POOL_MEAN ? NULL : m->w.final_norm;
+    const qemb_config *c = &m->file->config;
+    const float *norm = c->pooling == QEMB_POOL_MEAN ? NULL : m->w.final_norm;
+    int (*const forward)(qemb_model *, const qemb_packed_batch *) =
+        c->architecture == QEMB_BERT ? encoder_forward : qemb_forward;
     do {
-        if (!op->begin(m->be, b) && qemb_forward(m, b)) return 1;
+        if (!op->begin(m->be, b) && forward(m, b)) return 1;
     } while (op->pool(m->be, out, m->now.a.x_last, norm, n_out));
     return 0;
 }
@@ -780,8 +793,8 @@ static int open_arena(qemb_model *m, qemb_err *err) {
     const qemb_options *o = &m->opt;
     char *base = m->ops->arena(m->be, arena_bytes(c, m->ops, o), err);
     if (!base) return -1;
-    const size_t used = plan_activations(&m->now.a, c, m->ops, max_rows(o), o->batch_tokens,
-                                         o->mlp_rows, base);
+    const size_t used =
+        plan_activations(&m->now.a, c, m->ops, max_rows(o), o->batch_tokens, o->mlp_rows, base);
     if (o->between_steps)
         plan_activations(&m->between.a, c, m->ops, o->batch_tokens, o->batch_tokens, o->mlp_rows,
                          base + used);
@@ -962,16 +975,29 @@ size_t qemb_batch_tokens_computed(const qemb_batch *b) {
     return b->sum - qemb_batch_tokens_saved(b);
 }
 
+/* Rows t .. t+n-1 of s = ids (n), at positions p, p+1, ... Those of QEMB_BERT are rows of its
+ * table: they begin at first_position; pad_id has the row before, and takes no position from the
+ * others. */
+static void put_ids(workspace *s, const qemb_config *c, int t, const int32_t *ids, int n, int p) {
+    const int is_bert = c->architecture == QEMB_BERT, pad = is_bert ? c->pad_id : QEMB_NO_TOKEN;
+    const int first = is_bert ? c->first_position : 0;
+    for (int i = 0, next = first + p; i < n; i++) {
+        s->tokens[t + i] = ids[i];
+        s->pos[t + i] = ids[i] == pad ? first - 1 : next++;
+    }
+}
+
 /* Packs b into m's arrays and pads it to the rows that the table wants, with a text of tokens 0. */
 static qemb_packed_batch pack(qemb_model *m, const qemb_batch *b) {
     workspace *s = &m->now;
     const int P = b->B > 1 ? b->prefix : 0; /* one text has nothing to share */
-    int t = 0, B = b->B;
-    for (; t < P; t++) s->tokens[t] = b->texts[0].ids[t], s->pos[t] = t;
+    const qemb_config *c = &m->file->config;
+    int t = P, B = b->B;
+    put_ids(s, c, 0, b->texts[0].ids, P, 0);
     for (int i = 0; i < B; i++) {
         s->cu[i] = t;
-        for (int p = P; p < b->texts[i].n; p++, t++)
-            s->tokens[t] = b->texts[i].ids[p], s->pos[t] = p;
+        put_ids(s, c, t, b->texts[i].ids + P, b->texts[i].n - P, P);
+        t += b->texts[i].n - P;
     }
     s->cu[B] = t;
     const int T = padded_rows(m->ops, t);
@@ -983,7 +1009,7 @@ static qemb_packed_batch pack(qemb_model *m, const qemb_batch *b) {
                                .tokens = s->tokens,
                                .pos = s->pos,
                                .cu = s->cu,
-                               .bidirectional = m->file->config.attention == QEMB_BIDIRECTIONAL};
+                               .bidirectional = c->attention == QEMB_BIDIRECTIONAL};
 }
 
 static int all_finite(const float *x, size_t n) {

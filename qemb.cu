@@ -22,7 +22,7 @@ template <class A, int V>
 static void launch_rmsnorm(qemb_backend *be, A *y, const float *x, const float *w, int T) {
     good(be,
          launch(rmsnorm_kernel<A, V>, dim3(stride_blocks(be, T)), dim3(NORM_THREADS),
-                NORM_WARPS * sizeof(float), be->st, y, x, w, T, be->c->hidden, be->c->rms_eps),
+                NORM_WARPS * sizeof(float), be->st, y, x, w, T, be->c->hidden, be->c->norm_eps),
          "rmsnorm");
 }
 template <class A>
@@ -45,7 +45,7 @@ static void cuda_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const fl
         good(be,
              launch(rmsnorm_e4m3_kernel<v>, dim3(stride_blocks(be, T)), dim3(ROW_THREADS),
                     ROW_WARPS * sizeof(float), be->st, to.codes, to.scales, x, w, T, D,
-                    be->c->rms_eps),
+                    be->c->norm_eps),
              "rmsnorm");
     });
 }
@@ -108,7 +108,7 @@ static void launch_rope(qemb_backend *be, act *qkv, const float *q_norm, const f
     good(be,
          launch(qknorm_rope_kernel<act, HD>, dim3(blocks((size_t)T * (H + K), per_block)),
                 dim3(ROPE_THREADS), 0, be->st, qkv, q_norm, k_norm, be->dev.pos, be->rope, T, H, K,
-                be->c->rms_eps),
+                be->c->norm_eps),
          "qknorm_rope");
 }
 static void cuda_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm,

@@ -5,7 +5,9 @@
  *
  *   lib/model_file.c  a .qemb file, mapped and validated           qemb_file
  *   tokenizer.c       text -> token ids                            qemb_tokenizer
+ *   lib/unigram.c     the same for QEMB_BERT
  *   qemb.c            token ids -> batch -> forward -> vectors     qemb_model
+ *   lib/encoder.c     the forward of QEMB_BERT
  *   backends/         what the forward calls                       qemb_ops
  *
  * Sizes: B texts, T rows (tokens) of a batch, P rows of a shared prefix, D hidden size, H query
@@ -105,8 +107,13 @@ int qemb_embed_texts(qemb_embedder *e, const qemb_text_options *o, const char *c
 /* What a text's vector is for. A reranker's texts are pairs of a query and a document; the vector
  * is one number, the logit of "the document answers the query". */
 typedef enum { QEMB_EMBEDDING = 0, QEMB_RERANKER = 1 } qemb_kind;
-/* Which rows, after the final norm, become the vector: the last token's, or the mean of all. */
-typedef enum { QEMB_POOL_LAST = 0, QEMB_POOL_MEAN = 1 } qemb_pooling;
+/* How a vector is computed. QEMB_QWEN3: a decoder's layers, with RMSNorm before each block, RoPE
+ * and SwiGLU (qemb.c). QEMB_BERT: an encoder's layers, with LayerNorm after each block, learned
+ * positions, biases and GELU, as in BERT and XLM-RoBERTa (lib/encoder.c). */
+typedef enum { QEMB_QWEN3 = 0, QEMB_BERT = 1 } qemb_architecture;
+/* Which rows, after the last norm, become the vector: the last token's, the mean of all, or the
+ * first token's. */
+typedef enum { QEMB_POOL_LAST = 0, QEMB_POOL_MEAN = 1, QEMB_POOL_FIRST = 2 } qemb_pooling;
 /* Which tokens of its text a token sees: itself and the earlier ones, or all. */
 typedef enum { QEMB_CAUSAL = 0, QEMB_BIDIRECTIONAL = 1 } qemb_attention;
 typedef enum { QEMB_IDENTITY = 0, QEMB_TANH = 1 } qemb_activation;
@@ -123,15 +130,25 @@ typedef struct {
     int32_t vocab;         /* V, rows of the embedding table */
     int32_t max_positions; /* longest text, with all tokens that are added to it */
     int32_t eos_id;        /* the token appended to every text, or QEMB_NO_TOKEN */
-    float rope_theta;
-    float rms_eps;
+    float rope_theta;      /* 0: the model has no RoPE */
+    float norm_eps;        /* of RMSNorm or LayerNorm */
     qemb_kind kind;
     qemb_pooling pooling;
     qemb_attention attention;
     int32_t dense_rows;         /* rows of the dense layer behind the pooling; 0: there is none */
     qemb_activation activation; /* of the dense layer */
     int32_t window;             /* longest text unless a caller says otherwise; 0: max_positions */
+    qemb_architecture architecture;
+    /* The rest is of QEMB_BERT. */
+    int32_t bos_id; /* the token put before every text, or QEMB_NO_TOKEN */
+    int32_t pad_id; /* a token that takes no position: see qemb_position; or QEMB_NO_TOKEN */
+    int32_t first_position; /* row of the position table for a text's first token */
 } qemb_config;
+
+/* The rows of the position table of QEMB_BERT. */
+static inline int qemb_position_rows(const qemb_config *c) {
+    return c->first_position + c->max_positions;
+}
 
 /* The numbers of a vector: those of the dense layer, or D. A reranker has 1, its score's logit. */
 static inline int qemb_dim(const qemb_config *c) {
@@ -175,21 +192,31 @@ typedef struct {
  * lib/model_file.c. */
 qemb_bits qemb_mat_bits(const qemb_mat *m);
 
+/* A layer. The norms stand before their block in QEMB_QWEN3, behind it in QEMB_BERT. */
 typedef struct {
     const float *attn_norm; /* (D)  */
     qemb_mat wqkv;          /* ((H+2K)*hd, D): rows of q heads, then k heads, then v heads */
-    const float *q_norm;    /* (hd) */
-    const float *k_norm;    /* (hd) */
     qemb_mat wo;            /* (D, H*hd) */
     const float *mlp_norm;  /* (D)  */
-    qemb_mat wgu;           /* (2F, D): F rows of gate, then F rows of up */
     qemb_mat wdown;         /* (D, F) */
+    /* QEMB_QWEN3 alone */
+    const float *q_norm; /* (hd) */
+    const float *k_norm; /* (hd) */
+    qemb_mat wgu;        /* (2F, D): F rows of gate, then F rows of up */
+    /* QEMB_BERT alone: wup, and the biases of matrices and norms */
+    qemb_mat wup;                                /* (F, D) */
+    const float *bqkv, *bup;                     /* ((H+2K)*hd), (F) */
+    const float *bo, *bdown;                     /* (D) */
+    const float *attn_norm_bias, *mlp_norm_bias; /* (D) */
 } qemb_layer;
 
 typedef struct {
     qemb_mat tok_emb;        /* (V, D) */
     qemb_layer *layers;      /* (L) */
-    const float *final_norm; /* (D) */
+    const float *final_norm; /* (D); NULL: none, QEMB_BERT */
+    /* QEMB_BERT alone; else NULL */
+    const float *pos_emb;                  /* (qemb_position_rows, D) */
+    const float *emb_norm, *emb_norm_bias; /* (D) */
     /* The dense layer, y = activation(dense x + dense_bias); NULL: none. Always in host memory. */
     const float *dense;      /* (dense_rows, D) */
     const float *dense_bias; /* (dense_rows) */
@@ -199,7 +226,7 @@ typedef struct {
 enum { QEMB_LAYER_MATRICES = 4 };
 /* m[0..3] = the layer's matrices in the order in which the forward uses them. */
 static inline void qemb_layer_matrices(qemb_layer *w, qemb_mat *m[QEMB_LAYER_MATRICES]) {
-    m[0] = &w->wqkv, m[1] = &w->wo, m[2] = &w->wgu, m[3] = &w->wdown;
+    m[0] = &w->wqkv, m[1] = &w->wo, m[2] = w->wup.data ? &w->wup : &w->wgu, m[3] = &w->wdown;
 }
 
 /* ---- the .qemb file -----------------------------------------------------------------------------
@@ -215,12 +242,14 @@ static inline void qemb_layer_matrices(qemb_layer *w, qemb_mat *m[QEMB_LAYER_MAT
  *   40    u8[32] SHA-256 of everything from byte 4096 to the end of the file
  *   72    u32[9] n_layers hidden n_heads n_kv_heads head_dim ffn vocab max_positions eos_id
  *           eos_id 0xffffffff: no token is appended
- *   108   f32[2] rope_theta rms_eps
+ *   108   f32[2] rope_theta norm_eps
  *   116   u32[6] kind pooling attention dense_rows activation window: the numbers of qemb.h's
  *           enums; all 0 in older files
  *   140   u64    FNV-1a 64 of the tables and vectors: the contents of all sections, in their order,
  *                that are u32 or have one row; 0 in older files: not recorded
- *   148   zeros up to 4096
+ *   148   u32[4] architecture bos_id pad_id first_position: all 0 for QEMB_QWEN3, and in older
+ *           files; ids 0xffffffff: none
+ *   164   zeros up to 4096
  *   4096  the directory: per section, 96 bytes
  *           0 u8[48] name, padded with zeros   48 u32 dtype   52 u32 bits   56 u64 rows
  *           64 u64 cols   72 u64 offset        80 u64 bytes   88 u64 0
@@ -238,6 +267,16 @@ static inline void qemb_layer_matrices(qemb_layer *w, qemb_mat *m[QEMB_LAYER_MAT
  *   .mlp_norm f32 (1, D), .wgu f16, .wdown f16           for I = 0 .. L-1
  *   final_norm     f32 (1, D)
  *   dense          f32 (dense_rows, D), dense_bias f32 (1, dense_rows)    if dense_rows > 0
+ * A file of QEMB_BERT has attention 1 and rope_theta 0, and other sections:
+ *   unigram        u8  (1, n)    in the place of merges: see lib/unigram.c
+ *   added_tokens, prompts, provenance, tok_emb            as above
+ *   pos_emb        f32 (first_position + max_positions, D): rows of positions, to each of which the
+ *                                row of token type 0 was added
+ *   emb_norm, emb_norm_bias   f32 (1, D)
+ *   layers.I.wqkv f16, .bqkv f32 (1, (H+2K)*hd), .wo f16, .bo f32 (1, D), .attn_norm f32 (1, D),
+ *   .attn_norm_bias f32 (1, D), .wup f16 (F, D), .bup f32 (1, F), .wdown f16, .bdown f32 (1, D),
+ *   .mlp_norm f32 (1, D), .mlp_norm_bias f32 (1, D)      for I = 0 .. L-1
+ *   dense, dense_bias         as above
  * In an INT8 file the four matrices of every layer are i8, in -127 .. 127, and each is followed by
  * a section of its name and ".scale", f32 (rows, cols / 64 rounded up), a scale for each 64 weights
  * of a row: W[r][c] = scale[r][c / 64] * data[r][c].
@@ -251,9 +290,12 @@ typedef struct {
 typedef struct {
     qemb_config config;
     qemb_weights weights; /* pointers into the map; layers is owned by the file */
-    uint8_t *tables; /* owned: a copy of merges, added tokens and prompts, where these point to */
-    const uint32_t *merges;
+    uint8_t *tables; /* owned: a copy of merges or unigram, added tokens and prompts, where these
+                        point to */
+    const uint32_t *merges; /* QEMB_QWEN3 alone */
     uint32_t n_merges;
+    const uint8_t *unigram; /* QEMB_BERT alone */
+    size_t unigram_bytes;
     const uint8_t *added;
     size_t added_bytes;
     const qemb_prompt *prompts;
@@ -293,6 +335,10 @@ typedef struct qemb_tokenizer_state
  * n_merges. The caller closes. */
 int qemb_tokenizer_open(qemb_tokenizer **t, const uint32_t *merges, uint32_t n_merges,
                         const uint8_t *added, size_t added_bytes, qemb_err *err);
+/* The same for a Unigram tokenizer (lib/unigram.c): unigram (bytes) is the file's section, which
+ * must outlive t as added must. */
+int qemb_unigram_open(qemb_tokenizer **t, const uint8_t *unigram, size_t bytes,
+                      const uint8_t *added, size_t added_bytes, qemb_err *err);
 /* Builds those of f, which must stay valid until close, in lib/model_file.c. Also refuses ids
  * without a row in the embedding table. Codes: "model_file", "out_of_memory". */
 int qemb_file_tokenizer(qemb_tokenizer **t, const qemb_file *f, qemb_err *err);
@@ -327,7 +373,7 @@ size_t qemb_tokenizer_token_bytes(const qemb_tokenizer *t, uint32_t id, uint8_t 
 typedef struct {
     int B, T, P;
     const int32_t *tokens; /* (T) */
-    const int32_t *pos;    /* (T) */
+    const int32_t *pos;    /* (T); of QEMB_BERT the rows of pos_emb */
     const int32_t *cu;     /* (B+1) */
     int bidirectional;     /* 1: a token sees its whole text, and P = 0; 0: itself and what is
                               before it */
@@ -340,6 +386,9 @@ static inline int qemb_first_row(const qemb_packed_batch *b) { return b->rows ? 
 static inline int qemb_end_row(const qemb_packed_batch *b) {
     return b->rows ? b->first + b->rows : b->T;
 }
+
+/* Rows of each text that an op computes or takes. */
+typedef enum { QEMB_ALL_ROWS, QEMB_LAST_ROWS, QEMB_FIRST_ROWS } qemb_rows;
 
 /* ---- backends -------------------------------------------------------------------------------- */
 
@@ -450,12 +499,19 @@ struct qemb_ops {
      * the table has recorded the ops for such a batch: then only pool is called. Else 0. */
     int (*begin)(qemb_backend *be, const qemb_packed_batch *b);
 
-    /* x (T, D) = rows tokens[t] of tok_emb (V, D) */
-    void (*embed)(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_packed_batch *b);
+    /* x (T, D) = rows tokens[t] of tok_emb (V, D), plus rows pos[t] of pos_emb (positions, D)
+     * unless that is NULL */
+    void (*embed)(qemb_backend *be, float *x, const qemb_mat *tok_emb, const float *pos_emb,
+                  const qemb_packed_batch *b);
     /* y (T, D) = x / sqrt(mean(x^2) + eps) * w,  x (T, D), w (D) */
     void (*rmsnorm)(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T);
-    /* y (T, out) = alpha * x W^T,  x (T, in), W (out, in) */
-    void (*matmul)(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w, int T);
+    /* x (T, D) in place = (z - mean(z)) / sqrt(mean((z - mean(z))^2) + eps) * w + b, where z = x +
+     * bias; y (T, D) = x.  w, b, bias (D); bias NULL: none. QEMB_BERT alone. */
+    void (*layernorm)(qemb_backend *be, qemb_act *y, float *x, const float *bias, const float *w,
+                      const float *b, int T);
+    /* y (T, out) = alpha * x W^T + bias,  x (T, in), W (out, in), bias (out) or NULL */
+    void (*matmul)(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w,
+                   const float *bias, int T);
     /* x (T, out) += alpha * a W^T,  a (T, in), W (out, in) */
     void (*matmul_add)(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w, int T);
     /* qkv (T, (H+2K)*hd) in place: every q and k head is RMS-normed with q_norm or k_norm (hd),
@@ -463,20 +519,25 @@ struct qemb_ops {
     void (*qknorm_rope)(qemb_backend *be, qemb_act *qkv, const float *q_norm, const float *k_norm,
                         const qemb_packed_batch *b);
     /* Grouped-query attention with scale 1/sqrt(hd), qkv (T, (H+2K)*hd), causal unless
-     * b->bidirectional. last_only = 0: att (T, H*hd) of every row, or of b's rows from `first` on;
-     * 1: att (B, H*hd) of each text's last row. */
+     * b->bidirectional. All rows: att (T, H*hd), or b's rows from `first` on. Each text's last or
+     * first row: att (B, H*hd). */
     void (*attention)(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
-                      const qemb_packed_batch *b, int last_only);
+                      const qemb_packed_batch *b, qemb_rows rows);
     /* h (T, F) = silu(gate) * up; gate and up (T, F) are the two halves of x W^T,  x (T, in), W
      * (2F, in): gate's rows, then up's. gu (T, 2F) is scratch for tables that do not fuse the
      * two. */
     void (*gate_up)(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
                     const qemb_mat *w, int T);
-    /* y (B, D) = rows cu[b+1]-1 of x (T, D) */
-    void (*gather_last)(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
+    /* h (T, F) = gelu(alpha * x W^T + bias),  x (T, in), W (F, in), bias (F);  gelu(t) = t/2 (1 +
+     * erf(t / sqrt(2))). QEMB_BERT alone. */
+    void (*matmul_gelu)(qemb_backend *be, qemb_act *h, const qemb_act *x, const qemb_mat *w,
+                        const float *bias, int T);
+    /* y (B, D) = each text's last or first row of x (T, D) */
+    void (*gather)(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b,
+                   qemb_rows rows);
     /* y (B, D) = mean of rmsnorm(x row) with w (D) over each text's rows, the shared prefix's
-     * included; x (T, D) is scratch from here on. Sums so that a text's bits do not depend on where
-     * its rows lie, nor on how many of them are shared. */
+     * included; w NULL: of the rows as they are. x (T, D) is scratch from here on. Sums so that a
+     * text's bits do not depend on where its rows lie, nor on how many of them are shared. */
     void (*gather_mean)(qemb_backend *be, float *y, float *x, const float *w,
                         const qemb_packed_batch *b);
     /* out (B, D), in host memory = rmsnorm of x (B, D) with w (D), or x if w is NULL; x is scratch
@@ -515,8 +576,8 @@ typedef struct {
                            reads */
     size_t arena_text;  /* activations of one text of max_tokens */
     size_t arena_between; /* those of a second batch, for qemb_embed_between; 0: not asked for */
-    size_t weights;     /* the layers' matrices in the map: every batch reads them, or their copy */
-    size_t table;       /* the embedding table in the map: only the rows in use are read */
+    size_t weights; /* the layers' matrices in the map: every batch reads them, or their copy */
+    size_t table;   /* the embedding table in the map: only the rows in use are read */
     size_t repacked_bytes;       /* the table's repacked copies of matrices; 0: it makes none */
     qemb_part parts[QEMB_PARTS]; /* (n_parts) the backend's own memory, activations included */
     int n_parts;
@@ -550,7 +611,7 @@ size_t qemb_batch_tokens_saved(const qemb_batch *b);
 /* Tokens that the forward computes: those of the distinct texts, a shared prefix once. */
 size_t qemb_batch_tokens_computed(const qemb_batch *b);
 
-/* out (qemb_batch_rows, qemb_dim) = the texts' rows after pooling, final norm and dense layer,
+/* out (qemb_batch_rows, qemb_dim) = the texts' rows after pooling, last norm and dense layer,
  * neither cut nor scaled. If the device fails, or the model's file was written to, out holds NaN
  * and qemb_health_of says why, from then on. */
 void qemb_embed(qemb_model *m, const qemb_batch *b, float *out);

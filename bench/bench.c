@@ -135,7 +135,7 @@ static void run_op(void *arg, int i) {
     qemb_act *in = (qemb_act *)s->in, *out = (qemb_act *)s->out;
     switch (s->which) {
     case EMBED:
-        s->op->embed(s->be, s->out, &s->w.tok_emb, &s->b);
+        s->op->embed(s->be, s->out, &s->w.tok_emb, NULL, &s->b);
         break;
     case RMSNORM:
         s->op->rmsnorm(s->be, out, s->in, s->w.final_norm, s->b.T);
@@ -147,14 +147,14 @@ static void run_op(void *arg, int i) {
         s->op->gate_up(s->be, out, (qemb_act *)s->gu, in, matrix(s, i), s->b.T);
         break;
     case ATTENTION:
-        s->op->attention(s->be, out, in, &s->b, 0);
+        s->op->attention(s->be, out, in, &s->b, QEMB_ALL_ROWS);
         break;
     case WO:
     case DOWN:
         s->op->matmul_add(s->be, s->out, in, matrix(s, i), s->b.T);
         break;
     default:
-        s->op->matmul(s->be, out, in, matrix(s, i), s->b.T);
+        s->op->matmul(s->be, out, in, matrix(s, i), NULL, s->b.T);
         break;
     }
 }
@@ -361,10 +361,13 @@ static void bench_matmul(void) {
 
 /* ---- the forward, and where its time goes ---------------------------------------------------- */
 
-static double spent[MEASURE_ROUNDS + 2][8]; /* seconds of each call; turns have numbers 1 larger */
-static int spent_in;                        /* the call that runs */
-static const char *const spent_names[8] = {"embed",       "rmsnorm",   "matmul",  "matmul_add",
-                                           "qknorm_rope", "attention", "gate_up", "gather_mean"};
+enum { TIMED_OPS = 10 };
+/* seconds of each call; turns have numbers 1 larger */
+static double spent[MEASURE_ROUNDS + 2][TIMED_OPS];
+static int spent_in; /* the call that runs */
+static const char *const spent_names[TIMED_OPS] = {
+    "embed",     "rmsnorm", "matmul",      "matmul_add", "qknorm_rope",
+    "attention", "gate_up", "gather_mean", "layernorm",  "matmul_gelu"};
 
 #define TIMED(i, op, params, args)                                                                 \
     static void timed_##op params {                                                                \
@@ -372,26 +375,35 @@ static const char *const spent_names[8] = {"embed",       "rmsnorm",   "matmul",
         table->op args;                                                                            \
         spent[spent_in][i] += measure_now() - start;                                               \
     }
-TIMED(0, embed, (qemb_backend * be, float *x, const qemb_mat *m, const qemb_packed_batch *b),
-      (be, x, m, b))
+TIMED(0, embed,
+      (qemb_backend * be, float *x, const qemb_mat *m, const float *p, const qemb_packed_batch *b),
+      (be, x, m, p, b))
 TIMED(1, rmsnorm, (qemb_backend * be, qemb_act *y, const float *x, const float *w, int T),
       (be, y, x, w, T))
-TIMED(2, matmul, (qemb_backend * be, qemb_act *y, const qemb_act *x, const qemb_mat *w, int T),
-      (be, y, x, w, T))
+TIMED(2, matmul,
+      (qemb_backend * be, qemb_act *y, const qemb_act *x, const qemb_mat *w, const float *b, int T),
+      (be, y, x, w, b, T))
 TIMED(3, matmul_add, (qemb_backend * be, float *x, const qemb_act *a, const qemb_mat *w, int T),
       (be, x, a, w, T))
 TIMED(4, qknorm_rope,
       (qemb_backend * be, qemb_act *v, const float *q, const float *k, const qemb_packed_batch *b),
       (be, v, q, k, b))
 TIMED(5, attention,
-      (qemb_backend * be, qemb_act *o, const qemb_act *v, const qemb_packed_batch *b, int last),
-      (be, o, v, b, last))
+      (qemb_backend * be, qemb_act *o, const qemb_act *v, const qemb_packed_batch *b, qemb_rows r),
+      (be, o, v, b, r))
 TIMED(6, gate_up,
       (qemb_backend * be, qemb_act *h, qemb_act *gu, const qemb_act *x, const qemb_mat *w, int T),
       (be, h, gu, x, w, T))
 TIMED(7, gather_mean,
       (qemb_backend * be, float *y, float *x, const float *w, const qemb_packed_batch *b),
       (be, y, x, w, b))
+TIMED(8, layernorm,
+      (qemb_backend * be, qemb_act *y, float *x, const float *c, const float *w, const float *b,
+       int T),
+      (be, y, x, c, w, b, T))
+TIMED(9, matmul_gelu,
+      (qemb_backend * be, qemb_act *h, const qemb_act *x, const qemb_mat *w, const float *b, int T),
+      (be, h, x, w, b, T))
 
 typedef struct {
     qemb_model *m;
@@ -463,7 +475,8 @@ static void bench_forward(int n) {
     timed.embed = timed_embed, timed.rmsnorm = timed_rmsnorm, timed.matmul = timed_matmul;
     timed.matmul_add = timed_matmul_add, timed.qknorm_rope = timed_qknorm_rope;
     timed.attention = timed_attention, timed.gate_up = timed_gate_up;
-    timed.gather_mean = timed_gather_mean;
+    timed.gather_mean = timed_gather_mean, timed.layernorm = timed_layernorm;
+    timed.matmul_gelu = timed_matmul_gelu;
     forward f;
     forward_open(&f, &timed, B, n);
     const quantiles t = measure(run_forward, &f);
@@ -475,8 +488,8 @@ static void bench_forward(int n) {
     row_math("forward", "all products", n, t, all_flops);
     row_math("forward", "linear layers alone", n, t, linear);
     double all = 0;
-    for (int i = 0; i < 8; i++) all += spent[t.i][i];
-    for (int i = 0; i < 8 && t.i; i++) /* of the call that took the median */
+    for (int i = 0; i < TIMED_OPS; i++) all += spent[t.i][i];
+    for (int i = 0; i < TIMED_OPS && t.i; i++) /* of the call that took the median */
         printf("share,%s,%d,%.2f,,,%%,,,\n", spent_names[i], n, 100 * spent[t.i][i] / all);
     forward_close(&f);
 }

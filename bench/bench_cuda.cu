@@ -199,8 +199,8 @@ static void attention(bench *s, int T, int n) {
     layout(s, T, n);
     __half *qkv = random_device<__half>((size_t)(T * (H + 2 * K) * hd)),
            *att = random_device<__half>((size_t)(T * H * hd));
-    const double us =
-        microseconds([&] { s->ops->attention(s->be, (qemb_act *)att, (qemb_act *)qkv, &s->b, 0); });
+    const double us = microseconds(
+        [&] { s->ops->attention(s->be, (qemb_act *)att, (qemb_act *)qkv, &s->b, QEMB_ALL_ROWS); });
     report(s, op, sizes, us, 4 * hd * (H + K) * T, 4 * hd * H * T * (n + 1) / 2);
     cudaFree(qkv);
     cudaFree(att);
@@ -218,7 +218,7 @@ static void product(bench *s, const char *name, int N, int K, bool add, int T) {
         if (add)
             s->ops->matmul_add(s->be, y, (qemb_act *)in.x, &w, T);
         else
-            s->ops->matmul(s->be, (qemb_act *)y, (qemb_act *)in.x, &w, T);
+            s->ops->matmul(s->be, (qemb_act *)y, (qemb_act *)in.x, &w, nullptr, T);
     });
     report(s, op, sizes, us, 2.0 * N * K, 2.0 * T * N * K);
     cudaFree(y);
@@ -272,7 +272,7 @@ static void close_backend(bench *s) {
 static qemb_config config(int D, int H, int K, int hd, int F, int max) {
     qemb_config c = {};
     c.n_layers = 1, c.hidden = D, c.n_heads = H, c.n_kv_heads = K, c.head_dim = hd, c.ffn = F;
-    c.vocab = 16, c.max_positions = max, c.rope_theta = 1e6f, c.rms_eps = 1e-6f;
+    c.vocab = 16, c.max_positions = max, c.rope_theta = 1e6f, c.norm_eps = 1e-6f;
     return c;
 }
 

@@ -128,7 +128,7 @@ float *floats_of(const qemb_mat *w) {
     const qemb_packed_batch all = {1, w->rows, 0, ids, NULL, NULL, 0, 0, 0};
     float *W = zeroed(sizeof(float) * (size_t)w->rows * (size_t)w->cols);
     for (int i = 0; i < w->rows; i++) ids[i] = i;
-    if (w->dtype == QEMB_F16) qemb_cpu_ops.embed(&be, W, w, &all);
+    if (w->dtype == QEMB_F16) qemb_cpu_ops.embed(&be, W, w, NULL, &all);
     free(ids);
     return W;
 }
@@ -355,9 +355,16 @@ static void lib_multiply(float *y, const float *x, const qemb_mat *w, int T, int
         die("oneDNN: a product failed");
 }
 
-static void lib_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w, int T) {
-    (void)be;
+static void lib_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w,
+                       const float *bias, int T) {
     lib_multiply((float *)y, (const float *)x, w, T, 0);
+    simd_add_bias(be, y, bias, T, w->rows);
+}
+
+static void lib_matmul_gelu(qemb_backend *be, qemb_act *h, const qemb_act *x, const qemb_mat *w,
+                            const float *bias, int T) {
+    lib_multiply((float *)h, (const float *)x, w, T, 0);
+    simd_gelu(be, h, bias, T, w->rows);
 }
 
 static void lib_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w,
@@ -383,7 +390,7 @@ const qemb_ops *table_with_onednn(const qemb_ops *own, qemb_math math) {
     if (!lib.engine && dnnl_start(&lib.engine, &lib.stream)) die("oneDNN: does not start");
     lib.kind = kind, lib.table = *own;
     lib.table.repacked_bytes = NULL, lib.table.load_weights = lib_load_weights;
-    lib.table.matmul = lib_matmul;
+    lib.table.matmul = lib_matmul, lib.table.matmul_gelu = lib_matmul_gelu;
     lib.table.matmul_add = lib_matmul_add, lib.table.gate_up = lib_gate_up;
     return &lib.table;
 }

@@ -28,16 +28,16 @@ enum {
     ENTRY_BYTES = 96,
     NAME_BYTES = 48,
     ALIGNMENT = 256,
-    CONFIG_AT = 72, /* of the config's u32 fields, */
-    KIND_AT = 116,  /* of those that say what is different from an embedding model, */
-    TABLES_AT = 140, /* of the checksum of the tables and vectors */
-    RESERVED_AT = 148,
-    BLOBS = 4, /* merges, added_tokens, prompts, provenance */
-    LAYER_TENSORS = 8,
+    CONFIG_AT = 72,        /* of the config's u32 fields, */
+    KIND_AT = 116,         /* of those that say what is different from an embedding model, */
+    TABLES_AT = 140,       /* of the checksum of the tables and vectors */
+    ARCHITECTURE_AT = 148, /* of the architecture and what only QEMB_BERT has */
+    RESERVED_AT = 164,
+    BLOBS = 4,        /* merges or unigram, added_tokens, prompts, provenance */
     LAYER_SCALES = 4, /* further sections in a layer of an INT8 file */
     DENSE_TENSORS = 2,
-    FIRST_MATRIX = BLOBS + 1 + 1, /* layers.0.wqkv: its dtype is that of all layer matrices */
     MAX_LAYERS = 1024,
+    MOST_SECTIONS = BLOBS + 4 + (12 + LAYER_SCALES) * MAX_LAYERS + DENSE_TENSORS,
     MAX_PROMPTS = 64,
     CHECKSUM_AT = 24,
 };
@@ -98,6 +98,12 @@ static uint64_t header_checksum(const uint8_t *map, uint32_t n_sections) {
 
 /* ---- the config ------------------------------------------------------------------------------ */
 
+/* Tensors of an architecture: beside the layers, in a layer, and before layers.0.wqkv, whose dtype
+ * is that of all layer matrices. */
+static const struct {
+    uint32_t others, layer, first;
+} tensors_of[] = {[QEMB_QWEN3] = {2, 8, 2}, [QEMB_BERT] = {4, 12, 4}};
+
 typedef struct {
     const char *name;
     int32_t *value;
@@ -123,7 +129,7 @@ static int read_kind(qemb_config *c, const uint8_t *p, const char *path, qemb_er
     int32_t kind, pooling, attention, activation;
     const field fields[] = {
         {"kind", &kind, 0, QEMB_RERANKER},
-        {"pooling", &pooling, 0, QEMB_POOL_MEAN},
+        {"pooling", &pooling, 0, QEMB_POOL_FIRST},
         {"attention", &attention, 0, QEMB_BIDIRECTIONAL},
         {"dense_rows", &c->dense_rows, 0, 1 << 16},
         {"activation", &activation, 0, QEMB_TANH},
@@ -141,6 +147,63 @@ static int read_kind(qemb_config *c, const uint8_t *p, const char *path, qemb_er
     return 0;
 }
 
+/* Reads the architecture and its own fields. */
+static int read_architecture(qemb_config *c, const uint8_t *p, const char *path, qemb_err *err) {
+    int32_t architecture;
+    const field fields[] = {
+        {"architecture", &architecture, 0, QEMB_BERT},
+        {"bos_id", &c->bos_id, 0, UINT32_MAX},
+        {"pad_id", &c->pad_id, 0, UINT32_MAX},
+        {"first_position", &c->first_position, 0, 1 << 20},
+    };
+    if (read_fields(fields, LENGTH(fields), p, path, err)) return -1;
+    c->architecture = (qemb_architecture)architecture;
+    return 0;
+}
+
+static int is_token(const qemb_config *c, int32_t id) {
+    return id == QEMB_NO_TOKEN || (id >= 0 && id < c->vocab);
+}
+
+static int check_qwen3(qemb_config *c, const char *path, qemb_err *err) {
+    if (c->bos_id || c->pad_id || c->first_position)
+        return refuse(path, err, "architecture 0: fields of another (got %d %d %d, want 0 0 0)",
+                      c->bos_id, c->pad_id, c->first_position);
+    c->bos_id = c->pad_id = QEMB_NO_TOKEN;
+    if (c->pooling == QEMB_POOL_FIRST)
+        return refuse(path, err, "pooling: of another architecture (got %d, want 0 or 1)",
+                      (int)c->pooling);
+    if (c->head_dim % 2) return refuse(path, err, "head_dim: odd (got %d, want even)", c->head_dim);
+    if (!(c->rope_theta >= 1 && c->rope_theta <= 1e12f))
+        return refuse(path, err, "rope_theta: out of range (got %g, want 1..1e12)",
+                      (double)c->rope_theta);
+    return 0;
+}
+
+static int check_bert(const qemb_config *c, const char *path, qemb_err *err) {
+    if (c->kind != QEMB_EMBEDDING || c->attention != QEMB_BIDIRECTIONAL ||
+        c->pooling == QEMB_POOL_LAST)
+        return refuse(path, err,
+                      "architecture 1: of an unknown form (got kind %d, attention %d, pooling %d, "
+                      "want 0, 1, 1 or 2)",
+                      (int)c->kind, (int)c->attention, (int)c->pooling);
+    if (c->n_kv_heads != c->n_heads || (int64_t)c->n_heads * c->head_dim != c->hidden)
+        return refuse(
+            path, err,
+            "architecture 1: heads (got %d and %d of %d, want as many of both, %d in all)",
+            c->n_heads, c->n_kv_heads, c->head_dim, c->hidden);
+    if (c->rope_theta != 0)
+        return refuse(path, err, "rope_theta: of another architecture (got %g, want 0)",
+                      (double)c->rope_theta);
+    if (!is_token(c, c->bos_id) || !is_token(c, c->pad_id))
+        return refuse(path, err,
+                      "bos_id, pad_id: outside the vocabulary (got %u and %u, want 0..%d)",
+                      (unsigned)c->bos_id, (unsigned)c->pad_id, c->vocab - 1);
+    if (c->pad_id != QEMB_NO_TOKEN && !c->first_position)
+        return refuse(path, err, "first_position: no row before it for pad_id (got 0, want 1)");
+    return 0;
+}
+
 /* Reads and bounds the config. The bounds are far above any model, and low enough that no product
  * of sizes overflows 64 bits. */
 static int read_config(qemb_config *c, const uint8_t *map, const char *path, qemb_err *err) {
@@ -152,27 +215,24 @@ static int read_config(qemb_config *c, const uint8_t *map, const char *path, qem
         {"eos_id", &c->eos_id, 0, UINT32_MAX},
     };
     if (read_fields(sizes, LENGTH(sizes), map + CONFIG_AT, path, err) ||
-        read_kind(c, map + KIND_AT, path, err))
+        read_kind(c, map + KIND_AT, path, err) ||
+        read_architecture(c, map + ARCHITECTURE_AT, path, err))
         return -1;
     c->rope_theta = get_f32(map + 108);
-    c->rms_eps = get_f32(map + 112);
+    c->norm_eps = get_f32(map + 112);
     if (c->n_heads % c->n_kv_heads)
         return refuse(path, err,
                       "n_heads: not a multiple of n_kv_heads (got %d, want a multiple of %d)",
                       c->n_heads, c->n_kv_heads);
-    if (c->head_dim % 2) return refuse(path, err, "head_dim: odd (got %d, want even)", c->head_dim);
-    if (c->eos_id != QEMB_NO_TOKEN && (c->eos_id < 0 || c->eos_id >= c->vocab))
+    if (!is_token(c, c->eos_id))
         return refuse(path, err, "eos_id: outside the vocabulary (got %u, want 0..%d)",
                       (unsigned)c->eos_id, c->vocab - 1);
     if (c->kind == QEMB_RERANKER && c->eos_id != QEMB_NO_TOKEN)
         return refuse(path, err, "eos_id: a reranker's texts end with its suffix (got %d)",
                       c->eos_id);
-    if (!(c->rope_theta >= 1 && c->rope_theta <= 1e12f))
-        return refuse(path, err, "rope_theta: out of range (got %g, want 1..1e12)",
-                      (double)c->rope_theta);
-    if (!(c->rms_eps > 0 && c->rms_eps < 1))
-        return refuse(path, err, "rms_eps: out of range (got %g, want 0..1)", (double)c->rms_eps);
-    return 0;
+    if (!(c->norm_eps > 0 && c->norm_eps < 1))
+        return refuse(path, err, "norm_eps: out of range (got %g, want 0..1)", (double)c->norm_eps);
+    return c->architecture == QEMB_BERT ? check_bert(c, path, err) : check_qwen3(c, path, err);
 }
 
 /* ---- the sections that a config implies ------------------------------------------------------ */
@@ -221,36 +281,69 @@ static section *put_matrix(section *s, qemb_mat *matrix, qemb_dtype dtype, uint6
     return next;
 }
 
+static section *put_bert_layer(section *s, qemb_layer *y, const qemb_config *c, qemb_dtype dtype,
+                               int l) {
+    const uint64_t D = c->hidden, F = c->ffn;
+    s = put_matrix(s, &y->wqkv, dtype, 3 * D, D, l, "wqkv");
+    s = put_vector(s, &y->bqkv, 3 * D, l, "bqkv");
+    s = put_matrix(s, &y->wo, dtype, D, D, l, "wo");
+    s = put_vector(s, &y->bo, D, l, "bo");
+    s = put_vector(s, &y->attn_norm, D, l, "attn_norm");
+    s = put_vector(s, &y->attn_norm_bias, D, l, "attn_norm_bias");
+    s = put_matrix(s, &y->wup, dtype, F, D, l, "wup");
+    s = put_vector(s, &y->bup, F, l, "bup");
+    s = put_matrix(s, &y->wdown, dtype, D, F, l, "wdown");
+    s = put_vector(s, &y->bdown, D, l, "bdown");
+    s = put_vector(s, &y->mlp_norm, D, l, "mlp_norm");
+    return put_vector(s, &y->mlp_norm_bias, D, l, "mlp_norm_bias");
+}
+
+static section *put_qwen3_layer(section *s, qemb_layer *y, const qemb_config *c, qemb_dtype dtype,
+                                int l) {
+    const uint64_t D = c->hidden, F = c->ffn, hd = c->head_dim;
+    const uint64_t Q = c->n_heads * hd, KV = c->n_kv_heads * hd;
+    s = put_vector(s, &y->attn_norm, D, l, "attn_norm");
+    s = put_matrix(s, &y->wqkv, dtype, Q + 2 * KV, D, l, "wqkv");
+    s = put_vector(s, &y->q_norm, hd, l, "q_norm");
+    s = put_vector(s, &y->k_norm, hd, l, "k_norm");
+    s = put_matrix(s, &y->wo, dtype, D, Q, l, "wo");
+    s = put_vector(s, &y->mlp_norm, D, l, "mlp_norm");
+    s = put_matrix(s, &y->wgu, dtype, 2 * F, D, l, "wgu");
+    return put_matrix(s, &y->wdown, dtype, D, F, l, "wdown");
+}
+
+/* A tensor of floats that belongs to no layer. */
+static section *put_floats(section *s, const float **vector, uint64_t rows, uint64_t cols,
+                           const char *name) {
+    section *next = put(s, QEMB_F32, rows, cols, "%s", name);
+    s->vector = vector;
+    return next;
+}
+
 /* The list of sections, in the order of the file, for this config and dtype of the layer matrices.
  * Only the file knows the sizes of the four tables: here they have 0 rows (merges) or 0 cols (the
  * others). */
 static void expected_sections(section *s, const qemb_config *c, qemb_dtype dtype, qemb_weights *w) {
-    const uint64_t D = c->hidden, F = c->ffn, hd = c->head_dim;
-    const uint64_t Q = c->n_heads * hd, KV = c->n_kv_heads * hd;
-    s = put(s, QEMB_U32, 0, 2, "merges");
+    const uint64_t D = c->hidden, positions = (uint64_t)qemb_position_rows(c);
+    const int is_bert = c->architecture == QEMB_BERT;
+    s = is_bert ? put(s, QEMB_U8, 1, 0, "unigram") : put(s, QEMB_U32, 0, 2, "merges");
     s = put(s, QEMB_U8, 1, 0, "added_tokens");
     s = put(s, QEMB_U8, 1, 0, "prompts");
     s = put(s, QEMB_U8, 1, 0, "provenance");
     put(s, QEMB_F16, c->vocab, D, "tok_emb");
     s++->matrix = &w->tok_emb;
-    for (int l = 0; l < c->n_layers; l++) {
-        qemb_layer *y = &w->layers[l];
-        s = put_vector(s, &y->attn_norm, D, l, "attn_norm");
-        s = put_matrix(s, &y->wqkv, dtype, Q + 2 * KV, D, l, "wqkv");
-        s = put_vector(s, &y->q_norm, hd, l, "q_norm");
-        s = put_vector(s, &y->k_norm, hd, l, "k_norm");
-        s = put_matrix(s, &y->wo, dtype, D, Q, l, "wo");
-        s = put_vector(s, &y->mlp_norm, D, l, "mlp_norm");
-        s = put_matrix(s, &y->wgu, dtype, 2 * F, D, l, "wgu");
-        s = put_matrix(s, &y->wdown, dtype, D, F, l, "wdown");
+    if (is_bert) {
+        s = put_floats(s, &w->pos_emb, positions, D, "pos_emb");
+        s = put_floats(s, &w->emb_norm, 1, D, "emb_norm");
+        s = put_floats(s, &w->emb_norm_bias, 1, D, "emb_norm_bias");
     }
-    put(s, QEMB_F32, 1, D, "final_norm");
-    s++->vector = &w->final_norm;
+    for (int l = 0; l < c->n_layers; l++)
+        s = is_bert ? put_bert_layer(s, &w->layers[l], c, dtype, l)
+                    : put_qwen3_layer(s, &w->layers[l], c, dtype, l);
+    if (!is_bert) s = put_floats(s, &w->final_norm, 1, D, "final_norm");
     if (!c->dense_rows) return;
-    put(s, QEMB_F32, c->dense_rows, D, "dense");
-    s++->vector = &w->dense;
-    put(s, QEMB_F32, 1, c->dense_rows, "dense_bias");
-    s->vector = &w->dense_bias;
+    s = put_floats(s, &w->dense, (uint64_t)c->dense_rows, D, "dense");
+    put_floats(s, &w->dense_bias, 1, (uint64_t)c->dense_rows, "dense_bias");
 }
 
 /* Sets w->bits from its directory entry e. */
@@ -386,16 +479,22 @@ static int bind_prompts(qemb_file *f, const char *p, size_t n, const char *path,
 
 static int bind(qemb_file *f, const section *s, const uint64_t *offset, uint32_t n,
                 const char *path, qemb_err *err) {
-    if (s[0].rows + 256 > (uint64_t)f->config.vocab)
+    const int is_bert = f->config.architecture == QEMB_BERT;
+    if (!is_bert && s[0].rows + 256 > (uint64_t)f->config.vocab)
         return refuse(path, err,
                       "merges: more tokens than rows of tok_emb (got %" PRIu64 ", want at most %d)",
                       s[0].rows + 256, f->config.vocab);
-    const size_t bytes = offset[2] + s[2].cols - offset[0]; /* merges, added_tokens, prompts */
+    const size_t bytes = offset[2] + s[2].cols - offset[0]; /* with added_tokens, prompts */
     uint8_t *tables = f->tables = malloc(bytes + 1);        /* never of 0 bytes */
     if (!tables) return qemb_fail(err, "out_of_memory", "%.128s: out of memory", path);
     memcpy(tables, f->map + offset[0], bytes);
-    f->merges = (const uint32_t *)(const void *)tables;
-    f->n_merges = (uint32_t)s[0].rows;
+    if (is_bert) {
+        f->unigram = tables;
+        f->unigram_bytes = s[0].cols;
+    } else {
+        f->merges = (const uint32_t *)(const void *)tables;
+        f->n_merges = (uint32_t)s[0].rows;
+    }
     f->added = tables + (offset[1] - offset[0]);
     f->added_bytes = s[1].cols;
     f->provenance = (const char *)(f->map + offset[3]);
@@ -502,9 +601,7 @@ static int check_header(const qemb_file *f, uint32_t *n_sections, const char *pa
                       ")",
                       f->map_bytes, get_u64(h + 16));
     uint32_t n = *n_sections = get_u32(h + 32);
-    if (n <= FIRST_MATRIX ||
-        n > BLOBS + 2 + (LAYER_TENSORS + LAYER_SCALES) * MAX_LAYERS + DENSE_TENSORS ||
-        HEADER_BYTES + (uint64_t)n * ENTRY_BYTES > f->map_bytes)
+    if (!n || n > MOST_SECTIONS || HEADER_BYTES + (uint64_t)n * ENTRY_BYTES > f->map_bytes)
         return refuse(path, err, "directory: does not fit the file (got %" PRIu32 " sections)", n);
     if (get_u64(h + CHECKSUM_AT) != header_checksum(h, n))
         return refuse(path, err,
@@ -521,11 +618,15 @@ static int prove_and_bind(qemb_file *f, const char *path, qemb_err *err) {
     if (map_file(f, path, err) || check_header(f, &n, path, err) ||
         read_config(&f->config, f->map, path, err))
         return -1;
-    const uint32_t dtype = get_u32(f->map + HEADER_BYTES + FIRST_MATRIX * ENTRY_BYTES + 48);
+    const uint32_t first = BLOBS + tensors_of[f->config.architecture].first;
+    const uint32_t dtype =
+        first < n ? get_u32(f->map + HEADER_BYTES + first * ENTRY_BYTES + 48) : QEMB_F16;
     const qemb_dtype matrix = dtype == QEMB_I8 ? QEMB_I8 : QEMB_F16;
-    const uint32_t tensors = LAYER_TENSORS + (matrix == QEMB_I8 ? LAYER_SCALES : 0);
-    const uint32_t want_n = BLOBS + 2 + tensors * (uint32_t)f->config.n_layers +
-                            (f->config.dense_rows ? DENSE_TENSORS : 0);
+    const uint32_t tensors = tensors_of[f->config.architecture].layer;
+    const uint32_t want_n =
+        BLOBS + tensors_of[f->config.architecture].others +
+        (tensors + (matrix == QEMB_I8 ? LAYER_SCALES : 0)) * (uint32_t)f->config.n_layers +
+        (f->config.dense_rows ? DENSE_TENSORS : 0);
     if (n != want_n)
         return refuse(path, err, "directory: sections (got %" PRIu32 ", want %" PRIu32 ")", n,
                       want_n);
@@ -560,7 +661,11 @@ int qemb_file_open(qemb_file **out, const char *path, qemb_err *err) {
 
 int qemb_file_tokenizer(qemb_tokenizer **out, const qemb_file *f, qemb_err *err) {
     qemb_tokenizer *t;
-    if (qemb_tokenizer_open(&t, f->merges, f->n_merges, f->added, f->added_bytes, err)) return -1;
+    const int bad =
+        f->config.architecture == QEMB_BERT
+            ? qemb_unigram_open(&t, f->unigram, f->unigram_bytes, f->added, f->added_bytes, err)
+            : qemb_tokenizer_open(&t, f->merges, f->n_merges, f->added, f->added_bytes, err);
+    if (bad) return -1;
     const uint32_t n = qemb_tokenizer_n_ids(t);
     if (n > (uint32_t)f->config.vocab) {
         qemb_tokenizer_close(t);

@@ -29,13 +29,15 @@ static int add_prompt(text_ids *t, const qemb_file *f, const char *name, int *n,
 }
 
 static int set_added(text_ids *t, const qemb_file *f, qemb_err *err) {
-    const int32_t eos = f->config.eos_id;
+    const int32_t bos = f->config.bos_id, eos = f->config.eos_id;
     if (f->config.kind == QEMB_RERANKER)
         return add_prompt(t, f, "prefix", &t->n_head, err) ||
                add_prompt(t, f, "suffix", &t->n_tail, err);
-    if (eos == QEMB_NO_TOKEN) return 0;
-    if (add(t, &eos, 1, err)) return -1;
-    t->n_tail = 1;
+    if (bos != QEMB_NO_TOKEN && add(t, &bos, 1, err)) return -1;
+    t->n_head = bos != QEMB_NO_TOKEN;
+    if (eos != QEMB_NO_TOKEN && add(t, &eos, 1, err)) return -1;
+    t->n_tail = eos != QEMB_NO_TOKEN;
+    t->with = t->n_head ? " with the tokens around the text" : " with the end-of-text";
     return 0;
 }
 
@@ -46,11 +48,12 @@ int text_ids_open(text_ids *t, const qemb_file *f, const qemb_tokenizer *tokeniz
     int bad = 0;
     if (!t->state) bad = qemb_fail(err, "out_of_memory", "tokenizer: out of memory");
     bad = bad || set_added(t, f, err);
-    if (!bad && n_added(t) >= t->max_tokens && f->config.kind == QEMB_RERANKER)
-        bad = qemb_fail(err, "usage",
-                        "longest text: no room beside the %d tokens of the prompt (got %d, want %d "
-                        "or more)",
-                        n_added(t), t->max_tokens, n_added(t) + 1);
+    const int is_reranker = f->config.kind == QEMB_RERANKER, least = n_added(t) + is_reranker;
+    if (!bad && t->max_tokens < least)
+        bad =
+            qemb_fail(err, "usage",
+                      "longest text: no room beside the %d tokens of %s (got %d, want %d or more)",
+                      n_added(t), is_reranker ? "the prompt" : "every text", t->max_tokens, least);
     if (bad) text_ids_close(t);
     return bad ? -1 : 0;
 }
@@ -124,15 +127,14 @@ static int set_ids(text_ids *t, const int32_t *ids, size_t n, qemb_err *err) {
 static size_t most_ids(const text_ids *t) { return (size_t)(t->max_tokens - n_added(t)); }
 
 static int too_long(const text_ids *t, qemb_err *err) {
-    const char *with = t->n_tail ? " with the end-of-text" : "";
-    if (t->n_head)
+    if (!t->with)
         return qemb_fail(err, "too_long",
                          "text: too long (got more than %zu tokens beside the prompt's %d, want at "
                          "most %d in all)",
                          most_ids(t), n_added(t), t->max_tokens);
     return qemb_fail(err, "too_long",
                      "text: too long (got more than %zu tokens, want at most %d%s)", most_ids(t),
-                     t->max_tokens, with);
+                     t->max_tokens, n_added(t) ? t->with : "");
 }
 
 /* Tokenizes the n parts as one string, up to `most` ids. *left gets the bytes of the last part, the
@@ -195,7 +197,8 @@ int text_ids_pair(text_ids *t, const text_pair *p, int max_document, size_t *cut
 
 int text_ids_take(text_ids *t, const int32_t *ids, size_t n, size_t *cut, qemb_err *err) {
     const size_t most = most_ids(t);
-    if (n && t->n_tail && ids[n - 1] == t->added[0]) n--;
+    if (n && t->n_head && ids[0] == t->added[0]) ids++, n--;
+    if (n && t->n_tail && ids[n - 1] == t->added[t->n_head]) n--;
     if (n > most && !cut) return too_long(t, err);
     if (cut) *cut = n > most ? n - most : 0;
     return set_ids(t, ids, n > most ? most : n, err);

@@ -1,7 +1,8 @@
 /* text_ids.h - the token ids that the model computes: of a text behind a prompt, of a pair of query
  * and document, or given ids, with the tokens that the model's file adds to every text.
  *
- * An embedding model adds its end-of-text token, if it has one. A reranker adds the tokens of its
+ * An embedding model adds its end-of-text token, if it has one, and an encoder a token before the
+ * text. A reranker adds the tokens of its
  * prompts "prefix" and "suffix", each tokenized by itself. */
 #ifndef QEMB_TEXT_IDS_H
 #define QEMB_TEXT_IDS_H
@@ -14,6 +15,7 @@ typedef struct {
     int max_tokens; /* with the added ones */
     int32_t *added; /* (n_head + n_tail) the tokens before and behind a text */
     int n_head, n_tail;
+    const char *with; /* what messages call the added tokens; static string */
     int32_t *ids; /* (ids_cap) of the last text */
     size_t ids_cap;
     char *joined; /* (joined_cap) prompt and text as one string */
@@ -54,8 +56,8 @@ int text_ids_encode(text_ids *t, const char *const part[], const size_t len[], i
  * is no room for any document. Of invalid UTF-8, the offset counts from the document; if that is
  * valid, from the beginning of the pair. */
 int text_ids_pair(text_ids *t, const text_pair *p, int max_document, size_t *cut, qemb_err *err);
-/* t->ids = ids (n) of an embedding model, which may end in end-of-text. cut gets the number of ids
- * beyond max_tokens. Returns and fails as above. */
+/* t->ids = ids (n) of an embedding model, which may have the added tokens already. cut gets the
+ * number of ids beyond max_tokens. Returns and fails as above. */
 int text_ids_take(text_ids *t, const int32_t *ids, size_t n, size_t *cut, qemb_err *err);
 
 #endif

@@ -399,8 +399,15 @@ static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_ma
 }
 
 static void avx2_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w,
-                        int T) {
+                        const float *bias, int T) {
     matmul_all(be, f32(y), cf32(x), w, T, 0);
+    simd_add_bias(be, y, bias, T, w->rows);
+}
+
+static void avx2_matmul_gelu(qemb_backend *be, qemb_act *h, const qemb_act *x, const qemb_mat *w,
+                             const float *bias, int T) {
+    matmul_all(be, f32(h), cf32(x), w, T, 0);
+    simd_gelu(be, h, bias, T, w->rows);
 }
 
 static void avx2_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w,
@@ -561,14 +568,21 @@ AVX2 static void swiglu_row(float *h, const float *gate, const float *up, int n)
 
 static void avx2_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
                          const qemb_mat *w, int T) {
-    avx2_matmul(be, gu, x, w, T);
+    avx2_matmul(be, gu, x, w, NULL, T);
     simd_swiglu(be, h, gu, T);
 }
 
 /* ---- the table ------------------------------------------------------------------------------- */
 
-const cpu_kernels avx2_kernels = {128,         half_row,   rmsnorm_row,
-                                  norm_rotate, swiglu_row, attention_block};
+const cpu_kernels avx2_kernels = {.attention_rows = 128,
+                                  .half = half_row,
+                                  .rmsnorm = rmsnorm_row,
+                                  .norm_rotate = norm_rotate,
+                                  .layernorm = cpu_layernorm_row,
+                                  .add = cpu_add_row,
+                                  .gelu = cpu_gelu_row,
+                                  .swiglu = swiglu_row,
+                                  .attention = attention_block};
 
 static int avx2_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
                      qemb_err *err) {
@@ -585,12 +599,14 @@ const qemb_ops avx2_ops = {
     .begin = cpu_begin,
     .embed = simd_embed,
     .rmsnorm = simd_rmsnorm,
+    .layernorm = simd_layernorm,
     .matmul = avx2_matmul,
     .matmul_add = avx2_matmul_add,
     .qknorm_rope = simd_qknorm_rope,
     .attention = simd_attention,
     .gate_up = avx2_gate_up,
-    .gather_last = cpu_gather_last,
+    .matmul_gelu = avx2_matmul_gelu,
+    .gather = cpu_gather,
     .gather_mean = simd_gather_mean,
     .pool = simd_pool,
 };

@@ -540,9 +540,16 @@ static const gemm_type int8 = {
 
 /* ---- the tables ------------------------------------------------------------------------------ */
 
-#define KERNELS(name, attention)                                                                   \
-    const cpu_kernels name = {ATTENTION_ROWS, half_row,   rmsnorm_row,                             \
-                              norm_rotate,    swiglu_row, attention};
+#define KERNELS(name, of_attention)                                                                \
+    const cpu_kernels name = {.attention_rows = ATTENTION_ROWS,                                    \
+                              .half = half_row,                                                    \
+                              .rmsnorm = rmsnorm_row,                                              \
+                              .norm_rotate = norm_rotate,                                          \
+                              .layernorm = cpu_layernorm_row,                                      \
+                              .add = cpu_add_row,                                                  \
+                              .gelu = cpu_gelu_row,                                                \
+                              .swiglu = swiglu_row,                                                \
+                              .attention = of_attention};
 KERNELS(avx512_with_f32_attention, avx512_attention_f32)
 KERNELS(avx512_with_int16_attention, avx512_attention_int16)
 

@@ -59,6 +59,13 @@ typedef struct {
      * first half and b in its second */
     void (*norm_rotate)(float *head, const float *w, const float *cosines, const float *sines,
                         int half, float eps);
+    /* x (n) = LayerNorm of x + bias, with weights w and b; bias NULL: none */
+    void (*layernorm)(float *x, const float *bias, const float *w, const float *b, int n,
+                      float eps);
+    /* y (n) += x */
+    void (*add)(float *y, const float *x, int n);
+    /* h (n) = gelu(h + bias) */
+    void (*gelu)(float *h, const float *bias, int n);
     /* h (n) = silu(gate) * up */
     void (*swiglu)(float *h, const float *gate, const float *up, int n);
     /* The tokens at positions q0 .. q0+n-1. Token i's output, G heads of hd, goes to att +
@@ -73,7 +80,8 @@ enum { CPU_MAP_ROPE, CPU_MAP_SCRATCH, CPU_MAP_ARENA, CPU_MAP_PACKED, CPU_MAP_WEI
 struct qemb_backend {
     const qemb_config *c;
     int threads;
-    float *rope; /* (rope_rows, hd): per position hd/2 cosines, then hd/2 sines; begin extends it */
+    float *rope; /* (rope_rows, hd): per position hd/2 cosines, then hd/2 sines; begin extends it.
+                    NULL: the model has no RoPE */
     int rope_rows;
     float *scratch; /* (threads, scratch_floats): an op's tiles and panels, aligned to 64 bytes */
     size_t scratch_floats;
@@ -101,10 +109,16 @@ void cpu_drop_pages(const void *p, size_t bytes);
 /* ---- qemb.c: plain ops that the SIMD tables use too ---------------------------------------- */
 
 int cpu_begin(qemb_backend *be, const qemb_packed_batch *b);
-void cpu_gather_last(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
+void cpu_gather(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b,
+                qemb_rows rows);
 /* y (B, D) = mean of each text's rows of x (T, D), the shared prefix's included: gather_mean after
  * its rmsnorm */
 void cpu_mean_rows(const qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
+/* As in cpu_kernels, with sums and erf in double */
+void cpu_layernorm_row(float *x, const float *bias, const float *w, const float *b, int n,
+                       float eps);
+void cpu_add_row(float *y, const float *x, int n);
+void cpu_gelu_row(float *h, const float *bias, int n);
 
 /* ---- threads (threads.c) --------------------------------------------------------------------- */
 
@@ -166,12 +180,19 @@ static inline int simd_first_seeing(const attention_tile *w, int q0, int p) {
 int simd_open(qemb_backend **be, const qemb_config *c, const qemb_options *opt,
               const cpu_kernels *kernels, size_t scratch_floats, size_t packed_floats,
               qemb_err *err);
-void simd_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_packed_batch *b);
+void simd_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const float *pos_emb,
+                const qemb_packed_batch *b);
+void simd_layernorm(qemb_backend *be, qemb_act *y, float *x, const float *bias, const float *w,
+                    const float *b, int T);
+/* y (T, n) += bias, unless it is NULL */
+void simd_add_bias(qemb_backend *be, qemb_act *y, const float *bias, int T, int n);
+/* h (T, n) = gelu(h + bias) */
+void simd_gelu(qemb_backend *be, qemb_act *h, const float *bias, int T, int n);
 void simd_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T);
 void simd_qknorm_rope(qemb_backend *be, qemb_act *qkv, const float *q_norm, const float *k_norm,
                       const qemb_packed_batch *b);
 void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
-                    const qemb_packed_batch *b, int last_only);
+                    const qemb_packed_batch *b, qemb_rows rows);
 void simd_swiglu(qemb_backend *be, qemb_act *h, const qemb_act *gu, int T);
 void simd_gather_mean(qemb_backend *be, float *y, float *x, const float *w,
                       const qemb_packed_batch *b);

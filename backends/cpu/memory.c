@@ -39,12 +39,12 @@ int cpu_open(qemb_backend **out, const qemb_config *c, const qemb_options *opt,
     be->threads = opt->threads;
     be->on_layer_loaded = opt->on_layer_loaded;
     be->scratch_floats = (scratch_floats + 15) / 16 * 16;
-    be->rope =
-        cpu_map(be, CPU_MAP_ROPE, (size_t)opt->max_tokens * c->head_dim * sizeof(float), err);
+    const size_t rope = c->rope_theta > 0 ? (size_t)opt->max_tokens * c->head_dim : 0;
+    if (rope) be->rope = cpu_map(be, CPU_MAP_ROPE, rope * sizeof(float), err);
     be->scratch =
         cpu_map(be, CPU_MAP_SCRATCH, be->threads * be->scratch_floats * sizeof(float), err);
     if (packed_floats) be->packed = cpu_map(be, CPU_MAP_PACKED, packed_floats * sizeof(float), err);
-    if (!be->rope || !be->scratch || (packed_floats && !be->packed) ||
+    if ((rope && !be->rope) || !be->scratch || (packed_floats && !be->packed) ||
         cpu_pool_open(&be->pool, be->threads, err)) {
         cpu_close(be);
         return -1;

@@ -248,8 +248,16 @@ static void matmul_all(qemb_backend *be, float *y, const float *x, const qemb_ma
     }
 }
 
-void packed_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w, int T) {
+void packed_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w,
+                   const float *bias, int T) {
     matmul_all(be, (float *)y, (const float *)x, w, T, 0, 0);
+    simd_add_bias(be, y, bias, T, w->rows);
+}
+
+void packed_matmul_gelu(qemb_backend *be, qemb_act *h, const qemb_act *x, const qemb_mat *w,
+                        const float *bias, int T) {
+    matmul_all(be, (float *)h, (const float *)x, w, T, 0, 0);
+    simd_gelu(be, h, bias, T, w->rows);
 }
 
 void packed_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w, int T) {

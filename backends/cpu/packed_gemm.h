@@ -143,7 +143,10 @@ int packed_open(qemb_backend **be, const gemm_type *a, const cpu_kernels *kernel
                 const qemb_config *c, const qemb_options *opt, qemb_err *err);
 size_t packed_bytes(const gemm_type *a, const qemb_weights *w, int n_layers);
 int packed_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err);
-void packed_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w, int T);
+void packed_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w,
+                   const float *bias, int T);
+void packed_matmul_gelu(qemb_backend *be, qemb_act *h, const qemb_act *x, const qemb_mat *w,
+                        const float *bias, int T);
 void packed_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w, int T);
 void packed_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
                     const qemb_mat *w, int T);
@@ -168,12 +171,14 @@ void packed_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act 
                             .begin = cpu_begin,                                                    \
                             .embed = simd_embed,                                                   \
                             .rmsnorm = simd_rmsnorm,                                               \
+                            .layernorm = simd_layernorm,                                           \
                             .matmul = packed_matmul,                                               \
                             .matmul_add = packed_matmul_add,                                       \
                             .qknorm_rope = simd_qknorm_rope,                                       \
                             .attention = simd_attention,                                           \
                             .gate_up = packed_gate_up,                                             \
-                            .gather_last = cpu_gather_last,                                        \
+                            .matmul_gelu = packed_matmul_gelu,                                     \
+                            .gather = cpu_gather,                                                  \
                             .gather_mean = simd_gather_mean,                                       \
                             .pool = simd_pool};
 

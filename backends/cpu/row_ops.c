@@ -16,8 +16,9 @@ typedef struct rows_job {
     const qemb_backend *be;
     void (*rows)(const struct rows_job *j, int first, int end);
     int T, chunk;
-    float *y;
-    const float *x, *w, *w2;
+    float *y, *x2; /* x2: an input that is written too */
+    const float *x, *w, *w2, *bias;
+    int n; /* numbers of a row, if not D */
     const qemb_mat *table;
     const qemb_packed_batch *b;
 } rows_job;
@@ -37,17 +38,50 @@ static void embed_rows(const rows_job *j, int first, int end) {
         const int32_t id = j->b->tokens[t];
         assert(id >= 0 && id < j->table->rows);
         j->be->kernels->half(j->y + t * D, (const uint16_t *)j->table->data + id * D, (int)D);
+        if (j->w) j->be->kernels->add(j->y + t * D, j->w + j->b->pos[t] * D, (int)D);
     }
 }
 
-void simd_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const qemb_packed_batch *b) {
-    for_rows(&(rows_job){be, embed_rows, b->T, 64, .y = x, .table = tok_emb, .b = b});
+void simd_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const float *pos_emb,
+                const qemb_packed_batch *b) {
+    for_rows(&(rows_job){be, embed_rows, b->T, 64, .y = x, .w = pos_emb, .table = tok_emb, .b = b});
+}
+
+static void layernorm_rows(const rows_job *j, int first, int end) {
+    const size_t D = (size_t)j->be->c->hidden;
+    for (int t = first; t < end; t++) {
+        float *x = j->x2 + t * D;
+        j->be->kernels->layernorm(x, j->bias, j->w, j->w2, (int)D, j->be->c->norm_eps);
+        memcpy(j->y + t * D, x, D * sizeof *x);
+    }
+}
+
+void simd_layernorm(qemb_backend *be, qemb_act *y, float *x, const float *bias, const float *w,
+                    const float *b, int T) {
+    for_rows(&(rows_job){be, layernorm_rows, T, 16, .y = f32(y), .x2 = x, .bias = bias, .w = w,
+                         .w2 = b});
+}
+
+static void bias_rows(const rows_job *j, int first, int end) {
+    for (int t = first; t < end; t++) j->be->kernels->add(j->y + (size_t)t * j->n, j->bias, j->n);
+}
+
+void simd_add_bias(qemb_backend *be, qemb_act *y, const float *bias, int T, int n) {
+    if (bias) for_rows(&(rows_job){be, bias_rows, T, 8, .y = f32(y), .bias = bias, .n = n});
+}
+
+static void gelu_rows(const rows_job *j, int first, int end) {
+    for (int t = first; t < end; t++) j->be->kernels->gelu(j->y + (size_t)t * j->n, j->bias, j->n);
+}
+
+void simd_gelu(qemb_backend *be, qemb_act *h, const float *bias, int T, int n) {
+    for_rows(&(rows_job){be, gelu_rows, T, 4, .y = f32(h), .bias = bias, .n = n});
 }
 
 static void rmsnorm_rows(const rows_job *j, int first, int end) {
     const size_t D = (size_t)j->be->c->hidden;
     for (int t = first; t < end; t++)
-        j->be->kernels->rmsnorm(j->y + t * D, j->x + t * D, j->w, (int)D, j->be->c->rms_eps);
+        j->be->kernels->rmsnorm(j->y + t * D, j->x + t * D, j->w, (int)D, j->be->c->norm_eps);
 }
 
 void simd_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T) {
@@ -56,7 +90,7 @@ void simd_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w,
 
 void simd_gather_mean(qemb_backend *be, float *y, float *x, const float *w,
                       const qemb_packed_batch *b) {
-    simd_rmsnorm(be, (qemb_act *)x, x, w, b->T);
+    if (w) simd_rmsnorm(be, (qemb_act *)x, x, w, b->T);
     cpu_mean_rows(be, y, x, b);
 }
 
@@ -76,7 +110,7 @@ static void qknorm_rope_rows(const rows_job *j, int first, int end) {
         float *head = j->y + (size_t)t * (H + 2 * K) * hd;
         for (int h = 0; h < H + K; h++, head += hd)
             j->be->kernels->norm_rotate(head, h < H ? j->w : j->w2, cosines, sines, hd / 2,
-                                        c->rms_eps);
+                                        c->norm_eps);
     }
 }
 
@@ -136,7 +170,8 @@ typedef struct {
     float *att;
     const float *qkv;
     const qemb_packed_batch *b;
-    int last_only, windows, first, end; /* the rows that are computed */
+    qemb_rows rows;
+    int windows, first, end; /* the rows that are computed */
 } attention_job;
 
 /* An item is one kv head and one window of rows: it computes all blocks that begin in the window.
@@ -152,10 +187,12 @@ static void attention_part(const void *job, work_item item) {
     const int end = min_int(begin + tokens, j->end);
     attention_tile w = {0};
     attention_setup(&w, j->be, j->qkv, item.i % K, item.thread);
-    if (j->last_only) {
+    if (j->rows != QEMB_ALL_ROWS) {
         const int i = item.i / K, n = b->cu[i + 1] - b->cu[i];
-        w.prefix = b->P, w.own = b->cu[i]; /* the last row sees all keys in any case */
-        j->be->kernels->attention(&w, j->att + i * ld_att + w.q_col, ld_att, b->P + n - 1, 1);
+        w.prefix = b->P, w.own = b->cu[i];
+        w.all = b->bidirectional ? n : 0; /* the last row sees all keys in any case */
+        j->be->kernels->attention(&w, j->att + i * ld_att + w.q_col, ld_att,
+                                  j->rows == QEMB_FIRST_ROWS ? 0 : b->P + n - 1, 1);
         return;
     }
     int low = 0, high = b->B; /* the segment that row `begin` is in */
@@ -179,10 +216,11 @@ static void attention_part(const void *job, work_item item) {
 }
 
 void simd_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
-                    const qemb_packed_batch *b, int last_only) {
+                    const qemb_packed_batch *b, qemb_rows rows) {
     const int first = qemb_first_row(b), end = qemb_end_row(b);
-    const int windows = last_only ? b->B : ceil_div(end - first, block_tokens(be->c, be->kernels));
-    const attention_job j = {be, f32(att), cf32(qkv), b, last_only, windows, first, end};
+    const int tokens = block_tokens(be->c, be->kernels);
+    const int windows = rows != QEMB_ALL_ROWS ? b->B : ceil_div(end - first, tokens);
+    const attention_job j = {be, f32(att), cf32(qkv), b, rows, windows, first, end};
     cpu_parallel(be->pool, windows * be->c->n_kv_heads, attention_part, &j);
 }
 

@@ -483,7 +483,7 @@ static void print_config(const qemb_file *f) {
     if (qemb_window(c) < c->max_positions) printf(", up to %d by --max-tokens", c->max_positions);
     putchar('\n');
     printf("rope theta       %g\n", (double)c->rope_theta);
-    printf("rms eps          %g\n", (double)c->rms_eps);
+    printf("norm eps         %g\n", (double)c->norm_eps);
 }
 
 /* Prints whether the file is as it was written. */

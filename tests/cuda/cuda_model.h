@@ -50,7 +50,7 @@ struct model {
 inline qemb_config config(int L, int D, int H, int K, int hd, int F, int max) {
     qemb_config c = {};
     c.n_layers = L, c.hidden = D, c.n_heads = H, c.n_kv_heads = K, c.head_dim = hd, c.ffn = F;
-    c.vocab = 300, c.max_positions = max, c.eos_id = 299, c.rope_theta = 1e6f, c.rms_eps = 1e-6f;
+    c.vocab = 300, c.max_positions = max, c.eos_id = 299, c.rope_theta = 1e6f, c.norm_eps = 1e-6f;
     return c;
 }
 

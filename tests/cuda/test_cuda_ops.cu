@@ -344,7 +344,7 @@ struct bench_backend {
                   bool bidirectional = false) {
         c = qemb_config{};
         c.n_layers = 1, c.hidden = D, c.n_heads = H, c.n_kv_heads = K, c.head_dim = hd;
-        c.ffn = F, c.vocab = V, c.max_positions = rows, c.rope_theta = 1e6f, c.rms_eps = 1e-6f;
+        c.ffn = F, c.vocab = V, c.max_positions = rows, c.rope_theta = 1e6f, c.norm_eps = 1e-6f;
         c.attention = bidirectional ? QEMB_BIDIRECTIONAL : QEMB_CAUSAL;
         opt.batch_tokens = opt.max_tokens = rows;
         opt.threads = 2;
@@ -462,7 +462,7 @@ static void matmul_case(bool add, int T, double alpha) {
         qemb_cuda_ops.matmul_add(f.be, dr.p, (qemb_act *)dx.p, &m, T);
         after = dr.get();
     } else {
-        qemb_cuda_ops.matmul(f.be, (qemb_act *)dy.p, (qemb_act *)dx.p, &m, T);
+        qemb_cuda_ops.matmul(f.be, (qemb_act *)dy.p, (qemb_act *)dx.p, &m, nullptr, T);
         std::vector<__half> h = dy.get();
         for (size_t i = 0; i < h.size(); i++) after[i] = (float)num(h[i]);
     }
@@ -492,7 +492,7 @@ TEST(op_matmul_unknown_shape) {
     bench_backend f(96, 2, 1, 64, 128, 16, 64);
     device_array<__half> w(80 * 96), x(96), y(80);
     qemb_mat m = {w.p, 80, 96, QEMB_F16, 1, nullptr, QEMB_BITS_UNKNOWN};
-    qemb_cuda_ops.matmul(f.be, (qemb_act *)y.p, (qemb_act *)x.p, &m, 1);
+    qemb_cuda_ops.matmul(f.be, (qemb_act *)y.p, (qemb_act *)x.p, &m, nullptr, 1);
     const char *why = failure_of(f.be);
     check(why && strstr(why, "matmul") && strstr(why, "cuBLASLt status"), "failure (got %s)",
           why ? why : "none");
@@ -700,7 +700,7 @@ TEST_SCHEDULES(op_gather_last_pool) {
     std::vector<float> x = random_numbers<float>(&r, (size_t)f.b.T * D, 3),
                        w = random_numbers<float>(&r, D, 1, 1);
     device_array<float> dx(x), dw(w), other(x), dl((size_t)600 * D); /* dl last: see array_set */
-    qemb_cuda_ops.gather_last(f.be, dl.p, dx.p, &f.b);
+    qemb_cuda_ops.gather(f.be, dl.p, dx.p, &f.b, QEMB_LAST_ROWS);
     std::vector<float> out((size_t)600 * D), rows = dl.get(), later(7 * D, 0);
     check(!qemb_cuda_ops.pool(f.be, out.data(), dl.p, dw.p, 600), "pool asks again");
     check(!qemb_cuda_ops.pool(f.be, later.data(), other.p, dw.p, 7), "pool asks again");

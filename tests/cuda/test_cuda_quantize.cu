@@ -258,7 +258,7 @@ static void fp8_product_case(int T) {
             qemb_cuda_fp8_ops.matmul_add(be, res.p, in, &m, T);
         } else {
             qemb_cuda_fp8_ops.rmsnorm(be, in, dx.p, dg.p, T);
-            qemb_cuda_fp8_ops.matmul(be, (qemb_act *)y.p, in, &m, T);
+            qemb_cuda_fp8_ops.matmul(be, (qemb_act *)y.p, in, &m, nullptr, T);
         }
         const std::vector<float> got_res = res.get(), scale = ws.get();
         const std::vector<__half> got_y = y.get();

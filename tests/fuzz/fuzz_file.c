@@ -92,7 +92,7 @@ static void make_models(void) {
                      .max_positions = 64,
                      .eos_id = 299,
                      .rope_theta = 1e6f,
-                     .rms_eps = 1e-6f};
+                     .norm_eps = 1e-6f};
     models[0].data = make_model(&c, 1, 1, &models[0].bytes);
     c.dense_rows = 3, c.activation = QEMB_TANH, c.pooling = QEMB_POOL_MEAN;
     c.attention = QEMB_BIDIRECTIONAL, c.window = 32;

@@ -7,7 +7,10 @@
 
 /* Rows by AVX-512 where the CPU has it, else by AVX2. Without either, the plain table's ops take
  * the place of those that use them. */
-static const cpu_kernels none = {1, NULL, NULL, NULL, NULL, NULL};
+static const cpu_kernels none = {.attention_rows = 1,
+                                 .layernorm = cpu_layernorm_row,
+                                 .add = cpu_add_row,
+                                 .gelu = cpu_gelu_row};
 #if defined(__x86_64__)
 static int has_avx512(void) {
     static int found = -1; /* asking the CPU is slow in a virtual machine */

@@ -111,11 +111,11 @@ void oracle_embed(double *out, double *swiglu_max, const qemb_config *c, const q
         /* qkv (n, QKV): normed rows times wqkv; query and key heads are normed and rotated */
         for (int t = 0; t < n; t++) {
             double *row = qkv + (size_t)t * QKV;
-            oracle_rmsnorm(xn, x + (size_t)t * D, y->attn_norm, D, c->rms_eps);
+            oracle_rmsnorm(xn, x + (size_t)t * D, y->attn_norm, D, c->norm_eps);
             oracle_matvec(row, NULL, xn, &y->wqkv);
             for (int h = 0; h < H + K; h++) {
                 oracle_rmsnorm(row + h * hd, row + h * hd, h < H ? y->q_norm : y->k_norm, hd,
-                               c->rms_eps);
+                               c->norm_eps);
                 oracle_rope(row + h * hd, hd, t, c->rope_theta);
             }
         }
@@ -125,7 +125,7 @@ void oracle_embed(double *out, double *swiglu_max, const qemb_config *c, const q
             double *xt = x + (size_t)t * D;
             oracle_matvec(o, NULL, att + (size_t)t * H * hd, &y->wo);
             for (int i = 0; i < D; i++) xt[i] += o[i];
-            oracle_rmsnorm(xn, xt, y->mlp_norm, D, c->rms_eps);
+            oracle_rmsnorm(xn, xt, y->mlp_norm, D, c->norm_eps);
             oracle_matvec(gu, NULL, xn, &y->wgu);
             for (int i = 0; i < F; i++) {
                 gu[i] = oracle_swiglu(gu[i], gu[F + i]);
@@ -139,7 +139,7 @@ void oracle_embed(double *out, double *swiglu_max, const qemb_config *c, const q
     const int first = c->pooling == QEMB_POOL_MEAN ? 0 : n - 1;
     for (int i = 0; i < D; i++) out[i] = 0;
     for (int t = first; t < n; t++) {
-        oracle_rmsnorm(xn, x + (size_t)t * D, w->final_norm, D, c->rms_eps);
+        oracle_rmsnorm(xn, x + (size_t)t * D, w->final_norm, D, c->norm_eps);
         for (int i = 0; i < D; i++) out[i] += xn[i] / (n - first);
     }
     if (swiglu_max) *swiglu_max = biggest;

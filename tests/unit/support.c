@@ -9,7 +9,8 @@
 #define CONFIG(L, D, H, K, hd, F, max, theta, eps)                                                 \
     {                                                                                              \
         .n_layers = L, .hidden = D, .n_heads = H, .n_kv_heads = K, .head_dim = hd, .ffn = F,       \
-        .vocab = 300, .eos_id = 299, .max_positions = max, .rope_theta = theta, .rms_eps = eps     \
+        .vocab = 300, .eos_id = 299, .max_positions = max, .rope_theta = theta, .norm_eps = eps,   \
+        .bos_id = QEMB_NO_TOKEN, .pad_id = QEMB_NO_TOKEN                                           \
     }
 const qemb_config small_configs[] = {
     CONFIG(2, 64, 4, 4, 16, 96, 700, 1e6f, 1e-6f),
@@ -146,7 +147,7 @@ uint8_t *make_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, do
     const int32_t fields[] = {c->n_layers, D, H, K, hd, F, c->vocab, c->max_positions, c->eos_id};
     for (int i = 0; i < 9; i++) put_le(w.data + 72 + 4 * i, (uint32_t)fields[i], 4);
     memcpy(w.data + 108, &c->rope_theta, 4);
-    memcpy(w.data + 112, &c->rms_eps, 4);
+    memcpy(w.data + 112, &c->norm_eps, 4);
     const int32_t kind[] = {(int)c->kind,  (int)c->pooling,    (int)c->attention,
                             c->dense_rows, (int)c->activation, c->window};
     for (int i = 0; i < 6; i++) put_le(w.data + 116 + 4 * i, (uint32_t)kind[i], 4);

@@ -143,7 +143,7 @@ static void close_product(product *p) {
 /* y (n, N) = rows first .. first+n-1 of x times W */
 static void multiply_rows(const product *p, float *y, int first, int n) {
     p->op->matmul(p->be, (qemb_act *)y, (const qemb_act *)(p->x + (size_t)first * p->K), &p->loaded,
-                  n);
+                  NULL, n);
 }
 
 /* A row alone, in up to T rows and with any number of threads: the same bits. */
@@ -258,7 +258,7 @@ static void multiply_by_one(const qemb_ops *op, float *y, const float *x, int T)
     qemb_mat w = {.data = &one, .rows = 1, .cols = 1, .dtype = QEMB_F16, .alpha = 1};
     cr_assert_eq(op->open(&be, &c, &opt, NULL), 0);
     load_matrices(op, be, &w, NULL);
-    op->matmul(be, (qemb_act *)y, (const qemb_act *)x, &w, T);
+    op->matmul(be, (qemb_act *)y, (const qemb_act *)x, &w, NULL, T);
     op->close(be);
 }
 
@@ -327,10 +327,10 @@ Test(amx, earlier_numbers_are_forgotten) {
         float want[FEWER_ROWS * N], y[FEWER_ROWS * N];
         layer.wqkv.cols = FEWER_COLUMNS;
         cr_assert_eq(p.op->load_weights(p.be, &weights, NULL), 0);
-        p.op->matmul(p.be, (qemb_act *)want, (qemb_act *)p.x, small, FEWER_ROWS);
+        p.op->matmul(p.be, (qemb_act *)want, (qemb_act *)p.x, small, NULL, FEWER_ROWS);
         for (int i = FEWER_ROWS * FEWER_COLUMNS; i < T * K; i++) p.x[i] = NAN;
-        p.op->matmul(p.be, (qemb_act *)p.y, (qemb_act *)p.x, large, T);
-        p.op->matmul(p.be, (qemb_act *)y, (qemb_act *)p.x, small, FEWER_ROWS);
+        p.op->matmul(p.be, (qemb_act *)p.y, (qemb_act *)p.x, large, NULL, T);
+        p.op->matmul(p.be, (qemb_act *)y, (qemb_act *)p.x, small, NULL, FEWER_ROWS);
         cr_assert_arr_eq(y, want, sizeof y, "%s", p.op->name);
         close_product(&p);
     }
@@ -358,7 +358,7 @@ Test(amx, older_files_are_searched) {
             w.bits = found;
             cr_assert_eq(p.op->open(&be, &c, &opt, NULL), 0);
             load_matrices(p.op, be, &w, NULL);
-            p.op->matmul(be, (qemb_act *)y, (const qemb_act *)p.x, &w, T);
+            p.op->matmul(be, (qemb_act *)y, (const qemb_act *)p.x, &w, NULL, T);
             cr_assert_arr_eq(y, p.y, sizeof y);
             p.op->close(be);
             close_product(&p);

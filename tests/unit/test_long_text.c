@@ -147,12 +147,12 @@ static void check_rows_of_attention(int bidirectional) {
     qemb_err err;
     cr_assert_eq(ops->open(&be, &c, &opt, &err), 0, "%s", err.msg);
     ops->begin(be, &b);
-    ops->attention(be, (qemb_act *)want, (qemb_act *)qkv, &b, 0);
+    ops->attention(be, (qemb_act *)want, (qemb_act *)qkv, &b, QEMB_ALL_ROWS);
     for (int t = 0; t < T; t += PART) {
         const int n = T - t < PART ? T - t : PART;
         for (size_t i = 0; i < (size_t)T * Q; i++) got[i] = -7; /* no weighted mean of -1 .. 1 */
         b.first = t, b.rows = n;
-        ops->attention(be, (qemb_act *)got, (qemb_act *)qkv, &b, 0);
+        ops->attention(be, (qemb_act *)got, (qemb_act *)qkv, &b, QEMB_ALL_ROWS);
         cr_assert_arr_eq(got + (size_t)t * Q, want + (size_t)t * Q, (size_t)n * Q * sizeof *got,
                          "%s rows from %d", ops->name, t);
         for (int row = 0; row < T; row++)

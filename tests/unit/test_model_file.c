@@ -332,9 +332,9 @@ Test(file, refuses_bad_numbers) {
     memcpy(model + 108, &config->rope_theta, 4);
     for (int i = 0; i < 5; i++) {
         memcpy(model + 112, &eps[i], 4);
-        refuses("rms_eps");
+        refuses("norm_eps");
     }
-    memcpy(model + 112, &config->rms_eps, 4);
+    memcpy(model + 112, &config->norm_eps, 4);
     for (int i = 0; i < 8; i++) { /* n_layers .. max_positions */
         const uint64_t was = get(72 + 4 * (size_t)i, 4);
         put(72 + 4 * (size_t)i, 0xffffffff, 4);
@@ -469,7 +469,7 @@ Test(file, opens_a_reranker) {
     qemb_file_close(f);
 }
 
-/* Sets field i of those behind rms_eps, and checks that the file is refused. */
+/* Sets field i of those behind norm_eps, and checks that the file is refused. */
 static void refuses_kind(int i, uint32_t value, const char *what) {
     const uint64_t was = get(kind_at(i), 4);
     put(kind_at(i), value, 4);
@@ -479,7 +479,7 @@ static void refuses_kind(int i, uint32_t value, const char *what) {
 
 Test(file, refuses_fields_out_of_range) {
     static const char *const names[] = {"kind", "pooling", "attention", "dense_rows", "activation"};
-    const uint32_t most[] = {1, 1, 1, 65536, 1};
+    const uint32_t most[] = {1, 2, 1, 65536, 1};
     char what[64];
     for (int i = 0; i < 5; i++)
         for (int k = 0; k < 3; k++) {
@@ -494,7 +494,7 @@ Test(file, refuses_fields_out_of_range) {
     qemb_file *f = opened();
     cr_assert_eq(qemb_window(&f->config), 300);
     qemb_file_close(f);
-    put(148, 1, 4); /* the first reserved byte behind them */
+    put(164, 1, 4); /* the first reserved byte behind all fields */
     refuses("header: reserved");
 }
 

@@ -59,7 +59,7 @@ Test(ops, embed_converts_every_half) {
         const qemb_packed_batch b = {1, V, 0, tokens, pos, cu, 0, 0, 0};
         float *x = malloc(V * D * sizeof *x);
         qemb_cpu_table(o)->begin(be, &b);
-        qemb_cpu_table(o)->embed(be, x, &m, &b);
+        qemb_cpu_table(o)->embed(be, x, &m, NULL, &b);
         for (int t = 0; t < V; t++)
             for (int i = 0; i < D; i++) {
                 double want = oracle_half(table[tokens[t] * D + i]);
@@ -82,7 +82,7 @@ Test(ops, rmsnorm) {
         for (int s = 0; s < 6; s++) {
             const int D = sizes[s], T = 11;
             const qemb_config c = {
-                .hidden = D, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .rms_eps = 1e-6f};
+                .hidden = D, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .norm_eps = 1e-6f};
             rng r = {(uint64_t)D};
             qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
             float *x = numbers(&r, (size_t)T * D, 3), *w = numbers(&r, (size_t)D, 2),
@@ -93,7 +93,7 @@ Test(ops, rmsnorm) {
             qemb_cpu_table(o)->rmsnorm(be, (qemb_act *)y, x, w, T);
             double *xd = doubles(x, (size_t)T * D), *want = malloc((size_t)D * sizeof *want);
             for (int t = 0; t < T; t++) {
-                oracle_rmsnorm(want, xd + (size_t)t * D, w, D, c.rms_eps);
+                oracle_rmsnorm(want, xd + (size_t)t * D, w, D, c.norm_eps);
                 for (int i = 0; i < D; i++)
                     cr_assert_not(far_off(y[t * D + i], want[i], 3 * SLACK * U * fabs(want[i])),
                                   "%s D=%d (%d,%d): %g, want %g", qemb_cpu_table(o)->name, D, t, i,
@@ -190,7 +190,7 @@ static void check_matmul(const qemb_ops *op, weights kind, int T, int N, int K, 
     if (add)
         op->matmul_add(be, y, (qemb_act *)x, &placed, T);
     else
-        op->matmul(be, (qemb_act *)y, (qemb_act *)x, &placed, T);
+        op->matmul(be, (qemb_act *)y, (qemb_act *)x, &placed, NULL, T);
     double *want = malloc((size_t)N * sizeof *want), *size = malloc((size_t)N * sizeof *size);
     for (int t = 0; t < T; t++) {
         oracle_matvec(want, size, xd + (size_t)t * K, &m);
@@ -258,7 +258,7 @@ Test(ops, matmul_of_parallel_rows) {
                 for (int k = 0; k < K; k++)
                     x[t * K + k] = (float)(sign * large[t] * oracle_half(W[7 * t * K + k]));
             load_matrices(test_table(o), be, &placed, NULL);
-            test_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &placed, T);
+            test_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &placed, NULL, T);
             for (int t = 0; t < T; t++) {
                 double *xd = doubles(x + t * K, K), want[N], size[N];
                 oracle_matvec(want, size, xd, &m);
@@ -292,7 +292,7 @@ Test(ops, matmul_of_numbers_that_are_not_finite) {
         qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
         qemb_mat m = {W, N, K, QEMB_F16, 1, NULL, QEMB_BITS_UNKNOWN};
         load_matrices(qemb_cpu_table(o), be, &m, NULL);
-        qemb_cpu_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &m, T);
+        qemb_cpu_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &m, NULL, T);
         for (int t = 0; t < T; t++)
             for (int n = 0; n < N; n++) {
                 const int spoiled = t == 2 || t == 7 || t == 12 || n == 4 || n == 20 || n == 34;
@@ -334,7 +334,7 @@ Test(ops, matmul_reads_nothing_behind_a_matrix) {
                           is_i8 ? at_page_end(scale, N * QEMB_GROUPS(K) * sizeof *scale) : NULL,
                           QEMB_BITS_UNKNOWN};
             load_matrices(test_table(o), be, &m, NULL);
-            test_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &m, T);
+            test_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &m, NULL, T);
             test_table(o)->close(be);
             free(W), free(x), free(scale);
         }
@@ -369,7 +369,7 @@ Test(ops, qknorm_rope) {
                     double *head = before + (size_t)t * ld + h * hd, normed[1024];
                     const float *got = qkv + (size_t)t * ld + h * hd;
                     if (h < H + K) {
-                        oracle_rmsnorm(head, head, h < H ? qn : kn, hd, c->rms_eps);
+                        oracle_rmsnorm(head, head, h < H ? qn : kn, hd, c->norm_eps);
                         memcpy(normed, head, (size_t)hd * sizeof *head);
                         oracle_rope(head, hd, pos[t], c->rope_theta);
                     }
@@ -401,7 +401,7 @@ Test(ops, rope_reaches_the_last_position) {
         for (int t = 0; t < n; t++) pos[t] = t;
         double want[16], normed[16];
         for (int i = 0; i < hd; i++) want[i] = i + 1;
-        oracle_rmsnorm(want, want, ones, hd, c.rms_eps);
+        oracle_rmsnorm(want, want, ones, hd, c.norm_eps);
         memcpy(normed, want, sizeof want);
         oracle_rope(want, hd, n - 1, c.rope_theta);
         const qemb_packed_batch b = {1, n, 0, NULL, pos, cu, 0, 0, 0};
@@ -443,7 +443,8 @@ static void check_attention(const qemb_ops *op, const qemb_config *c, const int 
     float *att = numbers(&r, (size_t)T * Q, 1);
     const qemb_packed_batch b = {B, T, P, NULL, pos, cu, bidirectional, 0, 0};
     op->begin(be, &b);
-    op->attention(be, (qemb_act *)att, (qemb_act *)qkv, &b, last_only);
+    op->attention(be, (qemb_act *)att, (qemb_act *)qkv, &b,
+                  last_only ? QEMB_LAST_ROWS : QEMB_ALL_ROWS);
     const int integers = !has_float_attention(op);
     const size_t n_max = (size_t)(P + longest);
     double *one = malloc(n_max * ld * sizeof *one), *want = malloc(n_max * Q * sizeof *want);
@@ -549,7 +550,7 @@ Test(ops, attention_of_equal_values) {
             qemb_backend *be = backend(op, c, T, 2);
             const qemb_packed_batch b = {1, T, 0, NULL, pos, cu, bidirectional, 0, 0};
             op->begin(be, &b);
-            op->attention(be, (qemb_act *)att, (qemb_act *)qkv, &b, 0);
+            op->attention(be, (qemb_act *)att, (qemb_act *)qkv, &b, QEMB_ALL_ROWS);
             const double tol =
                 3 * (has_float_attention(op) ? (2 * T + 5) * U
                                              : 2 * 0x1p-14 + (128. / 32767 + 1. / 8187) / 2);
@@ -585,7 +586,7 @@ Test(ops, gate_up) {
         for (int i = 0; i < F; i++) gu[i] = (float)(i - F / 2) * 0.25f; /* -125 .. 125 */
         qemb_mat w = m, wgu = m;
         load_matrices(test_table(o), be, &w, &wgu);
-        test_table(o)->matmul(be, (qemb_act *)product, (qemb_act *)gu, &w, T);
+        test_table(o)->matmul(be, (qemb_act *)product, (qemb_act *)gu, &w, NULL, T);
         test_table(o)->gate_up(be, (qemb_act *)h, (qemb_act *)scratch, (qemb_act *)gu, &wgu, T);
         for (int t = 0; t < T; t++)
             for (int i = 0; i < F; i++) {
@@ -620,7 +621,7 @@ Test(ops, gate_up_of_many_columns) {
         qemb_backend *be = backend(test_table(o), &c, T, 2);
         qemb_mat w = m, wgu = m;
         load_matrices(test_table(o), be, &w, &wgu);
-        test_table(o)->matmul(be, (qemb_act *)product, (qemb_act *)x, &w, T);
+        test_table(o)->matmul(be, (qemb_act *)product, (qemb_act *)x, &w, NULL, T);
         test_table(o)->gate_up(be, (qemb_act *)h, (qemb_act *)scratch, (qemb_act *)x, &wgu, T);
         for (int i = 0; i < T * F; i++) {
             const float gate = product[i / F * 2 * F + i % F],
@@ -638,7 +639,7 @@ Test(ops, gate_up_of_many_columns) {
 Test(ops, gather_last_and_pool) {
     enum { D = 37, T = 9, B = 3 };
     const qemb_config c = {
-        .hidden = D, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .rms_eps = 1e-6f};
+        .hidden = D, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .norm_eps = 1e-6f};
     const int32_t pos[T] = {0, 1, 2, 3, 2, 2, 3, 4, 5}, cu[] = {2, 4, 5, T};
     const qemb_packed_batch b = {B, T, 2, NULL, pos, cu, 0, 0, 0};
     for (int o = 0; qemb_cpu_table(o); o++) {
@@ -646,13 +647,13 @@ Test(ops, gather_last_and_pool) {
         qemb_backend *be = backend(qemb_cpu_table(o), &c, T, 2);
         float *x = numbers(&r, T * D, 3), *w = numbers(&r, D, 2), y[B * D], out[B * D];
         qemb_cpu_table(o)->begin(be, &b);
-        qemb_cpu_table(o)->gather_last(be, y, x, &b);
+        qemb_cpu_table(o)->gather(be, y, x, &b, QEMB_LAST_ROWS);
         for (int i = 0; i < B; i++)
             cr_assert_arr_eq(y + i * D, x + (cu[i + 1] - 1) * D, D * sizeof *y);
         qemb_cpu_table(o)->pool(be, out, y, w, B);
         for (int i = 0; i < B; i++) {
             double *row = doubles(y + i * D, D), want[D];
-            oracle_rmsnorm(want, row, w, D, c.rms_eps);
+            oracle_rmsnorm(want, row, w, D, c.norm_eps);
             for (int k = 0; k < D; k++)
                 cr_assert_not(far_off(out[i * D + k], want[k], 3 * SLACK * U * fabs(want[k])));
             free(row);
@@ -685,7 +686,7 @@ static void lay_texts(float *to, int32_t *cu, const float *x, const int *first, 
 Test(ops, gather_mean) {
     enum { D = 131, B = 3, ROWS = 2005, MOST = ROWS + 4 };
     const qemb_config c = {
-        .hidden = D, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .rms_eps = 1e-6f};
+        .hidden = D, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .norm_eps = 1e-6f};
     const int first[] = {2, 4, ROWS - 1, ROWS};
     for (int o = 0; qemb_cpu_table(o); o++) {
         const qemb_ops *op = qemb_cpu_table(o);
@@ -706,7 +707,7 @@ Test(ops, gather_mean) {
         cr_assert_eq(op->pool(be, out, y[0], NULL, B), 0);
         cr_assert_arr_eq(out, y[1], sizeof out, "%s: pool changes bits", op->name);
         double *rows = doubles(x, ROWS * D), size[D], want[D];
-        for (int t = 0; t < ROWS; t++) oracle_rmsnorm(rows + t * D, rows + t * D, w, D, c.rms_eps);
+        for (int t = 0; t < ROWS; t++) oracle_rmsnorm(rows + t * D, rows + t * D, w, D, c.norm_eps);
         for (int i = 0; i < B; i++) {
             const int n = 2 + first[i + 1] - first[i];
             memset(want, 0, sizeof want), memset(size, 0, sizeof size);

@@ -317,9 +317,10 @@ static void check_paths(const qemb_ops *op, qemb_dtype dtype, int N, int K) {
         if (threads == 1)
             for (int t = 0; t < T; t++)
                 op->matmul(be, (qemb_act *)(want + (size_t)t * N), (qemb_act *)(x + (size_t)t * K),
-                           &m, 1);
+                           &m, NULL, 1);
         for (int i = 0; i < 12; i++) {
-            op->matmul(be, (qemb_act *)y, (qemb_act *)(x + (size_t)(T - Ts[i]) * K), &m, Ts[i]);
+            op->matmul(be, (qemb_act *)y, (qemb_act *)(x + (size_t)(T - Ts[i]) * K), &m, NULL,
+                       Ts[i]);
             cr_assert_arr_eq(y, want + (size_t)(T - Ts[i]) * N, (size_t)Ts[i] * N * sizeof *y,
                              "%s T=%d N=%d K=%d %d threads", op->name, Ts[i], N, K, threads);
         }
@@ -367,7 +368,7 @@ Test(simd, copied_weights_leave_the_map) {
                            .max_positions = 64,
                            .eos_id = 299,
                            .rope_theta = 1e6f,
-                           .rms_eps = 1e-6f};
+                           .norm_eps = 1e-6f};
     const size_t matrices = 2 * 512 * (512 + 256 + 3 * 8192);
     for (int o = 0; qemb_cpu_table(o); o++) {
         const qemb_ops *op = qemb_cpu_table(o);
@@ -412,7 +413,7 @@ static void multiply(const qemb_ops *op, float *y, const float *x, qemb_mat w, i
     qemb_backend *be;
     cr_assert_eq(op->open(&be, &c, &opt, NULL), 0);
     load_matrices(op, be, &w, NULL);
-    op->matmul(be, (qemb_act *)y, (const qemb_act *)x, &w, T);
+    op->matmul(be, (qemb_act *)y, (const qemb_act *)x, &w, NULL, T);
     op->close(be);
 }
 
