@@ -33,7 +33,7 @@ BENCH_OPENMP := -fopenmp
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
 CPU     := $(patsubst %,backends/cpu/%,cpu_count threads memory row_ops packed_gemm avx2 avx2_integers avx512 avx512_attention amx dot_f16 dispatch)
-ENGINE  := qemb lib/encoder $(CPU) tokenizer lib/unigram lib/model_file lib/error lib/text_ids lib/embed_text
+ENGINE  := qemb lib/encoder $(CPU) tokenizer lib/tokenizer_kinds lib/added_tokens lib/unigram lib/model_file lib/error lib/text_ids lib/embed_text
 SHARED  := $(patsubst %,frontends/%,fingerprint ranking console options model_options select_ops map_fault open_model replicas record_tokenizer format input json_read decompress)
 CLI     := $(patsubst %,frontends/cli/%,main embed check grep rerank hits line_index shards shard_store pipeline progress output)
 FRONT   := $(CLI) $(SHARED)

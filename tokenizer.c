@@ -21,40 +21,25 @@
  *     list of places for each rank, so that a pre-token of any length takes linear time.
  * Nothing depends on the locale. An open tokenizer is immutable; all scratch is in the state.
  */
-#include "qemb.h"
+#include "lib/added_tokens.h"
 #include "lib/unicode.h"
-
-#include <limits.h>
-#include <stdlib.h>
-#include <string.h>
-
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "tokenizer.c reads words of text as little-endian numbers"
-#endif
+#include "lib/word_cache.h"
 
 enum {
-    TOKEN_MAX = 1024,       /* longest token in bytes; real vocabularies stay under 256 */
-    WORD_MAX = 1 << 23,     /* bytes of a pre-token: the longest text, 32,768 tokens, has no more */
-    MERGES_MAX = 1 << 20,   /* two ids and a rank must fit a 64-bit slot of the pair table */
-    ID_BITS = 21,           /* bits of an id or a rank in such a slot */
-    PROBE_MAX = 128,        /* longest search in the pair table; the real merges take 12 */
-    CHUNK = 1 << 14,        /* bytes of a chunk, if the text can be cut there */
-    PAD = 32,               /* zero bytes after s->text: 8 bytes may be read at any place of it */
-    SHORT_SYMBOLS = 64,     /* longest pre-token, in symbols, that merges in an array */
-    AHEAD = 32,             /* pre-tokens found before the first of them is looked up */
-    KEEP_BYTES = 4 << 20,   /* of each array in a state, from one text to the next */
-    SHORT_CACHED = 15,      /* bytes of a pre-token for the first cache, with up to 4 ids */
-    SHORT_CACHE_BITS = 16,  /* entries of 32 bytes: 2 MiB */
-    LONG_CACHED = 31,       /* for the second cache, with up to 8 ids */
-    LONG_CACHE_BITS = 14,   /* entries of 64 bytes: 1 MiB */
-    CACHE_COUNT_SHIFT = 24, /* bits of a cache entry's first id from here on: the number of ids */
+    TOKEN_MAX = 1024,     /* longest token in bytes; real vocabularies stay under 256 */
+    MERGES_MAX = 1 << 20, /* two ids and a rank must fit a 64-bit slot of the pair table */
+    ID_BITS = 21,         /* bits of an id or a rank in such a slot */
+    PROBE_MAX = 128,      /* longest search in the pair table; the real merges take 12 */
+    CHUNK = 1 << 14,      /* bytes of a chunk, if the text can be cut there */
+    PAD = 32,             /* zero bytes after s->text: 8 bytes may be read at any place of it */
+    SHORT_SYMBOLS = 64,   /* longest pre-token, in symbols, that merges in an array */
+    AHEAD = 32,           /* pre-tokens found before the first of them is looked up */
 };
 
 #define NO_RANK   UINT32_MAX
 #define NO_SLOT   UINT64_MAX
 #define RANK_MASK (((uint64_t)1 << ID_BITS) - 1)
 #define HIGH_BITS UINT64_C(0x8080808080808080)
-#define GOLDEN    UINT64_C(0x9E3779B97F4A7C15) /* 2^64 / golden ratio: spreads a multiplied key */
 
 typedef struct {
     uint32_t head,
@@ -63,14 +48,9 @@ typedef struct {
 } token_info;
 
 typedef struct {
-    const uint8_t *bytes;
-    uint32_t len, id;
-} added_token;
-
-struct qemb_tokenizer {
+    qemb_tokenizer base;
     const uint32_t *merges; /* (n_merges, 2), the caller's */
     uint32_t n_merges;
-    uint32_t n_ids;
     token_info *token;    /* (256 + n_merges) */
     uint8_t byte_of[256]; /* id -> byte, for ids 0..255 */
     uint32_t id_of[256];  /* byte -> id */
@@ -79,12 +59,8 @@ struct qemb_tokenizer {
     uint64_t *filter;     /* two bits for each slot: whether a pair with such a hash exists */
     uint32_t *char_token; /* (65536) code point -> the token that is this character, or 0 */
     uint64_t seam[1024];  /* bit seam_hash(...): see find_whole_chars */
-    added_token *added;   /* (n_added), ascending by bytes */
-    size_t n_added;
-    size_t added_from[257];    /* first index in added of each first byte */
-    uint64_t added_pair[1024]; /* bit (a, b): an added token may begin with bytes a, b */
-    int added_byte;            /* the first byte of all added tokens, or -1 if they differ */
-};
+    added_tokens added;
+} bpe_tokenizer;
 
 typedef struct {
     uint32_t symbol;     /* at a symbol's first and last byte: its id */
@@ -97,9 +73,10 @@ typedef struct {
 } merge_list;
 
 /* 3 MiB of caches, and arrays that grow with the longest chunk: half a MiB for 16 KiB of ordinary
- * text. A single pre-token of n bytes, at most WORD_MAX, takes about 30 n bytes. */
-struct qemb_tokenizer_state {
-    const qemb_tokenizer *t;
+ * text. A single pre-token of n bytes, at most TOKENIZER_WORD_MAX, takes about 30 n bytes. */
+typedef struct {
+    qemb_tokenizer_state base;
+    const bpe_tokenizer *t;
     uint32_t *ids; /* the ids found so far */
     size_t ids_cap;
     uint8_t *text; /* the piece being tokenized, in NFC, then PAD zeros */
@@ -110,59 +87,8 @@ struct qemb_tokenizer_state {
     size_t node_cap;
     merge_list *list;          /* (n_merges), empty between calls */
     uint64_t *ranks, *ranks64; /* bit r: list[r] is not empty; bit w: ranks[w] is not zero */
-    uint64_t *short_cache, *long_cache;
-};
-
-/* ---- small helpers --------------------------------------------------------------------------- */
-
-static inline uint64_t load64(const void *p) {
-    uint64_t v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-static inline uint32_t load32(const void *p) {
-    uint32_t v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-static inline void set_bit(uint64_t *bits, size_t i) { bits[i >> 6] |= UINT64_C(1) << (i & 63); }
-static inline int get_bit(const uint64_t *bits, size_t i) { return bits[i >> 6] >> (i & 63) & 1; }
-static inline size_t two_bytes(uint8_t a, uint8_t b) { return (size_t)a << 8 | b; }
-
-static int out_of_memory(qemb_err *err, const char *what) {
-    return qemb_fail(err, "out_of_memory", "tokenizer: no memory for %s", what);
-}
-
-static int word_too_long(qemb_err *err, size_t n) {
-    return qemb_fail(err, "too_long", "text: a word too long (got %zu bytes, want at most %d)", n,
-                     WORD_MAX);
-}
-
-/* Makes *array hold need elements of size bytes, keeping what is there. -1: out of memory. */
-static int reserve(void *array, size_t *cap, size_t need, size_t size) {
-    void *grown;
-    if (need <= *cap) return 0;
-    if (need > SIZE_MAX / 2 / size) return -1;
-    need += need / 2;
-    memcpy(&grown, array, sizeof grown); /* array points to a pointer of any type */
-    grown = realloc(grown, need * size);
-    if (!grown) return -1;
-    memcpy(array, &grown, sizeof grown);
-    *cap = need;
-    return 0;
-}
-
-/* Frees an array that has grown over KEEP_BYTES for an unusually long text. */
-static void trim(void *array, size_t *cap, size_t size) {
-    void *old, *none = NULL;
-    if (*cap <= KEEP_BYTES / size) return;
-    memcpy(&old, array, sizeof old);
-    free(old);
-    memcpy(array, &none, sizeof none);
-    *cap = 0;
-}
+    word_cache cache;
+} bpe_state;
 
 /* ---- chunks ---------------------------------------------------------------------------------- */
 
@@ -190,10 +116,7 @@ static int find_chunk(const uint8_t *text, size_t pos, size_t len, size_t want, 
             continue;
         }
         n = utf8_valid(text + i, len - i);
-        if (!n)
-            return qemb_fail(err, "invalid_utf8",
-                             "text: invalid UTF-8 at byte %zu (got 0x%02X, want a character)", i,
-                             text[i]);
+        if (!n) return tokenizer_invalid_utf8(err, i, text[i]);
         word = word_at(text + i, &n);
         if (i >= goal && is_stable(before) && is_stable(word) &&
             UNICODE_CLASS(word) != CLASS_LETTER &&
@@ -207,67 +130,17 @@ static int find_chunk(const uint8_t *text, size_t pos, size_t len, size_t want, 
     return 0;
 }
 
-/* ---- step 1: added tokens -------------------------------------------------------------------- */
-
-/* added[lo..hi) are longer than n bytes and have the same first n. Returns the first whose byte n
- * is at least b, or hi. */
-static size_t added_bound(const qemb_tokenizer *t, size_t lo, size_t hi, size_t n, unsigned b) {
-    while (lo < hi) {
-        size_t mid = lo + (hi - lo) / 2;
-        if (t->added[mid].bytes[n] < b)
-            lo = mid + 1;
-        else
-            hi = mid;
-    }
-    return lo;
-}
-
-/* The longest added token at text[pos], or NULL. */
-static const added_token *added_at(const qemb_tokenizer *t, const uint8_t *text, size_t pos,
-                                   size_t len) {
-    const added_token *found = NULL;
-    size_t lo = t->added_from[text[pos]], hi = t->added_from[text[pos] + 1];
-    for (size_t n = 1; lo < hi; n++) { /* added[lo..hi) begin with the n bytes at pos */
-        if (t->added[lo].len == n) found = &t->added[lo++];
-        if (pos + n == len) break;
-        lo = added_bound(t, lo, hi, n, text[pos + n]);
-        hi = added_bound(t, lo, hi, n, text[pos + n] + 1u);
-    }
-    return found;
-}
-
-/* The place of the first added token that begins in text[pos, end), and which token it is; or end
- * and NULL. */
-static size_t added_find(const qemb_tokenizer *t, const uint8_t *text, size_t pos, size_t end,
-                         size_t len, const added_token **found) {
-    *found = NULL;
-    if (!t->n_added) return end;
-    for (; pos < end; pos++) {
-        if (t->added_byte >= 0) {
-            const uint8_t *p = memchr(text + pos, t->added_byte, end - pos);
-            if (!p) return end;
-            pos = (size_t)(p - text);
-        }
-        if (!get_bit(t->added_pair, two_bytes(text[pos], pos + 1 < len ? text[pos + 1] : 0)))
-            continue;
-        *found = added_at(t, text, pos, len);
-        if (*found) return pos;
-    }
-    return end;
-}
-
 /* ---- step 2: NFC ----------------------------------------------------------------------------- */
 
 /* NFC of src (n), which interacts with no character before or after it. Writes at most 3n bytes to
  * out and returns how many; SIZE_MAX: failed. */
-static size_t nfc_stretch(qemb_tokenizer_state *s, const uint8_t *src, size_t n, uint8_t *out,
-                          qemb_err *err) {
+static size_t nfc_stretch(bpe_state *s, const uint8_t *src, size_t n, uint8_t *out, qemb_err *err) {
     size_t n_cps = 0, n_out = 0;
     unsigned len;
-    if (n > WORD_MAX) return word_too_long(err, n), SIZE_MAX;
+    if (n > TOKENIZER_WORD_MAX) return tokenizer_word_too_long(err, n), SIZE_MAX;
     /* A character of k bytes decomposes to at most 2k code points; sorting needs as many again. */
     if (reserve(&s->cps, &s->cps_cap, 4 * n, sizeof *s->cps))
-        return out_of_memory(err, "the text"), SIZE_MAX;
+        return tokenizer_no_memory(err, "the text"), SIZE_MAX;
     for (size_t i = 0; i < n; i += len) {
         size_t k = decompose(utf8_decode(src + i, &len), s->cps + n_cps);
         for (; k; k--, n_cps++) s->cps[n_cps] |= UNICODE_CCC(word_of(s->cps[n_cps])) << 24;
@@ -281,7 +154,7 @@ static size_t nfc_stretch(qemb_tokenizer_state *s, const uint8_t *src, size_t n,
 /* NFC of src (n) into s->text, which holds 3n bytes. Text that is NFC already is copied. Around a
  * character that may not be, the text from the last stable character to the next one is normalized.
  * Returns the bytes written; SIZE_MAX: failed. */
-static size_t nfc_copy(qemb_tokenizer_state *s, const uint8_t *src, size_t n, qemb_err *err) {
+static size_t nfc_copy(bpe_state *s, const uint8_t *src, size_t n, qemb_err *err) {
     size_t copied = 0, safe = 0, out = 0, i = 0, k;
     nfc_check q = {0, 0};
     unsigned len;
@@ -393,7 +266,7 @@ static inline size_t pretoken_end(const uint8_t *s, size_t i, size_t n) {
 
 /* The rank of the merge that joins l and r, or NO_RANK. Most pairs have none; the filter, an eighth
  * of the table's size, answers for most of those. */
-static inline uint32_t pair_rank(const qemb_tokenizer *t, uint32_t l, uint32_t r) {
+static inline uint32_t pair_rank(const bpe_tokenizer *t, uint32_t l, uint32_t r) {
     uint64_t key = (uint64_t)l << ID_BITS | r, hash = key * GOLDEN;
     const uint64_t *slot = t->pair + (hash >> t->pair_shift);
     if (!get_bit(t->filter, hash >> (t->pair_shift - 1))) return NO_RANK;
@@ -410,14 +283,14 @@ static inline size_t seam_hash(unsigned kind, uint32_t c, uint8_t b) {
 }
 
 /* Whether a merge may join part of a character across the boundary at p, between l and r. */
-static inline int unsafe_seam(const qemb_tokenizer *t, const uint8_t *p, uint32_t l, uint32_t r) {
+static inline int unsafe_seam(const bpe_tokenizer *t, const uint8_t *p, uint32_t l, uint32_t r) {
     return get_bit(t->seam, seam_hash(0, l, p[0])) | get_bit(t->seam, seam_hash(1, r, p[-1])) |
            get_bit(t->seam, seam_hash(2, p[-1], p[0]));
 }
 
 /* The symbols that merging starts from: bytes, or whole characters where the result is the same
  * (see find_whole_chars). Writes at most n ids to out and returns how many. */
-static inline size_t first_symbols(const qemb_tokenizer *t, const uint8_t *p, size_t n,
+static inline size_t first_symbols(const bpe_tokenizer *t, const uint8_t *p, size_t n,
                                    uint32_t *out) {
     size_t i = 0, k = 0;
     int unsafe = 0; /* the boundary at i */
@@ -446,7 +319,7 @@ static inline size_t first_symbols(const qemb_tokenizer *t, const uint8_t *p, si
 }
 
 /* Merges ids (0 < n <= SHORT_SYMBOLS) in place: the lowest rank, leftmost, until none is left. */
-static size_t merge_short(const qemb_tokenizer *t, uint32_t *ids, size_t n) {
+static size_t merge_short(const bpe_tokenizer *t, uint32_t *ids, size_t n) {
     /* Each word: the rank of the merge with the right neighbour, then the id. Equal ranks have
      * equal ids, so the first of the smallest words is the leftmost of the lowest rank. */
     uint64_t v[SHORT_SYMBOLS];
@@ -477,7 +350,7 @@ static size_t merge_short(const qemb_tokenizer *t, uint32_t *ids, size_t n) {
 }
 
 /* Adds the pair of the symbol at place p and the next one, at q, to the end of its rank's list. */
-static void list_add(qemb_tokenizer_state *s, uint32_t p, uint32_t q) {
+static void list_add(bpe_state *s, uint32_t p, uint32_t q) {
     merge_node *v = &s->node[p];
     merge_list *list;
     v->rank = pair_rank(s->t, v->symbol, s->node[q].symbol);
@@ -495,7 +368,7 @@ static void list_add(qemb_tokenizer_state *s, uint32_t p, uint32_t q) {
 }
 
 /* Removes the pair at place p from its list, if a merge joins that pair. */
-static void list_drop(qemb_tokenizer_state *s, uint32_t p) {
+static void list_drop(bpe_state *s, uint32_t p) {
     const merge_node *v = &s->node[p];
     if (v->rank == NO_RANK) return;
     if (v->prev != NO_RANK)
@@ -509,7 +382,7 @@ static void list_drop(qemb_tokenizer_state *s, uint32_t p) {
 }
 
 /* Applies merge `rank` to all its places in a pre-token of n bytes, left to right. */
-static void merge_all(qemb_tokenizer_state *s, uint32_t rank, size_t n) {
+static void merge_all(bpe_state *s, uint32_t rank, size_t n) {
     const token_info *token = s->t->token;
     const uint32_t *pair = s->t->merges + 2 * (size_t)rank;
     uint32_t p;
@@ -533,7 +406,7 @@ static void merge_all(qemb_tokenizer_state *s, uint32_t rank, size_t n) {
  * back. Since merging starts from bytes, all places of a pair appear while one rank is applied,
  * from left to right: every list is in order. Steps: n, plus n_merges / 4096 for the summary of
  * ranks. */
-static size_t merge_long(qemb_tokenizer_state *s, const uint8_t *p, size_t n, uint32_t *out) {
+static size_t merge_long(bpe_state *s, const uint8_t *p, size_t n, uint32_t *out) {
     size_t words64 = ((s->t->n_merges + 63) / 64 + 63) / 64, k = 0;
     for (size_t i = 0; i < n; i++) s->node[i].symbol = s->t->id_of[p[i]];
     for (size_t i = 0; i + 1 < n; i++) list_add(s, (uint32_t)i, (uint32_t)i + 1);
@@ -553,10 +426,10 @@ static size_t merge_long(qemb_tokenizer_state *s, const uint8_t *p, size_t n, ui
 }
 
 /* Memory for merge_long on a pre-token of n bytes. */
-static int reserve_long(qemb_tokenizer_state *s, size_t n, qemb_err *err) {
+static int reserve_long(bpe_state *s, size_t n, qemb_err *err) {
     size_t n_merges = s->t->n_merges, words = (n_merges + 63) / 64;
     if (n >= NO_RANK || reserve(&s->node, &s->node_cap, n, sizeof *s->node))
-        return out_of_memory(err, "a long word");
+        return tokenizer_no_memory(err, "a long word");
     if (s->list) return 0;
     s->list = malloc((n_merges + 1) * sizeof *s->list);
     s->ranks = calloc(words + words / 64 + 2, sizeof *s->ranks);
@@ -565,7 +438,7 @@ static int reserve_long(qemb_tokenizer_state *s, size_t n, qemb_err *err) {
         free(s->ranks);
         s->list = NULL;
         s->ranks = NULL;
-        return out_of_memory(err, "a long word");
+        return tokenizer_no_memory(err, "a long word");
     }
     s->ranks64 = s->ranks + words;
     memset(s->list, 0xFF, (n_merges + 1) * sizeof *s->list); /* all places NO_RANK */
@@ -573,100 +446,48 @@ static int reserve_long(qemb_tokenizer_state *s, size_t n, qemb_err *err) {
 }
 
 /* The ids of a pre-token p (n > 0) into out, which has room for n. Returns how many; 0: failed. */
-static size_t bpe(qemb_tokenizer_state *s, const uint8_t *p, size_t n, uint32_t *out,
-                  qemb_err *err) {
-    if (n > WORD_MAX) return word_too_long(err, n), 0;
+static size_t bpe(bpe_state *s, const uint8_t *p, size_t n, uint32_t *out, qemb_err *err) {
+    if (n > TOKENIZER_WORD_MAX) return tokenizer_word_too_long(err, n), 0;
     const size_t k = first_symbols(s->t, p, n, out);
     if (k <= SHORT_SYMBOLS) return merge_short(s->t, out, k);
     if (reserve_long(s, n, err)) return 0;
     return merge_long(s, p, n, out);
 }
 
-/* A pre-token to be looked up in a cache. */
-typedef struct {
-    const uint8_t *p;
-    size_t n;
-    uint64_t *bucket;
-    uint64_t key[4];
-} word;
-
-/* The caches. An entry has a key of W words, which are the pre-token's bytes and, in the last byte,
- * its length; then 2 W ids, the first of which carries their number. An empty entry's length is 0.
- * Two entries make a bucket; a new entry goes to the front and replaces the one at the back. */
-
-/* Finds w's key and bucket, and prefetches the bucket. */
-static inline void find_bucket(word *w, uint64_t *cache, const unsigned W, const unsigned bits) {
-    /* 32 bytes of ones, then 32 of zeros: at 32 - n begin n ones */
-    static const uint64_t ones[8] = {~UINT64_C(0), ~UINT64_C(0), ~UINT64_C(0), ~UINT64_C(0)};
-    const uint8_t *mask = (const uint8_t *)ones + 32 - w->n;
-    uint64_t hash = 0;
-    for (unsigned i = 0; i < W; i++) {
-        w->key[i] = load64(w->p + 8 * i) & load64(mask + 8 * i);
-        if (i == W - 1) w->key[i] |= (uint64_t)w->n << 56;
-        hash = (hash ^ w->key[i]) * GOLDEN;
-        hash ^= hash >> 32;
-    }
-    w->bucket = cache + (size_t)(hash * GOLDEN >> (65 - bits)) * 4 * W;
-    __builtin_prefetch(w->bucket);
-    if (W == 4) __builtin_prefetch(w->bucket + 2 * W);
-}
-
-/* The ids of w into out, which has room for max(n, 2 W): taken from the bucket, or computed and put
- * there. Returns how many; 0: failed. */
-static inline size_t bpe_cached(qemb_tokenizer_state *s, const word *w, const unsigned W,
-                                uint32_t *out, qemb_err *err) {
-    uint64_t *bucket = w->bucket;
-    size_t k;
-    for (uint64_t *e = bucket; e <= bucket + 2 * W; e += 2 * W) {
-        uint64_t differs = 0;
-        for (unsigned i = 0; i < W; i++) differs |= e[i] ^ w->key[i];
-        if (differs) continue;
-        memcpy(out, e + W, 8 * W);
-        k = out[0] >> CACHE_COUNT_SHIFT;
-        out[0] &= ((uint32_t)1 << CACHE_COUNT_SHIFT) - 1;
-        return k;
-    }
+/* The ids of w, whose bucket was found, into out, which has room for max(n, WORD_CACHE_IDS).
+ * Returns how many; 0: failed. */
+static inline size_t bpe_cached(bpe_state *s, const cached_word *w, uint32_t *out, qemb_err *err) {
+    size_t k = word_cache_get(w, out);
+    if (k) return k;
     k = bpe(s, w->p, w->n, out, err);
-    if (k && k <= 2 * W) {
-        uint32_t first = out[0] | (uint32_t)k << CACHE_COUNT_SHIFT;
-        memcpy(bucket + 2 * W, bucket, 16 * W);
-        memcpy(bucket, w->key, 8 * W);
-        memcpy(bucket + W, out, 8 * W);
-        memcpy(bucket + W, &first, sizeof first);
-    }
+    if (k) word_cache_put(w, out, k);
     return k;
 }
 
 /* Steps 3 and 4 for s->text (n bytes), up to the pre-token with id number `most`; ids go to out,
  * which has room for n + 8. Up to AHEAD pre-tokens are found before the first is looked up, so that
  * the caches' entries have arrived. Returns the end of the ids, or NULL. */
-static uint32_t *encode_words(qemb_tokenizer_state *s, size_t n, size_t most, uint32_t *out,
-                              qemb_err *err) {
+static uint32_t *encode_words(bpe_state *s, size_t n, size_t most, uint32_t *out, qemb_err *err) {
     const uint8_t *text = s->text;
     const uint32_t *const start = out;
-    word words[AHEAD];
+    cached_word words[AHEAD];
     for (size_t i = 0; i < n && (size_t)(out - start) < most;) {
         unsigned n_words = 0;
         for (; n_words < AHEAD && i < n; n_words++) {
-            word *w = &words[n_words];
+            cached_word *w = &words[n_words];
             w->p = text + i;
             i = pretoken_end(text, i, n);
             w->n = (size_t)(text + i - w->p);
             if (w->n == 1) continue;
-            if (w->n <= SHORT_CACHED)
-                find_bucket(w, s->short_cache, 2, SHORT_CACHE_BITS);
-            else if (w->n <= LONG_CACHED)
-                find_bucket(w, s->long_cache, 4, LONG_CACHE_BITS);
+            if (w->n <= WORD_CACHE_MAX) word_cache_find(&s->cache, w);
         }
         for (unsigned j = 0; j < n_words && (size_t)(out - start) < most; j++) {
-            const word *w = &words[j];
+            const cached_word *w = &words[j];
             size_t k = 1;
             if (w->n == 1)
                 *out = s->t->id_of[*w->p];
-            else if (w->n <= SHORT_CACHED)
-                k = bpe_cached(s, w, 2, out, err);
-            else if (w->n <= LONG_CACHED)
-                k = bpe_cached(s, w, 4, out, err);
+            else if (w->n <= WORD_CACHE_MAX)
+                k = bpe_cached(s, w, out, err);
             else
                 k = bpe(s, w->p, w->n, out, err);
             if (!k) return NULL;
@@ -680,12 +501,12 @@ static uint32_t *encode_words(qemb_tokenizer_state *s, size_t n, size_t most, ui
 
 /* Steps 2 to 4 for a valid piece of text, up to the word that brings the ids to `limit`. Appends to
  * the *n_ids ids in s->ids; *bytes is the piece's length in NFC. */
-static int encode_piece(qemb_tokenizer_state *s, const uint8_t *piece, size_t n, int is_nfc,
-                        size_t limit, size_t *n_ids, size_t *bytes, qemb_err *err) {
+static int encode_piece(bpe_state *s, const uint8_t *piece, size_t n, int is_nfc, size_t limit,
+                        size_t *n_ids, size_t *bytes, qemb_err *err) {
     size_t grow = is_nfc ? 1 : 3;
     uint32_t *out;
     if (n > SIZE_MAX / 8 || reserve(&s->text, &s->text_cap, grow * n + PAD, 1))
-        return out_of_memory(err, "the text");
+        return tokenizer_no_memory(err, "the text");
     if (is_nfc)
         memcpy(s->text, piece, n);
     else
@@ -694,7 +515,7 @@ static int encode_piece(qemb_tokenizer_state *s, const uint8_t *piece, size_t n,
     memset(s->text + n, 0, PAD);
     /* An id covers a byte or more; a cache hit writes up to 8. */
     if (n > SIZE_MAX - *n_ids - 8 || reserve(&s->ids, &s->ids_cap, *n_ids + n + 8, sizeof *s->ids))
-        return out_of_memory(err, "the ids");
+        return tokenizer_no_memory(err, "the ids");
 
     out = encode_words(s, n, limit - *n_ids, s->ids + *n_ids, err);
     if (!out) return -1;
@@ -703,15 +524,17 @@ static int encode_piece(qemb_tokenizer_state *s, const uint8_t *piece, size_t n,
     return 0;
 }
 
-int qemb_tokenizer_encode(qemb_tokenizer_state *s, const char *text_, size_t len, size_t limit,
-                          qemb_tokenizer_result *r, qemb_err *err) {
+static int bpe_encode(qemb_tokenizer_state *state, const char *text_, size_t len, size_t limit,
+                      qemb_tokenizer_result *r, qemb_err *err) {
+    bpe_state *s = (bpe_state *)state;
     const uint8_t *text = (const uint8_t *)text_;
     size_t n = 0, pos = 0, cut = 0;
     trim(&s->ids, &s->ids_cap, sizeof *s->ids);
     trim(&s->text, &s->text_cap, 1);
     trim(&s->cps, &s->cps_cap, sizeof *s->cps);
     trim(&s->node, &s->node_cap, sizeof *s->node);
-    if (reserve(&s->ids, &s->ids_cap, 64, sizeof *s->ids)) return out_of_memory(err, "the ids");
+    if (reserve(&s->ids, &s->ids_cap, 64, sizeof *s->ids))
+        return tokenizer_no_memory(err, "the ids");
     while (pos < len && n < limit) {
         /* Near the limit chunks shrink, so that little is tokenized past it. */
         size_t want = limit - n < CHUNK / 8 ? (limit - n) * 8 + 64 : CHUNK;
@@ -719,7 +542,8 @@ int qemb_tokenizer_encode(qemb_tokenizer_state *s, const char *text_, size_t len
         if (find_chunk(text, pos, len, want, &c, err)) return -1;
         while (pos < c.end && n < limit) {
             const added_token *added;
-            size_t end = added_find(s->t, text, pos, c.end, len, &added), from = n, bytes = 0;
+            size_t end = added_tokens_find(&s->t->added, text, pos, c.end, len, &added), from = n,
+                   bytes = 0;
             if (end > pos) {
                 if (encode_piece(s, text + pos, end - pos, c.is_nfc, limit, &n, &bytes, err))
                     return -1;
@@ -731,7 +555,7 @@ int qemb_tokenizer_encode(qemb_tokenizer_state *s, const char *text_, size_t len
             }
             if (added && n < limit) {
                 if (reserve(&s->ids, &s->ids_cap, n + 1, sizeof *s->ids))
-                    return out_of_memory(err, "the ids");
+                    return tokenizer_no_memory(err, "the ids");
                 s->ids[n++] = added->id;
                 pos += added->len;
             }
@@ -743,7 +567,9 @@ int qemb_tokenizer_encode(qemb_tokenizer_state *s, const char *text_, size_t len
     return 0;
 }
 
-size_t qemb_tokenizer_token_bytes(const qemb_tokenizer *t, uint32_t id, uint8_t *buf, size_t cap) {
+static size_t bpe_token_bytes(const qemb_tokenizer *tokenizer, uint32_t id, uint8_t *buf,
+                              size_t cap) {
+    const bpe_tokenizer *t = (const bpe_tokenizer *)tokenizer;
     uint32_t todo[TOKEN_MAX]; /* each stands for a byte or more */
     size_t n_todo = 0, n = 0;
     if (id >= 256 + t->n_merges) return 0;
@@ -761,38 +587,34 @@ size_t qemb_tokenizer_token_bytes(const qemb_tokenizer *t, uint32_t id, uint8_t 
     return n;
 }
 
-uint32_t qemb_tokenizer_n_ids(const qemb_tokenizer *t) { return t->n_ids; }
-
-qemb_tokenizer_state *qemb_tokenizer_state_new(const qemb_tokenizer *t) {
-    qemb_tokenizer_state *s = calloc(1, sizeof *s);
-    if (!s) return NULL;
-    s->t = t;
-    s->short_cache = calloc((size_t)1 << SHORT_CACHE_BITS, 4 * sizeof *s->short_cache);
-    s->long_cache = calloc((size_t)1 << LONG_CACHE_BITS, 8 * sizeof *s->long_cache);
-    if (!s->short_cache || !s->long_cache) {
-        qemb_tokenizer_state_free(s);
-        return NULL;
-    }
-    return s;
-}
-
-void qemb_tokenizer_state_free(qemb_tokenizer_state *s) {
-    if (!s) return;
+static void bpe_state_free(qemb_tokenizer_state *state) {
+    bpe_state *s = (bpe_state *)state;
     free(s->ids);
     free(s->text);
     free(s->cps);
     free(s->node);
     free(s->list);
     free(s->ranks);
-    free(s->short_cache);
-    free(s->long_cache);
+    word_cache_free(&s->cache);
     free(s);
+}
+
+static qemb_tokenizer_state *bpe_state_new(const qemb_tokenizer *t) {
+    bpe_state *s = calloc(1, sizeof *s);
+    if (!s) return NULL;
+    s->base.kind = t->kind;
+    s->t = (const bpe_tokenizer *)t;
+    if (word_cache_new(&s->cache)) {
+        bpe_state_free(&s->base);
+        return NULL;
+    }
+    return &s->base;
 }
 
 /* ---- opening --------------------------------------------------------------------------------- */
 
 /* The byte alphabet of GPT-2: the printable bytes of Latin-1 first, then the others. */
-static void number_bytes(qemb_tokenizer *t) {
+static void number_bytes(bpe_tokenizer *t) {
     uint32_t id = 0;
     for (int printable = 1; printable >= 0; printable--) {
         for (unsigned b = 0; b < 256; b++) {
@@ -813,7 +635,7 @@ static token_info join(token_info l, token_info r) {
 }
 
 /* Checks the merges; fills t->token and the pair table. */
-static int read_merges(qemb_tokenizer *t, qemb_err *err) {
+static int read_merges(bpe_tokenizer *t, qemb_err *err) {
     for (uint32_t id = 0; id < 256; id++)
         t->token[id] = (token_info){t->byte_of[id], (uint32_t)t->byte_of[id] << 24, 1};
     for (uint32_t i = 0; i < t->n_merges; i++) {
@@ -852,7 +674,7 @@ static int read_merges(qemb_tokenizer *t, qemb_err *err) {
 }
 
 /* The token that a character's two or three bytes merge to on their own, or NO_RANK. */
-static uint32_t merge_char(const qemb_tokenizer *t, token_info c) {
+static uint32_t merge_char(const bpe_tokenizer *t, token_info c) {
     uint32_t x = t->id_of[c.head & 0xFF], y = t->id_of[c.head >> 8 & 0xFF], z, yz;
     uint32_t xy = pair_rank(t, x, y), rank;
     if (c.len == 2) return xy == NO_RANK ? NO_RANK : 256 + xy;
@@ -896,7 +718,7 @@ static uint32_t last_char(token_info l) {
  * token ends inside its first one. t->seam records each by what it needs at the boundary: the whole
  * character on one side, if the token has it, and the nearest byte on the other. A character beside
  * a boundary that t->seam knows starts as bytes. */
-static void find_whole_chars(qemb_tokenizer *t) {
+static void find_whole_chars(bpe_tokenizer *t) {
     for (uint32_t i = 0; i < t->n_merges; i++) {
         token_info l = t->token[t->merges[2 * (size_t)i]];
         token_info r = t->token[t->merges[2 * (size_t)i + 1]], whole = t->token[256 + i];
@@ -917,100 +739,21 @@ static void find_whole_chars(qemb_tokenizer *t) {
     }
 }
 
-static int by_bytes(const void *a_, const void *b_) {
-    const added_token *a = a_, *b = b_;
-    int order = memcmp(a->bytes, b->bytes, a->len < b->len ? a->len : b->len);
-    return order ? order : (a->len > b->len) - (a->len < b->len);
-}
-
-static int by_id(const void *a_, const void *b_) {
-    const added_token *a = a_, *b = b_;
-    return (a->id > b->id) - (a->id < b->id);
-}
-
-/* Reads one entry of the section at *at. */
-static int read_added_token(const qemb_tokenizer *t, const uint8_t *added, size_t bytes, size_t *at,
-                            added_token *a, qemb_err *err) {
-    const uint8_t *p = added + *at;
-    size_t left = bytes - *at, padded;
-    if (left < 8)
-        return qemb_fail(err, "model_file",
-                         "added_tokens: entry at byte %zu is cut off (got %zu bytes, want 8)", *at,
-                         left);
-    *a = (added_token){p + 8, load32(p + 4), load32(p)};
-    padded = 8 + ((size_t)a->len + 3) / 4 * 4;
-    if (!a->len || a->len > TOKEN_MAX || padded > left)
-        return qemb_fail(err, "model_file",
-                         "added_tokens: entry at byte %zu has a wrong length (got %u, want 1 to %d "
-                         "within %zu bytes)",
-                         *at, a->len, TOKEN_MAX, left - 8);
-    if (a->id < 256 + t->n_merges || a->id >= INT32_MAX)
-        return qemb_fail(err, "model_file",
-                         "added_tokens: entry at byte %zu has a wrong id (got %u, want %u or more)",
-                         *at, a->id, 256 + t->n_merges);
-    for (size_t i = 0, n; i < a->len; i += n) {
-        n = utf8_valid(a->bytes + i, a->len - i);
-        if (!n)
-            return qemb_fail(err, "model_file",
-                             "added_tokens: entry at byte %zu is not UTF-8 (got 0x%02X, want a "
-                             "character)",
-                             *at, a->bytes[i]);
-    }
-    for (size_t i = 8 + a->len; i < padded; i++)
-        if (p[i])
-            return qemb_fail(err, "model_file",
-                             "added_tokens: entry at byte %zu is padded wrongly (got 0x%02X, want "
-                             "0)",
-                             *at, p[i]);
-    *at += padded;
-    return 0;
-}
-
-/* Reads the section; sorts the tokens and indexes their first bytes. */
-static int read_added(qemb_tokenizer *t, const uint8_t *added, size_t bytes, qemb_err *err) {
-    size_t cap = bytes / 12, i = 0; /* the shortest entry has 12 bytes */
-    t->added = malloc((cap + 1) * sizeof *t->added);
-    if (!t->added) return out_of_memory(err, "the added tokens");
-    while (i < bytes) {
-        if (t->n_added == cap)
-            return qemb_fail(err, "model_file",
-                             "added_tokens: entry at byte %zu is cut off (got %zu bytes, want 12)",
-                             i, bytes - i);
-        if (read_added_token(t, added, bytes, &i, &t->added[t->n_added], err)) return -1;
-        t->n_added++;
-    }
-    qsort(t->added, t->n_added, sizeof *t->added, by_id);
-    for (i = 1; i < t->n_added; i++)
-        if (t->added[i].id == t->added[i - 1].id)
-            return qemb_fail(err, "model_file",
-                             "added_tokens: an id comes twice (got %u again, want ids that differ)",
-                             t->added[i].id);
-    t->n_ids = t->n_added ? t->added[t->n_added - 1].id + 1 : 256 + t->n_merges;
-    qsort(t->added, t->n_added, sizeof *t->added, by_bytes);
-    for (i = 0; i < t->n_added; i++) {
-        const added_token *a = &t->added[i];
-        if (i && !by_bytes(a - 1, a))
-            return qemb_fail(err, "model_file",
-                             "added_tokens: two have the same text (got ids %u and %u, want texts "
-                             "that differ)",
-                             (a - 1)->id, a->id);
-        t->added_from[a->bytes[0] + 1] = i + 1;
-        if (a->len > 1)
-            set_bit(t->added_pair, two_bytes(a->bytes[0], a->bytes[1]));
-        else
-            memset(&t->added_pair[a->bytes[0] * 4], 0xFF, 4 * sizeof *t->added_pair);
-    }
-    for (i = 1; i <= 256; i++)
-        if (t->added_from[i] < t->added_from[i - 1]) t->added_from[i] = t->added_from[i - 1];
-    t->added_byte = -1;
-    if (t->n_added && t->added[0].bytes[0] == t->added[t->n_added - 1].bytes[0])
-        t->added_byte = t->added[0].bytes[0];
-    return 0;
+static void bpe_close(qemb_tokenizer *tokenizer) {
+    bpe_tokenizer *t = (bpe_tokenizer *)tokenizer;
+    free(t->token);
+    free(t->pair);
+    free(t->filter);
+    free(t->char_token);
+    added_tokens_free(&t->added);
+    free(t);
 }
 
 int qemb_tokenizer_open(qemb_tokenizer **t_, const uint32_t *merges, uint32_t n_merges,
                         const uint8_t *added, size_t added_bytes, qemb_err *err) {
-    qemb_tokenizer *t;
+    static const tokenizer_kind kind = {bpe_close, bpe_state_new, bpe_state_free, bpe_encode,
+                                        bpe_token_bytes};
+    bpe_tokenizer *t;
     unsigned bits = 8;
     size_t slots;
     *t_ = NULL;
@@ -1020,7 +763,8 @@ int qemb_tokenizer_open(qemb_tokenizer **t_, const uint32_t *merges, uint32_t n_
     while ((size_t)1 << bits < 2 * (size_t)n_merges) bits++;
     slots = ((size_t)1 << bits) + PROBE_MAX + 1;
     t = calloc(1, sizeof *t);
-    if (!t) return out_of_memory(err, "the tokenizer");
+    if (!t) return tokenizer_no_memory(err, "the tokenizer");
+    t->base.kind = &kind;
     t->merges = merges;
     t->n_merges = n_merges;
     t->pair_shift = 64 - bits;
@@ -1029,26 +773,18 @@ int qemb_tokenizer_open(qemb_tokenizer **t_, const uint32_t *merges, uint32_t n_
     t->filter = calloc((size_t)2 << bits >> 6, sizeof *t->filter);
     t->char_token = calloc(0x10000, sizeof *t->char_token);
     if (!t->token || !t->pair || !t->filter || !t->char_token) {
-        qemb_tokenizer_close(t);
-        return out_of_memory(err, "the tokenizer");
+        bpe_close(&t->base);
+        return tokenizer_no_memory(err, "the tokenizer");
     }
     memset(t->pair, 0xFF, slots * sizeof *t->pair); /* all NO_SLOT */
     number_bytes(t);
-    if (read_merges(t, err) || read_added(t, added, added_bytes, err)) {
-        qemb_tokenizer_close(t);
+    if (read_merges(t, err) ||
+        added_tokens_read(&t->added, added, added_bytes, 256 + n_merges, 0, err)) {
+        bpe_close(&t->base);
         return -1;
     }
+    t->base.n_ids = t->added.n ? t->added.n_ids : 256 + n_merges;
     find_whole_chars(t);
-    *t_ = t;
+    *t_ = &t->base;
     return 0;
-}
-
-void qemb_tokenizer_close(qemb_tokenizer *t) {
-    if (!t) return;
-    free(t->token);
-    free(t->pair);
-    free(t->filter);
-    free(t->char_token);
-    free(t->added);
-    free(t);
 }
