@@ -33,13 +33,13 @@ BENCH_OPENMP := -fopenmp
 ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
 CPU     := $(patsubst %,backends/cpu/%,cpu_count threads memory row_ops packed_gemm avx2 avx2_integers avx512 avx512_attention amx dot_f16 dispatch)
-ENGINE  := qemb lib/encoder $(CPU) tokenizer lib/tokenizer_kinds lib/added_tokens lib/unigram lib/model_file lib/error lib/text_ids lib/embed_text
+ENGINE  := qemb lib/encoder $(CPU) tokenizer lib/unigram lib/piece_trie lib/tokenizer_kinds lib/added_tokens lib/model_file lib/error lib/text_ids lib/embed_text
 SHARED  := $(patsubst %,frontends/%,fingerprint ranking console options model_options select_ops map_fault open_model replicas record_tokenizer format input json_read decompress)
 CLI     := $(patsubst %,frontends/cli/%,main embed check grep rerank hits line_index shards shard_store pipeline progress output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main probe http http_conn http_parse http_pool http_header http_work http_tell http_admin listen api api_keys api_tei api_ollama api_rerank models model_worker queue cache redis redis_address redis_link redis_reply metrics log buffer vector) $(SHARED)
-TESTS   := amx batch cpu_count embed_text http_parse json_read file_watch line_index long_text measure model_file format input model ops ranking redis_reply serve_cache serve_queue simd text_ids tokenizer
+TESTS   := amx batch cpu_count embed_text http_parse json_read file_watch line_index long_text measure model_file format input model ops ranking redis_reply serve_cache serve_queue simd text_ids tokenizer unigram
 FUZZERS := file http input jsonl line_index redis request tokenizer
 TESTED  := $(patsubst %,tests/unit/%,oracle support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console decompress format input json_read map_fault ranking cli/line_index server/queue server/cache server/redis_reply server/metrics server/log server/buffer server/vector server/http_parse) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000

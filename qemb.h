@@ -323,20 +323,21 @@ int qemb_file_check(const qemb_file *f, qemb_err *err);
 /* The text of the prompt `name`, or NULL. */
 const char *qemb_file_prompt(const qemb_file *f, const char *name);
 
-/* ---- tokenizer.c: byte-level BPE with the ids of Hugging Face's tokenizers ------------------- */
+/* ---- tokenizer.c, lib/unigram.c: the ids of Hugging Face's tokenizers ------------------------ */
 
 typedef struct qemb_tokenizer qemb_tokenizer; /* immutable, shared by threads */
 typedef struct qemb_tokenizer_state
     qemb_tokenizer_state; /* scratch and pre-token cache of one thread */
 
-/* Builds the tables. merges (n_merges, 2) and added (the file's section added_tokens) must outlive
- * t. Refuses with code "model_file": a merge of an id that no earlier merge makes, a pair that
- * occurs twice, a token over 1,024 bytes, malformed added tokens, an added token's id below 256 +
- * n_merges. The caller closes. */
+/* Byte-level BPE. Builds the tables. merges (n_merges, 2) and added (the file's section
+ * added_tokens) must outlive t. Refuses with code "model_file": a merge of an id that no earlier
+ * merge makes, a pair that occurs twice, a token over 1,024 bytes, malformed added tokens, an added
+ * token's id below 256 + n_merges. The caller closes. */
 int qemb_tokenizer_open(qemb_tokenizer **t, const uint32_t *merges, uint32_t n_merges,
                         const uint8_t *added, size_t added_bytes, qemb_err *err);
-/* The same for a Unigram tokenizer (lib/unigram.c): unigram (bytes) is the file's section, which
- * must outlive t as added must. */
+/* The same for Unigram. unigram (the file's section of that name) and added must outlive t. Refuses
+ * with code "model_file" a section whose parts do not fit each other, pieces that occur twice, text
+ * that is not UTF-8, scores that are not -1,000,000 to 0, malformed added tokens. */
 int qemb_unigram_open(qemb_tokenizer **t, const uint8_t *unigram, size_t bytes,
                       const uint8_t *added, size_t added_bytes, qemb_err *err);
 /* Builds those of f, which must stay valid until close, in lib/model_file.c. Also refuses ids
@@ -351,18 +352,18 @@ uint32_t qemb_tokenizer_n_ids(const qemb_tokenizer *t);
 typedef struct {
     const int32_t *ids; /* (n), owned by the state, valid until its next call */
     size_t n;
-    size_t bytes_left; /* bytes of the text, after NFC, that the ids do not cover: above 0 exactly
-                          when `limit` cut ids off */
+    size_t bytes_left; /* above 0 exactly when `limit` cut ids off. BPE: bytes of the text, after
+                          NFC, that the ids do not cover. Unigram: about as many */
 } qemb_tokenizer_result;
 
-/* text, len bytes of UTF-8 (NUL is a character like any other) -> ids, without end-of-text. At most
+/* text, len bytes of UTF-8 (NUL is a character like any other) -> ids, without added ones. At most
  * `limit` ids come out: the first ones of the whole text's ids. The rest of the text is then
  * neither tokenized nor validated. Time is linear in len. Codes: "invalid_utf8" (the message names
  * the byte offset), "too_long" (a word of more than 8 MiB), "out_of_memory". */
 int qemb_tokenizer_encode(qemb_tokenizer_state *s, const char *text, size_t len, size_t limit,
                           qemb_tokenizer_result *r, qemb_err *err);
-/* Writes the bytes of token id, not an added token, to buf, at most cap of them. Returns how many
- * the token has. */
+/* Writes the bytes of token id to buf, at most cap of them. Returns how many the token has: BPE's
+ * added tokens have none. Those of Unigram have U+2581 in the place of a space. */
 size_t qemb_tokenizer_token_bytes(const qemb_tokenizer *t, uint32_t id, uint8_t *buf, size_t cap);
 
 /* ---- a packed batch: texts laid end to end, nothing padded ----------------------------------- */
