@@ -39,7 +39,6 @@ enum {
     ROOM = 2048,          /* bytes that one cluster may add: 5 characters, each 1 + 255 bytes */
     PAD = 32,             /* bytes behind the text that may be read */
     SHORT_WORD = 256,     /* bytes of a word that is tokenized in one go */
-    PART = 4096,          /* bytes of an unfinished word that are tokenized before its end */
     AHEAD = 32,           /* words found before the first of them is looked up */
     HEADER = 32,          /* bytes of the section before the scores */
     MARK = 0x2581,        /* stands for a space in pieces */
@@ -458,11 +457,16 @@ static int encode_words(unigram_state *s, int stretch_ends, qemb_err *err) {
             if (w->n <= WORD_CACHE_MAX) word_cache_find(&s->cache, w);
             i = end;
         }
-        for (unsigned j = 0; j < n_words && s->n_ids < s->most; j++)
+        for (unsigned j = 0; j < n_words; j++) {
+            if (s->n_ids >= s->most) {
+                i = (size_t)(words[j].p - text);
+                break;
+            }
             if (encode_word(s, &words[j], err)) return -1;
+        }
         if (n_words < AHEAD) break;
     }
-    if (n - i > PART && s->n_ids < s->most) {
+    if (n - i > SHORT_WORD && s->n_ids < s->most) {
         if (begin_word(s, err) || go_on_word(s, text + i, n - i, 0, err)) return -1;
         i = n;
     }
