@@ -498,24 +498,23 @@ static size_t spaces_begin(const uint8_t *text, size_t pos, size_t end) {
     return end;
 }
 
-/* Validates about `want` bytes of text from pos on, and finds the next added token in them. What
- * comes behind them may take white space at their end. */
+/* Looks at `want` bytes of text from pos on, or a few more: validates what lies behind *valid, and
+ * finds the next added token. What comes behind them may take white space at their end. */
 static int look(const unigram *t, const uint8_t *text, size_t pos, size_t len, size_t want,
-                window *w, qemb_err *err) {
-    size_t valid = pos;
+                size_t *valid, window *w, qemb_err *err) {
     for (;; want *= 2) {
         const size_t goal = len - pos > want ? pos + want : len;
-        while (valid < goal) {
-            if (goal - valid >= 8 && !(load64(text + valid) & HIGH_BITS)) {
-                valid += 8;
+        while (*valid < goal) {
+            if (goal - *valid >= 8 && !(load64(text + *valid) & HIGH_BITS)) {
+                *valid += 8;
                 continue;
             }
-            const unsigned n = utf8_valid(text + valid, len - valid);
-            if (!n) return tokenizer_invalid_utf8(err, valid, text[valid]);
-            valid += n;
+            const unsigned n = utf8_valid(text + *valid, len - *valid);
+            if (!n) return tokenizer_invalid_utf8(err, *valid, text[*valid]);
+            *valid += n;
         }
-        w->token_at = added_tokens_find(&t->added, text, pos, valid, len, &w->token);
-        w->is_last = w->token || valid == len;
+        w->token_at = added_tokens_find(&t->added, text, pos, *valid, len, &w->token);
+        w->is_last = w->token || *valid == len;
         w->stop = w->end = w->token_at;
         if (w->token ? w->token->takes_spaces : t->lstrip && !w->is_last)
             w->stop = w->end = spaces_begin(text, pos, w->end);
@@ -537,13 +536,14 @@ static size_t bytes_of(const unigram *t, const uint32_t *ids, size_t first, size
 /* Tokenizes text (len) until there are s->most ids. *pos is the end of what was normalized. */
 static int encode_text(unigram_state *s, const uint8_t *text, size_t len, size_t *pos,
                        qemb_err *err) {
+    size_t valid = 0;
     begin_stretch(s);
     while (s->n_ids < s->most) {
         /* Near the limit windows shrink, so that little is tokenized past it. */
         const size_t left = s->most - s->n_ids;
         window w;
-        if (look(s->t, text, *pos, len, left < WINDOW / 8 ? left * 8 + 64 : WINDOW, &w, err))
-            return -1;
+        const size_t want = left < WINDOW / 8 ? left * 8 + 64 : WINDOW;
+        if (look(s->t, text, *pos, len, want, &valid, &w, err)) return -1;
         do {
             *pos = normalize(s, text, *pos, w.stop, w.end);
             if (encode_words(s, w.is_last && *pos == w.end, err)) return -1;

@@ -8,8 +8,8 @@
 
 #include <math.h>
 
-/* What random texts are made of: every class of graphemes, every kind of key, added tokens and their
- * parts, white space that the charsmap changes, keeps and removes. */
+/* What random texts are made of: every class of graphemes, every kind of key, added tokens and
+ * their parts, white space that the charsmap changes, keeps and removes. */
 static const char *const naive_alphabet[] = {
     "a",
     "b",
@@ -165,8 +165,8 @@ typedef struct {
     size_t n;
 } naive_chars;
 
-/* One letter for a class: C control, r CR, n LF, E Extend, k a linker, J U+200D, N U+200C, P, S, the
- * Hangul L V T, 2 LV, 3 LVT, R, X a picture, K a consonant, or - for the rest. */
+/* One letter for a class: C control, r CR, n LF, E Extend, k a linker, J U+200D, N U+200C, P, S,
+ * the Hangul L V T, 2 LV, 3 LVT, R, X a picture, K a consonant, or - for the rest. */
 static inline char naive_class(uint32_t c) {
     switch (c) {
     case 0x0D:
@@ -214,8 +214,8 @@ static inline char naive_class(uint32_t c) {
 /* Whether class is one of set's letters. */
 static inline bool naive_is(char class, const char *set) { return strchr(set, class) != NULL; }
 
-/* Whether a cluster ends before character i of s, the classes of a text: the rules of UAX 29, each of
- * which looks back as far as it likes. */
+/* Whether a cluster ends before character i of s, the classes of a text: the rules of UAX 29, each
+ * of which looks back as far as it likes. */
 static inline bool naive_breaks(const char *s, size_t i) {
     if (s[i - 1] == 'r' && s[i] == 'n') return false;
     if (naive_is(s[i - 1], "Crn") || naive_is(s[i], "Crn")) return true;

@@ -35,7 +35,7 @@ static qemb_tokenizer_result encode_n(const small *k, const char *text, size_t n
     return r;
 }
 
-/* ---- small tokenizers, beside the slow restatement -------------------------------------------- */
+/* ---- small tokenizers, beside the slow restatement ------------------------------------------- */
 
 static small open_naive(int variant) {
     small k = {0};
@@ -134,7 +134,7 @@ Test(unigram, cuts_only_where_nothing_shows, .timeout = 300) {
     }
 }
 
-/* ---- one rule at a time ----------------------------------------------------------------------- */
+/* ---- one rule at a time ---------------------------------------------------------------------- */
 
 /* A tokenizer whose pieces are single characters, so that the ids spell the normalized text. */
 static small open_spelling(uint32_t spaces) {
@@ -305,7 +305,7 @@ Test(unigram, sums_a_whole_word_in_double, .timeout = 300) {
     }
     close_small(&k);
 }
-/* ---- limits, errors, hostile text -------------------------------------------------------------- */
+/* ---- limits, errors, hostile text ------------------------------------------------------------ */
 
 Test(unigram, takes_empty_text) {
     small k = open_naive(0);
@@ -443,9 +443,9 @@ Test(unigram, refuses_uncertain_words_over_8_MiB, .timeout = 300) {
     close_small(&k);
 }
 
-/* ---- hostile sections -------------------------------------------------------------------------- */
+/* ---- hostile sections ------------------------------------------------------------------------ */
 
-/* The section is copied to memory of its exact size, so that a sanitizer sees a read past its end. */
+/* The section is copied to memory of its exact size: a sanitizer then sees a read past its end. */
 static int try_section(const unigram_data *d, size_t n, qemb_err *err) {
     uint8_t *exact = malloc(n ? n : 1);
     qemb_tokenizer *t = NULL;

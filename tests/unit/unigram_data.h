@@ -96,8 +96,8 @@ static inline void unigram_data_seal(unigram_data *d) {
 /* ---- tokenizer.json -------------------------------------------------------------------------- */
 
 /* A score as the reference's JSON parser rounds it: all its digits as one number, divided by a
- * power of 10. The file has the shortest digits that give d when they are rounded once. Zeros behind
- * them change nothing while the number is below 2^53, so the search begins with 15 digits. */
+ * power of 10. The file has the shortest digits that give d when they are rounded once. Zeros at
+ * their end change nothing below 2^53, so the search begins with 15 digits. */
 static inline double unigram_data_score(double d) {
     char text[32];
     int precision = 14;
