@@ -20,6 +20,20 @@ const qemb_config small_configs[] = {
 };
 const int n_small_configs = sizeof small_configs / sizeof *small_configs;
 
+#define BERT(L, D, H, F, max, first, pad, pool, eps)                                               \
+    .architecture = QEMB_BERT, .n_layers = L, .hidden = D, .n_heads = H, .n_kv_heads = H,          \
+    .head_dim = (D) / (H), .ffn = F, .vocab = 300, .max_positions = max, .norm_eps = eps,          \
+    .bos_id = 0, .eos_id = 2, .pad_id = pad, .first_position = first, .pooling = pool,             \
+    .attention = QEMB_BIDIRECTIONAL
+const qemb_config bert_configs[] = {
+    {BERT(2, 64, 4, 96, 700, 2, 1, QEMB_POOL_FIRST, 1e-5f)},
+    {BERT(2, 96, 3, 80, 300, 0, QEMB_NO_TOKEN, QEMB_POOL_MEAN, 1e-12f)},
+    {BERT(1, 64, 1, 40, 300, 2, 1, QEMB_POOL_MEAN, 1e-5f)},
+    {BERT(3, 33, 3, 51, 300, 1, 7, QEMB_POOL_FIRST, 1e-5f)},
+    {BERT(2, 128, 2, 72, 300, 2, 1, QEMB_POOL_FIRST, 1e-5f), .dense_rows = 5},
+};
+const int n_bert_configs = sizeof bert_configs / sizeof *bert_configs;
+
 uint64_t rng_u64(rng *r) {
     r->s ^= r->s >> 12, r->s ^= r->s << 25, r->s ^= r->s >> 27;
     return r->s * 0x2545f4914f6cdd1du;
@@ -90,6 +104,12 @@ static void vector(writer *w, const char *name, int n) {
     for (int i = 0; i < n; i++) p[i] = (float)(1 + 0.5 * rng_uniform(&w->r));
 }
 
+/* Numbers around 0: a bias, or rows of a table. */
+static void floats(writer *w, const char *name, int rows, int cols) {
+    const size_t n = (size_t)rows * (size_t)cols;
+    rng_floats(&w->r, section(w, name, QEMB_F32, (uint64_t)rows, (uint64_t)cols), n, 1);
+}
+
 /* Uniform in +-scale*sqrt(3/cols): if the numbers of x have RMS 1, those of y have RMS `scale`. */
 static void matrix(writer *w, qemb_dtype dtype, const char *name, int rows, int cols,
                    double scale) {
@@ -130,58 +150,156 @@ void seal_model(uint8_t *m, size_t bytes) {
 static const char reranker_prompts[] = /* of the tokens <eos>, "J:" and so on */
     "prefix\0<eos>J: \0suffix\0 <eos>ab\0instruct\0rank\0";
 
+/* ---- the vocabulary of QEMB_BERT ------------------------------------------------------------- */
+
+enum { MASK = 249, SINGLES = 4, PAIRS = 2 };
+
+/* Writes piece i, and returns its bytes. 4: U+2581; 5 .. 98: "!" to "~"; 99 .. 124: U+2581 before a
+ * letter; 125 .. 248: "aa", "ab" and so on. */
+static int piece(char *p, int i) {
+    static const char *const special[] = {"<s>", "<pad>", "</s>", "<unk>", "\u2581"};
+    if (i < 5) return sprintf(p, "%s", special[i]);
+    if (i < 99) return sprintf(p, "%c", '!' + i - 5);
+    if (i < 125) return sprintf(p, "\u2581%c", 'a' + i - 99);
+    if (i < MASK) return sprintf(p, "%c%c", 'a' + (i - 125) / 26, 'a' + (i - 125) % 26);
+    return sprintf(p, "<mask>");
+}
+
+static void unigram(writer *w) {
+    static const uint32_t singles[SINGLES][2] = {/* "" and " " are short parts of "A é" */
+                                                 {0x01, 0},
+                                                 {0x09, 1 | 1 << 24},
+                                                 {0xa0, 1 | 1 << 24},
+                                                 {0xff21, 0 | 1 << 24}};
+    static const uint32_t pairs[PAIRS][3] = {{'e', 0x301, 2 | 2 << 24}, {'o', 0x301, 0 | 3 << 24}};
+    static const char replacements[] = "A \u00e9";
+    uint8_t lengths[UNIGRAM_PIECES], table[8192] = {0}, *p = table + 32;
+    char text[2048], *end = text;
+    for (int i = 0; i < UNIGRAM_PIECES; i++) {
+        const double score = i < 4 || i == MASK ? 0 : -1 - i / 64.0;
+        lengths[i] = (uint8_t)piece(end, i);
+        end += lengths[i];
+        memcpy(p, &score, 8), p += 8;
+    }
+    const size_t bytes = (size_t)(end - text), n = sizeof replacements - 1;
+    const uint32_t header[] = {UNIGRAM_PIECES, 3, 0, SINGLES, PAIRS, (uint32_t)bytes, (uint32_t)n};
+    for (int i = 0; i < 7; i++) put_le(table + 4 * i, header[i], 4);
+    for (int i = 0; i < SINGLES * 2; i++, p += 4) put_le(p, singles[i / 2][i % 2], 4);
+    for (int i = 0; i < PAIRS * 3; i++, p += 4) put_le(p, pairs[i / 3][i % 3], 4);
+    memcpy(p, lengths, sizeof lengths), p += sizeof lengths;
+    memcpy(p, text, bytes), p += bytes;
+    memcpy(p, replacements, n), p += n;
+    blob(w, "unigram", table, (size_t)(p - table));
+}
+
+static size_t put_added(uint8_t *p, uint32_t id, const char *s, int lstrip) {
+    const size_t n = strlen(s);
+    put_le(p, id, 4), put_le(p + 4, n | (uint64_t)lstrip << 31, 4);
+    memcpy(p + 8, s, n);
+    return 8 + (n + 3) / 4 * 4;
+}
+
+/* ---- the whole file -------------------------------------------------------------------------- */
+
+static void header(uint8_t *h, const qemb_config *c, uint32_t n_sections) {
+    memcpy(h, "qemb\r\n\x1a\n", 8);
+    put_le(h + 8, 1, 4);
+    put_le(h + 12, 0x01020304, 4);
+    put_le(h + 32, n_sections, 4);
+    const int32_t sizes[] = {c->n_layers, c->hidden, c->n_heads,       c->n_kv_heads, c->head_dim,
+                             c->ffn,      c->vocab,  c->max_positions, c->eos_id};
+    for (int i = 0; i < 9; i++) put_le(h + 72 + 4 * i, (uint32_t)sizes[i], 4);
+    memcpy(h + 108, &c->rope_theta, 4);
+    memcpy(h + 112, &c->norm_eps, 4);
+    const int32_t kind[] = {(int)c->kind,  (int)c->pooling,    (int)c->attention,
+                            c->dense_rows, (int)c->activation, c->window};
+    for (int i = 0; i < 6; i++) put_le(h + 116 + 4 * i, (uint32_t)kind[i], 4);
+    if (c->architecture != QEMB_BERT) return;
+    const int32_t bert[] = {QEMB_BERT, c->bos_id, c->pad_id, c->first_position};
+    for (int i = 0; i < 4; i++) put_le(h + 148 + 4 * i, (uint32_t)bert[i], 4);
+}
+
+static void tables(writer *w, const qemb_config *c) {
+    const int32_t eos = c->eos_id == QEMB_NO_TOKEN ? c->vocab - 1 : c->eos_id;
+    uint8_t added[128] = {0}, *p = added;
+    if (c->architecture == QEMB_BERT) {
+        char s[16];
+        unigram(w);
+        for (uint32_t i = 0; i < 4; i++) piece(s, (int)i), p += put_added(p, i, s, 0);
+        p += put_added(p, MASK, "<mask>", 1);
+    } else {
+        put_le(section(w, "merges", QEMB_U32, 1, 2), 64 | (uint64_t)65 << 32, 8); /* "a" "b" */
+        p += put_added(p, (uint32_t)eos, "<eos>", 0);
+    }
+    blob(w, "added_tokens", added, (size_t)(p - added));
+    if (c->kind == QEMB_RERANKER)
+        blob(w, "prompts", reranker_prompts, sizeof reranker_prompts - 1);
+    else if (c->architecture == QEMB_BERT)
+        blob(w, "prompts", "query\0query: \0passage\0passage: ", 32);
+    else
+        blob(w, "prompts", "query\0Instruct: find\nQuery:\0document\0", 38);
+    blob(w, "provenance", "source: tests\n", 14);
+}
+
+#define NAME(s) (snprintf(name, sizeof name, "layers.%d." s, l), name)
+
+static void qwen3_layer(writer *w, const qemb_config *c, qemb_dtype dtype, double gate_scale,
+                        int l) {
+    const int D = c->hidden, H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, F = c->ffn;
+    char name[48];
+    vector(w, NAME("attn_norm"), D);
+    matrix(w, dtype, NAME("wqkv"), (H + 2 * K) * hd, D, 1);
+    vector(w, NAME("q_norm"), hd);
+    vector(w, NAME("k_norm"), hd);
+    matrix(w, dtype, NAME("wo"), D, H * hd, 1);
+    vector(w, NAME("mlp_norm"), D);
+    matrix(w, dtype, NAME("wgu"), 2 * F, D, gate_scale);
+    matrix(w, dtype, NAME("wdown"), D, F, 1);
+}
+
+static void bert_layer(writer *w, const qemb_config *c, qemb_dtype dtype, double gate_scale,
+                       int l) {
+    const int D = c->hidden, F = c->ffn;
+    char name[48];
+    matrix(w, dtype, NAME("wqkv"), 3 * D, D, 1);
+    floats(w, NAME("bqkv"), 1, 3 * D);
+    matrix(w, dtype, NAME("wo"), D, D, 1);
+    floats(w, NAME("bo"), 1, D);
+    vector(w, NAME("attn_norm"), D);
+    floats(w, NAME("attn_norm_bias"), 1, D);
+    matrix(w, dtype, NAME("wup"), F, D, gate_scale);
+    floats(w, NAME("bup"), 1, F);
+    matrix(w, dtype, NAME("wdown"), D, F, 1);
+    floats(w, NAME("bdown"), 1, D);
+    vector(w, NAME("mlp_norm"), D);
+    floats(w, NAME("mlp_norm_bias"), 1, D);
+}
+
+#undef NAME
+
 uint8_t *make_model(const qemb_config *c, uint64_t seed, double gate_scale, size_t *bytes) {
     return make_model_of(QEMB_F16, c, seed, gate_scale, bytes);
 }
 
 uint8_t *make_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, double gate_scale,
                        size_t *bytes) {
-    const int D = c->hidden, H = c->n_heads, K = c->n_kv_heads, hd = c->head_dim, F = c->ffn;
-    const uint32_t n =
-        6 + (dtype == QEMB_I8 ? 12 : 8) * (uint32_t)c->n_layers + (c->dense_rows ? 2 : 0);
+    const int D = c->hidden, is_bert = c->architecture == QEMB_BERT;
+    const uint32_t layer = (is_bert ? 12 : 8) + (dtype == QEMB_I8 ? 4 : 0);
+    const uint32_t n = (is_bert ? 8 : 6) + layer * (uint32_t)c->n_layers + (c->dense_rows ? 2 : 0);
     writer w = {calloc(1, 4096 + n * 96), 4096 + n * 96, 4096, {seed * 0x9e3779b97f4a7c15u + 1}};
-    memcpy(w.data, "qemb\r\n\x1a\n", 8);
-    put_le(w.data + 8, 1, 4);
-    put_le(w.data + 12, 0x01020304, 4);
-    put_le(w.data + 32, n, 4);
-    const int32_t fields[] = {c->n_layers, D, H, K, hd, F, c->vocab, c->max_positions, c->eos_id};
-    for (int i = 0; i < 9; i++) put_le(w.data + 72 + 4 * i, (uint32_t)fields[i], 4);
-    memcpy(w.data + 108, &c->rope_theta, 4);
-    memcpy(w.data + 112, &c->norm_eps, 4);
-    const int32_t kind[] = {(int)c->kind,  (int)c->pooling,    (int)c->attention,
-                            c->dense_rows, (int)c->activation, c->window};
-    for (int i = 0; i < 6; i++) put_le(w.data + 116 + 4 * i, (uint32_t)kind[i], 4);
-
-    put_le(section(&w, "merges", QEMB_U32, 1, 2), 64 | (uint64_t)65 << 32, 8); /* "a" "b" */
-    uint8_t added[16] = {0};
-    const int32_t eos = c->eos_id == QEMB_NO_TOKEN ? c->vocab - 1 : c->eos_id;
-    put_le(added, (uint64_t)eos | (uint64_t)5 << 32, 8);
-    memcpy(added + 8, "<eos>", 5);
-    blob(&w, "added_tokens", added, sizeof added);
-    if (c->kind == QEMB_RERANKER)
-        blob(&w, "prompts", reranker_prompts, sizeof reranker_prompts - 1);
-    else
-        blob(&w, "prompts", "query\0Instruct: find\nQuery:\0document\0", 38);
-    blob(&w, "provenance", "source: tests\n", 14);
+    header(w.data, c, n);
+    tables(&w, c);
     matrix(&w, QEMB_F16, "tok_emb", c->vocab, D, sqrt(D));
-    for (int l = 0; l < c->n_layers; l++) {
-        char name[48];
-#define NAME(s) (snprintf(name, sizeof name, "layers.%d." s, l), name)
-        vector(&w, NAME("attn_norm"), D);
-        matrix(&w, dtype, NAME("wqkv"), (H + 2 * K) * hd, D, 1);
-        vector(&w, NAME("q_norm"), hd);
-        vector(&w, NAME("k_norm"), hd);
-        matrix(&w, dtype, NAME("wo"), D, H * hd, 1);
-        vector(&w, NAME("mlp_norm"), D);
-        matrix(&w, dtype, NAME("wgu"), 2 * F, D, gate_scale);
-        matrix(&w, dtype, NAME("wdown"), D, F, 1);
-#undef NAME
+    if (is_bert) {
+        floats(&w, "pos_emb", c->first_position + c->max_positions, D);
+        vector(&w, "emb_norm", D);
+        floats(&w, "emb_norm_bias", 1, D);
     }
-    vector(&w, "final_norm", D);
+    for (int l = 0; l < c->n_layers; l++)
+        (is_bert ? bert_layer : qwen3_layer)(&w, c, dtype, gate_scale, l);
+    if (!is_bert) vector(&w, "final_norm", D);
     if (c->dense_rows) {
-        const size_t numbers = (size_t)c->dense_rows * (size_t)D;
-        rng_floats(&w.r, section(&w, "dense", QEMB_F32, (uint64_t)c->dense_rows, (uint64_t)D),
-                   numbers, 1);
+        floats(&w, "dense", c->dense_rows, D);
         vector(&w, "dense_bias", c->dense_rows);
     }
     seal_model(w.data, w.bytes);

@@ -35,7 +35,9 @@ void load_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *
 /* Returns a valid .qemb file of this config with random weights: *bytes bytes, to be freed. The
  * tokenizer has the 256 bytes, one merge ("a" "b" -> 256) and one added token, "<eos>" = eos_id,
  * or the last id if there is no end-of-text. A reranker has the prompts "<eos>J: ", " <eos>ab" and
- * "rank". gate_scale multiplies the gate and up matrices; large values give massive activations. */
+ * "rank". A QEMB_BERT has a Unigram tokenizer of UNIGRAM_PIECES ids, "<s>" 0, "<pad>" 1, "</s>" 2,
+ * "<unk>" 3 and "<mask>", the last one, and the prompts "query: " and "passage: ". gate_scale
+ * multiplies the matrices before the MLP's activation; large values give massive activations. */
 uint8_t *make_model(const qemb_config *c, uint64_t seed, double gate_scale, size_t *bytes);
 /* The same, with layer matrices of this dtype: QEMB_F16 or QEMB_I8. */
 uint8_t *make_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, double gate_scale,
@@ -55,5 +57,10 @@ void embed_alone(qemb_model *m, const int32_t *ids, int n, float *out);
  * tile. */
 extern const qemb_config small_configs[];
 extern const int n_small_configs;
+/* The same of QEMB_BERT: heads of 16, 32, 64 and 11 numbers, positions from row 0, 1 and 2 on, the
+ * first row or the mean. The last one has a dense layer. */
+extern const qemb_config bert_configs[];
+extern const int n_bert_configs;
+enum { UNIGRAM_PIECES = 250 };
 
 #endif
