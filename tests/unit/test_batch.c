@@ -26,7 +26,7 @@ static qemb_config with_dense(int rows, qemb_activation activation) {
     return c;
 }
 
-/* The sum in double of at most D = 64 products and the bias errs by (D + 1) 2^-53 of the sum of
+/* The sum in double of D products and the bias errs by (D + 1) 2^-53 of the sum of
  * their magnitudes, the one here by as much. tanh has a slope of at most 1, and libm's error is a
  * few ulp. The result is rounded to float. */
 static void check_dense(const qemb_config *c, const qemb_file *f, const float *row,
@@ -92,6 +92,25 @@ Test(batch, dense_layer_of_an_odd_width) {
     check_dense(&c, f, row, out);
     qemb_close(m), qemb_close(n);
     qemb_file_close(f), qemb_file_close(without);
+}
+
+/* Behind the first rows of an encoder. */
+Test(batch, dense_layer_of_an_encoder) {
+    FOR_CPU_TABLES {
+        const qemb_config *c = &bert_configs[4];
+        qemb_config bare = *c;
+        bare.dense_rows = 0;
+        qemb_file *f = open_model(c, 9, 1), *without = open_model(&bare, 9, 1);
+        qemb_model *m = open_with(f, ops, (qemb_options){0});
+        qemb_model *n = open_with(without, ops, (qemb_options){0});
+        float row[128], out[5];
+        cr_assert(c->dense_rows == 5 && c->hidden == 128);
+        embed_alone(n, some_ids[0], 4, row);
+        embed_alone(m, some_ids[0], 4, out);
+        check_dense(c, f, row, out);
+        qemb_close(m), qemb_close(n);
+        qemb_file_close(f), qemb_file_close(without);
+    }
 }
 
 static int spoiled; /* the row that gets an infinity, as from an overflow */

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { BATCH = 64, LONGEST = 2000, MOST_DIM = 72 };
+enum { BATCH = 64, LONGEST = 2000, MOST_DIM = 96 };
 
 static const qemb_ops *ops;
 #define FOR_CPU_TABLES for (int o = 0; (ops = qemb_cpu_table(o)); o++)
@@ -44,10 +44,28 @@ static qemb_model *open_model_with(const qemb_file *f, visitor *v, int threads) 
     return m;
 }
 
-static qemb_file *open_long(int shape, qemb_attention attention, qemb_pooling pooling) {
-    qemb_config c = small_configs[shape];
+static const struct {
+    qemb_architecture architecture;
+    qemb_attention attention;
+    qemb_pooling pooling;
+} modes[] = {{QEMB_QWEN3, QEMB_CAUSAL, QEMB_POOL_LAST},
+             {QEMB_QWEN3, QEMB_CAUSAL, QEMB_POOL_MEAN},
+             {QEMB_QWEN3, QEMB_BIDIRECTIONAL, QEMB_POOL_LAST},
+             {QEMB_QWEN3, QEMB_BIDIRECTIONAL, QEMB_POOL_MEAN},
+             {QEMB_BERT, QEMB_BIDIRECTIONAL, QEMB_POOL_FIRST},
+             {QEMB_BERT, QEMB_BIDIRECTIONAL, QEMB_POOL_MEAN}};
+enum { MODES = sizeof modes / sizeof *modes, QWEN3 = 0, BERT = 4 };
+
+static qemb_config long_config(int shape, int mode) {
+    qemb_config c =
+        modes[mode].architecture == QEMB_BERT ? bert_configs[shape] : small_configs[shape];
     c.max_positions = LONGEST, c.n_layers = 2;
-    c.attention = attention, c.pooling = pooling;
+    c.attention = modes[mode].attention, c.pooling = modes[mode].pooling;
+    return c;
+}
+
+static qemb_file *open_long(int shape, int mode) {
+    const qemb_config c = long_config(shape, mode);
     return open_model(&c, 4, 1);
 }
 
@@ -68,20 +86,11 @@ static qemb_batch *short_texts(const qemb_model *m, int32_t **ids) {
     return b;
 }
 
-static const struct {
-    qemb_attention attention;
-    qemb_pooling pooling;
-} modes[] = {{QEMB_CAUSAL, QEMB_POOL_LAST},
-             {QEMB_CAUSAL, QEMB_POOL_MEAN},
-             {QEMB_BIDIRECTIONAL, QEMB_POOL_LAST},
-             {QEMB_BIDIRECTIONAL, QEMB_POOL_MEAN}};
-enum { MODES = sizeof modes / sizeof *modes };
-
 /* Texts of these lengths (n), the last one the longest, are computed in one piece, in steps, and in
  * steps with a batch between any two, of which the bits count as well. */
 static void check_bits(int shape, int mode, const int *lengths, int n_lengths) {
     const int longest = lengths[n_lengths - 1];
-    qemb_file *f = open_long(shape, modes[mode].attention, modes[mode].pooling);
+    qemb_file *f = open_long(shape, mode);
     const size_t bytes = (size_t)qemb_dim(&f->config) * sizeof(float);
     visitor v = {0}, busy = {0};
     qemb_model *whole = open_model_with(f, NULL, 2), *in_steps = open_model_with(f, &v, 3);
@@ -110,8 +119,8 @@ static void check_bits(int shape, int mode, const int *lengths, int n_lengths) {
     qemb_close(whole), qemb_close(in_steps), qemb_close(beside);
     qemb_file_close(f);
 }
-#define BITS(shape, mode, ...)                      \
-    check_bits(shape, mode, (const int[]){__VA_ARGS__}, \
+#define BITS(shape, mode, ...)                                                                     \
+    check_bits(shape, mode, (const int[]){__VA_ARGS__},                                            \
                (int)(sizeof(const int[]){__VA_ARGS__} / sizeof(int)))
 
 /* Lengths around the sizes of steps and of attention's tiles. */
@@ -121,7 +130,10 @@ Test(long_text, has_the_bits_of_one_piece) {
             BITS(mode % n_small_configs, mode, 1, BATCH, BATCH + 1, 513);
         BITS(0, 0, 512, LONGEST);
     }
-    FOR_TABLES BITS(1, 0, 513);
+    FOR_TABLES {
+        BITS(1, QWEN3, 513);
+        BITS(1, BERT, 513);
+    }
 }
 
 /* The rows that attention is asked for have the bits of the whole, wherever texts and the prefix
@@ -171,9 +183,9 @@ Test(long_text, attention_of_some_rows) {
 }
 
 /* A text that is given up has NaN and leaves nothing behind. */
-Test(long_text, is_given_up_at_any_step) {
+static void check_giving_up(int mode) {
     ops = qemb_cpu_table(0);
-    qemb_file *f = open_long(0, QEMB_CAUSAL, QEMB_POOL_LAST);
+    qemb_file *f = open_long(0, mode);
     const int D = qemb_dim(&f->config), n = 520;
     visitor v = {0};
     qemb_model *m = open_model_with(f, &v, 1);
@@ -193,6 +205,11 @@ Test(long_text, is_given_up_at_any_step) {
     qemb_close(m);
     free(ids);
     qemb_file_close(f);
+}
+
+Test(long_text, is_given_up_at_any_step) {
+    check_giving_up(QWEN3);
+    check_giving_up(BERT);
 }
 
 /* With a dense layer both batches write the rows before it. */
@@ -221,7 +238,7 @@ Test(long_text, dense_layer_between) {
 
 /* The second batch's memory is planned where it can be used: where a text may be long. */
 Test(long_text, memory_between_is_planned) {
-    qemb_file *f = open_long(0, QEMB_CAUSAL, QEMB_POOL_LAST);
+    qemb_file *f = open_long(0, QWEN3);
     qemb_memory plan;
     visitor v;
     qemb_options opt = {.batch_tokens = BATCH, .threads = 1};
