@@ -143,7 +143,7 @@ Test(file, refuses_an_older_int8_file) {
 }
 
 /* Damage: a flip of any byte of header and directory is found. */
-Test(file, refuses_every_flipped_byte) {
+static void try_every_flipped_byte(void) {
     qemb_err err;
     const size_t end = entry((int)get(32, 4));
     for (size_t i = 0; i < end; i++) {
@@ -156,7 +156,10 @@ Test(file, refuses_every_flipped_byte) {
     model[50] ^= 1;
     cr_assert_eq(try_open(model, model_bytes, &err), -1);
     cr_assert(strstr(err.msg, "checksum"));
+    model[50] ^= 1;
 }
+
+Test(file, refuses_every_flipped_byte) { try_every_flipped_byte(); }
 
 /* Sets the checksum of the tables and vectors, by the format in qemb.h. Returns their bytes. */
 static size_t seal_tables(void) {
@@ -165,8 +168,7 @@ static size_t seal_tables(void) {
     for (int i = 0; i < (int)get(32, 4); i++) {
         const uint8_t *p = model + get(entry(i) + 72, 8);
         if (get(entry(i) + 48, 4) != QEMB_U32 && get(entry(i) + 56, 8) != 1) continue;
-        for (size_t k = 0; k < get(entry(i) + 80, 8); k++, bytes++)
-            h = (h ^ p[k]) * 0x100000001b3u;
+        for (size_t k = 0; k < get(entry(i) + 80, 8); k++, bytes++) h = (h ^ p[k]) * 0x100000001b3u;
     }
     put(140, h, 8);
     seal_model(model, model_bytes);
@@ -174,7 +176,7 @@ static size_t seal_tables(void) {
 }
 
 /* Damage: the tables and vectors have a checksum; those of older files have none. */
-Test(file, refuses_every_flipped_byte_of_tables_and_vectors) {
+static void try_every_flipped_byte_of_tables_and_vectors(void) {
     qemb_err err;
     qemb_file *f = opened();
     cr_assert(!f->tables_proved);
@@ -197,6 +199,10 @@ Test(file, refuses_every_flipped_byte_of_tables_and_vectors) {
     cr_assert_eq(flipped, all);
     put(140, get(140, 8) + 1, 8);
     refuses("tables and vectors: damaged");
+}
+
+Test(file, refuses_every_flipped_byte_of_tables_and_vectors) {
+    try_every_flipped_byte_of_tables_and_vectors();
 }
 
 /* The same of a trained model's file, every 29th byte: it has 138,309. */
@@ -441,6 +447,8 @@ Test(file, an_older_file_is_an_embedding_model) {
     cr_assert(c->kind == QEMB_EMBEDDING && c->pooling == QEMB_POOL_LAST);
     cr_assert(c->attention == QEMB_CAUSAL && c->dense_rows == 0 && c->activation == QEMB_IDENTITY);
     cr_assert(c->window == 0 && qemb_window(c) == 300 && qemb_dim(c) == 48);
+    cr_assert(c->architecture == QEMB_QWEN3 && c->first_position == 0);
+    cr_assert(c->bos_id == QEMB_NO_TOKEN && c->pad_id == QEMB_NO_TOKEN);
     cr_assert(!f->weights.dense && !f->weights.dense_bias);
     qemb_file_close(f);
 }
@@ -573,6 +581,237 @@ Test(file, refuses_every_flipped_byte_of_a_reranker) {
         cr_assert_eq(try_open(model, model_bytes, &err), -1, "byte %zu", i);
         model[i] ^= 0x41;
     }
+}
+
+/* ---- files of QEMB_BERT ---------------------------------------------------------------------- */
+
+/* A small one: header, directory and tables are most of it. */
+static const qemb_config tiny = {.architecture = QEMB_BERT,
+                                 .n_layers = 2,
+                                 .hidden = 8,
+                                 .n_heads = 2,
+                                 .n_kv_heads = 2,
+                                 .head_dim = 4,
+                                 .ffn = 6,
+                                 .vocab = 260,
+                                 .max_positions = 20,
+                                 .norm_eps = 1e-12f,
+                                 .pooling = QEMB_POOL_FIRST,
+                                 .attention = QEMB_BIDIRECTIONAL,
+                                 .bos_id = 0,
+                                 .eos_id = 2,
+                                 .pad_id = 1,
+                                 .first_position = 2};
+
+enum { THETA_AT = 108, ARCHITECTURE_AT = 148, BOS_AT = 152, PAD_AT = 156, FIRST_AT = 160 };
+
+static void use_tiny(qemb_dtype dtype) {
+    free(model);
+    model = make_model_of(dtype, &tiny, 7, 1, &model_bytes);
+}
+
+/* Whether p, which a file binds, is where the directory's next section *i begins. */
+static void is_next(const qemb_file *f, const void *p, int *i) {
+    cr_assert_eq((const uint8_t *)p - f->map, (ptrdiff_t)get(entry(*i) + 72, 8), "section %d", *i);
+    ++*i;
+}
+
+static void is_next_matrix(const qemb_file *f, const qemb_mat *m, int rows, int cols, int *i) {
+    cr_assert(m->rows == rows && m->cols == cols && m->alpha == 1, "section %d", *i);
+    is_next(f, m->data, i);
+    if (m->dtype == QEMB_I8)
+        is_next(f, m->scale, i);
+    else
+        cr_assert_null(m->scale);
+}
+
+static void check_binding(qemb_dtype dtype, const qemb_config *c) {
+    const int D = c->hidden, F = c->ffn;
+    free(model);
+    model = make_model_of(dtype, c, 7, 1, &model_bytes);
+    qemb_file *f = opened();
+    const qemb_weights *w = &f->weights;
+    int i = 4;
+    cr_assert_arr_eq(&f->config, c, sizeof *c);
+    cr_assert_eq(f->unigram_bytes, get(entry(0) + 80, 8));
+    cr_assert_arr_eq(f->unigram, model + get(entry(0) + 72, 8), f->unigram_bytes);
+    cr_assert(!f->merges && !f->n_merges);
+    cr_assert_eq(f->added_bytes, get(entry(1) + 80, 8));
+    cr_assert_arr_eq(f->added, model + get(entry(1) + 72, 8), f->added_bytes);
+    cr_assert_str_eq(qemb_file_prompt(f, "query"), "query: ");
+    cr_assert_str_eq(qemb_file_prompt(f, "passage"), "passage: ");
+    cr_assert_arr_eq(f->provenance, "source: tests\n", 14);
+    is_next_matrix(f, &w->tok_emb, c->vocab, D, &i);
+    is_next(f, w->pos_emb, &i);
+    is_next(f, w->emb_norm, &i);
+    is_next(f, w->emb_norm_bias, &i);
+    for (int l = 0; l < c->n_layers; l++) {
+        const qemb_layer *y = &w->layers[l];
+        cr_assert_eq(y->wup.dtype, dtype);
+        is_next_matrix(f, &y->wqkv, 3 * D, D, &i);
+        is_next(f, y->bqkv, &i);
+        is_next_matrix(f, &y->wo, D, D, &i);
+        is_next(f, y->bo, &i);
+        is_next(f, y->attn_norm, &i);
+        is_next(f, y->attn_norm_bias, &i);
+        is_next_matrix(f, &y->wup, F, D, &i);
+        is_next(f, y->bup, &i);
+        is_next_matrix(f, &y->wdown, D, F, &i);
+        is_next(f, y->bdown, &i);
+        is_next(f, y->mlp_norm, &i);
+        is_next(f, y->mlp_norm_bias, &i);
+        cr_assert(!y->wgu.data && !y->q_norm && !y->k_norm);
+    }
+    if (c->dense_rows) {
+        is_next(f, w->dense, &i);
+        is_next(f, w->dense_bias, &i);
+    }
+    cr_assert_eq(i, (int)get(32, 4));
+    cr_assert_null(w->final_norm);
+    qemb_file_close(f);
+}
+
+Test(file, opens_and_binds_an_encoder) {
+    check_binding(QEMB_F16, &tiny);
+    check_binding(QEMB_I8, &tiny);
+    for (int i = 0; i < n_bert_configs; i++) check_binding(QEMB_F16, &bert_configs[i]);
+    qemb_config c = tiny; /* no tokens but those of the text */
+    c.bos_id = c.eos_id = c.pad_id = QEMB_NO_TOKEN, c.first_position = 0;
+    check_binding(QEMB_F16, &c);
+    c.max_positions = 1; /* pos_emb is one row: the checksum covers it */
+    check_binding(QEMB_F16, &c);
+    try_every_flipped_byte_of_tables_and_vectors();
+}
+
+Test(file, refuses_every_flipped_byte_of_an_encoder) {
+    use_tiny(QEMB_F16);
+    try_every_flipped_byte();
+    try_every_flipped_byte_of_tables_and_vectors();
+}
+
+Test(file, refuses_every_changed_field_of_an_encoder) {
+    use_tiny(QEMB_F16);
+    try_every_changed_field();
+    use_tiny(QEMB_I8);
+    try_every_changed_field();
+}
+
+/* Writes value (4 bytes) at a place of the header, and checks that the file is refused. */
+static void refuses_field(size_t at, uint32_t value, const char *what) {
+    const uint64_t was = get(at, 4);
+    put(at, value, 4);
+    refuses(what);
+    put(at, was, 4);
+}
+
+static uint32_t float_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+Test(file, an_encoders_fields) {
+    use_tiny(QEMB_F16);
+    refuses_field(ARCHITECTURE_AT, 2, "architecture: out of range (got 2, want 0..1)");
+    refuses_field(ARCHITECTURE_AT, 0x80000001, "architecture: out of range (got 2147483649,");
+    const char *const unknown[] = {"kind 0, attention 0, pooling 2, want 0, 1, and 1 or 2)",
+                                   "kind 0, attention 1, pooling 0, want 0, 1, and 1 or 2)"};
+    refuses_field(kind_at(2), 0, unknown[0]);
+    refuses_field(kind_at(1), 0, unknown[1]);
+    refuses_field(kind_at(0), 1, "kind: a reranker of an unknown form");
+    refuses_field(72 + 4 * 3, 1, "n_kv_heads: not n_heads (got 1, want 2)");
+    refuses_field(72 + 4 * 4, 3, "hidden: not n_heads times head_dim (got 8, want 6)");
+    refuses_field(72 + 4 * 1, 9, "hidden: not n_heads times head_dim (got 9, want 8)");
+    const float thetas[] = {1e4f, 1, -1, NAN, INFINITY, 1e-30f};
+    for (int i = 0; i < 6; i++)
+        refuses_field(THETA_AT, float_bits(thetas[i]), "rope_theta: of another architecture");
+    const float eps[] = {0, -1e-6f, NAN, INFINITY, 1};
+    for (int i = 0; i < 5; i++) refuses_field(112, float_bits(eps[i]), "norm_eps: out of range");
+    const size_t ids[] = {BOS_AT, PAD_AT, EOS_AT};
+    const char *const names[] = {"bos_id", "pad_id", "eos_id"};
+    const uint32_t bad[] = {260, 0x7fffffff, 0x80000000, 0xfffffffe};
+    for (int i = 0; i < 3; i++)
+        for (int k = 0; k < 4; k++) {
+            char what[80];
+            snprintf(what, sizeof what, "%s: outside the vocabulary (got %u, want 0..259)",
+                     names[i], bad[k]);
+            refuses_field(ids[i], bad[k], what);
+        }
+    refuses_field(FIRST_AT, (1 << 20) + 1,
+                  "first_position: out of range (got 1048577, want 0..1048576)");
+    refuses_field(FIRST_AT, 0xffffffff, "first_position: out of range (got 4294967295,");
+    refuses_field(FIRST_AT, 0, "first_position: no row before it for pad_id (got 0, want 1 or");
+    refuses_field(FIRST_AT, 1, "pos_emb: shape (got 22 x 8, want 21 x 8)");
+    refuses_field(FIRST_AT, 1 << 20, "pos_emb: shape (got 22 x 8, want 1048596 x 8)");
+    refuses_field(72 + 4 * 7, 1 << 22, "pos_emb: shape (got 22 x 8, want 4194306 x 8)");
+    refuses_field(72 + 4 * 7, 21, "pos_emb: shape (got 22 x 8, want 23 x 8)");
+    refuses_field(kind_at(5), 21, "window: out of range (got 21, want 0..20)");
+    refuses_field(kind_at(3), 3, "directory: sections (got 32, want 34)");
+    put(PAD_AT, 0xffffffff, 4), put(BOS_AT, 259, 4); /* these are no faults */
+    qemb_file *f = opened();
+    cr_assert(f->config.pad_id == QEMB_NO_TOKEN && f->config.bos_id == 259);
+    qemb_file_close(f);
+}
+
+/* A file whose header is of one architecture and whose sections are of the other. */
+Test(file, refuses_fields_of_the_other_architecture) {
+    const char *const other = "bos_id, pad_id, first_position: of another architecture (got ";
+    refuses_field(BOS_AT, 1, other);
+    refuses_field(PAD_AT, 0xffffffff, other);
+    refuses_field(FIRST_AT, 2, other);
+    refuses_field(kind_at(1), QEMB_POOL_FIRST, "pooling: of another architecture (got 2, want 0");
+    refuses_field(ARCHITECTURE_AT, 1, "architecture 1: of an unknown form (got kind 0,");
+
+    use_tiny(QEMB_F16);
+    refuses_field(ARCHITECTURE_AT, 0, other);
+    for (int i = 0; i < 4; i++) put(ARCHITECTURE_AT + 4 * (size_t)i, 0, 4);
+    refuses("pooling: of another architecture");
+    put(kind_at(1), QEMB_POOL_MEAN, 4);
+    refuses("rope_theta: out of range (got 0, want 1..1e12)");
+    put(THETA_AT, float_bits(1e6f), 4);
+    refuses("directory: sections (got 32, want 22)");
+    put(32, 22, 4);
+    refuses("section 0: name (got \"unigram\", want \"merges\")");
+
+    qemb_config c = *config; /* as many heads, n_heads times head_dim numbers */
+    c.n_kv_heads = c.n_heads, c.hidden = c.n_heads * c.head_dim;
+    c.attention = QEMB_BIDIRECTIONAL, c.pooling = QEMB_POOL_MEAN;
+    use(&c);
+    put(ARCHITECTURE_AT, 1, 4), put(THETA_AT, 0, 4), put(FIRST_AT, 2, 4);
+    refuses("directory: sections (got 22, want 32)");
+}
+
+/* The dtype of all matrices is read where the first one should be: there may be no such entry. */
+Test(file, refuses_another_number_of_an_encoders_sections) {
+    use_tiny(QEMB_F16);
+    for (uint32_t n = 1; n < 40; n++) {
+        char what[64];
+        snprintf(what, sizeof what, "directory: sections (got %u, want 32)", n);
+        if (n != 32) refuses_field(32, n, what);
+    }
+    put(entry(8) + 48, QEMB_I8, 4);
+    refuses("directory: sections (got 32, want 40)");
+    use_tiny(QEMB_I8);
+    put(entry(11) + 48, QEMB_F16, 4);
+    refuses("layers.0.wo: dtype (got 3, want 4)");
+}
+
+/* Cut at every section's begin and end, with a true size and checksum of what is left. */
+Test(file, refuses_an_encoder_that_is_cut) {
+    qemb_err err;
+    use_tiny(QEMB_F16);
+    const int n = (int)get(32, 4);
+    for (int i = 0; i < n; i++)
+        for (int k = 0; k < 3; k++) {
+            const size_t at = get(entry(i) + 72, 8), bytes = get(entry(i) + 80, 8);
+            const size_t left = k == 0 ? at : k == 1 ? at + 1 : at + bytes - 1;
+            uint8_t *cut = malloc(left);
+            memcpy(cut, model, left);
+            seal_model(cut, left);
+            cr_assert_eq(try_open(cut, left, &err), -1, "%zu of %zu bytes", left, model_bytes);
+            cr_assert(strstr(err.msg, "ends after the file"), "%s", err.msg);
+            free(cut);
+        }
 }
 
 /* ---- significant bits ------------------------------------------------------------------------ */
