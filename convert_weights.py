@@ -9,7 +9,8 @@
 #   "tqdm>=4.60,<5",
 # ]
 # ///
-"""convert_weights.py - converts an embedding or rerank model of the Qwen3 family to one .qemb file.
+"""convert_weights.py - converts an embedding or rerank model of the Qwen3 family, or an XLM-RoBERTa
+or BERT encoder with a Unigram tokenizer, to one .qemb file.
 
 The source is a Hugging Face directory, a name on the hub or a GGUF file. A checkpoint that qemb
 would compute differently from transformers and sentence-transformers is refused with one line:
@@ -25,6 +26,7 @@ regular one, and what it says is printed without control characters. If qemb is 
 has to give finite vectors before it gets its name.
 """
 import argparse
+import base64
 import fcntl
 import hashlib
 import json
@@ -73,9 +75,10 @@ ADDED_TOKENS, SPECIAL_TOKENS = "added_tokens.json", "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 MODULE_FILES = ["?_*/config.json", "?_Dense/model.safetensors"]  # of sentence-transformers' modules
 # A name's place in its list is its number in the file.
-KINDS, POOLINGS = ["embedding", "reranker"], ["last", "mean"]
+KINDS, POOLINGS = ["embedding", "reranker"], ["last", "mean", "first"]
 ATTENTIONS, ACTIVATIONS = ["causal", "bidirectional"], ["identity", "tanh"]
 NO_TOKEN = 0xFFFFFFFF  # as eos_id
+BERT_ARCHITECTURE = 1  # in the file; Qwen3 is 0
 # The prompts of a reranker: its model card's, which lib/text_ids.c puts around a pair.
 RERANKER = {
     "prefix": "<|im_start|>system\nJudge whether the Document meets the requirements based on the "
@@ -85,10 +88,12 @@ RERANKER = {
     "instruct": "Given a web search query, retrieve relevant passages that answer the query",
 }
 # The prompts of embeddings whose source may have none: those of Qwen3-Embedding's own checkpoint,
-# which a GGUF file cannot hold; pplx-embed was trained without, and bare texts are both prompts.
+# which a GGUF file cannot hold; pplx-embed was trained without, and bare texts are both prompts;
+# multilingual-e5's are in its model card alone.
 KNOWN_PROMPTS = {
     "Qwen3-Embedding": {"query": f"Instruct: {RERANKER['instruct']}\nQuery:", "document": ""},
     "pplx-embed": {"query": "", "document": ""},
+    "multilingual-e5": {"query": "query: ", "passage": "passage: "},
 }
 CLASSIFIER, PPLX, VOYAGE = ("Qwen3ForSequenceClassification", "PPLXQwen3Model",
                             "Qwen3BidirectionalModel")
@@ -96,6 +101,8 @@ CLASSIFIER, PPLX, VOYAGE = ("Qwen3ForSequenceClassification", "PPLXQwen3Model",
 MAX_ROWS = 1 << 16  # of a dense layer
 MAX_PROMPTS = 64
 MAX_MERGES, MAX_TOKEN = 1 << 20, 1024  # a token in bytes
+MAX_PIECES, MAX_PIECE = 1 << 20, 255  # a piece of a Unigram vocabulary in bytes
+MAX_SCORE = 1000000  # of a piece; scores are negative
 MAX_TEXT_FILE = 1 << 28  # bytes of a JSON file or a template; Qwen3's tokenizer.json has 11 MB
 QEMB = Path(__file__).resolve().parent / "qemb"
 PROBES = "a", "What is gravity?", "\n\tL'été 2026: 中文 \U0001f600 <|im_end|> don't"
@@ -171,10 +178,19 @@ def read_text_file(folder, name):
     return (folder / name).read_bytes()
 
 
+class Number(float):
+    """A number with a fraction or an exponent, as it stands in a JSON file."""
+
+    def __new__(cls, text):
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+
 def parse(folder, name, read, *args):
     """Returns read(value of the JSON file, *args). Any exception in read refuses the file."""
-    data = read_text_file(folder, name)
-    return understand(name, lambda: read(json.loads(data), *args))
+    data, number = read_text_file(folder, name), Number if name == "tokenizer.json" else None
+    return understand(name, lambda: read(json.loads(data, parse_float=number), *args))
 
 
 def understand(name, read, form="JSON of the known form"):
@@ -188,30 +204,43 @@ def understand(name, read, form="JSON of the known form"):
 
 # ---- keys --------------------------------------------------------------------------------------
 
+# Of any config.json, and no vector depends on them.
+ANY_CONFIG = """
+    attn_implementation bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    classifier_dropout cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    initializer_range is_encoder_decoder is_matryoshka label2id length_penalty matryoshka_dimensions
+    matryoshka_dims max_length min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_scores prefix problem_type
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sentence_transformers sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript typical_p
+    use_bfloat16 use_cache"""
+
 # The keys that the files of a source may have. First those that are read, which also refuses the
 # values that qemb has not; behind the line, those that change no vector. Any other key is refused:
 # a setting that qemb does not know may change vectors. --ignore KEY says that it does not.
 KEYS = {
-    "config.json": """architectures attention_bias auto_map head_dim hidden_act hidden_size id2label
+    "config.json": """
+        architectures attention_bias auto_map head_dim hidden_act hidden_size id2label
         intermediate_size is_causal layer_types max_position_embeddings model_type
         num_attention_heads num_hidden_layers num_key_value_heads num_labels partial_rotary_factor
         per_layer_config pruned_heads quantization_config rms_norm_eps rope_parameters rope_scaling
         rope_theta tie_word_embeddings use_bidirectional_attention use_sliding_window vocab_size
         |
-        add_cross_attention attention_dropout attn_implementation bad_words_ids
-        begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
-        cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
-        early_stopping
-        encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-        forced_bos_token_id forced_eos_token_id hidden_dropout initializer_range is_decoder
-        is_encoder_decoder is_matryoshka label2id length_penalty matryoshka_dimensions
-        matryoshka_dims max_length max_window_layers min_length mlp_bias no_repeat_ngram_size
-        num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
-        output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values
-        repetition_penalty return_dict return_dict_in_generate sep_token_id sentence_transformers
-        sliding_window suppress_tokens task_specific_params temperature tf_legacy_loss
-        tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript typical_p
-        unsloth_fixed use_bfloat16 use_cache""",
+        add_cross_attention attention_dropout hidden_dropout is_decoder max_window_layers mlp_bias
+        pad_token_id pretraining_tp sliding_window unsloth_fixed """ + ANY_CONFIG,
+    # An encoder's config.json
+    "encoder": """
+        add_cross_attention architectures auto_map hidden_act hidden_size intermediate_size
+        is_decoder layer_norm_eps max_position_embeddings model_type num_attention_heads
+        num_hidden_layers pad_token_id position_embedding_type pruned_heads quantization_config
+        type_vocab_size vocab_size
+        |
+        attention_probs_dropout_prob directionality gradient_checkpointing hidden_dropout_prob
+        id2label num_labels output_past pooler_fc_size pooler_num_attention_heads
+        pooler_num_fc_layers pooler_size_per_head pooler_type tie_word_embeddings """ + ANY_CONFIG,
     TOKENIZER_CONFIG: """add_bos_token add_eos_token add_prefix_space added_tokens_decoder
         additional_special_tokens auto_map bos_token chat_template cls_token do_lower_case eos_token
         extra_special_tokens mask_token model_max_length model_specific_special_tokens pad_token
@@ -220,9 +249,10 @@ KEYS = {
         backend chat_template_file clean_up_tokenization_spaces errors fix_mistral_regex from_slow
         is_local legacy local_files_only max_length merges_file model_input_names name_or_path
         pad_to_multiple_of pad_token_id pad_token_type_id padding padding_side processor_class
-        response_schema response_template return_token_type_ids spaces_between_special_tokens
-        special_tokens_map_file stride tokenizer_file truncation truncation_strategy
-        trust_remote_code use_default_system_prompt use_fast vocab_file vocab_size""",
+        response_schema response_template return_token_type_ids sp_model_kwargs
+        spaces_between_special_tokens special_tokens_map_file stride tokenizer_file truncation
+        truncation_strategy trust_remote_code use_default_system_prompt use_fast vocab_file
+        vocab_size""",
     SPECIAL_TOKENS: """additional_special_tokens bos_token cls_token eos_token extra_special_tokens
         mask_token model_specific_special_tokens pad_token sep_token unk_token""",
     BERT: """config_args config_kwargs do_lower_case document_length mask_prompt max_seq_length
@@ -258,6 +288,8 @@ FREE_KEYS = re.compile("_.*|.*_version")  # of programs, for themselves
 def unknown_keys(j, name):
     """Returns the keys of the file that are on no list."""
     kind = name.split("/")[0].split("_", 1)[-1] if "/" in name else name
+    if kind == "config.json" and j["architectures"][0] in ENCODERS:
+        kind = "encoder"
     if kind not in KEYS:
         return []
     known, parts = KEYS[kind].split(), j if name == "modules.json" else [j]
@@ -297,16 +329,30 @@ FIELDS = (
     ("vocab", "vocab_size", 256, 1 << 24),
     ("max_positions", "max_position_embeddings", 1, 1 << 22),
     ("rope_theta", "rope_theta", 1.0, 1e12),
-    ("rms_eps", "rms_norm_eps", 1e-30, 0.5),
+    ("norm_eps", "rms_norm_eps", 1e-30, 0.5),
 )
 Config = namedtuple("Config", [field[0] for field in FIELDS])
 # What else config.json says. labels: of a classifier's rows. linear: rows of the projection that
-# voyage's class has behind the final norm, or None
-Claims = namedtuple("Claims", "architecture attention tied labels linear")
+# voyage's class has behind the final norm, or None. places: of an encoder, or None
+Claims = namedtuple("Claims", "architecture attention tied labels linear places", defaults=[None])
+# How an encoder counts positions. pad_id: the token that takes none, or NO_TOKEN; first: row of the
+# position table of a text's first token; types: rows of the type table
+Places = namedtuple("Places", "pad_id first types")
 SCALING_HINT = "if it was added after the training, for longer texts,"
 # Architecture -> model_type
+ENCODERS = {"XLMRobertaModel": "xlm-roberta", "BertModel": "bert"}
 ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen3Model": "qwen3", CLASSIFIER: "qwen3",
-                 PPLX: "bidirectional_pplx_qwen3", VOYAGE: "qwen3"}
+                 PPLX: "bidirectional_pplx_qwen3", VOYAGE: "qwen3", **ENCODERS}
+ONE_SCORE = "a classifier or reranker, whose output is a score and no vector"
+# Those that people may take for one of these -> why they are not
+OTHERS = {
+    "JinaEmbeddingsV5Model": "its adapters are not merged; convert the repository of one task, "
+    "whose name ends in -retrieval, -text-matching, -classification or -clustering",
+    "XLMRobertaForSequenceClassification": ONE_SCORE, "BertForSequenceClassification": ONE_SCORE,
+    "XLMRobertaXLModel": "its layers norm their input, those of XLMRobertaModel their output",
+    "RobertaModel": "its tokenizer is a byte-level BPE of another kind than Qwen3's",
+    "NewModel": "code of its own (gte), with rotary positions and a gated MLP",
+}
 # The architectures that are code in the checkpoint (auto_map), read and found to be Qwen3Model with
 # bidirectional attention: perplexity's pplx-embed-v1; voyage's and ai-sage's. With the class of
 # their configuration, which adds nothing, or None.
@@ -342,14 +388,15 @@ def read_attention(o, j, architecture):
 def read_claims(j):
     o = "config.json"
     names = j.get("architectures")
-    if names == ["JinaEmbeddingsV5Model"]:
-        refuse(o, "architectures: its adapters are not merged; convert the repository of one task, "
-               "whose name ends in -retrieval, -text-matching, -classification or -clustering",
-               show(names))
+    for other, why in OTHERS.items():
+        if names == [other]:
+            refuse(o, f"architectures: {why}", show(names))
     expect(o, "architectures", names, *([name] for name in ARCHITECTURES))
     name, tied = names[0], j.get("tie_word_embeddings")
     expect(o, "model_type", j.get("model_type"), ARCHITECTURES[name])
     read_auto_map(o, name, j.get("auto_map") or {})
+    if name in ENCODERS:
+        return Claims(name, "bidirectional", False, {}, None, read_places(o, j, name))
     expect(o, "tie_word_embeddings", tied, None, False, True)
     rows = j.get("num_labels") if name == VOYAGE else None
     if rows is not None and (type(rows) is not int or not 1 <= rows <= MAX_ROWS):
@@ -360,16 +407,63 @@ def read_claims(j):
     return Claims(name, read_attention(o, j, name), bool(tied), labels, rows)
 
 
+def read_places(o, j, architecture):
+    types = j.get("type_vocab_size")
+    if type(types) is not int or not 1 <= types <= 1 << 16:
+        refuse(o, "type_vocab_size", show(types), f"an integer from 1 to {1 << 16}")
+    if architecture == "BertModel":
+        return Places(NO_TOKEN, 0, types)
+    # The default of XLMRobertaConfig. transformers counts from pad_token_id + 1, and passes over
+    # tokens of that id: the padding in a batch, or a literal <pad> in a text.
+    pad = j.get("pad_token_id", 1)
+    if type(pad) is not int or not 0 <= pad < 1 << 16:
+        refuse(o, "pad_token_id", show(pad), f"an integer from 0 to {(1 << 16) - 1}")
+    return Places(pad, pad + 1, types)
+
+
+def read_fields(o, j, keys):
+    """Returns the Config. keys: a field's key, if it is not that of FIELDS."""
+    for name, key, low, high in FIELDS:
+        key, kinds = keys.get(name, key), (int,) if isinstance(low, int) else (int, float)
+        if key and (type(j.get(key)) not in kinds or not low <= j[key] <= high):
+            name = "an integer" if len(kinds) == 1 else "a number"
+            refuse(o, key, show(j.get(key)), f"{name} from {low:g} to {high:g}")
+    return Config(*(j[keys.get(name, key)] for name, key, _, _ in FIELDS))
+
+
+def read_encoder(o, j, places):
+    for key, value in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        expect(o, key, j.get(key, value), value)
+    for key in ("is_decoder", "add_cross_attention"):
+        expect(o, key, j.get(key), None, False)
+    for key in ("hidden_size", "num_attention_heads", "max_position_embeddings"):
+        if type(j.get(key)) is not int or j[key] < 1:
+            refuse(o, key, show(j.get(key)), "an integer from 1")
+    hidden, heads = j["hidden_size"], j["num_attention_heads"]
+    if hidden % heads:
+        refuse(o, "hidden_size", hidden, f"a multiple of {heads} heads")
+    head, longest = "hidden_size a head", f"max_position_embeddings, from {places.first} on"
+    keys = {"n_kv_heads": "num_attention_heads", "head_dim": head, "max_positions": longest,
+            "rope_theta": None, "norm_eps": "layer_norm_eps"}
+    c = read_fields(o, j | {head: hidden // heads, None: 0.0, longest: (
+        j["max_position_embeddings"] - places.first)}, keys)
+    if places.pad_id != NO_TOKEN and places.pad_id >= c.vocab:
+        refuse(o, "pad_token_id", places.pad_id, f"below vocab_size, {c.vocab}")
+    return c
+
+
 def read_config(j):
     o = "config.json"
+    expect(o, "pruned_heads", j.get("pruned_heads"), None, {})
+    expect(o, "quantization_config", j.get("quantization_config"), None, False,
+           hint="convert the model from which this one was quantized")
+    if j["architectures"][0] in ENCODERS:
+        return read_encoder(o, j, read_places(o, j, j["architectures"][0]))
     expect(o, "hidden_act", j.get("hidden_act"), "silu")
     for key in ("attention_bias", "use_sliding_window"):
         expect(o, key, j.get(key), None, False)
-    for key in ("per_layer_config", "pruned_heads"):
-        expect(o, key, j.get(key), None, {})
+    expect(o, "per_layer_config", j.get("per_layer_config"), None, {})
     expect(o, "partial_rotary_factor", j.get("partial_rotary_factor"), None, 1)
-    expect(o, "quantization_config", j.get("quantization_config"), None, False,
-           hint="convert the model from which this one was quantized")
     for kind in j.get("layer_types") or []:
         expect(o, "layer_types", kind, "full_attention")
     # Older programs write rope_theta and rope_scaling, newer ones rope_parameters with both.
@@ -388,13 +482,7 @@ def read_config(j):
     if len(thetas) != 1:
         refuse(o, "rope_theta", show(sorted(thetas)), "one value")
     # 128 is the default of Qwen3Config; check_tensors compares it with the shape of q_norm.
-    j = {"head_dim": 128, **j, "rope_theta": thetas.pop()}
-    for _, key, low, high in FIELDS:
-        kinds = (int,) if isinstance(low, int) else (int, float)
-        if type(j.get(key)) not in kinds or not low <= j[key] <= high:
-            name = "an integer" if len(kinds) == 1 else "a number"
-            refuse(o, key, show(j.get(key)), f"{name} from {low:g} to {high:g}")
-    c = Config(*(j[key] for _, key, _, _ in FIELDS))
+    c = read_fields(o, {"head_dim": 128, **j, "rope_theta": thetas.pop()}, {})
     if c.n_heads % c.n_kv_heads:
         refuse(o, "num_attention_heads", c.n_heads, f"a multiple of {c.n_kv_heads} key/value heads")
     if c.head_dim % 2:
@@ -445,6 +533,11 @@ def check_late(text, name, early):
             refuse(o, f"{what}, which {show(other)} begins in", "true", "false")
 
 
+def added_token(i, text, strips=False):
+    """Returns its bytes in the section added_tokens. strips: it takes the white space before it."""
+    return struct.pack("<II", i, len(text) | strips << 31) + text + bytes(-len(text) % 4)
+
+
 def read_added(tokens, first, vocab):
     """Returns the section added_tokens. Their ids are first .. vocab-1."""
     o, out, seen = "tokenizer.json", b"", set()
@@ -463,7 +556,7 @@ def read_added(tokens, first, vocab):
         if len(text) > MAX_TOKEN:
             refuse(o, f"{name} bytes", len(text), f"at most {MAX_TOKEN}")
         seen |= {i, text}
-        out += struct.pack("<II", i, len(text)) + text + bytes(-len(text) % 4)
+        out += added_token(i, text)
     return out
 
 
@@ -486,14 +579,17 @@ def read_eos(post, added):
     return ids[0]
 
 
-# merges and added: the sections; eos_id: appended to every text; ids: {token: id}, and those of
-# added tokens alone; late: those of which read_added has checked that they may be "normalized"
-Tokenizer = namedtuple("Tokenizer", "merges added eos_id ids added_ids late")
+# table and added: the sections; words: what the table has, for the summary; bos_id, eos_id: before
+# and behind every text; ids: {token: id}, and those of added tokens alone; late: those of which
+# read_added has checked that they may be "normalized"; strips: those that take the white space
+# before them; classes: those of transformers that take tokenizer.json as it is. notes: for the user
+Tokenizer = namedtuple("Tokenizer", "table words added bos_id eos_id ids added_ids late strips "
+                       "classes notes", defaults=[(), ()])
 
 
 def read_tokenizer(j, vocab):
-    """Returns the Tokenizer. Ignores `truncation` and `padding`, which are left from training and
-    overwritten by transformers."""
+    """Returns the Tokenizer of a Qwen3. Ignores `truncation` and `padding`, which are left from
+    training and overwritten by transformers."""
     o, model, added = "tokenizer.json", j["model"], j["added_tokens"]
     split, level = j["pre_tokenizer"].get("pretokenizers") or [j["pre_tokenizer"], {}]
     for what, got, want in (
@@ -514,14 +610,207 @@ def read_tokenizer(j, vocab):
     if 256 + len(merges) > vocab:
         refuse(o, "tokens", 256 + len(merges), f"at most vocab_size, {vocab}")
     added_ids = {t["content"]: t["id"] for t in added}
-    return Tokenizer(merges, read_added(added, 256 + len(merges), vocab),
-                     read_eos(j["post_processor"], added), model["vocab"] | added_ids, added_ids,
-                     [t["content"] for t in added if t["normalized"]])
+    return Tokenizer(Section("merges", U32, len(merges), 2, merges.tobytes()),
+                     f"{len(merges):,} merges", read_added(added, 256 + len(merges), vocab),
+                     0, read_eos(j["post_processor"], added), model["vocab"] | added_ids, added_ids,
+                     [t["content"] for t in added if t["normalized"]], (), TOKENIZERS)
 
+
+# ---- tokenizer.json of an encoder --------------------------------------------------------------
+
+MAX_STEPS = 1 << 16  # that lead to the keys of a charsmap; bge-m3 has 6,338, and 5,512 keys
+CLUSTER = 6  # UTF-8 bytes from which a grapheme cluster is not looked up as a whole
+SPACES = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+METASPACE = "\u2581"  # a space inside pieces
+
+
+def read_charsmap(text):
+    """Returns {key: replacement} of a SentencePiece charsmap, in UTF-8: the keys that Hugging
+    Face's tokenizers can find. It looks up a cluster of fewer than CLUSTER bytes, else each of its
+    characters, and takes the shortest key with which they begin.
+
+    u32 bytes of a Darts double array, its u32 units, then replacements that end with NUL. The
+    children of a node lie at its base xor their byte."""
+    what, data = "precompiled_charsmap", base64.b64decode(text, validate=True)
+    size = int.from_bytes(data[:4], "little")
+    if len(data) < 8 or size % 4 or not 4 <= size <= len(data) - 4:
+        refuse("tokenizer.json", f"{what}, bytes of its array", size,
+               f"a multiple of 4 up to {max(0, len(data) - 4)}")
+    units, texts = np.frombuffer(data, "<u4", size // 4, 4).astype("i8"), data[4 + size :]
+    labels, rules, steps = np.arange(1, 256), {}, 0
+
+    def step(unit):
+        return (unit >> 10) << ((unit & 0x200) >> 6)
+
+    todo = [(b"", step(int(units[0])))]
+    while todo:
+        key, base = todo.pop()
+        slots = base ^ labels
+        there = slots < len(units)
+        slots, bytes_there = slots[there], labels[there]
+        found = (units[slots] & 0x800000FF) == bytes_there
+        steps += np.count_nonzero(found)
+        if steps > MAX_STEPS:  # nodes may be shared, or lead back to themselves
+            refuse("tokenizer.json", f"{what}, bytes of its keys", "more", f"at most {MAX_STEPS}")
+        for slot, byte in zip(slots[found].tolist(), bytes_there[found].tolist()):
+            unit, longer = int(units[slot]), key + bytes([byte])
+            node = slot ^ step(unit)
+            if unit >> 8 & 1:
+                rules[longer] = replacement(longer, units, node, texts)
+            elif len(longer) < CLUSTER - 1:
+                todo.append((longer, node))
+    return rules
+
+
+def replacement(key, units, node, texts):
+    """Returns what the charsmap puts in the place of key."""
+    o, what = "tokenizer.json", f"precompiled_charsmap, key {key!r}"
+    if len(key.decode()) > 2:
+        refuse(o, f"{what}, characters", len(key.decode()), "1 or 2")
+    at = int(units[node]) & 0x7FFFFFFF if node < len(units) else len(texts)
+    end = texts.find(b"\0", at, at + MAX_PIECE + 1)
+    if end < 0:
+        refuse(o, f"{what}, replacement", "none, or a longer one", f"at most {MAX_PIECE} bytes")
+    texts[at:end].decode()
+    return texts[at:end]
+
+
+def charsmap_tables(rules):
+    """Returns the tables of the section unigram: singles, pairs and replacements, as bytes."""
+    texts, places, size = [], {}, 0
+    tables = [], []
+    for key, text in sorted((tuple(map(ord, key.decode())), text) for key, text in rules.items()):
+        if text not in places:
+            places[text], size = size, size + len(text)
+            texts.append(text)
+        tables[len(key) - 1].append((*key, places[text] | len(text) << 24))
+    return *(np.array(t, "<u4").tobytes() for t in tables), b"".join(texts)
+
+
+NUMBER = re.compile(r"(-?)(\d+)(?:\.(\d+))?(?:[eE]([+-]?\d+))?")
+POWERS = [float(f"1e{n}") for n in range(309)]  # ** may be off by a bit
+
+
+def read_score(value, piece):
+    """Returns the number that Hugging Face's tokenizers reads. Its JSON parser rounds twice: the
+    digits, and their quotient by a power of ten; digits that overflow 64 bits are left out."""
+    text = value.text if type(value) is Number else str(value) if type(value) is int else ""
+    found, score = NUMBER.fullmatch(text), math.inf
+    if found:
+        sign, whole, part, exponent = found.groups("")
+        digits = whole + part
+        zeros = len(digits) - len(digits.lstrip("0"))
+        digits = digits[: max(len(whole), zeros + 20)]
+        n = int(digits)
+        while n >= 2**64 and len(digits) > len(whole):
+            digits = digits[:-1]
+            n = int(digits)
+        power = int(exponent or 0) - (len(digits) - len(whole))
+        score = float(n) if n < 2**64 else math.inf
+        while power < -308 and score:
+            score, power = score / 1e308, power + 308
+        if score:
+            score = (score / POWERS[-power] if power < 0 else
+                     score * POWERS[power] if power <= 308 else math.inf)
+    if score > MAX_SCORE or score and not sign:
+        refuse("tokenizer.json", f"score of {show(piece)}", text[:40] or show(value),
+               f"a number from -{MAX_SCORE} to 0")
+    return -score if sign else score
+
+
+def read_spaces(j):
+    """Returns the charsmap, and how spaces are cut: 0, runs of them become one, as for bge-m3; or
+    1, the text is split at white space, as for multilingual-e5."""
+    o = "tokenizer.json"
+    steps = j["normalizer"].get("normalizers") or [j["normalizer"]]
+    cuts = j["pre_tokenizer"].get("pretokenizers") or [j["pre_tokenizer"]]
+    charsmap, *others = steps
+    expect(o, "normalizer", [step["type"] for step in steps], ["Precompiled", "Replace"],
+           ["Precompiled"])
+    expect(o, "normalizer, what is replaced", others, [], [SPACES])
+    expect(o, "pre_tokenizer", [cut["type"] for cut in cuts],
+           ["WhitespaceSplit", "Metaspace"] if not others else ["Metaspace"])
+    for name, *want in (("type", "Metaspace"), ("replacement", METASPACE), ("split", None, True),
+                        ("add_prefix_space", None, True), ("str_rep", None, METASPACE),
+                        ("prepend_scheme", None, "always")):
+        expect(o, f"Metaspace {name}", cuts[-1].get(name), *want)
+    return charsmap["precompiled_charsmap"], int(not others)
+
+
+def read_ends(post, added_ids):
+    """Returns the ids that the post-processor puts before and behind a text."""
+    o = "tokenizer.json"
+    expect(o, "post_processor", post["type"], "TemplateProcessing")
+    expect(o, "post_processor, a single text", [list(piece)[0] for piece in post["single"]],
+           ["SpecialToken", "Sequence", "SpecialToken"])
+    ends = []
+    for piece in post["single"][::2]:
+        name = piece["SpecialToken"]["id"]
+        ids = post["special_tokens"][name]["ids"]
+        expect(o, f"post_processor, ids of {show(name)}", ids, [added_ids.get(name)])
+        ends.append(added_ids[name])
+    return ends
+
+
+def read_pieces(model, vocab):
+    """Returns {piece: id} and the scores."""
+    o, pieces = "tokenizer.json", model["vocab"]
+    for key in model:
+        expect(o, "model key", key, "type", "unk_id", "vocab", "byte_fallback")
+    expect(o, "model byte_fallback", model.get("byte_fallback"), None, False)
+    if not 1 <= len(pieces) <= min(vocab, MAX_PIECES):
+        refuse(o, "pieces", len(pieces), f"1 to {min(vocab, MAX_PIECES)}, as vocab_size is {vocab}")
+    ids = {}
+    for i, (text, _) in enumerate(pieces):
+        n = len(text.encode())
+        if not 1 <= n <= MAX_PIECE or text in ids:
+            refuse(o, f"piece {i}, {show(text)}", f"{n} bytes" if text not in ids else "a repeated "
+                   "one", f"one of its own, of up to {MAX_PIECE} bytes")
+        ids[text] = i
+    unknown = model["unk_id"]
+    if type(unknown) is not int or not 0 <= unknown < len(pieces):
+        refuse(o, "unk_id", show(unknown), f"an id below {len(pieces)}")
+    return ids, [read_score(score, text) for text, score in pieces]
+
+
+def read_unigram(j, vocab):
+    """Returns the Tokenizer of an encoder. `truncation`, `padding` and `decoder` are ignored."""
+    o, model, added = "tokenizer.json", j["model"], b""
+    expect(o, "model type", model["type"], "Unigram")
+    charsmap, spaces = read_spaces(j)
+    ids, scores = read_pieces(model, vocab)
+    added_ids = {t["content"]: ids.get(t["content"]) for t in j["added_tokens"]}
+    for t in sorted(j["added_tokens"], key=lambda t: t["id"]):
+        name = f"added token {show(t['content'])}"
+        for flag in ("single_word", "rstrip", "normalized"):
+            expect(o, f"{name} {flag}", t[flag], False)
+        expect(o, f"{name} lstrip", t["lstrip"], False, True)
+        expect(o, f"{name} id", t["id"], ids.get(t["content"], "that of a piece"))
+        added += added_token(ids[t["content"]], t["content"].encode(), t["lstrip"])
+    expect(o, "added tokens of the same text", len(j["added_tokens"]) - len(added_ids), 0)
+    bos_id, eos_id = read_ends(j["post_processor"], added_ids)
+    singles, pairs, replacements = charsmap_tables(read_charsmap(charsmap))
+    texts = [text.encode() for text in ids]
+    pieces = b"".join(texts)
+    data = struct.pack("<8I", len(ids), model["unk_id"], spaces, len(singles) // 8,
+                       len(pairs) // 12, len(pieces), len(replacements), 0)
+    data += np.array(scores, "<f8").tobytes() + singles + pairs + bytes(map(len, texts))
+    data += pieces + replacements
+    strips = [t["content"] for t in j["added_tokens"] if t["lstrip"]]
+    notes = [] if spaces else [
+        "texts get the ids of tokenizer.json. XLMRobertaTokenizer of transformers 5 ignores its "
+        "normalizer and pre_tokenizer: white space at an end of a text or beside a special token "
+        "may give other ids there"]
+    return Tokenizer(Section("unigram", U8, 1, len(data), data), f"{len(ids):,} pieces", added,
+                     bos_id, eos_id, ids, added_ids, [], strips, ENCODER_TOKENIZERS, notes)
+
+
+# ---- the tokenizer's other files ---------------------------------------------------------------
 
 # Classes of transformers that take tokenizer.json as it is.
-TOKENIZERS = [None, "Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizer",
-              "PreTrainedTokenizerFast", "TokenizersBackend"]
+ANY_TOKENIZER = [None, "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"]
+TOKENIZERS = [*ANY_TOKENIZER, "Qwen2Tokenizer", "Qwen2TokenizerFast"]
+ENCODER_TOKENIZERS = [*ANY_TOKENIZER, "XLMRobertaTokenizer", "XLMRobertaTokenizerFast"]
 SPECIAL_KEYS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 SPECIAL_LISTS = "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"
 
@@ -538,6 +827,8 @@ def read_special_tokens(j, o, tokenizer):
         if name is not None and name not in tokenizer.added_ids:
             refuse(o, f"{show(name)} is no added token of tokenizer.json, and transformers adds it;"
                    f" {SAVE_TOKENIZER}")
+        if isinstance(t, dict):
+            expect(o, f"{show(name)} lstrip", t.get("lstrip", False), name in tokenizer.strips)
 
 
 def read_added_tokens(j, tokenizer):
@@ -557,7 +848,7 @@ def read_tokenizer_config(j, tokenizer, given):
     o, end = TOKENIZER_CONFIG, j.get("eos_token")
     for key in ("add_prefix_space", "add_bos_token", "split_special_tokens", "do_lower_case"):
         expect(o, key, j.get(key), None, False)
-    expect(o, "tokenizer_class", j.get("tokenizer_class"), *TOKENIZERS)
+    expect(o, "tokenizer_class", j.get("tokenizer_class"), *tokenizer.classes)
     if j.get("auto_map"):
         refuse(o, "auto_map: a tokenizer with code of its own, which qemb does not have",
                show(j["auto_map"]), "none")
@@ -565,7 +856,8 @@ def read_tokenizer_config(j, tokenizer, given):
         name = f"added_tokens_decoder: {show(t['content'])}"
         expect(o, f"{name} id in tokenizer.json", tokenizer.ids.get(t["content"]), int(i))
         for flag in ADDED_FLAGS:
-            expect(o, f"{name} {flag}", t.get(flag, False), False)
+            want = flag == "lstrip" and t["content"] in tokenizer.strips
+            expect(o, f"{name} {flag}", t.get(flag, False), want)
         late = t["content"] in tokenizer.late
         expect(o, f"{name} normalized", t.get("normalized", not t.get("special")), late)
     expect(o, "truncation_side", j.get("truncation_side"), None, "right")
@@ -652,19 +944,21 @@ def read_bert(j, kind):
     return read_limit(BERT, j, "max_seq_length")
 
 
-def read_pooling(j):
-    """Returns "last" or "mean"."""
+def read_pooling(j, encoder):
+    """Returns one of POOLINGS."""
     # One flag per pooling mode or, in newer files, the mode's name, or a list of names.
     kinds = [k.removeprefix("pooling_mode_").removesuffix("_tokens") for k, on in j.items()
              if k.startswith("pooling_mode_") and on]
+    kinds = ["cls" if kind == "cls_token" else kind for kind in kinds]
     mode = j.get("pooling_mode") or []
     mode = [mode] if isinstance(mode, str) else mode
     kinds = sorted([*mode, *({*kinds} - {*mode})])
-    expect(POOLING, "pooling", kinds, ["lasttoken"], ["mean"],
-           hint="if it is wrong, say what is pooled by --pooling last or mean")
-    if kinds == ["mean"]:  # the last token is never the prompt's
+    expect(POOLING, "pooling", kinds, ["cls"] if encoder else ["lasttoken"], ["mean"],
+           hint="if it is wrong, say what is pooled by --pooling "
+           f"{'first' if encoder else 'last'} or mean")
+    if kinds != ["lasttoken"]:  # the last token is never the prompt's
         expect(POOLING, "include_prompt", j.get("include_prompt", True), True)
-    return "last" if kinds == ["lasttoken"] else "mean"
+    return {"lasttoken": "last", "mean": "mean", "cls": "first"}[kinds[0]]
 
 
 def read_dense(j, o, hidden):
@@ -767,6 +1061,9 @@ def read_prompts(j, kind, given, notes, known=None, task=RERANKER["instruct"]):
         refuse("--prompt", "of a reranker it can only give the task", " and ".join(
             map(show, others)), show("instruct"))
     prompts |= given
+    if kind == "embedding" and "passage" in prompts and "document" not in prompts:
+        prompts["document"] = prompts["passage"]
+        notes.append("document is another name of the prompt passage: --document uses it")
     if kind == "embedding" and prompts.get("document"):
         notes.append("documents have a prompt here, which only --document puts before them")
     if len(prompts) > MAX_PROMPTS or any(not k or "\0" in k + v for k, v in prompts.items()):
@@ -775,12 +1072,16 @@ def read_prompts(j, kind, given, notes, known=None, task=RERANKER["instruct"]):
     return "".join(f"{k}\0{v}\0" for k, v in prompts.items()).encode(), list(prompts)
 
 
-# ---- safetensors -------------------------------------------------------------------------------
+# ---- weights of a checkpoint -------------------------------------------------------------------
 
 Tensor = namedtuple("Tensor", "name path dtype shape offset")  # offset in bytes, in the file
 SOURCE_DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 # 32 numbers of a GGUF file are q * scale
 Q8_0 = np.dtype([("scale", "<f2"), ("q", "i1", 32)])
+
+
+# Tensors of an encoder that no vector depends on; the last is a buffer of older transformers.
+LEFT_OUT = "pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"
 
 
 def read_index(j):
@@ -805,15 +1106,12 @@ def open_safetensors(path, name):
         n = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(n))
     header.pop("__metadata__", None)
-    for key, t in header.items():
-        if t["dtype"] not in SOURCE_DTYPES:
-            refuse(key, "dtype", t["dtype"], ", ".join(SOURCE_DTYPES))
     return {key: Tensor(key, path, t["dtype"], tuple(t["shape"]), 8 + n + t["data_offsets"][0])
             for key, t in header.items()}
 
 
-def open_tensors(folder):
-    """Returns {name without 'model.': Tensor} and the shards."""
+def open_tensors(folder, architecture, notes):
+    """Returns {name without the model's: Tensor} and the shards. Adds a note for LEFT_OUT."""
     index = {}
     if not os.path.lexists(folder / SINGLE):
         if not os.path.lexists(folder / INDEX):
@@ -824,21 +1122,32 @@ def open_tensors(folder):
                 "transformers, by model.save_pretrained(NEW, safe_serialization=True), and copy "
                 "the other files", None, f"{SINGLE} or {INDEX}")
         index = parse(folder, INDEX, read_index)
+    prefix = {"XLMRobertaModel": "roberta.", "BertModel": "bert."}.get(architecture, "model.")
     tensors, shards = {}, sorted(set(index.values())) or [SINGLE]
     for shard in shards:
         if not os.path.lexists(folder / shard):
             refuse(INDEX, f"shard {shard}: no such file in the source")
         for name, t in open_safetensors(folder / shard, shard).items():
-            key = name.removeprefix("model.")
+            key = name.removeprefix(prefix)
             if key in tensors:
                 refuse(name, "there twice", f"{tensors[key].path.name} and {shard}", "one")
             if index and index.get(name) != shard:
                 refuse(name, "not where the index says", shard, index.get(name, "not listed"))
             tensors[key] = t
     for name, shard in index.items():
-        if name.removeprefix("model.") not in tensors:
+        if name.removeprefix(prefix) not in tensors:
             refuse(name, f"the index names it, {shard} lacks it")
+    left = [name for name in LEFT_OUT if architecture in ENCODERS and tensors.pop(name, None)]
+    if left:
+        notes.append(f"{', '.join(left)} left out: vectors do not use them")
+    for t in tensors.values():
+        check_dtype(t)
     return tensors, shards
+
+
+def check_dtype(t):
+    if t.dtype not in SOURCE_DTYPES:
+        refuse(t.name, "dtype", t.dtype, ", ".join(SOURCE_DTYPES))
 
 
 def read_rows(t, row, n, cols):
@@ -1089,23 +1398,35 @@ def has_8_bits(t, rows, cols):
 # ---- the .qemb file ----------------------------------------------------------------------------
 
 # data: bytes; or [(name, rows)], the source tensors that are concatenated; or [] for the scales of
-# the previous matrix. bits: significant bits of an F16 section's numbers, 8 or 11; else 0
-Section = namedtuple("Section", "name dtype rows cols data bits", defaults=[0])
+# the previous matrix. bits: significant bits of an F16 section's numbers, 8 or 11; else 0. plus:
+# the tensor whose first row is added to all rows, or None
+Section = namedtuple("Section", "name dtype rows cols data bits plus", defaults=[0, None])
 
 
-def weight_sections(c, matrix):
-    """Returns the sections of all weights in the order of the file. `matrix` is the dtype of the
-    layer matrices."""
+def matrix_sections(name, dtype, cols, parts):
+    rows = sum(rows for _, rows in parts)
+    yield Section(name, dtype, rows, cols, parts)
+    if dtype is not F16:
+        yield Section(name + ".scale", F32, rows, -(-cols // GROUP), ())
+
+
+def vector_section(name, n, *sources):
+    """sources: tensors of n numbers, which are concatenated."""
+    return Section(name, F32, 1, n * len(sources), [(source, 1) for source in sources])
+
+
+def weight_sections(c, places, matrix):
+    """Returns the sections of all weights in the order of the file. c: the Config. places: of an
+    encoder, or None. `matrix` is the dtype of the layer matrices."""
+    return encoder_sections(c, places, matrix) if places else qwen3_sections(c, matrix)
+
+
+def qwen3_sections(c, matrix):
+    vec = vector_section
     D, F, hd, Q, KV = c.hidden, c.ffn, c.head_dim, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
 
     def mat(name, cols, *parts):
-        rows = sum(rows for _, rows in parts)
-        yield Section(name, matrix, rows, cols, parts)
-        if matrix is not F16:
-            yield Section(name + ".scale", F32, rows, -(-cols // GROUP), ())
-
-    def vec(name, n, source):
-        return Section(name, F32, 1, n, [(source, 1)])
+        return matrix_sections(name, matrix, cols, parts)
 
     yield Section("tok_emb", F16, c.vocab, D, [("embed_tokens.weight", c.vocab)])
     for i in range(c.n_layers):
@@ -1122,6 +1443,44 @@ def weight_sections(c, matrix):
     yield vec("final_norm", D, "norm.weight")
 
 
+EMBEDDINGS = "embeddings."
+TYPES = EMBEDDINGS + "token_type_embeddings.weight"
+
+
+def encoder_sections(c, places, matrix):
+    D, F, rows = c.hidden, c.ffn, places.first + c.max_positions
+
+    def linear(w, b, cols, n, *sources):
+        """Matrices of n rows one below the other, and their biases."""
+        parts = [(source + ".weight", n) for source in sources]
+        yield from matrix_sections(w, matrix, cols, parts)
+        yield vector_section(b, n, *(source + ".bias" for source in sources))
+
+    def norm(name, source):
+        yield vector_section(name, D, source + ".LayerNorm.weight")
+        yield vector_section(name + "_bias", D, source + ".LayerNorm.bias")
+
+    yield Section("tok_emb", F16, c.vocab, D, [(EMBEDDINGS + "word_embeddings.weight", c.vocab)])
+    yield Section("pos_emb", F32, rows, D, [(EMBEDDINGS + "position_embeddings.weight", rows)], 0,
+                  TYPES)
+    yield from norm("emb_norm", EMBEDDINGS[:-1])
+    for i in range(c.n_layers):
+        p, q = f"layers.{i}.", f"encoder.layer.{i}."
+        attn = q + "attention."
+        yield from linear(p + "wqkv", p + "bqkv", D, D, *(
+            f"{attn}self.{name}" for name in ("query", "key", "value")))
+        yield from linear(p + "wo", p + "bo", D, D, attn + "output.dense")
+        yield from norm(p + "attn_norm", attn + "output")
+        yield from linear(p + "wup", p + "bup", D, F, q + "intermediate.dense")
+        yield from linear(p + "wdown", p + "bdown", F, D, q + "output.dense")
+        yield from norm(p + "mlp_norm", q + "output")
+
+
+def source_shape(w, rows):
+    """The shape of a tensor that has `rows` rows of the section w."""
+    return (rows, w.cols) if w.dtype is F16 or w.plus else (w.cols // len(w.data),)
+
+
 def check_tensors(s):
     """Checks that the source has exactly the tensors of the sections and those that make its dense
     layer. Returns the latter: {name: shape}. Adds notes."""
@@ -1130,8 +1489,11 @@ def check_tensors(s):
         more = logit_tensors(s)
     elif s.claims.linear:
         more = {"linear.weight": (s.claims.linear, s.config.hidden)}
-    want = {name: (w.cols,) if w.dtype is F32 else (rows, w.cols)
-            for w in weight_sections(s.config, F16) for name, rows in w.data} | more
+    if s.claims.places:
+        more = {TYPES: (s.claims.places.types, s.config.hidden)}
+    want = {name: source_shape(w, rows)
+            for w in weight_sections(s.config, s.claims.places, F16)
+            for name, rows in w.data} | more
     missing, extra = [n for n in want if n not in tensors], [n for n in tensors if n not in want]
     if "lm_head.weight" in extra and s.kind == "embedding":  # saved by an untied Qwen3ForCausalLM
         extra.remove("lm_head.weight")
@@ -1147,7 +1509,7 @@ def check_tensors(s):
     for name, shape in want.items():
         if tensors[name].shape != shape:
             refuse(tensors[name].name, "shape", list(tensors[name].shape), list(shape))
-    return more
+    return {} if s.claims.places else more
 
 
 # ---- the dense layer ---------------------------------------------------------------------------
@@ -1168,6 +1530,8 @@ def open_dense(folder, path, hidden, tensors):
         refuse(file, "no such file in the source (pytorch_model.bin is not read, since "
                "loading it can run code; sentence-transformers saves it as safetensors)")
     found = open_safetensors(folder / file, file)
+    for t in found.values():
+        check_dtype(t)
     want = ({"linear.bias": [rows]} if bias else {}) | {"linear.weight": [rows, hidden]}
     expect(file, "tensors", {k: list(t.shape) for k, t in sorted(found.items())}, want)
     tensors |= {"dense." + k: t._replace(name=f"{path} {k}") for k, t in found.items()}
@@ -1239,12 +1603,14 @@ def layout(sections):
 
 
 def header_fields(s):
-    """Returns the header's bytes from 72 on for a Source."""
-    dense_rows = s.dense[0].rows if s.dense else 0
+    """Returns the header's bytes from 72 to 139 and from 148 on, for a Source."""
+    dense_rows, places = s.dense[0].rows if s.dense else 0, s.claims.places
     return struct.pack("<9I2f6I", *s.config[:8], s.tokenizer.eos_id, *s.config[8:],
                        KINDS.index(s.kind), POOLINGS.index(s.pooling),
                        ATTENTIONS.index(s.claims.attention), dense_rows,
-                       ACTIVATIONS.index(s.activation), s.window)
+                       ACTIVATIONS.index(s.activation), s.window), struct.pack(
+                           "<4I", BERT_ARCHITECTURE, s.tokenizer.bos_id, places.pad_id,
+                           places.first) if places else bytes(16)
 
 
 FNV_START = 0xCBF29CE484222325
@@ -1258,9 +1624,9 @@ def fnv1a(h, data):
 
 
 def header(fields, n_sections, size, sha, directory, tables):
-    """fields: the bytes from 72 on. tables: the checksum of the tables and vectors."""
+    """fields: header_fields. tables: the checksum of the tables and vectors."""
     h = b"qemb\r\n\x1a\n" + struct.pack("<IIQQII", 1, 0x01020304, size, 0, n_sections, 0) + sha
-    h = (h + fields + struct.pack("<Q", tables)).ljust(4096, b"\0")
+    h = (h + fields[0] + struct.pack("<Q", tables) + fields[1]).ljust(4096, b"\0")
     check = fnv1a(FNV_START, h + directory)  # with its own field zero
     return h[:24] + struct.pack("<Q", check) + h[32:]
 
@@ -1274,8 +1640,10 @@ def encoded(section, tensors, rounding):
         yield b"".join(rounding.scales)
         rounding.scales.clear()
         return
+    plus = section.plus and read_rows(tensors[section.plus], 0, 1, section.cols)
     for t, rows in ((tensors[name], rows) for name, rows in section.data):
-        for row, w in read_blocks(t, rows, section.cols, BLOCK):
+        for row, w in read_blocks(t, rows, t.shape[-1], BLOCK):
+            w = w if plus is None else w + plus
             yield section.dtype.encode(w, t, row, rounding)
 
 
@@ -1439,6 +1807,17 @@ def is_qwen3_reranker(name):
     return bool(re.search("qwen3[-_ ]?reranker", name.lower()))
 
 
+def is_e5(name):
+    """Of multilingual-e5-small, -base and -large. The prompts of -large-instruct are others."""
+    return "multilingual-e5" in name.lower() and "instruct" not in name.lower()
+
+
+def check_pooling(args, encoder):
+    wrong, right = ("last", "first or mean") if encoder else ("first", "last or mean")
+    if args.pooling == wrong:
+        refuse("--pooling", f"of {'an encoder' if encoder else 'a Qwen3'}", wrong, right)
+
+
 def check_prompt(args, obj, source, told):
     """Refuses a reranker of which no template (told), name or --kind says that it was trained with
     Qwen3-Reranker's prompt. Others have other prompts, and classifiers, such as reward models,
@@ -1486,6 +1865,19 @@ def find_kind(args, said, source, place):
     return kind
 
 
+def check_encoder(args, said, place):
+    """Refuses what an encoder cannot be. said, place: as of find_kind."""
+    if "reranker" in (said[0], args.kind):
+        refuse(said[1] if said[0] == "reranker" else "--kind", "a reranker; of this family, only "
+               "models whose output is a vector are supported")
+    if args.end_token:
+        refuse("--end-token", "tokenizer.json says what ends a text", args.end_token,
+               "none for an encoder")
+    if not said[0] and not args.pooling:
+        refuse(place[0], f"{place[1]}; say what is pooled by --pooling first or mean")
+    return "embedding"
+
+
 # What a source says. config: Config; claims: Claims; tokenizer: Tokenizer; tensors: {name: Tensor};
 # prompts: the section and the names; files: lines of provenance; notes: for the user; dense:
 # sections, or []; activation: of them; window: as in the header
@@ -1511,8 +1903,10 @@ def read_directory(args, folder, source):
     check_adapter(folder)
     check_gguf(folder, [p.name for p in folder.glob("*.gguf")], source, "name one of them")
     claims = parse(folder, "config.json", read_claims)
-    c = parse(folder, "config.json", read_config)
-    tokenizer = parse(folder, "tokenizer.json", read_tokenizer, c.vocab)
+    c, encoder = parse(folder, "config.json", read_config), bool(claims.places)
+    check_pooling(args, encoder)
+    tokenizer = parse(folder, "tokenizer.json", read_unigram if encoder else read_tokenizer,
+                      c.vocab)
     modules = {}
     if os.path.lexists(folder / "modules.json"):
         modules = parse(folder, "modules.json", read_modules, claims.architecture)
@@ -1529,12 +1923,12 @@ def read_directory(args, folder, source):
     if claims.architecture == "Qwen3ForCausalLM":
         nothing = ("config.json", "a language model, and no file of sentence-transformers says "
                    "that it embeds, as those of Qwen/Qwen3-Embedding-0.6B do")
-    kind = find_kind(args, said, source,
-                     ("modules.json", "no module that pools") if modules else nothing)
+    place = ("modules.json", "no module that pools") if modules else nothing
+    kind = check_encoder(args, said, place) if encoder else find_kind(args, said, source, place)
     pooling = args.pooling or "last"
     if kind == "embedding" and not args.pooling:
-        pooling = parse(folder, POOLING, read_pooling)
-    notes = []
+        pooling = parse(folder, POOLING, read_pooling, encoder)
+    notes = [*tokenizer.notes]
     if tokenizer.late:
         notes.append(f"added tokens such as {show(tokenizer.late[0])} are found before NFC, and by "
                      "transformers behind it: other ids where NFC changes the text of one, as a "
@@ -1555,13 +1949,15 @@ def read_directory(args, folder, source):
         parse(folder, ADDED_TOKENS, read_added_tokens, tokenizer)
     if "LogitScore" in modules:
         parse(folder, LOGIT_SCORE, read_logit_score, tokenizer.ids)
-    more = [kind, args.prompts, notes, "pplx-embed" if claims.architecture == PPLX else None]
+    known = ("pplx-embed" if claims.architecture == PPLX else
+             "multilingual-e5" if encoder and is_e5(source) else None)
+    more = [kind, args.prompts, notes, known]
     if kind == "reranker":
         more.append(find_task(args, folder, has + quiet, said[1], source))
     prompts = (parse(folder, PROMPTS, read_prompts, *more) if PROMPTS in has else
                read_prompts({}, *more))
     check_keys(folder, has + quiet, args.ignore, notes)
-    tensors, shards = open_tensors(folder)
+    tensors, shards = open_tensors(folder, claims.architecture, notes)
     files = [f"file: {name} sha256 " + hashlib.sha256(read_text_file(folder, name)).hexdigest()
              for name in has]
     files += [f"file: {s} {(folder / s).stat().st_size} bytes" for s in shards]
@@ -1608,6 +2004,7 @@ def gguf_words(o, obj, text):
 
 def gguf_source(args, path, o):
     meta, tensors = open_gguf(path)
+    check_pooling(args, False)
     notes, known = [], KEYS["GGUF"].split()
     own = [key.removeprefix("tokenizer.ggml.") for key in meta if key.startswith("tokenizer.ggml.")]
     ignore_keys([(o, key) for key in own if key not in known], args.ignore, notes)
@@ -1663,7 +2060,7 @@ def provenance(args, s, source, commit, dtypes):
     if s.kind == "reranker":
         lines.append("kind: reranker")
     else:
-        words = {"last": "last token", "mean": "mean"}
+        words = {"last": "last token", "mean": "mean", "first": "first token"}
         lines.append(f"pooling: {words[s.pooling]}" + (", by --pooling" if args.pooling else ""))
     if s.claims.attention != "causal":
         lines.append(f"attention: {s.claims.attention}")
@@ -1695,13 +2092,12 @@ def convert(args):
         refuse(out, "output", "something else", "a file, or a free name")
     s = (read_gguf if folder.is_file() else read_directory)(args, folder, source)
     s.notes.extend(args.note)
-    weights = [*weight_sections(s.config, MATRIX_DTYPES[args.dtype]), *s.dense]
+    weights = [*weight_sections(s.config, s.claims.places, MATRIX_DTYPES[args.dtype]), *s.dense]
     weights = [add_bits(w, s.tensors) for w in weights]
     dtypes = " ".join(sorted({t.dtype for t in s.tensors.values()}))
     about = provenance(args, s, source, commit, dtypes)
-    merges, prompts, names = s.tokenizer.merges, *s.prompts
-    sections = [Section("merges", U32, len(merges), 2, merges.tobytes()),
-                *(Section(name, U8, 1, len(data), data) for name, data in
+    prompts, names = s.prompts
+    sections = [s.tokenizer.table, *(Section(name, U8, 1, len(data), data) for name, data in
                   (("added_tokens", s.tokenizer.added), ("prompts", prompts),
                    ("provenance", about))), *weights]
     size = layout(sections)[2]
@@ -1721,7 +2117,7 @@ def convert(args):
             f"rounding   at most {rounding.worst:.3g}{rounding.where}; {rounding.tiny:,} numbers "
             "below 2^-14 were rounded",
             f"model      {model_words(s)}",
-            f"tokenizer  {len(merges):,} merges, end-of-text {end}",
+            f"tokenizer  {s.tokenizer.words}, end-of-text {end}",
             f"prompts    {', '.join(names) or 'none'}",
             f"checked    {checked}",
             f"sha256     {sha}",
@@ -1745,14 +2141,16 @@ def named_prompt(text):
 
 def main():
     p = argparse.ArgumentParser(
-        description="Converts an embedding or rerank model of the Qwen3 family to one .qemb file.")
+        description="Converts an embedding or rerank model of the Qwen3 family, or an XLM-RoBERTa "
+        "or BERT encoder, to one .qemb file.")
     p.add_argument("source", help="a Hugging Face directory, a name on the hub (owner/name), or a "
                    ".gguf file")
     p.add_argument("--out", help="the file to write (default: the source's name with .qemb)")
     p.add_argument("--dtype", choices=list(MATRIX_DTYPES), default="f16", help="of the matrices")
     p.add_argument("--kind", choices=KINDS, help="what the model is for, if its files do not say")
     p.add_argument("--pooling", choices=POOLINGS, default="",
-                   help="pool the last token or the mean, whatever the source says or does not say")
+                   help="pool the last token, the mean or (encoders) the first token, whatever "
+                   "the source says or does not say")
     p.add_argument("--end-token", default="", metavar="TOKEN",
                    help="append this token to every text, or none, whatever the source says")
     p.add_argument("--prompt", action="append", default=[], type=named_prompt, metavar="NAME=TEXT",

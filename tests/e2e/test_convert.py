@@ -56,10 +56,12 @@ class Qemb:
         self.sha256 = b[40:72].hex()
         keys = "n_layers hidden n_heads n_kv_heads head_dim ffn vocab max_positions eos_id".split()
         self.config = dict(zip(keys, struct.unpack_from("<9I", b, 72)))
-        self.rope_theta, self.rms_eps = struct.unpack_from("<2f", b, 108)
+        self.rope_theta, self.norm_eps = struct.unpack_from("<2f", b, 108)
         keys = "kind pooling attention dense_rows activation window".split()
         self.use = dict(zip(keys, struct.unpack_from("<6I", b, 116)))
-        assert not any(b[148:4096])
+        keys = "architecture bos_id pad_id first_position".split()
+        self.encoder = dict(zip(keys, struct.unpack_from("<4I", b, 148)))
+        assert not any(b[164:4096]) and (self.encoder["architecture"] == 1 or not any(b[148:164]))
         h = 0xCBF29CE484222325
         for byte in b[:24] + bytes(8) + b[32 : 4096 + 96 * n]:
             h = ((h ^ byte) * 0x100000001B3) % (1 << 64)
@@ -91,6 +93,8 @@ class Qemb:
         assert all(re.match(r"[a-z]+: .", line) for line in self.provenance.splitlines())
 
     def expected_names(self):
+        if self.encoder["architecture"]:
+            return self.encoder_names()
         layer = "attn_norm wqkv q_norm k_norm wo mlp_norm wgu wdown".split()
         if self.sections["layers.0.wqkv"].dtype == "i1":
             layer = [n for t in layer for n in ([t] if "norm" in t else [t, t + ".scale"])]
@@ -99,12 +103,26 @@ class Qemb:
         return ["merges", "added_tokens", "prompts", "provenance", "tok_emb", *layers, "final_norm",
                 *dense]
 
-    @staticmethod
-    def read_added(b):
+    def encoder_names(self):
+        matrices = "wqkv wo wup wdown".split()
+        if self.sections["layers.0.wqkv"].dtype == "i1":
+            matrices = [f"{m} {m}.scale" for m in matrices]
+        layer = ("{} bqkv {} bo attn_norm attn_norm_bias {} bup {} bdown mlp_norm mlp_norm_bias"
+                 ).format(*matrices).split()
+        layers = [f"layers.{i}.{t}" for i in range(self.config["n_layers"]) for t in layer]
+        dense = ["dense", "dense_bias"] if self.use["dense_rows"] else []
+        return ["unigram", "added_tokens", "prompts", "provenance", "tok_emb", "pos_emb",
+                "emb_norm", "emb_norm_bias", *layers, *dense]
+
+    def read_added(self, b):
+        """(id, text) of each token, and True if it takes the white space before it."""
         tokens, at = [], 0
         while at < len(b):
             i, n = struct.unpack_from("<II", b, at)
-            tokens.append((i, b[at + 8 : at + 8 + n].decode()))
+            strips = (True,) * (n >> 31)
+            assert not strips or self.encoder["architecture"]
+            n &= (1 << 31) - 1
+            tokens.append((i, b[at + 8 : at + 8 + n].decode(), *strips))
             end = at + 8 + n
             at = -(-end // 4) * 4
             assert not any(b[end:at])
@@ -255,7 +273,7 @@ def test_golden_is_reproduced(tmp_path, monkeypatch):
     assert got == want
     assert q.config == dict(n_layers=2, hidden=32, n_heads=2, n_kv_heads=1, head_dim=32, ffn=48,
                             vocab=512, max_positions=200, eos_id=500)
-    assert q.rope_theta == np.float32(1e6) and q.rms_eps == np.float32(1e-6)
+    assert q.rope_theta == np.float32(1e6) and q.norm_eps == np.float32(1e-6)
     assert q.prompts == {"query": hf.QUERY, "document": ""}
     assert q.use == PLAIN
 
@@ -341,7 +359,7 @@ def test_every_field(folder):
     assert_weights(q, folder)
     assert q.config == dict(n_layers=2, hidden=24, n_heads=4, n_kv_heads=2, head_dim=10, ffn=20,
                             vocab=300, max_positions=64, eos_id=260)
-    assert q.rope_theta == np.float32(1e6) and q.rms_eps == np.float32(1e-6)
+    assert q.rope_theta == np.float32(1e6) and q.norm_eps == np.float32(1e-6)
     # 'a' is byte 97, the 65th printable one after '!'; U+0120 stands for the space, byte 32
     a, space = 97 - 33, 188 + 32
     assert q.sections["merges"].tolist() == [[a, a + 1], [256, a + 2], [space, a + 19],
@@ -1575,8 +1593,8 @@ class Pair:
 
 def same(a, b, *but):
     """Whether two files differ in provenance alone."""
-    assert (a.config, a.use, a.rope_theta, a.rms_eps, a.added) == (
-        b.config, b.use, b.rope_theta, b.rms_eps, b.added)
+    assert (a.config, a.use, a.rope_theta, a.norm_eps, a.added) == (
+        b.config, b.use, b.rope_theta, b.norm_eps, b.added)
     assert list(a.sections) == list(b.sections) and a.bits == b.bits
     for name, data in a.sections.items():
         if name not in ("provenance", *but):

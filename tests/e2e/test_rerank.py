@@ -194,13 +194,13 @@ def test_one_answer_per_record_in_order(pair_ids):
 
 def test_scores_are_those_of_the_rows(as_embedding, pair_ids, tmp_path):
     """logit = dense . row, and a row is the last norm's: its numbers divided by the norm's weights
-    have the mean square 1. The vector has the row's direction, so it gives the row. With rms_eps
+    have the mean square 1. The vector has the row's direction, so it gives the row. With norm_eps
     1e-12 that is exact to rounding: a vector's 64 numbers are floats (2^-24 each), and the same row
     is the reranker's input. The logit's error is below |dense| |row| 2^-23, a score's a quarter of
     it, and the score's own rounding to float is below 2^-24. A row's length is at most
     8 max |w|."""
     f = edit_qemb.Qemb(MODEL)
-    f.config["rms_eps"] = 1e-12
+    f.config["norm_eps"] = 1e-12
     model = f.write(tmp_path / "reranker.qemb")
     f.config["kind"] = 0
     f.set_dense(None, None)

@@ -74,7 +74,7 @@ def test_the_int8_file_is_the_converters(tmp_path):
     retrieval_accuracy.write_int8_file(tmp_path / "f16", tmp_path / "got")
     want, got = Qemb(tmp_path / "int8"), Qemb(tmp_path / "got")
     assert got.config == want.config and got.bits == want.bits
-    assert (got.rope_theta, got.rms_eps) == (want.rope_theta, want.rms_eps)
+    assert (got.rope_theta, got.norm_eps) == (want.rope_theta, want.norm_eps)
     for name in want.sections.keys() - {"provenance"}:
         assert got.sections[name].tobytes() == want.sections[name].tobytes(), name
     assert retrieval_accuracy.has_int8_weights(tmp_path / "got")

@@ -43,7 +43,7 @@ def edited(path, dense_rows=0, activation=0, **fields):
 
 def rows_of(unit, eps_free):
     """The rows of unit vectors: the last norm gives numbers whose mean square, before its weights,
-    is 1. That is exact if rms_eps is next to 0."""
+    is 1. That is exact if norm_eps is next to 0."""
     w = np.array(eps_free.floats("final_norm"))
     normed = unit / w
     return normed / np.sqrt(np.mean(normed**2, axis=1, keepdims=True)) * w
@@ -78,8 +78,8 @@ def test_dense_layer(tmp_path, rows, activation):
     of 2^-24 or less; a row of them errs by |row| 2^-24 kappa, kappa being how much the norm's
     weights differ; the layer multiplies that by at most its norm, and scaling to length 1 divides
     it by the vector's length, at most twice."""
-    plain, _, _ = edited(tmp_path / "plain.qemb", rms_eps=1e-12)
-    model, weights, bias = edited(tmp_path / "dense.qemb", rows, activation, rms_eps=1e-12)
+    plain, _, _ = edited(tmp_path / "plain.qemb", norm_eps=1e-12)
+    model, weights, bias = edited(tmp_path / "dense.qemb", rows, activation, norm_eps=1e-12)
     f = edit_qemb.Qemb(plain)
     row = rows_of(vectors(plain), f)
     y = row @ weights.T + bias

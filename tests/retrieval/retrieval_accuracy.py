@@ -108,6 +108,8 @@ def write_int8_file(source, out):
     n, = struct.unpack_from("<I", data, 32)
     numbers = struct.unpack_from("<9I2f", data, 72)
     c = cw.Config(*numbers[:8], *numbers[9:])
+    is_encoder, _, pad_id, first = struct.unpack_from("<4I", data, 148)
+    places = cw.Places(pad_id, first, None) if is_encoder else None
     sections, tensors, bits = [], {}, {}
     for i in range(n):
         name, dtype, bits_here, rows, cols, at, size, _ = struct.unpack_from(
@@ -118,11 +120,13 @@ def write_int8_file(source, out):
             sections.append(cw.Section(name, kind, rows, cols, data[at:at + size]))
         kind = "F16" if dtype == cw.F16.code else "F32"
         tensors[name], bits[name] = cw.Tensor(name, Path(source), kind, (rows, cols), at), bits_here
-    for s in cw.weight_sections(c, cw.MATRIX_DTYPES["int8"]):
+    for s in cw.weight_sections(c, places, cw.MATRIX_DTYPES["int8"]):
         parts = [(s.name, s.rows)] if s.data else ()  # () for scales
-        sections.append(s._replace(data=parts, bits=bits[s.name] if s.dtype is cw.F16 else 0))
+        sections.append(s._replace(data=parts, bits=bits[s.name] if s.dtype is cw.F16 else 0,
+                                   plus=None))
     with open(out, "wb") as f:
-        cw.write_sections(f, data[72:140], sections, tensors, cw.tqdm(disable=True))
+        fields = data[72:140], data[148:164]
+        cw.write_sections(f, fields, sections, tensors, cw.tqdm(disable=True))
 
 
 def has_int8_weights(model):
