@@ -29,9 +29,12 @@ import argparse
 import base64
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
+import pickletools
 import re
 import signal
 import stat
@@ -39,6 +42,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -66,6 +70,7 @@ GROUP = 64  # weights in a row of an INT8 matrix that share a scale
 BLOCK = 1 << 22  # numbers converted at a time; a block takes about 24 bytes a number
 BITS_BLOCK = 1 << 16  # numbers whose significant bits are looked at together
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PROMPTS, POOLING = "config_sentence_transformers.json", "1_Pooling/config.json"
 BERT = "sentence_bert_config.json"  # sentence-transformers writes it for any kind of model
 LOGIT_SCORE = "1_LogitScore/config.json"
@@ -73,7 +78,8 @@ JSON_FILES = ["config.json", "tokenizer.json", "modules.json", PROMPTS, POOLING,
 TOKENIZER_CONFIG, ADAPTER = "tokenizer_config.json", "adapter_config.json"
 ADDED_TOKENS, SPECIAL_TOKENS = "added_tokens.json", "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
-MODULE_FILES = ["?_*/config.json", "?_Dense/model.safetensors"]  # of sentence-transformers' modules
+# Of sentence-transformers' modules
+MODULE_FILES = ["?_*/config.json", "?_Dense/model.safetensors", "?_Dense/pytorch_model.bin"]
 # A name's place in its list is its number in the file.
 KINDS, POOLINGS = ["embedding", "reranker"], ["last", "mean", "first"]
 ATTENTIONS, ACTIVATIONS = ["causal", "bidirectional"], ["identity", "tanh"]
@@ -1084,12 +1090,12 @@ Q8_0 = np.dtype([("scale", "<f2"), ("q", "i1", 32)])
 LEFT_OUT = "pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"
 
 
-def read_index(j):
+def read_index(j, o):
     """Returns {tensor: shard}."""
     index = dict(j["weight_map"].items())
     for shard in index.values():
         if not shard or os.path.basename(shard) != shard:
-            refuse(INDEX, "shard", show(shard), "the name of a file beside the index")
+            refuse(o, "shard", show(shard), "the name of a file beside the index")
     return index
 
 
@@ -1112,22 +1118,20 @@ def open_safetensors(path, name):
 
 def open_tensors(folder, architecture, notes):
     """Returns {name without the model's: Tensor} and the shards. Adds a note for LEFT_OUT."""
+    one, index_file, read = SINGLE, INDEX, open_safetensors
+    if not any(os.path.lexists(folder / name) for name in (SINGLE, INDEX)):
+        one, index_file, read = PICKLE, PICKLE_INDEX, open_pickle
     index = {}
-    if not os.path.lexists(folder / SINGLE):
-        if not os.path.lexists(folder / INDEX):
-            others = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
-            refuse(others[0] if others else folder, (
-                "not read, since loading it can run code; " if others else
-                "no weights; if there is a pytorch_model.bin, ") + "save the model anew in "
-                "transformers, by model.save_pretrained(NEW, safe_serialization=True), and copy "
-                "the other files", None, f"{SINGLE} or {INDEX}")
-        index = parse(folder, INDEX, read_index)
+    if not os.path.lexists(folder / one):
+        if not os.path.lexists(folder / index_file):
+            refuse(folder, "no weights", None, f"{SINGLE}, {INDEX}, {PICKLE} or {PICKLE_INDEX}")
+        index = parse(folder, index_file, read_index, index_file)
     prefix = {"XLMRobertaModel": "roberta.", "BertModel": "bert."}.get(architecture, "model.")
-    tensors, shards = {}, sorted(set(index.values())) or [SINGLE]
+    tensors, shards = {}, sorted(set(index.values())) or [one]
     for shard in shards:
         if not os.path.lexists(folder / shard):
-            refuse(INDEX, f"shard {shard}: no such file in the source")
-        for name, t in open_safetensors(folder / shard, shard).items():
+            refuse(index_file, f"shard {shard}: no such file in the source")
+        for name, t in read(folder / shard, shard).items():
             key = name.removeprefix(prefix)
             if key in tensors:
                 refuse(name, "there twice", f"{tensors[key].path.name} and {shard}", "one")
@@ -1171,6 +1175,179 @@ def read_blocks(t, rows, cols, block):
     step = max(1, block // cols)
     for row in range(0, rows, step):
         yield row, read_rows(t, row, min(step, rows - row), cols)
+
+
+# ---- pytorch_model.bin -------------------------------------------------------------------------
+
+# What torch.save writes: a zip of stored members. DIRECTORY/data.pkl is a pickle of {name: tensor}
+# that refers to the numbers in DIRECTORY/data/KEY. A pickle is a program: it may call whatever it
+# names. This one can name what FileOfTensors.known has: two functions that make a dictionary and a
+# tuple, and types that nobody can call. It is scanned first, so it cannot fill the memory either.
+StorageType = namedtuple("StorageType", "dtype itemsize")
+STORAGES = {"FloatStorage": StorageType("F32", 4), "HalfStorage": StorageType("F16", 2),
+            "BFloat16Storage": StorageType("BF16", 2), "LongStorage": StorageType("I64", 8)}
+MAX_PICKLE = 1 << 20  # bytes of data.pkl; a tensor takes about 150
+MAX_DIRECTORY = 1 << 23  # bytes that zipfile may read at once: the list of members
+OPCODES = set("""PROTO EMPTY_DICT EMPTY_LIST EMPTY_TUPLE MARK BINPUT LONG_BINPUT BINGET LONG_BINGET
+    GLOBAL BINUNICODE TUPLE TUPLE1 TUPLE2 TUPLE3 BINPERSID BININT BININT1 BININT2 LONG1 NEWFALSE
+    NEWTRUE NONE REDUCE BUILD SETITEM SETITEMS APPEND APPENDS STOP""".split())
+SAFE = "in transformers, model.save_pretrained(NEW, safe_serialization=True)"
+Storage = namedtuple("Storage", "dtype itemsize offset count")  # numbers of a member, in the file
+
+
+class SmallReads(io.FileIO):
+    """A file of which nobody reads much at once."""
+
+    def read(self, n=-1):
+        if n > MAX_DIRECTORY:
+            raise ValueError(f"a list of members of {n} bytes, want at most {MAX_DIRECTORY}")
+        return super().read(n)
+
+
+class StateDict(dict):
+    """An OrderedDict of the pickle."""
+
+    def __setstate__(self, state):
+        """The state would set _metadata, which is not used."""
+
+
+class Function:
+    """What the pickle may call, and not change."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, *args):
+        return self.call(*args)
+
+    def __setstate__(self, state):
+        raise TypeError("a state of a function")
+
+
+class FileOfTensors(pickle.Unpickler):
+    def __init__(self, data, path, name, members):
+        super().__init__(io.BytesIO(data), fix_imports=False)
+        self.path, self.name, self.members = path, name, members
+        # Without arguments: copies of a large dictionary in many calls would fill the memory.
+        self.known = {"collections.OrderedDict": Function(lambda: StateDict()),
+                      "torch._utils._rebuild_tensor_v2": Function(self.tensor),
+                      **{f"torch.{storage}": value for storage, value in STORAGES.items()}}
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in self.known:
+            refuse(self.name, f"its pickle names {module}.{name}, which weights do not need and "
+                   "which could be code; it was not called")
+        return self.known[f"{module}.{name}"]
+
+    def persistent_load(self, pid):
+        """Returns the Storage that a pickle calls (storage, type, key, device, numbers)."""
+        tag, kind, key, _, count = pid
+        if tag != "storage" or type(kind) is not StorageType or type(count) is not int:
+            raise TypeError("a storage of an unknown form")
+        if key not in self.members:
+            refuse(self.name, f"storage {show(key)}: no such member")
+        offset, size = self.members[key]
+        if count < 0 or count * kind.itemsize != size:
+            refuse(self.name, f"storage {show(key)}, bytes", size, count * kind.itemsize)
+        return Storage(*kind, offset, count)
+
+    def tensor(self, storage, first, shape, strides, grad, hooks, metadata=None):
+        if type(storage) is not Storage or type(shape) is not tuple or type(strides) is not tuple:
+            raise TypeError("a tensor without storage or shape")
+        if len(shape) > 8 or len(shape) != len(strides) or metadata is not None and metadata != {}:
+            raise ValueError("a tensor of an unknown form")
+        if any(type(n) is not int or n < 0 for n in (first, *shape, *strides)):
+            raise ValueError("a tensor with a size that is no number")
+        step = 1
+        for n, stride in zip(reversed(shape), reversed(strides)):
+            if n > 1 and stride != step:
+                refuse(self.name, "strides of a tensor; save it contiguous", list(strides),
+                       f"those of the shape {list(shape)}")
+            step *= n
+        if first + step > storage.count:
+            refuse(self.name, "numbers of a tensor's storage", storage.count, first + step)
+        at = storage.offset + first * storage.itemsize
+        return Tensor("", self.path, storage.dtype, shape, at)
+
+
+def check_opcodes(data, name):
+    """Refuses a pickle that may do more than make dictionaries, lists, tuples, numbers and texts,
+    and call what it names. The unpickler takes memory in proportion to the largest index of PUT."""
+    for opcode, value, _ in pickletools.genops(data):
+        if opcode.name not in OPCODES:
+            refuse(name, f"its pickle has the opcode {opcode.name}, which weights do not need and "
+                   "which could run code; it was not run")
+        if opcode.name == "LONG_BINPUT" and value > len(data):
+            refuse(name, "its pickle has an index", value, f"at most {len(data)}")
+
+
+def zip_members(archive, file, name):
+    """Returns {member's name: (place of its bytes in the file, bytes)}."""
+    members, end = {}, 0
+    for m in sorted(archive.infolist(), key=lambda m: m.header_offset):
+        what = f"member {show(m.filename)}"
+        if m.filename in members:
+            refuse(name, f"{what}: there twice")
+        if m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 or (
+                m.compress_size != m.file_size):
+            refuse(name, f"{what}: compressed or encrypted, which torch.save does not write")
+        head = b""
+        if m.header_offset >= end:  # it may be negative
+            file.seek(m.header_offset)
+            head = file.read(30)
+        if head[:4] != b"PK\3\4" or len(head) < 30:
+            refuse(name, f"{what}: not where the list of members says, or within another one")
+        start = m.header_offset + 30 + sum(struct.unpack("<HH", head[26:]))
+        end = start + m.file_size
+        members[m.filename] = start, m.file_size
+    if end > regular_size(file.name, name):
+        refuse(name, "bytes", regular_size(file.name, name), f"{end} and more")
+    return members
+
+
+def open_pickle(path, name):
+    """Returns {name: Tensor} of a file of torch.save. Runs nothing of it."""
+    regular_size(path, name)
+    with SmallReads(path) as file:
+        if file.read(4) != b"PK\3\4":
+            refuse(name, "not a zip; torch.save before version 1.6 wrote another form, and a file "
+                   "of Git LFS has to be downloaded: load it and save it anew, best as "
+                   f"safetensors: {SAFE}")
+        try:
+            members = zip_members(zipfile.ZipFile(file), file, name)
+            return read_members(members, file, path, name)
+        except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, NotImplementedError,
+                struct.error, KeyError, TypeError, AttributeError, IndexError, ValueError,
+                OverflowError, RecursionError) as e:
+            what = " ".join(str(e).split())[:120]
+            refuse(name, f"damaged, or not of torch.save ({type(e).__name__}: {what})")
+
+
+def read_members(members, file, path, name):
+    def read(member, limit):
+        start, size = members[member]
+        if size > limit:
+            refuse(name, f"bytes of {member}", size, f"at most {limit}")
+        file.seek(start)
+        return file.read(size)
+
+    pickles = [member for member in members if member.split("/")[1:] == ["data.pkl"]]
+    if len(pickles) != 1:
+        refuse(name, "members DIRECTORY/data.pkl", len(pickles), "one, as torch.save writes")
+    folder = pickles[0].removesuffix("data.pkl")
+    if folder + "byteorder" in members:
+        expect(name, "byteorder", read(folder + "byteorder", 64).decode(), "little")
+    data = read(pickles[0], MAX_PICKLE)
+    check_opcodes(data, name)
+    storages = {member.removeprefix(folder + "data/"): place for member, place in members.items()
+                if member.startswith(folder + "data/")}
+    found = FileOfTensors(data, path, name, storages).load()
+    if not isinstance(found, dict) or not all(
+            type(key) is str and type(t) is Tensor for key, t in found.items()):
+        refuse(name, "its pickle is no dictionary of names and tensors")
+    return {key: t._replace(name=key) for key, t in found.items()}
 
 
 # ---- GGUF --------------------------------------------------------------------------------------
@@ -1524,12 +1701,11 @@ def dense_sections(weight, rows, cols, bias=None):
 def open_dense(folder, path, hidden, tensors):
     """Returns the sections of sentence-transformers' module Dense in the folder `path`, and its
     activation. Adds its tensors."""
-    o, file = f"{path}/config.json", f"{path}/model.safetensors"
+    o, file, read = f"{path}/config.json", f"{path}/{SINGLE}", open_safetensors
     rows, bias, activation = parse(folder, o, read_dense, o, hidden)
-    if not os.path.lexists(folder / file):
-        refuse(file, "no such file in the source (pytorch_model.bin is not read, since "
-               "loading it can run code; sentence-transformers saves it as safetensors)")
-    found = open_safetensors(folder / file, file)
+    if not os.path.lexists(folder / file) and os.path.lexists(folder / path / PICKLE):
+        file, read = f"{path}/{PICKLE}", open_pickle
+    found = read(folder / file, file)
     for t in found.values():
         check_dtype(t)
     want = ({"linear.bias": [rows]} if bias else {}) | {"linear.weight": [rows, hidden]}
@@ -1761,7 +1937,7 @@ def interrupt(number, frame):
 
 def has_checkpoint(folder):
     return (folder / "config.json").exists() and any(
-        (folder / name).exists() for name in (SINGLE, INDEX))
+        (folder / name).exists() for name in (SINGLE, INDEX, PICKLE, PICKLE_INDEX))
 
 
 def check_gguf(folder, files, source, hint):
@@ -1792,6 +1968,9 @@ def find_source(name, quiet):
         files = [*JSON_FILES, TOKENIZER_CONFIG, ADDED_TOKENS, SPECIAL_TOKENS, TEMPLATE, ADAPTER,
                  *MODULE_FILES, "model*.safetensors", INDEX]
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+        if not has_checkpoint(folder):  # of both forms, only safetensors are loaded
+            folder = Path(huggingface_hub.snapshot_download(
+                name, revision=folder.name, allow_patterns=["pytorch_model*.bin", PICKLE_INDEX]))
     except Exception as e:  # network, access, spelling: the message of the hub
         refuse(name, f"no such directory, and not from the hub: {' '.join(str(e).split())[:300]}")
     if not has_checkpoint(folder):

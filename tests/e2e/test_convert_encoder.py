@@ -16,7 +16,7 @@ import hf_fixture as hf
 import numpy as np
 import pytest
 import unigram_fixture as uf
-from test_convert import ROOT, Qemb, convert, convert_weights, edit, refused, setting
+from test_convert import ROOT, Qemb, convert, convert_weights, edit, refused, run, setting
 from test_convert_hostile import c_number
 
 sys.path.insert(0, str(ROOT / "tests/retrieval"))
@@ -206,7 +206,7 @@ def test_weights_beyond_halves(xlmr):
 
 
 def test_a_dense_layer(xlmr):
-    """sentence-transformers' module."""
+    """sentence-transformers' module, as safetensors and as torch.save writes it."""
     edit(xlmr / "modules.json", lambda j: j.insert(2, {
         "idx": 2, "name": "3", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}))
     edit(xlmr / "modules.json", lambda j: j[3].update(idx=3, path="3_Normalize"))
@@ -220,6 +220,9 @@ def test_a_dense_layer(xlmr):
     q = convert(xlmr)
     assert q.use["dense_rows"] == 6 and list(q.sections)[-2:] == ["dense", "dense_bias"]
     assert q.sections["dense"].tobytes() == arrays["linear.weight"].tobytes()
+    (xlmr / "2_Dense/model.safetensors").unlink()
+    ef.save_bin(xlmr / "2_Dense/pytorch_model.bin", arrays)
+    assert weights_of(convert(xlmr)) == weights_of(q)
 
 
 # ---- what config.json may say ------------------------------------------------------------------
@@ -656,3 +659,28 @@ def test_the_real_tokenizer():
 def parts(table, key):
     """What a pair becomes that is no grapheme cluster."""
     return "".join(table.get(c, c) for c in key)
+
+
+# ---- the hub's files ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
+def test_the_hubs_files(xlmr, monkeypatch, form):
+    """The pickle is loaded only where there are no safetensors."""
+    import huggingface_hub
+
+    calls = []
+
+    def download(name, allow_patterns, revision=None):
+        calls.append((name, revision, "pytorch_model*.bin" in allow_patterns))
+        if len(calls) == 2:
+            ef.save_bin(xlmr / form, ef.random_arrays(SHAPE, 7))
+        return str(xlmr)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    if form == "pytorch_model.bin":
+        (xlmr / "model.safetensors").unlink()
+    run("BAAI/bge-m3")
+    assert os.listdir() == ["bge-m3.qemb"]
+    assert calls == [("BAAI/bge-m3", None, False), ("BAAI/bge-m3", "source", True)][
+        : 1 + (form == "pytorch_model.bin")]
