@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import unigram_fixture as uf
 from test_convert import ROOT, Qemb, convert, convert_weights, edit, refused, run, setting
-from test_convert_hostile import c_number
+from test_convert_hostile import c_number, fuzz_convert
 
 sys.path.insert(0, str(ROOT / "tests/retrieval"))
 import retrieval_accuracy  # noqa: E402
@@ -661,7 +661,7 @@ def parts(table, key):
     return "".join(table.get(c, c) for c in key)
 
 
-# ---- the hub's files ---------------------------------------------------------------------------
+# ---- what comes from the hub, and what is damaged ----------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
@@ -684,3 +684,12 @@ def test_the_hubs_files(xlmr, monkeypatch, form):
     assert os.listdir() == ["bge-m3.qemb"]
     assert calls == [("BAAI/bge-m3", None, False), ("BAAI/bge-m3", "source", True)][
         : 1 + (form == "pytorch_model.bin")]
+
+
+def test_mutated_checkpoints(tmp_path):
+    """`make fuzz` runs more of them."""
+    base, work = tmp_path / "base", tmp_path / "work"
+    fuzz_convert.save_encoder_base(base)
+    work.mkdir()
+    found = {fuzz_convert.run_example(base, work, "test", i) for i in range(120)}
+    assert found >= {"refused", "good"}

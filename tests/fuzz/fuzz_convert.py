@@ -7,6 +7,7 @@ whose vectors are finite. Example i of a seed is always the same; a failure prin
 test_convert_hostile runs some hundred of them.
 """
 import argparse
+import base64
 import contextlib
 import io
 import json
@@ -19,18 +20,20 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/fixtures")]
 import convert_weights  # noqa: E402
+import encoder_fixture as ef  # noqa: E402
 import hf_fixture as hf  # noqa: E402
 import numpy as np  # noqa: E402
 
 QEMB = os.path.abspath(os.environ.get("QEMB_BIN", ROOT / "qemb"))
 SHAPE = dict(layers=2, hidden=24, heads=4, kv=2, hd=10, ffn=20, vocab=300, max=64)
 MERGES = [("a", "b"), ("ab", "c"), ("Ġ", "t"), ("Ġt", "h")]
-WEIGHTS, GGUF = "model.safetensors", "tiny.gguf"
+WEIGHTS, PICKLE, GGUF = "model.safetensors", "pytorch_model.bin", "tiny.gguf"
 LIMIT = 120  # seconds until a conversion counts as hung
 
 SCALARS = [None, True, False, 0, -1, 1, 2, 3, 63, 64, 65, 255, 256, 2**31, 2**32, 2**64, 10**400,
@@ -63,6 +66,13 @@ def save_base(folder):
     hf.save_gguf(folder / GGUF, hf.gguf_keys(SHAPE, MERGES), {
         name.removeprefix("model."): np.frombuffer(blocks[0], "<f4").reshape(shape)
         for name, (_, shape, blocks) in tensors.items()}, "F32")
+
+
+def save_encoder_base(folder):
+    """A sound XLM-RoBERTa whose weights are a pytorch_model.bin, in F32."""
+    ef.save_directory(folder)
+    (folder / WEIGHTS).unlink()
+    ef.save_bin(folder / PICKLE, ef.random_arrays(ef.SHAPE, 7))
 
 
 # ---- mutations ---------------------------------------------------------------------------------
@@ -144,6 +154,45 @@ def change_weights(rng, b):
     return join_weights(header, bytes(data))
 
 
+def change_pickle(rng, path):
+    """Most changes go to data.pkl, some to the numbers, some to the zip around them."""
+    kind = rng.random()
+    if kind < 0.3:
+        b = path.read_bytes()
+        at = rng.randrange(len(b)) if kind < 0.1 else len(b) - rng.randrange(1, 2000)
+        path.write_bytes(b[:at] + change_bytes(rng, b[at : at + 64]) + b[at + 64 :])
+        return
+    with zipfile.ZipFile(path) as z:
+        members = {m.filename: z.read(m) for m in z.infolist()}
+    names = [name for name in members if (name == "archive/data.pkl") == (kind < 0.8)]
+    name = rng.choice(names)
+    b = bytearray(members[name])
+    for _ in range(rng.choice([1, 1, 3])):
+        at = rng.randrange(len(b)) // 4 * 4
+        b[at : at + 4] = (struct.pack("<f", rng.choice(NUMBERS)) if kind > 0.9 else
+                          change_bytes(rng, bytes(b[at : at + 4])))
+    with zipfile.ZipFile(path, "w") as z:
+        for member, data in members.items():
+            z.writestr(member, bytes(b) if member == name else data)
+
+
+def change_unigram(rng, j):
+    """Most changes go to what stands beside the pieces."""
+    vocab, steps = j["model"].pop("vocab"), j["normalizer"]["normalizers"]
+    kind = rng.randrange(4)
+    if kind == 0:
+        charsmap = bytearray(base64.b64decode(steps[0]["precompiled_charsmap"]))
+        for _ in range(rng.choice([1, 5, 50])):
+            charsmap[rng.randrange(len(charsmap))] = rng.choice([0, 1, 128, rng.randrange(256)])
+        steps[0]["precompiled_charsmap"] = base64.b64encode(charsmap).decode()
+    elif kind == 1:
+        change_json(rng, vocab)
+    else:
+        change_json(rng, j)
+    j["model"]["vocab"] = vocab
+    return j
+
+
 def long_tokens(rng, j):
     """Merges and added tokens around the loader's limit of 1,024 bytes."""
     token, vocab = "a", j["model"]["vocab"]
@@ -180,7 +229,7 @@ def change_kind(rng, path):
 
 # What a second change meets in a file that the first has damaged: it is left as it is.
 DAMAGED = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError,
-           RecursionError, struct.error)
+           RecursionError, struct.error, zipfile.BadZipFile, NotImplementedError)
 
 
 def mutate_gguf(rng, path):
@@ -201,18 +250,24 @@ def mutate(rng, folder):
         kind = rng.random()
         if kind < 0.05:
             change_kind(rng, path)
-        elif path.name == WEIGHTS or kind > 0.75:
-            weights = folder / WEIGHTS
-            if weights.is_file():
-                with contextlib.suppress(*DAMAGED):
+        elif path.name in (WEIGHTS, PICKLE) or kind > 0.75:
+            weights, pickle = folder / WEIGHTS, folder / PICKLE
+            with contextlib.suppress(*DAMAGED):
+                if weights.is_file():
                     weights.write_bytes(change_weights(rng, weights.read_bytes()))
+                elif pickle.is_file():
+                    change_pickle(rng, pickle)
         elif kind < 0.1:
             path.write_bytes(change_bytes(rng, path.read_bytes()))
         else:
             with contextlib.suppress(*DAMAGED):
                 j = json.loads(path.read_bytes())
-                rare = path.name == "tokenizer.json" and rng.random() < 0.2
-                path.write_text(json.dumps((long_tokens if rare else change_json)(rng, j)))
+                change, rare = change_json, rng.random() < 0.2
+                if path.name == "tokenizer.json" and (folder / PICKLE).exists():
+                    change = change_unigram
+                elif path.name == "tokenizer.json" and rare:
+                    change = long_tokens
+                path.write_text(json.dumps(change(rng, j)))
 
 
 # ---- one example -------------------------------------------------------------------------------
@@ -255,7 +310,7 @@ def run_example(base, folder, seed, i):
     source = folder / "source"
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(base, source)
-    if rng.random() < 0.2:
+    if rng.random() < 0.2 and (base / GGUF).exists():
         source = source / GGUF
         mutate_gguf(rng, source)
     else:
@@ -291,12 +346,13 @@ def main():
     args = p.parse_args()
     until, counts, i = time.monotonic() + args.seconds, {}, 0
     with tempfile.TemporaryDirectory() as scratch:
-        base, folder = Path(scratch, "base"), Path(scratch, "work")
-        save_base(base)
+        bases, folder = [Path(scratch, "base"), Path(scratch, "encoder")], Path(scratch, "work")
+        save_base(bases[0])
+        save_encoder_base(bases[1])
         folder.mkdir()
         while time.monotonic() < until:
             try:
-                result = run_example(base, folder, args.seed, i)
+                result = run_example(bases[i % 2], folder, args.seed, i)
             except BaseException:
                 print(f"fuzz_convert.py: seed {args.seed}, example {i}", file=sys.stderr)
                 raise
