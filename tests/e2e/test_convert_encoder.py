@@ -16,6 +16,7 @@ import hf_fixture as hf
 import numpy as np
 import pytest
 import unigram_fixture as uf
+from helpers import vectors_of
 from test_convert import ROOT, Qemb, convert, convert_weights, edit, refused, run, setting
 from test_convert_hostile import c_number, fuzz_convert
 
@@ -341,6 +342,22 @@ def test_options_of_the_other_family(xlmr, tmp_path):
         "--pooling: of a Qwen3 (got first, want last or mean)")
 
 
+def test_refuses_a_gguf(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    hf.save_gguf("x.gguf", {"bert.block_count": 2}, {
+        "embed_tokens.weight": np.zeros((300, 24), "f4")}, "F32", "bert")
+    assert refused("x.gguf") == 'x.gguf: general.architecture (got "bert", want "qwen3")'
+
+
+def test_refuses_an_adapter(xlmr):
+    hf.save_json(xlmr / "adapter_config.json", {"base_model_name_or_path": "BAAI/bge-m3"})
+    ef.save_bin(xlmr / "pytorch_model.bin", ef.random_arrays(SHAPE, 7))
+    for _ in range(2):
+        assert refused(xlmr).startswith("adapter_config.json: an adapter (LoRA), which ")
+        (xlmr / "model.safetensors").unlink(missing_ok=True)
+
+
 def test_without_sentence_transformers(xlmr):
     for name in "modules.json", "1_Pooling/config.json", "sentence_bert_config.json":
         (xlmr / name).unlink()
@@ -363,6 +380,14 @@ def test_prompts_of_the_model_card(tmp_path, monkeypatch, name, prompts):
     assert (note in q.provenance) == bool(prompts)
     hf.save_json(folder / "config_sentence_transformers.json", {"prompts": {"query": "Q "}})
     assert convert(folder).prompts == {"query": "Q "}  # the source's own
+
+
+def test_prompts_of_e5_by_option(tmp_path, monkeypatch):
+    convert(source(tmp_path, monkeypatch, True, "multilingual-e5-base"))
+    vectors = lambda text, *options: vectors_of([text], *options, model="out.qemb").tobytes()
+    for option, prompt in (["--query"], "query: "), (["--document"], "passage: "), (
+            ["--prompt", "passage"], "passage: "):
+        assert vectors("gravity", *option) == vectors(prompt + "gravity") != vectors("gravity")
 
 
 def test_a_prompt_for_passages_is_one_for_documents(xlmr):
