@@ -171,7 +171,7 @@ static void unigram(writer *w) {
                                                  {0x09, 1 | 1 << 24},
                                                  {0xa0, 1 | 1 << 24},
                                                  {0xff21, 0 | 1 << 24}};
-    static const uint32_t pairs[PAIRS][3] = {{'e', 0x301, 2 | 2 << 24}, {'o', 0x301, 0 | 3 << 24}};
+    static const uint32_t pairs[PAIRS][3] = {{'e', 0x301, 2 | 2 << 24}, {'o', 0x301, 0 | 4 << 24}};
     static const char replacements[] = "A \u00e9";
     uint8_t lengths[UNIGRAM_PIECES], table[8192] = {0}, *p = table + 32;
     char text[2048], *end = text;
