@@ -68,7 +68,7 @@ void text_ids_close(text_ids *t) {
 
 const char *text_ids_task_end(const qemb_file *f) {
     static const char usual[] = "\nQuery:";
-    int others = 0;
+    int others = f->config.architecture != QEMB_QWEN3;
     for (int i = 0; i < f->n_prompts; i++) {
         const char *s = f->prompts[i].text, *end = strstr(s, usual);
         if (end && !strncmp(s, TASK_START, sizeof TASK_START - 1) &&

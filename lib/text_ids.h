@@ -1,9 +1,9 @@
 /* text_ids.h - the token ids that the model computes: of a text behind a prompt, of a pair of query
  * and document, or given ids, with the tokens that the model's file adds to every text.
  *
- * An embedding model adds its end-of-text token, if it has one, and an encoder a token before the
- * text. A reranker adds the tokens of its
- * prompts "prefix" and "suffix", each tokenized by itself. */
+ * An embedding model adds the tokens that its config names, one before the text and one behind it
+ * (end-of-text), or one of them, or none. A reranker adds the tokens of its prompts "prefix" and
+ * "suffix", each tokenized by itself. */
 #ifndef QEMB_TEXT_IDS_H
 #define QEMB_TEXT_IDS_H
 
@@ -16,7 +16,7 @@ typedef struct {
     int32_t *added; /* (n_head + n_tail) the tokens before and behind a text */
     int n_head, n_tail;
     const char *with; /* what messages call the added tokens; static string */
-    int32_t *ids; /* (ids_cap) of the last text */
+    int32_t *ids;     /* (ids_cap) of the last text */
     size_t ids_cap;
     char *joined; /* (joined_cap) prompt and text as one string */
     size_t joined_cap;
@@ -32,7 +32,7 @@ void text_ids_close(text_ids *t);
 #define TASK_START "Instruct: "
 /* What follows the task in the prompts of f: Qwen3-Embedding's "\nQuery:", with spaces behind it if
  * the model was trained with some. It lives as long as f. NULL: f's prompts have another form. A
- * file without prompts gets Qwen3-Embedding's. */
+ * file of QEMB_QWEN3 without prompts gets Qwen3-Embedding's. */
 const char *text_ids_task_end(const qemb_file *f);
 /* TASK_START, task (len) and end as one string, which ends with a NUL and which the caller frees;
  * *prompt_len, unless NULL, is its length. NULL: out of memory. */

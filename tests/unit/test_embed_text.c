@@ -214,6 +214,55 @@ Test(embed_text, a_model_without_end_of_text) {
     qemb_embedder_close(e);
 }
 
+/* out = the unit vector of ids (n), by the calls that batch, of a made model */
+static void embed_ids(const qemb_config *c, const int32_t *ids, int n, float *out) {
+    qemb_file *f = open_model(c, 1, 1);
+    qemb_model *m;
+    qemb_err err;
+    cr_assert_eq(qemb_open(&m, f, qemb_cpu_choose(NULL, QEMB_MATH_F32), NULL, &err), 0);
+    embed_alone(m, ids, n, out);
+    cr_assert_eq(qemb_l2_normalize(out, out, c->hidden), 0);
+    qemb_close(m);
+    qemb_file_close(f);
+}
+
+/* Of a made vocabulary: "ab c" has the ids 4, 126 and 101. */
+Test(embed_text, an_encoder) {
+    qemb_config c = bert_configs[0];
+    c.max_positions = 12;
+    static const int32_t ids[] = {0, 4, 126, 101, 2}, none[] = {0, 2};
+    const size_t bytes = (size_t)c.hidden * sizeof(float);
+    float got[64], want[64];
+    qemb_embedder *e;
+    qemb_err err;
+    cr_assert_eq(open_made(&e, &c, &err), 0, "%s", err.msg);
+    cr_assert_eq(qemb_embedder_max_tokens(e), 12);
+    embed_ids(&c, ids, 5, want);
+    cr_assert_eq(qemb_embed_text(e, NULL, "ab c", 4, got, 64, &err), 0, "%s", err.msg);
+    cr_assert_arr_eq(got, want, bytes);
+    cr_assert_eq(qemb_embed_text(e, "ab", " c", 2, got, 64, &err), 0, "%s", err.msg);
+    cr_assert_arr_eq(got, want, bytes, "with a prompt");
+    embed_ids(&c, none, 2, want);
+    cr_assert_eq(qemb_embed_text(e, NULL, "", 0, got, 64, &err), 0, "%s", err.msg);
+    cr_assert_arr_eq(got, want, bytes, "an empty text");
+    /* "1" and each that follows are pieces of one character; U+2581 is the first token. */
+    cr_assert_eq(qemb_embed_text(e, NULL, "123456789", 9, got, 64, &err), 0, "%s", err.msg);
+    expect_error(e, NULL, "1234567890", 64, "too_long",
+                 "got more than 10 tokens, want at most 12 with the tokens around the text");
+    const char *const text[] = {"1234567890", "123456789"};
+    const size_t len[] = {10, 9};
+    const qemb_text_options o = {.truncate = 1, .dim = 64};
+    float both[2 * 64];
+    for (int i = 0; i < 2; i++)
+        cr_assert_eq(qemb_embed_texts(e, &o, text + i, len + i, 1, both + 64 * i, &err), 1);
+    cr_assert_arr_eq(both, got, bytes, "what is left of a text that is cut");
+    cr_assert_arr_eq(both + 64, got, bytes);
+    char *prompt;
+    cr_assert_eq(qemb_embedder_task_prompt(e, "find", &prompt, &err), -1);
+    cr_assert_str_eq(err.code, "no_task");
+    qemb_embedder_close(e);
+}
+
 /* ---- lists of texts -------------------------------------------------------------------------- */
 
 enum { MOST = 512 };

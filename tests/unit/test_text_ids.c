@@ -284,43 +284,63 @@ static int encode(text_ids *t, const char *prompt, const char *s, size_t *cut, q
     return text_ids_encode(t, part, len, 2, cut, err);
 }
 
-/* The ids of a text with every limit; `ends`: the model has an end-of-text. */
-static void check_limits(qemb_file *f, int ends) {
+/* The tokens that f adds before and behind a text. */
+static int n_head(const qemb_file *f) { return f->config.bos_id != QEMB_NO_TOKEN; }
+static int n_tail(const qemb_file *f) { return f->config.eos_id != QEMB_NO_TOKEN; }
+
+/* The first n ids of a text, between the tokens that f adds. */
+static list between(const qemb_file *f, const list *text, int n) {
+    list l = {.n = 0};
+    if (n_head(f)) l.ids[l.n++] = f->config.bos_id;
+    memcpy(l.ids + l.n, text->ids, (size_t)n * sizeof *l.ids);
+    l.n += n;
+    if (n_tail(f)) l.ids[l.n++] = f->config.eos_id;
+    return l;
+}
+
+/* The ids of a text with every limit. with: what messages call the added tokens. */
+static void check_limits(const qemb_file *f, const char *with) {
     const char *prompt = "Query:", *s = "What is the answer to all of these?";
+    const int added = n_head(f) + n_tail(f);
     char joined[128];
     snprintf(joined, sizeof joined, "%s%s", prompt, s);
     list whole = {.n = 0};
     append(&whole, joined, strlen(joined), SIZE_MAX);
     qemb_err err;
-    for (int most = 1; most <= whole.n + 2; most++) {
+    for (int most = added ? added : 1; most <= whole.n + added + 1; most++) {
         text_ids t = opened(f, most);
-        const int room = most - ends, n = room < whole.n ? room : whole.n;
-        list want = whole;
-        want.n = n + ends;
-        if (ends) want.ids[n] = f->config.eos_id;
+        const int room = most - added, n = room < whole.n ? room : whole.n;
+        const list want = between(f, &whole, n);
         size_t cut = 7;
-        if (want.n) is(&t, encode(&t, prompt, s, &cut, &err), &want, s);
+        is(&t, encode(&t, prompt, s, &cut, &err), &want, s);
         cr_assert((cut > 0) == (room < whole.n), "%d: %zu", most, cut);
         if (room < whole.n) {
+            char says[128];
+            snprintf(says, sizeof says, "too long (got more than %d tokens, want at most %d%s)",
+                     room, most, with);
             cr_assert_eq(encode(&t, prompt, s, NULL, &err), -1);
             cr_assert_str_eq(err.code, "too_long");
-            cr_assert_eq(!!strstr(err.msg, "with the end-of-text"), ends, "%s", err.msg);
+            cr_assert(strstr(err.msg, says), "%s, want %s", err.msg, says);
         } else {
             is(&t, encode(&t, prompt, s, NULL, &err), &want, s);
         }
-        cut = 7;
-        is(&t, text_ids_take(&t, whole.ids, (size_t)whole.n, &cut, &err), &want, "given ids");
-        cr_assert_eq(cut, (size_t)(whole.n - n));
+        const list given = between(f, &whole, whole.n);
+        for (int k = 0; k < 2; k++) { /* without the added tokens, and with them */
+            const list *l = k ? &given : &whole;
+            cut = 7;
+            is(&t, text_ids_take(&t, l->ids, (size_t)l->n, &cut, &err), &want, "given ids");
+            cr_assert_eq(cut, (size_t)(whole.n - n));
+        }
         text_ids_close(&t);
     }
 }
 
-Test(text_ids, limits_with_end_of_text) { check_limits(file, 1); }
+Test(text_ids, limits_with_end_of_text) { check_limits(file, " with the end-of-text"); }
 
 Test(text_ids, limits_without_end_of_text) {
     qemb_file f = *file;
     f.config.eos_id = QEMB_NO_TOKEN;
-    check_limits(&f, 0);
+    check_limits(&f, "");
 }
 
 /* Without an end-of-text, an empty text has no token and thus no vector. */
@@ -349,4 +369,109 @@ Test(text_ids, empty_texts) {
     /* The token that ends the texts of other models is one like any other. */
     cr_assert(text_ids_take(&t, ids, 2, NULL, &err) == 2 && t.ids[0] == 5 && t.ids[1] == eos);
     text_ids_close(&t);
+}
+
+/* ---- texts of encoders ----------------------------------------------------------------------- */
+
+static void setup_encoder(void) {
+    qemb_err err;
+    file = open_model(&bert_configs[0], 1, 1);
+    cr_assert_eq(qemb_file_tokenizer(&tokenizer, file, &err), 0, "%s", err.msg);
+    by_hand = qemb_tokenizer_state_new(tokenizer);
+}
+
+TestSuite(encoder_ids, .init = setup_encoder, .fini = teardown);
+
+/* Takes ids (n) and compares with want (n_want). */
+static void takes(text_ids *t, const int32_t *ids, int n, const int32_t *want, int n_want) {
+    qemb_err err;
+    cr_assert_eq(text_ids_take(t, ids, (size_t)n, NULL, &err), n_want);
+    cr_assert_arr_eq(t->ids, want, (size_t)n_want * sizeof *want);
+}
+#define IDS(...) (const int32_t[]){__VA_ARGS__}, (int)(sizeof(const int32_t[]){__VA_ARGS__} / 4)
+
+/* In the made vocabulary "ab" after a space is cheaper as U+2581 and "ab" than as U+2581 "a" and
+ * "b", and "c" as one piece with it. */
+Test(encoder_ids, stand_between_two_tokens) {
+    text_ids t = opened(file, 0);
+    qemb_err err;
+    cr_assert_eq(t.max_tokens, 700);
+    const list want = {{0, 4, 126, 101, 2}, 5}, empty = {{0, 2}, 2};
+    is(&t, encode(&t, "", "ab c", NULL, &err), &want, "ab c");
+    is(&t, encode(&t, "a", "b c", NULL, &err), &want, "a token spans prompt and text");
+    is(&t, encode(&t, "", "", NULL, &err), &empty, "an empty text");
+    is(&t, encode(&t, "", "\x01", NULL, &err), &empty, "a text of which nothing is left");
+    const list literal = {{0, 0, 1, 2, 2}, 5};
+    is(&t, encode(&t, "", "<s><pad></s>", NULL, &err), &literal, "literal tokens");
+    text_ids_close(&t);
+}
+
+/* Given ids may have both tokens, one or none; only the first and the last id are looked at. */
+Test(encoder_ids, given_with_or_without_the_added_tokens) {
+    text_ids t = opened(file, 0);
+    takes(&t, NULL, 0, IDS(0, 2));
+    takes(&t, IDS(0), IDS(0, 2));
+    takes(&t, IDS(2), IDS(0, 2));
+    takes(&t, IDS(0, 2), IDS(0, 2));
+    takes(&t, IDS(5, 6), IDS(0, 5, 6, 2));
+    takes(&t, IDS(0, 5, 6), IDS(0, 5, 6, 2));
+    takes(&t, IDS(5, 6, 2), IDS(0, 5, 6, 2));
+    takes(&t, IDS(0, 5, 6, 2), IDS(0, 5, 6, 2));
+    takes(&t, IDS(0, 5, 0, 2, 6, 2), IDS(0, 5, 0, 2, 6, 2));
+    takes(&t, IDS(0, 0, 2, 2), IDS(0, 0, 2, 2));
+    takes(&t, IDS(2, 0), IDS(0, 2, 0, 2));
+    text_ids_close(&t);
+}
+
+Test(encoder_ids, limits) { check_limits(file, " with the tokens around the text"); }
+
+Test(encoder_ids, limits_with_one_added_token) {
+    qemb_file f = *file;
+    f.config.bos_id = QEMB_NO_TOKEN;
+    check_limits(&f, " with the end-of-text");
+    f.config.eos_id = QEMB_NO_TOKEN;
+    check_limits(&f, "");
+    f.config.bos_id = 0;
+    check_limits(&f, " with the tokens around the text");
+}
+
+/* Two tokens are room for an empty text alone. */
+Test(encoder_ids, small_limits) {
+    text_ids t;
+    qemb_err err;
+    size_t cut = 7;
+    cr_assert_eq(text_ids_open(&t, file, tokenizer, 1, &err), -1);
+    cr_assert_str_eq(err.code, "usage");
+    cr_assert(strstr(err.msg, "no room beside the 2 tokens of every text (got 1, want 2 or more)"),
+              "%s", err.msg);
+    t = opened(file, 2);
+    const list empty = {{0, 2}, 2};
+    is(&t, encode(&t, "", "", NULL, &err), &empty, "an empty text");
+    is(&t, encode(&t, "", "\x01", &cut, &err), &empty, "a text of which nothing is left");
+    cr_assert_eq(cut, 0);
+    is(&t, encode(&t, "", "a", &cut, &err), &empty, "a text that is cut");
+    cr_assert_eq(cut, 1);
+    cr_assert_eq(encode(&t, "", "a", NULL, &err), -1);
+    cr_assert_str_eq(err.code, "too_long");
+    text_ids_close(&t);
+}
+
+Test(encoder_ids, invalid_utf8_counts_from_the_text) {
+    text_ids t = opened(file, 0);
+    qemb_err err;
+    cr_assert_eq(encode(&t, "query: ", "ab\xff", NULL, &err), -1);
+    cr_assert_str_eq(err.code, "invalid_utf8");
+    cr_assert(strstr(err.msg, "byte 2"), "%s", err.msg);
+    text_ids_close(&t);
+}
+
+/* Only prompts of that form say that an encoder was trained with tasks. */
+Test(encoder_ids, an_encoder_has_no_task_by_default) {
+    static const qemb_prompt instruct = {"query", "Instruct: find\nQuery: "};
+    qemb_file f = *file;
+    cr_assert_null(text_ids_task_end(&f));
+    f.n_prompts = 0;
+    cr_assert_null(text_ids_task_end(&f));
+    f.prompts = &instruct, f.n_prompts = 1;
+    cr_assert_str_eq(text_ids_task_end(&f), "\nQuery: ");
 }
