@@ -109,7 +109,7 @@ static const option_row rows[] = {
 /* clang-format on */
 
 static const char synopsis[] =
-    "qemb " QEMB_VERSION ": lines of text in, Qwen3-Embedding vectors out\n"
+    "qemb " QEMB_VERSION ": lines of text in, vectors out\n"
     "  qemb -m MODEL.qemb [OPTION]... < TEXTS > VECTORS\n"
     "  qemb info|tokenize|plan|check -m MODEL.qemb [OPTION]...\n"
     "  qemb shards -m MODEL.qemb --out DIR [OPTION]... FILE...\n"
@@ -450,16 +450,30 @@ static void print_exact_in_bfloat16(const qemb_file *f) {
         printf("exact in bf16    all %d matrices of the layers\n", n);
 }
 
-static void print_config(const qemb_file *f) {
+/* The vocabulary, and the tokens that every text gets. */
+static void print_vocabulary(const qemb_file *f) {
     const qemb_config *c = &f->config;
-    const size_t D = (size_t)c->hidden, Q = (size_t)c->n_heads * (size_t)c->head_dim;
-    const size_t KV = (size_t)c->n_kv_heads * (size_t)c->head_dim, F = (size_t)c->ffn;
-    const size_t norms = 2 * D + 2 * (size_t)c->head_dim;
-    const size_t layer = (Q + 2 * KV) * D + D * Q + 3 * F * D + norms;
+    uint32_t pieces = 0; /* the first number of the section; the tokenizer proves it */
+    if (f->unigram_bytes >= sizeof pieces) memcpy(&pieces, f->unigram, sizeof pieces);
+    printf("vocabulary       %d rows, %" PRIu32 " %s, ", c->vocab,
+           f->unigram ? pieces : f->n_merges, f->unigram ? "pieces" : "merges");
+    if (c->bos_id != QEMB_NO_TOKEN && f->unigram) printf("start-of-text %d, ", c->bos_id);
+    if (c->eos_id == QEMB_NO_TOKEN)
+        printf("no end-of-text\n");
+    else
+        printf("end-of-text %d\n", c->eos_id);
+}
+
+static void print_config(const qemb_file *f) {
+    static const char *const poolings[] = {"last token", "mean", "first token"};
+    const qemb_config *c = &f->config;
+    const model_parameters n = count_parameters(c);
+    const int is_bert = c->architecture == QEMB_BERT;
     printf("kind             %s\n", c->kind == QEMB_RERANKER ? "reranker" : "embedding");
+    printf("architecture     %s\n", is_bert ? "bert" : "qwen3");
     printf("attention        %s\n",
            c->attention == QEMB_BIDIRECTIONAL ? "bidirectional" : "causal");
-    printf("pooling          %s\n", c->pooling == QEMB_POOL_MEAN ? "mean" : "last token");
+    printf("pooling          %s\n", poolings[c->pooling]);
     if (c->kind == QEMB_EMBEDDING && c->dense_rows)
         printf("dense layer      %d rows%s\n", c->dense_rows,
                c->activation == QEMB_TANH ? ", tanh" : "");
@@ -467,22 +481,19 @@ static void print_config(const qemb_file *f) {
         printf("vector           %d numbers, fewer by --dim\n", qemb_dim(c));
     printf("dtype            %s\n", dtype_name(f->weights.layers[0].wqkv.dtype));
     print_exact_in_bfloat16(f);
-    printf("parameters       %zu in the layers, %zu in the embedding table\n",
-           (size_t)c->n_layers * layer + D, (size_t)c->vocab * D);
+    printf("parameters       %zu in the layers, %zu in the embedding table", n.layers, n.tokens);
+    if (n.positions) printf(", %zu in the table of positions", n.positions);
+    putchar('\n');
     printf("layers           %d\n", c->n_layers);
     printf("hidden           %d\n", c->hidden);
     printf("heads            %d of queries, %d of keys and values, %d wide\n", c->n_heads,
            c->n_kv_heads, c->head_dim);
     printf("feed-forward     %d\n", c->ffn);
-    printf("vocabulary       %d rows, %" PRIu32 " merges, ", c->vocab, f->n_merges);
-    if (c->eos_id == QEMB_NO_TOKEN)
-        printf("no end-of-text\n");
-    else
-        printf("end-of-text %d\n", c->eos_id);
+    print_vocabulary(f);
     printf("longest text     %d tokens", qemb_window(c));
     if (qemb_window(c) < c->max_positions) printf(", up to %d by --max-tokens", c->max_positions);
     putchar('\n');
-    printf("rope theta       %g\n", (double)c->rope_theta);
+    if (!is_bert) printf("rope theta       %g\n", (double)c->rope_theta);
     printf("norm eps         %g\n", (double)c->norm_eps);
 }
 

@@ -7,6 +7,8 @@
  */
 #include "api_ollama.h"
 
+#include "frontends/open_model.h"
+
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -80,9 +82,14 @@ void api_ollama_error(buffer *out, const api_error *e) {
     buffer_printf(out, "{\"error\":%s}", msg);
 }
 
-static double parameters_of(const qemb_config *c) {
-    const double D = c->hidden, heads = c->n_heads, kv = c->n_kv_heads, hd = c->head_dim;
-    return c->vocab * D + c->n_layers * D * (2 * heads * hd + 2 * kv * hd + 3.0 * c->ffn);
+static size_t parameters_of(const qemb_config *c) {
+    const model_parameters n = count_parameters(c);
+    return n.layers + n.tokens + n.positions;
+}
+
+/* Ollama's name for an architecture. */
+static const char *family_of(const qemb_config *c) {
+    return c->architecture == QEMB_BERT ? "bert" : "qwen3";
 }
 
 /* Writes "modified_at" and "details". */
@@ -90,12 +97,13 @@ static void put_details(buffer *out, const api_ollama_card *c) {
     char at[32];
     struct tm tm;
     const time_t loaded = c->loaded;
+    const char *family = family_of(&c->file->config);
     strftime(at, sizeof at, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&loaded, &tm));
     buffer_printf(out,
                   "\"modified_at\":\"%s\",\"details\":{\"parent_model\":\"\",\"format\":\"qemb\","
-                  "\"family\":\"qwen3\",\"families\":[\"qwen3\"],\"parameter_size\":\"%.1fM\","
+                  "\"family\":\"%s\",\"families\":[\"%s\"],\"parameter_size\":\"%.1fM\","
                   "\"quantization_level\":\"%s\"}",
-                  at, 1e-6 * parameters_of(&c->file->config),
+                  at, family, family, 1e-6 * (double)parameters_of(&c->file->config),
                   c->file->weights.layers[0].wqkv.dtype == QEMB_I8 ? "int8" : "F16");
 }
 
@@ -116,12 +124,13 @@ void api_ollama_tags(buffer *out, const api_ollama_card *cards, int n) {
 
 void api_ollama_show(buffer *out, const api_ollama_card *c) {
     const qemb_config *o = &c->file->config;
+    const char *family = family_of(o);
     buffer_printf(out, "{\"template\":\"{{ .Prompt }}\",");
     put_details(out, c);
     buffer_printf(out,
-                  ",\"model_info\":{\"general.architecture\":\"qwen3\","
-                  "\"general.parameter_count\":%.0f,\"qwen3.context_length\":%d,"
-                  "\"qwen3.embedding_length\":%d},\"capabilities\":[%s]}",
-                  parameters_of(o), c->max_tokens, qemb_dim(o),
+                  ",\"model_info\":{\"general.architecture\":\"%s\","
+                  "\"general.parameter_count\":%zu,\"%s.context_length\":%d,"
+                  "\"%s.embedding_length\":%d},\"capabilities\":[%s]}",
+                  family, parameters_of(o), family, c->max_tokens, family, qemb_dim(o),
                   o->kind == QEMB_RERANKER ? "" : "\"embedding\"");
 }

@@ -14,7 +14,7 @@ void api_tei_error(buffer *out, api_error *e);
 /* What /info says. */
 typedef struct {
     const char *model, *dtype;
-    const char *pooling; /* NULL: of a reranker */
+    const char *pooling; /* its name for qemb_pooling; NULL: of a reranker */
     int max_requests, max_tokens, batch_tokens, max_texts, threads;
     int truncates; /* 1: long texts are cut unless a request says otherwise */
 } api_tei_card;

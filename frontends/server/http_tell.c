@@ -152,6 +152,7 @@ static const char *dtype_of(qemb_math math) {
 }
 
 static void tell_info(request *r) {
+    static const char *const poolings[] = {"last_token", "mean", "cls"};
     const http *h = r->h;
     model_worker *w = r->models->workers[ROLE_MAIN];
     const model_options *o = model_worker_model_options(w);
@@ -160,9 +161,7 @@ static void tell_info(request *r) {
     const api_tei_card card = {
         .model = http_name_of(h, w),
         .dtype = dtype_of(o->ops->math),
-        .pooling = c->kind == QEMB_RERANKER       ? NULL
-                   : c->pooling == QEMB_POOL_MEAN ? "mean"
-                                                  : "last_token",
+        .pooling = c->kind == QEMB_RERANKER ? NULL : poolings[c->pooling],
         .max_requests = h->opt.max_connections,
         .max_tokens = model_worker_max_tokens(w),
         .batch_tokens = o->engine.batch_tokens,

@@ -107,7 +107,7 @@ static const option_row rows[] = {
 /* clang-format on */
 
 static const char synopsis[] =
-    "qemb-serve " QEMB_VERSION ": Qwen3-Embedding vectors and reranking over HTTP\n"
+    "qemb-serve " QEMB_VERSION ": vectors of texts and reranking over HTTP\n"
     "  qemb-serve -m MODEL.qemb [OPTION]...\n"
     "  qemb-serve --probe [--host ADDRESS] [--port N]\n";
 static const char ending[] = "Status: 0 good, 1 usage or not healthy, 2 model.\n"

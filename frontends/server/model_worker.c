@@ -266,22 +266,31 @@ static void remember(model_worker *m, const uint8_t *key, vector *v) {
     if (m->opt.cache) cache_put(m->opt.cache, key, v);
 }
 
-/* The largest length that a vector of the model can have, by Cauchy and Schwarz. Behind the final
- * norm a row is x / rms(x) times w, number by number, so its length is at most max|w| sqrt(D); a
- * mean of rows is no longer. A row of the dense layer adds at most its own length times that, and
- * its bias. 1%: sums of at most 2^16 floats are off by less than 2^-8 of their terms. */
+static double length_of(const float *v, int n) {
+    double squares = 0;
+    for (int i = 0; i < n; i++) squares += (double)v[i] * (double)v[i];
+    return sqrt(squares);
+}
+
+/* The largest length that a vector of the model can have, by Cauchy and Schwarz. Behind the last
+ * norm a row is x / rms(x) or (x - mean x) / deviation(x), times w, number by number, so its length
+ * is at most max|w| sqrt(D); LayerNorm adds a bias. A mean of rows is no longer. A row of the dense
+ * layer adds at most its own length times that, and its bias. 1%: sums of at most 2^16 floats are
+ * off by less than 2^-8 of their terms. */
 static double longest_vector(const qemb_file *f) {
     const qemb_config *c = &f->config;
     const qemb_weights *w = &f->weights;
+    const qemb_layer *last = &w->layers[c->n_layers - 1];
+    const int is_bert = c->architecture == QEMB_BERT;
+    const float *norm = is_bert ? last->mlp_norm : w->final_norm;
     double most = 0, squares = 0;
-    for (int i = 0; i < c->hidden; i++) most = fmax(most, fabs((double)w->final_norm[i]));
-    const double row = most * sqrt(c->hidden);
+    for (int i = 0; i < c->hidden; i++) most = fmax(most, fabs((double)norm[i]));
+    double row = most * sqrt(c->hidden);
+    if (is_bert) row += length_of(last->mlp_norm_bias, c->hidden);
     if (!c->dense_rows) return 1.01 * row;
     for (int r = 0; r < c->dense_rows; r++) {
         const float *dense = w->dense + (size_t)r * (size_t)c->hidden;
-        double length = 0;
-        for (int i = 0; i < c->hidden; i++) length += (double)dense[i] * (double)dense[i];
-        double y = row * sqrt(length) + fabs((double)w->dense_bias[r]);
+        double y = row * length_of(dense, c->hidden) + fabs((double)w->dense_bias[r]);
         if (c->activation == QEMB_TANH) y = fmin(y, 1);
         squares += y * y;
     }
