@@ -64,16 +64,24 @@ static uint64_t get_u64(const uint8_t *p) {
     return x;
 }
 
+/* The same of a file that is a part of a Hugging Face directory. */
+_Noreturn static void explain_part(const char *path, const char *what) {
+    const char *slash = strrchr(path, '/');
+    char folder[256];
+    snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
+    convert(path, what, folder);
+}
+
 /* h: the file's first 16 bytes */
 static void explain_file(const char *path, const uint8_t *h, uint64_t size) {
     if (!memcmp(h, "GGUF", 4)) convert(path, "a GGUF file", path);
-    if (h[8] == '{' && get_u64(h) < size && size - get_u64(h) >= 8) { /* length of the JSON in it */
-        const char *slash = strrchr(path, '/');
-        char folder[256];
-        snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - path) : 1,
-                 slash ? path : ".");
-        convert(path, "a safetensors file of a Hugging Face directory", folder);
-    }
+    if (h[8] == '{' && get_u64(h) < size && size - get_u64(h) >= 8) /* length of the JSON in it */
+        explain_part(path, "a safetensors file of a Hugging Face directory");
+    if (!memcmp(h, "PK\3\4", 4))
+        explain_part(path, "a zip, as PyTorch's checkpoint in a Hugging Face directory");
+    /* Field 1 of the message is the first piece, whose field 1 is its text. */
+    if (h[0] == '\n' && h[2] == '\n' && !memcmp(h + 4, "<unk>", 5))
+        explain_part(path, "a SentencePiece model of a Hugging Face directory");
     if (!memcmp(h, "qemb\r\n\x1a\n", 8) && (h[8] != 1 || h[9] || h[10] || h[11]))
         DIE(STATUS_MODEL,
             "%.128s: a .qemb file of version %u (qemb " QEMB_VERSION

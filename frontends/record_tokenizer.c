@@ -7,10 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int no_task(qemb_err *err, const char *object) {
+static int no_task(qemb_err *err, const char *object, const char *model) {
     return qemb_fail(err, "no_task",
-                     "%s: this model's prompts have no task (want one of its prompts, by name)",
-                     object);
+                     "%s: the prompts of %.128s have no task (want one of its prompts, by name)",
+                     object, model);
 }
 
 /* The names of f's prompts, as in "query, document". */
@@ -49,10 +49,10 @@ static int set_prompt(record_tokenizer *t, const qemb_file *f, const model_optio
     const char *document = o->document ? qemb_file_prompt(f, "document") : NULL;
     t->prompt = document ? document : "";
     if (o->instruct) {
-        if (!t->task_end) return no_task(err, "--instruct");
-        t->own_prompt = is_reranker ? strdup(o->instruct)
-                                    : text_ids_task_prompt(o->instruct, strlen(o->instruct),
-                                                           t->task_end, NULL);
+        if (!t->task_end) return no_task(err, "--instruct", o->model);
+        t->own_prompt =
+            is_reranker ? strdup(o->instruct)
+                        : text_ids_task_prompt(o->instruct, strlen(o->instruct), t->task_end, NULL);
         t->prompt = need(t->own_prompt);
         qemb_tokenizer_result r; /* invalid UTF-8 in it would fail every text */
         qemb_err why;
@@ -144,7 +144,7 @@ int tokenize_text(record_tokenizer *t, const char *text, size_t len, const char 
                   size_t instruct_len, record_ids *out, qemb_err *err) {
     size_t *cut = t->truncate ? &out->cut_bytes : NULL;
     if (!instruct) return tokenize_behind(t, t->prompt, t->prompt_len, text, len, out, err);
-    if (instruct_len && !t->task_end) return no_task(err, "instruct");
+    if (instruct_len && !t->task_end) return no_task(err, "instruct", "this model");
     const char *const own[] = {TASK_START, instruct, t->task_end, text};
     const size_t own_len[] = {sizeof TASK_START - 1, instruct_len,
                               t->task_end ? strlen(t->task_end) : 0, len};

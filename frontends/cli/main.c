@@ -457,7 +457,7 @@ static void print_vocabulary(const qemb_file *f) {
     if (f->unigram_bytes >= sizeof pieces) memcpy(&pieces, f->unigram, sizeof pieces);
     printf("vocabulary       %d rows, %" PRIu32 " %s, ", c->vocab,
            f->unigram ? pieces : f->n_merges, f->unigram ? "pieces" : "merges");
-    if (c->bos_id != QEMB_NO_TOKEN && f->unigram) printf("start-of-text %d, ", c->bos_id);
+    if (c->bos_id != QEMB_NO_TOKEN) printf("start-of-text %d, ", c->bos_id);
     if (c->eos_id == QEMB_NO_TOKEN)
         printf("no end-of-text\n");
     else

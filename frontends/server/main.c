@@ -63,7 +63,7 @@ static const option_row rows[] = {
      OPTION_INT, AT(models.reranker_max_tokens), .unset = "the model's", .min = 1, .max = INT_MAX},
     {"api-key-file", "FILE", "a key per line: requests must bring one", NULL,
      OPTION_STRING, AT(http.key_file)},
-    {"allow-token-ids", NULL, "also ids without the model's end-of-text", NULL,
+    {"allow-token-ids", NULL, "also ids without the tokens around a text", NULL,
      OPTION_FLAG, AT(models.worker.allow_token_ids), .value = 1},
     {"cors-origin", "ORIGIN", "web pages that may read answers, or *", NULL,
      OPTION_STRING, AT(http.cors_origin), .unset = "none"},

@@ -687,19 +687,29 @@ static int tokenize_failed(const qemb_err *err, const char *key, int i, api_erro
     return api_fail(e, 400, err->code, key, "%s[%d]: %s", key, i, err->msg);
 }
 
-/* Ids of another tokenizer give vectors of nothing, so a list has to end as this model's do. */
+/* Ids of another tokenizer give vectors of nothing, so a list has to begin and end as this model's
+ * do. */
 static int check_origin(const model_worker *m, const api_request *r, int i, api_error *e) {
-    const int eos = m->file.file->config.eos_id;
+    const int bos = m->file.file->config.bos_id, eos = m->file.file->config.eos_id;
     const api_input *in = &r->inputs[i];
-    const int last = r->ids[in->first_id + (int)in->len - 1];
-    if (r->any_ids || m->opt.allow_token_ids || (eos != QEMB_NO_TOKEN && last == eos)) return 0;
-    char end[64] = "a model without one";
-    if (eos != QEMB_NO_TOKEN) snprintf(end, sizeof end, "got %d, want %d", last, eos);
+    const int32_t *ids = r->ids + in->first_id;
+    const int first = ids[0], last = ids[in->len - 1];
+    const int begins = bos == QEMB_NO_TOKEN || first == bos;
+    if (r->any_ids || m->opt.allow_token_ids) return 0;
+    if (begins && eos != QEMB_NO_TOKEN && last == eos) return 0;
+    char why[64] = "a model without one";
+    if (!begins)
+        snprintf(why, sizeof why, "got %d, want %d", first, bos);
+    else if (eos != QEMB_NO_TOKEN)
+        snprintf(why, sizeof why, "got %d, want %d", last, eos);
     return api_fail(e, 400, "foreign_token_ids", r->key,
-                    "%s[%d]: token ids that do not end in the model's end-of-text (%s), as those "
-                    "of /tokenize do. Send text: LangChain's OpenAIEmbeddings needs "
-                    "check_embedding_ctx_length=False. Or start the server with --allow-token-ids",
-                    r->key, i, end);
+                    "%s[%d]: token ids that do not %s (%s), as those of /tokenize do. Send text: "
+                    "LangChain's OpenAIEmbeddings needs check_embedding_ctx_length=False. Or start "
+                    "the server with --allow-token-ids",
+                    r->key, i,
+                    begins ? "end in the model's end-of-text"
+                           : "begin with the model's start-of-text",
+                    why);
 }
 
 /* What stands before the texts of a request; of a reranker, the task. */

@@ -26,7 +26,7 @@ typedef struct {
     model_options model;
     role role;
     int max_queue_tokens;
-    int allow_token_ids; /* 1: also ids that do not end in end-of-text */
+    int allow_token_ids; /* 1: also ids without the tokens around a text */
     cache *cache;        /* or NULL */
     redis *redis;        /* or NULL */
     metrics *metrics;    /* has to outlive the worker */

@@ -1110,9 +1110,13 @@ def folder_with(*names):
     return make
 
 
-def safetensors(path):
+def in_folder(path, data):
     folder_with("config.json")(path.parent)
-    path.write_bytes(struct.pack("<Q", 2) + b"{}" + bytes(16))
+    path.write_bytes(data)
+
+
+def safetensors(path):
+    in_folder(path, struct.pack("<Q", 2) + b"{}" + bytes(16))
 
 
 def other_version(path):
@@ -1133,6 +1137,13 @@ NOT_A_MODEL = {  # what -m names -> (how it is made, what is said of it)
     "hf/model.safetensors": (
         safetensors, f"{{0}}: a safetensors file of a Hugging Face directory {WANT}{{1}} "
         "OUT=model.qemb)"),
+    "hf/pytorch_model.bin": (
+        lambda path: in_folder(path, b"PK\3\4" + bytes(30)),
+        f"{{0}}: a zip, as PyTorch's checkpoint in a Hugging Face directory {WANT}{{1}} "
+        "OUT=model.qemb)"),
+    "hf/sentencepiece.bpe.model": (
+        lambda path: in_folder(path, b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02"),
+        f"{{0}}: a SentencePiece model of a Hugging Face directory {WANT}{{1}} OUT=model.qemb)"),
     "v2.qemb": (other_version, "{0}: a .qemb file of version 2 ({2} reads version 1: make "
                 "convert makes the file again)"),
     "Qwen/Qwen3-Embedding-0.6B": (
