@@ -254,7 +254,7 @@ int make_shards(const options *o, const model_file *f, record_tokenizer *t,
 
 /* Prints the scores of published examples, beside the expected ones of a known model; with_texts:
  * the examples too. Returns whether the scores are within its tolerance, or 1 if none are known. */
-int check_model(const qemb_config *c, qemb_model *m, record_tokenizer *t, int with_texts);
+int check_model(const qemb_file *f, qemb_model *m, record_tokenizer *t, int with_texts);
 
 /* ---- rerank.c -------------------------------------------------------------------------------- */
 

@@ -597,7 +597,7 @@ static int check(const options *o) {
     for (int i = 0; i < o->model.n_devices; i++) {
         qemb_model *m = replica_open(f.file, &o->model, i, loading(o));
         if (o->model.n_devices > 1) printf("device %d\n", o->model.devices[i]);
-        within &= check_model(&f.file->config, m, &t, !i);
+        within &= check_model(f.file, m, &t, !i);
         qemb_close(m);
     }
     record_tokenizer_close(&t);
