@@ -29,11 +29,12 @@ int main(int argc, char **argv) {
         fprintf(stderr, "embed: out of memory\n");
         return 1;
     }
-    const char *prompt = qemb_embedder_prompt(e, "query"); /* documents have no prompt */
+    const char *prompt = qemb_embedder_prompt(e, "query");
     if (qemb_embed_text(e, prompt, argv[2], strlen(argv[2]), query, dim, &err)) die(&err);
+    prompt = qemb_embedder_prompt(e, "document"); /* empty, or NULL: none, of most models */
 
     for (int i = 3; i < argc; i++) {
-        if (qemb_embed_text(e, NULL, argv[i], strlen(argv[i]), document, dim, &err)) die(&err);
+        if (qemb_embed_text(e, prompt, argv[i], strlen(argv[i]), document, dim, &err)) die(&err);
         double cosine = 0; /* both vectors have length 1 */
         for (int d = 0; d < dim; d++) cosine += (double)query[d] * document[d];
         printf("%.4f  %s\n", cosine, argv[i]);

@@ -32,7 +32,7 @@ class Embedder:
 
 def main():
     model, query, *documents = sys.argv[1:]
-    asked, index = Embedder(model, "--query"), Embedder(model)
+    asked, index = Embedder(model, "--query"), Embedder(model, "--document")
     q = asked.embed(query)
     for document in documents:
         print(f"{sum(a * b for a, b in zip(q, index.embed(document))):.4f}  {document}")

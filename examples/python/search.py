@@ -8,7 +8,8 @@ import qemb
 def main():
     path, query, *documents = sys.argv[1:]
     with qemb.Model(path) as model:
-        cosines = model.embed(documents) @ model.embed([query], query=True)[0]
+        prompt = "document" if "document" in model.prompts else None
+        cosines = model.embed(documents, prompt=prompt) @ model.embed([query], query=True)[0]
     for cosine, document in zip(cosines, documents):
         print(f"{cosine:.4f}  {document}")
 

@@ -1,4 +1,4 @@
-"""Vectors of texts by Qwen3-Embedding models, with the bits of the program qemb.
+"""Vectors of texts by Qwen3-Embedding models and encoders, with the bits of the program qemb.
 
     import qemb
 
@@ -177,9 +177,9 @@ class Model:
               on_error: Callable[[Error], object] | None = None) -> np.ndarray:
         """-> float32 (n, dim): the texts' vectors, of length 1.
 
-        Documents of most models have no prompt. query: the model's prompt "query". prompt: another
-        one by its name. instruct: the prompt of a task, in the form of the model's own. dim: keeps
-        the first numbers of a vector.
+        Documents of most models have no prompt; those of multilingual-e5 have "document". query:
+        the model's prompt "query". prompt: another one by its name. instruct: the prompt of a task,
+        in the form of the model's own. dim: keeps the first numbers of a vector.
 
         A text that is too long, or not Unicode, raises Error with its index. With on_error it gets
         a row of NaN, on_error gets the Error, and the other texts are embedded."""
