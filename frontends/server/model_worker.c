@@ -774,16 +774,22 @@ static int tokenize_input(model_worker *m, scratch *s, const api_request *r,
     return p->text ? 0 : api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
 }
 
-/* A request may have a shorter limit than the worker. */
-static void set_limits(const model_worker *m, record_tokenizer *t, const api_request *r) {
-    const int most = model_worker_max_tokens(m);
+/* A request may have a shorter limit than the worker, but room for the tokens of every text. */
+static int set_limits(const model_worker *m, record_tokenizer *t, const api_request *r,
+                      api_error *e) {
+    const int most = model_worker_max_tokens(m), added = t->text.n_head + t->text.n_tail;
     t->truncate = r->truncate >= 0 ? r->truncate : m->opt.model.truncate;
     t->text.max_tokens = r->max_tokens && r->max_tokens < most ? r->max_tokens : most;
+    if (t->text.max_tokens >= added) return 0;
+    return api_fail(e, 400, "invalid_number", NULL,
+                    "longest text: no room beside the %d tokens of every text (got %d, want %d or "
+                    "more)",
+                    added, r->max_tokens, added);
 }
 
 int model_worker_tokenize(model_worker *m, const api_request *r, pending_request *t,
                           uint64_t *tokens, char recipe[RECIPE_ROOM], api_error *e) {
-    request_prompt prompt;
+    request_prompt prompt = {0};
     qemb_err err;
     t->texts = calloc((size_t)r->n, sizeof *t->texts);
     if (!t->texts) return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
@@ -794,8 +800,8 @@ int model_worker_tokenize(model_worker *m, const api_request *r, pending_request
         pending_request_clear(t);
         return api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
     }
-    set_limits(m, &s->record_tokenizer, r);
-    int bad = set_prompt(m, &s->record_tokenizer, r, &prompt, e);
+    int bad = set_limits(m, &s->record_tokenizer, r, e) ||
+              set_prompt(m, &s->record_tokenizer, r, &prompt, e);
     if (!bad && recipe_fingerprint(recipe, m->fingerprint, prompt.text, prompt.len))
         bad = api_fail(e, 503, "out_of_memory", NULL, "request: out of memory");
     for (int i = 0; i < r->n && !bad; i++) {
@@ -813,7 +819,7 @@ int model_worker_tokenize(model_worker *m, const api_request *r, pending_request
     free(prompt.own);
     give_scratch(m, s);
     if (bad) pending_request_clear(t);
-    return bad;
+    return bad ? -1 : 0;
 }
 
 int model_worker_lookup(model_worker *m, pending_request *t) {
