@@ -243,6 +243,7 @@ test-sanitizers: need-test $(VENV_TEST) ## C tests and programs again, built wit
 	@echo "building"; $(SUBMAKE) sanitized
 	@tests/run.sh $(SERVE_SANITIZED) $(patsubst %,"% --tap",$(C_ASAN)) \
 	  "QEMB_BIN=build/asan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py tests/e2e/test_grep.py tests/e2e/test_rerank.py tests/e2e/test_shards.py tests/e2e/test_variants.py tests/e2e/test_model_changes.py" \
+	  "QEMB_BIN=build/asan/qemb QEMB_SERVE_BIN=build/asan/qemb-serve $(VENV)/bin/pytest -q -rs tests/e2e/test_encoder_models.py" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_protocol.py" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_grep.py -k '$(RACY_GREP)'" \
 	  "QEMB_BIN=build/tsan/qemb $(VENV)/bin/pytest -q -rs tests/e2e/test_rerank.py -k '$(RACY_RERANK)'" \
