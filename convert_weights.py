@@ -94,11 +94,12 @@ RERANKER = {
     "instruct": "Given a web search query, retrieve relevant passages that answer the query",
 }
 # The prompts of embeddings whose source may have none: those of Qwen3-Embedding's own checkpoint,
-# which a GGUF file cannot hold; pplx-embed was trained without, and bare texts are both prompts;
-# multilingual-e5's are in its model card alone.
+# which a GGUF file cannot hold; pplx-embed and bge-m3 were trained without, and bare texts are both
+# prompts; multilingual-e5's are in its model card alone.
 KNOWN_PROMPTS = {
     "Qwen3-Embedding": {"query": f"Instruct: {RERANKER['instruct']}\nQuery:", "document": ""},
     "pplx-embed": {"query": "", "document": ""},
+    "bge-m3": {"query": "", "document": ""},
     "multilingual-e5": {"query": "query: ", "passage": "passage: "},
 }
 CLASSIFIER, PPLX, VOYAGE = ("Qwen3ForSequenceClassification", "PPLXQwen3Model",
@@ -1986,9 +1987,12 @@ def is_qwen3_reranker(name):
     return bool(re.search("qwen3[-_ ]?reranker", name.lower()))
 
 
-def is_e5(name):
-    """Of multilingual-e5-small, -base and -large. The prompts of -large-instruct are others."""
-    return "multilingual-e5" in name.lower() and "instruct" not in name.lower()
+def known_encoder(name):
+    """A name of KNOWN_PROMPTS, or None. The prompts of multilingual-e5-large-instruct are others."""
+    name = name.lower()
+    if "multilingual-e5" in name and "instruct" not in name:
+        return "multilingual-e5"
+    return "bge-m3" if "bge-m3" in name else None
 
 
 def check_pooling(args, encoder):
@@ -2129,7 +2133,7 @@ def read_directory(args, folder, source):
     if "LogitScore" in modules:
         parse(folder, LOGIT_SCORE, read_logit_score, tokenizer.ids)
     known = ("pplx-embed" if claims.architecture == PPLX else
-             "multilingual-e5" if encoder and is_e5(source) else None)
+             known_encoder(source) if encoder else None)
     more = [kind, args.prompts, notes, known]
     if kind == "reranker":
         more.append(find_task(args, folder, has + quiet, said[1], source))

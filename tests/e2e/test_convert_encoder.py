@@ -371,12 +371,14 @@ E5 = {"query": "query: ", "passage": "passage: ", "document": "passage: "}
 
 @pytest.mark.parametrize("name,prompts", [
     ("multilingual-e5-small", E5), ("Multilingual-E5-large-finetuned", E5),
-    ("multilingual-e5-large-instruct", {}), ("bge-m3", {})])
+    ("multilingual-e5-large-instruct", {}), ("bge-m3", {"query": "", "document": ""}),
+    ("bge-base", {})])
 def test_prompts_of_the_model_card(tmp_path, monkeypatch, name, prompts):
     folder = source(tmp_path, monkeypatch, True, name)
     q = convert(folder)
     assert q.prompts == prompts
-    note = "note: the source has no prompts; query and passage as in multilingual-e5\n"
+    note = "note: the source has no prompts; query and " + (
+        "document as in bge-m3\n" if "m3" in name else "passage as in multilingual-e5\n")
     assert (note in q.provenance) == bool(prompts)
     hf.save_json(folder / "config_sentence_transformers.json", {"prompts": {"query": "Q "}})
     assert convert(folder).prompts == {"query": "Q "}  # the source's own
