@@ -1,10 +1,12 @@
 """The committed goldens of encoders are what tests/fixtures/encoder_golden.py describes."""
+import json
 import struct
+import subprocess
 
 import numpy as np
 import pytest
 from edit_qemb import NO_TOKEN, Qemb
-from helpers import ROOT
+from helpers import QEMB, ROOT
 
 # architecture, bos_id, pad_id, first_position; pooling; layers, hidden, heads, eps
 WANT = {
@@ -53,3 +55,16 @@ def test_committed_goldens_are_sound(name):
     assert cases["empty"][1] == [0, 2]
     assert 1 in cases["pad"][1] and cases["pads"][1] == [0, 1, 1, 2]
     assert 0 in cases["added"][1][1:] and 3 in cases["unknown"][1]
+
+
+@pytest.mark.parametrize("options", [[], ["--int8"]])
+def test_make_big_qemb(tmp_path, options):
+    """Its encoders pass the loader and give vectors."""
+    subprocess.run([ROOT / "tests/fixtures/make_big_qemb.py", tmp_path / "m.qemb", "--shape",
+                    "tiny-encoder", *options], check=True)
+    texts = [[0, 2], [0, *range(5, 500), 2], [0, 1, 7, 2]]
+    r = subprocess.run([QEMB, "-m", tmp_path / "m.qemb", "--input", "jsonl", "--output", "f32"],
+                       input="".join(json.dumps({"ids": t}) + "\n" for t in texts).encode(),
+                       stdout=subprocess.PIPE, check=True)
+    v = np.frombuffer(r.stdout, "<f4").reshape(3, 64)
+    assert np.isfinite(v).all() and len(np.unique(v, axis=0)) == 3
