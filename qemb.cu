@@ -9,33 +9,36 @@
 
 /* ---- the ops --------------------------------------------------------------------------------- */
 
-static void cuda_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb,
+static void cuda_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const float *pos_emb,
                        const qemb_packed_batch *b) {
     assert(tok_emb->dtype == QEMB_F16 && tok_emb->cols == be->c->hidden);
     good(be,
          launch(embed_kernel<act>, dim3(blocks(b->T, EMBED_WARPS)), dim3(EMBED_WARPS * 32), 0,
-                be->st, x, (const act *)tok_emb->data, be->dev.tokens, b->T, be->c->hidden),
+                be->st, x, (const act *)tok_emb->data, be->dev.tokens, pos_emb, be->dev.pos, b->T,
+                be->c->hidden),
          "embed");
 }
 
-template <class A, int V>
-static void launch_rmsnorm(qemb_backend *be, A *y, const float *x, const float *w, int T) {
-    good(be,
-         launch(rmsnorm_kernel<A, V>, dim3(stride_blocks(be, T)), dim3(NORM_THREADS),
-                NORM_WARPS * sizeof(float), be->st, y, x, w, T, be->c->hidden, be->c->norm_eps),
-         "rmsnorm");
+/* f(V) for the V of the norms' kernels that rows of D numbers need. */
+template <class F> static void by_norm_columns(int D, F f) {
+    const int step = 4 * ROW_THREADS;
+    if (D <= step)
+        f(std::integral_constant<int, 1>());
+    else if (D <= 2 * step)
+        f(std::integral_constant<int, 2>());
+    else if (D <= 4 * step)
+        f(std::integral_constant<int, 4>());
+    else
+        f(std::integral_constant<int, 8>());
 }
 template <class A>
 static void any_rmsnorm(qemb_backend *be, A *y, const float *x, const float *w, int T) {
-    const int D = be->c->hidden, step = 4 * NORM_THREADS;
-    if (D <= step)
-        launch_rmsnorm<A, 1>(be, y, x, w, T);
-    else if (D <= 2 * step)
-        launch_rmsnorm<A, 2>(be, y, x, w, T);
-    else if (D <= 4 * step)
-        launch_rmsnorm<A, 4>(be, y, x, w, T);
-    else
-        launch_rmsnorm<A, 8>(be, y, x, w, T);
+    by_norm_columns(be->c->hidden, [&](auto v) {
+        good(be,
+             launch(rmsnorm_kernel<A, v>, dim3(stride_blocks(be, T)), dim3(ROW_THREADS),
+                    ROW_WARPS * sizeof(float), be->st, y, x, w, T, be->c->hidden, be->c->norm_eps),
+             "rmsnorm");
+    });
 }
 static void cuda_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const float *w, int T) {
     if (!be->fp8) return any_rmsnorm(be, (act *)y, x, w, T);
@@ -47,6 +50,27 @@ static void cuda_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const fl
                     ROW_WARPS * sizeof(float), be->st, to.codes, to.scales, x, w, T, D,
                     be->c->norm_eps),
              "rmsnorm");
+    });
+}
+
+static void cuda_layernorm(qemb_backend *be, qemb_act *y, float *x, const float *bias,
+                           const float *w, const float *b, int T) {
+    const int D = be->c->hidden;
+    const dim3 grid(stride_blocks(be, T)), threads(ROW_THREADS);
+    const size_t shared = ROW_WARPS * sizeof(float);
+    if (!be->fp8)
+        return by_norm_columns(D, [&](auto v) {
+            good(be,
+                 launch(layernorm_kernel<act, v>, grid, threads, shared, be->st, (act *)y, x, bias,
+                        w, b, T, D, be->c->norm_eps),
+                 "layernorm");
+        });
+    const coded_rows to(y, T, D);
+    by_columns(D, [&](auto v) {
+        good(be,
+             launch(layernorm_e4m3_kernel<v>, grid, threads, shared, be->st, to.codes, to.scales, x,
+                    bias, w, b, T, D, be->c->norm_eps),
+             "layernorm");
     });
 }
 
@@ -92,9 +116,34 @@ static void run_gemm(qemb_backend *be, void *y, const qemb_act *x, const qemb_ma
     if (unscaled && add) apply_scales<float, true>(be, (float *)y, rows, w, T);
     if (unscaled && !add) apply_scales<act, false>(be, (act *)y, rows, w, T);
 }
+/* y (T, N) += bias, or gelu of that, in place */
+template <bool GELU>
+static void launch_bias(qemb_backend *be, act *y, const float *bias, int T, int N) {
+    good(be,
+         launch(bias_kernel<act, GELU>,
+                dim3(stride_blocks(be, blocks((size_t)T * N / 8, BIAS_THREADS))),
+                dim3(BIAS_THREADS), 0, be->st, y, bias, T, N),
+         GELU ? "matmul_gelu" : "matmul");
+}
 static void cuda_matmul(qemb_backend *be, qemb_act *y, const qemb_act *x, const qemb_mat *w,
-                        int T) {
+                        const float *bias, int T) {
     run_gemm(be, y, x, w, false, T);
+    if (bias) launch_bias<false>(be, (act *)y, bias, T, w->rows);
+}
+static void cuda_matmul_gelu(qemb_backend *be, qemb_act *h, const qemb_act *x, const qemb_mat *w,
+                             const float *bias, int T) {
+    const int F = w->rows;
+    /* dense[0] is for wup alone, since every chunk of the MLP needs it again. */
+    run_gemm(be, be->fp8 ? be->halves : (act *)h, x, w, false, T, 0);
+    if (!be->fp8) return launch_bias<true>(be, (act *)h, bias, T, F);
+    const coded_rows to(h, T, F);
+    by_columns(F, [&](auto v) {
+        good(be,
+             launch(gelu_e4m3_kernel<act, v>, dim3(stride_blocks(be, T)), dim3(ROW_THREADS),
+                    ROW_WARPS * sizeof(float), be->st, to.codes, to.scales, (const act *)be->halves,
+                    bias, T, F),
+             "matmul_gelu");
+    });
 }
 static void cuda_matmul_add(qemb_backend *be, float *x, const qemb_act *a, const qemb_mat *w,
                             int T) {
@@ -142,29 +191,34 @@ static void wide_attention(qemb_backend *be, act *att, const act *qkv, const att
                  be->c->n_kv_heads, be->lg, (float)(1.4426950408889634 / sqrt((double)HD)), be->st),
              "attention");
 }
+/* Where one row of each text is wanted, a tile has one token. Only QEMB_BERT, which is
+ * bidirectional, has heads of 32. */
 template <int HD>
 static void any_attention(qemb_backend *be, act *att, const act *qkv, const qemb_packed_batch *b,
-                          int last_only) {
-    const att_tile *narrow = be->dev.tiles, *wide = narrow + be->n_narrow,
-                   *last = wide + be->n_wide;
-    if (last_only) /* a last token sees all tokens in any case */
-        return launch_attention<HD, 1>(be, att, qkv, last, b->B);
+                          qemb_rows rows) {
+    const att_tile *narrow = be->dev.tiles, *wide = narrow + be->n_narrow, *one = wide + be->n_wide;
     if (b->bidirectional) {
+        if (rows != QEMB_ALL_ROWS) return launch_attention<HD, 1, true>(be, att, qkv, one, b->B);
         launch_attention<HD, 2, true>(be, att, qkv, wide, be->n_wide);
-        return launch_attention<HD, 1, true>(be, att, qkv, narrow, be->n_narrow);
+        launch_attention<HD, 1, true>(be, att, qkv, narrow, be->n_narrow);
+    } else if constexpr (HD != 32) {
+        if (rows != QEMB_ALL_ROWS) return launch_attention<HD, 1>(be, att, qkv, one, b->B);
+        wide_attention<HD>(be, att, qkv, wide);
+        launch_attention<HD, 1>(be, att, qkv, narrow, be->n_narrow);
     }
-    wide_attention<HD>(be, att, qkv, wide);
-    launch_attention<HD, 1>(be, att, qkv, narrow, be->n_narrow);
 }
 static void cuda_attention(qemb_backend *be, qemb_act *att, const qemb_act *qkv,
-                           const qemb_packed_batch *b, int last_only) {
-    const int rows = last_only ? b->B : b->T, Q = be->c->n_heads * be->c->head_dim;
-    act *out = be->fp8 ? be->att : (act *)att;
-    if (be->c->head_dim == 64)
-        any_attention<64>(be, out, (const act *)qkv, b, last_only);
+                           const qemb_packed_batch *b, qemb_rows rows) {
+    const int n = rows == QEMB_ALL_ROWS ? b->T : b->B, Q = be->c->n_heads * be->c->head_dim;
+    act *out = be->fp8 ? be->halves : (act *)att;
+    assert(rows == QEMB_ALL_ROWS || be->first == (rows == QEMB_FIRST_ROWS));
+    if (be->c->head_dim == 32)
+        any_attention<32>(be, out, (const act *)qkv, b, rows);
+    else if (be->c->head_dim == 64)
+        any_attention<64>(be, out, (const act *)qkv, b, rows);
     else
-        any_attention<128>(be, out, (const act *)qkv, b, last_only);
-    if (be->fp8) launch_quantize(be, coded_rows(att, rows, Q), (const act *)out, nullptr, rows, Q);
+        any_attention<128>(be, out, (const act *)qkv, b, rows);
+    if (be->fp8) launch_quantize(be, coded_rows(att, n, Q), (const act *)out, nullptr, n, Q);
 }
 
 static void hopper_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb_act *x,
@@ -210,18 +264,20 @@ static void cuda_gate_up(qemb_backend *be, qemb_act *h, qemb_act *gu, const qemb
          "gate_up");
 }
 
-static void cuda_gather_last(qemb_backend *be, float *y, const float *x,
-                             const qemb_packed_batch *b) {
+static void cuda_gather(qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b,
+                        qemb_rows rows) {
+    assert(rows == (be->first ? QEMB_FIRST_ROWS : QEMB_LAST_ROWS));
     good(be,
-         launch(gather_last_kernel<float4>, dim3((unsigned)b->B), dim3(GATHER_THREADS), 0, be->st,
-                (float4 *)y, (const float4 *)x, be->dev.last, be->c->hidden / 4),
-         "gather_last");
+         launch(gather_rows_kernel<float4>, dim3((unsigned)b->B), dim3(GATHER_THREADS), 0, be->st,
+                (float4 *)y, (const float4 *)x, be->dev.rows, be->c->hidden / 4),
+         "gather");
 }
 static void cuda_gather_mean(qemb_backend *be, float *y, float *x, const float *w,
                              const qemb_packed_batch *b) {
-    const att_tile *texts = be->dev.tiles + be->n_narrow + be->n_wide; /* those of last tokens */
+    const att_tile *texts = be->dev.tiles + be->n_narrow + be->n_wide; /* one a text */
     const int n = be->c->hidden / 4;
-    any_rmsnorm(be, x, x, w, b->T); /* in place: a block reads its row before it writes it */
+    /* in place: a block reads its row before it writes it */
+    if (w) any_rmsnorm(be, x, x, w, b->T);
     good(be,
          launch(gather_mean_kernel<float4>, dim3((unsigned)b->B, blocks(n, MEAN_COLUMNS)),
                 dim3(MEAN_THREADS), 0, be->st, (float4 *)y, (const float4 *)x, texts, n),
@@ -298,10 +354,11 @@ static int cuda_fp8_plan(qemb_part *p, const qemb_file *f, const qemb_options *o
         .pad_rows = pad_rows, .plan = PLAN, .repacked_bytes = nullptr,                             \
         .free_memory = cuda_free_memory, .devices = cuda_devices, .health = cuda_health,           \
         .open = OPEN, .close = cuda_close, .arena = cuda_arena, .load_weights = cuda_load_weights, \
-        .begin = cuda_begin, .embed = cuda_embed, .rmsnorm = cuda_rmsnorm, .matmul = cuda_matmul,  \
-        .matmul_add = cuda_matmul_add, .qknorm_rope = cuda_qknorm_rope,                            \
-        .attention = cuda_attention, .gate_up = cuda_gate_up, .gather_last = cuda_gather_last,     \
-        .gather_mean = cuda_gather_mean, .pool = cuda_pool, .collect = cuda_collect,               \
+        .begin = cuda_begin, .embed = cuda_embed, .rmsnorm = cuda_rmsnorm,                         \
+        .layernorm = cuda_layernorm, .matmul = cuda_matmul, .matmul_add = cuda_matmul_add,         \
+        .qknorm_rope = cuda_qknorm_rope, .attention = cuda_attention, .gate_up = cuda_gate_up,     \
+        .matmul_gelu = cuda_matmul_gelu, .gather = cuda_gather, .gather_mean = cuda_gather_mean,   \
+        .pool = cuda_pool, .collect = cuda_collect,                                                \
     }
 const qemb_ops qemb_cuda_ops = TABLE("cuda", QEMB_MATH_F16, cuda_open, cuda_plan);
 const qemb_ops qemb_cuda_fp8_ops = TABLE("cuda-fp8", QEMB_MATH_FP8, cuda_fp8_open, cuda_fp8_plan);

@@ -1,5 +1,5 @@
 /* attention.cuh - grouped-query attention over texts of any length laid end to end, by the
- * FlashAttention-2 scheme (Dao 2023) on mma.sync, for heads of 64 and 128.
+ * FlashAttention-2 scheme (Dao 2023) on mma.sync, for heads of 32, 64 and 128.
  *
  *   att = softmax(q k^T / sqrt(HD)) v
  *
@@ -24,10 +24,11 @@
 enum { ATT_THREADS = 128, ATT_KEYS = 64, ATT_STAGES = 2 };
 
 /* A query tile. Rows of qkv: the prefix lies in rows 0..prefix-1, token i of the text in row0 + i;
- * its output goes to row out0 + i of att. Tokens t0 .. t0+64*M/G-1, as far as they exist. */
+ * its output goes to row out0 + i of att. Tokens t0 .. t0+64*M/G-1, as far as they are below len.
+ * ALL and M = 1: behind the first len tokens the text has `behind` more, which are keys alone. */
 struct alignas(16) att_tile {
     int t0, row0, len, prefix;
-    int out0, unused[3];
+    int out0, behind, unused[2];
 };
 
 /* On sm_12x the 128-row kernel does not fit the register file; the host does not launch it
@@ -44,9 +45,9 @@ template <int HD, int M> constexpr int att_shared_bytes() {
     return 2 * ATT_STAGES * att_tile_bytes<HD> + (M > 1 ? M * 64 * HD * 2 : 0);
 }
 /* Byte offset of the 16-byte chunk c of row r; rows of HD halves, chunks permuted by row so that
- * the eight rows of an ldmatrix fall into different banks. */
+ * the eight rows of an ldmatrix fall into different banks. Two rows of 32 halves span all banks. */
 template <int HD> __device__ __forceinline__ int att_swizzle(int r, int c) {
-    return r * (HD * 2) + ((c ^ (r & 7)) << 4);
+    return r * (HD * 2) + ((c ^ (HD == 32 ? r >> 1 & 3 : r & 7)) << 4);
 }
 
 /* What the steps below share. Small on purpose: the 128-row kernel uses all 255 registers. */
@@ -212,6 +213,7 @@ __global__ void __launch_bounds__(ATT_THREADS, M == 1 ? 2 : 1)
         s.own = w.row0 - w.prefix;
         s.first = w.prefix + w.t0;
         s.keys = ALL ? w.len : w.prefix + min(w.len, w.t0 + (64 * M >> lg));
+        if constexpr (ALL && M == 1) s.keys += w.behind;
         s.lg = lg;
         s.warp = threadIdx.x / 32;
         s.lane = threadIdx.x % 32;

@@ -63,8 +63,8 @@ struct pooled_batch {
 /* The lists of a batch on the device, uploaded in one copy. */
 struct batch_view {
     int *pos, *tokens; /* (T) */
-    int *last;         /* (B)  row of each text's last token */
-    att_tile *tiles;   /* 64-row tiles, then 128-row tiles, then one tile per text's last token */
+    int *rows;         /* (B)  row of each text's last token, or first */
+    att_tile *tiles;   /* 64-row tiles, then 128-row tiles, then one tile per such token */
 };
 
 /* FP8: an activation that a product reads, T rows of K numbers. Its memory holds e4m3 codes, then a
@@ -83,12 +83,13 @@ struct batch_graph {
     cudaGraphExec_t exec;
 };
 enum graph_mode { PLAIN, RECORD, REPLAY };
+enum { UP = 2 }; /* of a layer's matrices: wgu or wup */
 
 /* Device memory, part by part. */
 struct device_sizes {
-    size_t staging, lists, workspace, counter, rope, weights, table;
-    size_t dense[2]; /* INT8 files in FP16: a dequantized wgu, and any other matrix */
-    size_t att;      /* FP8: attention's output in halves, before it is quantized */
+    size_t staging, lists, workspace, counter, rope, weights, positions, table;
+    size_t dense[2]; /* INT8 files in FP16: a dequantized wgu or wup, and any other matrix */
+    size_t halves;   /* FP8: attention's output, and x wup^T, before they are quantized */
     size_t sums;     /* GEMM_E4M3_SUMS: a product without its scales */
 };
 
@@ -96,10 +97,11 @@ struct qemb_backend {
     const qemb_config *c;
     int device;
     cudaStream_t st;
-    char failure[160];    /* the first one; empty: none */
-    int sms, lg; /* H/K = 1 << lg */
-    bool wide;            /* 128-row attention tiles fit this GPU */
+    char failure[160]; /* the first one; empty: none */
+    int sms, lg;       /* H/K = 1 << lg */
+    bool wide;         /* 128-row attention tiles fit this GPU */
     bool fp8;
+    bool first; /* a text's row that becomes its vector: the first, not the last */
     hopper_state hopper;
     void (*on_layer_loaded)(int layers, int of); /* from the options */
     gemm_state gemm;
@@ -124,7 +126,7 @@ struct qemb_backend {
 
     act *dense[2];           /* INT8: see device_sizes */
     const void *dense_of[2]; /* the matrix that dense holds */
-    act *att;                /* (max_rows, H*hd) FP8: see device_sizes */
+    act *halves;             /* (max_rows, H*hd) or (mlp_rows, F) FP8: see device_sizes */
     float *sums;             /* (T, N) FP8: see device_sizes */
 
     bool graphs_off;
@@ -216,7 +218,7 @@ static size_t view_batch(batch_view *v, char *base, size_t T, size_t B, size_t t
     if (v) {
         v->pos = (int *)base;
         v->tokens = v->pos + T;
-        v->last = v->tokens + T;
+        v->rows = v->tokens + T;
         v->tiles = (att_tile *)(base + ints);
     }
     return ints + tiles * sizeof(att_tile);
@@ -238,10 +240,38 @@ static size_t scale_bytes(const qemb_mat *m, bool fp8) {
     return m->rows * groups * sizeof(float);
 }
 
+/* The vectors of a layer, in the order in which they lie on the device */
+struct layer_vector {
+    const float **p;
+    int n;
+};
+enum { LAYER_VECTORS = 8 };
+static int layer_vectors(const qemb_config *c, qemb_layer *y, layer_vector *v) {
+    const int D = c->hidden, hd = c->head_dim, QKV = (c->n_heads + 2 * c->n_kv_heads) * hd;
+    const layer_vector qwen3[] = {
+        {&y->attn_norm, D}, {&y->q_norm, hd}, {&y->k_norm, hd}, {&y->mlp_norm, D}};
+    const layer_vector bert[] = {{&y->bqkv, QKV},         {&y->bo, D},           {&y->attn_norm, D},
+                                 {&y->attn_norm_bias, D}, {&y->bup, c->ffn},     {&y->bdown, D},
+                                 {&y->mlp_norm, D},       {&y->mlp_norm_bias, D}};
+    if (c->architecture == QEMB_BERT) return (int)(std::copy(bert, bert + 8, v) - v);
+    return (int)(std::copy(qwen3, qwen3 + 4, v) - v);
+}
+/* Those beside the layers */
+static int other_vectors(const qemb_config *c, qemb_weights *w, layer_vector *v) {
+    if (c->architecture != QEMB_BERT) return v[0] = {&w->final_norm, c->hidden}, 1;
+    v[0] = {&w->emb_norm, c->hidden}, v[1] = {&w->emb_norm_bias, c->hidden};
+    return 2;
+}
+static size_t vector_bytes(const layer_vector *v, int n) {
+    size_t sum = 0;
+    for (int i = 0; i < n; i++) sum += align256(v[i].n * sizeof(float));
+    return sum;
+}
+
 /* The device memory for layers like y. y NULL: without the layers. */
 static device_sizes size_parts(const qemb_config *c, const qemb_options *opt, const qemb_layer *y,
                                gemm_kind kind) {
-    const bool fp8 = kind != GEMM_F16;
+    const bool fp8 = kind != GEMM_F16, bert = c->architecture == QEMB_BERT;
     const size_t R = (size_t)pad_rows(std::max(opt->batch_tokens, opt->max_tokens));
     const size_t D = (size_t)c->hidden, hd = (size_t)c->head_dim, Q = c->n_heads * hd;
     device_sizes s = {};
@@ -249,25 +279,33 @@ static device_sizes size_parts(const qemb_config *c, const qemb_options *opt, co
     s.lists = view_batch(nullptr, nullptr, R, R, 5 * R + 2);
     s.workspace = GEMM_WORKSPACE;
     s.counter = sizeof(unsigned long long);
-    s.rope = (size_t)opt->max_tokens * (hd / 2) * sizeof(float2);
+    if (bert)
+        s.positions = (size_t)qemb_position_rows(c) * D * sizeof(float);
+    else
+        s.rope = (size_t)opt->max_tokens * (hd / 2) * sizeof(float2);
     s.table = (size_t)c->vocab * D * sizeof(act);
     const size_t chunk = std::min(R, (size_t)opt->mlp_rows), F = (size_t)c->ffn;
-    if (fp8) s.att = R * Q * sizeof(act);
+    const size_t up = bert ? F : 2 * F; /* rows of wup or wgu */
+    if (fp8) s.halves = std::max(R * Q, bert ? chunk * F : 0) * sizeof(act);
     if (kind == GEMM_E4M3_SUMS)
-        s.sums =
-            std::max(R * std::max(D, Q + 2 * c->n_kv_heads * hd), chunk * 2 * F) * sizeof(float);
+        s.sums = std::max(R * std::max(D, Q + 2 * c->n_kv_heads * hd), chunk * up) * sizeof(float);
     if (!y) return s;
-    size_t layer = 2 * (align256(D * sizeof(float)) + align256(hd * sizeof(float)));
-    for (const qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown}) {
+    qemb_layer copy = *y;
+    qemb_weights none = {};
+    qemb_mat *matrices[QEMB_LAYER_MATRICES];
+    layer_vector v[LAYER_VECTORS];
+    qemb_layer_matrices(&copy, matrices);
+    size_t layer = vector_bytes(v, layer_vectors(c, &copy, v));
+    for (const qemb_mat *m : matrices) {
         const size_t n = (size_t)m->rows * m->cols;
         const bool bytes = fp8 || m->dtype == QEMB_I8;
         layer += align256(bytes ? n : n * sizeof(act)) + align256(scale_bytes(m, fp8));
         if (!fp8 && bytes) {
-            size_t *dense = &s.dense[m != &y->wgu];
+            size_t *dense = &s.dense[m != matrices[UP]];
             *dense = std::max(*dense, n * sizeof(act));
         }
     }
-    s.weights = c->n_layers * layer + align256(D * sizeof(float));
+    s.weights = c->n_layers * layer + vector_bytes(v, other_vectors(c, &none, v));
     return s;
 }
 
@@ -282,6 +320,7 @@ static int plan(qemb_part *p, const qemb_file *f, const qemb_options *opt, size_
     const gemm_kind kind = kind_of(fp8, opt->device);
     const device_sizes s = size_parts(&f->config, opt, y, kind);
     const bool by_bytes = fp8 || y->wqkv.dtype == QEMB_I8;
+    const bool bert = f->config.architecture == QEMB_BERT;
     const qemb_part all[] = {
         {fp8        ? "weights of the layers, e4m3 with a scale per row"
          : by_bytes ? "weights of the layers, int8 with a scale per 64 of a row"
@@ -289,12 +328,15 @@ static int plan(qemb_part *p, const qemb_file *f, const qemb_options *opt, size_
          s.weights},
         {"a layer's matrices in FP16, made from int8 before each product", s.dense[0] + s.dense[1]},
         {"activations", arena},
-        {"attention's output in FP16, before it is made e4m3", s.att},
+        {bert ? "outputs of attention and products in FP16, before they are made e4m3"
+              : "attention's output in FP16, before it is made e4m3",
+         s.halves},
         {"an FP8 product before its scales are applied", s.sums},
         {"cuBLASLt's workspace", s.workspace},
         {"the upload of weights, as much again pinned in main memory", s.staging},
         {"a batch's lists, as much again pinned in main memory", s.lists + s.counter},
         {"the rope table", s.rope},
+        {"the table of positions", s.positions},
         {"CUDA graphs, at most (an estimate; taken when first used)",
          opt->no_graphs ? 0 : graph_bytes(&f->config, by_bytes)}};
     int n = 0;
@@ -348,10 +390,11 @@ static void launch_quantize(qemb_backend *be, const coded_rows &to, const X *x,
 
 static int check_config(const qemb_config *c, bool fp8, qemb_err *err) {
     const int G = c->n_heads / c->n_kv_heads;
-    if (c->head_dim != 64 && c->head_dim != 128)
+    const bool small = c->architecture == QEMB_BERT; /* whose heads may have 32 numbers */
+    if (c->head_dim != 64 && c->head_dim != 128 && !(small && c->head_dim == 32))
         return qemb_fail(err, "device",
-                         "GPU kernels: head size not supported (got %d, want 64 or 128)",
-                         c->head_dim);
+                         "GPU kernels: head size not supported (got %d, want %s64 or 128)",
+                         c->head_dim, small ? "32, " : "");
     if ((G & (G - 1)) || G > 64)
         return qemb_fail(
             err, "device",
@@ -363,12 +406,12 @@ static int check_config(const qemb_config *c, bool fp8, qemb_err *err) {
                          "FP8 products: sizes not supported (got hidden %d, ffn %d, want multiples "
                          "of 16 and ffn up to %d)",
                          c->hidden, c->ffn, 8 * 8 * ROW_THREADS);
-    if (c->hidden % 8 || c->ffn % 8 || c->hidden > 8 * 4 * NORM_THREADS)
+    if (c->hidden % 8 || c->ffn % 8 || c->hidden > 8 * 4 * ROW_THREADS)
         return qemb_fail(
             err, "device",
             "GPU kernels: sizes not supported (got hidden %d, ffn %d, want multiples of 8 "
             "and hidden up to %d)",
-            c->hidden, c->ffn, 8 * 4 * NORM_THREADS);
+            c->hidden, c->ffn, 8 * 4 * ROW_THREADS);
     return 0;
 }
 
@@ -421,7 +464,7 @@ static int check_device(qemb_backend *be, qemb_err *err) {
                          "FP8 products: not on this GPU (got compute capability %d.%d and cuBLASLt "
                          "%zu, want 8.9 and 120900 or newer); --math f16 computes here",
                          major, minor, cublasLtGetVersion());
-    e = cudaFuncGetAttributes(&attributes, (const void *)gather_last_kernel<float4>);
+    e = cudaFuncGetAttributes(&attributes, (const void *)gather_rows_kernel<float4>);
     if (e != cudaSuccess)
         return qemb_fail(err, "device",
                          "GPU: this build has no code for compute capability %d.%d (%s)", major,
@@ -448,8 +491,10 @@ static int open_device(qemb_backend *be, qemb_err *err) {
     for (int i = 0; i < IN_FLIGHT && e == cudaSuccess; i++)
         e = cudaEventCreateWithFlags(&be->pooled[i].done, cudaEventDisableTiming);
     if (e == cudaSuccess) e = cudaEventCreateWithFlags(&be->batch_free, cudaEventDisableTiming);
+    if (e == cudaSuccess) e = allow_shared<32, 1>();
     if (e == cudaSuccess) e = allow_shared<64, 1>();
     if (e == cudaSuccess) e = allow_shared<128, 1>();
+    if (e == cudaSuccess && be->wide) e = allow_shared<32, 2>();
     if (e == cudaSuccess && be->wide) e = allow_shared<64, 2>();
     if (e == cudaSuccess && be->wide) e = allow_shared<128, 2>();
     if (e == cudaSuccess && be->hopper.on) e = hopper_open<act>(&be->hopper, be->sms);
@@ -463,11 +508,12 @@ static int open_device(qemb_backend *be, qemb_err *err) {
 static int open_products(qemb_backend *be, const qemb_options *opt, qemb_err *err) {
     const qemb_config *c = be->c;
     const int hd = c->head_dim, Q = c->n_heads * hd, KV = c->n_kv_heads * hd;
+    const int up = c->architecture == QEMB_BERT ? c->ffn : 2 * c->ffn;
     gemm_state *g = &be->gemm;
     cublasStatus_t s = gemm_open(g, kind_of(be->fp8, be->device), opt->deterministic);
     if (!s) s = gemm_add_shape(g, Q + 2 * KV, c->hidden, false);
     if (!s) s = gemm_add_shape(g, c->hidden, Q, true);
-    if (!s) s = gemm_add_shape(g, 2 * c->ffn, c->hidden, false);
+    if (!s) s = gemm_add_shape(g, up, c->hidden, false);
     if (!s) s = gemm_add_shape(g, c->hidden, c->ffn, true);
     if (s) return qemb_fail(err, "device", "cuBLASLt: cannot start (status %d)", (int)s);
     for (int i = 0; i < g->n_shapes; i++) {
@@ -540,11 +586,12 @@ static int open_buffers(qemb_backend *be, const qemb_options *opt, qemb_err *err
     be->gemm.workspace = device_alloc(be, s.workspace, "cuBLASLt's workspace", err);
     be->clamps = (unsigned long long *)device_alloc(be, s.counter, "a counter", err);
     if (!be->gemm.workspace || !be->clamps) return -1;
-    if (s.att && !(be->att = (act *)device_alloc(be, s.att, "attention's output", err))) return -1;
+    if (s.halves && !(be->halves = (act *)device_alloc(be, s.halves, "attention's output", err)))
+        return -1;
     if (s.sums && !(be->sums = (float *)device_alloc(be, s.sums, "FP8 products", err))) return -1;
     if (!good(be, cudaMemsetAsync(be->clamps, 0, s.counter, be->st), "memset"))
         return qemb_fail(err, "device", "%s", be->failure);
-    return make_rope(be, opt->max_tokens, err);
+    return s.rope ? make_rope(be, opt->max_tokens, err) : 0;
 }
 
 static void cuda_close(qemb_backend *be) {
@@ -584,6 +631,7 @@ static int open_math(qemb_backend **out, const qemb_config *c, const qemb_option
     be->max_rows = pad_rows(std::max(opt->batch_tokens, opt->max_tokens));
     be->budget = opt->vram;
     be->fp8 = fp8;
+    be->first = c->pooling == QEMB_POOL_FIRST;
     be->graphs_off = opt->no_graphs;
     be->hopper.on = opt->hopper && !opt->deterministic;
     be->on_layer_loaded = opt->on_layer_loaded;
@@ -647,10 +695,13 @@ static bool load_matrix(qemb_backend *be, qemb_mat *m, char **at, int *turn) {
     return ok;
 }
 
-static bool load_vector(qemb_backend *be, const float **v, int n, char **at, int *turn) {
-    const bool ok = upload(be, *at, *v, n * sizeof(float), turn);
-    *v = (const float *)*at;
-    *at += align256(n * sizeof(float));
+static bool load_vectors(qemb_backend *be, const layer_vector *v, int n, char **at, int *turn) {
+    bool ok = true;
+    for (int i = 0; i < n && ok; i++) {
+        ok = upload(be, *at, *v[i].p, v[i].n * sizeof(float), turn);
+        *v[i].p = (const float *)*at;
+        *at += align256(v[i].n * sizeof(float));
+    }
     return ok;
 }
 
@@ -666,20 +717,30 @@ static int load_layers(qemb_backend *be, qemb_weights *w, qemb_err *err) {
     if (!dev) return -1;
     bool ok = true;
     int turn = 0;
+    layer_vector v[LAYER_VECTORS];
     for (int l = 0; l < c->n_layers && ok; l++) {
         qemb_layer *y = &w->layers[l];
-        ok = load_vector(be, &y->attn_norm, c->hidden, &at, &turn) &&
-             load_vector(be, &y->q_norm, c->head_dim, &at, &turn) &&
-             load_vector(be, &y->k_norm, c->head_dim, &at, &turn) &&
-             load_vector(be, &y->mlp_norm, c->hidden, &at, &turn);
-        for (qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown})
-            ok = ok && load_matrix(be, m, &at, &turn);
-        y->wdown.alpha *= 1 << SWIGLU_SHIFT;
+        qemb_mat *matrices[QEMB_LAYER_MATRICES];
+        qemb_layer_matrices(y, matrices);
+        ok = load_vectors(be, v, layer_vectors(c, y, v), &at, &turn);
+        for (qemb_mat *m : matrices) ok = ok && load_matrix(be, m, &at, &turn);
+        if (c->architecture == QEMB_QWEN3) y->wdown.alpha *= 1 << SWIGLU_SHIFT;
         if (ok && be->on_layer_loaded) be->on_layer_loaded(l + 1, c->n_layers);
     }
-    ok = ok && load_vector(be, &w->final_norm, c->hidden, &at, &turn);
+    ok = ok && load_vectors(be, v, other_vectors(c, w, v), &at, &turn);
     if (!ok) return qemb_fail(err, "device", "%s", be->failure);
     assert(at == dev + s.weights);
+    return 0;
+}
+
+static int load_positions(qemb_backend *be, qemb_weights *w, qemb_err *err) {
+    const size_t bytes = (size_t)qemb_position_rows(be->c) * be->c->hidden * sizeof(float);
+    float *dev = (float *)device_alloc(be, bytes, "the table of positions", err);
+    int turn = 0;
+    if (!dev) return -1;
+    if (!upload(be, dev, w->pos_emb, bytes, &turn))
+        return qemb_fail(err, "device", "%s", be->failure);
+    w->pos_emb = dev;
     return 0;
 }
 
@@ -704,7 +765,9 @@ static int load_table(qemb_backend *be, qemb_mat *table, qemb_err *err) {
 
 /* Reads the algorithms from the cache file and times those that it lacks, in the memory of the
  * activations. Leaves out buckets that no batch reaches. */
-static void tune(qemb_backend *be, const qemb_layer *y) {
+static void tune(qemb_backend *be, qemb_layer *y) {
+    qemb_mat *matrices[QEMB_LAYER_MATRICES];
+    qemb_layer_matrices(y, matrices);
     gemm_bench b = {be->st, nullptr, nullptr, be->arena, be->arena_bytes};
     gemm_load(&be->gemm, be->cache_path);
     bool ok =
@@ -713,12 +776,12 @@ static void tune(qemb_backend *be, const qemb_layer *y) {
         good(be, cudaEventCreateWithFlags(&b.stop, cudaEventDefault), "timing");
     for (int i = 0; ok && i < be->gemm.n_shapes; i++) {
         gemm_shape *p = &be->gemm.shapes[i];
-        const bool mlp = p->N == 2 * be->c->ffn || p->K == be->c->ffn;
+        const bool mlp = p->N == matrices[UP]->rows || p->K == be->c->ffn;
         const int rows = mlp ? std::min(be->max_rows, be->mlp_rows) : be->max_rows;
         const void *w = nullptr; /* what the product reads */
-        for (const qemb_mat *m : {&y->wqkv, &y->wo, &y->wgu, &y->wdown})
+        for (const qemb_mat *m : matrices)
             if (m->rows == p->N && m->cols == p->K)
-                w = be->dense[0] ? be->dense[m != &y->wgu] : m->data;
+                w = be->dense[0] ? be->dense[m != matrices[UP]] : m->data;
         for (int k = 0; k <= gemm_bucket(&be->gemm, rows); k++)
             if (!p->buckets[k].timed && gemm_tune(&be->gemm, p, k, &b, w))
                 gemm_save(&be->gemm, p, k, be->cache_path);
@@ -729,7 +792,10 @@ static void tune(qemb_backend *be, const qemb_layer *y) {
 
 static int cuda_load_weights(qemb_backend *be, qemb_weights *w, qemb_err *err) {
     cudaSetDevice(be->device);
-    if (load_layers(be, w, err) || load_table(be, &w->tok_emb, err)) return -1;
+    const bool bert = be->c->architecture == QEMB_BERT;
+    if (load_layers(be, w, err) || (bert && load_positions(be, w, err)) ||
+        load_table(be, &w->tok_emb, err))
+        return -1;
     if (be->cache_path) tune(be, &w->layers[0]);
     return 0;
 }

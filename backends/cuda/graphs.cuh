@@ -19,7 +19,7 @@ static void list_tiles(qemb_backend *be, int row0, int len, int prefix) {
     const int tokens = (wide ? 128 : 64) >> be->lg;
     att_tile *to = wide ? be->wide_tiles : be->narrow;
     int *n = wide ? &be->n_wide : &be->n_narrow;
-    for (int t = 0; t < len; t += tokens) to[(*n)++] = att_tile{t, row0, len, prefix, row0, {}};
+    for (int t = 0; t < len; t += tokens) to[(*n)++] = att_tile{t, row0, len, prefix, row0, 0, {}};
 }
 
 /* Sorts tiles with the most keys first, so that the last blocks to run are short. */
@@ -86,12 +86,13 @@ static int cuda_begin(qemb_backend *be, const qemb_packed_batch *b) {
     memcpy(host.pos, b->pos, (size_t)b->T * sizeof *host.pos);
     std::copy(be->narrow, be->narrow + be->n_narrow, host.tiles);
     std::copy(be->wide_tiles, be->wide_tiles + be->n_wide, host.tiles + be->n_narrow);
-    att_tile *last = host.tiles + be->n_narrow + be->n_wide;
+    att_tile *one = host.tiles + be->n_narrow + be->n_wide;
     for (int i = 0; i < b->B; i++) {
         const int len = b->cu[i + 1] - b->cu[i];
         assert(len >= 1);
-        host.last[i] = b->cu[i + 1] - 1;
-        last[i] = att_tile{len - 1, b->cu[i], len, b->P, i - (len - 1), {}};
+        host.rows[i] = be->first ? b->cu[i] : b->cu[i + 1] - 1;
+        one[i] = be->first ? att_tile{0, b->cu[i], 1, 0, i, len - 1, {}}
+                           : att_tile{len - 1, b->cu[i], len, b->P, i - (len - 1), 0, {}};
     }
     good(be, cudaMemcpyAsync(be->batch_dev, be->batch_host, bytes, cudaMemcpyHostToDevice, be->st),
          "begin");

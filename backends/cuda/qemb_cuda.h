@@ -8,9 +8,13 @@
  * (quantize.cuh). An activation that a GEMM reads holds codes and scales. It needs compute
  * capability 8.9 and cuBLAS 12.9 or newer. Attention, norms and the residual stream are as above.
  *
- * Supported: FP16 and INT8 layer matrices; heads of 64 or 128; H/K a power of two up to 64; hidden
- * and ffn multiples of 8, hidden up to 8192; compute capability 8.0 or newer. For anything else
- * open or load_weights fails with code "device" and one line that says what to do.
+ * GELU (QEMB_BERT): nothing is clamped or scaled. A product beyond the range of FP16 becomes Inf,
+ * and the engine computes a vector that is not finite again.
+ *
+ * Supported: FP16 and INT8 layer matrices; heads of 64 or 128, QEMB_BERT also 32; H/K a power of
+ * two up to 64; hidden and ffn multiples of 8, hidden up to 8192; compute capability 8.0 or newer.
+ * For anything else open or load_weights fails with code "device" and one line that says what to
+ * do.
  *
  * Ops return nothing, so an op cannot report a device that fails in the middle of a batch. collect
  * then fills the vectors with NaN, and health returns the reason. health also counts the SwiGLU

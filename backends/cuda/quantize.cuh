@@ -70,24 +70,10 @@ __global__ void __launch_bounds__(SCALE_THREADS)
  * A block per row, grid-stride. A thread keeps V groups of 8 numbers in registers between the
  * maximum and the rounding: numbers (j * ROW_THREADS + thread) * 8 .. + 7, V * 8 * ROW_THREADS >=
  * K. */
-enum { ROW_THREADS = 256, ROW_WARPS = ROW_THREADS / 32 };
 constexpr float E4M3_MAX = 448;
 
-/* Reduces v over the block with op, in a fixed order. part (ROW_WARPS) is shared memory. */
-template <class F> __device__ __forceinline__ float block_reduce(float v, float *part, F op) {
-    for (int o = 16; o; o >>= 1) v = op(v, __shfl_xor_sync(0xffffffffu, v, o));
-    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
-    __syncthreads(); /* row_in: every warp's part is there before anyone reads it */
-    v = part[0];
-    for (int i = 1; i < ROW_WARPS; i++) v = op(v, part[i]);
-    __syncthreads(); /* row_out: it has been read before the next reduction overwrites it */
-    return v;
-}
 struct largest {
     __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
-};
-struct total {
-    __device__ float operator()(float a, float b) const { return a + b; }
 };
 
 template <class A> __device__ __forceinline__ void load_eight(float (&v)[8], const A *from) {
@@ -194,6 +180,78 @@ __global__ void __launch_bounds__(ROW_THREADS)
             for (int e = 0; e < 8; e++) v[j][e] *= s * g[e];
         }
         store_row(codes + (size_t)t * D, scales + t, v, D, (float *)smem);
+    }
+}
+
+/* layernorm (kernels.cuh), y quantized to e4m3. 9 D bytes, 10 D flops. */
+template <int V>
+__global__ void __launch_bounds__(ROW_THREADS)
+    layernorm_e4m3_kernel(uint8_t *codes, float *scales, float *x, const float *bias,
+                          const float *w, const float *b, int T, int D, float eps) {
+    SHARED_BYTES(smem); /* float (ROW_WARPS) */
+    for (int t = blockIdx.x; t < T; t += gridDim.x) {
+        float *row = x + (size_t)t * D, v[V][8], sum = 0, squares = 0;
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            const int i = (j * ROW_THREADS + threadIdx.x) * 8;
+            float c[8] = {};
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[j][e] = 0;
+            if (i >= D) continue;
+            load_eight(v[j], row + i);
+            if (bias) load_eight(c, bias + i);
+#pragma unroll
+            for (int e = 0; e < 8; e++) sum += v[j][e] += c[e];
+        }
+        const float mean = block_reduce(sum, (float *)smem, total()) / D;
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            const int i = (j * ROW_THREADS + threadIdx.x) * 8;
+            if (i >= D) continue; /* ln_tail: what is missing is no number */
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                v[j][e] -= mean;
+                squares += v[j][e] * v[j][e];
+            }
+        }
+        const float s = rsqrtf(block_reduce(squares, (float *)smem, total()) / D + eps);
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            const int i = (j * ROW_THREADS + threadIdx.x) * 8;
+            if (i >= D) continue;
+            float g[8], c[8];
+            load_eight(g, w + i);
+            load_eight(c, b + i);
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[j][e] = v[j][e] * s * g[e] + c[e];
+#pragma unroll
+            for (int k = 0; k < 8; k += 4)
+                store4(row + i + k, v[j][k], v[j][k + 1], v[j][k + 2], v[j][k + 3]);
+        }
+        store_row(codes + (size_t)t * D, scales + t, v, D, (float *)smem);
+    }
+}
+
+/* gelu(y + bias) (kernels.cuh's bias) of y (T, F), quantized to e4m3. 3 F bytes. */
+template <class A, int V>
+__global__ void __launch_bounds__(ROW_THREADS)
+    gelu_e4m3_kernel(uint8_t *codes, float *scales, const A *y, const float *bias, int T, int F) {
+    SHARED_BYTES(smem); /* float (ROW_WARPS) */
+    for (int t = blockIdx.x; t < T; t += gridDim.x) {
+        float v[V][8];
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            const int i = (j * ROW_THREADS + threadIdx.x) * 8;
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[j][e] = 0;
+            if (i >= F) continue;
+            float c[8];
+            load_eight(v[j], y + (size_t)t * F + i);
+            load_eight(c, bias + i);
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[j][e] = gelu(v[j][e] + c[e]);
+        }
+        store_row(codes + (size_t)t * F, scales + t, v, F, (float *)smem);
     }
 }
 

@@ -27,25 +27,28 @@ static cudaError_t attention_mma(const attention_args<A> &a) {
 }
 
 /* B texts of lens own tokens behind a shared prefix of P; every text is also run through the
- * oracle. ALL: bidirectional. */
+ * oracle. ALL: bidirectional. one: only one row of each text, the last or, ALL, the first. */
 template <class A, int HD, int M, bool ALL = false>
-static void attention_case(const std::vector<int> &lens, int P, int K, int lg, bool last,
+static void attention_case(const std::vector<int> &lens, int P, int K, int lg, bool one,
                            double scale = 1.7,
                            attention_start<A> start = attention_mma<A, HD, M, ALL>) {
     const int G = 1 << lg, H = K * G, ld = (H + 2 * K) * HD, tokens = (64 * M) >> lg;
     int T = P;
     std::vector<att_tile> tiles;
-    if (P && !last)
-        for (int t = 0; t < P; t += tokens) tiles.push_back(att_tile{t, 0, P, 0, 0, {}});
+    if (P && !one)
+        for (int t = 0; t < P; t += tokens) tiles.push_back(att_tile{t, 0, P, 0, 0, 0, {}});
     for (int b = 0; b < (int)lens.size(); b++) {
-        if (last) tiles.push_back(att_tile{lens[b] - 1, T, lens[b], P, b - (lens[b] - 1), {}});
-        for (int t = 0; !last && t < lens[b]; t += tokens)
-            tiles.push_back(att_tile{t, T, lens[b], P, T, {}});
+        const int n = lens[b];
+        if (one)
+            tiles.push_back(ALL ? att_tile{0, T, 1, 0, b, n - 1, {}}
+                                : att_tile{n - 1, T, n, P, b - (n - 1), 0, {}});
+        for (int t = 0; !one && t < n; t += tokens)
+            tiles.push_back(att_tile{t, T, n, P, T, 0, {}});
         T += lens[b];
     }
     tiles.insert(tiles.end(), 9, att_tile{}); /* a list may be filled up with empty tiles */
     rng r = {(uint64_t)(HD * M + lg)};
-    const int rows = last ? (int)lens.size() : T;
+    const int rows = one ? (int)lens.size() : T;
     std::vector<A> qkv = random_numbers<A>(&r, (size_t)T * ld, scale);
     device_array<A> dqkv(qkv), datt((size_t)rows * H * HD);
     device_array<att_tile> dt(tiles);
@@ -54,7 +57,7 @@ static void attention_case(const std::vector<int> &lens, int P, int K, int lg, b
             "launch");
     std::vector<A> got = datt.get();
     int row0 = P;
-    for (int b = -(P > 0 && !last); b < (int)lens.size(); row0 += b < 0 ? 0 : lens[b], b++) {
+    for (int b = -(P > 0 && !one); b < (int)lens.size(); row0 += b < 0 ? 0 : lens[b], b++) {
         /* the text as the oracle wants it: prefix and own rows in one piece; b = -1: the prefix
          * itself */
         const int own = b < 0 ? P : lens[b], first = b < 0 ? 0 : P, n = first + own;
@@ -65,8 +68,8 @@ static void attention_case(const std::vector<int> &lens, int P, int K, int lg, b
             for (int i = 0; i < ld; i++) q[(size_t)t * ld + i] = num(qkv[(size_t)row * ld + i]);
         }
         oracle_attention(att.data(), weighted.data(), reach.data(), q.data(), n, H, K, HD, ALL);
-        for (int t = last ? n - 1 : first; t < n; t++) {
-            const int to = last ? b : b < 0 ? t : row0 + t - first;
+        for (int t = one && !ALL ? n - 1 : first; t < (one && ALL ? 1 : n); t++) {
+            const int to = one ? b : b < 0 ? t : row0 + t - first;
             for (int i = 0; i < H * HD; i++) {
                 const size_t at = (size_t)t * H * HD + i;
                 /* Scores: HD products summed, the tensor cores may truncate: 2 HD U of sum |q||k| /

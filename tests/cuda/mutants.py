@@ -28,8 +28,8 @@ Q, T = "qemb.cu", "tests/cuda/cuda_test.h"
 # name, file, text, replacement, tests that must notice; * in front: in the sample
 MUTANTS = [
     # barriers
-    ("*norm_sum", K, "__syncthreads(); /* norm_sum", "/* norm_sum", "rmsnorm"),
-    ("norm_next", K, "__syncthreads(); /* norm_next", "/* norm_next", "rmsnorm"),
+    ("*row_in", K, "__syncthreads(); /* row_in", "/* row_in", "quantize rmsnorm layernorm"),
+    ("row_out", K, "__syncthreads(); /* row_out", "/* row_out", "quantize rmsnorm layernorm"),
     ("att_q", A, "__syncthreads();    /* att_q:", "/* att_q:", "attention_narrow"),
     (
         "att_kv",
@@ -74,8 +74,8 @@ MUTANTS = [
     (
         "lane_leaves",
         K,
-        "sum = group_sum(sum, 32);",
-        "if (threadIdx.x) sum = group_sum(sum, 32);",
+        "for (int o = 16; o; o >>= 1) v = op(",
+        "for (int o = threadIdx.x ? 16 : 8; o; o >>= 1) v = op(",
         "rmsnorm",
     ),
     (
@@ -88,8 +88,8 @@ MUTANTS = [
     (
         "barrier_in_branch",
         K,
-        "__syncthreads(); /* norm_next",
-        "if (threadIdx.x < 64) __syncthreads(); /* norm_next",
+        "__syncthreads(); /* row_out",
+        "if (threadIdx.x < 64) __syncthreads(); /* row_out",
         "rmsnorm",
     ),
     # guards of kernels
@@ -157,6 +157,8 @@ MUTANTS = [
         "attention_all",
     ),
     ("all_keys", A, "s.keys = ALL ? w.len :", "s.keys =", "attention_all"),
+    ("all_behind", A, "s.keys += w.behind;", "{}", "attention_first"),
+    ("swizzle_32", A, "HD == 32 ? r >> 1 & 3 : r & 7", "r & 7", "attention_32"),
     ("all_softmax", A, "att_softmax<A, M, ALL>(s, p,", "att_softmax<A, M>(s, p,", "attention_all"),
     (
         "prefix_rows",
@@ -202,7 +204,32 @@ MUTANTS = [
         "v[j] = *(const float4 *)(row + i);",
         "rmsnorm",
     ),
-    ("norm_store", K, "if (i >= D) continue;", "", "rmsnorm"),
+    (
+        "norm_store",
+        K,
+        "if (i >= D) continue;\n            const float4 g = *(const float4 *)(w + i);",
+        "const float4 g = *(const float4 *)(w + i);",
+        "rmsnorm",
+    ),
+    ("embed_positions", K, "(size_t)pos[t] * D", "(size_t)t * D", "embed"),
+    (
+        "ln_load",
+        K,
+        "if (i >= D) continue;\n            v[j] = *(const float4 *)(row + i);",
+        "v[j] = *(const float4 *)(row + i);",
+        "layernorm",
+    ),
+    ("ln_tail", K, "if (i >= D) continue; /* ln_tail", "(void)i; /* ln_tail", "layernorm"),
+    (
+        "ln_store",
+        K,
+        "if (i >= D) continue;\n            const float4 g = *(const float4 *)(w + i), c",
+        "const float4 g = *(const float4 *)(w + i), c",
+        "layernorm",
+    ),
+    ("ln_bias", K, "if (bias) {", "if (false) {", "layernorm"),
+    ("bias_end", K, "BIAS_THREADS + threadIdx.x; i < n;", "BIAS_THREADS + threadIdx.x;", "bias"),
+    ("bias_column", K, "bias + i % N8 * 4", "bias + i % N8", "bias"),
     ("mean_store", K, "if (ok && lane < 8)", "if (lane < 8)", "op_gather_mean"),
     ("mean_load", K, "ok ? lane / 8 : rows", "lane / 8", "op_gather_mean"),
     (
@@ -225,11 +252,32 @@ MUTANTS = [
     ),
     ("clamps_uncounted", K, "if (clamped) atomicAdd(", "if (0) atomicAdd(", "swiglu"),
     # numbers of 8 bits
-    ("*row_in", E, "__syncthreads(); /* row_in", "/* row_in", "quantize rmsnorm_e4m3"),
-    ("row_out", E, "__syncthreads(); /* row_out", "/* row_out", "quantize rmsnorm_e4m3"),
+    (
+        "ln8_load",
+        E,
+        "if (i >= D) continue;\n            load_eight(v[j], row + i);",
+        "load_eight(v[j], row + i);",
+        "layernorm_e4m3",
+    ),
+    ("ln8_tail", E, "if (i >= D) continue; /* ln_tail", "(void)i; /* ln_tail", "layernorm_e4m3"),
+    (
+        "ln8_store",
+        E,
+        "if (i >= D) continue;\n            float g[8], c[8];",
+        "float g[8], c[8];",
+        "layernorm_e4m3",
+    ),
+    ("ln8_bias", E, "if (bias) load_eight(c, bias + i);", "", "layernorm_e4m3"),
+    (
+        "gelu_end",
+        E,
+        "if (i >= F) continue;\n            float c[8];",
+        "float c[8];",
+        "gelu_e4m3",
+    ),
     (
         "row_warp",
-        E,
+        K,
         "for (int o = 16; o; o >>= 1) v = op(",
         "for (int o = 8; o; o >>= 1) v = op(",
         "quantize",
@@ -495,7 +543,50 @@ MUTANTS = [
         "/* batch_free",
         "op_embed_back",
     ),
-    ("last_row", R, "host.last[i] = b->cu[i + 1] - 1;", "host.last[i] = b->cu[i];", "op_gather"),
+    ("last_row", R, ": b->cu[i + 1] - 1;", ": b->cu[i];", "op_gather"),
+    (
+        "first_row",
+        R,
+        "be->first ? b->cu[i] : b->cu[i + 1] - 1;",
+        "b->cu[i + 1] - 1;",
+        "op_gather_first",
+    ),
+    ("first_tile", R, "i, len - 1, {}}", "i, 0, {}}", "op_attention_first"),
+    (
+        "mean_bare",
+        Q,
+        "if (w) any_rmsnorm(be, x, x, w, b->T);",
+        "any_rmsnorm(be, x, x, w, b->T);",
+        "op_gather_mean",
+    ),
+    (
+        "gelu_bias",
+        Q,
+        "if (!be->fp8) return launch_bias<true>",
+        "if (!be->fp8) return launch_bias<false>",
+        "op_matmul_gelu",
+    ),
+    (
+        "alpha_of_gelu",
+        D,
+        "if (c->architecture == QEMB_QWEN3) y->wdown.alpha",
+        "y->wdown.alpha",
+        "encoder_shapes",
+    ),
+    (
+        "up_of_gelu",
+        D,
+        "const int up = c->architecture == QEMB_BERT ? c->ffn : 2 * c->ffn;",
+        "const int up = 2 * c->ffn;",
+        "encoder_shapes",
+    ),
+    (
+        "halves_of_gelu",
+        D,
+        "std::max(R * Q, bert ? chunk * F : 0)",
+        "std::max(R * Q, bert ? (size_t)0 : 0)",
+        "encoder_fp8",
+    ),
     (
         "all_hopper",
         Q,
@@ -515,8 +606,8 @@ MUTANTS = [
     (
         "last_tile",
         R,
-        "att_tile{len - 1, b->cu[i], len, b->P, i - (len - 1), {}}",
-        "att_tile{len - 1, b->cu[i], len, b->P, i, {}}",
+        "att_tile{len - 1, b->cu[i], len, b->P, i - (len - 1), 0, {}}",
+        "att_tile{len - 1, b->cu[i], len, b->P, i, 0, {}}",
         "op_attention",
     ),
     (
@@ -529,15 +620,15 @@ MUTANTS = [
     (
         "wide_offset",
         Q,
-        "*last = wide + be->n_wide;",
-        "*last = wide;",
+        "*one = wide + be->n_wide;",
+        "*one = wide;",
         "op_attention same_bits forward_mlp",
     ),
     (
         "alpha",
         D,
         "y->wdown.alpha *= 1 << SWIGLU_SHIFT;",
-        ";",
+        "y->wdown.alpha *= 1;",
         "forward_shapes golden",
     ),
     (

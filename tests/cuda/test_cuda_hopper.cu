@@ -463,7 +463,7 @@ static std::vector<A> attention_behind(const std::vector<A> &v, int n, int P, in
     const int H = K << lg, ld = (H + 2 * K) * HD, own = n - P, row0 = P + gap, T = row0 + own + 70;
     std::vector<att_tile> tiles;
     for (int t = 0; t < own; t += HOPPER_ROWS >> lg)
-        tiles.push_back(att_tile{t, row0, own, P, 0, {}});
+        tiles.push_back(att_tile{t, row0, own, P, 0, 0, {}});
     std::vector<A> qkv((size_t)T * ld, make<A>(NAN));
     std::copy(v.begin(), v.begin() + (size_t)P * ld, qkv.begin());
     std::copy(v.begin() + (size_t)P * ld, v.end(), qkv.begin() + (size_t)row0 * ld);

@@ -147,7 +147,7 @@ template <class A, int V> static void rmsnorm_case(int D, int T, double scale) {
     device_array<float> dx(x), dw(w);
     device_array<A> dy((size_t)T * D);
     const float eps = 1e-6f;
-    cuda_ok(launch(rmsnorm_kernel<A, V>, dim3(3), dim3(NORM_THREADS), NORM_WARPS * sizeof(float),
+    cuda_ok(launch(rmsnorm_kernel<A, V>, dim3(3), dim3(ROW_THREADS), ROW_WARPS * sizeof(float),
                    (cudaStream_t)0, dy.p, dx.p, dw.p, T, D, eps),
             "launch");
     std::vector<A> got = dy.get();
@@ -362,9 +362,15 @@ struct bench_backend {
         cu.push_back((int)pos.size());
         for (size_t t = 0; t < pos.size(); t++)
             tokens.push_back((int)(rng_u64(r) % (uint64_t)c.vocab));
-        b = qemb_packed_batch{(int)lens.size(), (int)pos.size(), P,          tokens.data(),
-                              pos.data(),       cu.data(),       c.attention,
-                              0,                0};
+        b = qemb_packed_batch{(int)lens.size(),
+                              (int)pos.size(),
+                              P,
+                              tokens.data(),
+                              pos.data(),
+                              cu.data(),
+                              c.attention,
+                              0,
+                              0};
         qemb_cuda_ops.begin(be, &b);
     }
 };
@@ -386,7 +392,7 @@ template <class A> static void embed_case(int D, int T, int V) {
     device_array<float> x((size_t)(T + 1) * D);
     cuda_ok(launch(embed_kernel<A>, dim3((unsigned)((T + EMBED_WARPS - 1) / EMBED_WARPS)),
                    dim3(EMBED_WARPS * 32), 0, (cudaStream_t)0, x.p, (const A *)d.p,
-                   (const int *)dt.p, T, D),
+                   (const int *)dt.p, (const float *)nullptr, (const int *)nullptr, T, D),
             "launch");
     const std::vector<float> got = x.get();
     for (int t = 0; t <= T; t++) /* the row behind the last one is left alone */
@@ -412,9 +418,9 @@ TEST_SCHEDULES(op_embed_back_to_back) {
     device_array<float> a((size_t)100 * 64), b((size_t)100 * 64);
     f.begin({100}, 0, &r);
     const std::vector<int32_t> first = f.tokens;
-    qemb_cuda_ops.embed(f.be, a.p, &m, &f.b);
+    qemb_cuda_ops.embed(f.be, a.p, &m, nullptr, &f.b);
     f.begin({60, 40}, 0, &r);
-    qemb_cuda_ops.embed(f.be, b.p, &m, &f.b);
+    qemb_cuda_ops.embed(f.be, b.p, &m, nullptr, &f.b);
     std::vector<float> ga = a.get(), gb = b.get();
     for (size_t t = 0; t < 100; t++)
         for (size_t i = 0; i < 64; i++) {
@@ -511,7 +517,8 @@ static void attention_op_case(int hd, int H, int K, const std::vector<int> &lens
     device_array<__half> d(qkv), att((size_t)(last ? f.b.B : f.b.T) * H * hd);
     device_array<float> dq(wq), dk(wk);
     qemb_cuda_ops.qknorm_rope(f.be, (qemb_act *)d.p, dq.p, dk.p, &f.b);
-    qemb_cuda_ops.attention(f.be, (qemb_act *)att.p, (qemb_act *)d.p, &f.b, last);
+    qemb_cuda_ops.attention(f.be, (qemb_act *)att.p, (qemb_act *)d.p, &f.b,
+                            last ? QEMB_LAST_ROWS : QEMB_ALL_ROWS);
     std::vector<__half> got = att.get(), rotated = d.get();
     check(!failure_of(f.be), "%s", failure_of(f.be));
     for (int b = 0; b < f.b.B; b++) {
@@ -718,8 +725,7 @@ TEST_SCHEDULES(op_gather_last_pool) {
     std::vector<double> want(D), row(D);
     for (int b = 0; b < 600; b++) {
         const float *last = &x[(size_t)(f.cu[b + 1] - 1) * D];
-        if (!check(!memcmp(&rows[(size_t)b * D], last, D * sizeof(float)), "gather_last: row %d",
-                   b))
+        if (!check(!memcmp(&rows[(size_t)b * D], last, D * sizeof(float)), "gather: row %d", b))
             return;
         std::copy(last, last + D, row.begin());
         oracle_rmsnorm(want.data(), row.data(), w.data(), D, 1e-6);
