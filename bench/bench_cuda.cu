@@ -163,7 +163,8 @@ static void layout(bench *s, int T, int n) {
     }
     s->cu.push_back(T);
     const int texts = (int)s->cu.size() - 1;
-    s->b = qemb_packed_batch{texts, T, 0, s->tokens.data(), s->pos.data(), s->cu.data(), 0, 0, 0};
+    s->b = qemb_packed_batch{texts,          T, 0, s->tokens.data(), s->pos.data(), s->cu.data(),
+                             s->c.attention, 0, 0};
     s->T = T;
     s->ops->begin(s->be, &s->b);
 }
@@ -192,7 +193,8 @@ static void memory_bound(bench *s, int T) {
 
 static void attention(bench *s, int T, int n) {
     const double hd = s->c.head_dim, H = s->c.n_heads, K = s->c.n_kv_heads;
-    const char *op = s->hopper ? "attention_hopper" : "attention";
+    const bool all = s->c.attention == QEMB_BIDIRECTIONAL;
+    const char *op = all ? "attention_all" : s->hopper ? "attention_hopper" : "attention";
     char sizes[64];
     snprintf(sizes, sizeof sizes, "T %d, texts of %d", T, n);
     if (!chosen(s, op, sizes)) return;
@@ -201,7 +203,7 @@ static void attention(bench *s, int T, int n) {
            *att = random_device<__half>((size_t)(T * H * hd));
     const double us = microseconds(
         [&] { s->ops->attention(s->be, (qemb_act *)att, (qemb_act *)qkv, &s->b, QEMB_ALL_ROWS); });
-    report(s, op, sizes, us, 4 * hd * (H + K) * T, 4 * hd * H * T * (n + 1) / 2);
+    report(s, op, sizes, us, 4 * hd * (H + K) * T, 4 * hd * H * T * (all ? 2 * n : n + 1) / 2);
     cudaFree(qkv);
     cudaFree(att);
 }
@@ -239,6 +241,34 @@ static void gate_up(bench *s, int T) {
     });
     report(s, op, sizes, us, 4.0 * F * D, 4.0 * T * F * D);
     for (void *p : {(void *)gu, (void *)h}) cudaFree(p);
+}
+
+static void layernorm(bench *s, int T) {
+    const int D = s->c.hidden;
+    char sizes[64];
+    snprintf(sizes, sizeof sizes, "T %d D %d", T, D);
+    if (!chosen(s, "layernorm", sizes)) return;
+    float *x = random_device<float>((size_t)T * D), *w = random_device<float>((size_t)D);
+    __half *y = random_device<__half>((size_t)T * D);
+    const double us = microseconds([&] { s->ops->layernorm(s->be, (qemb_act *)y, x, w, w, w, T); });
+    report(s, "layernorm", sizes, us, 10.0 * D * T, 0);
+    for (void *p : {(void *)x, (void *)w, (void *)y}) cudaFree(p);
+}
+
+static void matmul_gelu(bench *s, int T) {
+    const int D = s->c.hidden, F = s->c.ffn;
+    char sizes[64];
+    snprintf(sizes, sizeof sizes, "T %d F %d D %d", T, F, D);
+    if (!chosen(s, "matmul_gelu", sizes)) return;
+    operands in(s, F, D, T);
+    __half *h = random_device<__half>((size_t)T * F);
+    float *bias = random_device<float>((size_t)F);
+    const double us = microseconds([&] {
+        const qemb_mat w = in.next();
+        s->ops->matmul_gelu(s->be, (qemb_act *)h, (qemb_act *)in.x, &w, bias, T);
+    });
+    report(s, "matmul_gelu", sizes, us, 2.0 * F * D, 2.0 * T * F * D);
+    for (void *p : {(void *)h, (void *)bias}) cudaFree(p);
 }
 
 static void copy_ceiling(bench *s) {
@@ -283,6 +313,19 @@ static void product_ceiling(const bench *from) {
     if (!chosen(&s, "matmul", "ceiling T 8192 N 8192 K 8192")) return;
     open_backend(&s, 8192);
     product(&s, "ceiling", 8192, 8192, false, 8192);
+    close_backend(&s);
+}
+
+/* What QEMB_BERT alone has, and attention over whole texts, at bge-m3's shape */
+static void encoder(const bench *from) {
+    bench s = *from;
+    s.c = config(1024, 16, 16, 64, 4096, 8192);
+    s.c.architecture = QEMB_BERT, s.c.attention = QEMB_BIDIRECTIONAL;
+    s.c.pooling = QEMB_POOL_FIRST, s.c.first_position = 2;
+    open_backend(&s, 8192);
+    for (int T : {32, 512, 8192}) layernorm(&s, T), matmul_gelu(&s, T);
+    for (int n : {16, 64, 512, 2048, 8192})
+        if (s.ops->math != QEMB_MATH_FP8) attention(&s, 8192, n);
     close_backend(&s);
 }
 
@@ -335,6 +378,7 @@ int main(int argc, char **argv) {
         product(&s, "down", D, F, true, T);
     }
     close_backend(&s);
+    encoder(&s);
 
     /* The same calls with Hopper's own kernels, in rows of their own. */
     if (major != 9 || fp8) return 0;

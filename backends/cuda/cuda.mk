@@ -14,9 +14,9 @@ CUDA_SOURCES := qemb.cu $(wildcard backends/cuda/*.h backends/cuda/*.cuh) qemb.h
 GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_100,code=compute_100
 
 EMU_SOURCES := tests/cuda/emu/emu_fibers.cpp tests/cuda/emu/emu_runtime.cpp tests/cuda/emu/emu_race.cpp tests/cuda/emu/emu_hopper.cpp tests/cuda/emu/emu_cublaslt.cpp
-EMU_HEADERS := $(wildcard tests/cuda/emu/*.h) tests/cuda/cuda_test.h tests/cuda/cuda_model.h tests/cuda/cuda_attention.h tests/unit/oracle.h tests/unit/support.h $(CUDA_SOURCES)
-EMU_TESTS   := tests/cuda/cuda_main.cu tests/cuda/test_cuda_ops.cu tests/cuda/test_cuda_hopper.cu tests/cuda/test_cuda_model.cu tests/cuda/test_cuda_quantize.cu tests/cuda/test_cuda_devices.cu
-EMU_C       := $(ENGINE) tests/unit/oracle tests/unit/support
+EMU_HEADERS := $(wildcard tests/cuda/emu/*.h) tests/cuda/cuda_test.h tests/cuda/cuda_model.h tests/cuda/cuda_attention.h tests/unit/oracle.h tests/unit/oracle_encoder.h tests/unit/support.h $(CUDA_SOURCES)
+EMU_TESTS   := tests/cuda/cuda_main.cu tests/cuda/test_cuda_ops.cu tests/cuda/test_cuda_hopper.cu tests/cuda/test_cuda_model.cu tests/cuda/test_cuda_encoder.cu tests/cuda/test_cuda_quantize.cu tests/cuda/test_cuda_devices.cu
+EMU_C       := $(ENGINE) tests/unit/oracle tests/unit/oracle_encoder tests/unit/support
 EMU_OBJECTS := $(patsubst %.cu,%.cu.o,qemb.cu $(EMU_TESTS)) $(EMU_SOURCES:.cpp=.o) # of test_cuda, beside the C files
 EMU_CXX     := -std=c++20 -g1 $(WARNINGS) -Wno-unknown-pragmas -Wno-psabi -DQEMB_EMU -isystem $(CUDA)/include -I. -Itests/cuda/emu
 CXX         ?= g++

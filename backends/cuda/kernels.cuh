@@ -33,8 +33,8 @@ struct total {
 
 /* ---- embed --------------------------------------------------------------------------------------
  * x (T, D) fp32 = rows tokens[t] of table (V, D), which is device memory, or pinned memory that the
- * device reads over the bus; plus rows pos[t] of pos_emb (positions, D) fp32, unless that is NULL. A
- * warp per token, 8 numbers per lane and step. 6 D bytes, 4 D more with positions. */
+ * device reads over the bus; plus rows pos[t] of pos_emb (positions, D) fp32, unless that is NULL.
+ * A warp per token, 8 numbers per lane and step. 6 D bytes, 4 D more with positions. */
 enum { EMBED_WARPS = 4 };
 template <class A>
 __global__ void __launch_bounds__(EMBED_WARPS * 32)
@@ -96,9 +96,10 @@ __global__ void __launch_bounds__(ROW_THREADS)
 }
 
 /* ---- layernorm ----------------------------------------------------------------------------------
- * x (T, D) fp32 in place = (z - mean(z)) / sqrt(mean((z - mean(z))^2) + eps) * w + b,  z = x + bias;
- * y (T, D) = x as A;  bias, w, b (D) fp32, bias NULL: none. A block per row, grid-stride; a thread
- * keeps its V x 4 numbers in registers between the three passes, and only it reads and writes them.
+ * x (T, D) fp32 in place = (z - mean(z)) / sqrt(mean((z - mean(z))^2) + eps) * w + b,  z = x +
+ * bias; y (T, D) = x as A;  bias, w, b (D) fp32, bias NULL: none. A block per row, grid-stride; a
+ * thread keeps its V x 4 numbers in registers between the three passes, and only it reads and
+ * writes them.
  * V * 4 * ROW_THREADS >= D. 8 D + sizeof(A) D bytes, 8 D flops. */
 template <class A, int V>
 __global__ void __launch_bounds__(ROW_THREADS)

@@ -42,8 +42,7 @@ static void attention_case(const std::vector<int> &lens, int P, int K, int lg, b
         if (one)
             tiles.push_back(ALL ? att_tile{0, T, 1, 0, b, n - 1, {}}
                                 : att_tile{n - 1, T, n, P, b - (n - 1), 0, {}});
-        for (int t = 0; !one && t < n; t += tokens)
-            tiles.push_back(att_tile{t, T, n, P, T, 0, {}});
+        for (int t = 0; !one && t < n; t += tokens) tiles.push_back(att_tile{t, T, n, P, T, 0, {}});
         T += lens[b];
     }
     tiles.insert(tiles.end(), 9, att_tile{}); /* a list may be filled up with empty tiles */

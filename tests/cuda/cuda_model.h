@@ -117,4 +117,82 @@ inline uint8_t *section_of(uint8_t *model, const char *name) {
     }
 }
 
+/* What the emulation counts (emu::counters). A device does not count. */
+#if defined(QEMB_EMU)
+constexpr bool COUNTS = true;
+#define COUNTED(what) emu::count.what
+#else
+constexpr bool COUNTS = false;
+#define COUNTED(what) 0L
+#endif
+
+/* Batches of one class (rows, texts) share a graph, whatever their texts' lengths and prefix; the
+ * third batch on is a replay. Bits as without graphs. */
+struct graph_batch {
+    std::vector<int> lens;
+    int prefix;
+};
+inline void graph_case(const qemb_config &c, qemb_dtype dtype, const qemb_ops *ops,
+                       const std::vector<graph_batch> &batches, long replays, model_mode mode) {
+    qemb_file *f = open_model_of(dtype, &c, 43, 1);
+    set_mode(f, mode);
+    {
+        qemb_options opt = {};
+        model with(f, ops, 1024, opt);
+        opt.no_graphs = 1;
+        model without(f, ops, 1024, opt);
+        const long before = COUNTED(graph_launches);
+        for (const graph_batch &b : batches) {
+            const auto texts = random_texts(b.lens, b.prefix, 7 + b.lens[0]);
+            const long start = COUNTED(launches);
+            const auto got = with.embed(texts);
+            const long middle = COUNTED(launches);
+            check(got == without.embed(texts), "%zu texts, %d tokens, prefix %d", b.lens.size(),
+                  b.lens[0], b.prefix);
+            check(middle - start <= COUNTED(launches) - middle, "a graph, and its kernels again");
+        }
+        const long launched = COUNTED(graph_launches) - before;
+        check(!COUNTS || launched == replays, "%ld batches ran as graphs (want %ld)", launched,
+              replays);
+    }
+    qemb_file_close(f);
+}
+inline void refused(const qemb_config &c, const char *want, int batch_tokens = 64) {
+    qemb_file *f = open_model(&c, 51, 1);
+    {
+        model cuda(f, &qemb_cuda_ops, batch_tokens);
+        check(!cuda.m && cuda.err.code && !strcmp(cuda.err.code, "device"),
+              "not refused (want \"%s\")", want);
+        check(strstr(cuda.err.msg, want), "message \"%s\" (want \"%s\")", cuda.err.msg, want);
+    }
+    qemb_file_close(f);
+}
+
+#if defined(QEMB_EMU)
+/* What plan says is what open takes, but for the emulator's pages and the guess about graphs. */
+inline void plan_case(const qemb_file *f, const qemb_ops *ops) {
+    qemb_options opt = {};
+    opt.batch_tokens = 300;
+    opt.no_graphs = 1;
+    qemb_memory mem;
+    qemb_plan(f, ops, &opt, &mem);
+    size_t sum = 0, before = 0, after = 0, total = 0;
+    for (int i = 0; i < mem.n_parts; i++) sum += mem.parts[i].bytes;
+    cudaMemGetInfo(&before, &total);
+    {
+        model m(f, ops, 300, opt);
+        check(m.m, "open: %s", m.err.msg);
+        cudaMemGetInfo(&after, &total);
+        const size_t taken = before - after;
+        check(taken >= sum && taken <= sum + 12 * 4096, "taken %zu bytes, planned %zu", taken, sum);
+    }
+    opt.no_graphs = 0;
+    qemb_plan(f, ops, &opt, &mem);
+    bool graphs = false;
+    for (int i = 0; i < mem.n_parts; i++)
+        graphs = graphs || (strstr(mem.parts[i].what, "graphs") && mem.parts[i].bytes > 0);
+    check(graphs, "graphs are not planned");
+}
+#endif
+
 #endif

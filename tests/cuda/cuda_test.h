@@ -19,6 +19,7 @@
 
 extern "C" {
 #include "tests/unit/oracle.h"
+#include "tests/unit/oracle_encoder.h"
 #include "tests/unit/support.h"
 }
 
@@ -154,6 +155,31 @@ template <class A> inline std::vector<double> doubles(const std::vector<A> &v) {
     std::vector<double> d(v.size());
     for (size_t i = 0; i < v.size(); i++) d[i] = num(v[i]);
     return d;
+}
+
+/* ---- e4m3 on the host ------------------------------------------------------------------------ */
+
+/* By its definition: sign, four bits of exponent (bias 7), three of fraction; subnormal below 2^-6,
+ * no infinity, all ones is NaN. Rounding to it is off by at most 2^-4 of the number, or by half a
+ * step of the subnormals, 2^-10. */
+inline double e4m3(uint8_t code) {
+    const int e = code >> 3 & 15, m = code & 7;
+    const double size = e ? ldexp(1 + m / 8.0, e - 7) : ldexp(m / 8.0, -6);
+    return (code & 127) == 127 ? (double)NAN : code & 128 ? -size : size;
+}
+/* Codes and scale of a row against the numbers that it should hold, each known to within size * rel
+ * + off. */
+inline bool row_near(const uint8_t *codes, float scale, const std::vector<double> &want, double rel,
+                     size_t row, double off = 0) {
+    double top = 0;
+    for (double v : want) top = std::max(top, fabs(v));
+    check_near((double)scale * 448, top, top * (rel + 4 * U) + off + 0x1p-99, "scale", row);
+    for (size_t i = 0; i < want.size(); i++) {
+        const double tol = fabs(want[i]) * (0x1p-4 + rel) + 1.1 * off + scale * 0x1p-10 + 0x1p-99;
+        if (!check_near(e4m3(codes[i]) * scale, want[i], tol, "code", row * want.size() + i))
+            return false;
+    }
+    return true;
 }
 
 #endif

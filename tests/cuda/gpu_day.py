@@ -37,10 +37,11 @@ SKIPPED = 77  # exit status of a program that found no GPU, or not what it needs
 # stops no other. What relies on unproven instructions comes last.
 GROUPS = [
     ("ptx", r"ptx_(?!tma|wgmma|cluster).*"),
-    ("kernels", r"(rmsnorm|qknorm_rope|swiglu|quantize|dequantize|embed).*"),
+    ("kernels", r"(rmsnorm|layernorm|qknorm_rope|swiglu|bias|gelu|quantize|dequantize|embed).*"),
     ("attention", r"attention_(?!hopper).*"),
     ("ops", r"op_(?!fp8|.*hopper).*"),
     ("models", r"(forward|golden|overflow|hot_path|plan|timed|table|batch).*"),
+    ("encoders", r"encoder.*"),
     ("graphs", r"(graph|in_flight).*"),
     ("int8", r"int8.*"),
     ("fp8", r"(op_fp8|fp8|accuracy).*"),
@@ -585,6 +586,7 @@ def transformers_rates(done):
 def speed(day):
     facts(day)
     four, small, int8 = Model(day, "4B"), Model(day, "0.6B"), Model(day, "4B", int8=True)
+    encoder = Model(day, "bge-m3")
     few = day.o.tmp / "few.jsonl"
     few.write_bytes(records(4, 1, random.Random(1)))
     four.run("4B tuning", 60, few, *four.cache)
@@ -604,6 +606,9 @@ def speed(day):
                 ["python3", "bench/bench_transformers.py", model.shape], find=transformers_rates,
                 env=dict(os.environ))
     int8.throughput("f16", (32, 512))
+    encoder.throughput("f16", (32, 512), times=6)
+    encoder.throughput("fp8", (32, 512), "--math", "fp8", times=6)
+    accuracy(day, encoder, cpu, [("f16", ()), ("fp8", ("--math", "fp8"))])
     profile(day)
 
 

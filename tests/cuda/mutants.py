@@ -228,7 +228,13 @@ MUTANTS = [
         "layernorm",
     ),
     ("ln_bias", K, "if (bias) {", "if (false) {", "layernorm"),
-    ("bias_end", K, "BIAS_THREADS + threadIdx.x; i < n;", "BIAS_THREADS + threadIdx.x;", "bias"),
+    (
+        "bias_end",
+        K,
+        "BIAS_THREADS + threadIdx.x; i < n;",
+        "BIAS_THREADS + threadIdx.x; i <= n;",
+        "bias",
+    ),
     ("bias_column", K, "bias + i % N8 * 4", "bias + i % N8", "bias"),
     ("mean_store", K, "if (ok && lane < 8)", "if (lane < 8)", "op_gather_mean"),
     ("mean_load", K, "ok ? lane / 8 : rows", "lane / 8", "op_gather_mean"),
@@ -584,7 +590,7 @@ MUTANTS = [
         "halves_of_gelu",
         D,
         "std::max(R * Q, bert ? chunk * F : 0)",
-        "std::max(R * Q, bert ? (size_t)0 : 0)",
+        "R * Q",
         "encoder_fp8",
     ),
     (

@@ -14,15 +14,6 @@
 #include <dirent.h>
 #include <unistd.h>
 
-/* What the emulation counts (emu::counters). A device does not count. */
-#if defined(QEMB_EMU)
-constexpr bool COUNTS = true;
-#define COUNTED(what) emu::count.what
-#else
-constexpr bool COUNTS = false;
-#define COUNTED(what) 0L
-#endif
-
 /* ---- against the CPU path -------------------------------------------------------------------- */
 
 static void lengths_case(int prefix, int batch_tokens) {
@@ -310,39 +301,7 @@ TEST_SCHEDULES(timed_once_fp8) {
 
 /* ---- graphs ---------------------------------------------------------------------------------- */
 
-/* Batches of one class (rows, texts) share a graph, whatever their texts' lengths and prefix; the
- * third batch on is a replay. Bits as without graphs. */
-struct graph_batch {
-    std::vector<int> lens;
-    int prefix;
-};
-static void graph_case(qemb_dtype dtype, const qemb_ops *ops,
-                       const std::vector<graph_batch> &batches, long replays,
-                       model_mode mode = USUAL) {
-    const qemb_config c = config(2, 64, 2, 1, 64, 64, 700);
-    qemb_file *f = open_model_of(dtype, &c, 43, 1);
-    set_mode(f, mode);
-    {
-        qemb_options opt = {};
-        model with(f, ops, 1024, opt);
-        opt.no_graphs = 1;
-        model without(f, ops, 1024, opt);
-        const long before = COUNTED(graph_launches);
-        for (const graph_batch &b : batches) {
-            const auto texts = random_texts(b.lens, b.prefix, 7 + b.lens[0]);
-            const long start = COUNTED(launches);
-            const auto got = with.embed(texts);
-            const long middle = COUNTED(launches);
-            check(got == without.embed(texts), "%zu texts, %d tokens, prefix %d", b.lens.size(),
-                  b.lens[0], b.prefix);
-            check(middle - start <= COUNTED(launches) - middle, "a graph, and its kernels again");
-        }
-        const long launched = COUNTED(graph_launches) - before;
-        check(!COUNTS || launched == replays, "%ld batches ran as graphs (want %ld)", launched,
-              replays);
-    }
-    qemb_file_close(f);
-}
+static const qemb_config graph_config = config(2, 64, 2, 1, 64, 64, 700);
 TEST_SCHEDULES(graph_same_bits) {
     /* (rows, texts) with the one that fills up, and how often: (32, 2) 20 23 24 30; (16, 2) 9 1 14,
      * and full 2+14; (16, 3) 5+3+4 1+5+2 13+1+1; (32, 1) full 32; the first of each class runs
@@ -351,8 +310,8 @@ TEST_SCHEDULES(graph_same_bits) {
                                             {{32}, 0}, {{24}, 0},   {{3, 4}, 5},  {{2, 14}, 0},
                                             {{30}, 0}, {{5, 2}, 1}, {{1, 1}, 13}, {{14}, 0}};
     for (qemb_dtype dtype : {QEMB_F16, QEMB_I8})
-        graph_case(dtype, &qemb_cuda_ops, small, 3 + 3 + 2);
-    if (has_fp8()) graph_case(QEMB_F16, &qemb_cuda_fp8_ops, small, 3 + 3 + 2);
+        graph_case(graph_config, dtype, &qemb_cuda_ops, small, 3 + 3 + 2, USUAL);
+    if (has_fp8()) graph_case(graph_config, QEMB_F16, &qemb_cuda_fp8_ops, small, 3 + 3 + 2, USUAL);
 }
 /* (32, 2) 20 23 24; (16, 2) 9 1 14; (16, 3) 5+2 3+4, causal also 5+3+4 and 4+2+3; (640, 2) */
 TEST(graph_modes) {
@@ -362,14 +321,15 @@ TEST(graph_modes) {
                                             {{24}, 0},  {{5, 2}, 0}, {{14}, 0}, {{3, 4}, 0},
                                             {{600}, 0}, {{520}, 0},  {{610}, 0}};
         if (shares) batches.insert(batches.end(), {{{3, 4}, 5}, {{2, 3}, 4}});
-        graph_case(QEMB_F16, &qemb_cuda_ops, batches, 2 + 2 + 1 + 2 * shares + 2, mode);
+        graph_case(graph_config, QEMB_F16, &qemb_cuda_ops, batches, 2 + 2 + 1 + 2 * shares + 2,
+                   mode);
     }
 }
 /* Tiles of both sizes in a graph: (640, 2) and (640, 3) */
 TEST(graph_long) {
-    graph_case(QEMB_F16, &qemb_cuda_ops,
+    graph_case(graph_config, QEMB_F16, &qemb_cuda_ops,
                {{{600}, 0}, {{520}, 0}, {{9, 600}, 3}, {{610}, 0}, {{1, 1}, 560}, {{600, 9}, 0}},
-               2 + 2);
+               2 + 2, USUAL);
 }
 /* Longer, more texts, or another number of rows: no graph, however often */
 TEST(graph_bounds) {
@@ -449,16 +409,6 @@ TEST_SCHEDULES(graph_refused) {
 
 /* ---- refusals -------------------------------------------------------------------------------- */
 
-static void refused(const qemb_config &c, const char *want, int batch_tokens = 64) {
-    qemb_file *f = open_model(&c, 51, 1);
-    {
-        model cuda(f, &qemb_cuda_ops, batch_tokens);
-        check(!cuda.m && cuda.err.code && !strcmp(cuda.err.code, "device"),
-              "not refused (want \"%s\")", want);
-        check(strstr(cuda.err.msg, want), "message \"%s\" (want \"%s\")", cuda.err.msg, want);
-    }
-    qemb_file_close(f);
-}
 TEST(refuse_shapes) {
     refused(config(1, 64, 2, 1, 32, 64, 64), "head size not supported (got 32, want 64 or 128)");
     refused(config(1, 64, 3, 1, 64, 64, 64),
@@ -559,30 +509,6 @@ TEST(device_fails) {
 }
 /* ---- the plan -------------------------------------------------------------------------------- */
 
-/* What plan says is what open takes, but for the emulator's pages and the guess about graphs. */
-static void plan_case(const qemb_file *f, const qemb_ops *ops) {
-    qemb_options opt = {};
-    opt.batch_tokens = 300;
-    opt.no_graphs = 1;
-    qemb_memory mem;
-    qemb_plan(f, ops, &opt, &mem);
-    size_t sum = 0, before = 0, after = 0, total = 0;
-    for (int i = 0; i < mem.n_parts; i++) sum += mem.parts[i].bytes;
-    cudaMemGetInfo(&before, &total);
-    {
-        model m(f, ops, 300, opt);
-        check(m.m, "open: %s", m.err.msg);
-        cudaMemGetInfo(&after, &total);
-        const size_t taken = before - after;
-        check(taken >= sum && taken <= sum + 12 * 4096, "taken %zu bytes, planned %zu", taken, sum);
-    }
-    opt.no_graphs = 0;
-    qemb_plan(f, ops, &opt, &mem);
-    bool graphs = false;
-    for (int i = 0; i < mem.n_parts; i++)
-        graphs = graphs || (strstr(mem.parts[i].what, "graphs") && mem.parts[i].bytes > 0);
-    check(graphs, "graphs are not planned");
-}
 TEST(plan_is_what_open_takes) {
     const qemb_config c = config(3, 96, 2, 1, 64, 160, 200);
     for (qemb_dtype dtype : {QEMB_F16, QEMB_I8}) {

@@ -1,21 +1,11 @@
 /* test_cuda_quantize.cu - INT8 weights and FP8 GEMMs: kernels and ops compared with double
  * precision, whole models with FP32 on the CPU, and the error of each arithmetic (the table in
  * docs/accuracy.md).
- *
- * e4m3 here is decoded by its definition: sign, four bits of exponent (bias 7), three of fraction;
- * subnormal below 2^-6, no infinity, all ones is NaN. Rounding to it is off by at most 2^-4 of the
- * number, or by half a step of the subnormals, 2^-10.
  */
 #include "cuda_model.h"
 
 #include "backends/cuda/gemm.cuh"
 #include "backends/cuda/quantize.cuh"
-
-static double e4m3(uint8_t code) {
-    const int e = code >> 3 & 15, m = code & 7;
-    const double size = e ? ldexp(1 + m / 8.0, e - 7) : ldexp(m / 8.0, -6);
-    return (code & 127) == 127 ? (double)NAN : code & 128 ? -size : size;
-}
 
 /* ---- ptx ------------------------------------------------------------------------------------- */
 
@@ -59,21 +49,6 @@ TEST(ptx_e4m3) {
 }
 
 /* ---- kernels --------------------------------------------------------------------------------- */
-
-/* Codes and scale of a row against the numbers that it should hold, each known to within size *
- * rel. */
-static bool row_near(const uint8_t *codes, float scale, const std::vector<double> &want, double rel,
-                     size_t row) {
-    double top = 0;
-    for (double v : want) top = std::max(top, fabs(v));
-    check_near((double)scale * 448, top, top * (rel + 4 * U) + 0x1p-99, "scale", row);
-    for (size_t i = 0; i < want.size(); i++) {
-        const double tol = fabs(want[i]) * (0x1p-4 + rel) + scale * 0x1p-10 + 0x1p-99;
-        if (!check_near(e4m3(codes[i]) * scale, want[i], tol, "code", row * want.size() + i))
-            return false;
-    }
-    return true;
-}
 
 template <class X> inline X make_any(double v) { return make<X>(v); }
 template <> inline int8_t make_any<int8_t>(double v) { return (int8_t)(127 * v); }
