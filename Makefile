@@ -40,7 +40,7 @@ FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
 SERVE   := $(patsubst %,frontends/server/%,main probe http http_conn http_parse http_pool http_header http_work http_tell http_admin listen api api_keys api_tei api_ollama api_rerank models model_worker queue cache redis redis_address redis_link redis_reply metrics log buffer vector) $(SHARED)
 TESTS   := amx batch cpu_count embed_text encoder http_parse json_read file_watch line_index long_text measure model_file format input model ops ranking redis_reply serve_cache serve_queue simd text_ids tokenizer unigram
-FUZZERS := file http input jsonl line_index redis request tokenizer
+FUZZERS := file http input jsonl line_index redis request tokenizer unigram
 TESTED  := $(patsubst %,tests/unit/%,oracle oracle_encoder support emulated_amx exp_avx2 exp_avx512 seal_index vnni_in_c) $(patsubst %,frontends/%,console decompress format input json_read map_fault ranking cli/line_index server/queue server/cache server/redis_reply server/metrics server/log server/buffer server/vector server/http_parse) # what the unit tests link beside the engine
 FUZZ_RUNS ?= 20000
 

@@ -1,8 +1,8 @@
 /* unigram.c - text to token ids, exactly as Hugging Face `tokenizers` does for XLM-RoBERTa.
  *
  * The definition has six steps. This file does the first five, each under its heading:
- *   1. Added tokens ("<mask>") are found in the raw text, leftmost. Each stretch of text between two
- *      of them goes through 2 to 5 on its own. Some take the white space before them with them.
+ *   1. Added tokens ("<mask>") are found in the raw text, leftmost. Each stretch of text between
+ *      two of them goes through 2 to 5 on its own. Some take the white space before them with them.
  *   2. The charsmap replaces grapheme clusters of fewer than 6 bytes, or single characters.
  *   3. Runs of spaces become one space, or the stretch is split at white space.
  *   4. Each space becomes U+2581 and begins a word; the stretch begins with one, too.
@@ -10,15 +10,15 @@
  *   6. The caller puts <s> and </s> around the ids.
  *
  * What makes it fast and changes no id:
- *   - Steps 1 to 4 are one pass, in windows that fit the first caches, into a buffer in which a byte
- *     0x20 stands for U+2581. The pieces have it too; a piece with a space in it can't occur.
+ *   - Steps 1 to 4 are one pass, in windows that fit the first caches, into a buffer in which a
+ *     byte 0x20 stands for U+2581. The pieces have it too; one with a space in it can't occur.
  *   - Characters that no neighbour joins and that the charsmap keeps are copied; ASCII in runs.
  *   - A word of up to 31 bytes is looked up in a cache of earlier results.
  *   - The pieces are a double array, so a step costs one load.
  * Long words are taken part by part. At a place that no piece crosses, whatever comes later, the
  * tokens before it are certain: they come out there, and memory grows only with what is left. So
- * a limit of ids ends even a text without spaces early. Sums go on from there, since a sum from zero
- * would be rounded differently.
+ * a limit of ids ends even a text without spaces early. Sums go on from there, since a sum from
+ * zero would be rounded differently.
  * Nothing depends on the locale. An open tokenizer is immutable; all scratch is in the state.
  */
 #include "lib/added_tokens.h"
@@ -213,7 +213,8 @@ static size_t short_cluster(const unigram *t, const uint8_t *p, size_t n) {
     return at;
 }
 
-/* Appends a cluster of n < CLUSTER bytes. The shortest key that it begins with replaces all of it. */
+/* Appends a cluster of n < CLUSTER bytes. The shortest key that it begins with replaces all of
+ * it. */
 static void put_cluster(unigram_state *s, const uint8_t *p, size_t n) {
     unsigned len, second;
     uint32_t a = utf8_decode(p, &len), replacement;
@@ -254,8 +255,8 @@ static inline size_t put_ascii(unigram_state *s, const uint8_t *p, size_t n) {
 }
 
 /* Steps 2 to 4 for the characters that begin in text[i, stop), until s->text is full. What is known
- * of the stretch ends at `end`: there it ends, or end is LOOK bytes or more behind stop. Returns the
- * place behind the last one. */
+ * of the stretch ends at `end`: there it ends, or end is LOOK bytes or more behind stop. Returns
+ * the place behind the last one. */
 static size_t normalize(unigram_state *s, const uint8_t *text, size_t i, size_t stop, size_t end) {
     const unigram *t = s->t;
     while (i < stop && s->n < FULL) {
@@ -621,8 +622,9 @@ static qemb_tokenizer_state *unigram_state_new(const qemb_tokenizer *t) {
  *   then u32[n_singles][2] { code point, replacement }, ascending by code point
  *   then u32[n_pairs][3] { code point, code point, replacement }, ascending by both
  *   then u8[n_pieces] bytes of each piece, then the text of the pieces, then that of replacements
- * A replacement is offset | bytes << 24 in that text. The charsmap's keys of one character and of two
- * are all that step 2 can reach. spaces: 1 if step 3 splits at white space, 0 if it merges spaces. */
+ * A replacement is offset | bytes << 24 in that text. The charsmap's keys of one character and of
+ * two are all that step 2 can reach. spaces: 1 if step 3 splits at white space, 0 if it merges
+ * spaces. */
 typedef struct {
     uint32_t n_pieces, unk, spaces, n_singles, n_pairs, piece_bytes, text_bytes, zero;
 } unigram_header;
@@ -733,16 +735,17 @@ static int make_trie(unigram *t, const uint8_t *text, size_t bytes, qemb_err *er
 
 static void set_classes(unigram *t) {
     const size_t n = sizeof grapheme_ranges / sizeof *grapheme_ranges;
-    for (size_t i = 0; i < n; i++)
-        memset(t->info + grapheme_ranges[i].first, grapheme_ranges[i].class,
+    for (size_t i = 0; i < n; i++) {
+        const unsigned class = grapheme_ranges[i].class;
+        memset(t->info + grapheme_ranges[i].first,
+               (int)(class | (class >= GRAPHEME_JOINS ? JOINS : 0)),
                grapheme_ranges[i].last - grapheme_ranges[i].first + 1);
+    }
     for (uint32_t i = 0; i < HANGUL_NL * HANGUL_NV * HANGUL_NT; i++)
         t->info[HANGUL_S + i] = i % HANGUL_NT ? GRAPHEME_LVT : GRAPHEME_LV;
-    for (uint32_t c = 0; c < CODE_POINTS; c++) {
-        if (t->info[c] >= GRAPHEME_JOINS) t->info[c] |= JOINS;
+    for (uint32_t c = 0; c <= 0x3000; c++) /* the last White_Space */
         if (c == MARK || (t->split ? UNICODE_CLASS(word_of(c)) == CLASS_SPACE : c == ' '))
             t->info[c] |= SPECIAL;
-    }
 }
 
 static int is_code_point(uint32_t c) { return c < CODE_POINTS && (c < 0xD800 || c > 0xDFFF); }

@@ -56,8 +56,7 @@ static const char *const naive_alphabet[] = {
     "<pad>",
     "\xEF\xBC\x9C",
     "\xEF\xBC\x9Es\xEF\xBC\x9E",
-    "\xEF\xBC\x9C"
-    "unk\xEF\xBC\x9E",
+    "\xEF\xBC\x9C\x75nk\xEF\xBC\x9E",
     "\x01",
     "\xE1\x84\x80",
     "\xE1\x85\xA1",
@@ -315,6 +314,9 @@ static inline void naive_word(const unigram_data *d, const uint8_t *p, size_t n,
     uint32_t *id = malloc((n + 1) * sizeof *id), *way = malloc((n + 1) * sizeof *way);
     if (!best || !from || !id || !way) abort();
     for (uint32_t i = 0; i < d->n_pieces; i++) least = fmin(least, naive_score(d, i));
+    size_t longest = 0;
+    for (uint32_t i = 0; i < d->n_pieces; i++)
+        longest = d->lengths.p[i] > longest ? d->lengths.p[i] : longest;
     for (size_t i = 0; i <= n; i++) best[i] = NAN; /* not reached */
     best[0] = 0;
     for (size_t i = 0; i < n; i++) {
@@ -322,7 +324,7 @@ static inline void naive_word(const unigram_data *d, const uint8_t *p, size_t n,
         uint32_t c;
         if ((p[i] & 0xC0) == 0x80) continue;
         const size_t len = unigram_data_char(p + i, n - i, &c);
-        for (size_t e = i + 1; e <= n && e <= i + 32; e++) {
+        for (size_t e = i + 1; e <= n && e <= i + longest; e++) {
             const long piece = naive_piece(d, p + i, e - i);
             if (piece < 0) continue;
             const double sum = naive_score(d, (size_t)piece) + best[i];
