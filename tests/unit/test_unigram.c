@@ -1,5 +1,6 @@
 /* test_unigram.c - the Unigram tokenizer, compared with a slow restatement of its definition and,
  * where the shared data is available, with the reference's vectors and sweeps. */
+#include "lib/grapheme_tables.h"
 #include "naive_unigram.h"
 #include "support.h"
 
@@ -239,6 +240,40 @@ Test(unigram, follows_each_rule) {
         }
         cr_expect_str_eq(spelled(&k, "a\0b", 3), "_a<unk>b"); /* NUL is a character */
         close_small(&k);
+    }
+}
+
+/* The rules that look back, of which few can change an id: on random classes, written as letters,
+ * beside the rules restated. */
+Test(unigram, ends_clusters_by_the_rules) {
+    static const struct {
+        char letter;
+        uint8_t class;
+    } classes[] = {
+        {'-', GRAPHEME_OTHER},     {'C', GRAPHEME_CONTROL},   {'X', GRAPHEME_PICTURE},
+        {'K', GRAPHEME_CONSONANT}, {'2', GRAPHEME_LV},        {'3', GRAPHEME_LVT},
+        {'r', GRAPHEME_CR},        {'n', GRAPHEME_LF},        {'P', GRAPHEME_PREPEND},
+        {'S', GRAPHEME_SPACING},   {'E', GRAPHEME_EXTEND},    {'k', GRAPHEME_LINKER},
+        {'J', GRAPHEME_JOINER},    {'N', GRAPHEME_NONJOINER}, {'L', GRAPHEME_L},
+        {'V', GRAPHEME_V},         {'T', GRAPHEME_T},         {'R', GRAPHEME_REGIONAL},
+    };
+    enum { N = sizeof classes / sizeof *classes, LENGTH = 12 };
+    rng random = {3};
+    for (int round = 0; round < 300000; round++) {
+        char text[LENGTH + 1] = "";
+        uint8_t class[LENGTH];
+        const size_t first = rng_u64(&random) % N, few = 1 + rng_u64(&random) % N;
+        for (size_t i = 0; i < LENGTH; i++) {
+            const size_t c = (first + rng_u64(&random) % few) % N;
+            text[i] = classes[c].letter;
+            class[i] = classes[c].class;
+        }
+        grapheme g = grapheme_begin(class[0]);
+        for (size_t i = 1; i < LENGTH; i++) {
+            cr_assert_eq(!grapheme_continues(&g, class[i]), naive_breaks(text, i), "%s at %zu",
+                         text, i);
+            g = grapheme_after(g, class[i]);
+        }
     }
 }
 
@@ -701,6 +736,46 @@ static void sweep_vocabulary(const small *k, const json_t *digests) {
     }
     sweep_block(&w, id, true);
     cr_expect_eq(same, 154622 + 5, "got %zu", same); /* the added tokens, too */
+}
+
+/* The table has the classes of the reference, range by range. The two that split Extend are left to
+ * the sweeps. */
+Test(unigram, has_the_classes_of_the_reference) {
+    static const struct {
+        const char *name;
+        uint8_t class;
+    } names[] = {{"control", GRAPHEME_CONTROL},
+                 {"prepend", GRAPHEME_PREPEND},
+                 {"spacing_mark", GRAPHEME_SPACING},
+                 {"extended_pictographic", GRAPHEME_PICTURE},
+                 {"incb_consonant", GRAPHEME_CONSONANT},
+                 {"incb_linker", GRAPHEME_LINKER},
+                 {"extend", GRAPHEME_EXTEND}};
+    static uint8_t class[0x110000];
+    const char *path;
+    size_t seen = 0;
+    NEED(path, "grapheme_tables.json");
+    for (size_t i = 0; i < sizeof grapheme_ranges / sizeof *grapheme_ranges; i++)
+        for (uint32_t c = grapheme_ranges[i].first; c <= grapheme_ranges[i].last; c++)
+            class[c] = grapheme_ranges[i].class;
+    json_t *tables = json_load_file(path, 0, NULL);
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const json_t *ranges = json_object_get(tables, names[i].name);
+        for (size_t j = 0; j < json_array_size(ranges); j++) {
+            const json_t *range = json_array_get(ranges, j);
+            const json_int_t first = json_integer_value(json_array_get(range, 0));
+            const json_int_t last = json_integer_value(json_array_get(range, 1));
+            for (json_int_t c = first; c <= last; c++, seen++) {
+                const bool split = c == 0x0A || c == 0x0D || c == 0x200C || c == 0x200D ||
+                                   class[c] == GRAPHEME_LINKER;
+                cr_expect(split || class[c] == names[i].class, "U+%04llX is %d", (long long)c,
+                          class[c]);
+            }
+        }
+    }
+    cr_expect_eq(seen, 3895 + 27 + 381 + 3537 + 240 + 6 + 2238, "got %zu", seen);
+    cr_expect_eq(class[0x94D], GRAPHEME_LINKER);
+    json_decref(tables);
 }
 
 Test(unigram, agrees_with_the_reference, .timeout = 600) {
