@@ -33,7 +33,6 @@ import io
 import json
 import math
 import os
-import pickle
 import pickletools
 import re
 import signal
@@ -1181,17 +1180,19 @@ def read_blocks(t, rows, cols, block):
 # ---- pytorch_model.bin -------------------------------------------------------------------------
 
 # What torch.save writes: a zip of stored members. DIRECTORY/data.pkl is a pickle of {name: tensor}
-# that refers to the numbers in DIRECTORY/data/KEY. A pickle is a program: it may call whatever it
-# names. This one can name what FileOfTensors.known has: two functions that make a dictionary and a
-# tuple, and types that nobody can call. It is scanned first, so it cannot fill the memory either.
+# that refers to the numbers in DIRECTORY/data/KEY. A pickle is a program, and Python's unpickler
+# calls whatever it names. read_pickle calls nothing: it knows the opcodes that torch.save writes,
+# and makes a dictionary or a Tensor where the three names below would be called.
 StorageType = namedtuple("StorageType", "dtype itemsize")
-STORAGES = {"FloatStorage": StorageType("F32", 4), "HalfStorage": StorageType("F16", 2),
-            "BFloat16Storage": StorageType("BF16", 2), "LongStorage": StorageType("I64", 8)}
+ORDERED_DICT, REBUILD = object(), object()
+NAMES = {"collections OrderedDict": ORDERED_DICT, "torch._utils _rebuild_tensor_v2": REBUILD,
+         "torch FloatStorage": StorageType("F32", 4), "torch HalfStorage": StorageType("F16", 2),
+         "torch BFloat16Storage": StorageType("BF16", 2),
+         "torch LongStorage": StorageType("I64", 8)}
+CONSTANTS = {"EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "NEWTRUE": lambda: True,
+             "NEWFALSE": lambda: False, "NONE": lambda: None}
 MAX_PICKLE = 1 << 20  # bytes of data.pkl; a tensor takes about 150
 MAX_DIRECTORY = 1 << 23  # bytes that zipfile may read at once: the list of members
-OPCODES = set("""PROTO EMPTY_DICT EMPTY_LIST EMPTY_TUPLE MARK BINPUT LONG_BINPUT BINGET LONG_BINGET
-    GLOBAL BINUNICODE TUPLE TUPLE1 TUPLE2 TUPLE3 BINPERSID BININT BININT1 BININT2 LONG1 NEWFALSE
-    NEWTRUE NONE REDUCE BUILD SETITEM SETITEMS APPEND APPENDS STOP""".split())
 SAFE = "in transformers, model.save_pretrained(NEW, safe_serialization=True)"
 Storage = namedtuple("Storage", "dtype itemsize offset count")  # numbers of a member, in the file
 
@@ -1205,83 +1206,94 @@ class SmallReads(io.FileIO):
         return super().read(n)
 
 
-class StateDict(dict):
-    """An OrderedDict of the pickle."""
+def read_pickle(data, name, path, members):
+    """Returns the value of a data.pkl. members: {key: (place, bytes)}. Values may be nested so deep
+    that hashing, comparing or printing one would overflow the C stack: only texts and numbers
+    are."""
+    stack, marks, memo = [], [], {}
 
-    def __setstate__(self, state):
-        """The state would set _metadata, which is not used."""
+    def pop(n=None):
+        """The last n values, or those behind the last mark."""
+        start = marks.pop() if n is None else len(stack) - n
+        if start < 0:
+            raise IndexError("an empty stack")
+        items = stack[start:]
+        del stack[start:]
+        return items
 
-
-class Function:
-    """What the pickle may call, and not change."""
-
-    __slots__ = ("call",)
-
-    def __init__(self, call):
-        self.call = call
-
-    def __call__(self, *args):
-        return self.call(*args)
-
-    def __setstate__(self, state):
-        raise TypeError("a state of a function")
-
-
-class FileOfTensors(pickle.Unpickler):
-    def __init__(self, data, path, name, members):
-        super().__init__(io.BytesIO(data), fix_imports=False)
-        self.path, self.name, self.members = path, name, members
-        # Without arguments: copies of a large dictionary in many calls would fill the memory.
-        self.known = {"collections.OrderedDict": Function(lambda: StateDict()),
-                      "torch._utils._rebuild_tensor_v2": Function(self.tensor),
-                      **{f"torch.{storage}": value for storage, value in STORAGES.items()}}
-
-    def find_class(self, module, name):
-        if f"{module}.{name}" not in self.known:
-            refuse(self.name, f"its pickle names {module}.{name}, which weights do not need and "
-                   "which could be code; it was not called")
-        return self.known[f"{module}.{name}"]
-
-    def persistent_load(self, pid):
-        """Returns the Storage that a pickle calls (storage, type, key, device, numbers)."""
-        tag, kind, key, _, count = pid
-        if tag != "storage" or type(kind) is not StorageType or type(count) is not int:
-            raise TypeError("a storage of an unknown form")
-        if key not in self.members:
-            refuse(self.name, f"storage {show(key)}: no such member")
-        offset, size = self.members[key]
-        if count < 0 or count * kind.itemsize != size:
-            refuse(self.name, f"storage {show(key)}, bytes", size, count * kind.itemsize)
-        return Storage(*kind, offset, count)
-
-    def tensor(self, storage, first, shape, strides, grad, hooks, metadata=None):
-        if type(storage) is not Storage or type(shape) is not tuple or type(strides) is not tuple:
-            raise TypeError("a tensor without storage or shape")
-        if len(shape) > 8 or len(shape) != len(strides) or metadata is not None and metadata != {}:
-            raise ValueError("a tensor of an unknown form")
-        if any(type(n) is not int or n < 0 for n in (first, *shape, *strides)):
-            raise ValueError("a tensor with a size that is no number")
-        step = 1
-        for n, stride in zip(reversed(shape), reversed(strides)):
-            if n > 1 and stride != step:
-                refuse(self.name, "strides of a tensor; save it contiguous", list(strides),
-                       f"those of the shape {list(shape)}")
-            step *= n
-        if first + step > storage.count:
-            refuse(self.name, "numbers of a tensor's storage", storage.count, first + step)
-        at = storage.offset + first * storage.itemsize
-        return Tensor("", self.path, storage.dtype, shape, at)
-
-
-def check_opcodes(data, name):
-    """Refuses a pickle that may do more than make dictionaries, lists, tuples, numbers and texts,
-    and call what it names. The unpickler takes memory in proportion to the largest index of PUT."""
     for opcode, value, _ in pickletools.genops(data):
-        if opcode.name not in OPCODES:
-            refuse(name, f"its pickle has the opcode {opcode.name}, which weights do not need and "
-                   "which could run code; it was not run")
-        if opcode.name == "LONG_BINPUT" and value > len(data):
-            refuse(name, "its pickle has an index", value, f"at most {len(data)}")
+        op = opcode.name
+        if op == "MARK":
+            marks.append(len(stack))
+        elif op in CONSTANTS:
+            stack.append(CONSTANTS[op]())
+        elif op in ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"):
+            stack.append(value)
+        elif op in ("BINPUT", "LONG_BINPUT"):
+            memo[value] = stack[-1]
+        elif op in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[value])
+        elif op == "GLOBAL":
+            if value not in NAMES:
+                refuse(name, f"its pickle names {value.replace(' ', '.')}, which weights do not "
+                       "need and which could be code; it was not called")
+            stack.append(NAMES[value])
+        elif op in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(pop(None if op == "TUPLE" else int(op[-1]))))
+        elif op == "BINPERSID":
+            stack.append(read_storage(name, members, *pop(1)))
+        elif op == "REDUCE":
+            function, args = pop(2)
+            if type(args) is not tuple or function is ORDERED_DICT and args or (
+                    function is not ORDERED_DICT and function is not REBUILD):
+                raise TypeError("a call of an unknown form")
+            stack.append({} if function is ORDERED_DICT else make_tensor(name, path, *args))
+        elif op in ("SETITEM", "SETITEMS", "BUILD"):  # a state is _metadata, which is not used
+            items = pop(1) * 2 if op == "BUILD" else pop(2 if op == "SETITEM" else None)
+            if type(stack[-1]) is not dict or len(items) % 2:
+                raise TypeError("items of something else than a dictionary")
+            for key, item in zip(items[::2], items[1::2]) if op != "BUILD" else ():
+                if type(key) is not str:
+                    raise TypeError("a key that is no text")
+                stack[-1][key] = item
+        elif op not in ("PROTO", "STOP"):
+            refuse(name, f"its pickle has the opcode {op}, which weights do not need and which "
+                   "could run code; it was not run")
+    return stack.pop()
+
+
+def read_storage(name, members, pid):
+    """pid: a pickle's ("storage", type, key, device, numbers)."""
+    tag, kind, key, _, count = pid
+    if type(kind) is not StorageType or type(key) is not str or type(count) is not int or (
+            type(tag) is not str or tag != "storage"):
+        raise TypeError("a storage of an unknown form")
+    if key not in members:
+        refuse(name, f"storage {show(key)}: no such member")
+    offset, size = members[key]
+    if count < 0 or count * kind.itemsize != size:
+        refuse(name, f"storage {show(key)}, bytes", size, count * kind.itemsize)
+    return Storage(*kind, offset, count)
+
+
+def make_tensor(name, path, storage, first, shape, strides, grad, hooks, metadata=None):
+    """In the place of torch._utils._rebuild_tensor_v2."""
+    if type(storage) is not Storage or type(shape) is not tuple or type(strides) is not tuple:
+        raise TypeError("a tensor without storage or shape")
+    if len(shape) > 8 or len(shape) != len(strides) or (
+            metadata is not None and (type(metadata) is not dict or metadata)):
+        raise ValueError("a tensor of an unknown form")
+    if any(type(n) is not int or n < 0 for n in (first, *shape, *strides)):
+        raise ValueError("a tensor with a size that is no number")
+    step = 1
+    for n, stride in zip(reversed(shape), reversed(strides)):
+        if n > 1 and stride != step:
+            refuse(name, "strides of a tensor; save it contiguous", list(strides),
+                   f"those of the shape {list(shape)}")
+        step *= n
+    if first + step > storage.count:
+        refuse(name, "numbers of a tensor's storage", storage.count, first + step)
+    return Tensor("", path, storage.dtype, shape, storage.offset + first * storage.itemsize)
 
 
 def zip_members(archive, file, name):
@@ -1309,7 +1321,7 @@ def zip_members(archive, file, name):
 
 
 def open_pickle(path, name):
-    """Returns {name: Tensor} of a file of torch.save. Runs nothing of it."""
+    """Returns {name: Tensor} of a file of torch.save."""
     regular_size(path, name)
     with SmallReads(path) as file:
         if file.read(4) != b"PK\3\4":
@@ -1319,9 +1331,8 @@ def open_pickle(path, name):
         try:
             members = zip_members(zipfile.ZipFile(file), file, name)
             return read_members(members, file, path, name)
-        except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, NotImplementedError,
-                struct.error, KeyError, TypeError, AttributeError, IndexError, ValueError,
-                OverflowError, RecursionError) as e:
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, struct.error, KeyError,
+                TypeError, AttributeError, IndexError, ValueError, OverflowError) as e:
             what = " ".join(str(e).split())[:120]
             refuse(name, f"damaged, or not of torch.save ({type(e).__name__}: {what})")
 
@@ -1340,13 +1351,10 @@ def read_members(members, file, path, name):
     folder = pickles[0].removesuffix("data.pkl")
     if folder + "byteorder" in members:
         expect(name, "byteorder", read(folder + "byteorder", 64).decode(), "little")
-    data = read(pickles[0], MAX_PICKLE)
-    check_opcodes(data, name)
     storages = {member.removeprefix(folder + "data/"): place for member, place in members.items()
                 if member.startswith(folder + "data/")}
-    found = FileOfTensors(data, path, name, storages).load()
-    if not isinstance(found, dict) or not all(
-            type(key) is str and type(t) is Tensor for key, t in found.items()):
+    found = read_pickle(read(pickles[0], MAX_PICKLE), name, path, storages)
+    if type(found) is not dict or any(type(t) is not Tensor for t in found.values()):
         refuse(name, "its pickle is no dictionary of names and tensors")
     return {key: t._replace(name=key) for key, t in found.items()}
 
