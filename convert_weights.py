@@ -1996,7 +1996,7 @@ def is_qwen3_reranker(name):
 
 
 def known_encoder(name):
-    """A name of KNOWN_PROMPTS, or None. The prompts of multilingual-e5-large-instruct are others."""
+    """A name of KNOWN_PROMPTS, or None. multilingual-e5-large-instruct has other prompts."""
     name = name.lower()
     if "multilingual-e5" in name and "instruct" not in name:
         return "multilingual-e5"
