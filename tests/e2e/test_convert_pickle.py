@@ -353,6 +353,9 @@ def test_refuses_compressed_members(tmp_path):
     data = bytearray(zip_of(GOOD))
     data[data.rfind(b"PK\1\2") + 8] |= 1  # the flag of encryption, in the list of members
     assert "compressed or encrypted" in refused_file(tmp_path, data)
+    data = bytearray(zip_of(GOOD))
+    data[data.rfind(b"PK\1\2") + 10] = zipfile.ZIP_DEFLATED  # without another size
+    assert "compressed or encrypted" in refused_file(tmp_path, data)
 
 
 def test_refuses_members_of_members(tmp_path):
