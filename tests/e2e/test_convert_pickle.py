@@ -53,6 +53,13 @@ def test_a_qwen3(folder):  # noqa: F811
     assert weights_of(convert(folder)) == weights_of(want)
 
 
+def test_only_an_encoder_has_a_pooler(folder):  # noqa: F811
+    hf.save_safetensors(folder / SAFE, {
+        name: (dtype, shape, [data]) for name, (dtype, shape, data) in (weights() | {
+            "pooler.dense.bias": ("F32", (1,), bytes(4))}).items()})
+    assert refused(folder) == "pooler.dense.bias: no tensor of this model (got 1 extra, want none)"
+
+
 def test_safetensors_go_first(xlmr):  # noqa: F811
     want = convert(xlmr)
     (xlmr / BIN).write_bytes(b"not even a zip")
@@ -282,6 +289,7 @@ FORM = "damaged, or not of torch.save ("
     (tensor(kind=FUNCTION), FORM), (tensor(tag="module"), FORM), (tensor(count=b"\x88"), FORM),
     (tensor(count=b"N"), FORM), (tensor(key_data=b"}"), FORM),
     (tensor(key_data=b")"), FORM),
+    (tensor().replace(FUNCTION, put_name("torch", "FloatStorage"), 1), FORM),
     (tensor(offset=put_int(1)), "numbers of a tensor's storage (got 6, want 7)"),
     (tensor(offset=put_int(-1)), FORM), (tensor(shape=put_ints([-6])), FORM),
     (tensor(shape=put_ints([7])), "numbers of a tensor's storage (got 6, want 7)"),
