@@ -240,6 +240,10 @@ def test_refuses_programs(tmp_path, what, data):
                                "its pickle has the opcode POP")), message
 
 
+def test_a_tuple_of_more_than_there_is(tmp_path):
+    assert refusal(tmp_path, START + b"N\x86" + END) == FORM + "IndexError: an empty stack)"
+
+
 def test_a_state_of_an_ordered_dict_is_not_used(tmp_path):
     """It has to be accepted, since torch.save writes _metadata there."""
     state = b"}(" + b"".join(put_text(name) + b"K\x05" for name in (
