@@ -208,6 +208,16 @@ def test_grep_and_its_index(both, tmp_path):
         assert best_lines(model, "--index", index, "where is it", notes) == hits
 
 
+def test_the_example_gives_documents_their_prompt(e5):
+    texts = ["the capital of China", "people"]
+    got = run(sys.executable, ROOT / "examples/python/pipe.py", e5, "where", *texts,
+              env=os.environ | {"QEMB": QEMB}).splitlines()
+    (query,) = vectors_of(["where"], "--query", model=e5).tolist()
+    documents = vectors_of(texts, "--document", model=e5).tolist()
+    assert got == [f"{sum(a * b for a, b in zip(query, d)):.4f}  {text}"
+                   for d, text in zip(documents, texts)]
+
+
 def test_no_reranker(both):
     for model in both:
         p = process(model, "rerank", "--query", "x", data=b"y\n")
