@@ -88,7 +88,7 @@ static void cpu_rmsnorm(qemb_backend *be, qemb_act *y, const float *x, const flo
 
 /* ---- layernorm: x = (x - mean) / sqrt(variance + eps) * w + b  (Ba et al. 2016) -------------- */
 
-void cpu_layernorm_row(float *x, const float *bias, const float *w, const float *b, int n,
+void cpu_layernorm_row(float *y, float *x, const float *bias, const float *w, const float *b, int n,
                        float eps) {
     double sum = 0, squares = 0;
     if (bias) cpu_add_row(x, bias, n);
@@ -96,17 +96,15 @@ void cpu_layernorm_row(float *x, const float *bias, const float *w, const float 
     const double mean = sum / n;
     for (int i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
     const double scale = 1 / sqrt(squares / n + (double)eps);
-    for (int i = 0; i < n; i++) x[i] = (float)((x[i] - mean) * scale) * w[i] + b[i];
+    for (int i = 0; i < n; i++) y[i] = x[i] = (float)((x[i] - mean) * scale) * w[i] + b[i];
 }
 
 static void layernorm_item(const void *job, work_item item) {
     const op_job *j = job;
     const int D = j->be->c->hidden;
-    for (int t = ROWS * item.i; t < rows_end(j, item.i); t++) {
-        float *x = j->x2 + (size_t)t * D;
-        cpu_layernorm_row(x, j->bias, j->w, j->w2, D, j->be->c->norm_eps);
-        memcpy(j->y + (size_t)t * D, x, (size_t)D * sizeof *x);
-    }
+    for (int t = ROWS * item.i; t < rows_end(j, item.i); t++)
+        cpu_layernorm_row(j->y + (size_t)t * D, j->x2 + (size_t)t * D, j->bias, j->w, j->w2, D,
+                          j->be->c->norm_eps);
 }
 
 static void cpu_layernorm(qemb_backend *be, qemb_act *y, float *x, const float *bias,

@@ -61,6 +61,64 @@ AVX2 static void rmsnorm_row(float *y, const float *x, const float *w, int n, fl
     }
 }
 
+/* ---- rows of an encoder ---------------------------------------------------------------------- */
+
+AVX2 static void add_row(float *y, const float *x, int n) {
+    for (int i = 0; i < n; i += 8)
+        store_first(y + i, _mm256_add_ps(load_first(y + i, n - i), load_first(x + i, n - i)),
+                    n - i);
+}
+
+AVX2 static void gelu_row(float *h, const float *bias, int n) {
+    for (int i = 0; i < n; i += 8)
+        store_first(h + i,
+                    gelu8(_mm256_add_ps(load_first(h + i, n - i), load_first(bias + i, n - i))),
+                    n - i);
+}
+
+TEMPLATE double total_double(const __m256d sum[2]) {
+    double s[4];
+    _mm256_storeu_pd(s, _mm256_add_pd(sum[0], sum[1]));
+    return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
+/* The first n of x - mean, zeros after them. The mean has two parts: the difference from the first
+ * one, which is near, is exact or small. */
+TEMPLATE __m256 centred(__m256 x, const __m256 mean[2], int n) {
+    const __m256 v = _mm256_sub_ps(_mm256_sub_ps(x, mean[0]), mean[1]);
+    return n >= 8 ? v : _mm256_and_ps(v, _mm256_castsi256_ps(first(n)));
+}
+
+/* x += bias, then LayerNorm of x to x and y. The sums are in double. */
+AVX2 static void layernorm_row(float *y, float *x, const float *bias, const float *w,
+                               const float *b, int n, float eps) {
+    __m256d sum[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
+    for (int i = 0; i < n; i += 8) {
+        __m256 v = load_first(x + i, n - i);
+        if (bias) store_first(x + i, v = _mm256_add_ps(v, load_first(bias + i, n - i)), n - i);
+        sum[0] = _mm256_add_pd(sum[0], _mm256_cvtps_pd(_mm256_castps256_ps128(v)));
+        sum[1] = _mm256_add_pd(sum[1], _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+    }
+    const double middle = total_double(sum) / n;
+    const __m256 mean[2] = {_mm256_set1_ps((float)middle),
+                            _mm256_set1_ps((float)(middle - (float)middle))};
+    sum[0] = sum[1] = _mm256_setzero_pd(); /* of squares */
+    for (int i = 0; i < n; i += 8) {
+        const __m256 v = centred(load_first(x + i, n - i), mean, n - i);
+        const __m256d lo = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+        const __m256d hi = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+        sum[0] = _mm256_fmadd_pd(lo, lo, sum[0]);
+        sum[1] = _mm256_fmadd_pd(hi, hi, sum[1]);
+    }
+    const __m256 scale = _mm256_set1_ps((float)(1 / sqrt(total_double(sum) / n + (double)eps)));
+    for (int i = 0; i < n; i += 8) {
+        __m256 v = _mm256_mul_ps(centred(load_first(x + i, n - i), mean, n - i), scale);
+        v = _mm256_fmadd_ps(v, load_first(w + i, n - i), load_first(b + i, n - i));
+        store_first(x + i, v, n - i);
+        store_first(y + i, v, n - i);
+    }
+}
+
 /* ---- matmul: y = alpha x W^T --------------------------------------------------------------------
  * A panel is KC columns of NR rows of W as floats, the k-th numbers of all rows side by side
  * (packed_gemm.h has a picture of panels). A register tile multiplies it by up to MR rows of x: per
@@ -578,9 +636,9 @@ const cpu_kernels avx2_kernels = {.attention_rows = 128,
                                   .half = half_row,
                                   .rmsnorm = rmsnorm_row,
                                   .norm_rotate = norm_rotate,
-                                  .layernorm = cpu_layernorm_row,
-                                  .add = cpu_add_row,
-                                  .gelu = cpu_gelu_row,
+                                  .layernorm = layernorm_row,
+                                  .add = add_row,
+                                  .gelu = gelu_row,
                                   .swiglu = swiglu_row,
                                   .attention = attention_block};
 

@@ -74,6 +74,56 @@ AVX512 static void swiglu_row(float *h, const float *gate, const float *up, int 
                     n - i);
 }
 
+AVX512 static void add_row(float *y, const float *x, int n) {
+    for (int i = 0; i < n; i += 16)
+        store_first(y + i, _mm512_add_ps(load_first(y + i, n - i), load_first(x + i, n - i)),
+                    n - i);
+}
+
+AVX512 static void gelu_row(float *h, const float *bias, int n) {
+    for (int i = 0; i < n; i += 16)
+        store_first(h + i,
+                    gelu16(_mm512_add_ps(load_first(h + i, n - i), load_first(bias + i, n - i))),
+                    n - i);
+}
+
+/* The first n of x - mean, zeros after them. The mean has two parts: the difference from the first
+ * one, which is near, is exact or small. */
+TEMPLATE __m512 centred(__m512 x, const __m512 mean[2], int n) {
+    return _mm512_maskz_sub_ps(first16(n), _mm512_sub_ps(x, mean[0]), mean[1]);
+}
+
+/* x += bias, then LayerNorm of x to x and y. The sums are in double. */
+AVX512 static void layernorm_row(float *y, float *x, const float *bias, const float *w,
+                                 const float *b, int n, float eps) {
+    __m512d sum[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
+    for (int i = 0; i < n; i += 16) {
+        __m512 v = load_first(x + i, n - i);
+        if (bias) store_first(x + i, v = _mm512_add_ps(v, load_first(bias + i, n - i)), n - i);
+        sum[0] = _mm512_add_pd(sum[0], _mm512_cvtps_pd(_mm512_castps512_ps256(v)));
+        sum[1] = _mm512_add_pd(sum[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
+    }
+    const double middle = _mm512_reduce_add_pd(_mm512_add_pd(sum[0], sum[1])) / n;
+    const __m512 mean[2] = {_mm512_set1_ps((float)middle),
+                            _mm512_set1_ps((float)(middle - (float)middle))};
+    sum[0] = sum[1] = _mm512_setzero_pd(); /* of squares */
+    for (int i = 0; i < n; i += 16) {
+        const __m512 v = centred(load_first(x + i, n - i), mean, n - i);
+        const __m512d lo = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+        const __m512d hi = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+        sum[0] = _mm512_fmadd_pd(lo, lo, sum[0]);
+        sum[1] = _mm512_fmadd_pd(hi, hi, sum[1]);
+    }
+    const double variance = _mm512_reduce_add_pd(_mm512_add_pd(sum[0], sum[1])) / n;
+    const __m512 scale = _mm512_set1_ps((float)(1 / sqrt(variance + (double)eps)));
+    for (int i = 0; i < n; i += 16) {
+        __m512 v = _mm512_mul_ps(centred(load_first(x + i, n - i), mean, n - i), scale);
+        v = _mm512_fmadd_ps(v, load_first(w + i, n - i), load_first(b + i, n - i));
+        store_first(x + i, v, n - i);
+        store_first(y + i, v, n - i);
+    }
+}
+
 /* ---- microkernels, for x packed (k, MR) ------------------------------------------------------ */
 
 TILE(tile_f16, F32, HALVES, 1, MR)
@@ -545,9 +595,9 @@ static const gemm_type int8 = {
                               .half = half_row,                                                    \
                               .rmsnorm = rmsnorm_row,                                              \
                               .norm_rotate = norm_rotate,                                          \
-                              .layernorm = cpu_layernorm_row,                                      \
-                              .add = cpu_add_row,                                                  \
-                              .gelu = cpu_gelu_row,                                                \
+                              .layernorm = layernorm_row,                                          \
+                              .add = add_row,                                                      \
+                              .gelu = gelu_row,                                                    \
                               .swiglu = swiglu_row,                                                \
                               .attention = of_attention};
 KERNELS(avx512_with_f32_attention, avx512_attention_f32)

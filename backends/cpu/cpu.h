@@ -59,8 +59,8 @@ typedef struct {
      * first half and b in its second */
     void (*norm_rotate)(float *head, const float *w, const float *cosines, const float *sines,
                         int half, float eps);
-    /* x (n) = LayerNorm of x + bias, with weights w and b; bias NULL: none */
-    void (*layernorm)(float *x, const float *bias, const float *w, const float *b, int n,
+    /* y (n) = x (n) = LayerNorm of x + bias, with weights w and b; bias NULL: none */
+    void (*layernorm)(float *y, float *x, const float *bias, const float *w, const float *b, int n,
                       float eps);
     /* y (n) += x */
     void (*add)(float *y, const float *x, int n);
@@ -115,7 +115,7 @@ void cpu_gather(qemb_backend *be, float *y, const float *x, const qemb_packed_ba
  * its rmsnorm */
 void cpu_mean_rows(const qemb_backend *be, float *y, const float *x, const qemb_packed_batch *b);
 /* As in cpu_kernels, with sums and erf in double */
-void cpu_layernorm_row(float *x, const float *bias, const float *w, const float *b, int n,
+void cpu_layernorm_row(float *y, float *x, const float *bias, const float *w, const float *b, int n,
                        float eps);
 void cpu_add_row(float *y, const float *x, int n);
 void cpu_gelu_row(float *h, const float *bias, int n);

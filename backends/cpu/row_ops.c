@@ -49,11 +49,9 @@ void simd_embed(qemb_backend *be, float *x, const qemb_mat *tok_emb, const float
 
 static void layernorm_rows(const rows_job *j, int first, int end) {
     const size_t D = (size_t)j->be->c->hidden;
-    for (int t = first; t < end; t++) {
-        float *x = j->x2 + t * D;
-        j->be->kernels->layernorm(x, j->bias, j->w, j->w2, (int)D, j->be->c->norm_eps);
-        memcpy(j->y + t * D, x, D * sizeof *x);
-    }
+    for (int t = first; t < end; t++)
+        j->be->kernels->layernorm(j->y + t * D, j->x2 + t * D, j->bias, j->w, j->w2, (int)D,
+                                  j->be->c->norm_eps);
 }
 
 void simd_layernorm(qemb_backend *be, qemb_act *y, float *x, const float *bias, const float *w,
