@@ -425,8 +425,8 @@ static int check_directory(const qemb_file *f, section *want, uint64_t *offset, 
 }
 
 /* Compares the tables and vectors with their checksum. A flipped bit in one of them would give
- * other ids, other prompts or other vectors. They are small: about 2 MB of the 0.6B, 6 MB of bge-m3;
- * a few milliseconds. */
+ * other ids, other prompts or other vectors. They are small: about 2 MB of the 0.6B and 6 MB of
+ * bge-m3, which takes a few milliseconds. */
 static int check_tables(qemb_file *f, const section *s, const uint64_t *offset, uint32_t n,
                         const char *path, qemb_err *err) {
     const uint64_t want = get_u64(f->map + TABLES_AT);

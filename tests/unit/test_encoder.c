@@ -1,5 +1,5 @@
 /* test_encoder.c - whole models of QEMB_BERT, compared with the double-precision oracle and with
- * themselves: a text's vector has the same bits alone, in any batch and on any number of threads. */
+ * themselves: a text has the same bits alone, in any batch and on any number of threads. */
 #include "emulated_amx.h"
 #include "oracle_encoder.h"
 #include "support.h"
