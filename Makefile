@@ -261,6 +261,7 @@ test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/t
 	@tests/run.sh $(SERVE_TESTS) $(SERVE_SANITIZED)
 
 include tests/world/world.mk
+include tests/real/real.mk
 
 test-c: need-test $(C_TESTS) $(C_ASAN) ## the C tests alone
 	@tests/run.sh $(patsubst %,"% --tap",$(C_TESTS) $(C_ASAN))
