@@ -15,6 +15,7 @@
 # both the same weights. As they are in the list below, MODEL is a directory or a GGUF file:
 #   bench/peers/run_torch.py MODEL {threads} {file} --turns [--dtype bfloat16]
 #   bench/peers/run_openvino.py MODEL {threads} {file} --turns [--hint bf16] [--weights int8]
+#   bench/peers/run_sentence_transformers.py MODEL {threads} {file} --turns      (an encoder)
 #   bench/peers/llama.sh MODEL {threads} {file} {length}
 # With --turns in it, COMMAND stays. Whenever it reads a line, it computes all texts and prints the line
 # "done": qemb and it take turns, call by call, gated as in measure.h. Without, both are run as a whole in turns, ROUNDS (3)
@@ -145,15 +146,17 @@ if want latency; then
     done
 fi
 
-# $tmp/all: texts of exactly $1 tokens, end-of-text included, in the words of small.txt;
+# $tmp/all: texts of exactly $1 tokens, those that the model adds included, in the words of small.txt;
 # $tmp/one: the first of them. A word after a space is a pre-token: its tokens can be counted alone.
 # They begin with two letters in turn: a token that all began with qemb would compute once.
 make_texts() {
     tr -cs 'A-Za-z' '\n' <tests/fixtures/small.txt | awk 'NF && !seen[$0]++' >"$tmp/words"
-    sed 's/^/a /' "$tmp/words" | ./qemb tokenize -m "$model" | awk -F, '{ print NF - 2 }' |
-        paste -d ' ' - "$tmp/words" | awk -v length_="$1" -v t="$tokens" '{ cost[NR] = $1; word[NR] = $2 }
+    # "a" is one token, beside those that the model adds to every text
+    local a; a=$(echo a | ./qemb tokenize -m "$model" | awk -F, '{ print NF }')
+    sed 's/^/a /' "$tmp/words" | ./qemb tokenize -m "$model" | awk -F, -v a="$a" '{ print NF - a }' |
+        paste -d ' ' - "$tmp/words" | awk -v length_="$1" -v t="$tokens" -v a="$a" '{ cost[NR] = $1; word[NR] = $2 }
             END { srand(2); for (i = 0; i < t / length_ || i < 2; i++) { printf i % 2 ? "a" : "b"
-                for (left = length_ - 2; left > 0;) { w = int(rand() * NR) + 1
+                for (left = length_ - a; left > 0;) { w = int(rand() * NR) + 1
                     if (cost[w] <= left) { printf " %s", word[w]; left -= cost[w] } } print "" } }' >"$tmp/all"
     head -n 1 "$tmp/all" >"$tmp/one"
     ./qemb tokenize -m "$model" <"$tmp/all" | awk -F, -v n="$1" 'NF != n { exit 1 }' || fail "the texts are not $1 tokens long"
