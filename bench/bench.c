@@ -64,10 +64,18 @@ static void row_math(const char *group, const char *name, int n, quantiles s, do
 
 /* ---- ops ------------------------------------------------------------------------------------- */
 
-enum { QKV, WO, GATE_UP, DOWN, EMBED, RMSNORM, QKNORM_ROPE, ATTENTION, N_OPS };
-static const char *const op_names[N_OPS] = {"matmul qkv",      "matmul_add wo", "gate_up",
-                                            "matmul_add down", "embed",         "rmsnorm",
-                                            "qknorm_rope",     "attention"};
+/* UP is gate_up, of QEMB_BERT matmul_gelu. */
+enum { QKV, WO, UP, DOWN, EMBED, RMSNORM, LAYERNORM, QKNORM_ROPE, ATTENTION, N_OPS };
+static const char *op_names[N_OPS] = {"matmul qkv",      "matmul_add wo", "gate_up",
+                                      "matmul_add down", "embed",         "rmsnorm",
+                                      "layernorm",       "qknorm_rope",   "attention"};
+
+static int is_bert(void) { return file->config.architecture == QEMB_BERT; }
+
+/* Whether the file's architecture has the op. */
+static int has_op(int op) {
+    return op == LAYERNORM ? is_bert() : op == RMSNORM || op == QKNORM_ROPE ? !is_bert() : 1;
+}
 
 typedef struct { /* a table, the op that runs next, its batch and buffers */
     const qemb_ops *op;
@@ -118,7 +126,7 @@ static void lay(setup *s, int B, int n) {
     s->b = (qemb_packed_batch){B, B * n, 0, s->tokens, s->pos, s->cu, bidirectional, 0, 0};
     for (int t = 0; t < s->b.T; t++) {
         s->tokens[t] = (int32_t)((unsigned)t * 7919u % (unsigned)file->config.vocab);
-        s->pos[t] = t % n;
+        s->pos[t] = is_bert() ? t % n % qemb_position_rows(&file->config) : t % n;
     }
     for (int i = 0; i <= B; i++) s->cu[i] = i * n;
     s->op->begin(s->be, &s->b);
@@ -135,16 +143,23 @@ static void run_op(void *arg, int i) {
     qemb_act *in = (qemb_act *)s->in, *out = (qemb_act *)s->out;
     switch (s->which) {
     case EMBED:
-        s->op->embed(s->be, s->out, &s->w.tok_emb, NULL, &s->b);
+        s->op->embed(s->be, s->out, &s->w.tok_emb, s->w.pos_emb, &s->b);
         break;
     case RMSNORM:
         s->op->rmsnorm(s->be, out, s->in, s->w.final_norm, s->b.T);
         break;
+    case LAYERNORM: /* of its own result, again and again */
+        s->op->layernorm(s->be, out, s->gu, s->w.layers[0].bo, s->w.emb_norm, s->w.emb_norm_bias,
+                         s->b.T);
+        break;
     case QKNORM_ROPE:
         s->op->qknorm_rope(s->be, out, s->ones, s->ones, &s->b);
         break;
-    case GATE_UP:
-        s->op->gate_up(s->be, out, (qemb_act *)s->gu, in, matrix(s, i), s->b.T);
+    case UP:
+        if (is_bert())
+            s->op->matmul_gelu(s->be, out, in, matrix(s, i), s->w.layers[0].bup, s->b.T);
+        else
+            s->op->gate_up(s->be, out, (qemb_act *)s->gu, in, matrix(s, i), s->b.T);
         break;
     case ATTENTION:
         s->op->attention(s->be, out, in, &s->b, QEMB_ALL_ROWS);
@@ -154,7 +169,7 @@ static void run_op(void *arg, int i) {
         s->op->matmul_add(s->be, s->out, in, matrix(s, i), s->b.T);
         break;
     default:
-        s->op->matmul(s->be, out, in, matrix(s, i), NULL, s->b.T);
+        s->op->matmul(s->be, out, in, matrix(s, i), s->w.layers[0].bqkv, s->b.T);
         break;
     }
 }
@@ -184,6 +199,7 @@ static void verify(setup *s, setup *plain, int which) {
         both[i]->which = which, both[i]->cold = 0;
         lay(both[i], 3, VERIFY_ROWS / 3);
         memcpy(both[i]->out, both[i]->in, n * sizeof(float));
+        memcpy(both[i]->gu, both[i]->in, n * sizeof(float));
         run_op(both[i], 0);
     }
     for (size_t i = 0; i < n; i++) {
@@ -258,19 +274,22 @@ static void bench_others(setup *s, const setup *plain) {
 static const int row_counts[] = {1, 4, 16, 64, 256, 512, 1024, 2048, 4096};
 
 /* Whether the op ever gets T rows: the MLP's ops get at most QEMB_MLP_ROWS. */
-static int occurs(int op, int T) { return T <= QEMB_MLP_ROWS || (op != GATE_UP && op != DOWN); }
+static int occurs(int op, int T) { return T <= QEMB_MLP_ROWS || (op != UP && op != DOWN); }
 
 static void bench_op(setup *s, int op) {
     const qemb_config *c = &file->config;
     const double Q = (double)c->n_heads * c->head_dim, KV = (double)c->n_kv_heads * c->head_dim;
-    const double bytes[N_OPS] = {
-        [EMBED] = 6.0 * c->hidden, [RMSNORM] = 8.0 * c->hidden, [QKNORM_ROPE] = 8 * (Q + KV)};
+    const double bytes[N_OPS] = {[EMBED] = (is_bert() ? 10.0 : 6.0) * c->hidden,
+                                 [RMSNORM] = 8.0 * c->hidden,
+                                 [LAYERNORM] = 12.0 * c->hidden,
+                                 [QKNORM_ROPE] = 8 * (Q + KV)};
     for (int i = 0; i < (int)(sizeof row_counts / sizeof *row_counts); i++) {
         const int T = row_counts[i];
         if (!occurs(op, T)) continue;
         if (op == ATTENTION) {
             lay(s, MAX_ROWS / T, T);
-            row_math("ops", op_names[op], T, measure(run_op, s), 2 * Q * (T + 1.0) * MAX_ROWS);
+            const double keys = s->b.bidirectional ? T : (T + 1.0) / 2; /* that a row sees */
+            row_math("ops", op_names[op], T, measure(run_op, s), 4 * Q * keys * MAX_ROWS);
             continue;
         }
         lay(s, 1, T);
@@ -291,7 +310,9 @@ static void bench_ops(char **names, int n, int others) {
     static setup s, plain;
     setup_open(&s, table);
     setup_open(&plain, &qemb_cpu_ops);
+    if (is_bert()) op_names[UP] = "matmul_gelu";
     for (int op = 0; op < N_OPS; op++) {
+        if (!has_op(op)) continue;
         if (!asked_for(op, names, n) || (others && op >= EMBED)) continue;
         verify(&s, &plain, op);
         plain.which = op;
@@ -429,7 +450,7 @@ static double linear_flops(int B, int n) {
     const qemb_config *c = &file->config;
     const double D = c->hidden, Q = (double)c->n_heads * c->head_dim,
                  KV = (double)c->n_kv_heads * c->head_dim, T = (double)B * n;
-    const double qkv = D * (Q + 2 * KV), rest = Q * D + 3 * D * c->ffn;
+    const double qkv = D * (Q + 2 * KV), rest = Q * D + (is_bert() ? 2 : 3) * D * c->ffn;
     return 2 * (c->n_layers * T * qkv + (c->n_layers - 1) * T * rest + last_rows(B, n) * rest);
 }
 

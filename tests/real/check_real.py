@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trained weights: what qemb finds with multilingual-e5-small, beside the same weights in transformers.
+"""Trained weights: what qemb finds with multilingual-e5-small, beside transformers with the same.
 
     check_real.py MODEL FILE.qemb      (`make check-real`; MODEL: the directory of make_e5_small.py)
 
@@ -110,7 +110,7 @@ def check_scores(model, rounded, folder):
     off = np.abs(plain - SCORES).max()
     # Half of the last printed digit, and float32's part: two vectors, each off by 2e-7 in a number.
     hold(off <= 5e-5 + 2 * 384**0.5 * 2e-7,
-         f"transformers in double has the scores of docs/accuracy.md (largest difference {off:.1e})")
+         f"transformers in double has the scores of docs/accuracy.md (difference {off:.1e})")
     off, cost = np.abs(qemb - SCORES).max(), np.abs(halves - plain).max()
     # A score's error is at most the sum of both vectors' errors (Cauchy and Schwarz).
     hold(off <= 5e-5 + 2 * 384**0.5 * NUMBER + cost,
@@ -149,8 +149,9 @@ def name_ties(corpus, q, d, q2, d2):
     for i in np.flatnonzero(mine != other):
         gap = q2[i] @ d2[other[i]] - q2[i] @ d2[mine[i]]
         explained &= gap <= near[i]
-        print(f"  other first document: {corpus.queries[i].text!r}: {corpus.texts[mine[i]][:40]!r}, "
-              f"transformers {corpus.texts[other[i]][:40]!r}, scores differ by {gap:.1e}")
+        print(f"  other first document: {corpus.queries[i].text!r}: "
+              f"{corpus.texts[mine[i]][:40]!r}, transformers {corpus.texts[other[i]][:40]!r}, "
+              f"scores differ by {gap:.1e}")
     return int((mine != other).sum()), explained
 
 

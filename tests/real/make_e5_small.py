@@ -15,8 +15,8 @@ The tokenizer's pipeline is that of multilingual-e5-base and -large.
     44  u32 pieces    64  u64 bytes of their text
     72  u32[pieces + 1] where each piece begins, f32[pieces] scores, the text
      .  u32 entries of the normalizer's table, u32 its bytes, the table: not needed
-     .  u32 tensors, then of each: u16 length, the name, u8 kind (0: float32, 1: 4 bits), u32 numbers,
-        u64 place in the file, u64 bytes
+     .  u32 tensors, then of each: u16 length, the name, u8 kind (0: float32, 1: 4 bits), u32
+        numbers, u64 place in the file, u64 bytes
 """
 import base64
 import hashlib

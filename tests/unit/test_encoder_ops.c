@@ -46,8 +46,8 @@ static qemb_config norm_config(int D, float eps) {
 /* ---- layernorm ------------------------------------------------------------------------------- */
 
 /* Numbers off a mean err by 2 U, as the mean has two parts; so their squares do by 4, and the root
- * by 2; the scale, its product and the one with w by 1 each: 7 U without b, and 1 of the result. The
- * mean itself errs by 2^-48 of its size, and by the sum's n roundings in double: in the oracle,
+ * by 2; the scale, its product and the one with w by 1 each: 7 U without b, and 1 of the result.
+ * The mean itself errs by 2^-48 of its size, and by the sum's n roundings in double: in the oracle,
  * too. */
 static double layernorm_tolerance(const double *t, const float *w, const float *b, int n, int i,
                                   double want, double eps) {
@@ -184,8 +184,8 @@ Test(encoder_ops, matmul_with_bias) {
 
 /* gelu(t) errs by 15 U of itself (avx2.h). Below t = -13.2, where exp(-t^2 / 2) is below 2^-126 and
  * so may be 0, it errs by all of |t Phi(t)| = exp(-t^2 / 2) / sqrt(2 pi), less than 2^-127. A table
- * may add the bias in double or fused, and so have a t that errs by U less than matmul's: times gelu's
- * slope, Phi + t phi. */
+ * may add the bias in double or fused, and so have a t that errs by U less than matmul's: times
+ * gelu's slope, Phi + t phi. */
 static double gelu_tolerance(double t) {
     const double phi = exp(-t * t / 2) / sqrt(2 * acos(-1)), cdf = erfc(-t / sqrt(2)) / 2;
     return SLACK * (15 * U * fabs(oracle_gelu(t)) + U * fabs(t * (cdf + t * phi))) + 0x1p-127;
