@@ -71,13 +71,13 @@ TEMPLATE __m256 swiglu8(__m256 gate, __m256 up) {
  *   Phi(-a) = exp(-a^2 / 2) r R(v),  R the polynomial of degree 8 with the least relative error,
  *
  * 0.7 units of 2^-24, found by Remez's algorithm in 40 digits for a <= 13.5; 1.1 with coefficients
- * in float. (The form is Cody's of 1969, with Schonfelder's map of 1978.) Rounding of a^2 would cost
- * up to a^2 / 2 units, so its remainder, known from a fused multiplication, is put right after exp.
+ * in float. (The form is Cody's of 1969, with Schonfelder's map of 1978.) Rounding of a^2 would
+ * cost up to a^2 / 2 units, so its remainder, known from a fused multiplication, is put right after exp.
  * Errors of Phi(-a), in the same units: R 1.1 and Horner's last steps 1.5; r 2; v 4 + 1 where it is
  * largest, at a = 0, times R'/R = 0.7; exp 2; three products 3: 13 at most. Of gelu(t): one more of
  * the product with t, and for t > 0 one of 1 - Phi(-a), which is at least Phi(-a): 15.
- * From a = 12.8 on Phi(-a) is subnormal and loses bits; from 13.2 on exp gives 0, and gelu(t) errs by
- * less than 2^-127. +Inf gives Inf; -Inf (times 0) and NaN give NaN, as in the plain table. */
+ * From a = 12.8 on Phi(-a) is subnormal and loses bits; from 13.2 on exp gives 0, and gelu(t) errs
+ * by less than 2^-127. +Inf gives Inf; -Inf (times 0) and NaN give NaN, as in the plain table. */
 TEMPLATE __m256 gelu8(__m256 t) {
     const __m256 sign = _mm256_set1_ps(-0.0f), half = _mm256_set1_ps(0.5f);
     const __m256 one = _mm256_set1_ps(1);

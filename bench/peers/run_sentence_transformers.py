@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """sentence-transformers with PyTorch on the CPU, for an encoder such as bge-m3.
 
-To install: the Python packages torch and sentence-transformers. Weights: MODEL is the directory that
-convert_weights.py made qemb's file from, float32. qemb's file has them rounded to FP16, which
+To install: the Python packages torch and sentence-transformers. Weights: MODEL is the directory
+that convert_weights.py made qemb's file from, float32. qemb's file has them rounded to FP16, which
 changes no speed. The model's own modules compute the vectors, from the ids that tokenizer.json
 gives."""
 
