@@ -65,14 +65,15 @@ TEMPLATE __m256 swiglu8(__m256 gate, __m256 up) {
 }
 
 /* ---- gelu ---------------------------------------------------------------------------------------
- * gelu(t) = t Phi(t), and Phi(-a) = erfc(a / sqrt 2) / 2 = 1 - Phi(a). With a = |t|, r = 1 / (a + 3)
- * and v = 1 - 6 r, between -1 and 0.65:
+ * gelu(t) = t Phi(t), and Phi(-a) = erfc(a / sqrt 2) / 2 = 1 - Phi(a). With a = |t|, r = 1 / (a +
+ * 3) and v = 1 - 6 r, between -1 and 0.65:
  *
  *   Phi(-a) = exp(-a^2 / 2) r R(v),  R the polynomial of degree 8 with the least relative error,
  *
  * 0.7 units of 2^-24, found by Remez's algorithm in 40 digits for a <= 13.5; 1.1 with coefficients
  * in float. (The form is Cody's of 1969, with Schonfelder's map of 1978.) Rounding of a^2 would
- * cost up to a^2 / 2 units, so its remainder, known from a fused multiplication, is put right after exp.
+ * cost up to a^2 / 2 units, so its remainder, known from a fused multiplication, is put right after
+ * exp.
  * Errors of Phi(-a), in the same units: R 1.1 and Horner's last steps 1.5; r 2; v 4 + 1 where it is
  * largest, at a = 0, times R'/R = 0.7; exp 2; three products 3: 13 at most. Of gelu(t): one more of
  * the product with t, and for t > 0 one of 1 - Phi(-a), which is at least Phi(-a): 15.
