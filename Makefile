@@ -34,7 +34,7 @@ ASAN     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 
 CPU     := $(patsubst %,backends/cpu/%,cpu_count threads memory row_ops packed_gemm avx2 avx2_integers avx512 avx512_attention amx dot_f16 dispatch)
 ENGINE  := qemb lib/encoder $(CPU) tokenizer lib/unigram lib/piece_trie lib/tokenizer_kinds lib/added_tokens lib/model_file lib/error lib/text_ids lib/embed_text
-SHARED  := $(patsubst %,frontends/%,fingerprint ranking console options model_options select_ops map_fault open_model replicas record_tokenizer format input json_read decompress)
+SHARED  := $(patsubst %,frontends/%,fingerprint parameters ranking console options model_options select_ops map_fault open_model replicas record_tokenizer format input json_read decompress)
 CLI     := $(patsubst %,frontends/cli/%,main embed check grep rerank hits line_index shards shard_store pipeline progress output)
 FRONT   := $(CLI) $(SHARED)
 BACKEND := backends/cpu/backend # links the CPU as a program's backend
@@ -138,7 +138,7 @@ build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/measure be
 	$(2) $(3) $(4) $(BENCH_OPENMP) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
 build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support tests/unit/emulated_amx $(ENGINE))
 	$(2) $(3) $(4) -pthread $$^ $(LIBS) -o $$@
-build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console decompress format input json_read cli/line_index ranking server/api server/api_keys server/api_tei server/api_ollama server/api_rerank server/http_header server/http_parse server/redis_address server/redis_reply server/metrics server/log server/buffer server/vector) $$(ENGINE))
+build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console decompress format input json_read parameters cli/line_index ranking server/api server/api_keys server/api_tei server/api_ollama server/api_rerank server/http_header server/http_parse server/redis_address server/redis_reply server/metrics server/log server/buffer server/vector) $$(ENGINE))
 	$(2) $(3) $(4) $$^ $(LIBS) -o $$@
 -include $$(wildcard $$(foreach d,* */* */*/* */*/*/*,build/$(1)/$$(d).d))
 endef

@@ -154,20 +154,6 @@ int try_model_file(model_file *m, const model_options *o, qemb_err *err) {
     return qemb_fail(err, why.code, "%.128s: %s", o->model, why.msg);
 }
 
-model_parameters count_parameters(const qemb_config *c) {
-    const size_t D = (size_t)c->hidden, F = (size_t)c->ffn, hd = (size_t)c->head_dim;
-    const size_t Q = (size_t)c->n_heads * hd, KV = (size_t)c->n_kv_heads * hd;
-    const size_t attention = (Q + 2 * KV) * D + D * Q;
-    const int is_bert = c->architecture == QEMB_BERT;
-    /* QEMB_BERT: a bias for each row of a matrix, two norms with a bias. */
-    const size_t layer = is_bert ? attention + 2 * F * D + (Q + 2 * KV + D + F + D) + 4 * D
-                                 : attention + 3 * F * D + 2 * D + 2 * hd;
-    const size_t outer_norm = is_bert ? 2 * D : D; /* of the embeddings, or the final one */
-    return (model_parameters){.layers = (size_t)c->n_layers * layer + outer_norm,
-                              .tokens = (size_t)c->vocab * D,
-                              .positions = is_bert ? (size_t)qemb_position_rows(c) * D : 0};
-}
-
 void refuse_model_file(const char *path, const qemb_err *err) {
     explain(path);
     DIE(STATUS_MODEL, "%s", err->msg);

@@ -22,13 +22,6 @@ void close_model_file(model_file *m); /* m may hold nothing */
 qemb_file *open_weights(const char *path);
 void close_weights(qemb_file *f);
 
-/* The numbers of a model: in its layers with all norms, in the table of tokens and in that of
- * positions. A dense layer is not among them. */
-typedef struct {
-    size_t layers, tokens, positions;
-} model_parameters;
-model_parameters count_parameters(const qemb_config *c);
-
 enum { SHA256_BYTES = 32 };
 /* Compares the SHA-256 of a file's contents with the one in its header, which takes a second for
  * one or two GB. Returns 0, or -1 with *err; digest is what the contents have. */

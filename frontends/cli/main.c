@@ -3,6 +3,7 @@
 
 #include "frontends/console.h"
 #include "frontends/options.h"
+#include "frontends/parameters.h"
 #include "frontends/replicas.h"
 
 #include <errno.h>

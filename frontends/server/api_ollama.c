@@ -7,7 +7,7 @@
  */
 #include "api_ollama.h"
 
-#include "frontends/open_model.h"
+#include "frontends/parameters.h"
 
 #include <inttypes.h>
 #include <stdio.h>
