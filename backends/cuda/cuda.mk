@@ -68,9 +68,9 @@ test-emu: emu-values emu-sanitizers emu-races emu-program emu-day emu-mutants ##
 emu-values: build/emu/test_cuda
 	build/emu/test_cuda --schedules 4
 emu-sanitizers: build/emu-asan/test_cuda
-	build/emu-asan/test_cuda ptx attention_ rmsnorm qknorm swiglu gate_up quantize op_fp8 op_matmul op_attention op_embed_b golden_m refuse fails
+	build/emu-asan/test_cuda ptx attention_ rmsnorm layernorm bias gelu embed_positions encoder_shapes encoder_refuses qknorm swiglu gate_up quantize op_fp8 op_matmul op_attention op_embed_b golden_m refuse fails
 emu-races: build/emu-race/test_cuda
-	build/emu-race/test_cuda ptx attention_ rmsnorm qknorm swiglu gate_up quantize op_fp8 op_matmul op_attention op_embed_b op_gather shapes
+	build/emu-race/test_cuda ptx attention_ rmsnorm layernorm bias gelu embed_positions qknorm swiglu gate_up quantize op_fp8 op_matmul op_attention op_embed_b op_gather shapes
 emu-program: build/emu/qemb-cuda build/emu/qemb-cpu build/emu/qemb-serve
 	tests/cuda/test_cuda_program.py build/emu/qemb-cuda build/emu/qemb-cpu
 	tests/cuda/test_cuda_serve.py build/emu/qemb-serve build/emu/qemb-cpu
