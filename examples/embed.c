@@ -31,7 +31,7 @@ int main(int argc, char **argv) {
     }
     const char *prompt = qemb_embedder_prompt(e, "query");
     if (qemb_embed_text(e, prompt, argv[2], strlen(argv[2]), query, dim, &err)) die(&err);
-    prompt = qemb_embedder_prompt(e, "document"); /* empty, or NULL: none, of most models */
+    prompt = qemb_embedder_prompt(e, "document"); /* most models: "" or NULL, none */
 
     for (int i = 3; i < argc; i++) {
         if (qemb_embed_text(e, prompt, argv[i], strlen(argv[i]), document, dim, &err)) die(&err);
