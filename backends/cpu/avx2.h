@@ -5,6 +5,7 @@
 #define CPU_AVX2_H
 
 #include "cpu.h"
+#include "gelu.h"
 
 #if defined(__x86_64__)
 
@@ -64,21 +65,8 @@ TEMPLATE __m256 swiglu8(__m256 gate, __m256 up) {
     return _mm256_mul_ps(_mm256_div_ps(gate, _mm256_add_ps(_mm256_set1_ps(1), e)), up);
 }
 
-/* ---- gelu ---------------------------------------------------------------------------------------
- * gelu(t) = t Phi(t), and Phi(-a) = erfc(a / sqrt 2) / 2 = 1 - Phi(a). With a = |t|, r = 1 / (a +
- * 3) and v = 1 - 6 r, between -1 and 0.65:
- *
- *   Phi(-a) = exp(-a^2 / 2) r R(v),  R the polynomial of degree 8 with the least relative error,
- *
- * 0.7 units of 2^-24, found by Remez's algorithm in 40 digits for a <= 13.5; 1.1 with coefficients
- * in float. (The form is Cody's of 1969, with Schonfelder's map of 1978.) Rounding of a^2 would
- * cost up to a^2 / 2 units, so its remainder, known from a fused multiplication, is put right after
- * exp.
- * Errors of Phi(-a), in the same units: R 1.1 and Horner's last steps 1.5; r 2; v 4 + 1 where it is
- * largest, at a = 0, times R'/R = 0.7; exp 2; three products 3: 13 at most. Of gelu(t): one more of
- * the product with t, and for t > 0 one of 1 - Phi(-a), which is at least Phi(-a): 15.
- * From a = 12.8 on Phi(-a) is subnormal and loses bits; from 13.2 on exp gives 0, and gelu(t) errs
- * by less than 2^-127. +Inf gives Inf; -Inf (times 0) and NaN give NaN, as in the plain table. */
+/* ---- gelu: see gelu.h ------------------------------------------------------------------------  */
+
 TEMPLATE __m256 gelu8(__m256 t) {
     const __m256 sign = _mm256_set1_ps(-0.0f), half = _mm256_set1_ps(0.5f);
     const __m256 one = _mm256_set1_ps(1);
@@ -87,15 +75,8 @@ TEMPLATE __m256 gelu8(__m256 t) {
     const __m256 r = _mm256_div_ps(one, _mm256_add_ps(a, _mm256_set1_ps(3)));
     const __m256 v = _mm256_fnmadd_ps(_mm256_set1_ps(6), r, one);
     const __m256 square = _mm256_mul_ps(a, a), rest = _mm256_fmsub_ps(a, a, square);
-    __m256 p = _mm256_set1_ps(-0x1.1bc8c2p-12f);
-    p = _mm256_fmadd_ps(p, v, _mm256_set1_ps(-0x1.dc987ep-11f));
-    p = _mm256_fmadd_ps(p, v, _mm256_set1_ps(0x1.1a5ca6p-10f));
-    p = _mm256_fmadd_ps(p, v, _mm256_set1_ps(0x1.c606eap-8f));
-    p = _mm256_fmadd_ps(p, v, _mm256_set1_ps(-0x1.5765cap-7f));
-    p = _mm256_fmadd_ps(p, v, _mm256_set1_ps(-0x1.8320eap-5f));
-    p = _mm256_fmadd_ps(p, v, _mm256_set1_ps(0x1.d7145ap-3f));
-    p = _mm256_fmadd_ps(p, v, _mm256_set1_ps(-0x1.04c732p-1f));
-    p = _mm256_fmadd_ps(p, v, _mm256_set1_ps(0x1.754a74p-1f));
+    __m256 p = _mm256_set1_ps(gelu_tail[0]);
+    for (int k = 1; k <= GELU_DEGREE; k++) p = _mm256_fmadd_ps(p, v, _mm256_set1_ps(gelu_tail[k]));
     __m256 e = exp8(_mm256_mul_ps(square, _mm256_set1_ps(-0.5f)));
     e = _mm256_fnmadd_ps(_mm256_mul_ps(e, half), rest, e);
     const __m256 tail = _mm256_mul_ps(e, _mm256_mul_ps(p, r)); /* Phi(-a) */

@@ -4,6 +4,7 @@
 #ifndef CPU_AVX512_H
 #define CPU_AVX512_H
 
+#include "gelu.h"
 #include "packed_gemm.h"
 
 #if defined(__x86_64__)
@@ -67,7 +68,7 @@ TEMPLATE __m512 exp16_rough(__m512 x) {
     return times_2_to(p, whole);
 }
 
-/* ---- gelu: as avx2.h's, with its bounds ------------------------------------------------------ */
+/* ---- gelu: see gelu.h ------------------------------------------------------------------------  */
 
 TEMPLATE __m512 gelu16(__m512 t) {
     const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1);
@@ -76,15 +77,9 @@ TEMPLATE __m512 gelu16(__m512 t) {
     const __m512 r = _mm512_div_ps(one, _mm512_add_ps(a, _mm512_set1_ps(3)));
     const __m512 v = _mm512_fnmadd_ps(_mm512_set1_ps(6), r, one);
     const __m512 square = _mm512_mul_ps(a, a), rest = _mm512_fmsub_ps(a, a, square);
-    __m512 p = _mm512_set1_ps(-0x1.1bc8c2p-12f);
-    p = _mm512_fmadd_ps(p, v, _mm512_set1_ps(-0x1.dc987ep-11f));
-    p = _mm512_fmadd_ps(p, v, _mm512_set1_ps(0x1.1a5ca6p-10f));
-    p = _mm512_fmadd_ps(p, v, _mm512_set1_ps(0x1.c606eap-8f));
-    p = _mm512_fmadd_ps(p, v, _mm512_set1_ps(-0x1.5765cap-7f));
-    p = _mm512_fmadd_ps(p, v, _mm512_set1_ps(-0x1.8320eap-5f));
-    p = _mm512_fmadd_ps(p, v, _mm512_set1_ps(0x1.d7145ap-3f));
-    p = _mm512_fmadd_ps(p, v, _mm512_set1_ps(-0x1.04c732p-1f));
-    p = _mm512_fmadd_ps(p, v, _mm512_set1_ps(0x1.754a74p-1f));
+    __m512 p = _mm512_set1_ps(gelu_tail[0]);
+    UNROLL
+    for (int k = 1; k <= GELU_DEGREE; k++) p = _mm512_fmadd_ps(p, v, _mm512_set1_ps(gelu_tail[k]));
     __m512 e = exp16(_mm512_mul_ps(square, _mm512_set1_ps(-0.5f)));
     e = _mm512_fnmadd_ps(_mm512_mul_ps(e, half), rest, e);
     const __m512 tail = _mm512_mul_ps(e, _mm512_mul_ps(p, r)); /* Phi(-a) */

@@ -182,7 +182,7 @@ Test(encoder_ops, matmul_with_bias) {
     }
 }
 
-/* gelu(t) errs by 15 U of itself (avx2.h). Below t = -13.2, where exp(-t^2 / 2) is below 2^-126 and
+/* gelu(t) errs by 15 U of itself (gelu.h). Below t = -13.2, where exp(-t^2 / 2) is below 2^-126 and
  * so may be 0, it errs by all of |t Phi(t)| = exp(-t^2 / 2) / sqrt(2 pi), less than 2^-127. A table
  * may add the bias in double or fused, and so have a t that errs by U less than matmul's: times
  * gelu's slope, Phi + t phi. */
