@@ -140,8 +140,8 @@ typedef struct {
     int32_t window;             /* longest text unless a caller says otherwise; 0: max_positions */
     qemb_architecture architecture;
     /* The rest is of QEMB_BERT. */
-    int32_t bos_id; /* the token put before every text, or QEMB_NO_TOKEN */
-    int32_t pad_id; /* a token that takes no position: see qemb_position; or QEMB_NO_TOKEN */
+    int32_t bos_id;         /* the token put before every text, or QEMB_NO_TOKEN */
+    int32_t pad_id;         /* has row first_position - 1 and takes no position; or QEMB_NO_TOKEN */
     int32_t first_position; /* row of the position table for a text's first token */
 } qemb_config;
 

@@ -31,7 +31,7 @@
 
 enum {
     PIECES_MAX = 1 << 20, /* an id fits beside the count of a cache entry */
-    SCORE_MOST = 1000000, /* sums of 2^23 scores of this size are finite, and far from infinity */
+    SCORE_MOST = 1000000, /* sums over any text are finite */
     CLUSTER = 6,          /* bytes from which on a cluster is replaced character by character */
     LOOK = 16,            /* bytes behind a character that normalizing it may look at, at most */
     WINDOW = 1 << 14,     /* bytes of raw text that are looked at in one go, if possible */
@@ -668,7 +668,7 @@ static int read_scores(unigram *t, const uint8_t *scores, qemb_err *err) {
             return qemb_fail(err, "model_file",
                              "unigram: piece %u has a wrong score (got %g, want %d to 0)", i,
                              t->score[i], -SCORE_MOST);
-        if (!i || t->score[i] < least) least = t->score[i];
+        if (t->score[i] < least) least = t->score[i];
     }
     t->unk_score = least - 10.0;
     return 0;

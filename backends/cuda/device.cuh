@@ -586,7 +586,7 @@ static int open_buffers(qemb_backend *be, const qemb_options *opt, qemb_err *err
     be->gemm.workspace = device_alloc(be, s.workspace, "cuBLASLt's workspace", err);
     be->clamps = (unsigned long long *)device_alloc(be, s.counter, "a counter", err);
     if (!be->gemm.workspace || !be->clamps) return -1;
-    if (s.halves && !(be->halves = (act *)device_alloc(be, s.halves, "attention's output", err)))
+    if (s.halves && !(be->halves = (act *)device_alloc(be, s.halves, "outputs in FP16", err)))
         return -1;
     if (s.sums && !(be->sums = (float *)device_alloc(be, s.sums, "FP8 products", err))) return -1;
     if (!good(be, cudaMemsetAsync(be->clamps, 0, s.counter, be->st), "memset"))
@@ -764,7 +764,7 @@ static int load_table(qemb_backend *be, qemb_mat *table, qemb_err *err) {
 }
 
 /* Reads the algorithms from the cache file and times those that it lacks, in the memory of the
- * activations. Leaves out buckets that no batch reaches. */
+ * activations. Leaves out buckets that no batch reaches; but QEMB_BERT's wqkv gets fewer rows. */
 static void tune(qemb_backend *be, qemb_layer *y) {
     qemb_mat *matrices[QEMB_LAYER_MATRICES];
     qemb_layer_matrices(y, matrices);

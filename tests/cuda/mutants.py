@@ -1103,7 +1103,7 @@ MUTANTS = [
         T,
         'cuda_ok(cudaDeviceSynchronize(), "device_array"); /* array_set */',
         "/* array_set */",
-        "op_gather_last_pool",
+        "op_gather_pool",
     ),
     ("ah_filled_up", P, "if (w.t0 >= w.len) break; /* padding", "/* padding", "attention_hopper"),
 ]

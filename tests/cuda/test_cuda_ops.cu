@@ -697,7 +697,7 @@ TEST_SCHEDULES(op_gather_mean) {
     }
 }
 /* Two batches are pooled before the first one is collected. */
-TEST_SCHEDULES(op_gather_last_pool) {
+TEST_SCHEDULES(op_gather_pool) {
     rng r = {9};
     const int D = 1032;
     bench_backend f(D, 2, 1, 64, 64, 16, 1300);

@@ -636,7 +636,7 @@ Test(ops, gate_up_of_many_columns) {
     free(W), free(x), free(scratch), free(product), free(h);
 }
 
-Test(ops, gather_last_and_pool) {
+Test(ops, gather_and_pool) {
     enum { D = 37, T = 9, B = 3 };
     const qemb_config c = {
         .hidden = D, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .norm_eps = 1e-6f};
