@@ -65,7 +65,7 @@ TEMPLATE __m256 swiglu8(__m256 gate, __m256 up) {
     return _mm256_mul_ps(_mm256_div_ps(gate, _mm256_add_ps(_mm256_set1_ps(1), e)), up);
 }
 
-/* ---- gelu: see gelu.h ------------------------------------------------------------------------  */
+/* ---- gelu: see gelu.h ------------------------------------------------------------------------ */
 
 TEMPLATE __m256 gelu8(__m256 t) {
     const __m256 sign = _mm256_set1_ps(-0.0f), half = _mm256_set1_ps(0.5f);

@@ -1,20 +1,9 @@
 /* test_batch.c - what qemb.c does around the forward: which texts share a batch, what of them is
  * computed once, and the dense layer behind the pooling. */
-#include "support.h"
+#include "spied_tables.h"
 
-#include <criterion/criterion.h>
 #include <stdlib.h>
 #include <string.h>
-
-static const qemb_ops *ops = &qemb_cpu_ops;
-#define FOR_CPU_TABLES for (int o = 0; (ops = qemb_cpu_table(o)); o++)
-
-static qemb_model *open_with(const qemb_file *f, const qemb_ops *table, qemb_options opt) {
-    qemb_model *m;
-    qemb_err err;
-    cr_assert_eq(qemb_open(&m, f, table, &opt, &err), 0, "%s", err.msg);
-    return m;
-}
 
 /* ---- the dense layer ------------------------------------------------------------------------- */
 
@@ -237,20 +226,6 @@ Test(batch, dense_layer_of_batches_in_flight) {
 }
 
 /* ---- the packer ------------------------------------------------------------------------------ */
-
-static qemb_packed_batch seen;
-
-static int spy_begin(qemb_backend *be, const qemb_packed_batch *b) {
-    seen = *b;
-    return ops->begin(be, b);
-}
-
-static qemb_model *open_spied(const qemb_file *f, qemb_options opt) {
-    static qemb_ops spy;
-    spy = *ops;
-    spy.begin = spy_begin;
-    return open_with(f, &spy, opt);
-}
 
 /* What a further batch costs, beside its prefix: a sixteenth of a table's rows, or of fewer. */
 enum { START = QEMB_BATCH_TOKENS / 16 };

@@ -1,47 +1,12 @@
 /* test_encoder.c - whole models of QEMB_BERT, compared with the double-precision oracle and with
  * themselves: a text has the same bits alone, in any batch and on any number of threads. */
-#include "emulated_amx.h"
 #include "oracle_encoder.h"
-#include "support.h"
+#include "spied_tables.h"
 
-#include <criterion/criterion.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { MOST_DIM = 128 };
-
-/* The table under test. With sanitizers the emulated ones would take minutes. */
-static const qemb_ops *ops = &qemb_cpu_ops;
-#define FOR_CPU_TABLES for (int o = 0; (ops = qemb_cpu_table(o)); o++)
-#ifdef __SANITIZE_ADDRESS__
-#define FOR_TABLES FOR_CPU_TABLES
-#else
-#define FOR_TABLES for (int o = 0; (ops = test_table(o)); o++)
-#endif
-
-/* The batch and the memory that the ops were given last. */
-static qemb_packed_batch seen;
-static size_t arena_asked;
-
-static int spy_begin(qemb_backend *be, const qemb_packed_batch *b) {
-    seen = *b;
-    return ops->begin(be, b);
-}
-
-static void *spy_arena(qemb_backend *be, size_t bytes, qemb_err *err) {
-    arena_asked = bytes;
-    return ops->arena(be, bytes, err);
-}
-
-static qemb_model *open_spied(const qemb_file *f, qemb_options opt) {
-    static qemb_ops spy;
-    spy = *ops;
-    spy.begin = spy_begin, spy.arena = spy_arena;
-    qemb_model *m;
-    qemb_err err;
-    cr_assert_eq(qemb_open(&m, f, &spy, &opt, &err), 0, "%s", err.msg);
-    return m;
-}
 
 /* Ids of a text, n >= 2, between the tokens that the model adds. Every ninth one is pad_id. */
 static int32_t *random_ids(rng *r, const qemb_config *c, int n) {

@@ -1,21 +1,11 @@
 /* test_long_text.c - a text that is computed in steps: the bits that it has in one piece, batches
  * between the steps, and a text that is given up. */
-#include "emulated_amx.h"
-#include "support.h"
+#include "spied_tables.h"
 
-#include <criterion/criterion.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { BATCH = 64, LONGEST = 2000, MOST_DIM = 96 };
-
-static const qemb_ops *ops;
-#define FOR_CPU_TABLES for (int o = 0; (ops = qemb_cpu_table(o)); o++)
-#ifdef __SANITIZE_ADDRESS__ /* emulated tiles would take minutes */
-#define FOR_TABLES FOR_CPU_TABLES
-#else
-#define FOR_TABLES for (int o = 0; (ops = test_table(o)); o++)
-#endif
 
 /* What between_steps does: counts, embeds a batch, or gives the text up. */
 typedef struct {

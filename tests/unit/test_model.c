@@ -1,12 +1,10 @@
 /* test_model.c - whole models, compared with transformers (tests/golden), with the double-precision
  * oracle, and with themselves: a text's vector has the same bits alone, in any batch, behind any
  * shared prefix and on any number of threads. */
-#include "emulated_amx.h"
 #include "lib/text_ids.h"
 #include "oracle.h"
-#include "support.h"
+#include "spied_tables.h"
 
-#include <criterion/criterion.h>
 #include <dirent.h>
 #include <stdlib.h>
 #include <string.h>
@@ -76,23 +74,8 @@ static qemb_file *open_file(const char *path) {
     return f;
 }
 
-/* The table under test, and loops over all tables that this CPU can run, and over these and the
- * emulated ones. With sanitizers test_amx and test_ops run the emulated ones: whole models would
- * take minutes. */
-static const qemb_ops *ops = &qemb_cpu_ops;
-#define FOR_CPU_TABLES for (int o = 0; (ops = qemb_cpu_table(o)); o++)
-#ifdef __SANITIZE_ADDRESS__
-#define FOR_TABLES FOR_CPU_TABLES
-#else
-#define FOR_TABLES for (int o = 0; (ops = test_table(o)); o++)
-#endif
-
 static qemb_model *open_engine(const qemb_file *f, int batch_tokens, int threads) {
-    const qemb_options opt = {.batch_tokens = batch_tokens, .threads = threads};
-    qemb_model *m;
-    qemb_err err;
-    cr_assert_eq(qemb_open(&m, f, ops, &opt, &err), 0, "%s", err.msg);
-    return m;
+    return open_with(f, ops, (qemb_options){.batch_tokens = batch_tokens, .threads = threads});
 }
 
 /* The largest allowed L2 error of a unit vector in this arithmetic; docs/accuracy.md gives measured
@@ -301,29 +284,6 @@ static void check_modes(void) {
 Test(model, oracle_of_other_modes) { FOR_CPU_TABLES check_modes(); }
 
 /* ---- the packer, watched through the layouts that it hands to the ops ------------------------ */
-
-static qemb_packed_batch seen;
-static size_t arena_asked;
-
-static int spy_begin(qemb_backend *be, const qemb_packed_batch *b) {
-    seen = *b;
-    return ops->begin(be, b);
-}
-
-static void *spy_arena(qemb_backend *be, size_t bytes, qemb_err *err) {
-    arena_asked = bytes;
-    return ops->arena(be, bytes, err);
-}
-
-static qemb_model *open_spied(const qemb_file *f, qemb_options opt) {
-    static qemb_ops spy;
-    spy = *ops;
-    spy.begin = spy_begin, spy.arena = spy_arena;
-    qemb_model *m;
-    qemb_err err;
-    cr_assert_eq(qemb_open(&m, f, &spy, &opt, &err), 0, "%s", err.msg);
-    return m;
-}
 
 /* Texts that share longer and longer or shorter and shorter prefixes, some of them equal: the same
  * bits as alone, and one copy of every shared row. */
