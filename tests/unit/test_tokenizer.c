@@ -1,10 +1,8 @@
 /* test_tokenizer.c - the tokenizer, compared with its definition and, where the shared data is
  * available, with the reference's test vectors. Merging is compared with a slow implementation. */
+#include "reference.h"
 #include "support.h"
 #include "tokenizer_data.h"
-
-#include <criterion/criterion.h>
-#include <stdbool.h>
 
 /* ---- small tokenizers ------------------------------------------------------------------------ */
 
@@ -844,21 +842,6 @@ Test(tokenizer, refuses_bad_added_tokens) {
 
 /* ---- the reference's vectors ----------------------------------------------------------------- */
 
-/* The path of a file of the shared data, in static memory, or NULL. */
-static const char *shared_file(const char *name) {
-    static char path[4096];
-    const char *root = getenv("QEMB_SHARED");
-    snprintf(path, sizeof path, "%s/tokenizer/%s", root && *root ? root : "../shared", name);
-    FILE *f = fopen(path, "r");
-    if (f) fclose(f);
-    return f ? path : NULL;
-}
-
-/* Sets the path; without the file the test is skipped and names it. */
-#define NEED(path, name)                                                                           \
-    if (!((path) = shared_file(name)))                                                             \
-    cr_skip_test("%s is not there: set QEMB_SHARED to the directory above tokenizer/", name)
-
 static small open_real(const char *path) {
     small k = {0};
     cr_assert_eq(tokenizer_data_read(&k.d, path), 0);
@@ -899,83 +882,23 @@ static void check_vectors(const small *k, const char *path, const char *key, int
 Test(tokenizer, agrees_with_reference_vectors, .timeout = 300) {
     const char *path;
     small k;
-    NEED(path, "qwen3-embedding-0.6b.tokenizer.json.xz");
+    NEED(path, "tokenizer/qwen3-embedding-0.6b.tokenizer.json.xz");
     k = open_real(path);
     cr_expect_eq(qemb_tokenizer_n_ids(k.t), 151669);
-    NEED(path, "vectors_public.jsonl");
+    NEED(path, "tokenizer/vectors_public.jsonl");
     check_vectors(&k, path, "ids", -1, 1276);
     check_vectors(&k, path, "ids", -1, 1276); /* from a warm cache */
-    NEED(path, "vectors_eos.jsonl");
+    NEED(path, "tokenizer/vectors_eos.jsonl");
     check_vectors(&k, path, "ids_with_eos", 151643, 11);
     close_small(&k);
-    NEED(path, "qwen3-embedding-4b-8b.tokenizer.json.xz");
+    NEED(path, "tokenizer/qwen3-embedding-4b-8b.tokenizer.json.xz");
     k = open_real(path);
-    NEED(path, "vectors_4b8b.jsonl");
+    NEED(path, "tokenizer/vectors_4b8b.jsonl");
     check_vectors(&k, path, "ids", -1, 17);
     close_small(&k);
 }
 
 /* ---- the reference's sweeps: one digest for each 4,096 cases --------------------------------- */
-
-typedef struct {
-    const small *k;
-    const json_t *digests;
-    const char *name;
-    uint64_t h;
-    size_t done, bad;
-} sweep;
-
-static void digest(sweep *w, uint32_t id) { w->h = (w->h ^ id) * UINT64_C(0x100000001b3); }
-
-static void sweep_case(sweep *w, const char *text, size_t n) {
-    qemb_tokenizer_result r = encode_n(w->k, text, n, SIZE_MAX);
-    for (size_t i = 0; i < r.n; i++) digest(w, (uint32_t)r.ids[i]);
-    digest(w, 0xFFFFFFFF);
-}
-
-/* Call it before case number `at` of the sweep, and with last = true at the sweep's end. */
-static void sweep_block(sweep *w, size_t at, bool last) {
-    char hex[20];
-    const char *want;
-    if (at % 4096 && !last) return;
-    if (at) {
-        snprintf(hex, sizeof hex, "%016llx", (unsigned long long)w->h);
-        want = json_string_value(json_array_get(w->digests, w->done));
-        if (!want || strcmp(hex, want)) w->bad++;
-        w->done++;
-    }
-    w->h = UINT64_C(0xcbf29ce484222325);
-    if (last) {
-        cr_expect_eq(w->done, json_array_size(w->digests));
-        cr_expect_eq(w->bad, 0, "%s: %zu of %zu blocks differ", w->name, w->bad, w->done);
-    }
-}
-
-static size_t utf8(char *out, uint32_t c) {
-    static const uint8_t lead[] = {0, 0, 0xC0, 0xE0, 0xF0};
-    size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i; i--, c >>= 6) out[i] = (char)(0x80 | (c & 63));
-    out[0] = (char)(lead[n] | c);
-    return n;
-}
-
-/* Sweeps all code points in a context, in which % stands for the code point. */
-static void sweep_code_points(sweep *w, const char *context) {
-    for (uint32_t c = 0; c < 0x110000; c++) {
-        char text[64];
-        size_t n = 0;
-        sweep_block(w, c, false);
-        if (c >= 0xD800 && c < 0xE000) continue;
-        for (const char *p = context; *p; p++) {
-            if (*p == '%')
-                n += utf8(text + n, c);
-            else
-                text[n++] = *p;
-        }
-        sweep_case(w, text, n);
-    }
-    sweep_block(w, 0x110000, true);
-}
 
 /* Whether s (n) is valid UTF-8 according to jansson. */
 static bool valid_utf8(const char *s, size_t n) {
@@ -984,21 +907,20 @@ static bool valid_utf8(const char *s, size_t n) {
     return j != NULL;
 }
 
-static void sweep_vocabulary(sweep *w) {
-    uint32_t n_tokens = 256 + w->k->d.n_merges, id;
+static void sweep_vocabulary(const small *k, const json_t *digests) {
+    sweep w = sweep_of(k->s, digests, "vocab");
+    uint32_t n_tokens = 256 + k->d.n_merges, id;
     size_t valid = 0, same = 0;
     for (id = 0; id < n_tokens; id++) {
         char text[1024];
-        size_t n = qemb_tokenizer_token_bytes(w->k->t, id, (uint8_t *)text, sizeof text);
-        qemb_tokenizer_result r;
-        sweep_block(w, id, false);
+        size_t n = qemb_tokenizer_token_bytes(k->t, id, (uint8_t *)text, sizeof text);
+        sweep_block(&w, id, false);
         if (!valid_utf8(text, n)) continue;
-        sweep_case(w, text, n);
-        r = encode_n(w->k, text, n, SIZE_MAX);
+        qemb_tokenizer_result r = sweep_case(&w, text, n);
         valid++;
         same += r.n == 1 && r.ids[0] == (int32_t)id;
     }
-    sweep_block(w, id, true);
+    sweep_block(&w, id, true);
     cr_expect_eq(valid, 150195);
     cr_expect_eq(same, 148286);
 }
@@ -1007,16 +929,13 @@ Test(tokenizer, agrees_with_reference_sweeps, .timeout = 600) {
     const char *path;
     small k;
     json_t *digests;
-    NEED(path, "qwen3-embedding-0.6b.tokenizer.json.xz");
+    NEED(path, "tokenizer/qwen3-embedding-0.6b.tokenizer.json.xz");
     k = open_real(path);
-    NEED(path, "sweep_digests.json");
+    NEED(path, "tokenizer/sweep_digests.json");
     digests = json_load_file(path, 0, NULL);
-    sweep w = {.k = &k, .digests = json_object_get(digests, "class"), .name = "class"};
-    sweep_code_points(&w, "x%y %%1%\n");
-    w = (sweep){.k = &k, .digests = json_object_get(digests, "nfc"), .name = "nfc"};
-    sweep_code_points(&w, "e%\xCC\xA3\xCC\x81%");
-    w = (sweep){.k = &k, .digests = json_object_get(digests, "vocab"), .name = "vocab"};
-    sweep_vocabulary(&w);
+    sweep_code_points(k.s, digests, "class", "x%y %%1%\n");
+    sweep_code_points(k.s, digests, "nfc", "e%\xCC\xA3\xCC\x81%");
+    sweep_vocabulary(&k, digests);
     json_decref(digests);
     close_small(&k);
 }
