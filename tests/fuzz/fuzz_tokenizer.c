@@ -8,18 +8,11 @@
  *     and equal the text if all of it is below U+0300.
  */
 #include "qemb.h"
+#include "tests/fuzz/check.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define CHECK(what)                                                                                \
-    do {                                                                                           \
-        if (!(what)) {                                                                             \
-            fprintf(stderr, "fuzz_tokenizer.c:%d: %s\n", __LINE__, #what);                         \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
 
 enum { MERGES_MAX = 512 };
 

@@ -7,17 +7,10 @@
  *   - if the restatement of the definition knows the classes of all characters, it gives the same
  *     ids.
  */
+#include "tests/fuzz/check.h"
 #include "tests/unit/naive_unigram.h"
 
 #include "qemb.h"
-
-#define CHECK(what)                                                                                \
-    do {                                                                                           \
-        if (!(what)) {                                                                             \
-            fprintf(stderr, "fuzz_unigram.c:%d: %s\n", __LINE__, #what);                           \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
 
 enum { NAIVE_BYTES = 64 }; /* longest text for the restatement, which is slow */
 

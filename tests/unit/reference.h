@@ -57,8 +57,8 @@ static inline void sweep_block(sweep *w, size_t at, bool last) {
         char hex[20], first[16];
         snprintf(first, sizeof first, "%06zx", (at - 1) / 4096 * 4096);
         snprintf(hex, sizeof hex, "%016llx", (unsigned long long)w->h);
-        const json_t *digest = is_list ? json_array_get(w->digests, w->done)
-                                       : json_object_get(w->digests, first);
+        const json_t *digest =
+            is_list ? json_array_get(w->digests, w->done) : json_object_get(w->digests, first);
         const char *want = json_string_value(digest);
         if (want || is_list) {
             w->bad += !want || strcmp(hex, want);

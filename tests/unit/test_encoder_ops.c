@@ -4,39 +4,7 @@
 #include "emulated_amx.h"
 #include "oracle.h"
 #include "oracle_encoder.h"
-#include "support.h"
-
-#include <criterion/criterion.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
-#define SLACK 1.01
-
-static qemb_backend *backend(const qemb_ops *op, const qemb_config *c, int rows, int threads) {
-    const qemb_options opt = {.batch_tokens = rows, .max_tokens = rows, .threads = threads};
-    qemb_backend *be;
-    qemb_err err;
-    cr_assert_eq(op->open(&be, c, &opt, &err), 0, "%s: %s", op->name, err.msg);
-    return be;
-}
-
-static float *numbers(rng *r, size_t n, double scale) {
-    float *p = malloc(n * sizeof *p);
-    rng_floats(r, p, n, scale);
-    return p;
-}
-
-/* n floats that end where a page ends, before one that cannot be touched; lives as long as the
- * test */
-static float *at_page_end(const float *from, size_t n) {
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE), bytes = n * sizeof *from;
-    const size_t whole = (bytes + page - 1) / page * page;
-    char *p = mmap(NULL, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    cr_assert(p != MAP_FAILED && !mprotect(p + whole, page, PROT_NONE));
-    return memcpy(p + whole - bytes, from, bytes);
-}
+#include "table_support.h"
 
 static qemb_config norm_config(int D, float eps) {
     return (qemb_config){
@@ -289,10 +257,13 @@ Test(encoder_ops, nothing_behind_a_row_is_touched) {
             const qemb_config c = norm_config(N, 1e-5f);
             product p;
             product_open(&p, op, T, N, K, 2);
-            float *x = at_page_end(p.bias, (size_t)N), *y = at_page_end(p.bias, (size_t)N);
-            float *w = at_page_end(p.bias, (size_t)N), *b = at_page_end(p.bias, (size_t)N);
-            float *bias = at_page_end(p.bias, (size_t)N), *h = calloc((size_t)T * N, sizeof *h);
-            float *out = at_page_end(h, (size_t)T * N);
+            float *x = at_page_end(p.bias, (size_t)N * sizeof *p.bias),
+                  *y = at_page_end(p.bias, (size_t)N * sizeof *p.bias);
+            float *w = at_page_end(p.bias, (size_t)N * sizeof *p.bias),
+                  *b = at_page_end(p.bias, (size_t)N * sizeof *p.bias);
+            float *bias = at_page_end(p.bias, (size_t)N * sizeof *p.bias),
+                  *h = calloc((size_t)T * N, sizeof *h);
+            float *out = at_page_end(h, (size_t)T * N * sizeof *h);
             qemb_backend *be = backend(op, &c, 1, 1);
             op->layernorm(be, (qemb_act *)y, x, bias, w, b, 1);
             op->matmul(p.be, (qemb_act *)out, (qemb_act *)p.x, &p.w, bias, T);
@@ -319,7 +290,7 @@ Test(encoder_ops, embed_with_positions) {
             uint16_t *table = malloc((size_t)V * D * sizeof *table);
             rng_halves(&r, table, (size_t)V * D, 1);
             float *drawn = numbers(&r, (size_t)ROWS * D, 1), *x = numbers(&r, (size_t)T * D, 1);
-            const float *pos_emb = at_page_end(drawn, (size_t)ROWS * D);
+            const float *pos_emb = at_page_end(drawn, (size_t)ROWS * D * sizeof *drawn);
             const qemb_mat m = {table, V, D, QEMB_F16, 1, NULL, QEMB_BITS_UNKNOWN};
             int32_t tokens[T], pos[T], cu[] = {0, T};
             for (int t = 0; t < T; t++) tokens[t] = t * 7 % V, pos[t] = (t * 5 + 8) % ROWS;

@@ -6,30 +6,7 @@
  */
 #include "emulated_amx.h"
 #include "oracle.h"
-#include "support.h"
-
-#include <criterion/criterion.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
-#define SLACK 1.01
-
-/* A backend for config c and batches of up to `rows` rows. */
-static qemb_backend *backend(const qemb_ops *op, const qemb_config *c, int rows, int threads) {
-    const qemb_options opt = {.batch_tokens = rows, .max_tokens = rows, .threads = threads};
-    qemb_backend *be;
-    qemb_err err;
-    cr_assert_eq(op->open(&be, c, &opt, &err), 0, "%s: %s", op->name, err.msg);
-    return be;
-}
-
-static void *numbers(rng *r, size_t n, double scale) {
-    float *p = malloc(n * sizeof *p);
-    rng_floats(r, p, n, scale);
-    return p;
-}
+#include "table_support.h"
 
 static double *doubles(const float *x, size_t n) {
     double *p = malloc(n * sizeof *p);
@@ -301,14 +278,6 @@ Test(ops, matmul_of_numbers_that_are_not_finite) {
             }
         qemb_cpu_table(o)->close(be);
     }
-}
-
-/* A copy that ends where a page ends, before one that cannot be read; lives as long as the test. */
-static void *at_page_end(const void *from, size_t bytes) {
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE), n = (bytes + page - 1) / page * page;
-    char *p = mmap(NULL, n + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    cr_assert(p != MAP_FAILED && !mprotect(p + n, page, PROT_NONE));
-    return memcpy(p + n - bytes, from, bytes);
 }
 
 /* The last matrix of a file ends where the map ends. */
