@@ -702,7 +702,7 @@ def read_score(value, piece):
     digits, and their quotient by a power of ten; digits that overflow 64 bits are left out."""
     text = value.text if type(value) is Number else str(value) if type(value) is int else ""
     found, score = NUMBER.fullmatch(text), math.inf
-    if found:
+    if found and len(found[2]) <= 20:  # more are over 2**64
         sign, whole, part, exponent = found.groups("")
         digits = whole + part
         zeros = len(digits) - len(digits.lstrip("0"))

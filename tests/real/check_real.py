@@ -141,8 +141,8 @@ def corpora():
 
 
 def name_ties(corpus, q, d, q2, d2):
-    """qemb's first documents, q and d, beside the reference's, q2 and d2. Returns whether all that
-    differ are ties."""
+    """qemb's first documents, q and d, beside the reference's, q2 and d2. Returns how many differ,
+    and whether all of these are ties."""
     mine, other = (np.array(ranking.by_cosine(*v))[:, 0] for v in ((q, d), (q2, d2)))
     near = 2 * (np.linalg.norm(q - q2, axis=1) + np.linalg.norm(d - d2, axis=1).max())
     explained = True
