@@ -35,6 +35,10 @@ enum { LOOPS = 1000000, REGISTERS = 12 };
 #define MADD_256(r)                                                                                \
     "vpmaddwd %%ymm12,%%ymm12,%%ymm13\n"                                                           \
     "vpaddd %%ymm13,%%ymm" #r ",%%ymm" #r "\n"
+#define MADDUBS_256(r)                                                                             \
+    "vpmaddubsw %%ymm12,%%ymm12,%%ymm13\n"                                                         \
+    "vpmaddwd %%ymm12,%%ymm13,%%ymm13\n"                                                           \
+    "vpaddd %%ymm13,%%ymm" #r ",%%ymm" #r "\n"
 #define INT16_256(r) "%{vex%} vpdpwssd %%ymm12,%%ymm12,%%ymm" #r "\n"
 #define INT8_256(r)  "%{vex%} vpdpbusd %%ymm12,%%ymm12,%%ymm" #r "\n"
 
@@ -59,6 +63,7 @@ LOOP(bf16_512, BF16_512)
 LOOP(int16_512, INT16_512)
 LOOP(int8_512, INT8_512)
 LOOP(madd_256, MADD_256)
+LOOP(maddubs_256, MADDUBS_256)
 LOOP(int16_256, INT16_256)
 LOOP(int8_256, INT8_256)
 LOOP(convert256, CONVERT256)
@@ -127,6 +132,7 @@ enum {
     INT16,
     INT8,
     MADD,
+    MADDUBS,
     VNNI_INT16,
     VNNI_INT8,
     TILE_BF16,
@@ -142,6 +148,7 @@ static limit limits[N_LIMITS] = {[FMA_256] = {"fma 256", "GFLOP/s", 0},
                                  [INT16] = {"vpdpwssd", "GOP/s", 0},
                                  [INT8] = {"vpdpbusd", "GOP/s", 0},
                                  [MADD] = {"vpmaddwd 256", "GOP/s", 0},
+                                 [MADDUBS] = {"vpmaddubsw 256", "GOP/s", 0},
                                  [VNNI_INT16] = {"vpdpwssd 256", "GOP/s", 0},
                                  [VNNI_INT8] = {"vpdpbusd 256", "GOP/s", 0},
                                  [TILE_BF16] = {"tdpbf16ps", "GFLOP/s", 0},
@@ -164,7 +171,8 @@ static limit tile_limits[QEMB_MATH_INT8 + 1];
 static int starts(const char *s, const char *with) { return !strncmp(s, with, strlen(with)); }
 
 const limit *limit_of(const qemb_ops *t) {
-    static const int avx512[] = {FMA_512, BF16, INT16, INT8}, avx2[] = {FMA_256, BF16, MADD, MADD},
+    static const int avx512[] = {FMA_512, BF16, INT16, INT8},
+                     avx2[] = {FMA_256, BF16, MADD, MADDUBS},
                      avx_vnni[] = {FMA_256, BF16, VNNI_INT16, VNNI_INT8};
     if (starts(t->name, "amx")) return &tile_limits[t->math];
     if (t->math == QEMB_MATH_F32) return limit_of_library(t->math);
@@ -260,6 +268,7 @@ void limits_measure(const qemb_file *f) {
     if (__builtin_cpu_supports("avx512vnni")) one(INT16, int16_512, NULL, 64 * n);
     if (__builtin_cpu_supports("avx512vnni")) one(INT8, int8_512, NULL, 128 * n);
     if (__builtin_cpu_supports("avx2")) one(MADD, madd_256, NULL, 32 * n);
+    if (__builtin_cpu_supports("avx2")) one(MADDUBS, maddubs_256, NULL, 64 * n);
     if (cpu_features() & CPU_AVX_VNNI) one(VNNI_INT16, int16_256, NULL, 32 * n);
     if (cpu_features() & CPU_AVX_VNNI) one(VNNI_INT8, int8_256, NULL, 64 * n);
     if (__builtin_cpu_supports("avx512f"))

@@ -538,12 +538,6 @@ AVX2 static void attention_scores(const attention_tile *w, int R, int q0, int k0
     }
 }
 
-TEMPLATE float greatest(__m256 v) {
-    __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
-    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
-}
-
 /* Pass 3: m', l', the weights exp(s - m') in place of the scores, and exp(m - m') O. */
 AVX2 static void attention_softmax(const attention_tile *w, int R, int q0, int k0) {
     for (int r = simd_first_seeing(w, q0, k0); r < R; r++) {

@@ -93,6 +93,12 @@ TEMPLATE float total(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
+TEMPLATE float greatest(__m256 v) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+
 /* 8 rows of 8 floats -> 8 columns */
 TEMPLATE void transpose_floats(__m256 col[8], const float *const row[8], int d) {
     __m256 a[8], b[8];

@@ -1,12 +1,17 @@
 /* avx2_integers.c - matrix products of 16-bit and 8-bit integers for CPUs with AVX2 and without
  * AVX-512. Attention and the ops by rows are avx2.c's, in float.
  *
- * The arithmetic is that of avx512.c: groups of 64 columns, a scale for each row of a group, exact
- * sums within a group, floats from group to group. Plain AVX2 multiplies pairs of 16-bit integers:
- * vpmaddwd has 16 products, as many as two fused multiply-adds of floats have, and vpaddd adds
- * them to the sums. AVX-VNNI (Alder Lake, Zen 5) has one instruction for both, and vpdpbusd, which
- * multiplies four bytes a dword. The sums are exact, so tables with and without it give the same
- * bits.
+ * The arithmetic is that of avx512.c, but for int8's x: groups of 64 columns, a scale for each row
+ * of a group, exact sums within a group, floats from group to group.
+ *
+ * 16 bits: vpmaddwd has 16 products, as many as two fused multiply-adds of floats have, and vpaddd
+ * adds them to the sums. 8 bits: vpmaddubsw multiplies 32 unsigned bytes of x by signed bytes of W
+ * and adds neighbours to 16 bits, where they must fit; vpmaddwd by ones and vpaddd follow. So a
+ * group of x is 0 to 128, counted from its least number, and not -127 to 127: one bit less, but no
+ * step is spent on numbers that do not occur.
+ *
+ * AVX-VNNI (Alder Lake, Zen 5) has one instruction for vpmaddwd and vpaddd, and one for the three.
+ * The sums are exact, so tables with and without it give the same bits.
  */
 #include "avx2.h"
 
@@ -18,13 +23,12 @@
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-/* The layout of a group of W, which begins with scales (NR), and what x has beside it:
- *   WORDS       (32, NR) dwords of two 16-bit integers                        x: the same
- *   BYTE_PAIRS  (32, NR) pairs of bytes, which become WORDS as they are loaded   x: WORDS
- *   BYTE_QUADS  corrections (NR), then (16, NR) dwords of four bytes   x: bytes, stored as x + 128
- * A group of x has its dwords (n, MR) and then scales (MR). vpdpbusd multiplies unsigned bytes of x
- * by signed bytes of W, hence the 128. A correction, -128 times the sum of the row's bytes, is
- * where the sum of a group begins. */
+/* The layout of a group of W, which begins with scales (NR), and of x, which ends with scales (MR):
+ *   WORDS       (32, NR) dwords of two 16-bit integers               x: the same
+ *   BYTE_PAIRS  (32, NR) pairs of bytes, which become WORDS as they are loaded          x: WORDS
+ *   BYTE_QUADS  sums (NR): of a row's bytes, times its scale; then (16, NR) dwords of four bytes
+ *               x: unsigned bytes, scales, and lows (MR): a number is low + scale byte, so that
+ *               its row times W's is W's scale times (scale sum(byte w) + low sum(w)) */
 typedef enum { WORDS, BYTE_PAIRS, BYTE_QUADS } layout;
 enum {
     GROUP = 64,
@@ -41,7 +45,7 @@ enum {
 #define GROUP_DWORDS(of) ((of) == BYTE_QUADS ? GROUP / 4 : GROUP / 2)
 #define GROUP_HEAD(of)   ((of) == BYTE_QUADS ? 2 * NR : NR)
 #define DWORDS_ROW(of)   ((of) == BYTE_PAIRS ? NR / 2 : NR)
-#define X_GROUP(of)      ((GROUP_DWORDS(of) + 1) * MR)
+#define X_GROUP(of)      ((GROUP_DWORDS(of) + ((of) == BYTE_QUADS ? 2 : 1)) * MR)
 #define W_GROUP(of)      (GROUP_HEAD(of) + GROUP_DWORDS(of) * DWORDS_ROW(of))
 
 /* ---- the microkernels ------------------------------------------------------------------------ */
@@ -53,18 +57,22 @@ enum {
 #endif
 
 /* sum += the products of the dwords of x and w. In assembler also without VNNI: gcc 12 moves the
- * additions behind all multiplications and keeps sums in memory. */
+ * additions behind all multiplications and keeps sums in memory. w may stay in memory where the
+ * ones take a register. */
 TEMPLATE __m256i multiply_add(layout of, int vnni, __m256i sum, __m256i x, __m256i w) {
-    if (of == BYTE_QUADS)
+    __m256i products;
+    if (of == BYTE_QUADS && vnni)
         VPDPBUSD(sum, x, w);
+    else if (of == BYTE_QUADS)
+        __asm__("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+                : "+x"(sum), "=&x"(products)
+                : "x"(x), "xm"(w), "x"(_mm256_set1_epi16(1)));
     else if (vnni)
         VPDPWSSD(sum, x, w);
-    else {
-        __m256i products;
+    else
         __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
                 : "+x"(sum), "=&x"(products)
                 : "x"(x), "x"(w));
-    }
     return sum;
 }
 
@@ -84,15 +92,13 @@ TEMPLATE void multiply_group(layout of, int vnni, int rows, float *acc, const fl
         UNROLL
         for (int i = 0; i < rows; i++) {
             UNROLL
-            for (int h = 0; h < 2; h++)
-                sum[i][h] = of == BYTE_QUADS
-                                ? _mm256_castps_si256(_mm256_load_ps(panel + NR + col + 8 * h))
-                                : _mm256_setzero_si256();
+            for (int h = 0; h < 2; h++) sum[i][h] = _mm256_setzero_si256();
         }
         for (int k = 0; k < n; k++) {
             __m256i w0 = weights8(of, panel + GROUP_HEAD(of), k, col);
             __m256i w1 = weights8(of, panel + GROUP_HEAD(of), k, col + 8);
-            __asm__("" : "+x"(w0), "+x"(w1)); /* pinned: not loaded again for every row */
+            if (of != BYTE_QUADS || vnni) /* pinned: not loaded again for every row */
+                __asm__("" : "+x"(w0), "+x"(w1));
             UNROLL
             for (int i = 0; i < rows; i++) {
                 const __m256i xi = _mm256_castps_si256(_mm256_broadcast_ss(x + k * MR + i));
@@ -107,8 +113,11 @@ TEMPLATE void multiply_group(layout of, int vnni, int rows, float *acc, const fl
             for (int i = 0; i < rows; i++) {
                 float *to = acc + i * NR + col + 8 * h;
                 const __m256 factor = _mm256_mul_ps(_mm256_broadcast_ss(x + n * MR + i), scale);
-                _mm256_store_ps(
-                    to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i][h]), factor, _mm256_load_ps(to)));
+                __m256 v = _mm256_load_ps(to);
+                if (of == BYTE_QUADS)
+                    v = _mm256_fmadd_ps(_mm256_broadcast_ss(x + (n + 1) * MR + i),
+                                        _mm256_load_ps(panel + NR + col + 8 * h), v);
+                _mm256_store_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i][h]), factor, v));
             }
         }
     }
@@ -166,21 +175,24 @@ TILE(tile_words, WORDS, 0)
 TILE(tile_byte_pairs, BYTE_PAIRS, 0)
 TILE(tile_words_vnni, WORDS, 1)
 TILE(tile_byte_pairs_vnni, BYTE_PAIRS, 1)
-TILE(tile_byte_quads, BYTE_QUADS, 1)
+TILE(tile_byte_quads, BYTE_QUADS, 0)
+TILE(tile_byte_quads_vnni, BYTE_QUADS, 1)
 
 /* ---- packing --------------------------------------------------------------------------------- */
 
-/* 8 bits: a group is scaled so that its largest magnitude becomes 127. 16 bits: its largest
- * magnitude becomes at most INT16_MOST, and its length at most GROUP_LENGTH, so that no sum of
- * products of x and W passes 2^31; of W by powers of two. avx512.c has the proof. Bytes of W times
- * 16 bits of x: 64 x 128 x 32767 < 2^31. */
+/* 8 bits: a group of W is scaled so that its largest magnitude becomes 127; one of x so that its
+ * least number becomes 0 and its largest one BYTE_MOST. Two products of such bytes are then between
+ * -2 x 128 x 128 and 2 x 128 x 127 (a file may have -128), which fit 16 bits. 16 bits: a group's
+ * largest magnitude becomes at most INT16_MOST, and its length at most GROUP_LENGTH, so that no sum
+ * of products of x and W passes 2^31; of W by powers of two. avx512.c has the proof. Bytes of W
+ * times 16 bits of x: 64 x 128 x 32767 < 2^31. */
 typedef enum { INT16, INT8 } integer;
-enum { INT16_MOST = 32767, GROUP_LENGTH = 46330 };
+enum { INT16_MOST = 32767, GROUP_LENGTH = 46330, BYTE_MOST = 128 };
 
 /* A group of 8 rows: dwords of two 16-bit integers, or the first 16 of four bytes; and scales */
 typedef struct {
     float dwords[8][GROUP / 2] __attribute__((aligned(32)));
-    float scale[8];
+    float scale[8], low[8];
 } eight_rows;
 
 /* The largest magnitude of v (8 x 8). Magnitudes compare as integers do, and NaN is the largest. */
@@ -233,13 +245,37 @@ TEMPLATE float quantize(integer of, int is_w, float *to, const __m256 v[8]) {
     return scale;
 }
 
-/* Dwords of two 16-bit integers become dwords of four bytes */
-TEMPLATE void words_to_bytes(eight_rows *r) {
+/* to (32 dwords) = x's group v (8 x 8) as 16-bit integers from 0 to BYTE_MOST: (v - low) / scale,
+ * rounded to nearest even, with low the least of v; all 0 if the range is too small to have an
+ * inverse. Returns the scale, which is not finite if a number is not. */
+TEMPLATE float quantize_from_low(float *to, float *low, const __m256 v[8]) {
+    __m256 least = v[0], most = v[0];
+    const float size = largest(v);
+    UNROLL
+    for (int i = 1; i < 8; i++)
+        least = _mm256_min_ps(least, v[i]), most = _mm256_max_ps(most, v[i]);
+    *low = -greatest(_mm256_sub_ps(_mm256_setzero_ps(), least));
+    /* halves: the difference of finite numbers may be infinite */
+    const __m256 half = _mm256_set1_ps(0.5f), half_low = _mm256_set1_ps(0.5f * *low);
+    const float range = 0.5f * greatest(most) - 0.5f * *low;
+    const __m256 f = _mm256_set1_ps(BYTE_MOST / range);
+    UNROLL
+    for (int i = 0; i < 8; i += 2) {
+        const __m256 a = _mm256_mul_ps(_mm256_fmsub_ps(v[i], half, half_low), f);
+        const __m256 b = _mm256_mul_ps(_mm256_fmsub_ps(v[i + 1], half, half_low), f);
+        const __m256i q = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+        _mm256_store_ps(to + 4 * i, _mm256_castsi256_ps(_mm256_permute4x64_epi64(q, 0xd8)));
+    }
+    return isfinite(size) ? range / (BYTE_MOST / 2) : size;
+}
+
+/* Dwords of two 16-bit integers become dwords of four bytes, signed or not */
+TEMPLATE void words_to_bytes(eight_rows *r, int is_w) {
     for (int i = 0; i < 8; i++)
         for (int h = 0; h < 2; h++) {
-            const __m256 a = _mm256_load_ps(r->dwords[i] + 16 * h);
-            const __m256 b = _mm256_load_ps(r->dwords[i] + 16 * h + 8);
-            const __m256i q = _mm256_packs_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b));
+            const __m256i a = _mm256_castps_si256(_mm256_load_ps(r->dwords[i] + 16 * h));
+            const __m256i b = _mm256_castps_si256(_mm256_load_ps(r->dwords[i] + 16 * h + 8));
+            const __m256i q = is_w ? _mm256_packs_epi16(a, b) : _mm256_packus_epi16(a, b);
             _mm256_store_ps(r->dwords[i] + 8 * h,
                             _mm256_castsi256_ps(_mm256_permute4x64_epi64(q, 0xd8)));
         }
@@ -253,30 +289,31 @@ TEMPLATE void columns8(__m256 col[8], const eight_rows *r, int d) {
 }
 
 /* Rows past the last stay zeros */
-TEMPLATE void pack_x_groups(integer of, layout to_layout, float *to, const float *x, int rows,
-                            int K) {
-    const int n = GROUP_DWORDS(to_layout);
-    const __m256 offset = _mm256_castsi256_ps(_mm256_set1_epi8(-128));
+TEMPLATE void pack_x_groups(layout of, float *to, const float *x, int rows, int K) {
+    const int n = GROUP_DWORDS(of);
     eight_rows part[2];
     memset(part, 0, sizeof part);
-    for (int k = 0; k < K; k += GROUP, x += GROUP, to += X_GROUP(to_layout)) {
+    for (int k = 0; k < K; k += GROUP, x += GROUP, to += X_GROUP(of)) {
         for (int i = 0; i < rows; i++) {
             __m256 v[8];
             UNROLL
             for (int g = 0; g < 8; g++) v[g] = load_first(x + (size_t)i * K + 8 * g, K - k - 8 * g);
-            part[i / 8].scale[i % 8] = quantize(of, 0, part[i / 8].dwords[i % 8], v);
+            eight_rows *r = &part[i / 8];
+            float *dwords = r->dwords[i % 8];
+            r->scale[i % 8] = of == BYTE_QUADS ? quantize_from_low(dwords, &r->low[i % 8], v)
+                                               : quantize(INT16, 0, dwords, v);
         }
         for (int h = 0; h < 2; h++) {
-            if (to_layout == BYTE_QUADS) words_to_bytes(&part[h]);
+            if (of == BYTE_QUADS) words_to_bytes(&part[h], 0);
             for (int d = 0; d < n; d += 8) {
                 __m256 col[8];
                 columns8(col, &part[h], d);
-                for (int c = 0; c < 8; c++) {
-                    if (to_layout == BYTE_QUADS) col[c] = _mm256_xor_ps(col[c], offset);
+                for (int c = 0; c < 8; c++)
                     store_first(to + (d + c) * MR + 8 * h, col[c], MR - 8 * h);
-                }
             }
             store_first(to + n * MR + 8 * h, _mm256_loadu_ps(part[h].scale), MR - 8 * h);
+            if (of == BYTE_QUADS)
+                store_first(to + (n + 1) * MR + 8 * h, _mm256_loadu_ps(part[h].low), MR - 8 * h);
         }
     }
 }
@@ -284,7 +321,7 @@ TEMPLATE void pack_x_groups(integer of, layout to_layout, float *to, const float
 /* Stores a group of 8 rows of W, which are rows n .. n+7 of the panel */
 TEMPLATE void store_w(layout of, float *group, int n, eight_rows *r) {
     __m256i sum = _mm256_setzero_si256(); /* of a row's bytes */
-    if (of == BYTE_QUADS) words_to_bytes(r);
+    if (of == BYTE_QUADS) words_to_bytes(r, 1);
     _mm256_store_ps(group + n, _mm256_loadu_ps(r->scale));
     float *to = group + GROUP_HEAD(of) + n * DWORDS_ROW(of) / NR;
     for (int d = 0; d < GROUP_DWORDS(of); d += 8) {
@@ -305,8 +342,8 @@ TEMPLATE void store_w(layout of, float *group, int n, eight_rows *r) {
         }
     }
     if (of == BYTE_QUADS)
-        _mm256_store_ps(group + NR + n, _mm256_castsi256_ps(_mm256_sub_epi32(
-                                            _mm256_setzero_si256(), _mm256_slli_epi32(sum, 7))));
+        _mm256_store_ps(group + NR + n,
+                        _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(r->scale)));
 }
 
 /* Row i of r = 64 weights. QEMB_I8 keeps its bytes and its scale. */
@@ -352,13 +389,12 @@ TEMPLATE void pack_w_groups(integer of, layout to, qemb_dtype dtype, float *pane
         }
 }
 
-#define PACK_X(name, of, to_layout)                                                                \
-    AVX2 static void name(float *to, const float *x, int rows, int K) {                            \
-        pack_x_groups(of, to_layout, to, x, rows, K);                                              \
-    }
-PACK_X(pack_int16_x, INT16, WORDS)
-PACK_X(pack_int8_x, INT8, WORDS)
-PACK_X(pack_int8_x_quads, INT8, BYTE_QUADS)
+AVX2 static void pack_int16_x(float *to, const float *x, int rows, int K) {
+    pack_x_groups(WORDS, to, x, rows, K);
+}
+AVX2 static void pack_int8_x(float *to, const float *x, int rows, int K) {
+    pack_x_groups(BYTE_QUADS, to, x, rows, K);
+}
 
 #define PACK_W(name, of, to_layout, dtype)                                                         \
     AVX2 static void name(float *panel, const w_panel *p, int k0, int k1,                          \
@@ -366,10 +402,9 @@ PACK_X(pack_int8_x_quads, INT8, BYTE_QUADS)
         pack_w_groups(of, to_layout, dtype, panel, p, k0, k1, prefetch_distance);                  \
     }
 PACK_W(pack_int16_f16, INT16, WORDS, QEMB_F16)
-PACK_W(pack_int8_f16, INT8, BYTE_PAIRS, QEMB_F16)
-PACK_W(pack_i8, INT8, BYTE_PAIRS, QEMB_I8)
-PACK_W(pack_int8_f16_quads, INT8, BYTE_QUADS, QEMB_F16)
-PACK_W(pack_i8_quads, INT8, BYTE_QUADS, QEMB_I8)
+PACK_W(pack_int16_i8, INT16, BYTE_PAIRS, QEMB_I8)
+PACK_W(pack_int8_f16, INT8, BYTE_QUADS, QEMB_F16)
+PACK_W(pack_int8_i8, INT8, BYTE_QUADS, QEMB_I8)
 
 /* ---- SwiGLU, the gemm_types, the tables ------------------------------------------------------ */
 
@@ -387,7 +422,7 @@ static const gemm_type int16 = {
     .x_floats = X_GROUP(WORDS),
     .pack_x = pack_int16_x,
     .weights = {[W_F16] = {1, W_GROUP(WORDS), pack_int16_f16, tile_words, NULL},
-                [W_I8] = {1, W_GROUP(BYTE_PAIRS), pack_i8, tile_byte_pairs, NULL}},
+                [W_I8] = {1, W_GROUP(BYTE_PAIRS), pack_int16_i8, tile_byte_pairs, NULL}},
     .swiglu = swiglu_tile};
 static const gemm_type int16_vnni = {
     .per_dword = NUMBERS,
@@ -395,23 +430,23 @@ static const gemm_type int16_vnni = {
     .x_floats = X_GROUP(WORDS),
     .pack_x = pack_int16_x,
     .weights = {[W_F16] = {1, W_GROUP(WORDS), pack_int16_f16, tile_words_vnni, NULL},
-                [W_I8] = {1, W_GROUP(BYTE_PAIRS), pack_i8, tile_byte_pairs_vnni, NULL}},
+                [W_I8] = {1, W_GROUP(BYTE_PAIRS), pack_int16_i8, tile_byte_pairs_vnni, NULL}},
     .swiglu = swiglu_tile};
 static const gemm_type int8 = {
     .per_dword = NUMBERS,
     .columns = GROUP,
-    .x_floats = X_GROUP(BYTE_PAIRS),
+    .x_floats = X_GROUP(BYTE_QUADS),
     .pack_x = pack_int8_x,
-    .weights = {[W_F16] = {1, W_GROUP(BYTE_PAIRS), pack_int8_f16, tile_byte_pairs, NULL},
-                [W_I8] = {1, W_GROUP(BYTE_PAIRS), pack_i8, tile_byte_pairs, NULL}},
+    .weights = {[W_F16] = {1, W_GROUP(BYTE_QUADS), pack_int8_f16, tile_byte_quads, NULL},
+                [W_I8] = {1, W_GROUP(BYTE_QUADS), pack_int8_i8, tile_byte_quads, NULL}},
     .swiglu = swiglu_tile};
 static const gemm_type int8_vnni = {
     .per_dword = NUMBERS,
     .columns = GROUP,
     .x_floats = X_GROUP(BYTE_QUADS),
-    .pack_x = pack_int8_x_quads,
-    .weights = {[W_F16] = {1, W_GROUP(BYTE_QUADS), pack_int8_f16_quads, tile_byte_quads, NULL},
-                [W_I8] = {1, W_GROUP(BYTE_QUADS), pack_i8_quads, tile_byte_quads, NULL}},
+    .pack_x = pack_int8_x,
+    .weights = {[W_F16] = {1, W_GROUP(BYTE_QUADS), pack_int8_f16, tile_byte_quads_vnni, NULL},
+                [W_I8] = {1, W_GROUP(BYTE_QUADS), pack_int8_i8, tile_byte_quads_vnni, NULL}},
     .swiglu = swiglu_tile};
 
 PACKED_TABLE(avx2_int16_ops, "avx2-int16", QEMB_MATH_INT16, int16, avx2_kernels)

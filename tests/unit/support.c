@@ -307,6 +307,10 @@ uint8_t *make_model_of(qemb_dtype dtype, const qemb_config *c, uint64_t seed, do
     return w.data;
 }
 
+int counts_from_low(const qemb_ops *op) {
+    return !strcmp(op->name, "avx2-int8") || !strcmp(op->name, "avxvnni-int8");
+}
+
 void load_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *gate_up) {
     qemb_layer layer = {.wo = *w};
     qemb_weights weights = {.layers = &layer};

@@ -28,6 +28,10 @@ void rng_halves(rng *r, uint16_t *x, size_t n, double scale); /* in +-scale; sca
  * NaN count as numbers of the exponent 16. */
 int significant_bits(uint16_t h);
 
+/* Whether a table for int8 counts the steps of a group of x from its least number, 0 to 128, and
+ * not from zero, -127 to 127 (backends/cpu/avx2_integers.c). */
+int counts_from_low(const qemb_ops *op);
+
 /* Loads *w for op's matmul and *gate_up (or NULL) for its gate_up, as the weights of a model of one
  * layer. Call it once per backend, which has to be opened for a config of one layer. */
 void load_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *gate_up);

@@ -85,14 +85,21 @@ Test(ops, rmsnorm) {
  * n of W. An integer errs by half a step, of a group of 64 of x and of W: of 8 bits its largest
  * magnitude / 127, and W that is INT8 already stays what it is; of 16 bits that / 32767 or the
  * group's length / 46330, whichever is larger, and of W up to twice as much, as its steps are
- * powers of two. */
-static double integer_rounding(int of_x, qemb_math math, const float *x, const qemb_mat *w, int n) {
+ * powers of two.
+ *
+ * FROM_LOW: a group of x, filled up with zeros, is its least number and up to 128 steps. That
+ * number times the sum of W's, and the steps times W's, are rounded as floats (2U each). */
+typedef enum { NO_INTEGERS, AROUND_ZERO, FROM_LOW } integers_of_x;
+static double integer_rounding(integers_of_x of_x, qemb_math math, const float *x,
+                               const qemb_mat *w, int n) {
     const int K = w->cols;
     double err = 0;
     for (int k0 = 0; k0 < K; k0 += 64) {
         double most[2] = {0, 0}, square[2] = {0, 0}, step[2], size[2] = {0, 0};
+        double low = k0 + 64 > K ? 0 : INFINITY, high = k0 + 64 > K ? 0 : -INFINITY;
         for (int k = k0; k < K && k < k0 + 64; k++) {
             const double v[2] = {x[k], oracle_weight(w, n, k)};
+            low = fmin(low, v[0]), high = fmax(high, v[0]);
             for (int i = 0; i < 2; i++)
                 most[i] = fmax(most[i], fabs(v[i])), square[i] += v[i] * v[i],
                 size[i] += fabs(v[i]);
@@ -100,7 +107,11 @@ static double integer_rounding(int of_x, qemb_math math, const float *x, const q
         for (int i = 0; i < 2; i++)
             step[i] = math == QEMB_MATH_INT8 ? most[i] / 127
                                              : fmax(most[i] / 32767, sqrt(square[i]) / 46330);
-        if (!of_x) step[0] = 0;
+        if (of_x == NO_INTEGERS) step[0] = 0;
+        if (of_x == FROM_LOW) {
+            step[0] = (high - low) / 128;
+            err += 2 * U * (fabs(low) + high - low) * size[1];
+        }
         if (math == QEMB_MATH_INT16) step[1] *= 2;
         if (math == QEMB_MATH_INT8 && w->dtype == QEMB_I8) step[1] = 0;
         err += size[0] * step[1] / 2 + size[1] * step[0] / 2 + 64 * step[0] * step[1] / 4;
@@ -126,9 +137,10 @@ static double rounding(const qemb_ops *op, const float *x, const qemb_mat *w, in
     case QEMB_MATH_BF16:
         return of_bf16;
     case QEMB_MATH_INT16:
-        return tiles ? 0x1p-15 * size : integer_rounding(1, op->math, x, w, n);
+        return tiles ? 0x1p-15 * size : integer_rounding(AROUND_ZERO, op->math, x, w, n);
     default:
-        return integer_rounding(!tiles, op->math, x, w, n) + (tiles ? 1.01 * of_bf16 : 0);
+        if (tiles) return integer_rounding(NO_INTEGERS, op->math, x, w, n) + 1.01 * of_bf16;
+        return integer_rounding(counts_from_low(op) ? FROM_LOW : AROUND_ZERO, op->math, x, w, n);
     }
 }
 
@@ -250,6 +262,76 @@ Test(ops, matmul_of_parallel_rows) {
             }
             test_table(o)->close(be);
         }
+}
+
+/* Bytes of -128 and 127 with x that int8 holds exactly (0 and 1, -1 and 1): no sum of products, of
+ * two or more, may leave its 16 or 32 bits. */
+Test(ops, matmul_of_the_largest_bytes) {
+    enum { T = 4, N = 33, K = 128 };
+    const qemb_config c = {
+        .n_layers = 1, .hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+    static int8_t Q[N * K];
+    static float x[T * K], y[T * N], scale[N * QEMB_GROUPS(K)];
+    for (int i = 0; i < N * QEMB_GROUPS(K); i++) scale[i] = 1;
+    for (int i = 0; i < N * K; i++)
+        Q[i] = i / K % 3 == 0 ? -128 : i / K % 3 == 1 || i % 2 ? 127 : -128;
+    for (int k = 0; k < K; k++)
+        x[k] = 1, x[K + k] = k % 2 ? 0 : 1, x[2 * K + k] = k % 2 ? -1 : 1,
+        x[3 * K + k] = k % 64 > 0;
+    const qemb_mat m = {Q, N, K, QEMB_I8, 1, scale, QEMB_BITS_UNKNOWN};
+    for (int o = 0; test_table(o); o++) {
+        if (test_table(o)->math != QEMB_MATH_INT8) continue;
+        qemb_backend *be = backend(test_table(o), &c, T, 2);
+        qemb_mat placed = m;
+        load_matrices(test_table(o), be, &placed, NULL);
+        test_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &placed, NULL, T);
+        for (int t = 0; t < T; t++) {
+            double *xd = doubles(x + t * K, K), want[N], size[N];
+            oracle_matvec(want, size, xd, &m);
+            for (int n = 0; n < N; n++)
+                cr_assert_not(far_off(y[t * N + n], want[n], (K + 4) * U * size[n]),
+                              "%s (%d,%d): %g, want %g", test_table(o)->name, t, n,
+                              (double)y[t * N + n], want[n]);
+            free(xd);
+        }
+        test_table(o)->close(be);
+    }
+}
+
+/* What a step counted from the least number may meet: the range of a group is no float; it is
+ * smaller than a float's smallest inverse; the least number is large beside it. */
+Test(ops, matmul_of_groups_counted_from_low) {
+    enum { T = 4, N = 9, K = 192 };
+    const qemb_config c = {
+        .n_layers = 1, .hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+    static uint16_t W[N * K];
+    static float x[T * K], y[T * N];
+    rng r = {4};
+    rng_halves(&r, W, N * K, 0x1p-10);
+    for (int k = 0; k < K; k++)
+        x[k] = k % 3 ? 3e38f : -3e38f, x[K + k] = (float)k * 0x1p-140f,
+        x[2 * K + k] = 1000 + (float)(0.01 * rng_uniform(&r)), x[3 * K + k] = -x[2 * K + k];
+    const qemb_mat m = {W, N, K, QEMB_F16, 1, NULL, QEMB_BITS_UNKNOWN};
+    for (int o = 0; test_table(o); o++) {
+        if (!counts_from_low(test_table(o))) continue;
+        qemb_backend *be = backend(test_table(o), &c, T, 2);
+        qemb_mat placed = m;
+        load_matrices(test_table(o), be, &placed, NULL);
+        test_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &placed, NULL, T);
+        for (int t = 0; t < T; t++) {
+            double *xd = doubles(x + t * K, K), want[N], size[N];
+            oracle_matvec(want, size, xd, &m);
+            for (int n = 0; n < N; n++) {
+                const double tol = (K + 4) * U * size[n] + K * 0x1p-120 +
+                                   rounding(test_table(o), x + t * K, &m, n, size[n]);
+                cr_assert_not(far_off(y[t * N + n], want[n], SLACK * tol),
+                              "%s (%d,%d): %g, want %g +- %g", test_table(o)->name, t, n,
+                              (double)y[t * N + n], want[n], tol);
+            }
+            free(xd);
+        }
+        test_table(o)->close(be);
+    }
 }
 
 /* A number of x or W that is not finite makes its row or its column of y not finite, and no other.
