@@ -216,11 +216,13 @@ peer_length() { # length
     for m in $maths; do peer_rows "us-$m" qemb "$1" | record "$m"; done
     for p in "${whole[@]}"; do
         peer_rows "them-$p" "peer $((peers_before + p + 1))" "$1" | record ''
+        i=$((peers_before + p + 1))
         for m in $maths; do
-            i=$((peers_before + p + 1))
-            awk -v p=$i -v n="$1" -v a="$(whole "us-$m")" -v b="$(whole "them-$p")" 'BEGIN { printf "peer,qemb against peer %d: whole run,%d,%.3f,,,x,,\n", p, n, b / a }'
-            awk -v p=$i -v n="$1" -v a="$(rate "us-$m" "$1")" -v b="$(rate "them-$p" "$1")" 'BEGIN { printf "peer,qemb against peer %d: rate,%d,%s,,,x,,\n", p, n, a == "" || b == "" ? "" : sprintf("%.3f", a / b) }'
-        done | record "$m"
+            {
+                awk -v p=$i -v n="$1" -v a="$(whole "us-$m")" -v b="$(whole "them-$p")" 'BEGIN { printf "peer,qemb against peer %d: whole run,%d,%.3f,,,x,,\n", p, n, b / a }'
+                awk -v p=$i -v n="$1" -v a="$(rate "us-$m" "$1")" -v b="$(rate "them-$p" "$1")" 'BEGIN { printf "peer,qemb against peer %d: rate,%d,%s,,,x,,\n", p, n, a == "" || b == "" ? "" : sprintf("%.3f", a / b) }'
+            } | record "$m"
+        done
     done
 }
 if want peer && [ ${#peers[@]} -gt 0 ]; then

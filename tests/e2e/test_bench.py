@@ -71,6 +71,14 @@ def test_a_peer_gets_the_texts_by_input_and_by_file(tmp_path):
         assert t["qemb against peer 2: whole run"] == pytest.approx(ratio, abs=0.001)
 
 
+def test_a_ratio_names_its_arithmetic(tmp_path):
+    r = peer_run(tmp_path, "--peer", "cat >/dev/null", "--math", "f32 int16")
+    assert r.returncode == 0, r.stderr
+    got = rows((tmp_path / "bench.csv").read_text())
+    ours = [x["math"] for x in got if x["name"] == "qemb against peer 1: whole run"]
+    assert ours == ["f32", "int16"]
+
+
 def test_a_rate_is_empty_where_the_further_texts_take_no_time(tmp_path):
     # the first text alone takes longer than all of them
     peer = "if [ $(wc -l <{file}) = 1 ]; then sleep 0.3; fi"
