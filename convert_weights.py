@@ -108,6 +108,7 @@ MAX_ROWS = 1 << 16  # of a dense layer
 MAX_PROMPTS = 64
 MAX_MERGES, MAX_TOKEN = 1 << 20, 1024  # a token in bytes
 MAX_PIECES, MAX_PIECE = 1 << 20, 255  # a piece of a Unigram vocabulary in bytes
+MAX_PAIRS = 1 << 20  # of characters, in a charsmap
 MAX_SCORE = 1000000  # of a piece; scores are negative
 MAX_TEXT_FILE = 1 << 28  # bytes of a JSON file or a template; Qwen3's tokenizer.json has 11 MB
 QEMB = Path(__file__).resolve().parent / "qemb"
@@ -458,13 +459,13 @@ def read_encoder(o, j, places):
     return c
 
 
-def read_config(j):
+def read_config(j, claims):
     o = "config.json"
     expect(o, "pruned_heads", j.get("pruned_heads"), None, {})
     expect(o, "quantization_config", j.get("quantization_config"), None, False,
            hint="convert the model from which this one was quantized")
-    if j["architectures"][0] in ENCODERS:
-        return read_encoder(o, j, read_places(o, j, j["architectures"][0]))
+    if claims.places:
+        return read_encoder(o, j, claims.places)
     expect(o, "hidden_act", j.get("hidden_act"), "silu")
     for key in ("attention_bias", "use_sliding_window"):
         expect(o, key, j.get(key), None, False)
@@ -796,6 +797,9 @@ def read_unigram(j, vocab):
     expect(o, "added tokens of the same text", len(j["added_tokens"]) - len(added_ids), 0)
     bos_id, eos_id = read_ends(j["post_processor"], added_ids)
     singles, pairs, replacements = charsmap_tables(read_charsmap(charsmap))
+    if len(pairs) // 12 > MAX_PAIRS:
+        refuse(o, "pairs of characters in precompiled_charsmap", len(pairs) // 12,
+               f"at most {MAX_PAIRS}")
     texts = [text.encode() for text in ids]
     pieces = b"".join(texts)
     data = struct.pack("<8I", len(ids), model["unk_id"], spaces, len(singles) // 8,
@@ -2094,7 +2098,7 @@ def read_directory(args, folder, source):
     check_adapter(folder)
     check_gguf(folder, [p.name for p in folder.glob("*.gguf")], source, "name one of them")
     claims = parse(folder, "config.json", read_claims)
-    c, encoder = parse(folder, "config.json", read_config), bool(claims.places)
+    c, encoder = parse(folder, "config.json", read_config, claims), bool(claims.places)
     check_pooling(args, encoder)
     tokenizer = parse(folder, "tokenizer.json", read_unigram if encoder else read_tokenizer,
                       c.vocab)
@@ -2202,7 +2206,8 @@ def gguf_source(args, path, o):
     if "embed_tokens.weight" not in tensors:
         refuse("token_embd.weight", "missing tensor")
     j = gguf_config(meta, o, tensors["embed_tokens.weight"].shape[0])
-    claims, c = read_claims(j), read_config(j)
+    claims = read_claims(j)
+    c = read_config(j, claims)
     tokenizer = read_tokenizer(gguf_tokenizer(meta, o), c.vocab)
     pooling = meta.get("qwen3.pooling_type")
     if pooling not in GGUF_POOLING and not args.pooling:

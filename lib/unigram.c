@@ -31,6 +31,7 @@
 
 enum {
     PIECES_MAX = 1 << 20, /* an id fits beside the count of a cache entry */
+    PAIRS_MAX = 1 << 20,  /* many may share a replacement, which is checked for each */
     SCORE_MOST = 1000000, /* sums over any text are finite */
     CLUSTER = 6,          /* bytes from which on a cluster is replaced character by character */
     LOOK = 16,            /* bytes behind a character that normalizing it may look at, at most */
@@ -646,6 +647,10 @@ static int read_header(unigram_header *h, const uint8_t *section, size_t bytes, 
         return qemb_fail(err, "model_file",
                          "unigram: wrong number of pieces (got %u, want 1 to %d)", h->n_pieces,
                          PIECES_MAX);
+    if (h->n_pairs > PAIRS_MAX)
+        return qemb_fail(err, "model_file",
+                         "unigram: too many pairs of characters (got %u, want at most %d)",
+                         h->n_pairs, PAIRS_MAX);
     if (h->unk >= h->n_pieces)
         return qemb_fail(err, "model_file",
                          "unigram: the unknown token is no piece (got %u, want less than %u)",

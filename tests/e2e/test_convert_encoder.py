@@ -271,10 +271,17 @@ def test_refuses_config(xlmr, change, words):
     assert refused(xlmr).startswith("config.json: " + words)
 
 
+def test_refuses_too_many_pairs_of_characters(xlmr, monkeypatch):
+    monkeypatch.setattr(convert_weights, "MAX_PAIRS", 0)
+    assert re.fullmatch(r"tokenizer.json: pairs of characters in precompiled_charsmap "
+                        r"\(got [1-9][0-9]*, want at most 0\)", refused(xlmr))
+
+
 def test_limits_are_the_loaders():
     source = (ROOT / "lib/unigram.c").read_text()
     named = dict(re.findall(r"^    ([A-Z_]+) = ([0-9]+(?: << [0-9]+)?),", source, re.M))
     assert c_number(named["PIECES_MAX"]) == convert_weights.MAX_PIECES
+    assert c_number(named["PAIRS_MAX"]) == convert_weights.MAX_PAIRS
     assert c_number(named["SCORE_MOST"]) == convert_weights.MAX_SCORE
     assert c_number(named["CLUSTER"]) == convert_weights.CLUSTER
 

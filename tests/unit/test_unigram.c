@@ -520,6 +520,10 @@ Test(unigram, refuses_bad_sections) {
     d = good(), d.spaces = 2, check_refused(&d, "unknown header (got spaces 2");
     d = good(), d.n_pairs += UINT32_MAX / 2, check_refused(&d, "the sizes don't add up");
     d = (unigram_data){0}, check_refused(&d, "wrong number of pieces (got 0");
+    d = good();
+    for (const uint32_t none[3] = {0}; d.n_pairs <= 1 << 20; d.n_pairs++)
+        bytes_add(&d.pairs, none, sizeof none);
+    check_refused(&d, "too many pairs of characters (got 1048577, want at most 1048576)");
     const double bad[] = {NAN, INFINITY, -INFINITY, 0x1p-60, -1000001};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         d = good();
