@@ -161,6 +161,7 @@ static int take_endianness(api_request *r, const char *key, const json_t *v, api
 static int take_prompt_tokens(api_request *r, const char *key, const json_t *v, api_error *e) {
     if (!json_is_integer(v)) return api_wrong_type(e, key, v, "an integer");
     if (json_integer_value(v) != -1 && api_count(&r->max_tokens, 1, key, v, e)) return -1;
+    r->max_tokens_key = "truncate_prompt_tokens";
     return api_take_truncate(r, key, json_true(), e);
 }
 

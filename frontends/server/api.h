@@ -63,6 +63,7 @@ typedef struct {
     const char *prompt_key;  /* that gave it; "prompt_name": a prompt of exactly that name */
     int truncate;            /* -1: the server's default */
     int max_tokens;          /* longest text of this request; 0: the model's */
+    const char *max_tokens_key; /* that gave it */
     int says_right;          /* 1: the request says that the end of a long text is cut */
     int fallback;            /* 1: another model may answer */
     int n_ignored;           /* keys that are no API's that is served here */

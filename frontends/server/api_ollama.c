@@ -21,7 +21,8 @@ static int take_options(api_request *r, const char *key, const json_t *v, api_er
     const json_t *longest = json_object_get(v, "num_ctx");
     if (!json_is_object(v)) return api_wrong_type(e, key, v, "an object");
     if (!longest || json_is_null(longest)) return 0;
-    return api_count(&r->max_tokens, 1, "options.num_ctx", longest, e);
+    r->max_tokens_key = "options.num_ctx";
+    return api_count(&r->max_tokens, 1, r->max_tokens_key, longest, e);
 }
 
 static int take_text(api_request *r, const char *key, const json_t *v, api_error *e) {

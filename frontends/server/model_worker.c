@@ -781,10 +781,10 @@ static int set_limits(const model_worker *m, record_tokenizer *t, const api_requ
     t->truncate = r->truncate >= 0 ? r->truncate : m->opt.model.truncate;
     t->text.max_tokens = r->max_tokens && r->max_tokens < most ? r->max_tokens : most;
     if (t->text.max_tokens >= added) return 0;
-    return api_fail(e, 400, "invalid_number", NULL,
-                    "longest text: no room beside the %d tokens of every text (got %d, want %d or "
-                    "more)",
-                    added, r->max_tokens, added);
+    /* The server does not start with a limit that leaves no room. */
+    return api_fail(e, 400, "invalid_number", r->max_tokens_key,
+                    "%s: no room beside the %d tokens of every text (got %d, want %d or more)",
+                    r->max_tokens_key, added, r->max_tokens, added);
 }
 
 int model_worker_tokenize(model_worker *m, const api_request *r, pending_request *t,

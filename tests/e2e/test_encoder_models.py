@@ -351,9 +351,12 @@ def test_cut_by_the_server(served):
             a = s.post({"input": text, "options": {"num_ctx": n}}, "/api/embed").json
             assert a["prompt_eval_count"] == n
         a = s.post({"input": text, "options": {"num_ctx": 1}}, "/api/embed")
-        assert a.status == 400 and "no room beside the 2 tokens of every text" in a.json["error"]
+        said = "no room beside the 2 tokens of every text (got 1, want 2 or more)"
+        assert (a.status, a.json["error"]) == (400, f"options.num_ctx: {said}")
         a = s.post(ask(["x"], model=None, truncate_prompt_tokens=1, truncation_side="right"))
         assert (a.status, a.error["code"]) == (400, "invalid_number")
+        assert a.error["message"] == f"truncate_prompt_tokens: {said}"
+        assert a.error["param"] == "truncate_prompt_tokens"
 
 
 # ---- the fallback --------------------------------------------------------------------------------
