@@ -765,6 +765,8 @@ void qemb_plan(const qemb_file *f, const qemb_ops *ops, const qemb_options *opt,
     for (int i = 0; i < QEMB_LAYER_MATRICES; i++)
         mem->weights += (size_t)c->n_layers * matrix_bytes(m[i]);
     mem->table = matrix_bytes(&f->weights.tok_emb);
+    if (f->weights.pos_emb)
+        mem->table += (size_t)qemb_position_rows(c) * (size_t)c->hidden * sizeof(float);
     mem->repacked_bytes = ops->repacked_bytes ? ops->repacked_bytes(&f->weights, c->n_layers) : 0;
     mem->n_parts = ops->plan ? ops->plan(mem->parts, f, &o, arena_bytes(c, ops, &o)) : 0;
 }

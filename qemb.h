@@ -578,7 +578,7 @@ typedef struct {
     size_t arena_text;  /* activations of one text of max_tokens */
     size_t arena_between; /* those of a second batch, for qemb_embed_between; 0: not asked for */
     size_t weights; /* the layers' matrices in the map: every batch reads them, or their copy */
-    size_t table;   /* the embedding table in the map: only the rows in use are read */
+    size_t table;   /* the tables of tokens and positions in the map: only rows in use are read */
     size_t repacked_bytes;       /* the table's repacked copies of matrices; 0: it makes none */
     qemb_part parts[QEMB_PARTS]; /* (n_parts) the backend's own memory, activations included */
     int n_parts;

@@ -555,7 +555,8 @@ static int plan(const options *o) {
     if (mem.repacked_bytes)
         printf("%10.1f MiB  layers, copied for this CPU and --math: every batch reads them\n",
                mib(mem.repacked_bytes));
-    printf("%10.1f MiB  embedding table, mapped: %s\n", mib(mem.table),
+    printf("%10.1f MiB  %s, mapped: %s\n", mib(mem.table),
+           f->weights.pos_emb ? "tables of tokens and positions" : "embedding table",
            on_gpu ? "read once" : "rows in use are read");
     printf("%10.1f MiB  activations: one text of --max-tokens %d\n", mib(mem.arena_text),
            opt.max_tokens);

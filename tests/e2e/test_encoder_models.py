@@ -359,6 +359,18 @@ def test_cut_by_the_server(served):
         assert a.error["param"] == "truncate_prompt_tokens"
 
 
+def test_plan_counts_the_positions(tmp_path):
+    shape = M3 | {"max": 8192}
+    encoder_fixture.save_directory(tmp_path / "long", shape)
+    model = convert(tmp_path / "long", "--pooling", "first")
+    rows = [Qemb(model).sections[name][4] for name in ("tok_emb", "pos_emb")]
+    size = sum(len(r) for r in rows) / 2**20
+    assert len(rows[1]) > 0.1 * 2**20  # a decimal of what is printed
+    said = process(model, "plan").stdout.decode()
+    assert f"{size:.1f} MiB  tables of tokens and positions, mapped" in said
+    assert "embedding table, mapped" in process(SMALL, "plan").stdout.decode()
+
+
 # ---- the fallback --------------------------------------------------------------------------------
 
 

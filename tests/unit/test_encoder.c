@@ -28,8 +28,8 @@ static int32_t *random_ids(rng *r, const qemb_config *c, int n) {
  * layer: e, the RMS of the relative error of a product. A bfloat16 number errs by up to 2^-8 of
  * itself; its RMS is 0.4 of that, of two factors 2.2e-3. A step of 8 bits is 1/127 of the largest
  * of 64 numbers, about 2.5 times their RMS: 2.5 / (127 sqrt(12)), of two factors 8e-3. A step of 16
- * bits is up to 8 / 46330 of the RMS (test_ops): of two factors 7e-5. Steps of x from its least
- * number on: 1.52 times those of 8 bits (test_model).
+ * bits is up to 8 / 46330 of the RMS (test_ops): of two factors 7e-5. With steps of x
+ * from its least number on, both factors together err 1.52 times as much (test_model).
  *
  * Independent errors add as squares. A layer may double the errors of those before it, through the
  * softmax and GELU. */
@@ -167,7 +167,8 @@ Test(encoder, the_plan_is_what_is_asked_for) {
     cr_assert_eq(arena_asked, plan.arena_batch);
     /* x, x_last, xn (5000, 64), qkv (5000, 192), att (5000, 64), h (1024, 96) */
     cr_assert_eq(plan.arena_batch, 4 * (5000 * (64 + 64 + 64 + 192 + 64) + 1024 * 96));
-    cr_assert_eq(plan.table, 300 * 64 * 2);
+    /* tokens in halves, positions from first_position on in floats */
+    cr_assert_eq(plan.table, 300 * 64 * 2 + (700 + c->first_position) * 64 * 4);
     cr_assert_eq(plan.weights, 2 * 2 * (192 * 64 + 64 * 64 + 2 * 96 * 64));
     qemb_close(m);
     /* The longest text: h has the MLP's rows, no more. */
