@@ -136,7 +136,7 @@ build/$(1)/test_%: build/$(1)/tests/unit/test_%.o $$(patsubst %,build/$(1)/%.o,$
 build/$(1)/test_measure: build/$(1)/bench/measure.o
 build/$(1)/qemb-bench: $$(patsubst %,build/$(1)/%.o,bench/bench bench/measure bench/limits bench/vendor_gemm frontends/console frontends/cli/line_index frontends/select_ops frontends/format tests/unit/oracle $(BACKEND) $(ENGINE))
 	$(2) $(3) $(4) $(BENCH_OPENMP) -pthread $$^ $$(BENCH_LIBS) $(LIBS) -o $$@
-build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/support tests/unit/emulated_amx $(ENGINE))
+build/$(1)/accuracy: $$(patsubst %,build/$(1)/%.o,tests/unit/accuracy tests/unit/oracle tests/unit/oracle_encoder tests/unit/support tests/unit/emulated_amx $(ENGINE))
 	$(2) $(3) $(4) -pthread $$^ $(LIBS) -o $$@
 build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o $$(patsubst %,build/$(1)/%.o,tests/unit/support tests/unit/seal_index $(patsubst %,frontends/%,console decompress format input json_read parameters cli/line_index ranking server/api server/api_keys server/api_tei server/api_ollama server/api_rerank server/http_header server/http_parse server/redis_address server/redis_reply server/metrics server/log server/buffer server/vector) $$(ENGINE))
 	$(2) $(3) $(4) $$^ $(LIBS) -o $$@
@@ -254,7 +254,7 @@ test-cuda: need-test ## the CUDA tests: emulated, compiled for each architecture
 
 .PHONY: test-programs sanitized test-sanitizers test-serve test-cuda
 sanitized: $(C_ASAN) $(foreach v,asan tsan,build/$(v)/qemb build/$(v)/qemb-serve)
-test-programs: qemb qemb-serve build/lib/libqemb.a build/lib/libqemb.so build/release/qemb-bench build/release/qemb-emulated $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
+test-programs: qemb qemb-serve build/lib/libqemb.a build/lib/libqemb.so build/release/qemb-bench build/release/accuracy build/release/qemb-emulated $(C_TESTS) $(FUZZ_BINS) $(CLANG_OBJ) \
   build/tsan/qemb-devices build/tsan/qemb-serve-devices
 
 test-serve: need-test $(VENV_TEST) qemb qemb-serve build/asan/qemb-serve build/tsan/qemb-serve ## the server's tests alone: real clients, attacks, sanitizers

@@ -1,4 +1,4 @@
-"""bench.sh and qemb-bench: what they count and write. No test looks at a speed."""
+"""bench.sh, qemb-bench and accuracy: what they count and write. No test looks at a speed."""
 
 import csv
 import json
@@ -244,3 +244,16 @@ def test_one_product_by_the_oracle_and_by_every_table():
     for name, math in tables.items():
         assert 0 < float(rows[name + ": error"]["median"]) <= bound[math], name
         assert float(rows[name]["median"]) > 0
+
+
+# ---- accuracy ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["gqa2", "e5", "xlmr"])
+def test_accuracy_compares_with_the_oracle_of_the_architecture(model):
+    """Float rounds to some 1e-7; another formula, or other ids, would change the first digits."""
+    r = subprocess.run([ROOT / "build/release/accuracy", ROOT / f"tests/golden/{model}.qemb"],
+                       capture_output=True, text=True, timeout=120)
+    assert r.returncode == 0, r.stderr
+    (plain,) = (line.split("|") for line in r.stdout.splitlines() if "| plain |" in line)
+    assert plain[1].strip() == f"{model}.qemb" and 0 < float(plain[5]) < 1e-5

@@ -10,12 +10,14 @@
  */
 #include "emulated_amx.h"
 #include "oracle.h"
+#include "oracle_encoder.h"
 #include "support.h"
 
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+enum { SPECIAL = 4 }; /* "<s>", "<pad>", "</s>" and "<unk>" */
 static int texts = 5, tokens = 24;
 
 static void die(const char *what) {
@@ -30,12 +32,19 @@ static qemb_file *open_path(const char *path) {
     return f;
 }
 
-/* ids (texts, tokens) */
+/* ids (texts, tokens). An encoder's first tokens are special, a decoder's last ones. */
 static int32_t *random_texts(const qemb_config *c) {
     int32_t *ids = malloc(sizeof *ids * (size_t)texts * (size_t)tokens);
+    const int is_bert = c->architecture == QEMB_BERT, low = is_bert ? SPECIAL : 0;
+    const int end = is_bert ? c->vocab : c->eos_id;
     rng r = {1};
     for (int i = 0; i < texts * tokens; i++)
-        ids[i] = (i + 1) % tokens ? (int32_t)(rng_u64(&r) % (uint64_t)c->eos_id) : c->eos_id;
+        if ((i + 1) % tokens == 0)
+            ids[i] = c->eos_id;
+        else if (is_bert && i % tokens == 0)
+            ids[i] = c->bos_id;
+        else
+            ids[i] = low + (int32_t)(rng_u64(&r) % (uint64_t)(end - low));
     return ids;
 }
 
@@ -55,6 +64,8 @@ static void embed(double *out, const qemb_file *f, const qemb_ops *ops, const in
             qemb_embed(m, b, one);
             qemb_batch_free(b);
             for (size_t d = 0; d < D; d++) v[d] = one[d];
+        } else if (c->architecture == QEMB_BERT) {
+            oracle_encode(v, c, &f->weights, ids + i * tokens, tokens);
         } else {
             oracle_embed(v, NULL, c, &f->weights, ids + i * tokens, tokens);
         }
