@@ -42,9 +42,8 @@ unsigned cpu_features(void) { return 0; }
  *
  * AMD: tokens/s of the forward of the 0.6B's shape, texts of 64 tokens, 2 threads, Zen 4
  * (docs/benchmarks.md; avx2: docs/speed-log.md, in the row of int16 with AVX2). As measured on Zen
- * 3, plain has 0.28 of avx2, avx2-int16 1.5 times, and avx2-int8 1.25 times that. AVX-VNNI's
- * instructions have 2 and 4 times the rate of FMA; on Zen 5 their tables had 1.8 and 3.2 times the
- * speed of avx2.
+ * 3, plain has 0.28 of avx2 and avx2-int16 1.5 times; avx2-int8 had as much, and its products are
+ * 1.2 to 1.3 times as fast now. AVX-VNNI: 1.8 and 3.2 times avx2, as measured on Zen 5.
  *
  * Intel: billions of multiply-adds per second of one thread of a Sapphire Rapids or Emerald Rapids,
  * many rows. Its vdpbf16ps has half the rate of its FMA in float, so without tiles int16 serves
@@ -61,8 +60,8 @@ const cpu_table cpu_tables[] = {
     {&avx2_ops, CPU_AVX2, {225, 36}},
     {&avx2_int16_ops, CPU_AVX2, {337, 54}},
     {&avx2_int8_ops, CPU_AVX2, {420, 67}},
-    {&avxvnni_int16_ops, CPU_AVX2 | CPU_AVX_VNNI, {450, 72}},
-    {&avxvnni_int8_ops, CPU_AVX2 | CPU_AVX_VNNI, {800, 144}},
+    {&avxvnni_int16_ops, CPU_AVX2 | CPU_AVX_VNNI, {405, 72}},
+    {&avxvnni_int8_ops, CPU_AVX2 | CPU_AVX_VNNI, {720, 144}},
     {&avx512_ops, CPU_AVX512, {245, 72}},
     {&avx512_bf16_ops, CPU_AVX512 | CPU_AVX512_VNNI | CPU_AVX512_BF16, {454, 37}},
     {&avx512_int16_ops, CPU_AVX512 | CPU_AVX512_VNNI, {452, 140}},
@@ -79,7 +78,7 @@ const int n_cpu_tables = sizeof cpu_tables / sizeof *cpu_tables;
  * Arithmetics that only GPUs have are 0, which is less than any table's. */
 static const float errors[] = {
     [QEMB_MATH_F32] = 2.7e-6f,  [QEMB_MATH_INT16] = 2.4e-4f, [QEMB_MATH_BF16] = 6.2e-3f,
-    [QEMB_MATH_INT8] = 3.6e-2f, [QEMB_MATH_FP8] = 0,         [QEMB_MATH_F16] = 0};
+    [QEMB_MATH_INT8] = 5.4e-2f, [QEMB_MATH_FP8] = 0,         [QEMB_MATH_F16] = 0};
 
 static int runs(const cpu_table *t, unsigned features) { return (t->needs & features) == t->needs; }
 

@@ -499,7 +499,7 @@ def test_any_batch_and_threads():
 
 
 # L2 errors of a unit vector: docs/accuracy.md; of float, what test_protocol.py allows a number
-ERRORS = {"f32": 2e-5 * 8, "bf16": 6e-3, "int16": 4e-4, "int8": 3.6e-2}
+ERRORS = {"f32": 2e-5 * 8, "bf16": 6e-3, "int16": 4e-4, "int8": 5.4e-2}
 
 
 def test_tables_are_within_their_errors():
