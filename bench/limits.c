@@ -1,7 +1,8 @@
 /* limits.c - the highest rates of this machine, measured; see limits.h.
  *
- * Arithmetic: each thread repeats one instruction on 12 registers, which covers a latency of 4 to 6
- * cycles on two units; a multiply-add counts as two operations. The tile unit: products of the same
+ * Arithmetic: each thread repeats one instruction, or the two or three that stand for it, on 12
+ * registers, which covers a latency of 4 to 6 cycles on two units; a multiply-add counts as two
+ * operations. The tile unit: products of the same
  * tiles into four sums; no sum has to wait for another. Reading: the layers' weights in the file's
  * map, which are far larger than the caches. */
 #include "limits.h"
@@ -183,12 +184,12 @@ const limit *limit_of(const qemb_ops *t) {
 }
 
 const limit *limit_of_library(qemb_math math) {
-    static const int units[][3] = {[QEMB_MATH_F32] = {FMA_256, FMA_512, FMA_512},
-                                   [QEMB_MATH_BF16] = {BF16, TILE_BF16, TILE_BF16},
-                                   [QEMB_MATH_INT16] = {MADD, VNNI_INT16, INT16},
-                                   [QEMB_MATH_INT8] = {VNNI_INT8, INT8, TILE_INT8}};
+    static const int units[][4] = {[QEMB_MATH_F32] = {FMA_256, FMA_512, FMA_512, FMA_512},
+                                   [QEMB_MATH_BF16] = {BF16, TILE_BF16, TILE_BF16, TILE_BF16},
+                                   [QEMB_MATH_INT16] = {MADD, VNNI_INT16, INT16, INT16},
+                                   [QEMB_MATH_INT8] = {MADDUBS, VNNI_INT8, INT8, TILE_INT8}};
     const limit *best = &limits[units[math][0]];
-    for (int i = 1; i < 3; i++)
+    for (int i = 1; i < 4; i++)
         if (limits[units[math][i]].rate > best->rate) best = &limits[units[math][i]];
     return best;
 }
