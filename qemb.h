@@ -448,7 +448,7 @@ typedef enum {
     QEMB_MATH_F32,   /* weights as the file has them, activations in float */
     QEMB_MATH_BF16,  /* both rounded to bfloat16 */
     QEMB_MATH_INT16, /* both scaled to 16-bit integers, a scale for 64 numbers of a row */
-    QEMB_MATH_INT8,  /* both scaled to 8-bit integers, a scale for 64 numbers of a row */
+    QEMB_MATH_INT8,  /* the same with 8 bits; activations with AVX2: 128 steps from the least on */
     QEMB_MATH_FP8,   /* both scaled to e4m3, a scale for a row of weights and for a token */
     QEMB_MATH_F16    /* both in half precision */
 } qemb_math;

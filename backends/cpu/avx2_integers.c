@@ -1,8 +1,9 @@
 /* avx2_integers.c - matrix products of 16-bit and 8-bit integers for CPUs with AVX2 and without
  * AVX-512. Attention and the ops by rows are avx2.c's, in float.
  *
- * The arithmetic is that of avx512.c, but for int8's x: groups of 64 columns, a scale for each row
- * of a group, exact sums within a group, floats from group to group.
+ * As in avx512.c, groups of 64 columns have a scale for each row; sums are exact within a group,
+ * and floats from group to group. Two things differ: int8's x, and int16 keeps an INT8 file's
+ * bytes.
  *
  * 16 bits: vpmaddwd has 16 products, as many as two fused multiply-adds of floats have, and vpaddd
  * adds them to the sums. 8 bits: vpmaddubsw multiplies 32 unsigned bytes of x by signed bytes of W
@@ -23,12 +24,13 @@
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-/* The layout of a group of W, which begins with scales (NR), and of x, which ends with scales (MR):
+/* The layout of a group of W, which begins with scales s (NR), and of x, where scales t (MR) follow
+ * the dwords:
  *   WORDS       (32, NR) dwords of two 16-bit integers               x: the same
  *   BYTE_PAIRS  (32, NR) pairs of bytes, which become WORDS as they are loaded          x: WORDS
- *   BYTE_QUADS  sums (NR): of a row's bytes, times its scale; then (16, NR) dwords of four bytes
- *               x: unsigned bytes, scales, and lows (MR): a number is low + scale byte, so that
- *               its row times W's is W's scale times (scale sum(byte w) + low sum(w)) */
+ *   BYTE_QUADS  s sum(w) (NR), then (16, NR) dwords of four bytes w
+ *               x: the same of unsigned bytes b, t, then lows l (MR). A number is l + t b, so a
+ *               product of two rows is s (t sum(b w) + l sum(w)). */
 typedef enum { WORDS, BYTE_PAIRS, BYTE_QUADS } layout;
 enum {
     GROUP = 64,
@@ -57,8 +59,8 @@ enum {
 #endif
 
 /* sum += the products of the dwords of x and w. In assembler also without VNNI: gcc 12 moves the
- * additions behind all multiplications and keeps sums in memory. w may stay in memory where the
- * ones take a register. */
+ * additions behind all multiplications and keeps sums in memory. w stays in memory where the
+ * ones take a register (clang copies it to the stack). */
 TEMPLATE __m256i multiply_add(layout of, int vnni, __m256i sum, __m256i x, __m256i w) {
     __m256i products;
     if (of == BYTE_QUADS && vnni)
@@ -257,8 +259,8 @@ TEMPLATE float quantize_from_low(float *to, float *low, const __m256 v[8]) {
     *low = -greatest(_mm256_sub_ps(_mm256_setzero_ps(), least));
     /* halves: the difference of finite numbers may be infinite */
     const __m256 half = _mm256_set1_ps(0.5f), half_low = _mm256_set1_ps(0.5f * *low);
-    const float range = 0.5f * greatest(most) - 0.5f * *low;
-    const __m256 f = _mm256_set1_ps(BYTE_MOST / range);
+    const float half_range = 0.5f * greatest(most) - 0.5f * *low;
+    const __m256 f = _mm256_set1_ps(BYTE_MOST / half_range);
     UNROLL
     for (int i = 0; i < 8; i += 2) {
         const __m256 a = _mm256_mul_ps(_mm256_fmsub_ps(v[i], half, half_low), f);
@@ -266,7 +268,7 @@ TEMPLATE float quantize_from_low(float *to, float *low, const __m256 v[8]) {
         const __m256i q = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
         _mm256_store_ps(to + 4 * i, _mm256_castsi256_ps(_mm256_permute4x64_epi64(q, 0xd8)));
     }
-    return isfinite(size) ? range / (BYTE_MOST / 2) : size;
+    return isfinite(size) ? 2 * (half_range / BYTE_MOST) : size;
 }
 
 /* Dwords of two 16-bit integers become dwords of four bytes, signed or not */

@@ -566,9 +566,10 @@ static int plan(const options *o) {
         printf("%10.1f MiB  activations: a batch of --batch-tokens %d%s\n", mib(mem.arena_batch),
                opt.batch_tokens, opt.batch_tokens == standard ? " (default)" : "");
     }
-    printf("A run takes the layers that every batch reads, rows of the table, and the larger one "
+    printf("A run takes the layers that every batch reads, rows of the table%s, and the larger one "
            "of its\n"
-           "two activations.\n");
+           "two activations.\n",
+           f->weights.pos_emb ? "s" : "");
     opt.batch_tokens = o->model.engine.batch_tokens;
     qemb_plan(f, o->model.ops, &opt, &mem);
     size_t sum = 0;

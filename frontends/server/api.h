@@ -59,14 +59,14 @@ typedef struct {
     int normalize;        /* as given; -1: not given */
     const char *instruct; /* (instruct_len) or NULL: the server's default */
     size_t instruct_len;
-    const char *prompt_name; /* or NULL: the server's default */
-    const char *prompt_key;  /* that gave it; "prompt_name": a prompt of exactly that name */
-    int truncate;            /* -1: the server's default */
-    int max_tokens;          /* longest text of this request; 0: the model's */
+    const char *prompt_name;    /* or NULL: the server's default */
+    const char *prompt_key;     /* that gave it; "prompt_name": a prompt of exactly that name */
+    int truncate;               /* -1: the server's default */
+    int max_tokens;             /* longest text of this request; 0: the model's */
     const char *max_tokens_key; /* that gave it */
-    int says_right;          /* 1: the request says that the end of a long text is cut */
-    int fallback;            /* 1: another model may answer */
-    int n_ignored;           /* keys that are no API's that is served here */
+    int says_right;             /* 1: the request says that the end of a long text is cut */
+    int fallback;               /* 1: another model may answer */
+    int n_ignored;              /* keys that are no API's that is served here */
     char ignored[API_IGNORED][API_IGNORED_NAME]; /* the names of the first ones; "": not shown */
     /* Of a reranker's request, whose inputs are documents: */
     const char *query; /* (query_len) */

@@ -781,7 +781,7 @@ static int set_limits(const model_worker *m, record_tokenizer *t, const api_requ
     t->truncate = r->truncate >= 0 ? r->truncate : m->opt.model.truncate;
     t->text.max_tokens = r->max_tokens && r->max_tokens < most ? r->max_tokens : most;
     if (t->text.max_tokens >= added) return 0;
-    /* The server does not start with a limit that leaves no room. */
+    /* text_ids_open refuses a model without room, also in a reload: the limit is the request's. */
     return api_fail(e, 400, "invalid_number", r->max_tokens_key,
                     "%s: no room beside the %d tokens of every text (got %d, want %d or more)",
                     r->max_tokens_key, added, r->max_tokens, added);
