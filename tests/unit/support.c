@@ -324,6 +324,17 @@ void load_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *
     if (gate_up) *gate_up = layer.wgu;
 }
 
+void multiply(const qemb_ops *op, float *y, const float *x, qemb_mat w, int T) {
+    const qemb_config c = {
+        .n_layers = 1, .hidden = w.cols, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
+    const qemb_options opt = {.batch_tokens = T, .max_tokens = T, .threads = 2};
+    qemb_backend *be;
+    if (op->open(&be, &c, &opt, NULL)) abort();
+    load_matrices(op, be, &w, NULL);
+    op->matmul(be, (qemb_act *)y, (const qemb_act *)x, &w, NULL, T);
+    op->close(be);
+}
+
 void write_temporary(char *path, const void *data, size_t bytes) {
     strcpy(path, "/tmp/qemb-test-XXXXXX");
     int fd = mkstemp(path);

@@ -36,6 +36,9 @@ int counts_from_low(const qemb_ops *op);
  * layer. Call it once per backend, which has to be opened for a config of one layer. */
 void load_matrices(const qemb_ops *op, qemb_backend *be, qemb_mat *w, qemb_mat *gate_up);
 
+/* y (T, N) = alpha x W^T by a table's matmul, with two threads. */
+void multiply(const qemb_ops *op, float *y, const float *x, qemb_mat w, int T);
+
 /* Returns a valid .qemb file of this config with random weights: *bytes bytes, to be freed. The
  * tokenizer has the 256 bytes, one merge ("a" "b" -> 256) and one added token, "<eos>" = eos_id,
  * or the last id if there is no end-of-text. A reranker has the prompts "<eos>J: ", " <eos>ab" and

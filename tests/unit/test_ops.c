@@ -268,8 +268,6 @@ Test(ops, matmul_of_parallel_rows) {
  * two or more, may leave its 16 or 32 bits. */
 Test(ops, matmul_of_the_largest_bytes) {
     enum { T = 4, N = 33, K = 128 };
-    const qemb_config c = {
-        .n_layers = 1, .hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
     static int8_t Q[N * K];
     static float x[T * K], y[T * N], scale[N * QEMB_GROUPS(K)];
     for (int i = 0; i < N * QEMB_GROUPS(K); i++) scale[i] = 1;
@@ -281,10 +279,7 @@ Test(ops, matmul_of_the_largest_bytes) {
     const qemb_mat m = {Q, N, K, QEMB_I8, 1, scale, QEMB_BITS_UNKNOWN};
     for (int o = 0; test_table(o); o++) {
         if (test_table(o)->math != QEMB_MATH_INT8) continue;
-        qemb_backend *be = backend(test_table(o), &c, T, 2);
-        qemb_mat placed = m;
-        load_matrices(test_table(o), be, &placed, NULL);
-        test_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &placed, NULL, T);
+        multiply(test_table(o), y, x, m, T);
         for (int t = 0; t < T; t++) {
             double *xd = doubles(x + t * K, K), want[N], size[N];
             oracle_matvec(want, size, xd, &m);
@@ -294,7 +289,6 @@ Test(ops, matmul_of_the_largest_bytes) {
                               (double)y[t * N + n], want[n]);
             free(xd);
         }
-        test_table(o)->close(be);
     }
 }
 
@@ -303,8 +297,6 @@ Test(ops, matmul_of_the_largest_bytes) {
  * by up to the range. W is bytes, which are not rounded. */
 Test(ops, matmul_of_groups_counted_from_low) {
     enum { T = 5, N = 9, K = 192, NO_INVERSE = 4 };
-    const qemb_config c = {
-        .n_layers = 1, .hidden = K, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
     static int8_t Q[N * K];
     static float x[T * K], y[T * N], scale[N * QEMB_GROUPS(K)];
     rng r = {4};
@@ -320,10 +312,7 @@ Test(ops, matmul_of_groups_counted_from_low) {
     const qemb_mat m = {Q, N, K, QEMB_I8, 1, scale, QEMB_BITS_UNKNOWN};
     for (int o = 0; test_table(o); o++) {
         if (!counts_from_low(test_table(o))) continue;
-        qemb_backend *be = backend(test_table(o), &c, T, 2);
-        qemb_mat placed = m;
-        load_matrices(test_table(o), be, &placed, NULL);
-        test_table(o)->matmul(be, (qemb_act *)y, (qemb_act *)x, &placed, NULL, T);
+        multiply(test_table(o), y, x, m, T);
         for (int t = 0; t < T; t++) {
             double *xd = doubles(x + t * K, K), want[N], size[N];
             oracle_matvec(want, size, xd, &m);
@@ -337,7 +326,6 @@ Test(ops, matmul_of_groups_counted_from_low) {
             }
             free(xd);
         }
-        test_table(o)->close(be);
     }
 }
 

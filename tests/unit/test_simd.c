@@ -405,18 +405,6 @@ static void quantize(int8_t *q, float *scale, const uint16_t *W, int N, int K) {
         }
 }
 
-/* y (T, N) = 0.3 x W^T by a table's matmul, with two threads */
-static void multiply(const qemb_ops *op, float *y, const float *x, qemb_mat w, int T) {
-    const qemb_config c = {
-        .n_layers = 1, .hidden = w.cols, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2};
-    const qemb_options opt = {.batch_tokens = T, .max_tokens = T, .threads = 2};
-    qemb_backend *be;
-    cr_assert_eq(op->open(&be, &c, &opt, NULL), 0);
-    load_matrices(op, be, &w, NULL);
-    op->matmul(be, (qemb_act *)y, (const qemb_act *)x, &w, NULL, T);
-    op->close(be);
-}
-
 /* Tables for INT8 make of an F16 file's weights what an INT8 file has: the same bits come out. Rows
  * of one large number, of subnormal ones, of zeros; groups of 64 and a last one of 19. */
 static void check_int8_weights(const qemb_ops *op) {
