@@ -215,8 +215,8 @@ peer_length() { # length
     done
     for m in $maths; do peer_rows "us-$m" qemb "$1" | record "$m"; done
     for p in "${whole[@]}"; do
-        peer_rows "them-$p" "peer $((peers_before + p + 1))" "$1" | record ''
         i=$((peers_before + p + 1))
+        peer_rows "them-$p" "peer $i" "$1" | record ''
         for m in $maths; do
             {
                 awk -v p=$i -v n="$1" -v a="$(whole "us-$m")" -v b="$(whole "them-$p")" 'BEGIN { printf "peer,qemb against peer %d: whole run,%d,%.3f,,,x,,\n", p, n, b / a }'
